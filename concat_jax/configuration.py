@@ -1,0 +1,67 @@
+"""Sections of a config become dataclasses; a key that does not exist fails with the nearest name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
+    """A dataclass from a config section.
+
+    Args:
+      cls: a dataclass; fields with a default may be absent.
+      section: field name to value; lists become tuples.
+      where: how to call the section in an error, e.g. "config.loss".
+
+    Raises:
+      ValueError: for an unknown or a missing key.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in section:
+        check_choice(key, fields, f"{where} has no key")
+    for name, field in fields.items():
+        no_default = field.default is field.default_factory is dataclasses.MISSING
+        if no_default and name not in section:
+            raise ValueError(f"{where} lacks the key {name!r}.")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})
+
+
+def check_choice(value: str, valid: Collection[str], what: str) -> None:
+    """Raise a ValueError naming the nearest valid name unless `value` is one."""
+    if value not in valid:
+        close = difflib.get_close_matches(str(value), list(valid), n=1, cutoff=0.0)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"{what} {value!r}{hint}")
+
+
+def parse_flags(arg: str, valid: Collection[str]) -> frozenset[str]:
+    """Flags of `--config=file.py:flag,flag`.
+
+    Raises:
+      ValueError: for a flag that is not in `valid`, naming the nearest.
+    """
+    flags = frozenset(flag for flag in arg.split(",") if flag)
+    for flag in sorted(flags):
+        check_choice(flag, valid, "The config has no argument")
+    return flags
+
+
+def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Dotted key to value, lists as tuples: to compare two configs."""
+
+    def walk(prefix, section):
+        for key, value in section.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, Mapping) or isinstance(value, ml_collections.ConfigDict):
+                yield from walk(name + ".", value)
+            else:
+                yield name, tuple(value) if isinstance(value, list) else value
+
+    return dict(walk("", config))

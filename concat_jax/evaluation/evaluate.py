@@ -1,0 +1,172 @@
+"""A trained segmentor and a vocabulary on a data set: panoptic quality, pictures, COCO files."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from concat_jax.evaluation.coco_format import PanopticWriter
+from concat_jax.evaluation.panoptic_inference import (
+    PanopticOutput,
+    panoptic_inference,
+    unpack_segments,
+)
+from concat_jax.evaluation.panoptic_quality import PanopticQuality
+from concat_jax.models.segmentor import mask_logits, normalize_images
+from concat_jax.stages.networks import Networks
+from concat_jax.text.vocabulary import Vocabulary
+
+Predict = Callable[..., PanopticOutput]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Attributes:
+    keep_rule: "objectness" (a query is kept if it likely holds anything; a threshold on the class
+      score costs unseen classes most) or "score" (Mask2Former's rule).
+    score_threshold: of the rule "score".
+    objectness_threshold: of the rule "objectness".
+    mask_threshold: mask probability from which a pixel is in the mask.
+    overlap_threshold: share of its mask a segment must own.
+    gamma: subtracted from seen classes' probabilities; 0 is no calibration.
+    batch_size: images a step.
+    image_size: images are fitted into a square of this side, 0 where all have one size.
+    num_pictures: overlay pictures written.
+    """
+
+    keep_rule: str = "objectness"
+    score_threshold: float = 0.8
+    objectness_threshold: float = 0.5
+    mask_threshold: float = 0.5
+    overlap_threshold: float = 0.8
+    gamma: float = 0.0
+    batch_size: int = 1
+    image_size: int = 0
+    num_pictures: int = 8
+
+
+def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig) -> Predict:
+    """Jitted (params, text, images, image_size) -> PanopticOutput.
+
+    `params` holds "segmentor" and "projector"; text is [K, C]; images [B, H, W, 3] uint8;
+    image_size [B, 2] the valid area. CLIP's image tower has no part in it.
+    """
+    is_thing = np.asarray(vocabulary.is_thing)
+    is_seen = np.asarray(vocabulary.is_seen)
+
+    @jax.jit
+    def predict(params, text, images, image_size):
+        output = networks.segmentor.apply(
+            {"params": params["segmentor"]}, normalize_images(images)
+        )
+        logits = networks.projector.apply(
+            {"params": params["projector"]}, output.queries[:, -1], text, method="predict"
+        )
+        return panoptic_inference(
+            mask_logits(output.mask_embeddings[:, -1], output.mask_features),
+            jax.nn.softmax(logits, axis=-1),
+            jnp.asarray(is_thing),
+            jnp.asarray(is_seen),
+            output_size=images.shape[1:3],
+            image_size=image_size,
+            keep_rule=config.keep_rule,
+            score_threshold=config.score_threshold,
+            objectness_threshold=config.objectness_threshold,
+            mask_threshold=config.mask_threshold,
+            overlap_threshold=config.overlap_threshold,
+            gamma=config.gamma,
+        )
+
+    return predict
+
+
+def evaluate(
+    predict: Callable[[np.ndarray, np.ndarray], PanopticOutput],
+    examples: Iterable[tuple[Mapping, Mapping]],
+    vocabulary: Vocabulary,
+    config: EvalConfig,
+    *,
+    name: str,
+    picture_folder: Path | None = None,
+    coco_folder: Path | None = None,
+) -> dict:
+    """Predict every image and score it at its native size, seen and unseen in one label space.
+
+    Args:
+      predict: (images [B, H, W, 3] uint8, image_size [B, 2]) -> PanopticOutput.
+      examples: pairs of an example at native size and the same fitted to the input size.
+      vocabulary: the label space of the ground truth and the prediction.
+      config: batch size and number of pictures.
+      name: for the progress line.
+      picture_folder: where overlay pictures go, if any.
+      coco_folder: where COCO panoptic json and PNGs go, if any.
+
+    Returns:
+      `PanopticQuality.summarize`, with "images" and "images_per_second" (compilation included).
+    """
+    quality = PanopticQuality(len(vocabulary))
+    rows: list[Image.Image] = []
+    writer = PanopticWriter(coco_folder, vocabulary) if coco_folder else None
+    count, start = 0, time.monotonic()
+    for chunk in _batched(examples, config.batch_size):
+        images = np.stack([boxed["image"] for _, boxed in chunk])
+        sizes = np.stack([boxed["image_size"] for _, boxed in chunk])
+        short = config.batch_size - len(chunk)
+        if short:  # the last batch is filled up: one shape, one compilation
+            images = np.concatenate([images, np.repeat(images[-1:], short, axis=0)])
+            sizes = np.concatenate([sizes, np.repeat(sizes[-1:], short, axis=0)])
+        results = unpack_segments(predict(images, sizes), sizes)
+        for (native, _), result in zip(chunk, results, strict=False):
+            id_map = _resize_ids(result.id_map, native["segment_ids"].shape)
+            segments = [s for s in result.segments if np.any(id_map == s["id"])]
+            labels = {s["id"]: s["label"] for s in segments}
+            quality.update(
+                native["segment_ids"],
+                native["segment_labels"],
+                native["segment_is_crowd"],
+                id_map,
+                labels,
+            )
+            if writer:
+                writer.add(int(native["image_id"]), native["file_name"], id_map, segments)
+            if picture_folder and len(rows) < config.num_pictures:
+                rows.append(_picture_row(native, id_map, labels, vocabulary))
+            count += 1
+    if not count:
+        raise ValueError("There is no image to evaluate; check the data section of the config.")
+    if writer:
+        writer.close()
+    if rows:
+        from concat_jax.evaluation import pictures
+        picture_folder.mkdir(parents=True, exist_ok=True)
+        pictures.comparison_sheet(rows).save(picture_folder / f"{name}.png")
+    seconds = time.monotonic() - start
+    print(f"{name}: {count} images evaluated, {count / seconds:.1f} images/s", flush=True)
+    return {**quality.summarize(vocabulary), "images": count, "images_per_second": count / seconds}
+
+
+def _batched(items: Iterable, size: int) -> Iterator[Sequence]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _resize_ids(ids: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Id map at another size, by nearest pixel centre."""
+    if ids.shape == shape:
+        return ids
+    rows = ((np.arange(shape[0]) + 0.5) * ids.shape[0] / shape[0]).astype(int)
+    columns = ((np.arange(shape[1]) + 0.5) * ids.shape[1] / shape[1]).astype(int)
+    return ids[rows[:, None], columns[None]]

@@ -1,0 +1,284 @@
+"""Panoptic quality as the official panopticapi counts it, in numpy, for seen and unseen classes.
+
+Two readings of the segmentation quality (SQ) are reported. panopticapi, and PADing after it, give
+a class without a true positive an SQ of 0 and average it in, so that one unseen class never found
+lowers the unseen SQ by its whole share: `sq`. The mean over classes with at least one true
+positive, which measures mask quality alone, is `sq_matched`. Published numbers are `sq`.
+
+Means run over classes that occur in the ground truth or the prediction. PADing's seen and unseen
+rows also count absent classes, as 0; the two agree on all of val2017, where every class occurs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from concat_jax.text.vocabulary import Vocabulary
+
+# Labels or crowd flags of segments: an array whose row g - 1 belongs to id g, or a map from id.
+Table = np.ndarray | list | tuple | Mapping[int, int]
+
+MAX_ID = 2**31 - 1
+
+
+def table_rows(labels: Table) -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids and labels of a table, in its order.
+
+    Args:
+      labels: [G] ints, row g - 1 for id g, negative where there is no such segment; or a mapping
+        from positive id to label.
+
+    Returns:
+      (ids [M] int64, labels [M] int64), padded rows left out.
+
+    Raises:
+      ValueError: if an array is not one-dimensional or a mapping holds id 0, which is void.
+    """
+    if isinstance(labels, Mapping):
+        ids = np.fromiter(labels.keys(), np.int64, len(labels))
+        values = np.fromiter(labels.values(), np.int64, len(labels))
+        if (ids <= 0).any():
+            raise ValueError(f"Segment ids must be positive, got {ids.min()}; 0 is void.")
+    else:
+        values = np.asarray(labels, np.int64)
+        if values.ndim != 1:
+            raise ValueError(f"A label table must be one-dimensional, got shape {values.shape}.")
+        ids = np.arange(1, len(values) + 1)
+    present = values >= 0
+    return ids[present], values[present]
+
+
+def _crowd_flags(is_crowd: Table | None, ids: np.ndarray) -> np.ndarray:
+    if is_crowd is None:
+        return np.zeros(len(ids), bool)
+    if isinstance(is_crowd, Mapping):
+        return np.array([bool(is_crowd.get(int(i), False)) for i in ids], bool)
+    flags = np.asarray(is_crowd, bool)
+    if len(ids) and ids.max() > len(flags):
+        raise ValueError(
+            f"gt_is_crowd has {len(flags)} rows but gt_labels holds the segment id {ids.max()}; "
+            "give both the same form and length."
+        )
+    return flags[ids - 1]
+
+
+def _rows_of(map_ids: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
+    """Position of each map id in (0, *ids); 0 stands for void."""
+    known = np.concatenate([[0], ids])
+    order = np.argsort(known, kind="stable")
+    place = np.minimum(np.searchsorted(known, map_ids, sorter=order), len(known) - 1)
+    rows = order[place]
+    missing = map_ids[known[rows] != map_ids]
+    if len(missing):
+        raise ValueError(
+            f"The {what} map holds the segment id {missing[0]}, which its label table does not "
+            "list; every non-zero id needs a label."
+        )
+    return rows
+
+
+class PanopticQuality:
+    """Accumulates matches over images; sums of several accumulators merge exactly.
+
+    Attributes:
+      iou_sum, tp, fp, fn: [K] float64, summed IoU of true positives and the three counts.
+    """
+
+    def __init__(self, num_classes: int):
+        """Starts at zero for K = `num_classes` classes.
+
+        Raises:
+          ValueError: if num_classes is not positive.
+        """
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}; at least one class is needed.")
+        self.num_classes = num_classes
+        self.iou_sum = np.zeros(num_classes)
+        self.tp = np.zeros(num_classes)
+        self.fp = np.zeros(num_classes)
+        self.fn = np.zeros(num_classes)
+
+    def update(
+        self,
+        gt_ids: np.ndarray,
+        gt_labels: Table,
+        gt_is_crowd: Table | None,
+        pred_ids: np.ndarray,
+        pred_labels: Table,
+    ) -> None:
+        """Adds one image.
+
+        As panopticapi (`pq_compute_single_core`): a pair matches when classes agree, the ground
+        truth is no crowd and IoU > 0.5, where pixels of void ground truth are taken out of the
+        union. An unmatched crowd is no false negative. An unmatched prediction of which more than
+        half lies on void plus the crowd of its class is no false positive; of several crowds of
+        one class only the last one listed counts, as there. Listed ground truth without a pixel
+        is a false negative, as there. A listed prediction without a pixel is ignored (panopticapi
+        refuses the file).
+
+        Args:
+          gt_ids: [H, W] non-negative ints, 0 void.
+          gt_labels: table of class indices, see `table_rows`.
+          gt_is_crowd: table of flags of the same form; None means no crowd.
+          pred_ids: [H, W] non-negative ints, 0 void.
+          pred_labels: table of class indices.
+
+        Raises:
+          ValueError: on maps of different shapes, ids that are not integers, negative or without
+            a label, or labels outside the K classes.
+        """
+        gt_ids, pred_ids = np.asarray(gt_ids), np.asarray(pred_ids)
+        if gt_ids.shape != pred_ids.shape:
+            raise ValueError(
+                f"Ground truth {gt_ids.shape} and prediction {pred_ids.shape} differ in size; "
+                "resize the prediction to the ground truth first."
+            )
+        gt_table_ids, gt_classes = table_rows(gt_labels)
+        pred_table_ids, pred_classes = table_rows(pred_labels)
+        for what, classes in (("ground truth", gt_classes), ("prediction", pred_classes)):
+            if len(classes) and classes.max() >= self.num_classes:
+                raise ValueError(
+                    f"The {what} holds the class index {classes.max()}, outside the "
+                    f"{self.num_classes} classes of this accumulator."
+                )
+        is_crowd = np.concatenate([[False], _crowd_flags(gt_is_crowd, gt_table_ids)])
+
+        pairs, counts = self._count_pairs(gt_ids, pred_ids)
+        inter = np.zeros((len(gt_table_ids) + 1, len(pred_table_ids) + 1), np.int64)
+        gt_rows = _rows_of(pairs[0], gt_table_ids, "ground truth")
+        pred_rows = _rows_of(pairs[1], pred_table_ids, "prediction")
+        inter[gt_rows, pred_rows] = counts
+        on_void, gt_area, pred_area = inter[0], inter.sum(axis=1), inter.sum(axis=0)
+        gt_classes = np.concatenate([[-1], gt_classes])
+        pred_classes = np.concatenate([[-2], pred_classes])  # void matches void nowhere
+
+        union = gt_area[:, None] + pred_area - inter - on_void
+        comparable = (gt_classes[:, None] == pred_classes) & ~is_crowd[:, None] & (inter > 0)
+        iou = np.divide(inter, union, out=np.zeros(inter.shape), where=comparable)
+        matched_gt, matched_pred = np.nonzero(iou > 0.5)
+        np.add.at(self.iou_sum, gt_classes[matched_gt], iou[matched_gt, matched_pred])
+        np.add.at(self.tp, gt_classes[matched_gt], 1)
+
+        missed = ~is_crowd
+        missed[0] = False
+        missed[matched_gt] = False
+        np.add.at(self.fn, gt_classes[missed], 1)
+
+        crowd_of_class = np.full(self.num_classes, -1)
+        for row in np.flatnonzero(is_crowd):  # the last one listed wins
+            crowd_of_class[gt_classes[row]] = row
+        false = pred_area > 0
+        false[0] = False
+        false[matched_pred] = False
+        rows = np.flatnonzero(false)
+        crowd = crowd_of_class[pred_classes[rows]]
+        ignored = on_void[rows] + np.where(crowd >= 0, inter[crowd, rows], 0)
+        rows = rows[ignored / pred_area[rows] <= 0.5]
+        np.add.at(self.fp, pred_classes[rows], 1)
+
+    @staticmethod
+    def _count_pairs(gt_ids: np.ndarray, pred_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct (gt id, pred id) pairs [2, M] of two maps and how many pixels hold each, [M]."""
+        for what, ids in (("ground truth", gt_ids), ("prediction", pred_ids)):
+            if not np.issubdtype(ids.dtype, np.integer):
+                raise ValueError(f"The {what} map has type {ids.dtype}; ids must be integers.")
+            if ids.size and (ids.min() < 0 or ids.max() > MAX_ID):
+                raise ValueError(
+                    f"The {what} map holds ids from {ids.min()} to {ids.max()}; they must lie in "
+                    f"0..{MAX_ID}."
+                )
+        span = int(pred_ids.max(initial=0)) + 1
+        codes = gt_ids.astype(np.int64).ravel() * span + pred_ids.astype(np.int64).ravel()
+        codes, counts = np.unique(codes, return_counts=True)
+        return np.stack([codes // span, codes % span]), counts
+
+    def merge(self, other: PanopticQuality) -> None:
+        """Adds the counts of another accumulator, for example of another host.
+
+        Raises:
+          ValueError: if the numbers of classes differ.
+        """
+        if other.num_classes != self.num_classes:
+            raise ValueError(
+                f"Cannot merge PQ counts of {other.num_classes} classes into {self.num_classes}; "
+                "both runs must use one vocabulary."
+            )
+        self.iou_sum += other.iou_sum
+        self.tp += other.tp
+        self.fp += other.fp
+        self.fn += other.fn
+
+    def summarize(self, vocabulary: Vocabulary) -> dict:
+        """PQ, SQ and RQ in percent for groups of classes and for every class.
+
+        Args:
+          vocabulary: the K classes, which says what is thing or stuff, seen or unseen.
+
+        Returns:
+          {"all" | "things" | "stuff" | "seen" | "unseen": {"pq", "sq", "rq", "sq_matched": float,
+          "n": classes in the mean}, "harmonic": {"pq", "sq", "rq", "sq_matched"}: 2su / (s + u) of
+          the seen and unseen aggregates, 0 when both are 0, "per_class": K dicts with "name",
+          "is_thing", "is_seen", "pq", "sq", "rq" (percent), "tp", "fp", "fn" (ints)}.
+          A mean over no class, and the qualities of a class that occurs nowhere, are NaN.
+
+        Raises:
+          ValueError: if the vocabulary has another number of classes.
+        """
+        if len(vocabulary) != self.num_classes:
+            raise ValueError(
+                f"The vocabulary has {len(vocabulary)} classes but {self.num_classes} were counted."
+            )
+        weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
+        occurs, found = weight > 0, self.tp > 0
+
+        def ratio(numerator, denominator, where):
+            absent = np.full(self.num_classes, np.nan)
+            absent[occurs] = 0.0
+            return 100.0 * np.divide(numerator, denominator, out=absent, where=where)
+
+        quality = {
+            "pq": ratio(self.iou_sum, weight, occurs),
+            "sq": ratio(self.iou_sum, self.tp, found),
+            "rq": ratio(self.tp, weight, occurs),
+        }
+        is_thing, is_seen = np.asarray(vocabulary.is_thing), np.asarray(vocabulary.is_seen)
+        groups = {
+            "all": np.ones(self.num_classes, bool),
+            "things": is_thing,
+            "stuff": ~is_thing,
+            "seen": is_seen,
+            "unseen": ~is_seen,
+        }
+        summary: dict = {}
+        for group, members in groups.items():
+            chosen = members & occurs
+            means = {name: _mean(values[chosen]) for name, values in quality.items()}
+            means["sq_matched"] = _mean(quality["sq"][members & found])
+            summary[group] = means | {"n": int(chosen.sum())}
+        summary["harmonic"] = {
+            name: harmonic_mean(summary["seen"][name], summary["unseen"][name])
+            for name in ("pq", "sq", "rq", "sq_matched")
+        }
+        summary["per_class"] = [
+            {
+                "name": name,
+                "is_thing": bool(is_thing[k]),
+                "is_seen": bool(is_seen[k]),
+                **{key: float(values[k]) for key, values in quality.items()},
+                **{key: int(getattr(self, key)[k]) for key in ("tp", "fp", "fn")},
+            }
+            for k, name in enumerate(vocabulary.names)
+        ]
+        return summary
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def harmonic_mean(seen: float, unseen: float) -> float:
+    """2su / (s + u), the zero-shot aggregate; 0 when s + u = 0, NaN when either is NaN."""
+    total = seen + unseen
+    return 2.0 * seen * unseen / total if total != 0 else 0.0

@@ -1,0 +1,117 @@
+"""Bipartite matching of queries and segments, on device, for all prediction sets in one call."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from concat_jax.losses import masks
+
+
+def matching_cost(
+    class_logits: jax.Array,
+    point_logits: jax.Array,
+    point_targets: jax.Array,
+    labels: jax.Array,
+    *,
+    class_weight: float,
+    mask_weight: float,
+    dice_weight: float,
+) -> jax.Array:
+    """Cost of giving segment g to query n. Source: Mask2Former `HungarianMatcher`.
+
+    Args:
+      class_logits: [B, L, N, K+1]; the last column is no-object.
+      point_logits: [B, L, N, P] mask logits at points shared by the queries of an image.
+      point_targets: [B, L, G, P] the segments' mask values there.
+      labels: [B, G] int32 rows of the class logits; any value where padded.
+      class_weight: weight of minus the class probability.
+      mask_weight: weight of the binary cross-entropy.
+      dice_weight: weight of the dice loss.
+
+    Returns:
+      [B, L, N, G] float32.
+    """
+    probs = jax.nn.softmax(class_logits.astype(jnp.float32), axis=-1)
+    index = jnp.clip(labels, 0)[:, None, None, :]
+    class_cost = -jnp.take_along_axis(
+        probs, jnp.broadcast_to(index, (*probs.shape[:3], labels.shape[-1])), axis=-1
+    )
+    return (
+        class_weight * class_cost
+        + mask_weight * masks.pairwise_mask_bce(point_logits, point_targets)
+        + dice_weight * masks.pairwise_mask_dice(point_logits, point_targets)
+    )
+
+
+def match(cost: jax.Array, valid: jax.Array) -> jax.Array:
+    """Hungarian assignment of one query to each valid segment.
+
+    A cost that is not finite counts as worse than every finite one, so a NaN can neither crash
+    the solver nor win. Where segments outnumber queries, the costliest stay unmatched.
+
+    Args:
+      cost: [B, L, N, G] float32.
+      valid: [B, G] bool, False where the segment is padding.
+
+    Returns:
+      [B, L, G] int32: the query of each segment, -1 where invalid or left over. No gradient.
+    """
+    cost = jax.lax.stop_gradient(cost)
+    usable = valid[:, None, None, :] & jnp.isfinite(cost)
+    worst = jnp.max(jnp.where(usable, cost, 0.0), axis=(2, 3), keepdims=True)
+    best = jnp.min(jnp.where(usable, cost, 0.0), axis=(2, 3), keepdims=True)
+    num_queries, num_segments = cost.shape[-2:]
+    rank = min(num_queries, num_segments)
+    spread = worst - best + 1.0
+    not_finite = worst + rank * spread
+    # With a query for every column a padded column shifts all assignments alike. Where queries
+    # are scarce it must cost more than it could save, or padding would take them from segments.
+    padded = 0.0 if num_queries >= num_segments else worst + (rank + 1) * rank * spread
+    cost = jnp.where(usable, cost, not_finite)
+    cost = jnp.where(valid[:, None, None, :], cost, padded)
+
+    query_of_segment = _over_batch_shards(jax.vmap(jax.vmap(_assign)))(cost)
+    return jnp.where(valid[:, None, :], query_of_segment, -1)
+
+
+def _assign(cost: jax.Array) -> jax.Array:
+    """Query of each column of one cost matrix [N, G], -1 for columns left over; [G] int32."""
+    queries, segments = optax.assignment.hungarian_algorithm(cost)
+    unmatched = jnp.full((cost.shape[1],), -1, jnp.int32)
+    return unmatched.at[segments].set(queries.astype(jnp.int32))
+
+
+def _over_batch_shards(function):
+    """Run `function` on each device's own part of the batch.
+
+    The solver loops until its slowest problem is done. Under a plain jit that condition is
+    global: one collective an iteration. Each shard's problems are its own, so it loops alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    spec = PartitionSpec(mesh.axis_names)
+    # check_vma=False: the solver's carry mixes constants with sharded values.
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
+
+
+def labels_of_queries(
+    query_of_segment: jax.Array, labels: jax.Array, num_queries: int, no_object: int
+) -> jax.Array:
+    """Class target of every query.
+
+    Args:
+      query_of_segment: [B, L, G] int32 from `match`, -1 unmatched.
+      labels: [B, G] int32.
+      num_queries: N.
+      no_object: label of a query without a segment.
+
+    Returns:
+      [B, L, N] int32.
+    """
+    hit = query_of_segment[..., None] == jnp.arange(num_queries)  # [B, L, G, N]
+    label = jnp.max(jnp.where(hit, labels[:, None, :, None], -1), axis=2)
+    return jnp.where(hit.any(axis=2), label, no_object)

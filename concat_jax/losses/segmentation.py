@@ -1,0 +1,177 @@
+"""The segmentor's loss: classification, mask BCE and dice of every matched prediction set."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from concat_jax.losses import classification, masks, matching
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationLossConfig:
+    """Constants of Mask2Former's criterion; the defaults are the reference's.
+
+    Attributes:
+      class_weight: weight of the cross-entropy, in the loss and in the matching cost.
+      mask_weight: weight of the mask BCE, likewise.
+      dice_weight: weight of the dice loss, likewise.
+      no_object_weight: class weight of no-object, which most queries are.
+      num_points: points a mask is compared on, 112 x 112.
+      oversample_ratio: candidates drawn per point.
+      importance_ratio: share of the points taken where the mask is least certain.
+    """
+
+    class_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    no_object_weight: float = 0.1
+    num_points: int = 12544
+    oversample_ratio: float = 3.0
+    importance_ratio: float = 0.75
+
+
+class SegmentationLoss(flax.struct.PyTreeNode):
+    """Loss terms, already weighted and summed over prediction sets, and the matching.
+
+    Attributes:
+      loss_class: [] float32.
+      loss_mask: [] float32.
+      loss_dice: [] float32.
+      query_of_segment: [B, L, G] int32, -1 unmatched.
+      query_labels: [B, L, N] int32 class of every query, K where it holds no segment.
+    """
+
+    loss_class: jax.Array
+    loss_mask: jax.Array
+    loss_dice: jax.Array
+    query_of_segment: jax.Array
+    query_labels: jax.Array
+
+
+def match_queries(
+    rng: jax.Array,
+    class_logits: jax.Array,
+    mask_embeddings: jax.Array,
+    mask_features: jax.Array,
+    segment_ids: jax.Array,
+    labels: jax.Array,
+    config: SegmentationLossConfig,
+) -> jax.Array:
+    """Match all prediction sets on uniform random points, shared by an image's queries and sets.
+
+    The reference draws new points for each set; sharing them lets one gather of mask features
+    serve all sets, and the cost keeps its expectation.
+
+    Args:
+      rng: PRNG key for the points.
+      class_logits: [B, L, N, K+1].
+      mask_embeddings: [B, L, N, D].
+      mask_features: [B, h, w, D].
+      segment_ids: [B, H, W] id map, 0 void.
+      labels: [B, G] int32 in 0..K-1, -1 where padded.
+      config: weights and number of points.
+
+    Returns:
+      [B, L, G] int32 query of each segment, -1 unmatched.
+    """
+    points = jax.random.uniform(rng, (len(segment_ids), config.num_points, 2))
+    features = masks.sample_features(jax.lax.stop_gradient(mask_features), points)
+    point_logits = jnp.einsum(
+        "blnd,bpd->blnp",
+        jax.lax.stop_gradient(mask_embeddings),
+        features,
+        preferred_element_type=jnp.float32,
+    )
+    targets = masks.sample_segments(segment_ids, points, labels.shape[1])
+    cost = matching.matching_cost(
+        jax.lax.stop_gradient(class_logits),
+        point_logits,
+        jnp.broadcast_to(
+            targets[:, None], (targets.shape[0], class_logits.shape[1], *targets.shape[1:])
+        ),
+        labels,
+        class_weight=config.class_weight,
+        mask_weight=config.mask_weight,
+        dice_weight=config.dice_weight,
+    )
+    return matching.match(cost, labels >= 0)
+
+
+def segmentation_loss(
+    rng: jax.Array,
+    class_logits: jax.Array,
+    mask_embeddings: jax.Array,
+    mask_features: jax.Array,
+    segment_ids: jax.Array,
+    labels: jax.Array,
+    config: SegmentationLossConfig,
+) -> SegmentationLoss:
+    """Loss over L prediction sets. Source: Mask2Former `SetCriterion`.
+
+    Args:
+      rng: PRNG key for the points.
+      class_logits: [B, L, N, K+1]; the last column is no-object.
+      mask_embeddings: [B, L, N, D].
+      mask_features: [B, h, w, D].
+      segment_ids: [B, H, W] id map, 0 void.
+      labels: [B, G] int32 in 0..K-1, -1 where padded; such a segment's pixels are negatives of
+        the other segments, as void pixels are.
+      config: weights and point counts.
+
+    Returns:
+      SegmentationLoss; masks are normalised by the number of segments in the global batch.
+    """
+    rng_match, rng_points = jax.random.split(rng)
+    batch, num_sets, num_queries, num_logits = class_logits.shape
+    num_segments = labels.shape[1]
+    query_of_segment = match_queries(
+        rng_match, class_logits, mask_embeddings, mask_features, segment_ids, labels, config
+    )
+    matched = query_of_segment >= 0  # [B, L, G]
+
+    query_labels = matching.labels_of_queries(
+        query_of_segment, labels, num_queries, no_object=num_logits - 1
+    )
+    class_weights = jnp.ones(num_logits).at[-1].set(config.no_object_weight)
+    losses, weights = classification.weighted_cross_entropy(
+        class_logits, query_labels, class_weights
+    )
+    loss_class = jnp.sum(losses.sum(axis=(0, 2)) / weights.sum(axis=(0, 2)))
+
+    # Only matched queries' masks are formed: [B, L, G, h, w], not all N queries'.
+    embeddings = jnp.take_along_axis(
+        mask_embeddings, jnp.clip(query_of_segment, 0)[..., None], axis=2
+    )
+    mask_logits = jnp.einsum(
+        "blgd,bhwd->blghw", embeddings, mask_features, preferred_element_type=jnp.float32
+    )
+    mask_logits = mask_logits.reshape(batch, num_sets * num_segments, *mask_logits.shape[3:])
+    points = masks.sample_uncertain_points(
+        rng_points,
+        mask_logits,
+        config.num_points,
+        oversample_ratio=config.oversample_ratio,
+        importance_ratio=config.importance_ratio,
+    )
+    point_logits = masks.sample_maps(mask_logits, points)
+    point_logits = point_logits.reshape(batch, num_sets, num_segments, -1)
+    by_segment = points.reshape(batch, num_sets, num_segments, -1, 2).swapaxes(1, 2)
+    targets = masks.sample_own_segment(
+        segment_ids, by_segment.reshape(batch, num_segments, -1, 2)
+    )
+    targets = targets.reshape(batch, num_segments, num_sets, -1).swapaxes(1, 2)
+
+    count = jnp.maximum(jnp.sum(labels >= 0), 1)
+    bce = jnp.where(matched, masks.mask_bce(point_logits, targets), 0.0)
+    dice = jnp.where(matched, masks.mask_dice(point_logits, targets), 0.0)
+    return SegmentationLoss(
+        loss_class=config.class_weight * loss_class,
+        loss_mask=config.mask_weight * bce.sum() / count,
+        loss_dice=config.dice_weight * dice.sum() / count,
+        query_of_segment=query_of_segment,
+        query_labels=query_labels,
+    )

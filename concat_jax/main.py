@@ -1,0 +1,65 @@
+"""The command line: read a config, run its stages in order, evaluate.
+
+    python -m concat_jax.main --config=configs/demo_zps.py --workdir=runs/demo
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from concat_jax.run import Run
+from concat_jax.training.loop import NonFiniteLossError, Preempted
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File in configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if absent.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts: jax.distributed first.")
+
+# Compiled programs are kept here unless JAX_COMPILATION_CACHE_DIR says otherwise.
+_CACHE = Path.home() / ".cache" / "concat_jax" / "xla"
+
+
+def run(config, workdir: str) -> dict:
+    """Run a config in a workdir; returns the report. Errors are raised, as for any function."""
+    from data_pipelines.datasets import make_datasets
+
+    datasets = make_datasets(
+        config.data,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return Run(config, Path(workdir), datasets).run()
+
+
+def main(argv: list[str]) -> None:
+    """Entry point; a user's mistake ends in one sentence and exit code 1."""
+    if len(argv) > 1:
+        sys.exit(f"Error: unknown argument {argv[1]!r}; flags look like --workdir=DIR.")
+    if _CONFIG.value is None or not _WORKDIR.value:
+        sys.exit("Error: give --config=configs/demo_zps.py (or another file) and --workdir=DIR.")
+    logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+    try:
+        run(_CONFIG.value, _WORKDIR.value)
+    except (ValueError, OSError, NonFiniteLossError, Preempted) as error:
+        sys.exit(f"Error: {error}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse flags; a typo in one, or in a config key, ends in one sentence naming the nearest."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, ValueError, KeyError, AttributeError, OSError) as error:
+        sys.exit(f"Error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

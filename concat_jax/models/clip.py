@@ -1,0 +1,422 @@
+"""CLIP's two towers in flax.linen.
+
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
+sections 2.4-2.5; layer for layer the ViT variants of `openai/CLIP clip/model.py`. Submodules carry
+the names of the Hugging Face checkpoints (`transformers models/clip/modeling_clip.py`), so that
+`concat_jax.models.clip_weights` is a rename table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# What goes in and comes out of CLIP, so that callers need one module.
+from concat_jax.models.clip_images import l2_normalize as l2_normalize
+from concat_jax.models.clip_images import normalize_clip_images as normalize_clip_images
+from concat_jax.models.clip_images import resize_for_clip as resize_for_clip
+from concat_jax.models.clip_images import resize_windows as resize_windows
+
+# The largest multiplier CLIP lets its similarities have (section 2.5), kept against instability.
+MAX_LOGIT_SCALE = 100.0
+# "equivalent of 0.07" in section 2.5: the temperature that training starts from.
+INITIAL_LOGIT_SCALE = 1.0 / 0.07
+
+_LAYER_NORM_EPSILON = 1e-5  # torch's default, which CLIP was trained with; linen's is 1e-6
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS = {
+    "quick_gelu": _quick_gelu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+def _layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=_LAYER_NORM_EPSILON, dtype=dtype, use_fast_variance=False, name=name
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, L, W] -> [B, L, W]; softmax in float32 whatever `dtype`."""
+
+    num_heads: int
+    depth: int
+    is_causal: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        # Residual branches start small in proportion to their number (openai/CLIP clip/model.py).
+        into = nn.initializers.normal(width**-0.5)
+        out_of = nn.initializers.normal(width**-0.5 * (2 * self.depth) ** -0.5)
+
+        def heads(name: str) -> jax.Array:  # [B, L, heads, W / heads]
+            y = nn.Dense(width, kernel_init=into, dtype=self.dtype, name=name)(x)
+            return y.reshape(*y.shape[:-1], self.num_heads, width // self.num_heads)
+
+        attended = jax.nn.dot_product_attention(
+            heads("q_proj"), heads("k_proj"), heads("v_proj"), is_causal=self.is_causal
+        )
+        attended = attended.reshape(x.shape)
+        return nn.Dense(width, kernel_init=out_of, dtype=self.dtype, name="out_proj")(attended)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, [B, L, W] -> [B, L, W]."""
+
+    num_heads: int
+    depth: int
+    mlp_ratio: float
+    activation: str
+    is_causal: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        y = _layer_norm(self.dtype, "layer_norm1")(x)
+        x = x + Attention(self.num_heads, self.depth, self.is_causal, self.dtype, name="self_attn")(
+            y
+        )
+        y = _layer_norm(self.dtype, "layer_norm2")(x)
+        into = nn.initializers.normal((2 * width) ** -0.5)
+        out_of = nn.initializers.normal(width**-0.5 * (2 * self.depth) ** -0.5)
+        y = nn.Dense(round(width * self.mlp_ratio), kernel_init=into, dtype=self.dtype, name="fc1")(
+            y
+        )
+        y = _ACTIVATIONS[self.activation](y)
+        return x + nn.Dense(width, kernel_init=out_of, dtype=self.dtype, name="fc2")(y)
+
+
+class PatchStem(nn.Module):
+    """CLIP's patch embedding as one matrix product, [B, H, W, 3] -> [B, H/p, W/p, D]."""
+
+    patch_size: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        p = self.patch_size
+        batch, height, width, channels = images.shape
+        patches = images.reshape(batch, height // p, p, width // p, p, channels)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(batch, height // p, width // p, p * p * channels)
+        return nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="projection")(patches)
+
+
+class ConvStem(nn.Module):
+    """Stride-2 3x3 convolutions down to the patch stride, [B, H, W, 3] -> [B, H/p, W/p, D].
+
+    Xiao et al. 2021, "Early Convolutions Help Transformers See Better", section 4: channels double
+    to the tower's width and a last 1x1 convolution follows. GroupNorm stands for their BatchNorm,
+    since a contrastive batch must not leak between its members.
+    """
+
+    patch_size: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images
+        steps = self.patch_size.bit_length() - 1
+        for step in range(steps):
+            channels = max(8, self.width >> (steps - 1 - step))
+            x = nn.Conv(channels, (3, 3), strides=2, padding=1, use_bias=False, dtype=self.dtype)(x)
+            x = nn.GroupNorm(num_groups=math.gcd(channels, 8), dtype=self.dtype)(x)
+            x = nn.relu(x)
+        return nn.Dense(self.width, dtype=self.dtype, name="projection")(x)
+
+
+_STEMS = {"patch": PatchStem, "conv": ConvStem}
+
+
+def interpolate_positions(
+    table: jax.Array, grid: tuple[int, int], target: tuple[int, int], method: str
+) -> jax.Array:
+    """Learned positions of a class token and a patch grid, resampled for another grid.
+
+    As `open_clip resize_pos_embed`: the class token's row is kept, the grid is resized with
+    antialiasing and half-pixel centres (torch `interpolate(mode="bicubic", antialias=True)` gives
+    the same numbers).
+
+    Args:
+      table: [1 + h * w, D], row 0 the class token's, then the grid in row-major order.
+      grid: (h, w) that `table` was learned on.
+      target: (h', w') wanted.
+      method: "bicubic" or "bilinear".
+
+    Returns:
+      [1 + h' * w', D]; `table` itself where the grids are equal.
+    """
+    if grid == target:
+        return table
+    width = table.shape[-1]
+    patches = table[1:].reshape(*grid, width)
+    patches = jax.image.resize(patches, (*target, width), method, antialias=True)
+    return jnp.concatenate([table[:1], patches.reshape(-1, width)])
+
+
+def _transformer(tower: VisionTower | TextTower, x: jax.Array, is_causal: bool) -> jax.Array:
+    """The blocks of a tower, [B, L, D] -> [B, L, D]; call it inside the tower's compact method."""
+    for layer in range(tower.depth):
+        x = Block(
+            num_heads=tower.num_heads,
+            depth=tower.depth,
+            mlp_ratio=tower.mlp_ratio,
+            activation=tower.activation,
+            is_causal=is_causal,
+            dtype=tower.dtype,
+            name=f"layers_{layer}",
+        )(x)
+    return x
+
+
+class VisionTower(nn.Module):
+    """ViT up to the normalised class token, [B, H, W, 3] -> [B, D]."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    activation: str
+    stem: str
+    position_interpolation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        side = self.image_size // self.patch_size
+        x = _STEMS[self.stem](self.patch_size, self.width, self.dtype, name="patch_embedding")(
+            images.astype(self.dtype)
+        )
+        batch, rows, columns, width = x.shape
+        scale = nn.initializers.normal(self.width**-0.5)
+        cls = self.param("class_embedding", scale, (width,))
+        table = self.param("position_embedding", scale, (1 + side * side, width))
+        table = interpolate_positions(
+            table, (side, side), (rows, columns), self.position_interpolation
+        )
+        cls = jnp.broadcast_to(cls.astype(self.dtype), (batch, 1, width))
+        x = jnp.concatenate([cls, x.reshape(batch, rows * columns, width)], axis=1)
+        x = x + table.astype(self.dtype)
+        x = _layer_norm(self.dtype, "pre_layrnorm")(x)  # the checkpoints' own spelling
+        x = _transformer(self, x, is_causal=False)
+        return _layer_norm(self.dtype, "post_layernorm")(x[:, 0])
+
+
+class TextTower(nn.Module):
+    """Causal transformer up to the normalised end-of-text token, [M, L] int32 -> [M, D]."""
+
+    vocab_size: int
+    context_length: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    activation: str
+    eot_id: int | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        embed = nn.Embed(
+            self.vocab_size,
+            self.width,
+            embedding_init=nn.initializers.normal(0.02),
+            dtype=self.dtype,
+            name="token_embedding",
+        )
+        positions = self.param(
+            "position_embedding", nn.initializers.normal(0.01), (self.context_length, self.width)
+        )
+        x = embed(tokens) + positions[: tokens.shape[1]].astype(self.dtype)
+        x = _transformer(self, x, is_causal=True)
+        x = _layer_norm(self.dtype, "final_layer_norm")(x)
+        eot = jnp.argmax(tokens if self.eot_id is None else tokens == self.eot_id, axis=1)
+        return jnp.take_along_axis(x, eot[:, None, None], axis=1)[:, 0]
+
+
+class CLIP(nn.Module):
+    """CLIP with ViT image tower and text tower; the defaults are OpenAI's ViT-B/16.
+
+    Build it with `make_clip`, which checks the fields. Attributes:
+      embed_dim: C, width of the joint space.
+      image_size: native picture side; other sizes interpolate the positions.
+      patch_size: pixels a token; a power of two for the "conv" stem.
+      image_width, image_depth, image_heads: the image tower.
+      vocab_size, context_length: number of token ids; longest token sequence.
+      text_width, text_depth, text_heads: the text tower.
+      image_mlp_ratio, text_mlp_ratio: hidden width of the MLPs over the tower's width.
+      activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact; most OpenCLIP weights).
+      stem: "patch" (CLIP's) or "conv" (small pictures from scratch, see `ConvStem`).
+      eot_id: pool the text at the first occurrence of this id; None pools at the largest id of the
+        row, as OpenAI's code does. A row without `eot_id` is pooled at its first token.
+      position_interpolation: "bicubic" or "bilinear", for pictures of another size.
+      dtype: compute type; parameters and outputs are float32.
+    """
+
+    embed_dim: int = 512
+    image_size: int = 224
+    patch_size: int = 16
+    image_width: int = 768
+    image_depth: int = 12
+    image_heads: int = 12
+    vocab_size: int = 49408
+    context_length: int = 77
+    text_width: int = 512
+    text_depth: int = 12
+    text_heads: int = 8
+    image_mlp_ratio: float = 4.0
+    text_mlp_ratio: float = 4.0
+    activation: str = "quick_gelu"
+    stem: str = "patch"
+    eot_id: int | None = None
+    position_interpolation: str = "bicubic"
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.vision_model = VisionTower(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            width=self.image_width,
+            depth=self.image_depth,
+            num_heads=self.image_heads,
+            mlp_ratio=self.image_mlp_ratio,
+            activation=self.activation,
+            stem=self.stem,
+            position_interpolation=self.position_interpolation,
+            dtype=self.dtype,
+        )
+        self.text_model = TextTower(
+            vocab_size=self.vocab_size,
+            context_length=self.context_length,
+            width=self.text_width,
+            depth=self.text_depth,
+            num_heads=self.text_heads,
+            mlp_ratio=self.text_mlp_ratio,
+            activation=self.activation,
+            eot_id=self.eot_id,
+            dtype=self.dtype,
+        )
+        self.visual_projection = self._projection(self.image_width)
+        self.text_projection = self._projection(self.text_width)
+        self.logit_scale = self.param(
+            "logit_scale", nn.initializers.constant(math.log(INITIAL_LOGIT_SCALE)), ()
+        )
+
+    def _projection(self, width: int) -> nn.Dense:
+        init = nn.initializers.normal(width**-0.5)
+        return nn.Dense(self.embed_dim, use_bias=False, kernel_init=init, dtype=self.dtype)
+
+    def encode_image(self, images: jax.Array) -> jax.Array:
+        """Projected class tokens.
+
+        Args:
+          images: [B, H, W, 3] float, normalised as by `normalize_clip_images`.
+
+        Returns:
+          [B, C] float32, not L2-normalised.
+
+        Raises:
+          ValueError: if the shape is not [B, H, W, 3] with sides divisible by the patch size.
+        """
+        p = self.patch_size
+        if images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] % p or images.shape[2] % p:
+            raise ValueError(
+                f"CLIP's image tower got images of shape {images.shape}; give [B, H, W, 3] with H "
+                f"and W divisible by the patch size {p}."
+            )
+        return self.visual_projection(self.vision_model(images)).astype(jnp.float32)
+
+    def encode_text(self, tokens: jax.Array) -> jax.Array:
+        """Projected end-of-text tokens.
+
+        Args:
+          tokens: [M, L] int32 from a tokenizer of `concat_jax.text.tokenizer`, L <= context_length.
+
+        Returns:
+          [M, C] float32, not L2-normalised.
+
+        Raises:
+          ValueError: if the shape is not [M, L] with L <= context_length.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] > self.context_length:
+            raise ValueError(
+                f"CLIP's text tower got tokens of shape {tokens.shape}; give [M, L] with L at most "
+                f"the context length {self.context_length}."
+            )
+        return self.text_projection(self.text_model(tokens)).astype(jnp.float32)
+
+    def __call__(
+        self, images: jax.Array, tokens: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Both embeddings and the multiplier of their cosine similarities.
+
+        Returns:
+          image embeddings [B, C] and text embeddings [M, C] as `encode_image` and `encode_text`
+          give them; the scale [] float32, exp of the parameter `logit_scale`, at most
+          `MAX_LOGIT_SCALE` (no gradient flows to the parameter beyond that).
+        """
+        log_scale = jnp.minimum(self.logit_scale, math.log(MAX_LOGIT_SCALE))
+        return self.encode_image(images), self.encode_text(tokens), jnp.exp(log_scale)
+
+
+def make_clip(config: Mapping[str, Any]) -> CLIP:
+    """A `CLIP` from a mapping of its fields; absent fields take the ViT-B/16 defaults.
+
+    Args:
+      config: field name to value, for example an `ml_collections.ConfigDict`; `dtype` may be a
+        string.
+
+    Raises:
+      ValueError: for a key that is no field (the nearest field is named) and for values that do not
+        fit together.
+    """
+    config = dict(config)
+    names = [f.name for f in dataclasses.fields(CLIP) if f.name not in ("parent", "name")]
+    for key in config:
+        if key not in names:
+            nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"CLIP has no field {key!r}; did you mean {nearest!r}?")
+    if "dtype" in config:
+        config["dtype"] = jnp.dtype(config["dtype"])
+    clip = CLIP(**config)
+    for field, allowed in (
+        ("stem", tuple(_STEMS)),
+        ("activation", tuple(_ACTIVATIONS)),
+        ("position_interpolation", ("bicubic", "bilinear")),
+    ):
+        if getattr(clip, field) not in allowed:
+            raise ValueError(
+                f"CLIP's {field} is {getattr(clip, field)!r}; choose one of {allowed}."
+            )
+    for tower in ("image", "text"):
+        width, heads = getattr(clip, f"{tower}_width"), getattr(clip, f"{tower}_heads")
+        if width % heads:
+            raise ValueError(f"CLIP's {tower}_width {width} is not divisible by its {heads} heads.")
+    if clip.image_size % clip.patch_size:
+        raise ValueError(
+            f"CLIP's image_size {clip.image_size} is not divisible by patch_size {clip.patch_size}."
+        )
+    if clip.stem == "conv" and (clip.patch_size < 2 or clip.patch_size & (clip.patch_size - 1)):
+        raise ValueError(
+            f"CLIP's conv stem needs a patch_size that is a power of two, not {clip.patch_size}."
+        )
+    return clip

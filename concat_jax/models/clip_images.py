@@ -1,0 +1,127 @@
+"""Pictures as CLIP wants them, on device: windows resized with antialiasing, normalised.
+
+`openai/CLIP clip/clip.py _transform` resizes the short side bicubically, crops the centre and
+normalises, on the host and one picture at a time. Here every picture of a batch keeps its own valid
+area and the resampling is two matrix products, so shapes are static and accelerators like it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+# openai/CLIP clip/clip.py `_transform`: RGB statistics of CLIP's own training pictures, in [0, 1].
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalize_clip_images(images: jax.Array) -> jax.Array:
+    """`images` [..., 3] RGB in 0..255, uint8 or float -> [..., 3] float32 by CLIP's statistics."""
+    mean = 255.0 * jnp.asarray(CLIP_MEAN, jnp.float32)
+    std = 255.0 * jnp.asarray(CLIP_STD, jnp.float32)
+    return (images.astype(jnp.float32) - mean) / std
+
+
+def l2_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """`x` [..., C] over its Euclidean norm, in float32.
+
+    Rows of norm under `epsilon` are divided by `epsilon`, so that the gradient is finite at zero.
+    """
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, epsilon**2))
+
+
+def _cubic(distance: jax.Array) -> jax.Array:
+    """Keys' cubic kernel, a = -1/2: that of Pillow, `jax.image` and torch's antialiased resize."""
+    d = jnp.abs(distance)
+    near = (1.5 * d - 2.5) * d * d + 1.0
+    far = ((-0.5 * d + 2.5) * d - 4.0) * d + 2.0
+    return jnp.where(d < 1.0, near, jnp.where(d < 2.0, far, 0.0))
+
+
+def _resampling_weights(
+    start: jax.Array, extent: jax.Array, valid: jax.Array, in_size: int, out_size: int
+) -> jax.Array:
+    """Weights [B, G, out_size, in_size] that resample [start, start + extent) of one axis.
+
+    `start`, `extent` are [B, G] in pixels with edges at integers; pixels from `valid` [B] on weigh
+    nothing.
+    """
+    step = (extent / out_size)[..., None]
+    centre = start[..., None] + (jnp.arange(out_size) + 0.5) * step - 0.5
+    pixels = jnp.arange(in_size, dtype=jnp.float32)
+    # Widening the kernel by the reduction factor is what antialiases; it never narrows.
+    spread = jnp.maximum(step, 1.0)[..., None]
+    weights = _cubic((pixels - centre[..., None]) / spread)
+    weights = jnp.where(pixels < valid[:, None, None, None], weights, 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(jnp.abs(total) < 1e-6, 1.0, total)
+
+
+def resize_windows(
+    images: jax.Array, windows: jax.Array, size: int, *, image_size: jax.Array | None = None
+) -> jax.Array:
+    """Bicubic, antialiased resize of G windows of each picture to `size` x `size`.
+
+    Equals resizing the whole valid picture and cropping: pixels just outside a window, but never
+    those outside the picture, take part in its border. Masks can ride along as further channels.
+
+    Args:
+      images: [B, H, W, ch] uint8 or float.
+      windows: [B, G, 4] as (top, left, height, width) in pixels, fractions allowed; an empty window
+        of padding gives finite nonsense.
+      size: side of the result.
+      image_size: [B, 2] int (height, width) of the valid area at the top left; None where all is
+        valid.
+
+    Returns:
+      [B, G, size, size, ch] float32. Like every bicubic resize it may overshoot the input's range.
+    """
+    batch, height, width, _ = images.shape
+    if image_size is None:
+        image_size = jnp.broadcast_to(jnp.asarray([height, width]), (batch, 2))
+    windows = windows.astype(jnp.float32)
+    top, left, rows, columns = (windows[..., i] for i in range(4))
+    by_row = _resampling_weights(top, rows, image_size[:, 0], height, size)
+    by_column = _resampling_weights(left, columns, image_size[:, 1], width, size)
+    # Accelerators would otherwise multiply in bfloat16, whose steps near 255 are one grey level.
+    precision = jax.lax.Precision.HIGHEST
+    resized = jnp.einsum(
+        "bgih,bhwc->bgiwc", by_row, images.astype(jnp.float32), precision=precision
+    )
+    return jnp.einsum("bgjw,bgiwc->bgijc", by_column, resized, precision=precision)
+
+
+def resize_for_clip(
+    images: jax.Array, size: int, *, image_size: jax.Array | None = None, fit: str = "crop"
+) -> jax.Array:
+    """Whole pictures at CLIP's input size.
+
+    Args:
+      images: [B, H, W, 3] in 0..255, uint8 or float.
+      size: the side CLIP takes, 224 for ViT-B/16.
+      image_size: [B, 2] int (height, width) of the valid area at the top left; None where all is
+        valid.
+      fit: "crop" keeps the central square, as CLIP's own preprocessing does (up to its rounding of
+        the crop to whole pixels); "squash" keeps all content and changes the aspect.
+
+    Returns:
+      [B, size, size, 3] float32, clipped to 0..255; give it to `normalize_clip_images`.
+
+    Raises:
+      ValueError: for another `fit`.
+    """
+    batch, height, width, _ = images.shape
+    if image_size is None:
+        image_size = jnp.broadcast_to(jnp.asarray([height, width]), (batch, 2))
+    extent = image_size.astype(jnp.float32)
+    if fit == "crop":
+        side = jnp.min(extent, axis=-1, keepdims=True)
+        window = jnp.concatenate([(extent - side) / 2, side, side], axis=-1)
+    elif fit == "squash":
+        window = jnp.concatenate([jnp.zeros_like(extent), extent], axis=-1)
+    else:
+        raise ValueError(f"resize_for_clip got fit={fit!r}; choose 'crop' or 'squash'.")
+    resized = resize_windows(images, window[:, None], size, image_size=image_size)
+    return jnp.clip(resized[:, 0], 0.0, 255.0)

@@ -1,0 +1,52 @@
+"""Sine position encoding of image grids.
+
+Source: Mask2Former `mask2former/modeling/transformer_decoder/position_encoding.py`
+(`PositionEmbeddingSine(normalize=True)`), itself from DETR (arXiv 2005.12872).
+"""
+
+import math
+
+import numpy as np
+
+# The encoding's longest wavelength, as in "Attention is all you need".
+TEMPERATURE = 10000.0
+# Keeps the division by the extent defined; part of the published encoding.
+EXTENT_EPSILON = 1e-6
+
+
+def sine_position_encoding(
+    height: int, width: int, channels: int, temperature: float = TEMPERATURE
+) -> np.ndarray:
+    """Fixed position encoding of a grid; the first half of the channels holds y, the second x.
+
+    It depends on static shapes only, so it is computed in numpy and becomes a constant of the
+    compiled program.
+
+    Args:
+        height, width: size of the grid.
+        channels: D, a multiple of 4 (sine and cosine of two axes).
+        temperature: ratio of the longest to the shortest wavelength.
+
+    Returns:
+        [height, width, channels] float32 in [-1, 1].
+
+    Raises:
+        ValueError: `channels` is not a multiple of 4.
+    """
+    if channels % 4:
+        raise ValueError(
+            f"The position encoding needs a channel count that is a multiple of 4, not {channels}."
+        )
+    half = channels // 2
+    wavelengths = temperature ** (2 * (np.arange(half) // 2) / half)
+
+    def encode_axis(size: int) -> np.ndarray:
+        positions = np.arange(1, size + 1) / (size + EXTENT_EPSILON) * (2 * math.pi)
+        angles = positions[:, None] / wavelengths
+        pairs = np.stack([np.sin(angles[:, 0::2]), np.cos(angles[:, 1::2])], axis=-1)
+        return pairs.reshape(size, half).astype(np.float32)
+
+    encoding = np.empty((height, width, channels), np.float32)
+    encoding[..., :half] = encode_axis(height)[:, None]
+    encoding[..., half:] = encode_axis(width)[None, :]
+    return encoding

@@ -1,0 +1,197 @@
+"""ResNet image backbone, the layout of torchvision and detectron2 (stride in the 3x3 convolution).
+
+Source: He et al., arXiv 1512.03385; torchvision `models/resnet.py`; detectron2
+`modeling/backbone/resnet.py` (`STRIDE_IN_1X1 False`, FrozenBN).
+
+1x1 convolutions are written as matrix products on the channel axis: the numbers are the same and
+XLA's CPU backend runs them markedly faster than its 1x1 convolutions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# detectron2 and torchvision both normalise with this epsilon; published weights assume it.
+NORM_EPSILON = 1e-5
+BLOCKS = ("bottleneck", "basic")
+NORMS = ("frozen_batch", "group")
+STEMS = ("standard", "small")
+# Channels of a bottleneck block's output over those of its inner convolutions.
+BOTTLENECK_EXPANSION = 4
+
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation with stored statistics: a fixed affine map of the channels.
+
+    The four leaves live in `params` so that one tree holds the whole model, and are called
+    `frozen_scale`, `frozen_bias`, `frozen_mean`, `frozen_variance` so that a label rule on
+    `frozen_` keeps the optimizer off them; no gradient flows into them either.
+    Source: detectron2 `layers/batch_norm.py` FrozenBatchNorm2d.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """[..., C] -> [..., C] in `dtype`; the folded affine map is formed in float32."""
+        shape = (features.shape[-1],)
+        scale = self.param("frozen_scale", nn.initializers.ones, shape)
+        bias = self.param("frozen_bias", nn.initializers.zeros, shape)
+        mean = self.param("frozen_mean", nn.initializers.zeros, shape)
+        variance = self.param("frozen_variance", nn.initializers.ones, shape)
+        scale, bias, mean, variance = jax.lax.stop_gradient((scale, bias, mean, variance))
+        multiplier = scale * jax.lax.rsqrt(variance + NORM_EPSILON)
+        offset = bias - mean * multiplier
+        return features * multiplier.astype(self.dtype) + offset.astype(self.dtype)
+
+
+def make_norm(norm: str, num_groups: int, dtype: Any, name: str) -> nn.Module:
+    """The normalisation layer called `norm` ("frozen_batch" or "group")."""
+    if norm == "frozen_batch":
+        return FrozenBatchNorm(dtype=dtype, name=name)
+    return nn.GroupNorm(num_groups=num_groups, epsilon=NORM_EPSILON, dtype=dtype, name=name)
+
+
+def _pointwise(features: jax.Array, width: int, stride: int, dtype: Any, name: str) -> jax.Array:
+    """A 1x1 convolution without bias: [B, H, W, C] -> [B, ceil(H/s), ceil(W/s), width]."""
+    if stride > 1:
+        features = features[:, ::stride, ::stride]
+    return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=_conv_init, name=name)(features)
+
+
+def _conv(
+    features: jax.Array, width: int, size: int, stride: int, dtype: Any, name: str
+) -> jax.Array:
+    """A size x size convolution without bias, padded by size // 2 on every side as in torch."""
+    padding = ((size // 2, size // 2),) * 2
+    return nn.Conv(
+        width,
+        (size, size),
+        strides=(stride, stride),
+        padding=padding,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=_conv_init,
+        name=name,
+    )(features)
+
+
+class ResidualBlock(nn.Module):
+    """One residual block of either kind: [B, H, W, C] -> [B, ceil(H/s), ceil(W/s), out_width]."""
+
+    width: int
+    stride: int
+    block: str
+    norm: str
+    num_groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, ceil(H/stride), ceil(W/stride), out_width]."""
+        norm = lambda name: make_norm(self.norm, self.num_groups, self.dtype, name)  # noqa: E731
+        out_width = self.width
+        if self.block == "bottleneck":
+            out_width = self.width * BOTTLENECK_EXPANSION
+            hidden = _pointwise(features, self.width, 1, self.dtype, "conv1")
+            hidden = nn.relu(norm("norm1")(hidden))
+            hidden = _conv(hidden, self.width, 3, self.stride, self.dtype, "conv2")
+            hidden = nn.relu(norm("norm2")(hidden))
+            hidden = norm("norm3")(_pointwise(hidden, out_width, 1, self.dtype, "conv3"))
+        else:
+            hidden = _conv(features, self.width, 3, self.stride, self.dtype, "conv1")
+            hidden = nn.relu(norm("norm1")(hidden))
+            hidden = norm("norm2")(_conv(hidden, self.width, 3, 1, self.dtype, "conv2"))
+        if self.stride > 1 or features.shape[-1] != out_width:
+            features = _pointwise(features, out_width, self.stride, self.dtype, "shortcut")
+            features = norm("shortcut_norm")(features)
+        return nn.relu(hidden + features)
+
+
+class ResNet(nn.Module):
+    """ResNet returning its four feature maps.
+
+    Attributes:
+        stage_sizes: number of blocks of each of the four stages; (3, 4, 6, 3) is ResNet-50.
+        width: channels of the stem; stage i works with width * 2**i channels.
+        block: "bottleneck" (1x1, 3x3, 1x1; ResNet-50 and up) or "basic" (two 3x3).
+        norm: "frozen_batch" for pretrained weights, "group" for training from scratch.
+        stem: "standard" (7x7 stride 2 and a 3x3 max-pool of stride 2) or "small" (two 3x3
+            convolutions of stride 2: keeps more detail of images of a hundred pixels).
+        num_groups: groups of GroupNorm; must divide every width. Unused by "frozen_batch".
+        dtype: compute type; parameters are float32.
+    """
+
+    stage_sizes: Sequence[int] = (3, 4, 6, 3)
+    width: int = 64
+    block: str = "bottleneck"
+    norm: str = "frozen_batch"
+    stem: str = "standard"
+    num_groups: int = 32
+    dtype: Any = jnp.float32
+
+    def _check(self) -> None:
+        for field, value, valid in (
+            ("block", self.block, BLOCKS),
+            ("norm", self.norm, NORMS),
+            ("stem", self.stem, STEMS),
+        ):
+            if value not in valid:
+                raise ValueError(f"ResNet {field} is {value!r}; use one of {', '.join(valid)}.")
+        if len(self.stage_sizes) != 4:
+            raise ValueError(
+                f"ResNet stage_sizes is {tuple(self.stage_sizes)}; give four block counts, "
+                "one for each of the strides 4, 8, 16 and 32."
+            )
+        if self.norm == "group" and self.width % self.num_groups:
+            raise ValueError(
+                f"ResNet width {self.width} is not divisible by num_groups {self.num_groups}; "
+                "change one of them."
+            )
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> list[jax.Array]:
+        """Feature maps of a batch of images.
+
+        Args:
+            images: [B, H, W, 3] float, normalised.
+
+        Returns:
+            Four maps [B, ceil(H/s), ceil(W/s), C_s] for s = 4, 8, 16, 32, in `dtype`, with
+            C_s = width * (1, 2, 4, 8), times 4 for bottleneck blocks.
+
+        Raises:
+            ValueError: a field has no meaning, or the groups do not divide the width.
+        """
+        self._check()
+        features = images.astype(self.dtype)
+        if self.stem == "standard":
+            features = _conv(features, self.width, 7, 2, self.dtype, "stem_conv")
+            norm = make_norm(self.norm, self.num_groups, self.dtype, "stem_norm")
+            features = nn.relu(norm(features))
+            features = nn.max_pool(features, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        else:
+            for i in (1, 2):
+                features = _conv(features, self.width, 3, 2, self.dtype, f"stem_conv{i}")
+                norm = make_norm(self.norm, self.num_groups, self.dtype, f"stem_norm{i}")
+                features = nn.relu(norm(features))
+        outputs = []
+        for stage, num_blocks in enumerate(self.stage_sizes):
+            for index in range(num_blocks):
+                features = ResidualBlock(
+                    width=self.width * 2**stage,
+                    stride=2 if stage > 0 and index == 0 else 1,
+                    block=self.block,
+                    norm=self.norm,
+                    num_groups=self.num_groups,
+                    dtype=self.dtype,
+                    # detectron2 calls the stage of stride 4 "res2".
+                    name=f"res{stage + 2}_block{index}",
+                )(features)
+            outputs.append(features)
+        return outputs

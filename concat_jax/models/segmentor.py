@@ -1,0 +1,179 @@
+"""The segmentor: backbone, pixel decoder and transformer decoder of Mask2Former, without classes.
+
+Source: Cheng et al., arXiv 2112.01527; Mask2Former `mask2former/maskformer_model.py`. Which class a
+query holds is decided outside, from `SegmentorOutput.queries`: by text through the semantic
+projector, or by `LinearClassifier` where converted weights bring a linear head.
+"""
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from concat_jax.models.pixel_decoder import PixelDecoder
+from concat_jax.models.resnet import ResNet
+from concat_jax.models.transformer_decoder import TransformerDecoder
+
+# RGB statistics of ImageNet in 0..255, as every published Mask2Former uses them.
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+# Backbones by the `kind` of the config.
+BACKBONES = {"resnet": ResNet}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# Mask2Former R50, `configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml`.
+DEFAULTS: Mapping[str, Any] = {
+    "backbone": {"kind": "resnet"},
+    "width": 256,
+    "num_queries": 100,
+    "num_decoder_layers": 9,
+    "num_encoder_layers": 6,
+    "num_heads": 8,
+    "num_points": 4,
+    "ffn_width": 1024,
+    "decoder_ffn_width": 2048,
+    "num_groups": 32,
+    "remat": False,
+    "dtype": "float32",
+}
+
+
+@flax.struct.dataclass
+class SegmentorOutput:
+    """What the segmentor predicts, before any class is named.
+
+    Attributes:
+        queries: [B, L, N, D] float32, decoder-normalised queries of all L = decoder layers + 1
+            prediction sets; `queries[:, -1]` are the vision queries.
+        mask_embeddings: [B, L, N, D] float32.
+        mask_features: [B, h, w, D] at stride 4, in the compute type.
+    """
+
+    queries: jax.Array
+    mask_embeddings: jax.Array
+    mask_features: jax.Array
+
+
+def normalize_images(images: jax.Array) -> jax.Array:
+    """[..., 3] uint8 RGB (0..255) -> float32 with ImageNet mean 0 and deviation 1."""
+    mean = np.asarray(IMAGENET_MEAN, np.float32)
+    std = np.asarray(IMAGENET_STD, np.float32)
+    return (jnp.asarray(images, jnp.float32) - mean) / std
+
+
+def mask_logits(mask_embeddings: jax.Array, mask_features: jax.Array) -> jax.Array:
+    """Mask logits of any number of prediction sets.
+
+    Args:
+        mask_embeddings: [B, ..., N, D].
+        mask_features: [B, h, w, D].
+
+    Returns:
+        [B, ..., N, h, w] float32.
+    """
+    return jnp.einsum(
+        "b...nd,bhwd->b...nhw",
+        mask_embeddings.astype(mask_features.dtype),
+        mask_features,
+        preferred_element_type=jnp.float32,
+    )
+
+
+class LinearClassifier(nn.Module):
+    """Mask2Former's own class head, for converted weights: D -> K classes and no-object (last)."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, queries: jax.Array) -> jax.Array:
+        """[..., N, D] -> [..., N, K + 1] float32 logits."""
+        return nn.Dense(self.num_classes + 1, dtype=jnp.float32, name="class_embed")(queries)
+
+
+class Segmentor(nn.Module):
+    """Images in, queries and mask features out.
+
+    Attributes:
+        backbone: returns four maps [B, H/s, W/s, C_s], s = 4, 8, 16, 32.
+        pixel_decoder: those maps -> (mask_features, three scales).
+        transformer_decoder: (scales, mask_features) -> (queries, mask_embeddings).
+    """
+
+    backbone: nn.Module
+    pixel_decoder: nn.Module
+    transformer_decoder: nn.Module
+
+    def __call__(self, images: jax.Array) -> SegmentorOutput:
+        """[B, H, W, 3] float images from `normalize_images` -> `SegmentorOutput`."""
+        features = self.backbone(images)
+        mask_features, scales = self.pixel_decoder(features)
+        queries, mask_embeddings = self.transformer_decoder(scales, mask_features)
+        return SegmentorOutput(queries, mask_embeddings, mask_features)
+
+
+def _check_keys(given: Collection[str], valid: Collection[str], where: str) -> None:
+    for key in given:
+        if key not in valid:
+            close = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
+            raise ValueError(f"{where} has no key {key!r}; did you mean {close[0]!r}?")
+
+
+def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
+    """Build a segmentor from a plain nested mapping.
+
+    Args:
+        config: any of the keys of `DEFAULTS`; what is absent takes the value there (Mask2Former
+            R50). `backbone` holds `kind` (a key of `BACKBONES`) and the fields of that backbone,
+            e.g. stage_sizes, width, block, norm, stem; its num_groups is the outer one unless
+            given, its dtype always. `ffn_width` is the encoder's, `decoder_ffn_width` the
+            decoder's, `dtype` "float32" or "bfloat16".
+
+    Returns:
+        An unbound `Segmentor`.
+
+    Raises:
+        ValueError: an unknown key (the nearest valid one is named), kind or dtype.
+    """
+    _check_keys(config, DEFAULTS, "The segmentor config")
+    settings = {**DEFAULTS, **config}
+    dtype_name = settings["dtype"]
+    if dtype_name not in DTYPES:
+        raise ValueError(f"Segmentor dtype is {dtype_name!r}; use one of {', '.join(DTYPES)}.")
+    dtype = DTYPES[dtype_name]
+
+    backbone = dict(settings["backbone"])
+    kind = backbone.pop("kind", "resnet")
+    if kind not in BACKBONES:
+        raise ValueError(f"Backbone kind is {kind!r}; use one of {', '.join(BACKBONES)}.")
+    backbone_class = BACKBONES[kind]
+    fields = set(backbone_class.__dataclass_fields__) - {"parent", "name", "dtype"}
+    _check_keys(backbone, sorted(fields), f"The backbone config of kind {kind!r}")
+    if "num_groups" in fields:
+        backbone.setdefault("num_groups", settings["num_groups"])
+    if "stage_sizes" in backbone:
+        backbone["stage_sizes"] = tuple(backbone["stage_sizes"])
+
+    shared = {"width": settings["width"], "num_heads": settings["num_heads"]}
+    shared |= {"remat": settings["remat"], "dtype": dtype}
+    return Segmentor(
+        backbone=backbone_class(dtype=dtype, **backbone),
+        pixel_decoder=PixelDecoder(
+            num_layers=settings["num_encoder_layers"],
+            num_points=settings["num_points"],
+            ffn_width=settings["ffn_width"],
+            num_groups=settings["num_groups"],
+            **shared,
+        ),
+        transformer_decoder=TransformerDecoder(
+            num_queries=settings["num_queries"],
+            num_layers=settings["num_decoder_layers"],
+            ffn_width=settings["decoder_ffn_width"],
+            **shared,
+        ),
+    )

@@ -1,0 +1,72 @@
+"""P: vision queries to the joint CLIP space, and classification against text embeddings there."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_SCALE = 100.0  # CLIP's clip of exp(s): larger logits stop learning.
+
+
+class SemanticProjector(nn.Module):
+    """MLP D -> C, with the no-object embedding and the scale of the cosine classifier.
+
+    The classifier is text: other names need other text embeddings and no other weight
+    (CONCAT, semantic projector).
+
+    Attributes:
+      joint_width: C, width of the CLIP space.
+      hidden_width: of the MLP.
+      num_layers: linear layers of the MLP, at least 1.
+      initial_scale: exp(s) at the start; CLIP starts at 1 / 0.07.
+      dtype: compute type of the MLP; logits are float32.
+    """
+
+    joint_width: int
+    hidden_width: int
+    num_layers: int = 3
+    initial_scale: float = 1 / 0.07
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.layers = [
+            nn.Dense(self.hidden_width, dtype=self.dtype, name=f"layer_{i}")
+            for i in range(self.num_layers - 1)
+        ] + [nn.Dense(self.joint_width, dtype=self.dtype, name=f"layer_{self.num_layers - 1}")]
+        self.no_object_embedding = self.param(
+            "no_object_embedding", nn.initializers.normal(1.0), (self.joint_width,)
+        )
+        self.log_scale = self.param(
+            "log_scale", nn.initializers.constant(np.log(self.initial_scale)), ()
+        )
+
+    def __call__(self, queries: jax.Array) -> jax.Array:
+        """Semantic queries [..., C] float32 of vision queries [..., D]."""
+        x = queries
+        for layer in self.layers[:-1]:
+            x = nn.relu(layer(x))
+        return self.layers[-1](x).astype(jnp.float32)
+
+    def classify(self, semantic_queries: jax.Array, text: jax.Array) -> jax.Array:
+        """Class logits exp(s) · cos(S, [T; t_∅]).
+
+        Args:
+          semantic_queries: [..., C].
+          text: [K, C] L2-normalised text embeddings.
+
+        Returns:
+          [..., K+1] float32; the last column is no-object.
+        """
+        no_object = self.no_object_embedding
+        no_object = no_object * jax.lax.rsqrt(jnp.sum(no_object**2) + 1e-12)
+        classes = jnp.concatenate([text.astype(jnp.float32), no_object[None]])
+        queries = semantic_queries.astype(jnp.float32)
+        queries = queries * jax.lax.rsqrt(jnp.sum(queries**2, axis=-1, keepdims=True) + 1e-12)
+        scale = jnp.minimum(jnp.exp(self.log_scale), MAX_SCALE)
+        return scale * jnp.einsum("...c,kc->...k", queries, classes)
+
+    def predict(self, queries: jax.Array, text: jax.Array) -> jax.Array:
+        """Class logits [..., K+1] of vision queries [..., D] against text [K, C]."""
+        return self.classify(self(queries), text)

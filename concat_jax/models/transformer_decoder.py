@@ -1,0 +1,231 @@
+"""Transformer decoder of Mask2Former: learned queries with masked cross-attention. Class-free.
+
+Source: Mask2Former
+`mask2former/modeling/transformer_decoder/mask2former_transformer_decoder.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from concat_jax.models.pixel_decoder import NORM_EPSILON, resize_bilinear
+from concat_jax.models.position_encoding import sine_position_encoding
+
+# The reference's stacked [3 D, D] projection draws Xavier over all three matrices at once, which
+# gives each of them this variance times D.
+_attention_init = nn.initializers.variance_scaling(0.5, "fan_in", "uniform")
+
+
+def _torch_linear_bias(fan_in: int):
+    """PyTorch's default bias of a Linear layer: uniform in +-1 / sqrt(fan_in)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def attention_block_mask(mask_embeddings: jax.Array, mask_features: jax.Array) -> jax.Array:
+    """Where a query may not look: outside its own predicted mask.
+
+    Args:
+        mask_embeddings: [B, N, D].
+        mask_features: [B, h, w, D], already at the resolution of the attended scale.
+
+    Returns:
+        [B, N, h * w] bool, True where attention is blocked (mask probability under one half). A
+        query that would be blocked everywhere is blocked nowhere. Carries no gradient.
+    """
+    mask_embeddings, mask_features = jax.lax.stop_gradient((mask_embeddings, mask_features))
+    logits = jnp.einsum(
+        "bnd,bhwd->bnhw",
+        mask_embeddings.astype(mask_features.dtype),
+        mask_features,
+        preferred_element_type=jnp.float32,
+    )
+    blocked = (logits < 0).reshape(*logits.shape[:2], -1)
+    return blocked & ~blocked.all(axis=-1, keepdims=True)
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention with an optional block mask; the softmax runs in float32."""
+
+    width: int
+    num_heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        queries: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        blocked: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, N, D], [B, S, D], [B, S, D], bool [B, N, S] -> [B, N, D] in `dtype`."""
+        depth = self.width // self.num_heads
+
+        def project(inputs: jax.Array, name: str) -> jax.Array:
+            dense = nn.Dense(self.width, dtype=self.dtype, kernel_init=_attention_init, name=name)
+            return dense(inputs).reshape(*inputs.shape[:2], self.num_heads, depth)
+
+        query = project(queries, "query") * depth**-0.5
+        key, value = project(keys, "key"), project(values, "value")
+        logits = jnp.einsum("bnhd,bshd->bhns", query, key, preferred_element_type=jnp.float32)
+        if blocked is not None:
+            logits = jnp.where(blocked[:, None], -jnp.inf, logits)
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        attended = jnp.einsum("bhns,bshd->bnhd", weights, value)
+        return nn.Dense(
+            self.width,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            name="output",
+        )(attended.reshape(*queries.shape[:2], self.width))
+
+
+class DecoderLayer(nn.Module):
+    """Masked cross-attention, self-attention, feed-forward; post-norm."""
+
+    width: int
+    num_heads: int
+    ffn_width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        queries: jax.Array,
+        query_positions: jax.Array,
+        memory: jax.Array,
+        memory_positions: jax.Array,
+        blocked: jax.Array,
+    ) -> jax.Array:
+        """One layer.
+
+        Args:
+            queries: [B, N, D].
+            query_positions: [N, D] learned.
+            memory: [B, S, D] one scale of the pixel decoder.
+            memory_positions: [S, D].
+            blocked: [B, N, S] bool.
+
+        Returns:
+            [B, N, D].
+        """
+        attention = {"width": self.width, "num_heads": self.num_heads, "dtype": self.dtype}
+        norm = {"epsilon": NORM_EPSILON, "dtype": self.dtype}
+        dense = {"dtype": self.dtype, "kernel_init": nn.initializers.xavier_uniform()}
+
+        attended = MultiHeadAttention(name="cross_attention", **attention)(
+            queries + query_positions, memory + memory_positions, memory, blocked
+        )
+        queries = nn.LayerNorm(name="cross_attention_norm", **norm)(queries + attended)
+        placed = queries + query_positions
+        attended = MultiHeadAttention(name="self_attention", **attention)(placed, placed, queries)
+        queries = nn.LayerNorm(name="self_attention_norm", **norm)(queries + attended)
+        hidden = nn.relu(nn.Dense(self.ffn_width, name="ffn_in", **dense)(queries))
+        hidden = nn.Dense(self.width, name="ffn_out", **dense)(hidden)
+        return nn.LayerNorm(name="ffn_norm", **norm)(queries + hidden)
+
+
+class TransformerDecoder(nn.Module):
+    """MultiScaleMaskedTransformerDecoder without its class head.
+
+    Attributes:
+        width: D, divisible by num_heads and by 4.
+        num_queries: N.
+        num_layers: decoder layers; prediction sets are one more (the learned queries come first).
+        num_heads: attention heads.
+        ffn_width: hidden width of the feed-forward layers.
+        remat: recompute each layer in the backward pass instead of storing it.
+        dtype: compute type; parameters are float32.
+    """
+
+    width: int = 256
+    num_queries: int = 100
+    num_layers: int = 9
+    num_heads: int = 8
+    ffn_width: int = 2048
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, scales: Sequence[jax.Array], mask_features: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Queries and mask embeddings of all prediction sets.
+
+        Args:
+            scales: maps [B, h_s, w_s, D] from coarse to fine; layer i attends to map i mod len.
+            mask_features: [B, h, w, D].
+
+        Returns:
+            queries [B, L, N, D] float32 after the decoder norm, and mask_embeddings [B, L, N, D]
+            float32, with L = num_layers + 1 prediction sets in order.
+
+        Raises:
+            ValueError: width is not divisible by num_heads.
+        """
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"Transformer decoder width {self.width} is not divisible by num_heads "
+                f"{self.num_heads}; change one of them."
+            )
+        normal = nn.initializers.normal(1.0)
+        table = (self.num_queries, self.width)
+        query_features = self.param("query_feature_embedding", normal, table)
+        query_positions = self.param("query_position_embedding", normal, table).astype(self.dtype)
+        level_embedding = self.param("level_embedding", normal, (len(scales), self.width))
+
+        batch = mask_features.shape[0]
+        memories, memory_positions, small_mask_features = [], [], []
+        for level, scale in enumerate(scales):
+            height, width = scale.shape[1:3]
+            memory = scale.reshape(batch, height * width, self.width)
+            memories.append((memory + level_embedding[level]).astype(self.dtype))
+            encoding = sine_position_encoding(height, width, self.width).reshape(-1, self.width)
+            memory_positions.append(jnp.asarray(encoding, self.dtype))
+            # Mask logits are linear in the mask features, and so is the resize: resizing the
+            # features once for each scale equals resizing the logits of every layer.
+            frozen = jax.lax.stop_gradient(mask_features)
+            small_mask_features.append(resize_bilinear(frozen, height, width))
+
+        # Float32 whatever the compute type: these are what losses and class logits are made of.
+        decoder_norm = nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, name="decoder_norm")
+        mask_mlp = [
+            nn.Dense(
+                self.width,
+                dtype=jnp.float32,
+                kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+                bias_init=_torch_linear_bias(self.width),
+                name=f"mask_mlp_{i}",
+            )
+            for i in range(3)
+        ]
+
+        def predict(queries: jax.Array) -> tuple[jax.Array, jax.Array]:
+            normalised = decoder_norm(queries)
+            hidden = nn.relu(mask_mlp[0](normalised))
+            return normalised, mask_mlp[2](nn.relu(mask_mlp[1](hidden)))
+
+        layer_class = nn.remat(DecoderLayer) if self.remat else DecoderLayer
+        queries = jnp.broadcast_to(query_features.astype(self.dtype), (batch, *table))
+        predictions = [predict(queries)]
+        for index in range(self.num_layers):
+            level = index % len(scales)
+            blocked = attention_block_mask(predictions[-1][1], small_mask_features[level])
+            queries = layer_class(
+                width=self.width,
+                num_heads=self.num_heads,
+                ffn_width=self.ffn_width,
+                dtype=self.dtype,
+                name=f"layer_{index}",
+            )(queries, query_positions, memories[level], memory_positions[level], blocked)
+            predictions.append(predict(queries))
+        all_queries, all_mask_embeddings = zip(*predictions, strict=True)
+        return jnp.stack(all_queries, axis=1), jnp.stack(all_mask_embeddings, axis=1)

@@ -1,0 +1,344 @@
+"""A whole run: the config's stages in order, each from where it stood, then evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from concat_jax import configuration
+from concat_jax.evaluation import report
+from concat_jax.evaluation.evaluate import EvalConfig, evaluate, make_predict
+from concat_jax.losses.segmentation import SegmentationLossConfig
+from concat_jax.models.clip_images import l2_normalize
+from concat_jax.stages import cat, con, finetune, pretrain_clip
+from concat_jax.stages.clip_targets import CropConfig
+from concat_jax.stages.networks import Networks, Params, make_networks
+from concat_jax.stages.query_bank import QueryBank, fill_bank
+from concat_jax.stages.real_queries import IMAGE_FIELDS, extract_queries
+from concat_jax.stages.stage import Stage
+from concat_jax.text.prompts import TEMPLATES, embed_classes
+from concat_jax.text.tokenizer import ClipTokenizer, Tokenizer, WordTokenizer
+from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
+from concat_jax.training.loop import LoopConfig, train_stage
+from concat_jax.training.metric_writer import format_seconds
+from concat_jax.training.optimizer import OptimizerConfig
+from concat_jax.training.prefetch import prefetch
+from concat_jax.training.sharding import make_mesh, replicated, shard_batch
+
+if TYPE_CHECKING:
+    from data_pipelines.datasets import Datasets
+
+KINDS = ("pretrain_clip", "con", "cat", "finetune")
+# Config keys that may differ when a run is started again in its workdir: they change what is
+# shown or run next, not what was trained. The model is judged by the checkpoints themselves.
+FREE_KEYS = ("stages", "eval.", "model.", "tensorboard", "mesh.")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One entry of `config.train`.
+
+    Attributes:
+      kind: "pretrain_clip", "con", "cat" or "finetune".
+      takes: subtree -> name of the stage that gave it.
+      steps: batches.
+      batch_size: images a step, over all hosts.
+      optimizer: fields of `OptimizerConfig`.
+      method: fields of the kind's own config.
+      log_every: steps between progress lines.
+      save_every: steps between checkpoints, 0 for the last only.
+      bank_images: images whose vision queries stages 2 and 3 learn from.
+    """
+
+    kind: str
+    takes: Mapping[str, str]
+    steps: int
+    batch_size: int
+    optimizer: Mapping[str, Any]
+    method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    log_every: int = 50
+    save_every: int = 0
+    bank_images: int = 0
+
+
+class Run:
+    """The stages of one config in one workdir."""
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: Path, datasets: Datasets):
+        """Args:
+        config: as the files in `configs/` make it.
+        workdir: gets a folder a stage, `config.json` and `report.json`.
+        datasets: training, caption and evaluation data.
+
+        Raises:
+          ValueError: for a config that cannot be run, before anything is written.
+        """
+        self.config, self.workdir, self.datasets = config, workdir, datasets
+        self.vocabulary = datasets.vocabulary
+        self.stages = {
+            name: configuration.build(StageConfig, section, f"config.train.{name}")
+            for name, section in config.train.items()
+        }
+        for name in config.stages:
+            configuration.check_choice(name, self.stages, "config.stages names no stage of")
+            configuration.check_choice(
+                self.stages[name].kind, KINDS, f"config.train.{name}.kind is unknown:"
+            )
+        self.eval = configuration.build(EvalConfig, config.eval.settings, "config.eval.settings")
+        self.loss = configuration.build(SegmentationLossConfig, config.loss, "config.loss")
+        self.crops = configuration.build(CropConfig, config.crops, "config.crops")
+        self.tokenizer = self._make_tokenizer()
+        model = config.model.to_dict()
+        model["clip"] |= {
+            "vocab_size": self.tokenizer.vocab_size,
+            "context_length": self.tokenizer.context_length,
+            "eot_id": self.tokenizer.eot_id,
+        }
+        self.networks: Networks = make_networks(model)
+        self.mesh: Mesh = make_mesh(config.mesh.fsdp, config.mesh.devices or None)
+        self._given: dict[tuple[str, str], Params] = {}
+        self._text: dict[str, np.ndarray] = {}
+        self._check_order()
+        self._claim_workdir()
+
+    def _make_tokenizer(self) -> Tokenizer:
+        text = self.config.text
+        if text.tokenizer == "clip":
+            return ClipTokenizer(text.bpe_path, text.context_length)
+        configuration.check_choice(text.tokenizer, ("words", "clip"), "config.text.tokenizer is")
+        return WordTokenizer(self.datasets.caption_words, text.context_length)
+
+    def _check_order(self) -> None:
+        """Every subtree a stage takes must come from an earlier stage, of this run or before."""
+        before: list[str] = []
+        for name in self.config.stages:
+            for subtree, source in self.stages[name].takes.items():
+                configuration.check_choice(
+                    source, self.stages, f"config.train.{name}.takes.{subtree} names no stage:"
+                )
+                if source not in before and not self.is_finished(source):
+                    raise CheckpointError(
+                        f"Stage {name!r} takes {subtree!r} from stage {source!r}, which has not "
+                        f"finished in {self.workdir}; put {source!r} before {name!r} in "
+                        "config.stages."
+                    )
+            before.append(name)
+
+    def is_finished(self, name: str) -> bool:
+        """Whether the stage's last step is saved in the workdir."""
+        folder = self.workdir / name / "checkpoints" / str(self.stages[name].steps)
+        return folder.is_dir()
+
+    def _claim_workdir(self) -> None:
+        """Write the config, or refuse a workdir that was trained with another one."""
+        path = self.workdir / "config.json"
+        mine = json.loads(json.dumps(configuration.flat(self.config)))
+        if path.exists():
+            theirs = json.loads(path.read_text())
+            for key in sorted(mine.keys() | theirs.keys()):
+                old, new = theirs.get(key), mine.get(key)
+                if old != new and not key.startswith(FREE_KEYS):
+                    raise ValueError(
+                        f"The workdir {self.workdir} was made with config.{key} = {old!r}, now it "
+                        f"is {new!r}; use another workdir or the config it was made with."
+                    )
+            return
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(mine, indent=1))
+
+    def run(self) -> dict:
+        """Train what is not finished, evaluate, write `report.json`; returns the report."""
+        start = time.monotonic()
+        report_path = self.workdir / "report.json"
+        stages = {}
+        for name in self.config.stages:
+            began = time.monotonic()
+            if self.is_finished(name):
+                print(f"Stage {name}: already finished in {self.workdir}.")
+            else:
+                self.train(name)
+                stages[name] = {"seconds": round(time.monotonic() - began, 1)}
+        if not stages and report_path.exists():
+            saved = json.loads(report_path.read_text())
+            if set(self.config.eval.stages) <= set(saved["results"]):
+                print(f"This run is finished; its report is {report_path}.\n")
+                print(saved["table"])
+                return saved
+        results = {}
+        for name in self.config.eval.stages:
+            results[self.config.eval.stages[name]] = self.evaluate(name)
+        table = report.format_comparison(results)
+        for title, summary in results.items():
+            print(f"\n{title}\n{report.format_table(summary)}")
+        print(f"\n{table}\n")
+        seconds = time.monotonic() - start
+        out = {"stages": stages, "results": results, "table": table, "seconds": round(seconds, 1)}
+        report.write_report(report_path, out)
+        print(f"Done in {format_seconds(seconds)}; report: {report_path}")
+        return out
+
+    def train(self, name: str) -> None:
+        """Train one stage to its end."""
+        settings = self.stages[name]
+        stage = self._make_stage(name)
+        taken = {s: self.give(s, source) for s, source in settings.takes.items()}
+        # A subtree that a stage both takes and trains is a warm start.
+        rng = jax.random.key(self.config.seed)
+        params = {
+            subtree: taken[subtree] if subtree in taken else self._init(subtree, rng)
+            for subtree in stage.trains
+        }
+        frozen = {subtree: taken[subtree] for subtree in stage.reads}
+        if settings.kind != "pretrain_clip":
+            frozen["text"] = self.text_embeddings(self._clip_source(name))
+        batch_fn = self._batch_fn(name, taken, frozen)
+        trained = train_stage(
+            name,
+            stage,
+            params=params,
+            frozen=frozen,
+            batches=lambda first, count: prefetch(batch_fn, first, count, depth=4, num_threads=1),
+            workdir=self.workdir,
+            mesh=self.mesh,
+            loop=LoopConfig(
+                steps=settings.steps,
+                seed=self.config.seed,
+                log_every=settings.log_every,
+                save_every=settings.save_every,
+                tensorboard=self.config.tensorboard,
+            ),
+            optimizer=configuration.build(
+                OptimizerConfig, settings.optimizer, f"config.train.{name}.optimizer"
+            ),
+        )
+        for subtree, tree in trained.items():
+            self._given[subtree, name] = tree
+
+    def _init(self, subtree: str, rng: jax.Array) -> Params:
+        index = [f.name for f in dataclasses.fields(Networks)].index(subtree)
+        return jax.jit(self.networks.init, static_argnums=0)(subtree, jax.random.fold_in(rng, index))
+
+    def _make_stage(self, name: str) -> Stage:
+        kind, method = self.stages[name].kind, self.stages[name].method
+        where = f"config.train.{name}.method"
+        if kind == "pretrain_clip":
+            return pretrain_clip.make_stage(self.networks)
+        if kind == "con":
+            settings = configuration.build(con.ConConfig, method, where)
+            return con.make_stage(self.networks, self.vocabulary, settings, self.loss, self.crops)
+        if kind == "cat":
+            settings = configuration.build(cat.CatConfig, method, where)
+            return cat.make_stage(self.networks, self.vocabulary, settings)
+        settings = configuration.build(finetune.FinetuneConfig, method, where)
+        return finetune.make_stage(self.networks, self.vocabulary, settings)
+
+    def give(self, subtree: str, source: str) -> Params:
+        """Parameters that stage `source` gave: in memory, or from its last checkpoint."""
+        if (subtree, source) not in self._given:
+            abstract = jax.eval_shape(lambda: self.networks.init(subtree, jax.random.key(0)))
+            checkpoints = StageCheckpoints(self.workdir, source)
+            restored = checkpoints.restore_params(
+                [subtree], {subtree: abstract}, replicated(self.mesh)
+            )
+            checkpoints.close()
+            self._given[subtree, source] = restored[subtree]
+        return self._given[subtree, source]
+
+    def _clip_source(self, name: str) -> str:
+        """The stage whose CLIP embeds the names for stage `name`."""
+        return self.stages[name].takes["clip"]
+
+    def text_embeddings(self, source: str) -> np.ndarray:
+        """[K, C] float32 text embeddings of the vocabulary by the CLIP of stage `source`."""
+        if source not in self._text:
+            params = self.give("clip", source)
+
+            @jax.jit
+            def encode(tokens):
+                features = self.networks.clip.apply(
+                    {"params": params}, tokens, method="encode_text"
+                )
+                return l2_normalize(features)
+
+            text = self.config.text
+            configuration.check_choice(text.templates, TEMPLATES, "config.text.templates is")
+            self._text[source] = embed_classes(
+                encode,
+                self.tokenizer,
+                self.vocabulary.names,
+                TEMPLATES[text.templates],
+                clean=text.clean_names,
+            )
+        return self._text[source]
+
+    def _batch_fn(self, name: str, taken: Params, frozen: Params) -> Callable[[int], Mapping]:
+        settings = self.stages[name]
+        if settings.kind == "pretrain_clip":
+            pairs = self.datasets.captions(settings.batch_size, self.networks.clip.image_size)
+
+            def batch_fn(step: int) -> Mapping[str, np.ndarray]:
+                batch = pairs(step)
+                return {"image": batch["image"], "tokens": self.tokenizer(batch["captions"])}
+
+            return batch_fn
+        if settings.kind == "con":
+            return self.datasets.train(settings.batch_size)
+        return self._query_bank(name, taken, frozen["text"]).batch
+
+    def _query_bank(self, name: str, taken: Params, text: np.ndarray) -> QueryBank:
+        settings = self.stages[name]
+        source = settings.takes["segmentor"]
+        size = self.stages[source].batch_size
+        extract_fn = jax.jit(
+            lambda params, text, batch, rng: extract_queries(
+                self.networks, self.vocabulary, self.loss, params, text, batch, rng
+            )
+        )
+        # The projector that stage 1 trained names the queries, whatever this stage starts from.
+        params = {s: self.give(s, source) for s in ("segmentor", "projector")}
+        rng = jax.random.key(self.config.seed)
+
+        def extract(batch):
+            inputs = shard_batch({k: batch[k] for k in IMAGE_FIELDS}, self.mesh)
+            with jax.set_mesh(self.mesh):
+                return jax.device_get(extract_fn(params, text, inputs, rng))
+
+        num_batches = -(-settings.bank_images // size)
+        queries, labels = fill_bank(
+            self.workdir / source / "query_bank.npz",
+            {"stage": source, "steps": self.stages[source].steps, "images": num_batches * size},
+            extract,
+            self.datasets.train(size),
+            num_batches,
+        )
+        return QueryBank(
+            queries, labels, batch_size=settings.batch_size, seed=self.config.seed
+        )
+
+    def evaluate(self, name: str) -> dict:
+        """Score the segmentor and projector that hold after stage `name`."""
+        sources = {**self.stages[name].takes}
+        sources |= {subtree: name for subtree in self._make_stage(name).trains}
+        params = {s: self.give(s, sources[s]) for s in ("segmentor", "projector")}
+        text = jnp.asarray(self.text_embeddings(self._clip_source(name)))
+        predict = make_predict(self.networks, self.vocabulary, self.eval)
+        folder = self.workdir / name
+        return evaluate(
+            lambda images, sizes: predict(params, text, images, sizes),
+            self.datasets.evaluation(),
+            self.vocabulary,
+            self.eval,
+            name=name,
+            picture_folder=folder,
+            coco_folder=folder if self.config.eval.write_coco else None,
+        )

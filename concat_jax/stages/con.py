@@ -1,0 +1,142 @@
+"""Stage 1, CON: the segmentor and the semantic projector on seen classes, aligned to CLIP.
+
+    L = 2·CE + 5·BCE + 5·Dice + λ_g · L_global + λ_i · L_instance
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from concat_jax.losses import alignment
+from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
+from concat_jax.models.segmentor import normalize_images
+from concat_jax.stages.clip_targets import CropConfig, clip_targets
+from concat_jax.stages.networks import Networks
+from concat_jax.stages.stage import NO_DECAY, Stage
+from concat_jax.text.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class ConConfig:
+    """Constants of CON. The two alignments are the paper's; each value here is ours.
+
+    Attributes:
+      global_weight: λ_g.
+      instance_weight: λ_i.
+      alignment: "cosine" (one minus the cosine) or "infonce" (other images and other segments of
+        the image as negatives).
+      temperature: of InfoNCE; CLIP's own at the start of its training.
+      pooling: "objectness", "similarity" or "mean", see `alignment.pool_queries`.
+      pooling_temperature: of the softmax over queries.
+      backbone_multiplier: learning rate of the backbone over that of the rest; 0.1 for pretrained
+        weights, 1 from scratch.
+    """
+
+    global_weight: float = 1.0
+    instance_weight: float = 1.0
+    alignment: str = "cosine"
+    temperature: float = 0.07
+    pooling: str = "objectness"
+    pooling_temperature: float = 0.1
+    backbone_multiplier: float = 0.1
+
+    def __post_init__(self):
+        if self.alignment not in ("cosine", "infonce"):
+            raise ValueError(
+                f"CON alignment is {self.alignment!r}; choose 'cosine' or 'infonce'."
+            )
+
+
+def training_labels(labels: jax.Array, is_crowd: jax.Array, vocabulary: Vocabulary) -> jax.Array:
+    """Labels as rows of the seen text embeddings; -1 for padding, crowd and unseen classes."""
+    row_of_class = np.full(len(vocabulary) + 1, -1, np.int32)  # last entry: label -1
+    row_of_class[vocabulary.seen] = np.arange(len(vocabulary.seen))
+    return jnp.where(is_crowd, -1, jnp.asarray(row_of_class)[labels])
+
+
+def make_stage(
+    networks: Networks,
+    vocabulary: Vocabulary,
+    config: ConConfig,
+    loss_config: SegmentationLossConfig,
+    crop_config: CropConfig,
+) -> Stage:
+    """CON as a `Stage`: trains segmentor and projector, reads CLIP."""
+    align = config.global_weight > 0 or config.instance_weight > 0
+
+    def pull(predictions, targets, valid):
+        if config.alignment == "cosine":
+            return jnp.where(valid, alignment.cosine_alignment(predictions, targets), 0.0)
+        return alignment.info_nce(predictions, targets, valid, temperature=config.temperature)
+
+    def loss(params, frozen, batch, rng):
+        labels = training_labels(
+            batch["segment_labels"], batch["segment_is_crowd"], vocabulary
+        )
+        output = networks.segmentor.apply(
+            {"params": params["segmentor"]}, normalize_images(batch["image"])
+        )
+        projector = {"params": params["projector"]}
+        semantic = networks.projector.apply(projector, output.queries)  # [B, L, N, C]
+        text = frozen["text"][vocabulary.seen]
+        logits = networks.projector.apply(projector, semantic, text, method="classify")
+        terms = segmentation_loss(
+            rng,
+            logits,
+            output.mask_embeddings,
+            output.mask_features,
+            batch["segment_ids"],
+            labels,
+            loss_config,
+        )
+        metrics = {
+            "loss_class": terms.loss_class,
+            "loss_mask": terms.loss_mask,
+            "loss_dice": terms.loss_dice,
+        }
+        total = terms.loss_class + terms.loss_mask + terms.loss_dice
+        if align:
+            image_target, segment_targets = clip_targets(
+                networks.clip,
+                frozen["clip"],
+                batch["image"],
+                batch["segment_ids"],
+                labels.shape[1],
+                crop_config,
+            )
+            last = semantic[:, -1]
+            objectness = 1 - jax.nn.softmax(logits[:, -1], axis=-1)[..., -1]
+            pooled = alignment.pool_queries(
+                last,
+                objectness,
+                image_target,
+                pooling=config.pooling,
+                temperature=config.pooling_temperature,
+            )
+            everyone = jnp.ones(len(pooled), bool)
+            loss_global = jnp.mean(pull(pooled, image_target, everyone))
+
+            query = terms.query_of_segment[:, -1]  # [B, G]
+            matched = query >= 0
+            holders = jnp.take_along_axis(last, jnp.clip(query, 0)[..., None], axis=1)
+            losses = pull(holders, segment_targets, matched)
+            loss_instance = losses.sum() / jnp.maximum(matched.sum(), 1)
+            metrics |= {"loss_global": loss_global, "loss_instance": loss_instance}
+            total += config.global_weight * loss_global
+            total += config.instance_weight * loss_instance
+        return total, {"loss": total, **metrics}
+
+    rate = config.backbone_multiplier
+    rules = (
+        (r"segmentor/backbone/.*(mean|variance)$", 0.0, 0.0),
+        (r"segmentor/backbone/" + NO_DECAY, rate, 0.0),
+        (r"segmentor/backbone/.*", rate, 1.0),
+        (NO_DECAY, 1.0, 0.0),
+        (r".*", 1.0, 1.0),
+    )
+    fields = ("image", "segment_ids", "segment_labels", "segment_is_crowd")
+    return Stage(("segmentor", "projector"), ("clip",) if align else (), loss, rules, fields)

@@ -1,0 +1,82 @@
+"""The four networks of the method, and their parameters as named subtrees.
+
+A parameter tree is a dict of subtrees `clip`, `segmentor`, `projector`, `generator`; stages say by
+these names what they take, train and give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from concat_jax.models.clip import CLIP, make_clip
+from concat_jax.models.generator import QueryGenerator
+from concat_jax.models.segmentor import Segmentor, make_segmentor
+from concat_jax.models.semantic_projector import SemanticProjector
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """Unbound modules; the field names are the names of the parameter subtrees."""
+
+    clip: CLIP
+    segmentor: Segmentor
+    projector: SemanticProjector
+    generator: QueryGenerator
+    query_width: int
+
+    def init(self, name: str, rng: jax.Array) -> Params:
+        """Fresh parameters of one network.
+
+        Args:
+          name: "clip", "segmentor", "projector" or "generator".
+          rng: PRNG key.
+
+        Returns:
+          The linen parameter tree, float32.
+        """
+        if name == "clip":
+            size = self.clip.image_size
+            images = jnp.zeros((1, size, size, 3))
+            variables = self.clip.init(rng, images, jnp.zeros((1, 1), jnp.int32))
+        elif name == "segmentor":
+            # Parameter shapes don't depend on the image size; 64 is the least with a pixel at
+            # stride 32 on either side of the centre.
+            variables = self.segmentor.init(rng, jnp.zeros((1, 64, 64, 3)))
+        elif name == "projector":
+            variables = self.projector.init(
+                rng,
+                jnp.zeros((1, self.query_width)),
+                jnp.zeros((1, self.clip.embed_dim)),
+                method="predict",
+            )
+        else:
+            rng, noise = jax.random.split(rng)
+            norm = jnp.ones(self.query_width)
+            text = jnp.zeros((1, self.clip.embed_dim))
+            variables = self.generator.init(rng, text, noise, norm, norm)
+        return variables["params"]
+
+
+def make_networks(config: Mapping[str, Any]) -> Networks:
+    """Networks from the `model` section of a config: `clip`, `segmentor`, `projector`, `generator`.
+
+    Raises:
+      ValueError: for a field that a network does not have or a value it cannot take.
+    """
+    clip = make_clip(config["clip"])
+    segmentor = make_segmentor(config["segmentor"])
+    query_width = config["segmentor"]["width"]
+    return Networks(
+        clip=clip,
+        segmentor=segmentor,
+        projector=SemanticProjector(joint_width=clip.embed_dim, **config["projector"]),
+        generator=QueryGenerator(width=query_width, **config["generator"]),
+        query_width=query_width,
+    )

@@ -1,0 +1,222 @@
+"""Text to token ids: CLIP's byte-pair encoding, and one id a word for closed small worlds."""
+
+from __future__ import annotations
+
+import gzip
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+
+_START = "<|startoftext|>"
+_END = "<|endoftext|>"
+
+# openai/CLIP clip/simple_tokenizer.py: 49152 = 256 bytes, 256 bytes that end a word, and one token
+# a merge, less the two special tokens, which come last.
+_NUM_MERGES = 49152 - 256 - 2
+
+# The split of transformers' CLIPTokenizer: contractions, runs of letters, single digits, runs of
+# the rest.
+_SPLIT = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+class Tokenizer(Protocol):
+    """What the text tower and `concat_jax.text.prompts` ask of a tokenizer.
+
+    `eot_id` is the largest id a row can hold and its first occurrence ends the text, so both
+    poolings of `CLIP.eot_id` (largest id, first occurrence) find it.
+    """
+
+    vocab_size: int
+    context_length: int
+    eot_id: int
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """`texts` -> [M, context_length] int32."""
+        ...
+
+
+def _check_texts(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise ValueError(f"A tokenizer takes a sequence of texts; wrap {texts!r} in a list.")
+    return list(texts)
+
+
+def _byte_symbols() -> list[str]:
+    """One printable character a byte, in the order of CLIP's ids (GPT-2's `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(byte) for byte in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
+
+
+def _read_merges(path: pathlib.Path) -> list[tuple[str, str]]:
+    try:
+        text = gzip.decompress(path.read_bytes()).decode("utf-8")
+    except FileNotFoundError:
+        raise ValueError(
+            f"CLIP's vocabulary is not at {str(path)!r}: set config.text.bpe_path to a copy of "
+            "bpe_simple_vocab_16e6.txt.gz from github.com/openai/CLIP."
+        ) from None
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"CLIP's vocabulary at {str(path)!r} (config.text.bpe_path) is unreadable: {error}."
+        ) from error
+    # The first line is a version; the file goes on beyond the merges that CLIP uses.
+    merges = [tuple(line.split()) for line in text.split("\n")[1 : _NUM_MERGES + 1]]
+    if len(merges) != _NUM_MERGES or any(len(merge) != 2 for merge in merges):
+        raise ValueError(
+            f"CLIP's vocabulary at {str(path)!r} (config.text.bpe_path) does not hold "
+            f"{_NUM_MERGES} merges; take the original bpe_simple_vocab_16e6.txt.gz."
+        )
+    return merges
+
+
+class ClipTokenizer:
+    """CLIP's lower-cased byte-level BPE; ids equal to those of transformers' `CLIPTokenizer`.
+
+    Text is put into Unicode form C, white space runs become one blank, letters lower case. OpenAI's
+    original also runs `ftfy` and resolves HTML entities first: "&amp;" is three tokens here, one
+    there. Plain class names are the same in both. A text too long loses its last words and keeps
+    the end token. Rows are padded with the end token, as transformers does; OpenAI pads with 0,
+    which the causal text tower cannot tell apart at the end token.
+
+    Args:
+      bpe_path: `bpe_simple_vocab_16e6.txt.gz` of github.com/openai/CLIP.
+      context_length: length of a row, start and end token included.
+
+    Raises:
+      ValueError: if the file is missing or another, or `context_length` is under 2.
+    """
+
+    vocab_size: int
+    context_length: int
+    eot_id: int
+
+    def __init__(self, bpe_path: str | pathlib.Path, context_length: int = 77):
+        if context_length < 2:
+            raise ValueError(
+                f"ClipTokenizer's context_length {context_length} has no room for start and end."
+            )
+        merges = _read_merges(pathlib.Path(bpe_path))
+        symbols = _byte_symbols()
+        tokens = [
+            *symbols,
+            *(symbol + "</w>" for symbol in symbols),
+            *(left + right for left, right in merges),
+            _START,
+            _END,
+        ]
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        self.vocab_size = len(tokens)
+        self.context_length = context_length
+        self.eot_id = vocabulary[_END]
+        self._start_id = vocabulary[_START]
+        self._bpe = tokenizers.Tokenizer(
+            models.BPE(
+                vocab=vocabulary,
+                merges=merges,
+                end_of_word_suffix="</w>",
+                continuing_subword_prefix="",
+                unk_token=_END,
+            )
+        )
+        self._bpe.normalizer = normalizers.Sequence(
+            [
+                normalizers.NFC(),
+                normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+                normalizers.Lowercase(),
+            ]
+        )
+        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        # Written out in a text they are themselves, as in both originals.
+        self._bpe.add_special_tokens([_START, _END])
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Token ids, [M, context_length] int32: start, the text, end, and ends as padding.
+
+        Raises:
+          ValueError: for a bare string in place of a sequence.
+        """
+        texts = _check_texts(texts)
+        rows = np.full((len(texts), self.context_length), self.eot_id, np.int32)
+        rows[:, 0] = self._start_id
+        for row, encoding in zip(rows, self._bpe.encode_batch(texts), strict=True):
+            ids = encoding.ids[: self.context_length - 2]
+            row[1 : 1 + len(ids)] = ids
+        return rows
+
+
+class WordTokenizer:
+    """One id a word, for captions over a closed set of words.
+
+    Ids: 0 pads, 1 .. n are `words` in their order, n + 1 starts and n + 2 ends a text. Case and
+      punctuation
+    do not matter; the hyphen separates words.
+
+    Args:
+      words: n different words.
+      context_length: length of a row, start and end token included.
+
+    Raises:
+      ValueError: if a word is not one word or occurs twice, or `context_length` is under 2.
+    """
+
+    vocab_size: int
+    context_length: int
+    eot_id: int
+
+    def __init__(self, words: Sequence[str], context_length: int):
+        if context_length < 2:
+            raise ValueError(
+                f"WordTokenizer's context_length {context_length} has no room for start and end."
+            )
+        self._ids: dict[str, int] = {}
+        for word in _check_texts(words):
+            if self._split(word) != [word.lower()]:
+                raise ValueError(f"WordTokenizer's words must be single words, not {word!r}.")
+            if word.lower() in self._ids:
+                raise ValueError(f"WordTokenizer's words hold {word!r} more than once.")
+            self._ids[word.lower()] = 1 + len(self._ids)
+        self.context_length = context_length
+        self._start_id = 1 + len(self._ids)
+        self.eot_id = self._start_id + 1
+        self.vocab_size = self.eot_id + 1
+
+    @staticmethod
+    def _split(text: str) -> list[str]:
+        return re.findall(r"\w+", text.lower())
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Token ids, [M, context_length] int32: start, a word each, end, zeros.
+
+        Raises:
+          ValueError: for a word that is not in the set, a text that does not fit, or a bare string.
+        """
+        texts = _check_texts(texts)
+        rows = np.zeros((len(texts), self.context_length), np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            words = self._split(text)
+            unknown = [word for word in words if word not in self._ids]
+            if unknown:
+                raise ValueError(
+                    f"WordTokenizer does not know the word {unknown[0]!r} of {text!r}; it knows "
+                    f"{len(self._ids)} words."
+                )
+            if len(words) > self.context_length - 2:
+                raise ValueError(
+                    f"{text!r} has {len(words)} words; WordTokenizer's context_length "
+                    f"{self.context_length} holds {self.context_length - 2}."
+                )
+            ids = [self._start_id, *(self._ids[word] for word in words), self.eot_id]
+            row[: len(ids)] = ids
+        return rows

@@ -1,0 +1,58 @@
+"""A label space as data: class names, thing or stuff, seen or unseen, and the data set's own ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """K classes in one label space; index k is what `segment_labels` hold.
+
+    Attributes:
+      names: K class names as given to the text encoder's prompts.
+      is_thing: K flags, True for countable classes.
+      is_seen: K flags, True where the training set may show the class's pixels.
+      category_ids: K ids of the data set's own annotation format (COCO ids are not contiguous).
+
+    Raises:
+      ValueError: if the lengths differ, a name is empty or a name or an id occurs twice.
+    """
+
+    names: tuple[str, ...]
+    is_thing: tuple[bool, ...]
+    is_seen: tuple[bool, ...]
+    category_ids: tuple[int, ...]
+
+    def __post_init__(self):
+        lengths = {len(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        if len(lengths) != 1:
+            raise ValueError(f"Vocabulary fields have different lengths: {sorted(lengths)}.")
+        for index, name in enumerate(self.names):
+            if not name.strip():
+                raise ValueError(f"Class {index} of the vocabulary has an empty name.")
+        for what, values in (("name", self.names), ("category id", self.category_ids)):
+            doubles = sorted({v for v in values if values.count(v) > 1})
+            if doubles:
+                raise ValueError(f"The vocabulary holds the {what} {doubles[0]!r} more than once.")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @functools.cached_property
+    def seen(self) -> np.ndarray:
+        """Indices of the seen classes, [S] int32 ascending."""
+        return np.flatnonzero(self.is_seen).astype(np.int32)
+
+    @functools.cached_property
+    def unseen(self) -> np.ndarray:
+        """Indices of the unseen classes, [U] int32 ascending."""
+        return np.flatnonzero(~np.asarray(self.is_seen)).astype(np.int32)
+
+    @functools.cached_property
+    def index_of_category(self) -> dict[int, int]:
+        """Map from the data set's category id to the class index."""
+        return {category: index for index, category in enumerate(self.category_ids)}

@@ -1,0 +1,183 @@
+"""The one training loop. It knows a stage's loss and parameter rules, and no stage by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from concat_jax.stages.stage import Stage
+from concat_jax.training.checkpoints import StageCheckpoints
+from concat_jax.training.metric_writer import MetricWriter, Progress
+from concat_jax.training.optimizer import (
+    FROZEN,
+    OptimizerConfig,
+    label_params,
+    make_optimizer,
+    path_name,
+)
+from concat_jax.training.sharding import replicated, shard_batch
+from concat_jax.training.state import TrainState, make_train_step
+
+BatchFn = Callable[[int], Mapping[str, np.ndarray]]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+class Preempted(RuntimeError):
+    """The machine asked the run to stop; its state is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """Attributes:
+    steps: batches to train on.
+    seed: of the steps' PRNG keys.
+    log_every: steps between progress lines; the loss is looked at then, never in between.
+    save_every: steps between checkpoints; 0 for the last only.
+    tensorboard: write TensorBoard files beside `metrics.jsonl`.
+    """
+
+    steps: int
+    seed: int = 0
+    log_every: int = 50
+    save_every: int = 0
+    tensorboard: bool = True
+
+
+def train_stage(
+    name: str,
+    stage: Stage,
+    *,
+    params: Any,
+    frozen: Any,
+    batches: Callable[[int, int], Any],
+    workdir: Path,
+    mesh: Mesh,
+    loop: LoopConfig,
+    optimizer: OptimizerConfig,
+) -> Any:
+    """Train a stage to its last step, from its newest checkpoint if there is one.
+
+    Args:
+      name: of the stage; its files go to `workdir/name`.
+      stage: what to train.
+      params: initial values of the trained subtrees.
+      frozen: what the loss reads besides, subtrees and "text".
+      batches: (first step, number of steps) -> iterator of numpy batches, one a step, the same
+        for the same step whenever asked.
+      workdir: of the whole run.
+      mesh: devices.
+      loop: steps, seed and intervals.
+      optimizer: constants of the optimizer.
+
+    Returns:
+      The trained subtrees, on device.
+
+    Raises:
+      NonFiniteLossError: naming the step, the images and the last checkpoint.
+      Preempted: after saving, when the platform announces its end.
+      CheckpointError: if the workdir holds a checkpoint of another architecture.
+    """
+    labels = label_params(params, stage.rules)
+    transform = make_optimizer(optimizer, loop.steps, labels)
+    checkpoints = StageCheckpoints(workdir, name, save_every=loop.save_every)
+    everywhere = replicated(mesh)
+    abstract = jax.eval_shape(lambda p: TrainState.create(p, transform), params)
+    resumed = checkpoints.latest_step()
+    print_parameters(name, params, frozen, labels, resumed)
+    if resumed is None:
+        params = jax.device_put(params, everywhere)
+        # Copied: the step donates its input, and the caller may still hold these arrays.
+        make = jax.jit(lambda p: TrainState.create(p, transform), out_shardings=everywhere)
+        state = make(jax.tree.map(lambda x: x.copy(), params))
+    else:
+        state = checkpoints.restore(abstract, everywhere)
+    start = int(state.step)
+    if start >= loop.steps:
+        print(f"{name}: finished at step {start}, nothing to train.")
+        checkpoints.close()
+        return state.params
+
+    frozen = jax.device_put(frozen, everywhere)
+    step_fn = jax.jit(
+        make_train_step(stage.loss, transform, loop.seed),
+        donate_argnums=0,
+        out_shardings=(everywhere, everywhere),
+    )
+    writer = MetricWriter(Path(workdir) / name, tensorboard=loop.tensorboard)
+    pending: list[tuple[int, Any, Any]] = []  # (step, image ids, device metrics) since last look
+    progress: Progress | None = None
+    iterator = batches(start, loop.steps - start)
+    try:
+        with jax.set_mesh(mesh):
+            for step, batch in enumerate(iterator, start=start):
+                inputs = shard_batch({k: batch[k] for k in stage.batch_fields}, mesh)
+                state, metrics = step_fn(state, frozen, inputs)
+                pending.append((step, batch.get("image_id"), metrics))
+                done = step + 1
+                if progress is None:
+                    rows = len(next(iter(inputs.values())))
+                    progress = Progress(name, start, loop.steps, rows)
+                last = done == loop.steps
+                saving = last or (loop.save_every and done % loop.save_every == 0)
+                if saving or done % loop.log_every == 0:
+                    means = _look(pending, checkpoints)
+                    pending.clear()
+                    rate = progress.report(done, means)
+                    writer.scalars(done, {**means, "steps_per_second": rate})
+                if saving:
+                    checkpoints.save(state, done, force=True)
+                elif checkpoints.manager.reached_preemption(done):
+                    _look(pending, checkpoints)
+                    checkpoints.save(state, done, force=True)
+                    raise Preempted(f"Stage {name!r} was preempted; step {done} is saved.")
+    finally:
+        close = getattr(iterator, "close", None)
+        if close:
+            close()
+        writer.close()
+        checkpoints.close()
+    return state.params
+
+
+def _look(pending, checkpoints: StageCheckpoints) -> dict[str, float]:
+    """Means of the metrics since the last look; raises on the first non-finite loss."""
+    rows = jax.device_get([metrics for _, _, metrics in pending])
+    for (step, image_ids, _), row in zip(pending, rows, strict=True):
+        bad = [key for key, value in row.items() if not np.isfinite(value)]
+        if bad:
+            good = checkpoints.latest_step()
+            where = f"step {good} in {checkpoints.path}" if good is not None else "none"
+            ids = "unknown" if image_ids is None else ", ".join(str(i) for i in image_ids)
+            raise NonFiniteLossError(
+                f"Stage {checkpoints.stage!r}: {', '.join(bad)} is not finite at step {step} "
+                f"(images {ids}); the last good checkpoint is {where}."
+            )
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+def print_parameters(name: str, params: Any, frozen: Any, labels: Any, resumed: int | None) -> None:
+    """Say which parameters a stage takes, trains and leaves frozen, by subtree and rule."""
+    counts: dict[tuple[str, str], int] = {}
+    for (path, leaf), label in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(labels), strict=True
+    ):
+        key = (path_name(path).split("/")[0], label)
+        counts[key] = counts.get(key, 0) + leaf.size
+    origin = "starts" if resumed is None else f"resumes at step {resumed}"
+    print(f"\nStage {name} {origin}")
+    for (subtree, label), count in sorted(counts.items()):
+        verb = "  frozen " if label == FROZEN else "  trained"
+        print(f"{verb} {subtree:<10} {count:>12,} parameters  {'' if label == FROZEN else label}")
+    for subtree, tree in sorted(frozen.items()):
+        count = sum(x.size for x in jax.tree.leaves(tree))
+        what = "embeddings" if subtree == "text" else "parameters"
+        print(f"  taken   {subtree:<10} {count:>12,} {what}, frozen")

@@ -1,0 +1,122 @@
+"""AdamW with a rule for each parameter: its learning rate, its decay, or frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+FROZEN = "frozen"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Attributes:
+    learning_rate: peak, for multiplier 1.
+    weight_decay: decoupled, for multiplier 1; 0.05 is Mask2Former's.
+    warmup_steps: linear from 0.
+    schedule: after the warm-up: "cosine" to 0, "constant", or "steps" (x 0.1 at
+      `decay_at` of the steps; Mask2Former's).
+    decay_at: shares of the steps at which "steps" decays.
+    clip_norm: global gradient norm over all trained parameters; 0 for none. 0.01 is
+      Mask2Former's.
+    b2: second-moment decay of Adam.
+    accumulate: batches averaged into one update.
+    """
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.05
+    warmup_steps: int = 0
+    schedule: str = "steps"
+    decay_at: tuple[float, ...] = (0.889, 0.963)
+    clip_norm: float = 0.01
+    b2: float = 0.999
+    accumulate: int = 1
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by update, over `steps` updates.
+
+    Raises:
+      ValueError: if the schedule is unknown.
+    """
+    peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
+    elif config.schedule == "constant":
+        main = optax.constant_schedule(peak)
+    elif config.schedule == "steps":
+        boundaries = {int(share * steps) - warmup: 0.1 for share in config.decay_at}
+        main = optax.piecewise_constant_schedule(peak, boundaries)
+    else:
+        raise ValueError(
+            f"Schedule {config.schedule!r} is unknown; choose 'cosine', 'constant' or 'steps'."
+        )
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+
+def label_params(params: Any, rules: Sequence[tuple[str, float, float]]) -> Any:
+    """Label of every parameter: "frozen", or "lr x0.1, decay x1".
+
+    Args:
+      params: tree of arrays or shapes.
+      rules: (regex, learning-rate multiplier, weight-decay multiplier), tried in order against
+        "subtree/module/leaf"; the first that matches decides.
+
+    Returns:
+      A tree of strings.
+
+    Raises:
+      ValueError: for a parameter that no rule matches.
+    """
+
+    def label(path, _):
+        name = path_name(path)
+        for pattern, rate, decay in rules:
+            if re.fullmatch(pattern, name):
+                return FROZEN if rate == 0 else f"lr x{rate:g}, decay x{decay:g}"
+        raise ValueError(f"No optimizer rule matches the parameter {name!r}.")
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def path_name(path) -> str:
+    """"a/b/c" of a jax key path through dicts."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, labels: Any
+) -> optax.GradientTransformation:
+    """AdamW by label, gradients clipped by their global norm over what is trained.
+
+    Frozen gradients are masked before the clip: they would shrink the live ones, and XLA drops
+    their backward pass only when nothing reads them.
+
+    Args:
+      config: constants.
+      steps: updates of the schedule.
+      labels: tree of `label_params`.
+    """
+    schedule = make_schedule(config, max(steps // config.accumulate, 1))
+    transforms: dict[str, optax.GradientTransformation] = {FROZEN: optax.set_to_zero()}
+    for label in set(jax.tree.leaves(labels)) - {FROZEN}:
+        rate, decay = (float(x) for x in re.findall(r"x([^,]+)", label))
+        transforms[label] = optax.chain(
+            optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay * decay),
+            optax.scale(rate),
+        )
+    optimizer = optax.multi_transform(transforms, labels)
+    if config.clip_norm:
+        trained = jax.tree.map(lambda label: label != FROZEN, labels)
+        clip = optax.masked(optax.clip_by_global_norm(config.clip_norm), trained)
+        optimizer = optax.chain(clip, optimizer)
+    if config.accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
+    return optimizer

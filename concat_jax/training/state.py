@@ -1,0 +1,51 @@
+"""The state of a run, exactly what a checkpoint holds, and the step that moves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from concat_jax.stages.stage import Batch, LossFn, Metrics
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Attributes:
+    step: [] int32, batches seen.
+    params: the subtrees the stage trains, float32.
+    opt_state: of the optimizer.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+
+    @classmethod
+    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+        """State before the first step."""
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def make_train_step(
+    loss: LossFn, optimizer: optax.GradientTransformation, seed: int
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
+
+    The step's PRNG key is folded from the seed and the step number, so a resumed run draws what
+    an unbroken one would have drawn and no key needs saving.
+    """
+
+    def train_step(state: TrainState, frozen: Any, batch: Batch):
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (_, metrics), gradients = gradient(state.params, frozen, batch, rng)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {**metrics, "gradient_norm": optax.global_norm(gradients)}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step

@@ -1,0 +1,147 @@
+"""The demo: every stage of CONCAT on the synthetic world, from nothing, on a laptop's CPU.
+
+    python -m concat_jax.main --config=configs/demo_zps.py --workdir=runs/demo
+
+Needs no download. `--config=configs/demo_zps.py:smoke` runs every stage for a few steps.
+"""
+
+from ml_collections import ConfigDict
+
+from concat_jax.configuration import parse_flags
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The demo's config; `arg` is "" or "smoke"."""
+    smoke = "smoke" in parse_flags(arg, ("smoke",))
+
+    config = ConfigDict()
+    config.seed = 0
+    config.tensorboard = False  # spares a laptop the import of TensorFlow
+    config.mesh = dict(fsdp=1, devices=0)  # 0: all devices
+    config.stages = ("clip", "con", "cat", "finetune", "control")
+
+    config.data = dict(
+        kind="synthetic",
+        preset="texture",  # colour x texture; "shape" is harder
+        image_size=64,
+        max_segments=10,  # 4 stuff regions and 5 things at most
+        num_eval_images=8 if smoke else 300,
+        caption_scene_ratio=0.125,
+    )
+    config.text = dict(
+        tokenizer="words", bpe_path="", context_length=48, templates="name", clean_names=False
+    )
+    config.model = dict(
+        clip=dict(
+            embed_dim=64,
+            image_size=32,
+            patch_size=8,
+            stem="conv",  # learns from few small pictures; CLIP's own is "patch"
+            image_width=64,
+            image_depth=2,
+            image_heads=4,
+            text_width=64,
+            text_depth=1,
+            text_heads=4,
+        ),
+        segmentor=dict(
+            backbone=dict(
+                kind="resnet",
+                stage_sizes=(1, 1, 1, 1),
+                width=32,
+                block="basic",
+                norm="group",  # trained from scratch: there are no statistics to freeze
+                stem="small",  # keeps detail of a 64-pixel image
+            ),
+            width=64,
+            num_queries=16,
+            num_encoder_layers=1,
+            num_decoder_layers=3,
+            num_heads=4,
+            num_points=4,
+            ffn_width=128,
+            decoder_ffn_width=128,
+            num_groups=8,
+        ),
+        projector=dict(hidden_width=128, num_layers=2),
+        generator=dict(hidden_width=256, num_layers=2, noise_width=32),
+    )
+    config.loss = dict(num_points=196)  # 14²: a mask has 16² logits here
+    config.crops = dict(margin=0.1, min_side=32.0, max_side=32.0, fill="mean")  # native scale
+
+    def optimizer(learning_rate, **fields):
+        return dict(
+            dict(
+                learning_rate=learning_rate,
+                weight_decay=0.01,
+                warmup_steps=2 if smoke else 100,
+                schedule="cosine",
+                clip_norm=1.0,  # 0.01 is for finetuning pretrained backbones
+            ),
+            **fields,
+        )
+
+    def steps(count):
+        return 4 if smoke else count
+
+    config.train = dict(
+        clip=dict(
+            kind="pretrain_clip",
+            takes={},
+            steps=steps(1000),
+            batch_size=64,
+            log_every=2 if smoke else 100,
+            optimizer=optimizer(1e-3, weight_decay=0.05),
+        ),
+        con=dict(
+            kind="con",
+            takes=dict(clip="clip"),
+            steps=steps(2000),
+            batch_size=8,
+            log_every=2 if smoke else 100,
+            save_every=2 if smoke else 500,
+            optimizer=optimizer(1e-3),
+            method=dict(backbone_multiplier=1.0, global_weight=0.5, instance_weight=0.5),
+        ),
+        cat=dict(
+            kind="cat",
+            takes=dict(clip="clip", segmentor="con", projector="con"),
+            steps=steps(2000),
+            batch_size=64,
+            log_every=2 if smoke else 250,
+            bank_images=64 if smoke else 2048,
+            optimizer=optimizer(1e-3, weight_decay=0.0),
+            method=dict(),
+        ),
+        finetune=dict(
+            kind="finetune",
+            takes=dict(clip="clip", segmentor="con", projector="con", generator="cat"),
+            steps=steps(1000),
+            batch_size=64,
+            log_every=2 if smoke else 250,
+            bank_images=64 if smoke else 2048,
+            optimizer=optimizer(3e-4),
+            method=dict(pseudo_per_class=32),
+        ),
+        control=dict(
+            kind="finetune",
+            takes=dict(clip="clip", segmentor="con", projector="con"),
+            steps=steps(1000),
+            batch_size=64,
+            log_every=2 if smoke else 250,
+            bank_images=64 if smoke else 2048,
+            optimizer=optimizer(3e-4),
+            method=dict(pseudo_per_class=0),
+        ),
+    )
+    config.eval = dict(
+        # stage -> its name in the table
+        stages=dict(
+            con="stage 1 (CON)",
+            control="finetune without pseudo queries",
+            finetune="full (CON + CAT + union finetune)",
+        ),
+        settings=dict(batch_size=8 if smoke else 25, num_pictures=6),
+        write_coco=False,
+    )
+    return config

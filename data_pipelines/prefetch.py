@@ -1,0 +1,74 @@
+"""Computes the batches of coming steps in threads while the current one is used."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def prefetch(
+    batch_fn: Callable[[int], T],
+    start_step: int,
+    num_steps: int | None,
+    depth: int = 2,
+    num_threads: int = 2,
+) -> Iterator[T]:
+    """Yields batch_fn(start_step), batch_fn(start_step + 1), ... in this order, computed ahead.
+
+    Because `batch_fn` is a function of the step alone, there is no state to save: a resumed run
+    calls this with the step it resumes at. At most `depth` batches are computed or waiting at any
+    time, besides the one the consumer holds. Work starts at the first `next`. Closing the iterator
+    (or leaving a `for` loop over the only reference to it) cancels what has not begun, waits for
+    what has, and leaves no thread behind. Nothing is put on a device here.
+
+    Args:
+      batch_fn: called as batch_fn(step), from several threads at once.
+      start_step: the first step, >= 0.
+      num_steps: how many steps, >= 0; None never ends.
+      depth: how many batches to work ahead, >= 1.
+      num_threads: how many batches are computed at the same time, >= 1; more than `depth` is of
+        no use.
+
+    Returns:
+      An iterator (a generator, with `close`) over the batches. An exception of `batch_fn(step)`
+      is raised as it is, when the consumer reaches that step, after all batches before it.
+
+    Raises:
+      ValueError: at the call, if a number is out of range.
+    """
+    if start_step < 0:
+        raise ValueError(f"start_step is {start_step} and must not be negative.")
+    if num_steps is not None and num_steps < 0:
+        raise ValueError(f"num_steps is {num_steps} and must not be negative (None never ends).")
+    if depth < 1 or num_threads < 1:
+        raise ValueError(f"depth ({depth}) and num_threads ({num_threads}) must be at least 1.")
+    # The generator is a function of its own so that the checks above run at the call.
+    return _generate(batch_fn, start_step, num_steps, depth, num_threads)
+
+
+def _generate(
+    batch_fn: Callable[[int], T],
+    start_step: int,
+    num_steps: int | None,
+    depth: int,
+    num_threads: int,
+) -> Iterator[T]:
+    steps = itertools.islice(itertools.count(start_step), num_steps)
+    pool = futures.ThreadPoolExecutor(num_threads, thread_name_prefix="prefetch")
+    pending: collections.deque[futures.Future[T]] = collections.deque()
+    try:
+        for step in itertools.islice(steps, depth):
+            pending.append(pool.submit(batch_fn, step))
+        while pending:
+            batch = pending.popleft().result()
+            # Refilled before the yield: the threads work while the consumer does.
+            for step in itertools.islice(steps, 1):
+                pending.append(pool.submit(batch_fn, step))
+            yield batch
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

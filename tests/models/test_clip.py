@@ -1,0 +1,328 @@
+"""CLIP beside transformers' CLIPModel, and the properties of its parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from concat_jax.losses.contrastive import contrastive_loss
+from concat_jax.models.clip import CLIP, interpolate_positions, make_clip
+from concat_jax.models.clip_images import l2_normalize, normalize_clip_images
+from concat_jax.models.clip_weights import clip_config_from_hf, clip_params_from_hf
+
+TINY = dict(
+    embed_dim=12,
+    image_size=16,
+    patch_size=4,
+    image_width=16,
+    image_depth=2,
+    image_heads=2,
+    vocab_size=20,
+    context_length=6,
+    text_width=8,
+    text_depth=1,
+    text_heads=2,
+    image_mlp_ratio=2.0,
+    text_mlp_ratio=2.0,
+)
+
+# Small sizes that all differ, so that a swapped axis cannot fit by accident.
+SMALL_HF = dict(
+    projection_dim=24,
+    vision_config=dict(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    ),
+    text_config=dict(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=72,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=13,
+        bos_token_id=97,
+        eos_token_id=98,
+    ),
+)
+
+
+def _apply(clip, variables, *inputs, method=None):
+    return jax.jit(clip.apply, static_argnames="method")(variables, *inputs, method=method)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    clip = make_clip(TINY)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(5, 16, 16, 3)), jnp.float32)
+    tokens = jnp.asarray([[1, 2, 3, 19, 0, 0], [1, 4, 19, 0, 0, 0]] * 2 + [[1, 5, 6, 7, 8, 19]])
+    variables = jax.jit(clip.init)(jax.random.key(0), images, tokens)
+    return clip, variables, images, tokens
+
+
+def _torch_clip(config: dict, seed: int = 0):
+    """A CLIPModel whose every parameter, biases and norms too, is random and matters."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    model = transformers.CLIPModel(transformers.CLIPConfig(**config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "logit_scale":
+                continue
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.1 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+            else:
+                fan_in = parameter[0].numel() if parameter.ndim > 1 else parameter.numel()
+                parameter.copy_(torch.randn_like(parameter) * max(fan_in, 4) ** -0.5)
+    return torch, model
+
+
+def _compare(config: dict, tokens: np.ndarray, num_images: int) -> dict[str, float]:
+    """Largest absolute differences to transformers, after conversion, in float32."""
+    torch, model = _torch_clip(config)
+    hf_config = model.config.to_dict()
+    clip = make_clip(clip_config_from_hf(hf_config))
+    params = clip_params_from_hf(model.state_dict())
+
+    side = clip.image_size
+    images = np.random.default_rng(1).normal(size=(num_images, side, side, 3)).astype(np.float32)
+    abstract = jax.eval_shape(clip.init, jax.random.key(0), images, tokens)["params"]
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, abstract)
+
+    with torch.no_grad():
+        theirs = model(
+            input_ids=torch.from_numpy(tokens).long(),
+            pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy()),
+        )
+    image, text, scale = _apply(clip, {"params": params}, images, tokens)
+    image, text = l2_normalize(image), l2_normalize(text)
+    logits = scale * jnp.einsum("bc,mc->bm", image, text)
+    differences = {
+        "image": np.abs(image - theirs.image_embeds.numpy()).max(),
+        "text": np.abs(text - theirs.text_embeds.numpy()).max(),
+        "logits": np.abs(logits - theirs.logits_per_image.numpy()).max(),
+    }
+    # The comparison says nothing if every picture or text looks alike.
+    assert np.std(theirs.logits_per_image.numpy(), axis=0).min() > 1e-2
+    assert np.std(theirs.logits_per_image.numpy(), axis=1).min() > 1e-2
+    return differences
+
+
+def _tokens(rows: int, length: int, vocab_size: int, pad: int) -> np.ndarray:
+    """Random ids with the end of text, the largest id, at a different place in each row."""
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(1, vocab_size - 2, (rows, length)).astype(np.int32)
+    for row in range(rows):
+        tokens[row, 2 + row % (length - 2) :] = pad
+        tokens[row, 2 + row % (length - 2)] = vocab_size - 1
+    return tokens
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("eos", ["first occurrence", "legacy argmax"])
+def test_equals_transformers_at_small_size(activation, eos):
+    config = {k: dict(v) if isinstance(v, dict) else v for k, v in SMALL_HF.items()}
+    config["vision_config"]["hidden_act"] = config["text_config"]["hidden_act"] = activation
+    pad = 98
+    if eos == "legacy argmax":
+        config["text_config"]["eos_token_id"] = 2
+        pad = 0
+    differences = _compare(config, _tokens(6, 13, 99, pad), num_images=3)
+    print(activation, eos, differences)
+    assert max(differences.values()) < 1e-4
+
+
+@pytest.mark.slow
+def test_equals_transformers_at_vit_b16():
+    config = dict(projection_dim=512, vision_config=dict(patch_size=16), text_config={})
+    differences = _compare(config, _tokens(4, 77, 49408, 49407), num_images=2)
+    print(differences)
+    assert max(differences.values()) < 1e-4
+
+
+def test_config_from_hf_fills_in_what_transformers_leaves_out():
+    # to_diff_dict is what save_pretrained writes: only what differs from the defaults.
+    transformers = pytest.importorskip("transformers")
+    whole = transformers.CLIPConfig(vision_config=dict(patch_size=16))
+    assert clip_config_from_hf(whole.to_diff_dict()) == clip_config_from_hf(whole.to_dict())
+    built = make_clip(clip_config_from_hf(whole.to_dict()))
+    assert built == CLIP(eot_id=49407)  # the defaults are ViT-B/16
+
+
+def test_weights_are_strict_both_ways():
+    _, model = _torch_clip(SMALL_HF)
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    old_file = {**state, "text_model.embeddings.position_ids": np.arange(13)[None]}
+    jax.tree.map(
+        np.testing.assert_array_equal, clip_params_from_hf(old_file), clip_params_from_hf(state)
+    )
+    name = "vision_model.encoder.layers.1.mlp.fc2.bias"
+    with pytest.raises(ValueError, match=rf"lacks 1 parameters, the first '{name}'"):
+        clip_params_from_hf({k: v for k, v in state.items() if k != name})
+    with pytest.raises(ValueError, match="also holds 1 parameters, the first 'visual.proj'"):
+        clip_params_from_hf({**state, "visual.proj": state["logit_scale"]})
+    with pytest.raises(ValueError, match=f"non-finite value in '{name}'"):
+        clip_params_from_hf({**state, name: np.full_like(state[name], np.nan)})
+
+
+def test_output_shapes_and_types(tiny):
+    clip, variables, images, tokens = tiny
+    image, text, scale = _apply(clip, variables, images, tokens[:2])
+    assert image.shape == (5, 12) and text.shape == (2, 12) and scale.shape == ()
+    np.testing.assert_allclose(scale, 1 / 0.07, rtol=1e-6)
+    half = make_clip({**TINY, "dtype": "bfloat16"})
+    image_half, text_half, _ = _apply(half, variables, images, tokens[:2])
+    assert image_half.dtype == text_half.dtype == jnp.float32
+    assert 0 < np.abs(image_half - image).max() < 0.1 * np.abs(image).max()
+
+
+def test_logit_scale_stops_at_one_hundred(tiny):
+    clip, variables, images, tokens = tiny
+
+    def scale_of(log_scale):
+        params = {**variables["params"], "logit_scale": log_scale}
+        return _apply(clip, {"params": params}, images, tokens)[2]
+
+    value, gradient = jax.value_and_grad(scale_of)(jnp.asarray(7.0))
+    np.testing.assert_allclose(value, 100.0, rtol=1e-6)
+    assert gradient == 0.0
+    value, gradient = jax.value_and_grad(scale_of)(jnp.asarray(1.0))
+    np.testing.assert_allclose([value, gradient], [np.e, np.e], rtol=1e-6)
+
+
+def test_text_is_pooled_at_its_end_in_both_conventions(tiny):
+    clip, variables, _, tokens = tiny
+    by_id = make_clip({**TINY, "eot_id": 19})
+    expected = _apply(clip, variables, tokens, method="encode_text")
+    np.testing.assert_array_equal(_apply(by_id, variables, tokens, method="encode_text"), expected)
+    # What follows the end of text, another end included, must not matter: the tower is causal.
+    tail = jnp.asarray([[1, 2, 3, 19, 19, 7]])
+    for model in (clip, by_id):
+        out = _apply(model, variables, tail, method="encode_text")
+        np.testing.assert_allclose(out, expected[:1], atol=1e-6)
+    # An end of text that is not the largest id is found by id only.
+    other = make_clip({**TINY, "eot_id": 3})
+    np.testing.assert_allclose(
+        _apply(other, variables, jnp.asarray([[1, 2, 3, 19, 0, 0]]), method="encode_text"),
+        _apply(other, variables, jnp.asarray([[1, 2, 3]]), method="encode_text"),
+        atol=1e-6,
+    )
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+
+
+def test_short_token_rows_give_the_same_embedding(tiny):
+    clip, variables, _, tokens = tiny
+    np.testing.assert_allclose(
+        _apply(clip, variables, tokens[:2, :4], method="encode_text"),
+        _apply(clip, variables, tokens[:2], method="encode_text"),
+        atol=1e-6,
+    )
+
+
+def test_positions_are_kept_at_native_size_and_interpolated_elsewhere():
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(1 + 16, 5)), jnp.float32)
+    for method in ("bicubic", "bilinear"):
+        np.testing.assert_array_equal(interpolate_positions(table, (4, 4), (4, 4), method), table)
+        larger = interpolate_positions(table, (4, 4), (7, 3), method)
+        assert larger.shape == (1 + 21, 5)
+        np.testing.assert_array_equal(larger[0], table[0])
+        flat = interpolate_positions(jnp.ones((17, 2)), (4, 4), (9, 2), method)
+        np.testing.assert_allclose(flat, np.ones((19, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("target", [(7, 7), (2, 3)])
+def test_position_interpolation_equals_torch(method, target):
+    torch = pytest.importorskip("torch")
+    table = np.random.default_rng(0).normal(size=(1 + 16, 5)).astype(np.float32)
+    grid = torch.from_numpy(table[1:].reshape(1, 4, 4, 5).transpose(0, 3, 1, 2).copy())
+    theirs = torch.nn.functional.interpolate(grid, size=target, mode=method, antialias=True)
+    theirs = theirs.numpy().transpose(0, 2, 3, 1).reshape(-1, 5)
+    ours = interpolate_positions(jnp.asarray(table), (4, 4), target, method)[1:]
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_other_picture_sizes_run(tiny, stem):
+    clip = make_clip({**TINY, "stem": stem})
+    images = jnp.ones((2, 24, 8, 3))
+    variables = jax.jit(clip.init)(jax.random.key(0), jnp.ones((1, 16, 16, 3)), tiny[3])
+    out = _apply(clip, variables, images, method="encode_image")
+    assert out.shape == (2, 12) and np.isfinite(out).all()
+    with pytest.raises(ValueError, match="divisible by the patch size 4"):
+        _apply(clip, variables, jnp.ones((2, 18, 16, 3)), method="encode_image")
+
+
+def test_pictures_of_a_batch_do_not_mix():
+    clip = make_clip({**TINY, "stem": "conv"})
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16, 16, 3)), jnp.float32)
+    variables = jax.jit(clip.init)(jax.random.key(0), images, jnp.ones((1, 3), jnp.int32))
+    whole = _apply(clip, variables, images, method="encode_image")
+    alone = _apply(clip, variables, images[1:2], method="encode_image")
+    np.testing.assert_allclose(whole[1:2], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_one_step_decreases_the_contrastive_loss_and_gradients_are_finite(tiny, stem):
+    clip, _, images, tokens = make_clip({**TINY, "stem": stem}), *tiny[1:]
+    same = jnp.all(tokens[:, None] == tokens[None], axis=-1)
+
+    def loss_of(params):
+        return contrastive_loss(
+            *_apply(clip, {"params": params}, images, tokens), same_caption=same
+        ).mean()
+
+    params = jax.jit(clip.init)(jax.random.key(1), images, tokens)["params"]
+    step = jax.jit(jax.value_and_grad(loss_of))
+    before, gradients = step(params)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.isfinite(gradient).all(), path
+        assert np.abs(gradient).max() > 0, path
+    optimizer = optax.sgd(1e-2)
+    updates, _ = optimizer.update(gradients, optimizer.init(params))
+    after, _ = step(optax.apply_updates(params, updates))
+    assert after < before - 1e-3
+
+
+def test_wrong_token_shapes_are_refused(tiny):
+    clip, variables, *_ = tiny
+    with pytest.raises(ValueError, match="at most the context length 6"):
+        _apply(clip, variables, jnp.ones((2, 7), jnp.int32), method="encode_text")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_widht": 3}, "no field 'image_widht'; did you mean 'image_width'"),
+        ({"stem": "hybrid"}, "stem is 'hybrid'; choose one of"),
+        ({"activation": "relu"}, "activation is 'relu'"),
+        ({"position_interpolation": "nearest"}, "position_interpolation is 'nearest'"),
+        ({"text_heads": 3}, "text_width 8 is not divisible by its 3 heads"),
+        ({"image_size": 18}, "image_size 18 is not divisible by patch_size 4"),
+        ({"stem": "conv", "image_size": 18, "patch_size": 6}, "power of two, not 6"),
+    ],
+)
+def test_bad_configs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_clip({**TINY, **change})
+
+
+def test_normalisation_is_clips():
+    grey = np.full((1, 2, 2, 3), 255, np.uint8)
+    # (1 - mean) / std of each channel, worked out by hand from OpenAI's constants.
+    expected = [1.930336, 2.074884, 2.145897]
+    np.testing.assert_allclose(normalize_clip_images(grey)[0, 0, 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(normalize_clip_images(0 * grey)[0, 0, 0, 0], -1.792263, rtol=1e-5)
+
+
+def test_l2_normalize_is_finite_at_zero():
+    np.testing.assert_allclose(l2_normalize(jnp.asarray([[3.0, 4.0]])), [[0.6, 0.8]], rtol=1e-6)
+    gradient = jax.grad(lambda x: l2_normalize(x).sum())(jnp.zeros((1, 4)))
+    assert np.isfinite(gradient).all()

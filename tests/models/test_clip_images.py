@@ -1,0 +1,73 @@
+"""Resizing on device beside torch's and jax's own antialiased resize."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from concat_jax.models.clip_images import resize_for_clip, resize_windows
+
+
+def _pictures(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [5, 24, 40])
+def test_whole_pictures_equal_torch_bicubic(size):
+    torch = pytest.importorskip("torch")
+    images = _pictures(2, 24, 24, 3)
+    planes = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
+    theirs = torch.nn.functional.interpolate(
+        planes, size=(size, size), mode="bicubic", antialias=True
+    )
+    theirs = theirs.numpy().transpose(0, 2, 3, 1).clip(0, 255)
+    ours = jax.jit(resize_for_clip, static_argnums=1)(images, size)
+    np.testing.assert_allclose(ours, theirs, atol=1e-2)  # of 255
+
+
+def test_native_size_is_the_identity():
+    images = _pictures(1, 16, 16, 3)
+    np.testing.assert_allclose(resize_for_clip(images, 16), images, atol=1e-4)
+
+
+def test_each_picture_is_resized_over_its_own_valid_area():
+    images = _pictures(2, 20, 30, 3)
+    image_size = np.array([[20, 30], [12, 18]])
+    ours = resize_for_clip(images, 8, image_size=image_size, fit="squash")
+    for b, (height, width) in enumerate(image_size):
+        alone = jax.image.resize(
+            images[b, :height, :width].astype(np.float32), (8, 8, 3), "bicubic", antialias=True
+        )
+        np.testing.assert_allclose(ours[b], alone.clip(0, 255), atol=1e-2)
+    images[1, 12:] = 255 - images[1, 12:]  # padding has no say
+    again = resize_for_clip(images, 8, image_size=image_size, fit="squash")
+    np.testing.assert_array_equal(again, ours)
+
+
+def test_crop_keeps_the_central_square():
+    images = _pictures(1, 8, 12, 3)
+    images[:, :, :2], images[:, :, 10:] = 0, 0
+    np.testing.assert_allclose(resize_for_clip(images, 8), images[:, :, 2:10], atol=1e-4)
+
+
+def test_a_window_is_the_crop_of_the_resized_picture():
+    images = _pictures(1, 16, 32, 3).astype(np.float32)
+    double = jax.image.resize(images, (1, 32, 64, 3), "bicubic")
+    windows = jnp.asarray([[[4, 8, 8, 8], [0, 0, 8, 8], [8, 24, 8, 8]]])
+    ours = resize_windows(images, windows, 16)
+    for g, (top, left, _, _) in enumerate(windows[0]):
+        expected = double[0, 2 * top : 2 * top + 16, 2 * left : 2 * left + 16]
+        np.testing.assert_allclose(ours[0, g], expected, atol=1e-2)
+
+
+def test_empty_windows_and_pictures_are_finite():
+    images = _pictures(2, 8, 8, 3)
+    windows = jnp.zeros((2, 1, 4))
+    assert np.isfinite(resize_windows(images, windows, 4)).all()
+    image_size = np.array([[0, 0], [8, 8]])
+    assert np.isfinite(resize_for_clip(images, 4, image_size=image_size)).all()
+
+
+def test_an_unknown_fit_is_refused():
+    with pytest.raises(ValueError, match="fit='pad'; choose 'crop' or 'squash'"):
+        resize_for_clip(_pictures(1, 8, 8, 3), 4, fit="pad")

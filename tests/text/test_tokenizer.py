@@ -1,0 +1,194 @@
+"""Token ids beside transformers' CLIPTokenizer, and the word tokenizer of small worlds."""
+
+import gzip
+import json
+import random
+
+import numpy as np
+import pytest
+
+from concat_jax.text.tokenizer import ClipTokenizer, WordTokenizer
+
+
+@pytest.fixture(scope="module")
+def bpe_path(shared_data):
+    return shared_data / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
+
+
+@pytest.fixture(scope="module")
+def clip_tokenizer(bpe_path):
+    return ClipTokenizer(bpe_path)
+
+
+@pytest.fixture(scope="module")
+def reference(bpe_path, tmp_path_factory):
+    """transformers' tokenizer from a vocab.json and merges.txt made as OpenAI's table is."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    merges = gzip.open(bpe_path).read().decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    symbols = list(bytes_to_unicode().values())
+    tokens = symbols + [s + "</w>" for s in symbols] + ["".join(m.split()) for m in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder = tmp_path_factory.mktemp("clip_tokenizer")
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+HARD = [
+    "",
+    " ",
+    "\n\t  \r\n",
+    "a photo of a cat",
+    "A Photo  of\ta CAT.",
+    "it's they're I've we'll I'd don't O'Neill 's",
+    "&amp; &lt;b&gt; &#39;x&#39; &eacute; &nbsp;",
+    "naïve café Ångström ÀÉÎÕÜ ß İstanbul ﬁ ① Ⅷ",
+    "cafe\u0301 n\u0303 \u1e9b\u0323",  # combining marks
+    "你好世界 熊貓 こんにちは カタカナ 한국어 ไทย العربية עברית हिन्दी",
+    "😀👍🏽👩‍👩‍👧‍👦🇫🇷 ✨ ™ €",
+    "3.14 1,000,000 ２０２４ ½ x²",
+    "snake_case kebab-case a/b\\c #tag @user http://x.y/z?q=1&r=2",
+    "zero\u200bwidth nbsp\u00a0space ideographic\u3000space line\u2028sep",
+    "control \x00 \x07 \x1b[0m \x7f \ufffd \ufeff",
+    "<|startoftext|> literal <|endoftext|> tokens",
+    "a<|endoftext|>b",
+    "<|ENDOFTEXT|>",
+    "!!! ... ??? ((())) --- '''",
+    "supercalifragilisticexpialidocious" * 20,
+    "word " * 200,
+    "😀" * 100,
+    "a" * 5000,
+]
+
+
+def _random_texts(count: int) -> list[str]:
+    rng = random.Random(0)
+    ranges = [
+        (0x20, 0x7E),
+        (0x20, 0x7E),
+        (0xA0, 0x17F),
+        (0x300, 0x36F),
+        (0x370, 0x5FF),
+        (0x600, 0xDFF),
+        (0x1E00, 0x206F),
+        (0x2100, 0x27BF),
+        (0x3000, 0x30FF),
+        (0x4E00, 0x9FFF),
+        (0xAC00, 0xD7A3),
+        (0xF900, 0xFFFD),
+        (0x1F300, 0x1FAFF),
+        (0x0, 0x1F),
+    ]
+    pieces = ["'s", "'LL", "&amp;", "  ", "<|endoftext|>", "the", "Photo", "dog-like", "1st"]
+
+    def text() -> str:
+        mix = rng.sample(ranges, rng.randint(1, 3))
+        out = []
+        for _ in range(rng.randint(0, 60)):
+            kind = rng.random()
+            if kind < 0.15:
+                out.append(" ")
+            elif kind < 0.25:
+                out.append(rng.choice(pieces))
+            else:
+                out.append(chr(rng.randint(*rng.choice(mix))))
+        return "".join(out)
+
+    return [text() for _ in range(count)]
+
+
+def test_ids_equal_transformers(clip_tokenizer, reference, shared_data):
+    texts = HARD + _random_texts(10_000)
+    for path in sorted((shared_data / "vocabularies").glob("*_with_prompt_eng.txt")):
+        for line in path.read_text().split("\n"):
+            texts.append(line)
+            texts += [f"a photo of a {name}." for name in line.partition(":")[2].split(",")]
+    assert len(texts) > 15_000
+    theirs = reference(
+        texts, padding="max_length", truncation=True, max_length=77, return_tensors="np"
+    )["input_ids"]
+    ours = clip_tokenizer(texts)
+    assert ours.dtype == np.int32
+    different = [text for text, a, b in zip(texts, ours, theirs, strict=True) if (a != b).any()]
+    assert not different
+
+
+def test_known_ids(clip_tokenizer):
+    # As openai/CLIP's own tokenizer gives them.
+    row = clip_tokenizer(["a photo of a cat"])[0]
+    assert row[:7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert (row[7:] == 49407).all() and row.shape == (77,)
+    assert (clip_tokenizer.vocab_size, clip_tokenizer.context_length) == (49408, 77)
+    assert clip_tokenizer.eot_id == 49407
+
+
+def test_long_and_empty_texts_end(clip_tokenizer, bpe_path):
+    rows = clip_tokenizer(["", "word " * 200])
+    assert rows[0, :2].tolist() == [49406, 49407]
+    assert rows[1, -1] == 49407 and (rows[1, 1:-1] == rows[1, 1]).all()
+    short = ClipTokenizer(bpe_path, context_length=5)(["a photo of a cat"])
+    assert short.tolist() == [[49406, 320, 1125, 539, 49407]]
+    assert clip_tokenizer([]).shape == (0, 77)
+
+
+def test_missing_and_wrong_files_name_the_setting(tmp_path, bpe_path):
+    with pytest.raises(ValueError, match=r"not at .*nowhere.* config\.text\.bpe_path"):
+        ClipTokenizer(tmp_path / "nowhere.gz")
+    (tmp_path / "plain.txt").write_text("no gzip")
+    with pytest.raises(ValueError, match=r"config\.text\.bpe_path\) is unreadable"):
+        ClipTokenizer(tmp_path / "plain.txt")
+    (tmp_path / "short.gz").write_bytes(gzip.compress(b"#version\na b\n"))
+    with pytest.raises(ValueError, match="does not hold 48894 merges"):
+        ClipTokenizer(tmp_path / "short.gz")
+    with pytest.raises(ValueError, match="context_length 1 has no room"):
+        ClipTokenizer(bpe_path, context_length=1)
+
+
+def test_a_bare_string_is_refused(clip_tokenizer):
+    for tokenizer in (clip_tokenizer, WordTokenizer(["red"], 4)):
+        with pytest.raises(ValueError, match="wrap 'red' in a list"):
+            tokenizer("red")
+
+
+def test_words_by_hand():
+    tokenizer = WordTokenizer(["red", "striped", "Ball", "and"], context_length=6)
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (7, 6)
+    rows = tokenizer(["Red, striped ball!", "red-ball", ""])
+    assert rows.dtype == np.int32
+    assert rows.tolist() == [[5, 1, 2, 3, 6, 0], [5, 1, 3, 6, 0, 0], [5, 6, 0, 0, 0, 0]]
+
+
+def test_both_poolings_find_the_end_of_words():
+    tokenizer = WordTokenizer([f"w{i}" for i in range(30)], context_length=8)
+    rows = tokenizer(["w3", "w29 w29 w29", " ".join(f"w{i}" for i in range(6))])
+    np.testing.assert_array_equal(rows.argmax(axis=1), [2, 4, 7])
+    np.testing.assert_array_equal((rows == tokenizer.eot_id).argmax(axis=1), [2, 4, 7])
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["red", "a mauve ball"], "does not know the word 'a' of 'a mauve ball'"),
+        (["red mauve"], "the word 'mauve'"),
+        (["red red red red"], "has 4 words; WordTokenizer's context_length 5 holds 3"),
+    ],
+)
+def test_texts_outside_the_world_are_refused(texts, message):
+    with pytest.raises(ValueError, match=message):
+        WordTokenizer(["red", "ball"], context_length=5)(texts)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["red", "Red"], "'Red' more than once"),
+        (["red ball"], "single words, not 'red ball'"),
+        (["!"], "single words, not '!'"),
+    ],
+)
+def test_bad_word_lists_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        WordTokenizer(words, context_length=5)
