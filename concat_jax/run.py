@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -58,6 +59,8 @@ class StageConfig:
       log_every: steps between progress lines.
       save_every: steps between checkpoints, 0 for the last only.
       bank_images: images whose vision queries stages 2 and 3 learn from.
+      copies: part of a fresh subtree -> part of a taken one that it starts from, as
+        "segmentor/backbone": "clip/vision_model/patch_embedding/trunk".
     """
 
     kind: str
@@ -69,6 +72,44 @@ class StageConfig:
     log_every: int = 50
     save_every: int = 0
     bank_images: int = 0
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def warm_start(params: Params, target: str, taken: Params, source: str) -> Params:
+    """Copy into a part of `params` every parameter that a part of `taken` has at the same place.
+
+    Args:
+      params: tree to copy into.
+      target: "subtree/module" in it.
+      taken: tree to copy from.
+      source: "subtree/module" in it.
+
+    Returns:
+      A new tree; the counts are printed.
+
+    Raises:
+      ValueError: if a part does not exist or a parameter has another shape.
+    """
+
+    def flat(tree: Params, prefix: str) -> dict[str, jax.Array]:
+        leaves = flax.traverse_util.flatten_dict(tree, sep="/")
+        part = {k.removeprefix(prefix + "/"): v for k, v in leaves.items() if k.startswith(prefix + "/")}
+        if not part:
+            raise ValueError(f"There are no parameters at {prefix!r} to start from or to fill.")
+        return part
+
+    old, new = flat(params, target), flat(taken, source)
+    shared = sorted(old.keys() & new.keys())
+    for name in shared:
+        if old[name].shape != new[name].shape:
+            raise ValueError(
+                f"{target}/{name} has shape {old[name].shape} but {source}/{name} has "
+                f"{new[name].shape}; the two must be of one architecture."
+            )
+    print(f"{target}: {len(shared)} of {len(old)} parameters start from {source}.")
+    merged = flax.traverse_util.flatten_dict(params, sep="/")
+    merged |= {f"{target}/{name}": new[name] for name in shared}
+    return flax.traverse_util.unflatten_dict(merged, sep="/")
 
 
 class Run:
@@ -177,7 +218,7 @@ class Run:
         results = {}
         for name in self.config.eval.stages:
             results[self.config.eval.stages[name]] = self.evaluate(name)
-        table = report.format_comparison(results)
+        table = report.format_comparison(results) if results else "No stage is evaluated."
         for title, summary in results.items():
             print(f"\n{title}\n{report.format_table(summary)}")
         print(f"\n{table}\n")
@@ -198,6 +239,8 @@ class Run:
             subtree: taken[subtree] if subtree in taken else self._init(subtree, rng)
             for subtree in stage.trains
         }
+        for target, source in settings.copies.items():
+            params = warm_start(params, target, taken, source)
         frozen = {subtree: taken[subtree] for subtree in stage.reads}
         if settings.kind != "pretrain_clip":
             frozen["text"] = self.text_embeddings(self._clip_source(name))
@@ -232,7 +275,8 @@ class Run:
         kind, method = self.stages[name].kind, self.stages[name].method
         where = f"config.train.{name}.method"
         if kind == "pretrain_clip":
-            return pretrain_clip.make_stage(self.networks)
+            settings = configuration.build(pretrain_clip.PretrainClipConfig, method, where)
+            return pretrain_clip.make_stage(self.networks, settings)
         if kind == "con":
             settings = configuration.build(con.ConConfig, method, where)
             return con.make_stage(self.networks, self.vocabulary, settings, self.loss, self.crops)

@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
             embed_dim=64,
             image_size=32,
             patch_size=8,
-            stem="conv",  # learns from few small pictures; CLIP's own is "patch"
+            stem="resnet",  # learns from few small pictures; CLIP's own is "patch"
             image_width=64,
             image_depth=2,
             image_heads=4,
@@ -48,17 +48,17 @@ def get_config(arg: str = "") -> ConfigDict:
             backbone=dict(
                 kind="resnet",
                 stage_sizes=(1, 1, 1, 1),
-                width=32,
+                width=16,
                 block="basic",
                 norm="group",  # trained from scratch: there are no statistics to freeze
-                stem="small",  # keeps detail of a 64-pixel image
+                stem="small",  # strides 2 to 16: a 64-pixel image has little to give away
             ),
             width=64,
             num_queries=16,
             num_encoder_layers=1,
             num_decoder_layers=3,
             num_heads=4,
-            num_points=4,
+            num_points=2,
             ffn_width=128,
             decoder_ffn_width=128,
             num_groups=8,
@@ -92,10 +92,14 @@ def get_config(arg: str = "") -> ConfigDict:
             batch_size=64,
             log_every=2 if smoke else 100,
             optimizer=optimizer(1e-3, weight_decay=0.05),
+            method=dict(erase_probability=0.7),
         ),
         con=dict(
             kind="con",
             takes=dict(clip="clip"),
+            # There are no ImageNet weights here. The backbone starts from the trunk of the demo's
+            # CLIP, which saw pictures and names of all classes, as CLIP backbones have.
+            copies={"segmentor/backbone": "clip/vision_model/patch_embedding/trunk"},
             steps=steps(2000),
             batch_size=8,
             log_every=2 if smoke else 100,

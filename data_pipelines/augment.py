@@ -76,7 +76,7 @@ def place(
     """Puts an image and its id map onto a canvas.
 
     Only the window is resampled, not the whole enlarged image: at scale 2 that is a quarter of the
-    work. The image's outermost pixel row at a cut then ignores its neighbour beyond the cut.
+    work, and the same numbers, because PIL's filter still sees the pixels beyond the cut.
 
     Args:
       image: [H, W, 3] uint8, or an RGB PIL image (which saves two copies of a decoded file).
@@ -205,7 +205,7 @@ TABLE_PADDING: Mapping[str, int | bool] = {
     "segment_labels": -1,
     "segment_is_thing": False,
     "segment_is_crowd": False,
-    "segment_source_ids": -1,
+    "segment_source_ids": 0,
 }
 
 

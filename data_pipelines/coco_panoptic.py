@@ -25,7 +25,7 @@ from PIL import Image
 from concat_jax.text.vocabulary import Vocabulary
 from data_pipelines import augment as geometry
 from data_pipelines.coco_layout import DataError, ImageRecord, find_layout, read_image, read_records
-from data_pipelines.prefetch import prefetch
+from concat_jax.training.prefetch import prefetch
 from data_pipelines.zero_shot_split import load_split
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class CocoPanoptic:
           With B = batch_size / process_count, S = image_size, G = max_segments: image [B, S, S, 3]
           uint8 (padding 128), segment_ids [B, S, S] uint8 (uint16 where G > 255; 0 void and
           padding, g owns row g-1), segment_labels [B, G] int32 (-1 padded), segment_is_thing and
-          segment_is_crowd [B, G] bool, segment_source_ids [B, G] int64 (-1 padded), image_id [B]
+          segment_is_crowd [B, G] bool, segment_source_ids [B, G] int64 (0 padded), image_id [B]
           int64, image_size [B, 2] int32 (height, width of the valid area). Segments that the crop
           removed have no row.
 
@@ -287,7 +287,8 @@ class CocoPanoptic:
         mask = segment_ids == row + 1
         y, x = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         box = (int(x[0]), int(y[0]), int(x[-1]) + 1, int(y[-1]) + 1)
-        crop = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+        # Cropped first: `resize(box=...)` would mix in pixels from beyond the box.
+        crop = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(crop), self.vocabulary.names[self.records[index].labels[row]]
 
     def _first_usable(self, indices: Iterable[int]) -> tuple[int, Image.Image, np.ndarray]:

@@ -9,15 +9,15 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 from concat_jax.text.vocabulary import Vocabulary
-from data_pipelines import synthetic_render as render
+from data_pipelines import synthetic_patterns as patterns
 
 # Attributes of a class and the values that the renderer knows for each.
 THING_TABLES = {
-    "colour": render.THING_COLOURS,
-    "texture": render.THING_TEXTURES,
-    "shape": render.SHAPES,
+    "colour": patterns.THING_COLOURS,
+    "texture": patterns.THING_TEXTURES,
+    "shape": patterns.SHAPES,
 }
-STUFF_TABLES = {"colour": render.STUFF_COLOURS, "texture": render.STUFF_TEXTURES}
+STUFF_TABLES = {"colour": patterns.STUFF_COLOURS, "texture": patterns.STUFF_TEXTURES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _compose(
 # combinations, so seen classes show every value at least twice.
 _GROUNDS = _compose(
     "{colour} {texture} ground",
-    {"colour": tuple(render.STUFF_COLOURS), "texture": tuple(render.STUFF_TEXTURES)},
+    {"colour": tuple(patterns.STUFF_COLOURS), "texture": tuple(patterns.STUFF_TEXTURES)},
     unseen={("grey", "wavy"), ("mint", "brick"), ("peach", "speckled")},
 )
 PRESETS: dict[str, WorldPreset] = {
@@ -109,7 +109,7 @@ PRESETS: dict[str, WorldPreset] = {
         name="texture",
         things=_compose(
             "{colour} {texture} balloon",
-            {"colour": tuple(render.THING_COLOURS), "texture": tuple(render.THING_TEXTURES)},
+            {"colour": tuple(patterns.THING_COLOURS), "texture": tuple(patterns.THING_TEXTURES)},
             unseen={
                 ("red", "striped"),
                 ("yellow", "checkered"),
@@ -124,7 +124,7 @@ PRESETS: dict[str, WorldPreset] = {
         things=_compose(
             "{colour} {shape} balloon",
             {
-                "colour": tuple(render.THING_COLOURS),
+                "colour": tuple(patterns.THING_COLOURS),
                 "shape": ("round", "square", "triangle", "star", "heart"),
             },
             unseen={

@@ -1,33 +1,18 @@
-"""Drawing of the synthetic world: shapes, textures, grounds and lighting as small numpy arrays.
+"""Painting of the synthetic world: grounds, things with light and shadow, whole scenes.
 
 Every edge is anti-aliased from a signed distance, so one evaluation a pixel is enough and ids stay
-hard while colours blend. All lengths are pixels of the reference scene of 64 x 64 times `scale`.
+hard while colours blend. `scale` is the number of pixels per pixel of the 64 x 64 reference scene.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-# Things are saturated and grounds pastel, so that a thing stands out on every ground.
-THING_COLOURS: dict[str, tuple[float, float, float]] = {
-    "red": (0.88, 0.16, 0.17),
-    "yellow": (0.97, 0.72, 0.04),
-    "blue": (0.10, 0.42, 0.86),
-    "purple": (0.56, 0.20, 0.70),
-}
-STUFF_COLOURS: dict[str, tuple[float, float, float]] = {
-    "grey": (0.74, 0.76, 0.79),
-    "mint": (0.66, 0.87, 0.74),
-    "peach": (0.97, 0.80, 0.66),
-}
-# Second tone of every textured thing; the same for all so that it tells nothing of the class.
-CREAM = np.array([1.0, 0.98, 0.93], np.float32)
-
-Field = Callable[[np.ndarray, np.ndarray], np.ndarray]
+from data_pipelines import synthetic_patterns as patterns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,144 +31,6 @@ def _pixel_grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     y = np.arange(height, dtype=np.float32)[:, None] + np.float32(0.5)
     x.flags.writeable = y.flags.writeable = False
     return x, y
-
-
-# ---------------------------------------------------------------------------------------------
-# Shapes: signed distances on unit coordinates, negative inside, reaching about radius 1.
-
-
-def _folded_polygon(points: int, inner: float, rounding: float) -> Field:
-    """Star of `points` tips; `inner` is the radius between tips (cos(pi / n) gives a polygon)."""
-    tip = 1.0 - rounding
-    angle = np.pi / points
-    edge_x = inner * tip * float(np.cos(angle)) - tip
-    edge_y = inner * tip * float(np.sin(angle))
-    length2 = edge_x**2 + edge_y**2
-
-    def distance(x, y):
-        # All wedges between a tip and its neighbouring dent are mirror images: fold onto one.
-        theta = np.arctan2(y, x)
-        theta = np.abs(theta - 2 * angle * np.round(theta / (2 * angle)))
-        radius = np.hypot(x, y)
-        px = radius * np.cos(theta) - tip
-        py = radius * np.sin(theta)
-        along = np.clip((px * edge_x + py * edge_y) / length2, 0.0, 1.0)
-        outside = np.sign(edge_y * px - edge_x * py)
-        return outside * np.hypot(px - along * edge_x, py - along * edge_y) - rounding
-
-    return distance
-
-
-def _disc(x, y):
-    return np.hypot(x, y) - 0.92
-
-
-def _heart(x, y):
-    # A square standing on a corner with a disc on each of its two upper sides.
-    side = 0.62
-    x = np.abs(x)
-    y = y + 0.15 * side
-    square = np.maximum(x + y, np.abs(x - y)) * np.float32(0.5**0.5) - side
-    disc = np.hypot(x - side * 0.5**0.5, y - side * 0.5**0.5) - side
-    return np.minimum(square, disc)
-
-
-def _diamond(x, y):
-    short, long = 0.74, 1.0
-    norm = float(np.hypot(short, long))
-    return (np.abs(x) * (long / norm) + np.abs(y) * (short / norm)) - short * long / norm
-
-
-def _flower(x, y):
-    # Not a true distance; the factor makes the gradient about 1 on the outline.
-    return (np.hypot(x, y) - 0.82 - 0.13 * np.cos(6 * np.arctan2(y, x))) * 0.86
-
-
-SHAPES: dict[str, Field] = {
-    "round": _disc,
-    "square": _folded_polygon(4, float(np.cos(np.pi / 4)), 0.12),
-    "triangle": _folded_polygon(3, 0.5, 0.12),
-    "star": _folded_polygon(5, 0.52, 0.05),
-    "heart": _heart,
-    "diamond": _diamond,
-    "flower": _flower,
-}
-
-# ---------------------------------------------------------------------------------------------
-# Thing textures: share of the second tone in [0, 1] at object coordinates in pixels.
-
-
-def _hard(wave: np.ndarray, steepness: float) -> np.ndarray:
-    """Square wave with edges about one pixel wide."""
-    return np.clip(wave * steepness + 0.5, 0.0, 1.0)
-
-
-def _plain(u, v):
-    return np.zeros(np.broadcast_shapes(u.shape, v.shape), np.float32)
-
-
-def _striped(u, v, period: float = 5.6):
-    return _hard(np.sin(u * (2 * np.pi / period)), 1.2)
-
-
-def _checkered(u, v, period: float = 6.4):
-    k = 2 * np.pi / period
-    return _hard(np.sin(u * k) * np.sin(v * k), 2.0)
-
-
-def _dotted(u, v, period: float = 5.5):
-    k = 2 * np.pi / period
-    return _hard(np.cos(u * k) + np.cos(v * k) - 0.7, 0.9)
-
-
-THING_TEXTURES: dict[str, Field] = {
-    "plain": _plain,
-    "striped": _striped,
-    "checkered": _checkered,
-    "dotted": _dotted,
-}
-
-# ---------------------------------------------------------------------------------------------
-# Stuff textures: brightness around 1 at ground coordinates in pixels. Low contrast on purpose.
-
-
-def _smooth(u, v, rng):
-    return np.ones(np.broadcast_shapes(u.shape, v.shape), np.float32)
-
-
-def _wavy(u, v, rng, period: float = 7.0):
-    crest = v + 1.5 * np.sin(u * (2 * np.pi / 13.0))
-    return 0.96 + 0.12 * np.sin(crest * (2 * np.pi / period))
-
-
-def _brick(u, v, rng, width: float = 10.0, height: float = 6.0):
-    row = np.floor(v / height)
-    across = np.abs((u / width + 0.5 * row) % 1.0 - 0.5) * width
-    up = np.abs(v / height - row - 0.5) * height
-    joint = np.maximum(across - (width / 2 - 1.1), up - (height / 2 - 1.1))
-    return 1.02 - 0.24 * np.clip(joint, 0.0, 1.0)
-
-
-def _speckled(u, v, rng, cell: float = 3.4):
-    # One grain a cell, moved at random; the table of 16 x 16 cells repeats every 54 pixels.
-    grains = rng.random((3, 256), dtype=np.float32)
-    cu, cv = np.floor(u / cell), np.floor(v / cell)
-    index = (cu.astype(np.int32) & 15) * 16 + (cv.astype(np.int32) & 15)
-    gu, gv, size = grains.take(index, axis=1)
-    # Grains are kept off the cell's border because a pixel asks its own cell only.
-    distance = np.hypot(u / cell - cu - 0.2 - 0.6 * gu, v / cell - cv - 0.2 - 0.6 * gv) * cell
-    return 1.03 - 0.30 * np.clip(0.5 + 1.1 * size - distance, 0.0, 1.0)
-
-
-STUFF_TEXTURES: dict[str, Callable] = {
-    "smooth": _smooth,
-    "wavy": _wavy,
-    "brick": _brick,
-    "speckled": _speckled,
-}
-
-# ---------------------------------------------------------------------------------------------
-# Painting.
 
 
 def _jittered(
@@ -207,7 +54,7 @@ def ground_tone(
 
     Args:
       rng: drawn from in a fixed order.
-      texture: key of `STUFF_TEXTURES`.
+      texture: key of `synthetic_patterns.STUFF_TEXTURES`.
       height, width: size in pixels.
       scale: pixels per pixel of the reference scene.
     """
@@ -217,7 +64,7 @@ def ground_tone(
     u0, v0 = rng.uniform(0.0, 64.0, 2).tolist()
     u = x * cos + (y * sin + u0)
     v = y * cos - (x * sin - v0)
-    return STUFF_TEXTURES[texture](u, v, rng)
+    return patterns.STUFF_TEXTURES[texture](u, v, rng)
 
 
 def region_weights(
@@ -281,7 +128,7 @@ def paint_ground(
     canvas = np.zeros((height, width, 3), np.float32)
     for weight, look in zip(weights, looks, strict=True):
         tone = ground_tone(rng, look.texture, height, width, scale)
-        colour = _jittered(rng, STUFF_COLOURS[look.colour], 0.015, 0.05)
+        colour = _jittered(rng, patterns.STUFF_COLOURS[look.colour], 0.015, 0.05)
         canvas += (weight * tone)[..., None] * colour
     return canvas, owner
 
@@ -326,13 +173,13 @@ def paint_thing(
     angle = rng.uniform(0.0, 2 * np.pi)
     cos, sin = float(np.cos(angle)), float(np.sin(angle))
     u, v = dx * cos + dy * sin, dy * cos - dx * sin
-    distance = SHAPES[look.shape](u / radius, v / radius) * radius
+    distance = patterns.SHAPES[look.shape](u / radius, v / radius) * radius
     inside = distance <= 0.0
 
     phase = rng.uniform(0.0, 6.0, 2).tolist()
-    share = THING_TEXTURES[look.texture](u / scale + phase[0], v / scale + phase[1])
-    colour = _jittered(rng, THING_COLOURS[look.colour], 0.06, 0.06)
-    paint = colour + share[..., None] * (CREAM - colour)
+    share = patterns.THING_TEXTURES[look.texture](u / scale + phase[0], v / scale + phase[1])
+    colour = _jittered(rng, patterns.THING_COLOURS[look.colour], 0.06, 0.06)
+    paint = colour + share[..., None] * (patterns.CREAM - colour)
 
     # Balloon shading: brighter towards the light, darker rim, one small glint.
     toward = (dx * light[0] + dy * light[1]) / radius
@@ -411,3 +258,54 @@ def paint_scene(
         )
         owner[window][mask] = len(stuff) + 1 + number
     return finish(rng, canvas, light), owner, full_areas
+
+
+def outline(image: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    """Pale copy of `image` [H, W, 3] uint8 with the borders of `segment_ids` [H, W], void black."""
+    pale = image // 2 + 96
+    pale[segment_ids == 0] = 0
+    # A border pixel differs from its neighbour below or to the right.
+    after = np.pad(segment_ids, ((0, 1), (0, 1)), "edge")
+    pale[(after[1:, :-1] != segment_ids) | (after[:-1, 1:] != segment_ids)] = (255, 0, 255)
+    return pale
+
+
+def tile(pictures: Sequence[np.ndarray], width: int, gap: int = 8) -> np.ndarray:
+    """Pictures [h, w, 3] uint8 of one size in rows on a white sheet of `width`, `gap` between."""
+    h, w, _ = pictures[0].shape
+    columns = max(1, (width - gap) // (w + gap))
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * (h + gap) + gap, width, 3), 255, np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = gap + number // columns * (h + gap), gap + number % columns * (w + gap)
+        sheet[top : top + h, left : left + w] = picture
+    return sheet
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray],
+    segment_ids: Sequence[np.ndarray],
+    crops: Sequence[np.ndarray],
+    *,
+    columns: int = 6,
+    zoom: int = 4,
+) -> np.ndarray:
+    """Scenes with their segments outlined beside them, and the crops below.
+
+    Args:
+      images: scenes [H, W, 3] uint8.
+      segment_ids: one [H, W] of whole numbers for each.
+      crops: pictures [h, w, 3] uint8.
+      columns: scenes in a row.
+      zoom: whole-number magnification.
+
+    Returns:
+      [h, w, 3] uint8.
+    """
+    pixel = np.ones((zoom, zoom, 1), np.uint8)
+    pairs = []
+    for image, ids in zip(images, segment_ids, strict=True):
+        image, ids = np.kron(image, pixel), np.kron(ids, pixel[..., 0])
+        pairs.append(np.concatenate([image, outline(image, ids)], axis=1))
+    scenes = tile(pairs, 8 + columns * (pairs[0].shape[1] + 8))
+    return np.concatenate([scenes, tile([np.kron(c, pixel) for c in crops], scenes.shape[1])])

@@ -93,7 +93,7 @@ def _look(
 
 
 class SyntheticWorld:
-    """Panoptic scenes of `REFERENCE_SIZE`-like layout; scene i is a pure function of its key.
+    """Panoptic scenes with things and stuff; scene i of a split is a pure function of its key.
 
     The key is (preset, image_size, seed, split, classes, i); batch size plays no part: step s of
     batch size B holds scenes s * B to s * B + B - 1. A scene holds only classes that `classes`
@@ -101,7 +101,7 @@ class SyntheticWorld:
 
     Args:
       preset: name in `PRESETS` or a `WorldPreset`.
-      image_size: height and width in pixels; the scene is drawn larger, not wider.
+      image_size: height and width in pixels; the same scene is drawn at that resolution.
       seed: in [0, 2**32).
       split: train, validation or test; their random streams are disjoint.
       batch_size: B.
@@ -141,7 +141,9 @@ class SyntheticWorld:
         require_one_of(split, SPLITS, "split")
         self.split = split
         self.batch_size = _require_at_least(batch_size, 1, "batch_size")
-        self.classes = classes or ("seen" if split == "train" else "all")
+        if classes is None:
+            classes = "seen" if split == "train" else "all"
+        self.classes = classes
         self._things, self._stuff = _allowed(self.preset, self.classes)
         for what, (low, high), least in (
             ("num_stuff", num_stuff, 1),
@@ -362,50 +364,6 @@ class CaptionWorld:
         return image, caption([self.vocabulary.names[k] for k in visible])
 
 
-def contact_sheet(
-    world: SyntheticWorld, captions: CaptionWorld, *, columns: int = 6, rows: int = 4, zoom: int = 4
-) -> np.ndarray:
-    """Scenes with their segments outlined beside them, and below one crop of each class.
-
-    Args:
-      world: gives scenes 0 to rows * columns - 1.
-      captions: gives the crops; its batch must be one crop of each class.
-      columns, rows: number of scenes.
-      zoom: whole-number magnification.
-
-    Returns:
-      [h, w, 3] uint8.
-    """
-    tiles = []
-    for index in range(rows * columns):
-        example = world.example(index)
-        picture = example["image"].repeat(zoom, 0).repeat(zoom, 1)
-        ids = np.pad(
-            example["segment_ids"].repeat(zoom, 0).repeat(zoom, 1), ((1, 0), (1, 0)), "edge"
-        )
-        border = (ids[1:, 1:] != ids[:-1, 1:]) | (ids[1:, 1:] != ids[1:, :-1])
-        outlined = picture // 2 + 96
-        outlined[ids[1:, 1:] == 0] = 0
-        outlined[border] = (255, 0, 255)
-        tiles.append(np.concatenate([picture, outlined], axis=1))
-    sheet = _tile(tiles, columns)
-    batch = captions.batch(0)
-    crops = [batch["image"][b].repeat(zoom, 0).repeat(zoom, 1) for b in batch["labels"].argsort()]
-    crops = _tile(crops, sheet.shape[1] // crops[0].shape[1])
-    crops = np.pad(
-        crops, ((0, 0), (0, sheet.shape[1] - crops.shape[1]), (0, 0)), constant_values=255
-    )
-    return np.concatenate([sheet, crops])
-
-
-def _tile(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures [h, w, 3] side by side in rows of `columns`, the last row filled with white."""
-    blank = np.full_like(pictures[0], 255)
-    pictures = [*pictures, *[blank] * (-len(pictures) % columns)]
-    rows = [np.concatenate(pictures[i : i + columns], 1) for i in range(0, len(pictures), columns)]
-    return np.concatenate(rows)
-
-
 def _pictures_per_second(world: SyntheticWorld | CaptionWorld, seconds: float = 2.0) -> float:
     start = time.perf_counter()
     for step in itertools.count():
@@ -442,10 +400,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Pillow is only for this file; the worlds themselves need numpy alone.
         from PIL import Image
 
+        scenes = [world.example(index) for index in range(24)]
         legend = CaptionWorld(
             crop_size=crop_size, scene_ratio=0.0, batch_size=len(world.vocabulary), **shared
+        ).batch(0)
+        sheet = render.contact_sheet(
+            [scene["image"] for scene in scenes],
+            [scene["segment_ids"] for scene in scenes],
+            legend["image"][legend["labels"].argsort()],
+            zoom=max(1, 4 * REFERENCE_SIZE // world.image_size),
         )
-        Image.fromarray(contact_sheet(world, legend)).save(arguments.out)
+        Image.fromarray(sheet).save(arguments.out)
         print(f"wrote {arguments.out}")
 
 

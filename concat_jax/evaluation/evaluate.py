@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,10 +11,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
+from concat_jax.evaluation import pictures
 from concat_jax.evaluation.coco_format import PanopticWriter
 from concat_jax.evaluation.panoptic_inference import (
+    ImageSegments,
     PanopticOutput,
     panoptic_inference,
     unpack_segments,
@@ -112,44 +114,53 @@ def evaluate(
       `PanopticQuality.summarize`, with "images" and "images_per_second" (compilation included).
     """
     quality = PanopticQuality(len(vocabulary))
-    rows: list[Image.Image] = []
-    writer = PanopticWriter(coco_folder, vocabulary) if coco_folder else None
+    rows: list[pictures.ComparisonRow] = []
     count, start = 0, time.monotonic()
-    for chunk in _batched(examples, config.batch_size):
-        images = np.stack([boxed["image"] for _, boxed in chunk])
-        sizes = np.stack([boxed["image_size"] for _, boxed in chunk])
-        short = config.batch_size - len(chunk)
-        if short:  # the last batch is filled up: one shape, one compilation
-            images = np.concatenate([images, np.repeat(images[-1:], short, axis=0)])
-            sizes = np.concatenate([sizes, np.repeat(sizes[-1:], short, axis=0)])
-        results = unpack_segments(predict(images, sizes), sizes)
-        for (native, _), result in zip(chunk, results, strict=False):
-            id_map = _resize_ids(result.id_map, native["segment_ids"].shape)
-            segments = [s for s in result.segments if np.any(id_map == s["id"])]
-            labels = {s["id"]: s["label"] for s in segments}
-            quality.update(
-                native["segment_ids"],
-                native["segment_labels"],
-                native["segment_is_crowd"],
-                id_map,
-                labels,
-            )
-            if writer:
-                writer.add(int(native["image_id"]), native["file_name"], id_map, segments)
-            if picture_folder and len(rows) < config.num_pictures:
-                rows.append(_picture_row(native, id_map, labels, vocabulary))
-            count += 1
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(PanopticWriter(coco_folder, vocabulary)) if coco_folder else None
+        for chunk in _batched(examples, config.batch_size):
+            for native, result in zip(
+                (native for native, _ in chunk), _predict_chunk(predict, chunk, config), strict=True
+            ):
+                id_map = _resize_ids(result.id_map, native["segment_ids"].shape)
+                present = np.unique(id_map)
+                segments = [s for s in result.segments if s["id"] in present]
+                labels = {s["id"]: s["label"] for s in segments}
+                truth = native["segment_ids"], native["segment_labels"]
+                quality.update(*truth, native["segment_is_crowd"], id_map, labels)
+                if writer:
+                    writer.add(int(native["image_id"]), native["file_name"], id_map, segments)
+                if picture_folder and len(rows) < config.num_pictures:
+                    rows.append(
+                        pictures.comparison_row(
+                            native["image"],
+                            truth,
+                            (id_map, labels),
+                            vocabulary.names,
+                            vocabulary.is_thing,
+                            vocabulary.is_seen,
+                            caption=native["file_name"],
+                        )
+                    )
+                count += 1
     if not count:
         raise ValueError("There is no image to evaluate; check the data section of the config.")
-    if writer:
-        writer.close()
     if rows:
-        from concat_jax.evaluation import pictures
         picture_folder.mkdir(parents=True, exist_ok=True)
-        pictures.comparison_sheet(rows).save(picture_folder / f"{name}.png")
+        pictures.comparison_sheet(rows).save(picture_folder / "pictures.png")
     seconds = time.monotonic() - start
     print(f"{name}: {count} images evaluated, {count / seconds:.1f} images/s", flush=True)
     return {**quality.summarize(vocabulary), "images": count, "images_per_second": count / seconds}
+
+
+def _predict_chunk(predict, chunk: Sequence, config: EvalConfig) -> list[ImageSegments]:
+    images = np.stack([boxed["image"] for _, boxed in chunk])
+    sizes = np.stack([boxed["image_size"] for _, boxed in chunk])
+    short = config.batch_size - len(chunk)
+    if short:  # the last batch is filled up: one shape, one compilation
+        images = np.concatenate([images, np.repeat(images[-1:], short, axis=0)])
+        sizes = np.concatenate([sizes, np.repeat(sizes[-1:], short, axis=0)])
+    return unpack_segments(predict(images, sizes), sizes)[: len(chunk)]
 
 
 def _batched(items: Iterable, size: int) -> Iterator[Sequence]:

@@ -10,17 +10,7 @@ from collections.abc import Mapping, Sequence
 
 GROUPS = ("all", "things", "stuff", "seen", "unseen")
 METRICS = ("pq", "sq", "rq")
-_COMPARED = (
-    ("seen", "pq"),
-    ("unseen", "pq"),
-    ("harmonic", "pq"),
-    ("seen", "sq"),
-    ("unseen", "sq"),
-    ("harmonic", "sq"),
-    ("seen", "rq"),
-    ("unseen", "rq"),
-    ("harmonic", "rq"),
-)
+_COMPARED = [(metric, group) for metric in METRICS for group in ("seen", "unseen", "harmonic")]
 
 
 def _number(value: float | int | None) -> str:
@@ -30,22 +20,21 @@ def _number(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]], rules: Sequence[int] = ()) -> str:
-    """Plain text columns, the first flush left and the others flush right.
+def _grid(
+    headers: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], rules: Sequence[int] = ()
+) -> str:
+    """Plain text columns under one or more header lines, the first flush left, the others right.
 
     `rules` are the row numbers that a thin rule goes before.
     """
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*headers, *rows, strict=True)]
 
     def line(cells):
-        first, *rest = (
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join([first, *rest]).rstrip()
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return "  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip()
 
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    lines = [line(header), rule]
+    lines = [*map(line, headers), rule]
     for number, row in enumerate(rows):
         if number in rules:
             lines.append(rule)
@@ -81,7 +70,7 @@ def format_table(summary: Mapping, *, markdown: bool = False) -> str:
       Lines without a trailing newline.
     """
     header, rows = _summary_rows(summary)
-    return _markdown(header, rows) if markdown else _grid(header, rows, rules=(3, 5))
+    return _markdown(header, rows) if markdown else _grid([header], rows, rules=(3, 5))
 
 
 def format_comparison(runs: Mapping[str, Mapping], *, markdown: bool = False) -> str:
@@ -92,28 +81,26 @@ def format_comparison(runs: Mapping[str, Mapping], *, markdown: bool = False) ->
       markdown: a Markdown table instead of plain text.
 
     Returns:
-      Columns PQ, SQ and RQ, each for seen (s), unseen (u) and their harmonic mean (h).
+      Columns PQ, SQ and RQ, each for seen, unseen and their harmonic mean (h).
 
     Raises:
       ValueError: if there is no run.
     """
     if not runs:
         raise ValueError("format_comparison got no run; pass at least one name and its summary.")
-    short = {"seen": "s", "unseen": "u", "harmonic": "h"}
-    header = ["run"] + [
-        f"h{metric.upper()}" if group == "harmonic" else f"{metric.upper()} {short[group]}"
-        for group, metric in _COMPARED
-    ]
-    if markdown:
-        header = ["run"] + [
-            f"h{metric.upper()}" if group == "harmonic" else f"{metric.upper()} {group}"
-            for group, metric in _COMPARED
-        ]
     rows = [
-        [name, *(_number(summary[group][metric]) for group, metric in _COMPARED)]
+        [name, *(_number(summary[group][metric]) for metric, group in _COMPARED)]
         for name, summary in runs.items()
     ]
-    return _markdown(header, rows) if markdown else _grid(header, rows)
+    if markdown:
+        columns = [
+            f"h{metric.upper()}" if group == "harmonic" else f"{metric.upper()} {group}"
+            for metric, group in _COMPARED
+        ]
+        return _markdown(["run", *columns], rows)
+    blocks = [metric.upper() if group == "seen" else "" for metric, group in _COMPARED]
+    groups = ["h" if group == "harmonic" else group for _, group in _COMPARED]
+    return _grid([["", *blocks], ["run", *groups]], rows)
 
 
 def format_classes(summary: Mapping, *, unseen_only: bool = False, markdown: bool = False) -> str:
@@ -142,7 +129,7 @@ def format_classes(summary: Mapping, *, unseen_only: bool = False, markdown: boo
         ]
         for row in chosen
     ]
-    return _markdown(header, rows) if markdown else _grid(header, rows)
+    return _markdown(header, rows) if markdown else _grid([header], rows)
 
 
 def flatten_summary(summary: Mapping) -> dict[str, float]:

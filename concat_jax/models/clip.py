@@ -23,6 +23,7 @@ from concat_jax.models.clip_images import l2_normalize as l2_normalize
 from concat_jax.models.clip_images import normalize_clip_images as normalize_clip_images
 from concat_jax.models.clip_images import resize_for_clip as resize_for_clip
 from concat_jax.models.clip_images import resize_windows as resize_windows
+from concat_jax.models.resnet import ResNet
 
 # The largest multiplier CLIP lets its similarities have (section 2.5), kept against instability.
 MAX_LOGIT_SCALE = 100.0
@@ -142,7 +143,37 @@ class ConvStem(nn.Module):
         return nn.Dense(self.width, dtype=self.dtype, name="projection")(x)
 
 
-_STEMS = {"patch": PatchStem, "conv": ConvStem}
+class ResNetStem(nn.Module):
+    """The first stages of a small ResNet down to the patch stride, [B, H, W, 3] -> [B, H/p, W/p, D].
+
+    The hybrid of Dosovitskiy et al. 2021, section 3.1. Its `trunk` has the names of
+    `concat_jax.models.resnet`, so that a segmentor's backbone can start from it.
+    """
+
+    patch_size: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        stages = self.patch_size.bit_length() - 1  # strides 2, 4, 8, 16
+        trunk = ResNet(
+            stage_sizes=(1,) * stages,
+            width=RESNET_STEM_WIDTH,
+            block="basic",
+            norm="group",
+            stem="small",
+            num_groups=8,
+            dtype=self.dtype,
+            name="trunk",
+        )
+        return nn.Dense(self.width, dtype=self.dtype, name="projection")(trunk(images)[-1])
+
+
+# Channels of the hybrid's first stage: enough for pictures of a few dozen pixels.
+RESNET_STEM_WIDTH = 16
+
+_STEMS = {"patch": PatchStem, "conv": ConvStem, "resnet": ResNetStem}
 
 
 def interpolate_positions(
@@ -265,7 +296,8 @@ class CLIP(nn.Module):
       text_width, text_depth, text_heads: the text tower.
       image_mlp_ratio, text_mlp_ratio: hidden width of the MLPs over the tower's width.
       activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact; most OpenCLIP weights).
-      stem: "patch" (CLIP's) or "conv" (small pictures from scratch, see `ConvStem`).
+      stem: "patch" (CLIP's), "conv" (small pictures from scratch, see `ConvStem`) or "resnet" (also
+        small; a segmentor's backbone can start from it, see `ResNetStem`).
       eot_id: pool the text at the first occurrence of this id; None pools at the largest id of the
         row, as OpenAI's code does. A row without `eot_id` is pooled at its first token.
       position_interpolation: "bicubic" or "bilinear", for pictures of another size.
@@ -415,8 +447,8 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
         raise ValueError(
             f"CLIP's image_size {clip.image_size} is not divisible by patch_size {clip.patch_size}."
         )
-    if clip.stem == "conv" and (clip.patch_size < 2 or clip.patch_size & (clip.patch_size - 1)):
+    if clip.stem != "patch" and (clip.patch_size < 2 or clip.patch_size & (clip.patch_size - 1)):
         raise ValueError(
-            f"CLIP's conv stem needs a patch_size that is a power of two, not {clip.patch_size}."
+            f"CLIP's {clip.stem} stem needs a patch_size that is a power of two, not {clip.patch_size}."
         )
     return clip

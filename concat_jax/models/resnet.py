@@ -7,6 +7,7 @@ Source: He et al., arXiv 1512.03385; torchvision `models/resnet.py`; detectron2
 XLA's CPU backend runs them markedly faster than its 1x1 convolutions.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, ceil(H/stride), ceil(W/stride), out_width]."""
-        norm = lambda name: make_norm(self.norm, self.num_groups, self.dtype, name)  # noqa: E731
+        norm = functools.partial(make_norm, self.norm, self.num_groups, self.dtype)
         out_width = self.width
         if self.block == "bottleneck":
             out_width = self.width * BOTTLENECK_EXPANSION
@@ -114,15 +115,15 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet returning its four feature maps.
+    """ResNet returning the feature map of every stage.
 
     Attributes:
-        stage_sizes: number of blocks of each of the four stages; (3, 4, 6, 3) is ResNet-50.
+        stage_sizes: number of blocks of each of up to four stages; (3, 4, 6, 3) is ResNet-50.
         width: channels of the stem; stage i works with width * 2**i channels.
         block: "bottleneck" (1x1, 3x3, 1x1; ResNet-50 and up) or "basic" (two 3x3).
         norm: "frozen_batch" for pretrained weights, "group" for training from scratch.
         stem: "standard" (7x7 stride 2 and a 3x3 max-pool of stride 2) or "small" (two 3x3
-            convolutions of stride 2: keeps more detail of images of a hundred pixels).
+            convolutions, one of stride 2: halves all strides, for images of a hundred pixels).
         num_groups: groups of GroupNorm; must divide every width. Unused by "frozen_batch".
         dtype: compute type; parameters are float32.
     """
@@ -143,10 +144,9 @@ class ResNet(nn.Module):
         ):
             if value not in valid:
                 raise ValueError(f"ResNet {field} is {value!r}; use one of {', '.join(valid)}.")
-        if len(self.stage_sizes) != 4:
+        if not 1 <= len(self.stage_sizes) <= 4:
             raise ValueError(
-                f"ResNet stage_sizes is {tuple(self.stage_sizes)}; give four block counts, "
-                "one for each of the strides 4, 8, 16 and 32."
+                f"ResNet stage_sizes is {tuple(self.stage_sizes)}; give one to four block counts."
             )
         if self.norm == "group" and self.width % self.num_groups:
             raise ValueError(
@@ -162,24 +162,23 @@ class ResNet(nn.Module):
             images: [B, H, W, 3] float, normalised.
 
         Returns:
-            Four maps [B, ceil(H/s), ceil(W/s), C_s] for s = 4, 8, 16, 32, in `dtype`, with
-            C_s = width * (1, 2, 4, 8), times 4 for bottleneck blocks.
+            A map [B, ceil(H/s), ceil(W/s), C_s] a stage for s = 4, 8, 16, 32 (2, 4, 8, 16 with the
+            small stem), in `dtype`, with C_s = width * (1, 2, 4, 8), times 4 for bottleneck blocks.
 
         Raises:
             ValueError: a field has no meaning, or the groups do not divide the width.
         """
         self._check()
         features = images.astype(self.dtype)
+        norm = functools.partial(make_norm, self.norm, self.num_groups, self.dtype)
         if self.stem == "standard":
             features = _conv(features, self.width, 7, 2, self.dtype, "stem_conv")
-            norm = make_norm(self.norm, self.num_groups, self.dtype, "stem_norm")
-            features = nn.relu(norm(features))
+            features = nn.relu(norm("stem_norm")(features))
             features = nn.max_pool(features, (3, 3), (2, 2), ((1, 1), (1, 1)))
         else:
             for i in (1, 2):
-                features = _conv(features, self.width, 3, 2, self.dtype, f"stem_conv{i}")
-                norm = make_norm(self.norm, self.num_groups, self.dtype, f"stem_norm{i}")
-                features = nn.relu(norm(features))
+                features = _conv(features, self.width, 3, 3 - i, self.dtype, f"stem_conv{i}")
+                features = nn.relu(norm(f"stem_norm{i}")(features))
         outputs = []
         for stage, num_blocks in enumerate(self.stage_sizes):
             for index in range(num_blocks):

@@ -89,7 +89,11 @@ class MultiHeadAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Masked cross-attention, self-attention, feed-forward; post-norm."""
+    """Masked cross-attention, self-attention, feed-forward; post-norm.
+
+    The queries stay float32 between the sublayers whatever `dtype` is: they are few, and what they
+    hold becomes the classes.
+    """
 
     width: int
     num_heads: int
@@ -115,10 +119,10 @@ class DecoderLayer(nn.Module):
             blocked: [B, N, S] bool.
 
         Returns:
-            [B, N, D].
+            [B, N, D] float32.
         """
         attention = {"width": self.width, "num_heads": self.num_heads, "dtype": self.dtype}
-        norm = {"epsilon": NORM_EPSILON, "dtype": self.dtype}
+        norm = {"epsilon": NORM_EPSILON, "dtype": jnp.float32}
         dense = {"dtype": self.dtype, "kernel_init": nn.initializers.xavier_uniform()}
 
         attended = MultiHeadAttention(name="cross_attention", **attention)(
@@ -179,7 +183,7 @@ class TransformerDecoder(nn.Module):
         normal = nn.initializers.normal(1.0)
         table = (self.num_queries, self.width)
         query_features = self.param("query_feature_embedding", normal, table)
-        query_positions = self.param("query_position_embedding", normal, table).astype(self.dtype)
+        query_positions = self.param("query_position_embedding", normal, table)
         level_embedding = self.param("level_embedding", normal, (len(scales), self.width))
 
         batch = mask_features.shape[0]
@@ -214,7 +218,7 @@ class TransformerDecoder(nn.Module):
             return normalised, mask_mlp[2](nn.relu(mask_mlp[1](hidden)))
 
         layer_class = nn.remat(DecoderLayer) if self.remat else DecoderLayer
-        queries = jnp.broadcast_to(query_features.astype(self.dtype), (batch, *table))
+        queries = jnp.broadcast_to(query_features, (batch, *table))
         predictions = [predict(queries)]
         for index in range(self.num_layers):
             level = index % len(scales)

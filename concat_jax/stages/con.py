@@ -58,6 +58,21 @@ def training_labels(labels: jax.Array, is_crowd: jax.Array, vocabulary: Vocabula
     return jnp.where(is_crowd, -1, jnp.asarray(row_of_class)[labels])
 
 
+def matched_accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Share of matched queries whose best real class is right.
+
+    Args:
+      logits: [B, N, K+1].
+      labels: [B, N] int32, K without a segment.
+
+    Returns:
+      [] float32; 0 where nothing is matched.
+    """
+    matched = labels < logits.shape[-1] - 1
+    hit = matched & (jnp.argmax(logits[..., :-1], axis=-1) == labels)
+    return hit.sum() / jnp.maximum(matched.sum(), 1)
+
+
 def make_stage(
     networks: Networks,
     vocabulary: Vocabulary,
@@ -94,6 +109,7 @@ def make_stage(
             loss_config,
         )
         metrics = {
+            "accuracy": matched_accuracy(logits[:, -1], terms.query_labels[:, -1]),
             "loss_class": terms.loss_class,
             "loss_mask": terms.loss_mask,
             "loss_dice": terms.loss_dice,

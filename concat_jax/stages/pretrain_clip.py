@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 
 from concat_jax.losses.contrastive import contrastive_loss
@@ -10,12 +13,52 @@ from concat_jax.stages.networks import Networks
 from concat_jax.stages.stage import NO_DECAY, Stage
 
 
-def make_stage(networks: Networks) -> Stage:
+@dataclasses.dataclass(frozen=True)
+class PretrainClipConfig:
+    """Constants of the contrastive training; ours.
+
+    Attributes:
+      erase_probability: share of pictures of which a random part is painted in the mean colour.
+        CLIP will be shown masked images, and a small one misreads what it never saw.
+      max_erased: greatest share of a picture that is erased.
+    """
+
+    erase_probability: float = 0.0
+    max_erased: float = 0.7
+
+
+def erase(rng: jax.Array, images: jax.Array, config: PretrainClipConfig) -> jax.Array:
+    """Paint random smooth regions in the mean colour (random erasing, Zhong et al. 2017).
+
+    The regions are level sets of smooth noise and know nothing of what the picture shows.
+
+    Args:
+      rng: PRNG key.
+      images: [B, H, W, 3] normalised, 0 is the mean colour.
+      config: probability and largest share.
+
+    Returns:
+      [B, H, W, 3].
+    """
+    batch, height, width, _ = images.shape
+    rng_noise, rng_share, rng_apply = jax.random.split(rng, 3)
+    noise = jax.random.normal(rng_noise, (batch, 4, 4))
+    noise = jax.image.resize(noise, (batch, height, width), "cubic")
+    share = jax.random.uniform(rng_share, (batch, 1), maxval=config.max_erased)
+    levels = jnp.sort(noise.reshape(batch, -1), axis=1)
+    index = (share * levels.shape[1]).astype(jnp.int32)
+    level = jnp.take_along_axis(levels, index, axis=1)
+    applied = jax.random.bernoulli(rng_apply, config.erase_probability, (batch, 1, 1))
+    keep = (noise >= level[..., None]) | ~applied
+    return jnp.where(keep[..., None], images, 0.0)
+
+
+def make_stage(networks: Networks, config: PretrainClipConfig) -> Stage:
     """Contrastive training of both CLIP towers (Radford et al. 2021, section 2.3)."""
 
     def loss(params, frozen, batch, rng):
-        del frozen, rng
-        images = normalize_clip_images(batch["image"])
+        del frozen
+        images = erase(rng, normalize_clip_images(batch["image"]), config)
         image, text, scale = networks.clip.apply(
             {"params": params["clip"]}, images, batch["tokens"]
         )
@@ -24,7 +67,7 @@ def make_stage(networks: Networks) -> Stage:
         similarity = l2_normalize(image) @ l2_normalize(text).T
         best = jnp.argmax(similarity, axis=1)
         hit = jnp.take_along_axis(same, best[:, None], axis=1)[:, 0]
-        return value, {"loss_contrastive": value, "accuracy": jnp.mean(hit.astype(jnp.float32))}
+        return value, {"loss": value, "accuracy": jnp.mean(hit.astype(jnp.float32))}
 
     rules = ((NO_DECAY, 1.0, 0.0), (r".*", 1.0, 1.0))
     return Stage(("clip",), (), loss, rules, ("image", "tokens"))

@@ -39,7 +39,13 @@ class StageCheckpoints:
         )
         self.save_every = save_every
         self.manager = ocp.CheckpointManager(
-            self.path, options=options, item_names=("params", "optimizer")
+            self.path,
+            options=options,
+            # Named handlers: a fresh process can then read the metadata before it restores.
+            item_handlers={
+                "params": ocp.PyTreeCheckpointHandler(),
+                "optimizer": ocp.PyTreeCheckpointHandler(),
+            },
         )
 
     def save(self, state: TrainState, step: int, *, force: bool = False) -> None:
@@ -49,8 +55,8 @@ class StageCheckpoints:
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    optimizer=ocp.args.StandardSave(
+                    params=ocp.args.PyTreeSave(state.params),
+                    optimizer=ocp.args.PyTreeSave(
                         {"step": state.step, "opt_state": state.opt_state}
                     ),
                 ),
@@ -79,8 +85,7 @@ class StageCheckpoints:
             restored = self.manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(target.params),
-                    optimizer=ocp.args.StandardRestore(optimizer),
+                    params=_restore_args(target.params), optimizer=_restore_args(optimizer)
                 ),
             )
         except ValueError as error:
@@ -107,14 +112,8 @@ class StageCheckpoints:
         wanted = {name: abstract[name] for name in names}
         self._check(step, wanted)
         target = _placed(wanted, sharding)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeRestore(
-                    target, restore_args=restore_args, partial_restore=True
-                )
-            ),
+            step, args=ocp.args.Composite(params=_restore_args(target, partial_restore=True))
         )
         return restored["params"]
 
@@ -149,6 +148,11 @@ class StageCheckpoints:
         """Wait for pending saves."""
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+def _restore_args(target: Any, **options):
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(target, restore_args=restore_args, **options)
 
 
 def _leaves(tree: Any):

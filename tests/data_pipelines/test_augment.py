@@ -60,8 +60,7 @@ def test_crop_of_the_window_equals_resize_then_crop():
         assert valid == (64, 64)
         np.testing.assert_array_equal(out_ids, whole_ids[top : top + 64, left : left + 64])
         difference = np.abs(out.astype(int) - whole[top : top + 64, left : left + 64])
-        # A source pixel is 2.4 output pixels, so a cut edge can differ in the two outermost.
-        assert difference[2:-2, 2:-2].max() <= 1
+        assert difference.max() <= 2  # rounding
 
 
 def test_mirroring_reverses_the_valid_area_and_pads_at_the_same_corner():
@@ -159,7 +158,7 @@ def test_resize_longest_letterboxes_and_drops_what_vanishes():
         "segment_labels": np.array([5, 6, 7, -1], np.int32),
         "segment_is_thing": np.array([False, True, True, False]),
         "segment_is_crowd": np.array([False, False, True, False]),
-        "segment_source_ids": np.array([50, 60, 70, -1]),
+        "segment_source_ids": np.array([50, 60, 70, 0]),
         "image_id": np.int64(9),
         "image_size": np.array([40, 80], np.int32),
         "file_name": "a.jpg",
@@ -170,7 +169,7 @@ def test_resize_longest_letterboxes_and_drops_what_vanishes():
     assert small["segment_labels"].tolist() == [5, 7, -1, -1]
     assert small["segment_is_thing"].tolist() == [False, True, False, False]
     assert small["segment_is_crowd"].tolist() == [False, True, False, False]
-    assert small["segment_source_ids"].tolist() == [50, 70, -1, -1]
+    assert small["segment_source_ids"].tolist() == [50, 70, 0, 0]
     expected = np.zeros((10, 10), int)
     expected[:5] = 1
     expected[2:5, 5:] = 2

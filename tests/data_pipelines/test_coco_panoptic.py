@@ -1,4 +1,4 @@
-"""The COCO panoptic loader: random access, the zero-shot rule, and every way a folder can be bad."""
+"""The COCO panoptic loader: random access, the zero-shot rule, and all ways a folder can be bad."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import prefetch
+from concat_jax.training import prefetch
 from data_pipelines.coco_layout import read_image
 from data_pipelines.coco_panoptic import CocoPanoptic, DataError, check_no_unseen
 
@@ -28,7 +28,7 @@ IMAGES = {
     14: [(CAT, 0, (0, 0, 20, 30)), (CAT, 0, (20, 0, 40, 30))],
     15: [(DOG, 0, (0, 0, 40, 10)), (ROAD, 1, (39, 29, 40, 30))],  # unseen only as one crowd pixel
     16: [(DOG, 0, (10, 10, 30, 20))],
-    17: [(SKY, 0, (0, 0, 40, 30)), (CAT, 0, (1, 1, 3, 3)), (CAT, 0, (20, 20, 24, 24))],
+    17: [(SKY, 0, (0, 0, 40, 30)), (CAT, 1, (1, 1, 3, 3)), (CAT, 0, (20, 20, 24, 24))],
     18: [(SKY, 0, (0, 0, 40, 15)), (CAT, 0, (0, 15, 40, 30))],
 }
 ALLOWED = {11, 12, 14, 16, 17, 18}
@@ -142,11 +142,11 @@ def test_tables_match_the_pixels_under_jitter(world):
         for b in range(4):
             image_id, ids = int(batch["image_id"][b]), batch["segment_ids"][b]
             source = batch["segment_source_ids"][b]
-            n = (source >= 0).sum()
+            n = (source > 0).sum()
             rows_seen.append(n)
             # Exactly the segments that still have pixels own a row, and rows lie in front.
             assert sorted(set(np.unique(ids)) - {0}) == list(range(1, n + 1))
-            assert (source[n:] == -1).all() and (batch["segment_labels"][b, n:] == -1).all()
+            assert (source[n:] == 0).all() and (batch["segment_labels"][b, n:] == -1).all()
             assert not batch["segment_is_thing"][b, n:].any()
             assert not batch["segment_is_crowd"][b, n:].any()
             for g in range(n):
@@ -646,13 +646,16 @@ def test_skipping_ends_when_nothing_is_left(world):
     assert data.skipped == 6
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_files_never_raise_anything_but_data_error(world):
     """Cuts and flipped bytes anywhere in an image or a PNG."""
     data = load(world)
     record = data.records[0]
     jpeg, png = data._layout.images / record.file_name, data._layout.pngs / record.png_name
     picture = Image.open(jpeg).convert("RGB")
-    picture.save(jpeg, format="JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    picture.save(jpeg, format="JPEG", exif=exif)
     rng, refused = np.random.default_rng(0), 0
     for path in (jpeg, png):
         good = path.read_bytes()
@@ -665,7 +668,7 @@ def test_damaged_files_never_raise_anything_but_data_error(world):
                 read_image(data._layout, record)
             except DataError as error:
                 refused += 1
-                assert path.name in str(error) or "16" in str(error)
+                assert path.name in str(error)
         path.write_bytes(good)
     assert refused > 200
 
@@ -760,7 +763,7 @@ def test_mini_pixel_counts_are_the_areas_of_the_json(mini, part):
     for example in data.eval_examples():
         counts = np.bincount(example["segment_ids"].ravel(), minlength=101)
         for g, source in enumerate(example["segment_source_ids"]):
-            if source >= 0:
+            if source > 0:
                 category = data.vocabulary.category_ids[example["segment_labels"][g]]
                 crowd = bool(example["segment_is_crowd"][g])
                 found[int(example["image_id"]), int(source)] = (counts[g + 1], category, crowd)

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from concat_jax.models.clip_images import resize_for_clip, resize_windows
+from concat_jax.models import clip_images
+
+# Compiled once a shape: operation by operation is slower than the work itself.
+resize_for_clip = jax.jit(clip_images.resize_for_clip, static_argnames=("size", "fit"))
+resize_windows = jax.jit(clip_images.resize_windows, static_argnames="size")
 
 
 def _pictures(*shape: int) -> np.ndarray:
@@ -21,7 +25,7 @@ def test_whole_pictures_equal_torch_bicubic(size):
         planes, size=(size, size), mode="bicubic", antialias=True
     )
     theirs = theirs.numpy().transpose(0, 2, 3, 1).clip(0, 255)
-    ours = jax.jit(resize_for_clip, static_argnums=1)(images, size)
+    ours = resize_for_clip(images, size)
     np.testing.assert_allclose(ours, theirs, atol=1e-2)  # of 255
 
 

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from concat_jax import convert
 from concat_jax.models import segmentor as segmentor_lib
 from concat_jax.models.segmentor import make_segmentor, mask_logits, normalize_images
+from concat_jax.models.transformer_decoder import MultiHeadAttention, attention_block_mask
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -123,3 +125,179 @@ def test_matches_transformers(config, size):
     assert relative_error(output.queries[:, -1], final_queries) < 1e-4
     mask_features = theirs.pixel_decoder_last_hidden_state.permute(0, 2, 3, 1)
     assert relative_error(output.mask_features, mask_features) < 1e-4
+
+
+TINY = {
+    "backbone": {
+        "kind": "resnet",
+        "stage_sizes": (1, 1, 1, 1),
+        "width": 4,
+        "block": "basic",
+        "norm": "group",
+        "stem": "small",
+    },
+    "width": 8,
+    "num_queries": 3,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 2,
+    "num_heads": 2,
+    "num_points": 2,
+    "ffn_width": 8,
+    "decoder_ffn_width": 8,
+    "num_groups": 2,
+}
+
+# These programs run once; without LLVM's optimisations they compile in half the time.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(scope="module")
+def tiny_params():
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    shapes = jax.eval_shape(make_segmentor(TINY).init, jax.random.key(0), images)["params"]
+    # Random instead of initial values: those of the sampling offsets and attention weights are
+    # zero, which cuts the gradient of everything before them.
+    rng = np.random.default_rng(4)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(scale=0.3, size=x.shape), jnp.float32), shapes
+    )
+
+
+def tiny_images(batch):
+    images = np.random.default_rng(3).integers(0, 256, (batch, 64, 64, 3), np.uint8)
+    return normalize_images(images)
+
+
+def tiny_loss(config, params, images):
+    output = make_segmentor(config).apply({"params": params}, images)
+    masks = mask_logits(output.mask_embeddings, output.mask_features)
+    return jnp.mean(masks**2) + jnp.mean(output.queries[..., 0] ** 2)
+
+
+def tiny_gradient(params, **options):
+    images = tiny_images(2)
+    gradient = jax.grad(lambda p: tiny_loss({**TINY, **options}, p, images))
+    return jax.jit(gradient, compiler_options=QUICK)(params)
+
+
+def test_gradients_are_finite_and_reach_everything(tiny_params):
+    gradients = tiny_gradient(tiny_params)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        name = jax.tree_util.keystr(path)
+        assert np.isfinite(gradient).all(), name
+        # A constant added to all keys of a query cancels in its softmax.
+        if not name.endswith("['key']['bias']"):
+            assert np.abs(gradient).max() > 0, name
+
+
+@pytest.mark.slow
+def test_remat_changes_no_gradient(tiny_params):
+    both = tiny_gradient(tiny_params, remat=True), tiny_gradient(tiny_params)
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_sharded_batch_needs_no_gather(tiny_params):
+    devices = jax.devices()[:8]
+    if len(devices) < 8:
+        pytest.skip(f"needs 8 devices, found {len(devices)}")
+    mesh = Mesh(np.asarray(devices), ("data",))
+    images = jax.ShapeDtypeStruct(
+        (8, 64, 64, 3), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), tiny_params
+    )
+    step = jax.jit(jax.grad(lambda p, x: tiny_loss(TINY, p, x)), out_shardings=replicated)
+    text = step.lower(params, images).compile(compiler_options=QUICK).as_text()
+    assert "all-reduce" in text  # the parameter gradients are summed over the devices
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert collective not in text
+
+
+def test_bfloat16_stays_close_and_predicts_in_float32(tiny_params):
+    images = tiny_images(2)
+    exact, half = (
+        jax.jit(make_segmentor({**TINY, "dtype": dtype}).apply, compiler_options=QUICK)(
+            {"params": tiny_params}, images
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    assert half.mask_features.dtype == jnp.bfloat16
+    assert half.queries.dtype == half.mask_embeddings.dtype == jnp.float32
+    masks = mask_logits(half.mask_embeddings, half.mask_features)
+    assert masks.dtype == jnp.float32
+    expected = mask_logits(exact.mask_embeddings, exact.mask_features)
+    assert np.corrcoef(np.ravel(masks[:, 0]), np.ravel(expected[:, 0]))[0, 1] > 0.99
+
+
+def test_block_mask_by_hand():
+    # Logits of the first two queries are plus and minus the first channel, 1, -2, 3.
+    features = jnp.asarray([[1.0, 1.0], [-2.0, 1.0], [3.0, 1.0]]).reshape(1, 1, 3, 2)
+    embeddings = jnp.asarray([[[1.0, 0.0], [-1.0, 0.0], [0.0, -1.0], [0.0, 0.0]]])
+    blocked = attention_block_mask(embeddings, features)
+    expected = [
+        [False, True, False],
+        [True, False, True],
+        [False, False, False],  # blocks everything, so it attends everywhere
+        [False, False, False],  # probability exactly one half is kept
+    ]
+    np.testing.assert_array_equal(blocked[0], expected)
+
+
+def test_masked_attention_ignores_blocked_keys():
+    attention = MultiHeadAttention(width=8, num_heads=2)
+    rng = np.random.default_rng(0)
+    queries, keys = rng.normal(size=(1, 2, 8)), rng.normal(size=(1, 5, 8))
+    blocked = np.asarray([[[True, False, True, True, False], [False] * 5]])
+    params = attention.init(jax.random.key(0), queries, keys, keys, blocked)
+    full = attention.apply(params, queries, keys, keys, blocked)
+    kept = attention.apply(params, queries, keys[:, [1, 4]], keys[:, [1, 4]])
+    everywhere = attention.apply(params, queries, keys, keys)
+    np.testing.assert_allclose(full[0, 0], kept[0, 0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(full[0, 1], everywhere[0, 1], rtol=1e-5, atol=1e-6)
+
+
+def test_normalize_images_and_mask_logits_by_hand():
+    pixel = np.asarray([[124, 116, 0]], np.uint8)
+    np.testing.assert_allclose(
+        normalize_images(pixel)[0], [0.325 / 58.395, -0.28 / 57.12, -103.53 / 57.375], rtol=1e-4
+    )
+    embeddings = jnp.asarray([[1.0, 2.0], [0.0, -1.0]]).reshape(1, 1, 2, 2)
+    features = jnp.asarray([3.0, 4.0]).reshape(1, 1, 1, 2)
+    np.testing.assert_allclose(mask_logits(embeddings, features)[0, 0, :, 0, 0], [11, -4])
+    np.testing.assert_allclose(mask_logits(embeddings[:, 0], features)[0, :, 0, 0], [11, -4])
+
+
+def test_full_size_shapes_and_parameter_count():
+    model = make_segmentor({})
+    images = jax.ShapeDtypeStruct((2, 1024, 1024, 3), jnp.float32)
+    output, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    assert output.queries.shape == output.mask_embeddings.shape == (2, 10, 100, 256)
+    assert output.mask_features.shape == (2, 256, 256, 256)
+    masks = jax.eval_shape(mask_logits, output.mask_embeddings, output.mask_features)
+    assert masks.shape == (2, 10, 100, 256, 256)
+    with torch.device("meta"):
+        reference = make_reference({})
+    weights = {
+        k: v
+        for k, v in reference.state_dict().items()
+        if not k.startswith("class_predictor") and not k.endswith(convert.IGNORED_SUFFIXES)
+    }
+    ours = sum(x.size for x in jax.tree.leaves(variables))
+    assert ours == sum(v.numel() for v in weights.values()) == 44_055_680
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"num_querys": 3}, "no key 'num_querys'; did you mean 'num_queries'"),
+        ({"backbone": {"widht": 3}}, "'resnet' has no key 'widht'; did you mean 'width'"),
+        ({"backbone": {"kind": "vgg"}}, "kind is 'vgg'; use one of"),
+        ({"dtype": "float16"}, "dtype is 'float16'; use one of float32, bfloat16"),
+    ],
+)
+def test_bad_config(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_segmentor(config)

@@ -1,10 +1,11 @@
 """The prefetcher: order, bounds, errors and a clean end, without clocks."""
 
 import threading
+from concurrent import futures
 
 import pytest
 
-from data_pipelines.prefetch import prefetch
+from concat_jax.training.prefetch import prefetch
 
 
 def _threads():
@@ -67,7 +68,7 @@ def test_an_error_keeps_its_type_and_its_place():
     assert list(batches) == []
 
 
-def test_closing_early_cancels_what_has_not_begun_and_waits_for_what_has():
+def test_closing_early_cancels_what_has_not_begun_and_waits_for_what_has(monkeypatch):
     entered, release, finished, started = threading.Event(), threading.Event(), [], []
 
     def batch(step):
@@ -78,15 +79,21 @@ def test_closing_early_cancels_what_has_not_begun_and_waits_for_what_has():
             finished.append(step)
         return step
 
+    shutdown = futures.ThreadPoolExecutor.shutdown
+
+    def shutdown_then_release(pool, wait, cancel_futures):
+        # Step 1 goes on only when the closing has begun, so that it cannot be a matter of luck
+        # whether step 2 starts before it is cancelled.
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        release.set()
+        shutdown(pool, wait=wait)
+
+    monkeypatch.setattr(futures.ThreadPoolExecutor, "shutdown", shutdown_then_release)
     batches = prefetch(batch, 0, 100, depth=5, num_threads=1)
     assert next(batches) == 0
     assert entered.wait(30)
-    closer = threading.Thread(target=batches.close)
-    closer.start()
-    release.set()
-    closer.join(30)
-    assert finished == [1] and not _threads()
-    assert len(started) <= 6  # never the 100
+    batches.close()
+    assert started == [0, 1] and finished == [1] and not _threads()
 
 
 def test_a_consumer_that_leaves_its_loop_leaves_no_thread():

@@ -1,0 +1,398 @@
+"""The synthetic world: the batch contract, determinism, the seen-unseen wall and the drawing."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from data_pipelines import synthetic_patterns as patterns
+from data_pipelines import synthetic_render as render
+from data_pipelines import synthetic_world
+from data_pipelines.synthetic_world import (
+    PRESETS,
+    CaptionWorld,
+    SyntheticWorld,
+    WorldClass,
+    WorldPreset,
+    caption,
+    word_list,
+)
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key], err_msg=key)
+
+
+def test_batch_contract():
+    world = SyntheticWorld(batch_size=3, max_segments=10, image_size=48)
+    batch = world.batch(2)
+    expected = {
+        "image": ((3, 48, 48, 3), np.uint8),
+        "segment_ids": ((3, 48, 48), np.uint8),
+        "segment_labels": ((3, 10), np.int32),
+        "segment_is_thing": ((3, 10), np.bool_),
+        "segment_is_crowd": ((3, 10), np.bool_),
+        "image_id": ((3,), np.int64),
+        "segment_source_ids": ((3, 10), np.int64),
+        "image_size": ((3, 2), np.int32),
+    }
+    assert {k: (v.shape, v.dtype.type) for k, v in batch.items()} == expected
+    assert (batch["image_size"] == 48).all()
+    assert not batch["segment_is_crowd"].any()
+    assert batch["image"].std() > 20
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_ids_are_contiguous_and_match_the_tables(preset):
+    world = SyntheticWorld(preset=preset, classes="all")
+    is_thing = np.array([*world.vocabulary.is_thing, False])  # index -1 is padding
+    for index in range(80):
+        example = world.example(index)
+        labels = example["segment_labels"]
+        count = int((labels >= 0).sum())
+        assert (labels[:count] >= 0).all() and (labels[count:] == -1).all()
+        present = np.unique(example["segment_ids"])
+        np.testing.assert_array_equal(present[present > 0], np.arange(1, count + 1))
+        source_ids = example["segment_source_ids"]
+        np.testing.assert_array_equal(source_ids[:count], np.arange(1, count + 1))
+        assert (source_ids[count:] == 0).all()
+        np.testing.assert_array_equal(example["segment_is_thing"], is_thing[labels])
+        stuff = labels[:count][~example["segment_is_thing"][:count]]
+        assert len(set(stuff)) == len(stuff), "stuff is merged by class"
+        areas = np.bincount(example["segment_ids"].ravel(), minlength=count + 1)[1:]
+        assert (areas >= 40).all()
+
+
+def test_scene_depends_on_seed_split_and_index_only():
+    world = SyntheticWorld(seed=5, batch_size=4)
+    again, halves = SyntheticWorld(seed=5, batch_size=4), SyntheticWorld(seed=5, batch_size=2)
+    batch = world.batch(1)
+    again.batch(0)  # earlier calls must not move later ones
+    assert_same(batch, again.batch(1))
+    parts = [halves.batch(2), halves.batch(3)]
+    assert_same(batch, {k: np.concatenate([part[k] for part in parts]) for k in batch})
+    assert_same(world.example(6), {k: v[2] for k, v in batch.items()})
+    assert not np.array_equal(
+        batch["image"], SyntheticWorld(seed=6, batch_size=4).batch(1)["image"]
+    )
+
+
+def test_splits_and_scenes_are_disjoint():
+    worlds = [SyntheticWorld(split=s, classes="all") for s in synthetic_world.SPLITS]
+    images = {world.example(i)["image"].tobytes() for world in worlds for i in range(20)}
+    ids = {int(world.example(i)["image_id"]) for world in worlds for i in range(20)}
+    assert len(images) == len(ids) == 60
+    captions = [
+        CaptionWorld(split=s, scene_ratio=1.0, crop_size=64, batch_size=4)
+        for s in synthetic_world.SPLITS
+    ]
+    pictures = {i.tobytes() for w in captions for i in w.batch(0)["image"]}
+    assert len(pictures) == 12 and not pictures & images
+
+
+def test_eval_examples_are_the_first_scenes():
+    world = SyntheticWorld(split="validation", num_eval_images=3)
+    examples = list(world.eval_examples())
+    assert [e.pop("file_name") for e in examples] == [f"validation_00000{i}.png" for i in range(3)]
+    for index, example in enumerate(examples):
+        assert_same(example, world.example(index))
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("classes", ["seen", "unseen", "all"])
+def test_only_allowed_looks_are_drawn(preset, classes, monkeypatch):
+    """Looks handed to the renderer, so that voided segments count too."""
+    drawn = set()
+    paint = render.paint_scene
+
+    def spy(rng, stuff, things, **options):
+        drawn.update([(look.colour, look.texture, look.shape) for look in [*stuff, *things]])
+        return paint(rng, stuff, things, **options)
+
+    monkeypatch.setattr(render, "paint_scene", spy)
+    world = SyntheticWorld(preset=preset, classes=classes)
+    assert world.classes == classes
+    labels = np.concatenate([world.example(i)["segment_labels"] for i in range(150)])
+    wanted = [
+        e for e in world.preset.classes if classes == "all" or e.is_seen == (classes == "seen")
+    ]
+    others = [e for e in world.preset.classes if e not in wanted]
+
+    def shown(entry):
+        own = (entry.colour, entry.texture, entry.shape)
+        is_thing = entry in world.preset.things
+        return any(
+            (look[2] is not None) == is_thing
+            and all(a is None or a == b for a, b in zip(own, look, strict=True))
+            for look in drawn
+        )
+
+    assert all(shown(entry) for entry in wanted)
+    assert not any(shown(entry) for entry in others)
+    names = {world.vocabulary.names[k] for k in labels if k >= 0}
+    assert names == {entry.name for entry in wanted}
+
+
+def test_train_defaults_to_seen_and_other_splits_to_all():
+    assert SyntheticWorld().classes == "seen"
+    assert SyntheticWorld(split="test").classes == "all"
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_label_space_counts_and_compositional_split(preset):
+    chosen = PRESETS[preset]
+    vocabulary = chosen.vocabulary
+    assert sum(vocabulary.is_thing) >= 16
+    assert len(vocabulary) - sum(vocabulary.is_thing) >= 12
+    for side in (chosen.things, chosen.stuff):
+        unseen = [entry for entry in side if not entry.is_seen]
+        assert len(unseen) * 4 == len(side)
+        for entry in unseen:
+            for attribute in ("colour", "texture", "shape"):
+                value = getattr(entry, attribute)
+                seen_with = [e for e in side if e.is_seen and getattr(e, attribute) == value]
+                assert len(seen_with) >= 2
+    assert vocabulary.names[0].split()[0] == chosen.things[0].colour
+
+
+def test_small_and_hidden_segments_become_void(monkeypatch):
+    owner = np.full((64, 64), 2, np.uint8)
+    owner[0, :39] = 1  # stuff of 39 px: void
+    owner[10, :40] = 3  # thing of 40 px of 101 px: under 40 % visible, void
+    owner[20, :40] = 4  # thing of 40 px of 100 px: kept
+    owner[30, :39] = 5  # thing of 39 px, all visible: void
+    full_areas = np.array([101, 100, 39])
+    image = np.zeros((64, 64, 3), np.uint8)
+    monkeypatch.setattr(render, "paint_scene", lambda *a, **k: (image, owner, full_areas))
+    world = SyntheticWorld(num_stuff=(2, 2), num_things=(3, 3))
+    example = world.example(0)
+    expected = np.select([owner == 2, owner == 4], [1, 2], 0)
+    np.testing.assert_array_equal(example["segment_ids"], expected)
+    assert (example["segment_labels"] >= 0).sum() == 2
+    np.testing.assert_array_equal(example["segment_is_thing"][:3], [False, True, False])
+    # Twice the size has four times the area: 40 px are no longer enough.
+    monkeypatch.setattr(
+        render, "paint_scene", lambda *a, **k: (image, owner, np.array([40, 40, 39]))
+    )
+    large = SyntheticWorld(num_stuff=(2, 2), num_things=(3, 3), image_size=128)
+    assert (large.example(0)["segment_labels"] >= 0).sum() == 1
+
+
+def test_things_occlude_each_other_and_both_sides_stay_common():
+    rng = np.random.default_rng(0)
+    ground, thing = render.Look("grey", "smooth"), render.Look("red", "striped", "round")
+    hidden = 0
+    for _ in range(100):
+        _, owner, full = render.paint_scene(
+            rng, [ground], [thing] * 3, size=64, scale=1.0, radius=(8.0, 15.0)
+        )
+        for number, area in enumerate(full):
+            rows, columns = np.nonzero(owner == 2 + number)
+            inside = len(rows) and min(rows.min(), columns.min()) > 0
+            inside = inside and max(rows.max(), columns.max()) < 63
+            hidden += bool(inside and len(rows) < 0.95 * area)
+    assert 20 <= hidden <= 200
+
+
+def test_same_scene_at_twice_the_resolution():
+    small, large = SyntheticWorld(image_size=64), SyntheticWorld(image_size=128)
+    for index in range(6):
+        a, b = small.example(index), large.example(index)
+        np.testing.assert_array_equal(a["segment_labels"], b["segment_labels"])
+        halved = b["image"].reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
+        assert np.abs(halved - a["image"]).mean() < 8
+        assert (b["segment_ids"][::2, ::2] == a["segment_ids"]).mean() > 0.95
+
+
+@pytest.mark.parametrize("name", sorted(patterns.SHAPES))
+def test_shapes_are_distances_of_similar_size(name):
+    step = 1 / 64
+    axis = np.arange(-1.5, 1.5, step, dtype=np.float32)
+    distance = patterns.SHAPES[name](axis[None, :], axis[:, None])
+    inside = distance <= 0
+    radius = np.hypot(axis[None, :], axis[:, None])
+    # The least area makes a radius of 8 px a thing of more than 40 px with half of it hidden.
+    assert 1.25 < inside.sum() * step**2 < np.pi
+    assert radius[inside].max() <= 1.02
+    # Edges are one pixel wide only where the gradient on the outline is about one.
+    slope = np.hypot(*np.gradient(distance, step))[np.abs(distance) < 0.03]
+    assert 0.7 < np.median(slope) < 1.2
+
+
+def test_thing_textures_have_their_share_and_period():
+    axis = np.arange(110, dtype=np.float32)
+    u, v = axis[None, :], axis[:, None]
+    fields = {
+        name: np.broadcast_to(field(u, v), (110, 110))
+        for name, field in patterns.THING_TEXTURES.items()
+    }
+    shares = {name: float(field.mean()) for name, field in fields.items()}
+    assert shares["plain"] == 0.0
+    assert shares["striped"] == pytest.approx(0.5, abs=0.02)
+    assert shares["checkered"] == pytest.approx(0.5, abs=0.02)
+    assert 0.15 < shares["dotted"] < 0.35
+    for name in ("striped", "checkered", "dotted"):
+        # Both tones are reached in full, and a row crosses from tone to tone every 2.5 to 3.5 px.
+        assert fields[name].min() == 0.0 and fields[name].max() == 1.0
+    crossings = np.abs(np.diff((fields["striped"][0] > 0.5).astype(int))).sum()
+    assert 2.5 < 109 / crossings < 3.5
+
+
+def test_stuff_has_lower_contrast_than_things():
+    rng = np.random.default_rng(0)
+    for texture in patterns.STUFF_TEXTURES:
+        tone = render.ground_tone(rng, texture, 64, 64, 1.0)
+        assert tone.shape == (64, 64) and tone.dtype == np.float32
+        assert 0.7 < tone.min() and tone.max() < 1.1
+        assert (tone.std() > 0.03) == (texture != "smooth")
+
+
+def test_captions():
+    assert caption(["red star balloon"]) == "a red star balloon"
+    assert caption(["orange cat", "grey wavy ground"]) == "an orange cat and a grey wavy ground"
+    with pytest.raises(ValueError, match="at least one class name"):
+        caption([])
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_caption_batches(preset):
+    world = CaptionWorld(preset=preset, batch_size=40, scene_ratio=0.25)
+    batch = world.batch(3)
+    assert batch["image"].shape == (40, 32, 32, 3) and batch["image"].dtype == np.uint8
+    assert len(batch["captions"]) == 40 and batch["labels"].dtype == np.int32
+    assert (batch["labels"] == -1).sum() == 10
+    words = word_list(preset)
+    assert len(set(words)) == len(words)
+    for text, label in zip(batch["captions"], batch["labels"], strict=True):
+        assert set(text.split()) <= set(words)
+        if label >= 0:
+            assert text == world.vocabulary.names[label]
+        else:
+            assert text.startswith("a ") and " and a " in text
+    again = CaptionWorld(preset=preset, batch_size=40, scene_ratio=0.25).batch(3)
+    np.testing.assert_array_equal(batch["image"], again["image"])
+    assert batch["captions"] == again["captions"]
+    assert not np.array_equal(batch["image"], world.batch(4)["image"])
+
+
+def test_crops_hold_classes_evenly():
+    num_classes = len(PRESETS["texture"].classes)
+    few = CaptionWorld(batch_size=num_classes, scene_ratio=0.0).batch(0)["labels"]
+    np.testing.assert_array_equal(np.sort(few), np.arange(num_classes))
+    many = CaptionWorld(batch_size=2 * num_classes + 5, scene_ratio=0.0).batch(0)["labels"]
+    counts = np.bincount(many, minlength=num_classes)
+    assert set(counts) == {2, 3} and (counts == 3).sum() == 5
+    small = CaptionWorld(batch_size=5, scene_ratio=0.0)
+    labels = np.concatenate([small.batch(step)["labels"] for step in range(40)])
+    assert set(labels) == set(range(num_classes))
+
+
+def test_caption_world_of_seen_classes_names_no_unseen_one():
+    world = CaptionWorld(batch_size=42, classes="seen", scene_ratio=0.5)
+    unseen = {world.vocabulary.names[k] for k in world.vocabulary.unseen}
+    text = " | ".join(world.batch(0)["captions"])
+    assert not any(name in text for name in unseen)
+
+
+def test_scene_captions_name_exactly_the_visible_classes(monkeypatch):
+    world = CaptionWorld(batch_size=1, scene_ratio=1.0)
+    names = world.vocabulary.names
+    image = np.arange(64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(64, 64, 3)
+    drawn = (image, np.zeros((64, 64), np.uint8), np.array([20, 3, 3]))
+    monkeypatch.setattr(world._scenes, "_draw", lambda rng: drawn)
+    batch = world.batch(0)
+    assert set(batch["captions"][0].split(" and ")) == {f"a {names[20]}", f"a {names[3]}"}
+    # 64 px to 32 px: each pixel is the rounded mean of a 2 x 2 block.
+    mean = image[6:8, 10:12].astype(float).mean(axis=(0, 1))
+    np.testing.assert_allclose(batch["image"][0, 3, 5], mean, atol=0.5)
+
+
+def test_opaque_names_are_a_matter_of_data():
+    opaque = WorldPreset(
+        name="opaque",
+        things=(
+            WorldClass("dax", True, colour="red", shape="star"),
+            WorldClass("wug", False, texture="dotted", shape="heart"),
+        ),
+        stuff=(WorldClass("zib", True, colour="mint"), WorldClass("fep", False, texture="brick")),
+    )
+    world = SyntheticWorld(preset=opaque)
+    labels = world.batch(0)["segment_labels"]
+    assert set(labels[labels >= 0]) == {0, 2}
+    assert word_list(opaque) == ("a", "an", "and", "dax", "fep", "wug", "zib")
+    assert "wug" in CaptionWorld(preset=opaque, scene_ratio=0.0, batch_size=4).batch(0)["captions"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "textures"}, "Unknown preset 'textures'; .* is 'texture'"),
+        ({"split": "val"}, "Unknown split 'val'; .* is 'validation'"),
+        ({"classes": "sen"}, "Unknown value of classes 'sen'; .* is 'seen'"),
+        ({"image_size": 8}, "image_size must be an integer of at least 16, got 8"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"seed": 2**32}, "seed must be below 2"),
+        ({"max_segments": 8}, "max_segments is 8, .* raise it to 9"),
+        ({"max_segments": 300}, "at most 255"),
+        ({"num_stuff": (0, 2)}, "num_stuff must be a range from 1 up"),
+        ({"num_things": (3, 2)}, "num_things must be a range from 0 up"),
+        ({"num_eval_images": -1}, "num_eval_images must be an integer of at least 0"),
+    ],
+)
+def test_bad_world_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SyntheticWorld(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"crop_size": 48}, "cannot be averaged down to crop_size 48"),
+        ({"crop_size": 4}, "crop_size must be an integer of at least 8"),
+        ({"scene_ratio": 1.5}, r"scene_ratio must lie in \[0, 1\], got 1.5"),
+        ({"zoom": (0.0, 1.0)}, "zoom must be a range of positive factors"),
+        ({"batch_size": 2.5}, "batch_size must be an integer"),
+        ({"preset": "shapes"}, "is 'shape'"),
+    ],
+)
+def test_bad_caption_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CaptionWorld(**arguments)
+
+
+def test_bad_steps_and_presets():
+    with pytest.raises(ValueError, match="step must be an integer of at least 0, got -1"):
+        SyntheticWorld().batch(-1)
+    with pytest.raises(ValueError, match="step must be an integer of at least 0, got -2"):
+        CaptionWorld().batch(-2)
+    good = PRESETS["texture"]
+    with pytest.raises(ValueError, match="thing colour of class 'x' 'redd'; .* is 'red'"):
+        dataclasses.replace(good, things=(WorldClass("x", True, colour="redd"),))
+    with pytest.raises(ValueError, match="has no stuff class"):
+        dataclasses.replace(good, stuff=())
+    no_unseen = dataclasses.replace(good, things=good.things[:1])
+    with pytest.raises(ValueError, match="no unseen thing"):
+        SyntheticWorld(preset=no_unseen, classes="unseen")
+
+
+def test_command_line_prints_and_writes(tmp_path, monkeypatch, capsys):
+    image_module = pytest.importorskip("PIL.Image")
+    monkeypatch.setattr(synthetic_world, "_pictures_per_second", lambda world: 123.0)
+    path = tmp_path / "sheet.png"
+    synthetic_world.main(["--out", str(path)])
+    printed = capsys.readouterr().out
+    assert "unseen  red striped balloon" in printed and "123 scenes/s" in printed
+    # Six scenes of 64 px and their outlines at zoom 4, with gaps of 8.
+    assert image_module.open(path).size[0] == 8 + 6 * (2 * 4 * 64 + 8)
+
+
+def test_outline_marks_borders_and_void():
+    ids = np.zeros((4, 4), np.uint8)
+    ids[:, 2:] = 1
+    pale = render.outline(np.full((4, 4, 3), 100, np.uint8), ids)
+    assert (pale[:, 0] == 0).all(), "void is black"
+    assert (pale[:, 1] == (255, 0, 255)).all(), "the border column"
+    assert (pale[:, 2:] == 146).all()

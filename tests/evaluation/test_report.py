@@ -1,0 +1,133 @@
+"""Tables and report files."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from concat_jax.evaluation import report
+from concat_jax.evaluation.panoptic_quality import PanopticQuality
+from concat_jax.text.vocabulary import Vocabulary
+
+TABLE = """\
+            PQ    SQ     RQ  n
+------------------------------
+all       47.8  56.7   55.6  3
+things    26.7  40.0   33.3  2
+stuff     90.0  90.0  100.0  1
+------------------------------
+seen      71.7  85.0   83.3  2
+unseen     0.0   0.0    0.0  1
+------------------------------
+harmonic   0.0   0.0    0.0"""
+
+COMPARISON = """\
+                                   PQ                 SQ                 RQ
+run                              seen  unseen    h  seen  unseen    h  seen  unseen    h
+----------------------------------------------------------------------------------------
+stage 1                          71.7     0.0  0.0  85.0     0.0  0.0  83.3     0.0  0.0
+finetune without pseudo queries  47.8       -    -  56.7       -    -  55.6       -    -"""
+
+CLASSES = """\
+class                   PQ    SQ     RQ  TP  FP  FN
+---------------------------------------------------
+sky    stuff    seen  90.0  90.0  100.0   1   0   0
+cat    thing    seen  53.3  80.0   66.7   2   1   1
+cow    thing  unseen   0.0   0.0    0.0   0   0   4"""
+
+
+def make_summary(cow_is_seen=False):
+    """cat matched twice, sky once, cow never, fog absent."""
+    quality = PanopticQuality(4)
+    quality.iou_sum[:] = [1.6, 0.9, 0.0, 0.0]
+    quality.tp[:] = [2, 1, 0, 0]
+    quality.fp[:] = [1, 0, 0, 0]
+    quality.fn[:] = [1, 0, 4, 0]
+    return quality.summarize(
+        Vocabulary(
+            names=("cat", "sky", "cow", "fog"),
+            is_thing=(True, False, True, False),
+            is_seen=(True, True, cow_is_seen, True),
+            category_ids=(1, 2, 3, 4),
+        )
+    )
+
+
+def test_table():
+    assert report.format_table(make_summary()) == TABLE
+
+
+def test_table_in_markdown():
+    lines = report.format_table(make_summary(), markdown=True).splitlines()
+    assert lines[:3] == [
+        "|  | PQ | SQ | RQ | n |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| all | 47.8 | 56.7 | 55.6 | 3 |",
+    ]
+    assert lines[-1] == "| harmonic | 0.0 | 0.0 | 0.0 |  |"
+
+
+def test_comparison_of_runs():
+    runs = {"stage 1": make_summary(), "finetune without pseudo queries": make_summary(True)}
+    assert report.format_comparison(runs) == COMPARISON
+
+
+def test_comparison_in_markdown_escapes_bars():
+    header, _, row = report.format_comparison({"a|b": make_summary()}, markdown=True).splitlines()
+    assert header.startswith("| run | PQ seen | PQ unseen | hPQ | SQ seen |")
+    assert row.startswith("| a\\|b | 71.7 | 0.0 | 0.0 | 85.0 |")
+
+
+def test_comparison_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no run"):
+        report.format_comparison({})
+
+
+def test_classes_are_sorted_and_absent_ones_left_out():
+    assert report.format_classes(make_summary()) == CLASSES
+    unseen = report.format_classes(make_summary(), unseen_only=True, markdown=True)
+    assert unseen.splitlines()[2:] == ["| cow | thing | unseen | 0.0 | 0.0 | 0.0 | 0 | 0 | 4 |"]
+
+
+def test_scalars_leave_out_what_was_not_measured():
+    scalars = report.flatten_summary(make_summary())
+    assert scalars["pq_seen"] == pytest.approx(71.6667, abs=1e-4)
+    assert scalars["hpq"] == 0.0
+    assert scalars["sq_matched_seen"] == pytest.approx(85)
+    assert "sq_matched_unseen" not in scalars  # no unseen class was matched
+    assert "hpq" not in report.flatten_summary(make_summary(cow_is_seen=True))
+
+
+def test_report_file_is_strict_json(tmp_path):
+    path = tmp_path / "deep" / "report.json"
+    report.write_report(
+        path,
+        {
+            "summary": make_summary(),
+            "scalar": np.float32(0.5),
+            "array": np.array([1, 2]),
+            "flag": np.bool_(True),
+            "bad": [math.nan, math.inf, np.nan],
+            3: (1, "x"),
+        },
+    )
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    content = json.loads(path.read_text(), parse_constant=refuse)
+    assert content["bad"] == [None, None, None]
+    assert content["summary"]["per_class"][3]["pq"] is None
+    assert (content["scalar"], content["array"], content["flag"]) == (0.5, [1, 2], True)
+    assert content["3"] == [1, "x"]
+    assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "report.json"
+    report.write_report(path, {"pq": 1.0})
+    with pytest.raises(TypeError):
+        report.write_report(path, {"pq": object()})
+    assert json.loads(path.read_text()) == {"pq": 1.0}
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
