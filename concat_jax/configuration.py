@@ -1,4 +1,4 @@
-"""Sections of a config become dataclasses; a key that does not exist fails with the nearest name."""
+"""Config sections become dataclasses; a key that does not exist fails with the nearest name."""
 
 from __future__ import annotations
 

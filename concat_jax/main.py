@@ -1,6 +1,6 @@
 """The command line: read a config, run its stages in order, evaluate.
 
-    python -m concat_jax.main --config=configs/demo_zps.py --workdir=runs/demo
+python -m concat_jax.main --config=configs/demo_zps.py --workdir=runs/demo
 """
 
 from __future__ import annotations

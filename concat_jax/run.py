@@ -9,18 +9,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from concat_jax import configuration
 from concat_jax.evaluation import report
-from concat_jax.evaluation.evaluate import EvalConfig, evaluate, make_predict
+from concat_jax.evaluation.evaluate import PICTURES, EvalConfig, evaluate, make_predict
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.clip_images import l2_normalize
+from concat_jax.models.clip_weights import clip_params_from_file
 from concat_jax.stages import cat, con, finetune, pretrain_clip
 from concat_jax.stages.clip_targets import CropConfig
 from concat_jax.stages.networks import Networks, Params, make_networks
@@ -31,10 +32,11 @@ from concat_jax.text.prompts import TEMPLATES, embed_classes
 from concat_jax.text.tokenizer import ClipTokenizer, Tokenizer, WordTokenizer
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
 from concat_jax.training.loop import LoopConfig, train_stage
-from concat_jax.training.metric_writer import format_seconds
+from concat_jax.training.metric_writer import MetricWriter, format_seconds
 from concat_jax.training.optimizer import OptimizerConfig
 from concat_jax.training.prefetch import prefetch
 from concat_jax.training.sharding import make_mesh, replicated, shard_batch
+from concat_jax.training.warm_start import copy_parameters
 
 if TYPE_CHECKING:
     from data_pipelines.datasets import Datasets
@@ -51,7 +53,7 @@ class StageConfig:
 
     Attributes:
       kind: "pretrain_clip", "con", "cat" or "finetune".
-      takes: subtree -> name of the stage that gave it.
+      takes: subtree -> name of the stage that gave it, or "init" for a file of `config.init`.
       steps: batches.
       batch_size: images a step, over all hosts.
       optimizer: fields of `OptimizerConfig`.
@@ -73,43 +75,6 @@ class StageConfig:
     save_every: int = 0
     bank_images: int = 0
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-def warm_start(params: Params, target: str, taken: Params, source: str) -> Params:
-    """Copy into a part of `params` every parameter that a part of `taken` has at the same place.
-
-    Args:
-      params: tree to copy into.
-      target: "subtree/module" in it.
-      taken: tree to copy from.
-      source: "subtree/module" in it.
-
-    Returns:
-      A new tree; the counts are printed.
-
-    Raises:
-      ValueError: if a part does not exist or a parameter has another shape.
-    """
-
-    def flat(tree: Params, prefix: str) -> dict[str, jax.Array]:
-        leaves = flax.traverse_util.flatten_dict(tree, sep="/")
-        part = {k.removeprefix(prefix + "/"): v for k, v in leaves.items() if k.startswith(prefix + "/")}
-        if not part:
-            raise ValueError(f"There are no parameters at {prefix!r} to start from or to fill.")
-        return part
-
-    old, new = flat(params, target), flat(taken, source)
-    shared = sorted(old.keys() & new.keys())
-    for name in shared:
-        if old[name].shape != new[name].shape:
-            raise ValueError(
-                f"{target}/{name} has shape {old[name].shape} but {source}/{name} has "
-                f"{new[name].shape}; the two must be of one architecture."
-            )
-    print(f"{target}: {len(shared)} of {len(old)} parameters start from {source}.")
-    merged = flax.traverse_util.flatten_dict(params, sep="/")
-    merged |= {f"{target}/{name}": new[name] for name in shared}
-    return flax.traverse_util.unflatten_dict(merged, sep="/")
 
 
 class Run:
@@ -164,6 +129,9 @@ class Run:
         before: list[str] = []
         for name in self.config.stages:
             for subtree, source in self.stages[name].takes.items():
+                if source == "init":
+                    self._init_file(subtree)
+                    continue
                 configuration.check_choice(
                     source, self.stages, f"config.train.{name}.takes.{subtree} names no stage:"
                 )
@@ -174,6 +142,18 @@ class Run:
                         "config.stages."
                     )
             before.append(name)
+
+    def _init_file(self, subtree: str) -> Path:
+        """File that the config names for the weights of a subtree."""
+        path = self.config.get("init", {}).get(subtree, "")
+        if not path:
+            raise ValueError(
+                f"No {subtree} weights are configured: set config.init.{subtree} to a Hugging Face "
+                "model.safetensors file, or use a config that trains its own."
+            )
+        if not Path(path).is_file():
+            raise ValueError(f"config.init.{subtree} names {path}, which is not a file.")
+        return Path(path)
 
     def is_finished(self, name: str) -> bool:
         """Whether the stage's last step is saved in the workdir."""
@@ -202,8 +182,9 @@ class Run:
         start = time.monotonic()
         report_path = self.workdir / "report.json"
         stages = {}
-        for name in self.config.stages:
+        for number, name in enumerate(self.config.stages, start=1):
             began = time.monotonic()
+            print(f"\n[{number}/{len(self.config.stages)}]", end=" ")
             if self.is_finished(name):
                 print(f"Stage {name}: already finished in {self.workdir}.")
             else:
@@ -240,7 +221,7 @@ class Run:
             for subtree in stage.trains
         }
         for target, source in settings.copies.items():
-            params = warm_start(params, target, taken, source)
+            params = copy_parameters(params, target, taken, source)
         frozen = {subtree: taken[subtree] for subtree in stage.reads}
         if settings.kind != "pretrain_clip":
             frozen["text"] = self.text_embeddings(self._clip_source(name))
@@ -269,7 +250,9 @@ class Run:
 
     def _init(self, subtree: str, rng: jax.Array) -> Params:
         index = [f.name for f in dataclasses.fields(Networks)].index(subtree)
-        return jax.jit(self.networks.init, static_argnums=0)(subtree, jax.random.fold_in(rng, index))
+        return jax.jit(self.networks.init, static_argnums=0)(
+            subtree, jax.random.fold_in(rng, index)
+        )
 
     def _make_stage(self, name: str) -> Stage:
         kind, method = self.stages[name].kind, self.stages[name].method
@@ -290,6 +273,10 @@ class Run:
         """Parameters that stage `source` gave: in memory, or from its last checkpoint."""
         if (subtree, source) not in self._given:
             abstract = jax.eval_shape(lambda: self.networks.init(subtree, jax.random.key(0)))
+            if source == "init":
+                params = clip_params_from_file(self._init_file(subtree), abstract)
+                self._given[subtree, source] = jax.device_put(params, replicated(self.mesh))
+                return self._given[subtree, source]
             checkpoints = StageCheckpoints(self.workdir, source)
             restored = checkpoints.restore_params(
                 [subtree], {subtree: abstract}, replicated(self.mesh)
@@ -365,9 +352,7 @@ class Run:
             self.datasets.train(size),
             num_batches,
         )
-        return QueryBank(
-            queries, labels, batch_size=settings.batch_size, seed=self.config.seed
-        )
+        return QueryBank(queries, labels, batch_size=settings.batch_size, seed=self.config.seed)
 
     def evaluate(self, name: str) -> dict:
         """Score the segmentor and projector that hold after stage `name`."""
@@ -377,7 +362,7 @@ class Run:
         text = jnp.asarray(self.text_embeddings(self._clip_source(name)))
         predict = make_predict(self.networks, self.vocabulary, self.eval)
         folder = self.workdir / name
-        return evaluate(
+        summary = evaluate(
             lambda images, sizes: predict(params, text, images, sizes),
             self.datasets.evaluation(),
             self.vocabulary,
@@ -386,3 +371,11 @@ class Run:
             picture_folder=folder,
             coco_folder=folder if self.config.eval.write_coco else None,
         )
+        writer = MetricWriter(folder, tensorboard=self.config.tensorboard)
+        step = self.stages[name].steps
+        scalars = report.flatten_summary(summary)
+        writer.scalars(step, {f"eval/{key}": value for key, value in scalars.items()})
+        if self.eval.num_pictures:
+            writer.images(step, {"eval/pictures": np.asarray(Image.open(folder / PICTURES))})
+        writer.close()
+        return summary

@@ -1,15 +1,15 @@
 """Zero-shot panoptic segmentation on COCO: 119 seen and 14 unseen classes, R50.
 
-    python -m concat_jax.main --config=configs/coco_zps.py --workdir=runs/coco \
-        --config.data.root=/path/to/coco --config.text.bpe_path=/path/to/bpe_simple_vocab_16e6.txt.gz \
-        --config.init.clip=/path/to/clip/model.safetensors
+    python -m concat_jax.main --config=configs/coco_zps.py --workdir=runs/coco \\
+        --config.data.root=/path/to/coco --config.init.clip=/path/to/model.safetensors \\
+        --config.text.bpe_path=/path/to/bpe_simple_vocab_16e6.txt.gz
 
-The directory has COCO's official panoptic layout. Schedule, batch and crop are PADing's (16 images of
-928², 140,350 steps). Hardware, time and score: not measured.
+The directory has COCO's official panoptic layout. Schedule, batch and crop are PADing's (16 images
+of 928², 140,350 steps). Hardware, time and score: not measured.
 
 `--config=configs/coco_zps.py:mini` runs every stage for a few steps with small networks and a small
-CLIP of its own, on a directory as small as a hundred images, to see that data and code fit together.
-Its scores mean nothing.
+CLIP of its own, on a directory as small as a hundred images, to see that data and code fit
+together. Its scores mean nothing.
 """
 
 from ml_collections import ConfigDict
@@ -93,11 +93,12 @@ def get_config(arg: str = "") -> ConfigDict:
     def optimizer(learning_rate, **fields):
         return dict(dict(learning_rate=learning_rate, weight_decay=0.05, clip_norm=0.01), **fields)
 
+    clip = "clip" if mini else "init"  # the stage, or the file, that CLIP comes from
     few = 6  # steps of every stage of the mini run
     config.train = dict(
         con=dict(
             kind="con",
-            takes=dict(clip="clip"),
+            takes=dict(clip=clip),
             steps=few if mini else 140_350,
             batch_size=4 if mini else 16,
             log_every=2 if mini else 50,
@@ -109,7 +110,7 @@ def get_config(arg: str = "") -> ConfigDict:
         ),
         cat=dict(
             kind="cat",
-            takes=dict(clip="clip", segmentor="con", projector="con"),
+            takes=dict(clip=clip, segmentor="con", projector="con"),
             steps=few if mini else 20_000,
             batch_size=8 if mini else 16,
             log_every=2 if mini else 100,
@@ -120,7 +121,7 @@ def get_config(arg: str = "") -> ConfigDict:
         ),
         finetune=dict(
             kind="finetune",
-            takes=dict(clip="clip", segmentor="con", projector="con", generator="cat"),
+            takes=dict(clip=clip, segmentor="con", projector="con", generator="cat"),
             steps=few if mini else 10_000,
             batch_size=8 if mini else 64,
             log_every=2 if mini else 100,

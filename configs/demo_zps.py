@@ -110,8 +110,8 @@ def get_config(arg: str = "") -> ConfigDict:
         cat=dict(
             kind="cat",
             takes=dict(clip="clip", segmentor="con", projector="con"),
-            steps=steps(2000),
-            batch_size=64,
+            steps=steps(1000),
+            batch_size=32,
             log_every=2 if smoke else 250,
             bank_images=64 if smoke else 2048,
             optimizer=optimizer(1e-3, weight_decay=0.0),
@@ -120,21 +120,23 @@ def get_config(arg: str = "") -> ConfigDict:
         finetune=dict(
             kind="finetune",
             takes=dict(clip="clip", segmentor="con", projector="con", generator="cat"),
-            steps=steps(1000),
-            batch_size=64,
-            log_every=2 if smoke else 250,
+            steps=steps(300),
+            batch_size=32,
+            log_every=2 if smoke else 100,
             bank_images=64 if smoke else 2048,
-            optimizer=optimizer(3e-4),
-            method=dict(pseudo_per_class=32),
+            # Few and gentle steps: the longer seen classes are fitted, the more they swallow.
+            optimizer=optimizer(1e-4),
+            method=dict(pseudo_per_class=32, deviation=1.5),
         ),
         control=dict(
             kind="finetune",
             takes=dict(clip="clip", segmentor="con", projector="con"),
-            steps=steps(1000),
-            batch_size=64,
-            log_every=2 if smoke else 250,
+            steps=steps(300),
+            batch_size=32,
+            log_every=2 if smoke else 100,
             bank_images=64 if smoke else 2048,
-            optimizer=optimizer(3e-4),
+            # Few and gentle steps: the longer seen classes are fitted, the more they swallow.
+            optimizer=optimizer(1e-4),
             method=dict(pseudo_per_class=0),
         ),
     )

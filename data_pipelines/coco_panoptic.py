@@ -23,9 +23,9 @@ import numpy as np
 from PIL import Image
 
 from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.training.prefetch import prefetch
 from data_pipelines import augment as geometry
 from data_pipelines.coco_layout import DataError, ImageRecord, find_layout, read_image, read_records
-from concat_jax.training.prefetch import prefetch
 from data_pipelines.zero_shot_split import load_split
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from concat_jax.configuration import check_choice
 from concat_jax.text.vocabulary import Vocabulary
 from data_pipelines import synthetic_world

@@ -27,6 +27,9 @@ from concat_jax.text.vocabulary import Vocabulary
 
 Predict = Callable[..., PanopticOutput]
 
+# File of the overlay pictures in a stage's folder.
+PICTURES = "pictures.png"
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -65,9 +68,7 @@ def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig)
 
     @jax.jit
     def predict(params, text, images, image_size):
-        output = networks.segmentor.apply(
-            {"params": params["segmentor"]}, normalize_images(images)
-        )
+        output = networks.segmentor.apply({"params": params["segmentor"]}, normalize_images(images))
         logits = networks.projector.apply(
             {"params": params["projector"]}, output.queries[:, -1], text, method="predict"
         )
@@ -117,7 +118,9 @@ def evaluate(
     rows: list[pictures.ComparisonRow] = []
     count, start = 0, time.monotonic()
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(PanopticWriter(coco_folder, vocabulary)) if coco_folder else None
+        writer = (
+            stack.enter_context(PanopticWriter(coco_folder, vocabulary)) if coco_folder else None
+        )
         for chunk in _batched(examples, config.batch_size):
             for native, result in zip(
                 (native for native, _ in chunk), _predict_chunk(predict, chunk, config), strict=True
@@ -147,7 +150,7 @@ def evaluate(
         raise ValueError("There is no image to evaluate; check the data section of the config.")
     if rows:
         picture_folder.mkdir(parents=True, exist_ok=True)
-        pictures.comparison_sheet(rows).save(picture_folder / "pictures.png")
+        pictures.comparison_sheet(rows).save(picture_folder / PICTURES)
     seconds = time.monotonic() - start
     print(f"{name}: {count} images evaluated, {count / seconds:.1f} images/s", flush=True)
     return {**quality.summarize(vocabulary), "images": count, "images_per_second": count / seconds}

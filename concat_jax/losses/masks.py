@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 
 
-def bilinear_corners(
-    points: jax.Array, height: int, width: int
-) -> tuple[jax.Array, jax.Array]:
+def bilinear_corners(points: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
     """Flat pixel indices and weights of the four pixels around each point.
 
     Args:
@@ -33,9 +31,7 @@ def bilinear_corners(
     fx, fy = x - x0, y - y0
     columns = jnp.stack([x0, x0 + 1, x0, x0 + 1], axis=-1)
     rows = jnp.stack([y0, y0, y0 + 1, y0 + 1], axis=-1)
-    weights = jnp.stack(
-        [(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], axis=-1
-    )
+    weights = jnp.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], axis=-1)
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
     columns = jnp.clip(columns, 0, width - 1).astype(jnp.int32)
     rows = jnp.clip(rows, 0, height - 1).astype(jnp.int32)
@@ -164,9 +160,7 @@ def sample_uncertain_points(
     uncertainty = -jnp.abs(sample_maps(jax.lax.stop_gradient(mask_logits), candidates))
     _, best = jax.lax.top_k(uncertainty, num_uncertain)  # [B, M, num_uncertain]
     uncertain = jnp.take_along_axis(candidates, best[..., None], axis=2)
-    uniform = jax.random.uniform(
-        rng_uniform, (batch, count, num_points - num_uncertain, 2)
-    )
+    uniform = jax.random.uniform(rng_uniform, (batch, count, num_points - num_uncertain, 2))
     return jnp.concatenate([uncertain, uniform], axis=2)
 
 

@@ -160,9 +160,7 @@ def segmentation_loss(
     point_logits = masks.sample_maps(mask_logits, points)
     point_logits = point_logits.reshape(batch, num_sets, num_segments, -1)
     by_segment = points.reshape(batch, num_sets, num_segments, -1, 2).swapaxes(1, 2)
-    targets = masks.sample_own_segment(
-        segment_ids, by_segment.reshape(batch, num_segments, -1, 2)
-    )
+    targets = masks.sample_own_segment(segment_ids, by_segment.reshape(batch, num_segments, -1, 2))
     targets = targets.reshape(batch, num_segments, num_sets, -1).swapaxes(1, 2)
 
     count = jnp.maximum(jnp.sum(labels >= 0), 1)

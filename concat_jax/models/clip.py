@@ -19,11 +19,7 @@ import jax
 import jax.numpy as jnp
 
 # What goes in and comes out of CLIP, so that callers need one module.
-from concat_jax.models.clip_images import l2_normalize as l2_normalize
-from concat_jax.models.clip_images import normalize_clip_images as normalize_clip_images
-from concat_jax.models.clip_images import resize_for_clip as resize_for_clip
-from concat_jax.models.clip_images import resize_windows as resize_windows
-from concat_jax.models.resnet import ResNet
+from concat_jax.models.clip_stems import STEMS
 
 # The largest multiplier CLIP lets its similarities have (section 2.5), kept against instability.
 MAX_LOGIT_SCALE = 100.0
@@ -102,80 +98,6 @@ class Block(nn.Module):
         return x + nn.Dense(width, kernel_init=out_of, dtype=self.dtype, name="fc2")(y)
 
 
-class PatchStem(nn.Module):
-    """CLIP's patch embedding as one matrix product, [B, H, W, 3] -> [B, H/p, W/p, D]."""
-
-    patch_size: int
-    width: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        p = self.patch_size
-        batch, height, width, channels = images.shape
-        patches = images.reshape(batch, height // p, p, width // p, p, channels)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5)
-        patches = patches.reshape(batch, height // p, width // p, p * p * channels)
-        return nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="projection")(patches)
-
-
-class ConvStem(nn.Module):
-    """Stride-2 3x3 convolutions down to the patch stride, [B, H, W, 3] -> [B, H/p, W/p, D].
-
-    Xiao et al. 2021, "Early Convolutions Help Transformers See Better", section 4: channels double
-    to the tower's width and a last 1x1 convolution follows. GroupNorm stands for their BatchNorm,
-    since a contrastive batch must not leak between its members.
-    """
-
-    patch_size: int
-    width: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        x = images
-        steps = self.patch_size.bit_length() - 1
-        for step in range(steps):
-            channels = max(8, self.width >> (steps - 1 - step))
-            x = nn.Conv(channels, (3, 3), strides=2, padding=1, use_bias=False, dtype=self.dtype)(x)
-            x = nn.GroupNorm(num_groups=math.gcd(channels, 8), dtype=self.dtype)(x)
-            x = nn.relu(x)
-        return nn.Dense(self.width, dtype=self.dtype, name="projection")(x)
-
-
-class ResNetStem(nn.Module):
-    """The first stages of a small ResNet down to the patch stride, [B, H, W, 3] -> [B, H/p, W/p, D].
-
-    The hybrid of Dosovitskiy et al. 2021, section 3.1. Its `trunk` has the names of
-    `concat_jax.models.resnet`, so that a segmentor's backbone can start from it.
-    """
-
-    patch_size: int
-    width: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        stages = self.patch_size.bit_length() - 1  # strides 2, 4, 8, 16
-        trunk = ResNet(
-            stage_sizes=(1,) * stages,
-            width=RESNET_STEM_WIDTH,
-            block="basic",
-            norm="group",
-            stem="small",
-            num_groups=8,
-            dtype=self.dtype,
-            name="trunk",
-        )
-        return nn.Dense(self.width, dtype=self.dtype, name="projection")(trunk(images)[-1])
-
-
-# Channels of the hybrid's first stage: enough for pictures of a few dozen pixels.
-RESNET_STEM_WIDTH = 16
-
-_STEMS = {"patch": PatchStem, "conv": ConvStem, "resnet": ResNetStem}
-
-
 def interpolate_positions(
     table: jax.Array, grid: tuple[int, int], target: tuple[int, int], method: str
 ) -> jax.Array:
@@ -234,7 +156,7 @@ class VisionTower(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         side = self.image_size // self.patch_size
-        x = _STEMS[self.stem](self.patch_size, self.width, self.dtype, name="patch_embedding")(
+        x = STEMS[self.stem](self.patch_size, self.width, self.dtype, name="patch_embedding")(
             images.astype(self.dtype)
         )
         batch, rows, columns, width = x.shape
@@ -431,7 +353,7 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
         config["dtype"] = jnp.dtype(config["dtype"])
     clip = CLIP(**config)
     for field, allowed in (
-        ("stem", tuple(_STEMS)),
+        ("stem", tuple(STEMS)),
         ("activation", tuple(_ACTIVATIONS)),
         ("position_interpolation", ("bicubic", "bilinear")),
     ):
@@ -449,6 +371,7 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
         )
     if clip.stem != "patch" and (clip.patch_size < 2 or clip.patch_size & (clip.patch_size - 1)):
         raise ValueError(
-            f"CLIP's {clip.stem} stem needs a patch_size that is a power of two, not {clip.patch_size}."
+            f"CLIP's {clip.stem} stem needs a patch_size that is a power of two, not "
+            f"{clip.patch_size}."
         )
     return clip

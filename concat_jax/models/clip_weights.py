@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import flax
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 
 def _keep(array: np.ndarray) -> np.ndarray:
@@ -191,3 +195,34 @@ def clip_config_from_hf(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "activation": vision["hidden_act"],
         "eot_id": None if text["eos_token_id"] == 2 else text["eos_token_id"],
     }
+
+
+def clip_params_from_file(path: Path, abstract: Any) -> dict[str, Any]:
+    """Parameters of `CLIP` from a Hugging Face `model.safetensors`, checked against the config.
+
+    Args:
+      path: the file.
+      abstract: tree of shapes that the configured CLIP has.
+
+    Returns:
+      As `clip_params_from_hf`.
+
+    Raises:
+      ValueError: if the file is no safetensors file, holds another model, or one of another size.
+    """
+    try:
+        state_dict = safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
+    params = clip_params_from_hf(state_dict)
+    ours = flax.traverse_util.flatten_dict(params, sep="/")
+    wanted = flax.traverse_util.flatten_dict(abstract, sep="/")
+    for name in sorted(ours.keys() | wanted.keys()):
+        theirs = ours[name].shape if name in ours else "nothing"
+        mine = wanted[name].shape if name in wanted else "nothing"
+        if theirs != mine:
+            raise ValueError(
+                f"{path} holds {theirs} for {name} where the config's CLIP has {mine}; make "
+                "config.model.clip fit the file."
+            )
+    return params

@@ -128,7 +128,8 @@ def make_stage(networks: Networks, vocabulary: Vocabulary, config: CatConfig) ->
             "loss_mmd": loss_mmd,
             "loss_contrast": loss_contrast,
             "loss_cycle": loss_cycle,
-            "spread_ratio": spread / jnp.maximum(_class_spread(real, labels, len(vocabulary)), 1e-6),
+            "spread_ratio": spread
+            / jnp.maximum(_class_spread(real, labels, len(vocabulary)), 1e-6),
         }
 
     rules = ((NO_DECAY, 1.0, 0.0), (r".*", 1.0, 1.0))

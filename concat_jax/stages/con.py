@@ -1,6 +1,6 @@
 """Stage 1, CON: the segmentor and the semantic projector on seen classes, aligned to CLIP.
 
-    L = 2·CE + 5·BCE + 5·Dice + λ_g · L_global + λ_i · L_instance
+L = 2·CE + 5·BCE + 5·Dice + λ_g · L_global + λ_i · L_instance
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ class ConConfig:
 
     def __post_init__(self):
         if self.alignment not in ("cosine", "infonce"):
-            raise ValueError(
-                f"CON alignment is {self.alignment!r}; choose 'cosine' or 'infonce'."
-            )
+            raise ValueError(f"CON alignment is {self.alignment!r}; choose 'cosine' or 'infonce'.")
 
 
 def training_labels(labels: jax.Array, is_crowd: jax.Array, vocabulary: Vocabulary) -> jax.Array:
@@ -89,9 +87,7 @@ def make_stage(
         return alignment.info_nce(predictions, targets, valid, temperature=config.temperature)
 
     def loss(params, frozen, batch, rng):
-        labels = training_labels(
-            batch["segment_labels"], batch["segment_is_crowd"], vocabulary
-        )
+        labels = training_labels(batch["segment_labels"], batch["segment_is_crowd"], vocabulary)
         output = networks.segmentor.apply(
             {"params": params["segmentor"]}, normalize_images(batch["image"])
         )
@@ -148,7 +144,7 @@ def make_stage(
 
     rate = config.backbone_multiplier
     rules = (
-        (r"segmentor/backbone/.*(mean|variance)$", 0.0, 0.0),
+        (r".*/frozen_\w+", 0.0, 0.0),
         (r"segmentor/backbone/" + NO_DECAY, rate, 0.0),
         (r"segmentor/backbone/.*", rate, 1.0),
         (NO_DECAY, 1.0, 0.0),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from concat_jax.losses.segmentation import SegmentationLossConfig, match_queries
 from concat_jax.losses.matching import labels_of_queries
+from concat_jax.losses.segmentation import SegmentationLossConfig, match_queries
 from concat_jax.models.segmentor import normalize_images
 from concat_jax.stages.con import training_labels
 from concat_jax.stages.networks import Networks

@@ -1,4 +1,4 @@
-"""What a stage is: which parameters it trains and takes, its loss, and a rule for each parameter."""
+"""What a stage is: parameters it trains and reads, its loss, and a rule for each parameter."""
 
 from __future__ import annotations
 

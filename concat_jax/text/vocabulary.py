@@ -1,4 +1,4 @@
-"""A label space as data: class names, thing or stuff, seen or unseen, and the data set's own ids."""
+"""A label space as data: names, thing or stuff, seen or unseen, and the data set's own ids."""
 
 from __future__ import annotations
 

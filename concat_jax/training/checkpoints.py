@@ -108,7 +108,9 @@ class StageCheckpoints:
         """
         step = self.latest_step()
         if step is None:
-            raise CheckpointError(f"{self.path} holds no checkpoint; run stage {self.stage!r} first.")
+            raise CheckpointError(
+                f"{self.path} holds no checkpoint; run stage {self.stage!r} first."
+            )
         wanted = {name: abstract[name] for name in names}
         self._check(step, wanted)
         target = _placed(wanted, sharding)

@@ -173,7 +173,7 @@ def print_parameters(name: str, params: Any, frozen: Any, labels: Any, resumed: 
         key = (path_name(path).split("/")[0], label)
         counts[key] = counts.get(key, 0) + leaf.size
     origin = "starts" if resumed is None else f"resumes at step {resumed}"
-    print(f"\nStage {name} {origin}")
+    print(f"Stage {name} {origin}")
     for (subtree, label), count in sorted(counts.items()):
         verb = "  frozen " if label == FROZEN else "  trained"
         print(f"{verb} {subtree:<10} {count:>12,} parameters  {'' if label == FROZEN else label}")

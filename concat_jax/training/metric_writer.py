@@ -1,4 +1,4 @@
-"""Progress on the terminal, scalars in `metrics.jsonl`, and in TensorBoard where it is installed."""
+"""Progress on the terminal, scalars in `metrics.jsonl` and, where installed, in TensorBoard."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """"1:02:03", or "2:03" under an hour."""
+    """ "1:02:03", or "2:03" under an hour."""
     minutes, rest = divmod(int(round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

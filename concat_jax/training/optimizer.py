@@ -87,7 +87,7 @@ def label_params(params: Any, rules: Sequence[tuple[str, float, float]]) -> Any:
 
 
 def path_name(path) -> str:
-    """"a/b/c" of a jax key path through dicts."""
+    """ "a/b/c" of a jax key path through dicts."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 

@@ -53,5 +53,7 @@ def test_info_nce_keeps_leading_axes():
     a, b = rng.normal(size=(2, 4, 5, 3)).astype(np.float32)
     valid = rng.uniform(size=(4, 5)) < 0.6
     batched = alignment.info_nce(a, b, valid, temperature=0.1)
-    single = [alignment.info_nce(x, y, v, temperature=0.1) for x, y, v in zip(a, b, valid, strict=True)]
+    single = [
+        alignment.info_nce(x, y, v, temperature=0.1) for x, y, v in zip(a, b, valid, strict=True)
+    ]
     np.testing.assert_allclose(batched, np.stack(single), rtol=1e-5)

@@ -13,7 +13,9 @@ def test_equals_torch_weighted_mean():
     weights = np.array([1.0, 1.0, 2.0, 0.1], np.float32)
     losses, row_weights = weighted_cross_entropy(logits, labels, weights)
     expected = torch.nn.functional.cross_entropy(
-        torch.from_numpy(logits).permute(0, 2, 1), torch.from_numpy(labels), torch.from_numpy(weights)
+        torch.from_numpy(logits).permute(0, 2, 1),
+        torch.from_numpy(labels),
+        torch.from_numpy(weights),
     )
     np.testing.assert_allclose(losses.sum() / row_weights.sum(), expected, rtol=1e-5)
 

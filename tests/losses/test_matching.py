@@ -49,7 +49,9 @@ def test_not_finite_costs_lose():
 
 
 def test_all_nan_gives_a_valid_assignment():
-    matched = np.asarray(matching.match(np.full((1, 1, 5, 3), np.nan, np.float32), np.ones((1, 3), bool)))
+    matched = np.asarray(
+        matching.match(np.full((1, 1, 5, 3), np.nan, np.float32), np.ones((1, 3), bool))
+    )
     assert len(set(matched[0, 0])) == 3 and (matched >= 0).all()
 
 

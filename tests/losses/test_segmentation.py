@@ -48,7 +48,9 @@ def test_matching_is_optimal_for_the_reference_cost(inputs, result):
             probs = jax.nn.softmax(inputs["class_logits"][b, l])
             cost = -2 * np.asarray(probs)[:, np.asarray(inputs["labels"])[b, valid]]
             for j, target in enumerate(targets):
-                cost[:, j] += 5 * masks.mask_bce(logits, target) + 5 * masks.mask_dice(logits, target)
+                cost[:, j] += 5 * masks.mask_bce(logits, target) + 5 * masks.mask_dice(
+                    logits, target
+                )
             rows, cols = linear_sum_assignment(cost)
             query_of_segment = np.asarray(result.query_of_segment)[b, l]
             found = cost[query_of_segment[valid], np.arange(len(valid))].sum()

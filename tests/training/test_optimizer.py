@@ -71,7 +71,9 @@ def test_clip_uses_one_norm_over_all_groups():
     state = make_optimizer(config, 10, labels).init(PARAMS)
     _, state = make_optimizer(config, 10, labels).update(GRADIENTS, state, PARAMS)
     moments = optax.tree_utils.tree_get_all_with_path(state, "mu")
-    first = [np.asarray(m["head"]["kernel"]) for _, m in moments if hasattr(m["head"]["kernel"], "shape")]
+    first = [
+        np.asarray(m["head"]["kernel"]) for _, m in moments if hasattr(m["head"]["kernel"], "shape")
+    ]
     norm = np.sqrt(9 * 0.25)
     np.testing.assert_allclose(first[0], 0.1 * 0.5 * 0.3 / norm, rtol=1e-4)
 

@@ -1,0 +1,47 @@
+"""Start a part of one network from a part of another."""
+
+from __future__ import annotations
+
+import flax
+import jax
+
+from concat_jax.stages.networks import Params
+
+
+def copy_parameters(params: Params, target: str, taken: Params, source: str) -> Params:
+    """Copy into a part of `params` every parameter that a part of `taken` has at the same place.
+
+    Args:
+      params: tree to copy into.
+      target: "subtree/module" in it.
+      taken: tree to copy from.
+      source: "subtree/module" in it.
+
+    Returns:
+      A new tree; the counts are printed.
+
+    Raises:
+      ValueError: if a part does not exist or a parameter has another shape.
+    """
+
+    def flat(tree: Params, prefix: str) -> dict[str, jax.Array]:
+        leaves = flax.traverse_util.flatten_dict(tree, sep="/")
+        part = {
+            k.removeprefix(prefix + "/"): v for k, v in leaves.items() if k.startswith(prefix + "/")
+        }
+        if not part:
+            raise ValueError(f"There are no parameters at {prefix!r} to start from or to fill.")
+        return part
+
+    old, new = flat(params, target), flat(taken, source)
+    shared = sorted(old.keys() & new.keys())
+    for name in shared:
+        if old[name].shape != new[name].shape:
+            raise ValueError(
+                f"{target}/{name} has shape {old[name].shape} but {source}/{name} has "
+                f"{new[name].shape}; the two must be of one architecture."
+            )
+    print(f"{target}: {len(shared)} of {len(old)} parameters start from {source}.")
+    merged = flax.traverse_util.flatten_dict(params, sep="/")
+    merged |= {f"{target}/{name}": new[name] for name in shared}
+    return flax.traverse_util.unflatten_dict(merged, sep="/")

@@ -1,0 +1,173 @@
+"""Every config file with each of its arguments: it loads, its networks build, its rules fit."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from concat_jax import configuration
+from concat_jax.losses.segmentation import SegmentationLossConfig
+from concat_jax.run import KINDS, Run, StageConfig
+from concat_jax.stages.networks import make_networks
+from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.training.optimizer import (
+    FROZEN,
+    OptimizerConfig,
+    label_params,
+    make_optimizer,
+    path_name,
+)
+from data_pipelines.datasets import KINDS as DATA_KINDS
+from data_pipelines.datasets import Datasets
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+ARGUMENTS = {"demo_zps": ("", "smoke"), "coco_zps": ("", "mini")}
+CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
+
+VOCABULARY = Vocabulary(
+    names=("cat", "dog", "sky", "sea"),
+    is_thing=(True, True, False, False),
+    is_seen=(True, False, True, False),
+    category_ids=(1, 2, 3, 4),
+)
+
+
+def get_config(name, argument=""):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+def make_run(config, tmp_path):
+    """The config's run on data that is not there; files it would read are stood in for."""
+    config.text.update(tokenizer="words", bpe_path="")
+    if config.get("init", {}).get("clip") == "":
+        weights = tmp_path / "model.safetensors"
+        weights.touch()
+        config.init.clip = str(weights)
+    data = Datasets(
+        vocabulary=VOCABULARY,
+        train=lambda batch_size: None,
+        captions=lambda batch_size, side: None,
+        caption_words=VOCABULARY.names,
+        evaluation=lambda: (),
+    )
+    return Run(config, tmp_path / "run", data)
+
+
+def abstract_params(networks, names):
+    key = jax.random.key(0)
+    return {name: jax.eval_shape(lambda name=name: networks.init(name, key)) for name in names}
+
+
+def test_every_config_file_is_tested():
+    files = {path.stem for path in CONFIGS.glob("*.py")} - {"__init__"}
+    assert files == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_unknown_argument_names_the_nearest(name):
+    known = ARGUMENTS[name][-1]
+    with pytest.raises(ValueError, match=f"no argument '{known}x'; did you mean '{known}'"):
+        get_config(name, known + "x")
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_a_config_makes_its_stages_and_every_parameter_has_a_rule(name, argument, tmp_path):
+    config = get_config(name, argument)
+    assert config.data.kind in DATA_KINDS
+    run = make_run(config, tmp_path)
+    assert {run.stages[stage].kind for stage in config.stages} <= set(KINDS)
+    assert set(config.eval.stages) <= set(config.stages)
+    for stage_name in config.stages:
+        stage, settings = run._make_stage(stage_name), run.stages[stage_name]
+        # What a stage reads must be handed to it.
+        assert set(stage.reads) <= set(settings.takes), stage_name
+        params = abstract_params(run.networks, stage.trains)
+        labels = label_params(params, stage.rules)  # raises for a parameter without a rule
+        leaves = jax.tree_util.tree_leaves_with_path(labels)
+        frozen = [path_name(path) for path, label in leaves if label == FROZEN]
+        assert all("/frozen_" in parameter for parameter in frozen)
+        optimizer = configuration.build(OptimizerConfig, settings.optimizer, stage_name)
+        state = jax.eval_shape(make_optimizer(optimizer, settings.steps, labels).init, params)
+        assert jax.tree.leaves(state)
+        if settings.save_every:
+            assert settings.save_every <= settings.steps
+
+
+def test_the_full_size_segmentor_is_mask2former_r50():
+    networks = make_networks(get_config("coco_zps").model.to_dict())
+    params = abstract_params(networks, ("clip", "segmentor", "projector", "generator"))
+    sizes = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()
+    }
+    # Mask2Former R50 has 44.0 M parameters, its class head of 134 x 257 among them.
+    assert 43.5e6 < sizes["segmentor"] < 44.5e6
+    assert sizes["clip"] == 149_620_737  # OpenAI's ViT-B/16
+    decoder = params["segmentor"]["transformer_decoder"]
+    assert decoder["query_feature_embedding"].shape == (100, 256)
+    assert sum(name.startswith("layer_") for name in decoder) == 9
+    encoder = params["segmentor"]["pixel_decoder"]
+    assert sum(name.startswith("layer_") for name in encoder) == 6
+
+
+def test_the_full_size_con_loss_traces(tmp_path):
+    """Shapes of the real training step: one image of 928² with 100 segments, 12,544 points."""
+    config = get_config("coco_zps")
+    size, rows = config.data.image_size, config.data.max_segments
+    run = make_run(config, tmp_path)
+    assert run.loss == SegmentationLossConfig() and run.loss.num_points == 12544
+    stage = run._make_stage("con")
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8),
+        "segment_ids": jax.ShapeDtypeStruct((1, size, size), jnp.uint8),
+        "segment_labels": jax.ShapeDtypeStruct((1, rows), jnp.int32),
+        "segment_is_crowd": jax.ShapeDtypeStruct((1, rows), jnp.bool_),
+    }
+    text = jax.ShapeDtypeStruct((len(VOCABULARY), run.networks.clip.embed_dim), jnp.float32)
+    params = abstract_params(run.networks, stage.trains)
+    frozen = {**abstract_params(run.networks, stage.reads), "text": text}
+    loss, metrics = jax.eval_shape(stage.loss, params, frozen, batch, jax.random.key(0))
+    assert loss.shape == () and loss.dtype == jnp.float32
+    assert {"loss_class", "loss_mask", "loss_dice", "loss_global", "loss_instance"} <= set(metrics)
+
+
+def test_an_unknown_key_in_a_section_names_the_nearest(tmp_path):
+    config = get_config("demo_zps", "smoke")
+    with config.unlocked():
+        config.train.con.stepz = 3
+    with pytest.raises(ValueError, match="config.train.con has no key 'stepz'.*'steps'"):
+        make_run(config, tmp_path)
+    config = get_config("demo_zps", "smoke")
+    with config.unlocked():
+        config.model.segmentor.num_query = 3
+    with pytest.raises(ValueError, match="no key 'num_query'; did you mean 'num_queries'"):
+        make_run(config, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_without_settings_is_named(tmp_path):
+    config = get_config("demo_zps", "smoke")
+    config.stages = ("clip", "conn")
+    with pytest.raises(ValueError, match="config.stages names no stage of 'conn'.*'con'"):
+        make_run(config, tmp_path)
+
+
+def test_missing_clip_weights_name_the_field_to_set(tmp_path):
+    config = get_config("coco_zps")
+    run_config = config.copy_and_resolve_references()
+    run_config.init.clip = str(tmp_path / "absent.safetensors")
+    with pytest.raises(ValueError, match=r"config\.init\.clip names .*absent.*not a file"):
+        make_run(run_config, tmp_path)
+
+
+def test_stage_config_fields_are_what_configs_use():
+    """A field that no config sets is one that nobody has run."""
+    used = set()
+    for name, argument in CASES:
+        for section in get_config(name, argument).train.values():
+            used |= set(section)
+    assert used == {field for field in StageConfig.__dataclass_fields__}

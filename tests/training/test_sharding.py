@@ -1,0 +1,264 @@
+"""CON's train step on eight devices: the numbers of one device, and no batch sent around."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from concat_jax.losses.segmentation import SegmentationLossConfig
+from concat_jax.stages import con
+from concat_jax.stages.clip_targets import CropConfig
+from concat_jax.stages.networks import make_networks
+from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.training.optimizer import (
+    OptimizerConfig,
+    label_params,
+    make_optimizer,
+    path_name,
+)
+from concat_jax.training.sharding import along_batch, make_mesh, replicated, shard_batch
+from concat_jax.training.state import TrainState, make_train_step
+
+# The step runs twice, so compiling it is what the test costs. Partitioning is no optimization:
+# it places the same collectives.
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+LEARNING_RATE = 1e-2
+BATCH = 8
+
+NETWORKS = make_networks(
+    {
+        "clip": dict(
+            embed_dim=16,
+            image_size=16,
+            patch_size=8,
+            image_width=16,
+            image_depth=1,
+            image_heads=2,
+            text_width=16,
+            text_depth=1,
+            text_heads=2,
+            vocab_size=12,
+            context_length=5,
+        ),
+        "segmentor": dict(
+            backbone=dict(
+                stage_sizes=(1, 1, 1, 1), width=8, block="basic", norm="group", stem="small"
+            ),
+            width=32,
+            num_queries=6,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
+            num_heads=4,
+            num_points=2,
+            ffn_width=32,
+            decoder_ffn_width=32,
+            num_groups=8,
+        ),
+        "projector": dict(hidden_width=16, num_layers=2),
+        "generator": dict(hidden_width=16, num_layers=1, noise_width=4),
+    }
+)
+VOCABULARY = Vocabulary(
+    names=("cat", "dog", "sky", "sea"),
+    is_thing=(True, True, False, False),
+    is_seen=(True, True, True, False),
+    category_ids=(1, 2, 3, 4),
+)
+
+
+def random_params(name, seed):
+    """Parameters of a network from NumPy: compiling the initializers would take longer."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 25
+        offset = 1.0 if path_name(path).endswith("scale") else 0.0
+        return (offset + rng.normal(size=leaf.shape) / fan_in**0.5).astype(np.float32)
+
+    shapes = jax.eval_shape(lambda: NETWORKS.init(name, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def image_batch():
+    """Images that differ in how many segments they have: the mean must be the global one."""
+    rng = np.random.default_rng(0)
+    labels = np.full((BATCH, 4), -1, np.int32)
+    ids = np.zeros((BATCH, 32, 32), np.uint8)
+    for b in range(BATCH):
+        for g in range(1 + b % 4):
+            labels[b, g] = rng.integers(3)
+            ids[b, 8 * g : 8 * g + 8, : 8 + 3 * b] = g + 1
+    return {
+        "image": rng.integers(0, 256, (BATCH, 32, 32, 3), dtype=np.uint8),
+        "segment_ids": ids,
+        "segment_labels": labels,
+        "segment_is_crowd": np.zeros((BATCH, 4), bool),
+    }
+
+
+def by_name(tree):
+    """{"a/b/c": leaf} of a tree."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def two_steps(devices):
+    """Two train steps as the loop takes them.
+
+    Returns the HLO text, the metrics of both steps, the parameters after the first, their first
+    moments by name (a tenth of the clipped gradient) and the shardings of the state.
+    """
+    mesh = make_mesh(devices=devices)
+    stage = con.make_stage(
+        NETWORKS, VOCABULARY, con.ConConfig(), SegmentationLossConfig(num_points=64), CropConfig()
+    )
+    params = {name: random_params(name, seed) for seed, name in enumerate(stage.trains)}
+    text = np.random.default_rng(9).normal(size=(len(VOCABULARY), 16)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=-1, keepdims=True)
+    everywhere = replicated(mesh)
+    frozen = jax.device_put({"clip": random_params("clip", 8), "text": text}, everywhere)
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", clip_norm=1.0),
+        10,
+        label_params(params, stage.rules),
+    )
+    make = jax.jit(
+        lambda p: TrainState.create(p, optimizer),
+        out_shardings=everywhere,
+        compiler_options=FAST_COMPILE,
+    )
+    state = make(params)
+    step = jax.jit(
+        make_train_step(stage.loss, optimizer, seed=0),
+        donate_argnums=0,
+        out_shardings=(everywhere, everywhere),
+        compiler_options=FAST_COMPILE,
+    )
+    with jax.set_mesh(mesh):
+        batch = shard_batch(image_batch(), mesh)
+        assert batch["image"].sharding == along_batch(mesh)
+        compiled = step.lower(state, frozen, batch).compile()
+        state, metrics = compiled(state, frozen, batch)
+        after, first = jax.device_get((state, metrics))
+        shardings = {leaf.sharding for leaf in jax.tree.leaves(state)}
+        _, second = jax.device_get(compiled(state, frozen, batch))
+    moments = {
+        name.split("/mu/")[1]: leaf
+        for name, leaf in by_name(after.opt_state).items()
+        if "/mu/" in name
+    }
+    return compiled.as_text(), (first, second), after.params, moments, shardings
+
+
+@pytest.fixture(scope="module")
+def one():
+    return two_steps(1)
+
+
+@pytest.fixture(scope="module")
+def eight():
+    return two_steps(8)
+
+
+def collectives(text):
+    """(kind, op_name) of every collective in an HLO text."""
+    kinds = (
+        "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+    )
+    found = []
+    for line in text.splitlines():
+        match = re.search(rf"= [^=]*?\b({kinds})(-start)?\(", line)
+        if match:
+            name = re.search(r'op_name="([^"]*)"', line)
+            found.append((match[1], name[1] if name else ""))
+    return found
+
+
+def test_random_numbers_do_not_depend_on_the_partitioning():
+    """JAX's default; without it eight devices would sample other points than one."""
+    assert jax.config.jax_threefry_partitionable
+
+
+def test_eight_devices_compute_what_one_computes(one, eight):
+    _, one_metrics, one_params, one_moments, _ = one
+    _, eight_metrics, eight_params, eight_moments, _ = eight
+    for first, second in zip(one_metrics, eight_metrics, strict=True):
+        assert first.keys() == second.keys()
+        for name in first:
+            np.testing.assert_allclose(second[name], first[name], rtol=1e-4, err_msg=name)
+    assert one_metrics[0]["loss"] > 1 and one_metrics[1]["loss"] != one_metrics[0]["loss"]
+
+    # Gradients first: Adam divides them by their size, which turns rounding noise into full steps.
+    assert one_moments.keys() == by_name(one_params).keys()
+    rounding = 1e-6 * max(np.abs(moment).max() for moment in one_moments.values())
+    first, second = by_name(one_params), by_name(eight_params)
+    before = by_name({name: random_params(name, s) for s, name in enumerate(one_params)})
+    moved = 0
+    for name, moment in one_moments.items():
+        scale = np.abs(moment).max()
+        np.testing.assert_allclose(
+            eight_moments[name], moment, rtol=0, atol=1e-4 * scale + rounding, err_msg=name
+        )
+        real = np.abs(moment) > 1e-2 * scale + 10 * rounding
+        np.testing.assert_allclose(
+            second[name][real],
+            first[name][real],
+            rtol=1e-4,
+            atol=1e-4 * LEARNING_RATE,
+            err_msg=name,
+        )
+        moved += np.sum(np.abs(first[name] - before[name])[real] > 0.5 * LEARNING_RATE)
+    assert moved > 1000
+
+
+def test_the_state_stays_on_every_device(eight):
+    (sharding,) = eight[4]
+    assert len(sharding.device_set) == 8 and sharding.is_fully_replicated
+
+
+def test_no_batch_is_gathered_or_exchanged(eight):
+    """Gradients and sums are reduced; nothing else may cross devices."""
+    found = collectives(eight[0])
+    assert "all-reduce" in {kind for kind, _ in found}
+    others = [(kind, name) for kind, name in found if kind != "all-reduce"]
+    assert not others, f"collectives that are no sum: {others}"
+
+
+def test_no_collective_runs_inside_a_loop(eight):
+    """The matching loops until its slowest problem is done; each shard must do so alone."""
+    looping = [name for _, name in collectives(eight[0]) if "/while/" in name]
+    assert not looping
+
+
+def test_one_device_has_no_collective(one):
+    assert collectives(one[0]) == []
+
+
+def test_the_search_for_collectives_finds_them():
+    mesh = make_mesh()
+    total = jax.jit(lambda x: (x.sum(), x * 2), in_shardings=along_batch(mesh))
+    text = total.lower(jax.ShapeDtypeStruct((8, 4), np.float32)).compile().as_text()
+    assert {kind for kind, _ in collectives(text)} == {"all-reduce"}
+    gather = jax.jit(
+        lambda x: x * 2, in_shardings=along_batch(mesh), out_shardings=replicated(mesh)
+    )
+    text = gather.lower(jax.ShapeDtypeStruct((8, 4), np.float32)).compile().as_text()
+    assert {kind for kind, _ in collectives(text)} == {"all-gather"}
+
+
+def test_a_mesh_splits_the_batch_over_both_axes():
+    mesh = make_mesh(fsdp=2, devices=4)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2}
+    batch = shard_batch({"x": np.arange(8)}, mesh)
+    assert [s.data.tolist() for s in batch["x"].addressable_shards] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
+
+
+@pytest.mark.parametrize(("fsdp", "devices"), [(3, 8), (1, 9)])
+def test_a_mesh_that_does_not_fit_is_refused(fsdp, devices):
+    with pytest.raises(ValueError, match=f"{devices} devices with fsdp={fsdp}.*config.mesh"):
+        make_mesh(fsdp, devices)
