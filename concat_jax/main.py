@@ -5,6 +5,7 @@ python -m concat_jax.main --config=configs/demo_zps.py --workdir=runs/demo
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -40,25 +41,37 @@ def main(argv: list[str]) -> None:
     """Entry point; a user's mistake ends in one sentence and exit code 1."""
     if len(argv) > 1:
         sys.exit(f"Error: unknown argument {argv[1]!r}; flags look like --workdir=DIR.")
-    if _CONFIG.value is None or not _WORKDIR.value:
-        sys.exit("Error: give --config=configs/demo_zps.py (or another file) and --workdir=DIR.")
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(_CACHE))
     try:
-        run(_CONFIG.value, _WORKDIR.value)
+        config = _CONFIG.value  # a config file that cannot be found raises here
+        if config is None or not _WORKDIR.value:
+            raise ValueError(
+                "give --config=configs/demo_zps.py (or another file) and --workdir=DIR."
+            )
+        if _DISTRIBUTED.value:
+            jax.distributed.initialize()
+        run(config, _WORKDIR.value)
     except (ValueError, OSError, NonFiniteLossError, Preempted) as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(f"Error: {' '.join(str(error).split())}")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse flags; a typo in one, or in a config key, ends in one sentence naming the nearest."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, ValueError, KeyError, AttributeError, OSError) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
+    except (KeyError, AttributeError) as error:
+        key = re.findall(r"\w+", str(error))[0]
+        nearest = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = (
+            f"; did you mean {nearest[1]!r}?" if nearest else "; see the config file for its keys."
+        )
+        sys.exit(f"Error: the config has no key {key!r}{hint}")
+    except (flags.Error, ValueError, OSError) as error:
+        # ml_collections quotes the whole traceback of a config file; its last line says it all.
+        sentence = re.split(r"\w+Error: ", str(error))[-1]
+        sys.exit(f"Error: {' '.join(sentence.split())}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from data_pipelines.datasets import Datasets
 
 KINDS = ("pretrain_clip", "con", "cat", "finetune")
+_SPELLING = {"clip": "CLIP"}
 # Config keys that may differ when a run is started again in its workdir: they change what is
 # shown or run next, not what was trained. The model is judged by the checkpoints themselves.
 FREE_KEYS = ("stages", "eval.", "model.", "tensorboard", "mesh.")
@@ -120,6 +121,11 @@ class Run:
     def _make_tokenizer(self) -> Tokenizer:
         text = self.config.text
         if text.tokenizer == "clip":
+            if not text.bpe_path:
+                raise ValueError(
+                    "No vocabulary is configured: set config.text.bpe_path to CLIP's BPE file "
+                    "(bpe_simple_vocab_16e6.txt.gz)."
+                )
             return ClipTokenizer(text.bpe_path, text.context_length)
         configuration.check_choice(text.tokenizer, ("words", "clip"), "config.text.tokenizer is")
         return WordTokenizer(self.datasets.caption_words, text.context_length)
@@ -148,8 +154,9 @@ class Run:
         path = self.config.get("init", {}).get(subtree, "")
         if not path:
             raise ValueError(
-                f"No {subtree} weights are configured: set config.init.{subtree} to a Hugging Face "
-                "model.safetensors file, or use a config that trains its own."
+                f"No {_SPELLING.get(subtree, subtree)} weights are configured: set "
+                f"config.init.{subtree} to a Hugging Face model.safetensors file, or use a config "
+                "that trains its own."
             )
         if not Path(path).is_file():
             raise ValueError(f"config.init.{subtree} names {path}, which is not a file.")
@@ -174,8 +181,9 @@ class Run:
                         f"is {new!r}; use another workdir or the config it was made with."
                     )
             return
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=1))
+        if jax.process_index() == 0:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(mine, indent=1))
 
     def run(self) -> dict:
         """Train what is not finished, evaluate, write `report.json`; returns the report."""
@@ -190,9 +198,12 @@ class Run:
             else:
                 self.train(name)
                 stages[name] = {"seconds": round(time.monotonic() - began, 1)}
+        # Another model or other evaluation settings than the report's are looked at anew.
+        keys = configuration.flat(self.config).items()
+        shown = json.loads(json.dumps({k: v for k, v in keys if k.startswith(("eval.", "model."))}))
         if not stages and report_path.exists():
             saved = json.loads(report_path.read_text())
-            if set(self.config.eval.stages) <= set(saved["results"]):
+            if saved.get("config") == shown:
                 print(f"This run is finished; its report is {report_path}.\n")
                 print(saved["table"])
                 return saved
@@ -205,7 +216,9 @@ class Run:
         print(f"\n{table}\n")
         seconds = time.monotonic() - start
         out = {"stages": stages, "results": results, "table": table, "seconds": round(seconds, 1)}
-        report.write_report(report_path, out)
+        out["config"] = shown
+        if jax.process_index() == 0:
+            report.write_report(report_path, out)
         print(f"Done in {format_seconds(seconds)}; report: {report_path}")
         return out
 

@@ -94,15 +94,15 @@ def get_config(arg: str = "") -> ConfigDict:
         return dict(dict(learning_rate=learning_rate, weight_decay=0.05, clip_norm=0.01), **fields)
 
     clip = "clip" if mini else "init"  # the stage, or the file, that CLIP comes from
-    few = 6  # steps of every stage of the mini run
+    few = 60  # steps of every stage of the mini run
     config.train = dict(
         con=dict(
             kind="con",
             takes=dict(clip=clip),
             steps=few if mini else 140_350,
             batch_size=4 if mini else 16,
-            log_every=2 if mini else 50,
-            save_every=3 if mini else 5000,
+            log_every=20 if mini else 50,
+            save_every=30 if mini else 5000,
             optimizer=optimizer(
                 1e-3 if mini else 1e-4, decay_at=(0.9, 0.95), clip_norm=1.0 if mini else 0.01
             ),
@@ -113,7 +113,7 @@ def get_config(arg: str = "") -> ConfigDict:
             takes=dict(clip=clip, segmentor="con", projector="con"),
             steps=few if mini else 20_000,
             batch_size=8 if mini else 16,
-            log_every=2 if mini else 100,
+            log_every=20 if mini else 100,
             save_every=0 if mini else 5000,
             bank_images=16 if mini else 44_912,  # every training image once
             optimizer=optimizer(5e-4, weight_decay=0.0, decay_at=(0.7, 0.925), clip_norm=1.0),
@@ -124,7 +124,7 @@ def get_config(arg: str = "") -> ConfigDict:
             takes=dict(clip=clip, segmentor="con", projector="con", generator="cat"),
             steps=few if mini else 10_000,
             batch_size=8 if mini else 64,
-            log_every=2 if mini else 100,
+            log_every=20 if mini else 100,
             save_every=0 if mini else 5000,
             bank_images=16 if mini else 44_912,
             optimizer=optimizer(3e-4, schedule="cosine", clip_norm=1.0),
@@ -137,7 +137,7 @@ def get_config(arg: str = "") -> ConfigDict:
             takes={},
             steps=few,
             batch_size=16,
-            log_every=2,
+            log_every=20,
             optimizer=optimizer(1e-3, clip_norm=1.0),
         )
     config.eval = dict(

@@ -42,12 +42,7 @@ def get_config(name, argument=""):
 
 
 def make_run(config, tmp_path):
-    """The config's run on data that is not there; files it would read are stood in for."""
-    config.text.update(tokenizer="words", bpe_path="")
-    if config.get("init", {}).get("clip") == "":
-        weights = tmp_path / "model.safetensors"
-        weights.touch()
-        config.init.clip = str(weights)
+    """The config's run on data that is not there."""
     data = Datasets(
         vocabulary=VOCABULARY,
         train=lambda batch_size: None,
@@ -56,6 +51,16 @@ def make_run(config, tmp_path):
         evaluation=lambda: (),
     )
     return Run(config, tmp_path / "run", data)
+
+
+def with_files(config, tmp_path):
+    """The config with stand-ins for the files that it leaves to the user to give."""
+    config.text.update(tokenizer="words", bpe_path="")
+    if "init" in config:
+        weights = tmp_path / "model.safetensors"
+        weights.touch()
+        config.init.clip = str(weights)
+    return config
 
 
 def abstract_params(networks, names):
@@ -77,7 +82,7 @@ def test_an_unknown_argument_names_the_nearest(name):
 
 @pytest.mark.parametrize(("name", "argument"), CASES)
 def test_a_config_makes_its_stages_and_every_parameter_has_a_rule(name, argument, tmp_path):
-    config = get_config(name, argument)
+    config = with_files(get_config(name, argument), tmp_path)
     assert config.data.kind in DATA_KINDS
     run = make_run(config, tmp_path)
     assert {run.stages[stage].kind for stage in config.stages} <= set(KINDS)
@@ -116,7 +121,7 @@ def test_the_full_size_segmentor_is_mask2former_r50():
 
 def test_the_full_size_con_loss_traces(tmp_path):
     """Shapes of the real training step: one image of 928² with 100 segments, 12,544 points."""
-    config = get_config("coco_zps")
+    config = with_files(get_config("coco_zps"), tmp_path)
     size, rows = config.data.image_size, config.data.max_segments
     run = make_run(config, tmp_path)
     assert run.loss == SegmentationLossConfig() and run.loss.num_points == 12544
@@ -157,11 +162,21 @@ def test_a_stage_without_settings_is_named(tmp_path):
 
 
 def test_missing_clip_weights_name_the_field_to_set(tmp_path):
-    config = get_config("coco_zps")
-    run_config = config.copy_and_resolve_references()
-    run_config.init.clip = str(tmp_path / "absent.safetensors")
+    config = with_files(get_config("coco_zps"), tmp_path)
+    config.init.clip = ""
+    with pytest.raises(ValueError, match=r"No clip weights are configured: set config\.init\.clip"):
+        make_run(config, tmp_path)
+    config.init.clip = str(tmp_path / "absent.safetensors")
     with pytest.raises(ValueError, match=r"config\.init\.clip names .*absent.*not a file"):
-        make_run(run_config, tmp_path)
+        make_run(config, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_vocabulary_names_the_field_to_set(tmp_path):
+    config = with_files(get_config("coco_zps"), tmp_path)
+    config.text.update(tokenizer="clip", bpe_path=str(tmp_path / "absent.gz"))
+    with pytest.raises(ValueError, match=r"absent\.gz.*config\.text\.bpe_path"):
+        make_run(config, tmp_path)
 
 
 def test_stage_config_fields_are_what_configs_use():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
 
 class MetricWriter:
-    """Scalars and pictures of one stage.
+    """Scalars and pictures of one stage; of several hosts, the first one writes.
 
     TensorBoard goes through CLU, which imports TensorFlow; without them the JSON lines remain.
     """
@@ -21,9 +23,11 @@ class MetricWriter:
         directory: made if absent; `metrics.jsonl` is appended to.
         tensorboard: also write TensorBoard event files.
         """
-        directory.mkdir(parents=True, exist_ok=True)
-        self._file = (directory / "metrics.jsonl").open("a")
-        self._tensorboard = _tensorboard_writer(directory) if tensorboard else None
+        leads = jax.process_index() == 0
+        if leads:
+            directory.mkdir(parents=True, exist_ok=True)
+        self._file = (directory / "metrics.jsonl").open("a") if leads else open(os.devnull, "w")
+        self._tensorboard = _tensorboard_writer(directory) if tensorboard and leads else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write one row."""

@@ -253,7 +253,7 @@ def test_position_interpolation_equals_torch(method, target):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("stem", ["patch", "conv", "resnet"])
 def test_other_picture_sizes_run(tiny, stem):
     clip = make_clip({**TINY, "stem": stem})
     images = jnp.ones((2, 24, 8, 3))
@@ -273,7 +273,7 @@ def test_pictures_of_a_batch_do_not_mix():
     np.testing.assert_allclose(whole[1:2], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("stem", ["patch", "conv", "resnet"])
 def test_one_step_decreases_the_contrastive_loss_and_gradients_are_finite(tiny, stem):
     clip, _, images, tokens = make_clip({**TINY, "stem": stem}), *tiny[1:]
     same = jnp.all(tokens[:, None] == tokens[None], axis=-1)

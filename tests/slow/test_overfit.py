@@ -42,6 +42,7 @@ def eight_images(shared_data, tmp_path):
 def test_stage_1_overfits_eight_images(eight_images, tmp_path):
     config = coco_zps.get_config("mini")
     config.tensorboard = False
+    config.mesh.devices = 1
     config.stages = ("clip", "con")
     config.eval.stages = {"con": "stage 1"}
     config.data.root = str(eight_images)
@@ -52,7 +53,7 @@ def test_stage_1_overfits_eight_images(eight_images, tmp_path):
     config.model.segmentor.num_points = 2
     config.loss.num_points = 784
     train = config.train.con
-    train.steps, train.batch_size, train.log_every, train.save_every = 1600, 4, 50, 400
+    train.steps, train.batch_size, train.log_every, train.save_every = 1000, 4, 50, 250
     train.optimizer = dict(
         learning_rate=1e-3, weight_decay=0.0, schedule="cosine", warmup_steps=50, clip_norm=1.0
     )

@@ -1,0 +1,321 @@
+"""The command line from end to end, on a demo shrunk to seconds; mistakes end in one sentence."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+import concat_jax.run
+from concat_jax import configuration, main
+from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
+from concat_jax.training.sharding import make_mesh, replicated
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STAGES = ("clip", "con", "cat", "finetune", "control")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    """Tiny programs run for a few steps: hardly optimised, and compiled once for all runs here."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def tiny_config():
+    spec = importlib.util.spec_from_file_location("demo_zps", ROOT / "configs" / "demo_zps.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("smoke")
+    config.mesh.devices = 1
+    config.data.num_eval_images = 3
+    config.model.clip.update(image_size=16, image_width=16, image_depth=1, image_heads=2)
+    config.model.clip.update(embed_dim=16, text_width=16, text_heads=2)
+    # The backbone starts from CLIP's trunk, whose width is its own; the rest is shrunk.
+    config.model.segmentor.update(width=32, num_queries=12, num_decoder_layers=1)
+    config.model.segmentor.update(ffn_width=32, decoder_ffn_width=32)
+    config.model.projector.hidden_width = 16
+    config.model.generator.update(hidden_width=16, num_layers=1, noise_width=4)
+    config.crops.update(min_side=16.0, max_side=16.0)
+    config.loss.num_points = 32
+    config.eval.settings.update(batch_size=2, num_pictures=2)
+    for name in STAGES:
+        config.train[name].update(steps=2, batch_size=4, log_every=1)
+    for name in ("cat", "finetune", "control"):
+        config.train[name].bank_images = 8
+    with config.unlocked():
+        for name in ("con", "finetune"):
+            config.train[name].save_every = 1
+    return config
+
+
+def run(config, workdir):
+    """Report and what was printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        report = main.run(config, str(workdir))
+    return report, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workdir in which every stage has run once, with its report and what was printed."""
+    workdir = tmp_path_factory.mktemp("run") / "demo"
+    return workdir, *run(tiny_config(), workdir)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of that workdir to spoil."""
+    return pathlib.Path(shutil.copytree(finished[0], tmp_path / "copy"))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def saved_params(workdir, stage, *subtrees):
+    networks = concat_jax.run.Run(tiny_config(), workdir, make_data()).networks
+    key = jax.random.key(0)
+    abstract = {name: jax.eval_shape(lambda n=name: networks.init(n, key)) for name in subtrees}
+    checkpoints = StageCheckpoints(workdir, stage)
+    params = checkpoints.restore_params(subtrees, abstract, replicated(make_mesh(devices=1)))
+    checkpoints.close()
+    return params
+
+
+def make_data():
+    from data_pipelines.datasets import make_datasets
+
+    return make_datasets(tiny_config().data, seed=0)
+
+
+def test_all_stages_run_and_are_reported(finished):
+    workdir, report, printed = finished
+    config = tiny_config()
+    saved = json.loads((workdir / "report.json").read_text())
+    titles = list(config.eval.stages.values())
+    assert list(report["results"]) == list(saved["results"]) == titles
+    assert set(saved["stages"]) == set(STAGES)
+    assert all(times["seconds"] > 0 for times in saved["stages"].values())
+    assert saved["seconds"] >= sum(times["seconds"] for times in saved["stages"].values())
+    for title, summary in saved["results"].items():
+        assert summary["images"] == 3
+        assert {"all", "things", "stuff", "seen", "unseen", "harmonic"} <= set(summary)
+        assert set(summary["harmonic"]) >= {"pq", "sq", "rq"}
+        assert {row["name"] for row in summary["per_class"]} == set(make_data().vocabulary.names)
+        assert title in saved["table"]
+    assert saved["table"] in printed
+    assert "NaN" not in (workdir / "report.json").read_text()
+
+
+def test_each_stage_says_what_it_takes_trains_and_leaves(finished):
+    printed = finished[2]
+    blocks = dict(re.findall(r"Stage (\w+) starts\n((?:  .*\n)+)", printed))
+    assert tuple(blocks) == STAGES
+    trained = {
+        name: set(re.findall(r"^  trained (\w+)", block, re.M)) for name, block in blocks.items()
+    }
+    taken = {
+        name: set(re.findall(r"^  taken   (\w+)", block, re.M)) for name, block in blocks.items()
+    }
+    assert trained == {
+        "clip": {"clip"},
+        "con": {"segmentor", "projector"},
+        "cat": {"generator"},
+        "finetune": {"projector"},
+        "control": {"projector"},
+    }
+    assert taken == {
+        "clip": set(),
+        "con": {"clip", "text"},
+        "cat": {"segmentor", "projector", "text"},
+        "finetune": {"segmentor", "generator", "text"},
+        "control": {"text"},
+    }
+    assert "segmentor/backbone" in printed and "start from clip/" in printed
+    assert len(re.findall(r"2/2 .*/s  ETA 0:00", printed)) == len(STAGES)
+
+
+def test_the_files_of_a_run(finished):
+    workdir, _, _ = finished
+    written = json.loads((workdir / "config.json").read_text())
+    assert written == json.loads(json.dumps(configuration.flat(tiny_config())))
+    for name in STAGES:
+        rows = [json.loads(line) for line in (workdir / name / "metrics.jsonl").open()]
+        losses = [row["loss"] for row in rows if "loss" in row]
+        assert len(losses) == 2 and np.isfinite(losses).all()
+        assert (workdir / name / "checkpoints" / "2").is_dir()
+    for name in tiny_config().eval.stages:
+        with Image.open(workdir / name / "pictures.png") as picture:
+            assert picture.width > 3 * 64 and picture.height > 2 * 64
+            assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 50
+
+
+def test_the_finetune_moves_the_projector_and_nothing_else(finished):
+    workdir = finished[0]
+    first = saved_params(workdir, "con", "projector")["projector"]
+    second = saved_params(workdir, "finetune", "projector")["projector"]
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), first, second)
+    assert all(jax.tree.leaves(moved))
+    with pytest.raises(CheckpointError, match="is missing"):
+        saved_params(workdir, "finetune", "segmentor")
+
+
+def test_started_again_it_says_finished_and_trains_nothing(finished, monkeypatch):
+    workdir, report, _ = finished
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a finished run must not train or evaluate")
+
+    monkeypatch.setattr(concat_jax.run, "train_stage", refuse)
+    monkeypatch.setattr(concat_jax.run, "evaluate", refuse)
+    before = contents(workdir)
+    again, printed = run(tiny_config(), workdir)
+    assert contents(workdir) == before
+    assert "finished" in printed and report["table"] in printed
+    assert again["table"] == report["table"]
+
+
+def test_other_evaluation_settings_evaluate_again(copied, monkeypatch):
+    """What was trained stands; the numbers must be those of the settings asked for."""
+    monkeypatch.setattr(concat_jax.run, "train_stage", None)  # it must not be called
+    config = tiny_config()
+    config.eval.stages = dict(finetune="only this")
+    with config.unlocked():
+        config.eval.settings.objectness_threshold = 0.0
+    report, _ = run(config, copied)
+    assert list(report["results"]) == ["only this"]
+    assert "only this" in json.loads((copied / "report.json").read_text())["table"]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoints(copied, finished):
+    workdir = finished[0]
+    for name in ("con", "finetune"):
+        shutil.rmtree(copied / name / "checkpoints" / "2")
+    (copied / "report.json").unlink()
+    _, printed = run(tiny_config(), copied)
+    assert "Stage con resumes at step 1" in printed
+    assert "Stage finetune resumes at step 1" in printed
+    for name in ("clip", "cat", "control"):
+        assert f"Stage {name}: already finished" in printed
+    for name, subtree in (("con", "segmentor"), ("con", "projector"), ("finetune", "projector")):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            saved_params(copied, name, subtree),
+            saved_params(workdir, name, subtree),
+        )
+    again = json.loads((copied / "report.json").read_text())
+    assert again["table"] == finished[1]["table"]
+
+
+def test_stages_out_of_order_are_refused_before_anything_is_written(tmp_path):
+    config = tiny_config()
+    config.stages = ("con", "clip")
+    expected = "Stage 'con' takes 'clip' from stage 'clip', which has not finished .* put 'clip'"
+    with pytest.raises(CheckpointError, match=expected):
+        run(config, tmp_path / "fresh")
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_a_later_stage_alone_takes_what_finished_stages_gave(copied):
+    shutil.rmtree(copied / "control")
+    config = tiny_config()
+    config.stages = ("control",)
+    config.eval.stages = dict(control="control")
+    _, printed = run(config, copied)
+    assert re.findall(r"Stage (\w+)", printed) == ["control"]
+
+
+@pytest.mark.parametrize("unfinished", [True, False])
+def test_a_checkpoint_of_another_architecture_names_what_differs(copied, unfinished):
+    if unfinished:
+        shutil.rmtree(copied / "finetune")
+    before = contents(copied)
+    config = tiny_config()
+    config.model.segmentor.width = 48
+    with pytest.raises(CheckpointError) as error:
+        run(config, copied)
+    expected = r"of another architecture: \S+/kernel is \[.*32.*\], the config wants \[.*48.*\]"
+    assert re.search(expected, str(error.value))
+    assert contents(copied) == before
+
+
+def test_another_training_config_names_the_key(copied):
+    before = contents(copied)
+    config = tiny_config()
+    config.train.cat.optimizer.learning_rate = 0.5
+    with pytest.raises(ValueError, match=r"config\.train\.cat\.optimizer\.learning_rate = 0\.001"):
+        run(config, copied)
+    config = tiny_config()
+    config.data.preset = "shape"
+    with pytest.raises(ValueError, match=r"config\.data\.preset = 'texture', now it is 'shape'"):
+        run(config, copied)
+    assert contents(copied) == before
+
+
+COMMANDS = {
+    "unknown flag": (["--confg=configs/demo_zps.py", "--workdir=run"], ["confg", "config"]),
+    "unknown key": (
+        ["--config=configs/demo_zps.py:smoke", "--workdir=run", "--config.train.con.step=3"],
+        ["step", "steps"],
+    ),
+    "unknown argument": (
+        ["--config=configs/demo_zps.py:smoek", "--workdir=run"],
+        ["'smoek'", "'smoke'"],
+    ),
+    "unknown file": (["--config=configs/demo.py", "--workdir=run"], ["configs/demo.py"]),
+    "no data": (
+        ["--config=configs/coco_zps.py:mini", "--workdir=run", "--config.data.root=/no/such/coco"],
+        ["/no/such/coco"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", COMMANDS)
+def test_a_mistake_ends_in_one_sentence(mistake, tmp_path):
+    arguments, names = COMMANDS[mistake]
+    result = subprocess.run(
+        [sys.executable, "-m", "concat_jax.main", *arguments],
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        cwd=make_cwd(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
+    assert all(name in lines[0] for name in names), lines[0]
+    assert not (tmp_path / "cwd" / "run").exists()
+
+
+def make_cwd(tmp_path):
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    (cwd / "configs").symlink_to(ROOT / "configs")
+    return cwd
