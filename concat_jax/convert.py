@@ -1,8 +1,10 @@
 """Weights of other code bases in, ours out.
 
-One table of `Rename` rows says where each array of a Hugging Face Mask2Former with a ResNet
-backbone (`transformers` `Mask2FormerForUniversalSegmentation`, `ResNetBackbone`) lives in our
+One table of `Rename` rows says where each array of a Hugging Face Mask2Former (`transformers`
+`Mask2FormerForUniversalSegmentation` on a `ResNetBackbone` or `SwinBackbone`) lives in our
 parameter tree and how its axes turn; it is read in both directions. Arrays are numpy on both sides.
+Names are those of the published files; transformers 5 calls parts of a Swin otherwise in memory,
+and those names are understood on the way in.
 """
 
 import dataclasses
@@ -16,9 +18,29 @@ import numpy as np
 from flax import traverse_util
 
 from concat_jax.models.segmentor import DEFAULTS, LinearClassifier, make_segmentor
+from concat_jax.models.swin import Swin
 
-# Entries of a torch state dict that are bookkeeping, not weights.
-IGNORED_SUFFIXES = (".num_batches_tracked", "criterion.empty_weight")
+# Entries of a torch state dict that are bookkeeping, or weights that no output depends on: a Swin
+# backbone carries the final norm of its classifier.
+IGNORED_SUFFIXES = (
+    ".num_batches_tracked",
+    "criterion.empty_weight",
+    ".relative_position_index",
+    ".encoder.swin.layernorm.weight",
+    ".encoder.swin.layernorm.bias",
+)
+_BACKBONE = "model.pixel_level_module.encoder"
+# A Swin's names in memory (transformers 5) and in the published files.
+_SWIN_FILE_NAMES = {
+    f"{_BACKBONE}.swin.": f"{_BACKBONE}.",
+    ".attention.q_proj.": ".attention.self.query.",
+    ".attention.k_proj.": ".attention.self.key.",
+    ".attention.v_proj.": ".attention.self.value.",
+    ".attention.o_proj.": ".attention.output.dense.",
+    ".attention.relative_position_bias.": ".attention.self.",
+    ".mlp.fc1.": ".intermediate.dense.",
+    ".mlp.fc2.": ".output.dense.",
+}
 # An error names at most this many keys: enough to see the pattern, short enough to read.
 MAX_KEYS_NAMED = 5
 
@@ -36,7 +58,7 @@ class Rename:
     """Where one of our arrays comes from.
 
     Attributes:
-        source: key of the torch state dict.
+        source: key of the torch weights file.
         target: path in our tree, joined by "/".
         kind: "same", "dense" ([out, in] -> [in, out]), "pointwise" ([out, in, 1, 1] -> [in, out])
             or "conv" ([out, in, h, w] -> [h, w, in, out]).
@@ -128,6 +150,46 @@ def _backbone_table(source: str, target: str, backbone: Mapping[str, Any]) -> It
                 )
 
 
+def _swin_table(source: str, target: str, backbone: Mapping[str, Any]) -> Iterator[Rename]:
+    yield from _linear(
+        f"{source}.embeddings.patch_embeddings.projection", f"{target}/patch_projection", "conv"
+    )
+    yield from _norm(f"{source}.embeddings.norm", f"{target}/patch_norm")
+    for stage, num_blocks in enumerate(backbone.get("stage_sizes", Swin.stage_sizes)):
+        theirs = f"{source}.encoder.layers.{stage}"
+        if stage > 0:
+            # Theirs ends a stage with the merging, ours begins the next one with it.
+            merging = f"{source}.encoder.layers.{stage - 1}.downsample"
+            yield from _norm(f"{merging}.norm", f"{target}/merging_{stage}/norm")
+            yield from _linear(
+                f"{merging}.reduction", f"{target}/merging_{stage}/reduction", bias=False
+            )
+        for index in range(num_blocks):
+            block, ours = f"{theirs}.blocks.{index}", f"{target}/stage_{stage}_block_{index}"
+            yield from _norm(f"{block}.layernorm_before", f"{ours}/attention_norm")
+            for name in ("query", "key", "value"):
+                yield from _linear(f"{block}.attention.self.{name}", f"{ours}/attention/{name}")
+            yield Rename(
+                f"{block}.attention.self.relative_position_bias_table",
+                f"{ours}/attention/relative_position_bias",
+            )
+            yield from _linear(f"{block}.attention.output.dense", f"{ours}/attention/output")
+            yield from _norm(f"{block}.layernorm_after", f"{ours}/ffn_norm")
+            yield from _linear(f"{block}.intermediate.dense", f"{ours}/ffn_in")
+            yield from _linear(f"{block}.output.dense", f"{ours}/ffn_out")
+        yield from _norm(
+            f"{source}.hidden_states_norms.stage{stage + 1}", f"{target}/output_norm_{stage}"
+        )
+
+
+def _file_name(key: str) -> str:
+    """The name in the published files of an array whose name in memory may differ."""
+    if key.startswith(f"{_BACKBONE}."):
+        for in_memory, in_file in _SWIN_FILE_NAMES.items():
+            key = key.replace(in_memory, in_file)
+    return key
+
+
 def _pixel_decoder_table(source: str, target: str, num_layers: int) -> Iterator[Rename]:
     yield Rename(f"{source}.level_embed", f"{target}/level_embedding")
     for level in range(3):
@@ -182,14 +244,17 @@ def _transformer_decoder_table(source: str, target: str, num_layers: int) -> Ite
         )
 
 
+_BACKBONE_TABLES = {"resnet": _backbone_table, "swin": _swin_table}
+
+
 def hf_rename_table(
     config: Mapping[str, Any], *, with_classifier: bool = True
 ) -> tuple[Rename, ...]:
     """All rows between a Hugging Face Mask2Former and our tree.
 
     Args:
-        config: as `make_segmentor` takes it; the backbone is a ResNet with norm "frozen_batch" and
-            stem "standard".
+        config: as `make_segmentor` takes it; the backbone is a Swin, or a ResNet with norm
+            "frozen_batch" and stem "standard".
         with_classifier: whether the rows of the linear class head are in.
 
     Returns:
@@ -200,17 +265,24 @@ def hf_rename_table(
     """
     settings = {**DEFAULTS, **config}
     backbone = settings["backbone"]
-    for field, needed in (("kind", "resnet"), ("norm", "frozen_batch"), ("stem", "standard")):
-        if backbone.get(field, needed) != needed:
+    kind = backbone.get("kind", "resnet")
+    if kind not in _BACKBONE_TABLES:
+        raise ValueError(
+            f"Hugging Face weights need a backbone with kind {' or '.join(_BACKBONE_TABLES)}, but "
+            f"the config has {kind!r}; change it."
+        )
+    for field, needed in (("norm", "frozen_batch"), ("stem", "standard")):
+        if kind == "resnet" and backbone.get(field, needed) != needed:
             raise ValueError(
                 f"Hugging Face weights need a backbone with {field} {needed!r}, but the config has "
                 f"{backbone[field]!r}; change it."
             )
-    pixel_level = "model.pixel_level_module"
     rows = [
-        *_backbone_table(f"{pixel_level}.encoder", "segmentor/backbone", backbone),
+        *_BACKBONE_TABLES[kind](_BACKBONE, "segmentor/backbone", backbone),
         *_pixel_decoder_table(
-            f"{pixel_level}.decoder", "segmentor/pixel_decoder", settings["num_encoder_layers"]
+            "model.pixel_level_module.decoder",
+            "segmentor/pixel_decoder",
+            settings["num_encoder_layers"],
         ),
         *_transformer_decoder_table(
             "model.transformer_module",
@@ -248,7 +320,7 @@ def _expected_shapes(config: Mapping[str, Any], num_classes: int | None) -> dict
 def segmentor_params_from_hf(
     state_dict: Mapping[str, np.ndarray], config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], ConversionReport]:
-    """Our parameters from the state dict of a Hugging Face Mask2Former with a ResNet backbone.
+    """Our parameters from the weights of a Hugging Face Mask2Former.
 
     Args:
         state_dict: name -> array, e.g. `{k: v.numpy() for k, v in model.state_dict().items()}` or
@@ -265,16 +337,16 @@ def segmentor_params_from_hf(
             no place for, or an array has another shape than the config asks for.
     """
     ignored = tuple(k for k in state_dict if k.endswith(IGNORED_SUFFIXES))
+    keys = {_file_name(k): k for k in state_dict if k not in ignored}
     with_classifier = "class_predictor.weight" in state_dict
     table = hf_rename_table(config, with_classifier=with_classifier)
     needed = {row.source for row in table}
-    given = set(state_dict) - set(ignored)
-    if missing := needed - given:
+    if missing := needed - set(keys):
         raise ValueError(
             f"The checkpoint lacks {len(missing)} arrays that the config needs "
             f"({_name_keys(missing)}); check the depths and the backbone of the config."
         )
-    if unused := given - needed:
+    if unused := set(keys) - needed:
         raise ValueError(
             f"The checkpoint holds {len(unused)} arrays that the config has no place for "
             f"({_name_keys(unused)}); check the depths and the backbone of the config."
@@ -284,7 +356,7 @@ def segmentor_params_from_hf(
     shapes = _expected_shapes(config, num_classes)
     flat: dict[str, np.ndarray] = {}
     for row in table:
-        array = np.asarray(state_dict[row.source])
+        array = np.asarray(state_dict[keys[row.source]])
         if row.third is not None:
             array = np.split(array, 3, axis=0)[row.third]
         array = np.ascontiguousarray(_to_ours(array, row.kind), dtype=np.float32)
@@ -297,7 +369,7 @@ def segmentor_params_from_hf(
     if unfilled := set(shapes) - set(flat):
         raise ValueError(f"The rename table has no row for {_name_keys(unfilled)}; add one.")
     report = ConversionReport(
-        loaded={row.target: row.source for row in table},
+        loaded={row.target: keys[row.source] for row in table},
         ignored=ignored,
         num_parameters=sum(math.prod(array.shape) for array in flat.values()),
     )
@@ -314,8 +386,10 @@ def segmentor_params_to_hf(
         config: the matching `make_segmentor` config.
 
     Returns:
-        name -> float32 array; load it with `model.load_state_dict(..., strict=False)`, since torch
-        also counts batches and keeps a class weight.
+        name -> float32 array, named as in the published files. Save it as a safetensors file, or
+        pass it as `from_pretrained(None, config=..., state_dict=...)`, which maps them to the names
+        in memory; `load_state_dict(..., strict=False)` does not, and with transformers 5 would pass
+        over a Swin backbone in silence.
 
     Raises:
         ValueError: `params` and the config do not describe the same arrays.

@@ -50,6 +50,11 @@ def main(argv: list[str]) -> None:
             raise ValueError(
                 "give --config=configs/demo_zps.py (or another file) and --workdir=DIR."
             )
+        if "://" in _WORKDIR.value:
+            raise ValueError(
+                f"--workdir={_WORKDIR.value} is not a local path; give a folder of this machine, "
+                "or one where the bucket is mounted."
+            )
         if _DISTRIBUTED.value:
             jax.distributed.initialize()
         run(config, _WORKDIR.value)

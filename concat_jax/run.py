@@ -7,12 +7,13 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -27,7 +28,7 @@ from concat_jax.stages.clip_targets import CropConfig
 from concat_jax.stages.networks import Networks, Params, make_networks
 from concat_jax.stages.query_bank import QueryBank, fill_bank
 from concat_jax.stages.real_queries import IMAGE_FIELDS, extract_queries
-from concat_jax.stages.stage import Stage
+from concat_jax.stages.stage import Stage, StageConfig
 from concat_jax.text.prompts import TEMPLATES, embed_classes
 from concat_jax.text.tokenizer import ClipTokenizer, Tokenizer, WordTokenizer
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
@@ -46,36 +47,8 @@ _SPELLING = {"clip": "CLIP"}
 # Config keys that may differ when a run is started again in its workdir: they change what is
 # shown or run next, not what was trained. The model is judged by the checkpoints themselves.
 FREE_KEYS = ("stages", "eval.", "model.", "tensorboard", "mesh.")
-
-
-@dataclasses.dataclass(frozen=True)
-class StageConfig:
-    """One entry of `config.train`.
-
-    Attributes:
-      kind: "pretrain_clip", "con", "cat" or "finetune".
-      takes: subtree -> name of the stage that gave it, or "init" for a file of `config.init`.
-      steps: batches.
-      batch_size: images a step, over all hosts.
-      optimizer: fields of `OptimizerConfig`.
-      method: fields of the kind's own config.
-      log_every: steps between progress lines.
-      save_every: steps between checkpoints, 0 for the last only.
-      bank_images: images whose vision queries stages 2 and 3 learn from.
-      copies: part of a fresh subtree -> part of a taken one that it starts from, as
-        "segmentor/backbone": "clip/vision_model/patch_embedding/trunk".
-    """
-
-    kind: str
-    takes: Mapping[str, str]
-    steps: int
-    batch_size: int
-    optimizer: Mapping[str, Any]
-    method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    log_every: int = 50
-    save_every: int = 0
-    bank_images: int = 0
-    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+# Keys of the model that change no parameter's shape, so that no checkpoint can tell them.
+_SHAPELESS_KEYS = ("_heads", "num_groups", "activation", "position_interpolation")
 
 
 class Run:
@@ -101,6 +74,8 @@ class Run:
             configuration.check_choice(
                 self.stages[name].kind, KINDS, f"config.train.{name}.kind is unknown:"
             )
+        for name in config.eval.stages:
+            configuration.check_choice(name, self.stages, "config.eval.stages names no stage of")
         self.eval = configuration.build(EvalConfig, config.eval.settings, "config.eval.settings")
         self.loss = configuration.build(SegmentationLossConfig, config.loss, "config.loss")
         self.crops = configuration.build(CropConfig, config.crops, "config.crops")
@@ -134,6 +109,16 @@ class Run:
         """Every subtree a stage takes must come from an earlier stage, of this run or before."""
         before: list[str] = []
         for name in self.config.stages:
+            # A mistake in a late stage's settings must not show after days of earlier ones.
+            configuration.build(
+                OptimizerConfig, self.stages[name].optimizer, f"config.train.{name}.optimizer"
+            )
+            for subtree in self._make_stage(name).reads:
+                if subtree not in self.stages[name].takes:
+                    raise ValueError(
+                        f"Stage {name!r} reads {subtree!r}; say in config.train.{name}.takes which "
+                        "stage gives it."
+                    )
             for subtree, source in self.stages[name].takes.items():
                 if source == "init":
                     self._init_file(subtree)
@@ -175,15 +160,15 @@ class Run:
             theirs = json.loads(path.read_text())
             for key in sorted(mine.keys() | theirs.keys()):
                 old, new = theirs.get(key), mine.get(key)
-                if old != new and not key.startswith(FREE_KEYS):
+                free = key.startswith(FREE_KEYS) and not key.endswith(_SHAPELESS_KEYS)
+                if old != new and not free:
                     raise ValueError(
                         f"The workdir {self.workdir} was made with config.{key} = {old!r}, now it "
                         f"is {new!r}; use another workdir or the config it was made with."
                     )
             return
         if jax.process_index() == 0:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(mine, indent=1))
+            report.write_report(path, mine)
 
     def run(self) -> dict:
         """Train what is not finished, evaluate, write `report.json`; returns the report."""
@@ -201,15 +186,17 @@ class Run:
         # Another model or other evaluation settings than the report's are looked at anew.
         keys = configuration.flat(self.config).items()
         shown = json.loads(json.dumps({k: v for k, v in keys if k.startswith(("eval.", "model."))}))
+        evaluated = {n: t for n, t in self.config.eval.stages.items() if self.is_finished(n)}
         if not stages and report_path.exists():
             saved = json.loads(report_path.read_text())
-            if saved.get("config") == shown:
+            # A run of fewer stages may have left a report of fewer.
+            if saved.get("config") == shown and set(saved["results"]) == set(evaluated.values()):
                 print(f"This run is finished; its report is {report_path}.\n")
                 print(saved["table"])
                 return saved
         results = {}
-        for name in self.config.eval.stages:
-            results[self.config.eval.stages[name]] = self.evaluate(name)
+        for name, title in evaluated.items():
+            results[title] = self.evaluate(name)
         table = report.format_comparison(results) if results else "No stage is evaluated."
         for title, summary in results.items():
             print(f"\n{title}\n{report.format_table(summary)}")
@@ -307,8 +294,9 @@ class Run:
         if source not in self._text:
             params = self.give("clip", source)
 
+            # The parameters are an argument: as constants they would be compiled into the program.
             @jax.jit
-            def encode(tokens):
+            def encode(params, tokens):
                 features = self.networks.clip.apply(
                     {"params": params}, tokens, method="encode_text"
                 )
@@ -317,7 +305,7 @@ class Run:
             text = self.config.text
             configuration.check_choice(text.templates, TEMPLATES, "config.text.templates is")
             self._text[source] = embed_classes(
-                encode,
+                lambda tokens: encode(params, tokens),
                 self.tokenizer,
                 self.vocabulary.names,
                 TEMPLATES[text.templates],
@@ -355,17 +343,28 @@ class Run:
         def extract(batch):
             inputs = shard_batch({k: batch[k] for k in IMAGE_FIELDS}, self.mesh)
             with jax.set_mesh(self.mesh):
-                return jax.device_get(extract_fn(params, text, inputs, rng))
+                # Every host keeps the whole bank, and so draws the same rows of it.
+                return multihost_utils.process_allgather(
+                    extract_fn(params, text, inputs, rng), tiled=True
+                )
 
         num_batches = -(-settings.bank_images // size)
+        num_images = num_batches * size
         queries, labels = fill_bank(
-            self.workdir / source / "query_bank.npz",
-            {"stage": source, "steps": self.stages[source].steps, "images": num_batches * size},
+            self.workdir / source / f"query_bank_{num_images}.npz",
+            {"stage": source, "steps": self.stages[source].steps, "images": num_images},
             extract,
             self.datasets.train(size),
             num_batches,
         )
-        return QueryBank(queries, labels, batch_size=settings.batch_size, seed=self.config.seed)
+        return QueryBank(
+            queries,
+            labels,
+            batch_size=settings.batch_size,
+            seed=self.config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
     def evaluate(self, name: str) -> dict:
         """Score the segmentor and projector that hold after stage `name`."""
@@ -375,20 +374,21 @@ class Run:
         text = jnp.asarray(self.text_embeddings(self._clip_source(name)))
         predict = make_predict(self.networks, self.vocabulary, self.eval)
         folder = self.workdir / name
+        leads = jax.process_index() == 0  # every host predicts, one writes
         summary = evaluate(
             lambda images, sizes: predict(params, text, images, sizes),
             self.datasets.evaluation(),
             self.vocabulary,
             self.eval,
             name=name,
-            picture_folder=folder,
-            coco_folder=folder if self.config.eval.write_coco else None,
+            picture_folder=folder if leads else None,
+            coco_folder=folder if leads and self.config.eval.write_coco else None,
         )
         writer = MetricWriter(folder, tensorboard=self.config.tensorboard)
         step = self.stages[name].steps
         scalars = report.flatten_summary(summary)
         writer.scalars(step, {f"eval/{key}": value for key, value in scalars.items()})
-        if self.eval.num_pictures:
+        if leads and self.eval.num_pictures:
             writer.images(step, {"eval/pictures": np.asarray(Image.open(folder / PICTURES))})
         writer.close()
         return summary

@@ -61,6 +61,11 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
     shared = dict(preset=config["preset"], image_size=config["image_size"], seed=seed)
 
     def of_this_host(make: Callable[[int], BatchFn], batch_size: int) -> BatchFn:
+        if batch_size % process_count:
+            raise ValueError(
+                f"A batch of {batch_size} cannot be shared by {process_count} hosts; make the "
+                "batch size a multiple of it."
+            )
         # Scenes are endless, so hosts take different steps of one stream and stay disjoint.
         batch = make(batch_size // process_count)
         return lambda step: batch(step * process_count + process_index)

@@ -164,7 +164,7 @@ def test_a_stage_without_settings_is_named(tmp_path):
 def test_missing_clip_weights_name_the_field_to_set(tmp_path):
     config = with_files(get_config("coco_zps"), tmp_path)
     config.init.clip = ""
-    with pytest.raises(ValueError, match=r"No clip weights are configured: set config\.init\.clip"):
+    with pytest.raises(ValueError, match=r"No CLIP weights are configured: set config\.init\.clip"):
         make_run(config, tmp_path)
     config.init.clip = str(tmp_path / "absent.safetensors")
     with pytest.raises(ValueError, match=r"config\.init\.clip names .*absent.*not a file"):

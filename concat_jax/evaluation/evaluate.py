@@ -42,7 +42,6 @@ class EvalConfig:
     overlap_threshold: share of its mask a segment must own.
     gamma: subtracted from seen classes' probabilities; 0 is no calibration.
     batch_size: images a step.
-    image_size: images are fitted into a square of this side, 0 where all have one size.
     num_pictures: overlay pictures written.
     """
 
@@ -53,7 +52,6 @@ class EvalConfig:
     overlap_threshold: float = 0.8
     gamma: float = 0.0
     batch_size: int = 1
-    image_size: int = 0
     num_pictures: int = 8
 
 

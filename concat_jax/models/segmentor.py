@@ -17,6 +17,7 @@ import numpy as np
 
 from concat_jax.models.pixel_decoder import PixelDecoder
 from concat_jax.models.resnet import ResNet
+from concat_jax.models.swin import Swin
 from concat_jax.models.transformer_decoder import TransformerDecoder
 
 # RGB statistics of ImageNet in 0..255, as every published Mask2Former uses them.
@@ -24,7 +25,7 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 # Backbones by the `kind` of the config.
-BACKBONES = {"resnet": ResNet}
+BACKBONES = {"resnet": ResNet, "swin": Swin}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # Mask2Former R50, `configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml`.
@@ -130,9 +131,10 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
     Args:
         config: any of the keys of `DEFAULTS`; what is absent takes the value there (Mask2Former
             R50). `backbone` holds `kind` (a key of `BACKBONES`) and the fields of that backbone,
-            e.g. stage_sizes, width, block, norm, stem; its num_groups is the outer one unless
-            given, its dtype always. `ffn_width` is the encoder's, `decoder_ffn_width` the
-            decoder's, `dtype` "float32" or "bfloat16".
+            e.g. stage_sizes, width, block, norm, stem of a ResNet, or the fields of a Swin, which
+            `{"kind": "swin", **SWIN_VARIANTS["tiny"]}` gives; its num_groups and remat, where it
+            has them, are the outer ones unless given, its dtype always. `ffn_width` is the
+            encoder's, `decoder_ffn_width` the decoder's, `dtype` "float32" or "bfloat16".
 
     Returns:
         An unbound `Segmentor`.
@@ -154,10 +156,12 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
     backbone_class = BACKBONES[kind]
     fields = set(backbone_class.__dataclass_fields__) - {"parent", "name", "dtype"}
     _check_keys(backbone, sorted(fields), f"The backbone config of kind {kind!r}")
-    if "num_groups" in fields:
-        backbone.setdefault("num_groups", settings["num_groups"])
-    if "stage_sizes" in backbone:
-        backbone["stage_sizes"] = tuple(backbone["stage_sizes"])
+    for field in ("num_groups", "remat"):
+        if field in fields:
+            backbone.setdefault(field, settings[field])
+    for field in ("stage_sizes", "num_heads"):
+        if field in backbone:
+            backbone[field] = tuple(backbone[field])
 
     shared = {"width": settings["width"], "num_heads": settings["num_heads"]}
     shared |= {"remat": settings["remat"], "dtype": dtype}

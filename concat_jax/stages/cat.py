@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from concat_jax.configuration import check_choice
 from concat_jax.losses import transition
 from concat_jax.losses.alignment import cosine_alignment
 from concat_jax.losses.classification import weighted_cross_entropy
@@ -49,6 +50,9 @@ class CatConfig:
     cycle_weight: float = 0.1
     unseen_names: bool = True
     unseen_per_class: int = 4
+
+    def __post_init__(self):
+        check_choice(self.contrast_distance, transition.DISTANCES, "CAT contrast_distance is")
 
 
 def generate(networks: Networks, params, text: jax.Array, rng: jax.Array) -> jax.Array:

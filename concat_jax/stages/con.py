@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.configuration import check_choice
 from concat_jax.losses import alignment
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
 from concat_jax.models.segmentor import normalize_images
@@ -47,6 +48,7 @@ class ConConfig:
     def __post_init__(self):
         if self.alignment not in ("cosine", "infonce"):
             raise ValueError(f"CON alignment is {self.alignment!r}; choose 'cosine' or 'infonce'.")
+        check_choice(self.pooling, alignment.POOLINGS, "CON pooling is")
 
 
 def training_labels(labels: jax.Array, is_crowd: jax.Array, vocabulary: Vocabulary) -> jax.Array:

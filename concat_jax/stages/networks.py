@@ -7,12 +7,13 @@ these names what they take, train and give.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from concat_jax.configuration import check_choice
 from concat_jax.models.clip import CLIP, make_clip
 from concat_jax.models.generator import QueryGenerator
 from concat_jax.models.segmentor import Segmentor, make_segmentor
@@ -70,6 +71,8 @@ def make_networks(config: Mapping[str, Any]) -> Networks:
     Raises:
       ValueError: for a field that a network does not have or a value it cannot take.
     """
+    _check_keys(config["projector"], SemanticProjector, "config.model.projector has no key")
+    _check_keys(config["generator"], QueryGenerator, "config.model.generator has no key")
     clip = make_clip(config["clip"])
     segmentor = make_segmentor(config["segmentor"])
     query_width = config["segmentor"]["width"]
@@ -80,3 +83,9 @@ def make_networks(config: Mapping[str, Any]) -> Networks:
         generator=QueryGenerator(width=query_width, **config["generator"]),
         query_width=query_width,
     )
+
+
+def _check_keys(section: Collection[str], module: type, what: str) -> None:
+    fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
+    for key in section:
+        check_choice(key, fields, what)

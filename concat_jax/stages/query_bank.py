@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
 
@@ -18,16 +19,32 @@ class QueryBank:
       labels: [M, N] int16, class index or -1 where the query holds no segment.
     """
 
-    def __init__(self, queries: np.ndarray, labels: np.ndarray, *, batch_size: int, seed: int):
+    def __init__(
+        self,
+        queries: np.ndarray,
+        labels: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         """Args:
         queries: [M, N, D].
         labels: [M, N].
-        batch_size: rows of a batch.
+        batch_size: rows of the global batch, a multiple of process_count.
         seed: of the order.
+        process_index: this host among those that share a batch; each holds the whole bank.
+        process_count: number of hosts.
 
         Raises:
-          ValueError: if the bank is smaller than a batch.
+          ValueError: if the bank is smaller than a batch, or the hosts cannot share one evenly.
         """
+        if batch_size % process_count:
+            raise ValueError(
+                f"A batch of {batch_size} images' queries cannot be shared by {process_count} "
+                "hosts; make the batch size a multiple of it."
+            )
         if len(queries) < batch_size:
             raise ValueError(
                 f"The query bank holds {len(queries)} images, fewer than the batch size "
@@ -35,11 +52,18 @@ class QueryBank:
             )
         self.queries, self.labels = queries, labels
         self._batch_size, self._seed = batch_size, seed
+        share = batch_size // process_count
+        self._own = slice(process_index * share, (process_index + 1) * share)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Batch of a step, the same whenever asked: queries [B, N, D] and query_labels [B, N]."""
+        """This host's rows of a step's batch, the same whenever asked.
+
+        Returns:
+          With B = batch_size / process_count: queries [B, N, D] float32 and query_labels [B, N]
+          int32.
+        """
         rng = np.random.default_rng([self._seed, step])
-        rows = rng.choice(len(self.queries), self._batch_size, replace=False)
+        rows = rng.choice(len(self.queries), self._batch_size, replace=False)[self._own]
         return {
             "queries": self.queries[rows].astype(np.float32),
             "query_labels": self.labels[rows].astype(np.int32),
@@ -53,7 +77,7 @@ def fill_bank(
     batch_fn: Callable[[int], Mapping[str, np.ndarray]],
     num_batches: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read the bank at `path`, or extract it and write it there.
+    """Read the bank at `path`, or extract it, on all hosts together, and write it there.
 
     Args:
       path: an .npz file.
@@ -80,7 +104,8 @@ def fill_bank(
     parts = [extract(batch_fn(step)) for step in range(num_batches)]
     queries = np.concatenate([np.asarray(q, np.float32) for q, _ in parts])
     labels = np.concatenate([np.asarray(l, np.int16) for _, l in parts])
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, queries=queries, labels=labels, identity=stamp)
-    os.replace(partial, path)
+    if jax.process_index() == 0:
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, queries=queries, labels=labels, identity=stamp)
+        os.replace(partial, path)
     return queries, labels

@@ -1,4 +1,4 @@
-"""What a stage is: parameters it trains and reads, its loss, and a rule for each parameter."""
+"""What a stage is: parameters it trains and reads, its loss, a rule for each; and its settings."""
 
 from __future__ import annotations
 
@@ -34,5 +34,35 @@ class Stage:
     batch_fields: tuple[str, ...]
 
 
-# Norms, biases, embeddings and scalars have no weight decay: Mask2Former's rule, and CLIP's.
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One entry of `config.train`.
+
+    Attributes:
+      kind: "pretrain_clip", "con", "cat" or "finetune".
+      takes: subtree -> name of the stage that gave it, or "init" for a file of `config.init`.
+      steps: batches.
+      batch_size: images a step, over all hosts.
+      optimizer: fields of `OptimizerConfig`.
+      method: fields of the kind's own config.
+      log_every: steps between progress lines.
+      save_every: steps between checkpoints, 0 for the last only.
+      bank_images: images whose vision queries stages 2 and 3 learn from.
+      copies: part of a fresh subtree -> part of a taken one that it starts from, as
+        "segmentor/backbone": "clip/vision_model/patch_embedding/trunk".
+    """
+
+    kind: str
+    takes: Mapping[str, str]
+    steps: int
+    batch_size: int
+    optimizer: Mapping[str, Any]
+    method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    log_every: int = 50
+    save_every: int = 0
+    bank_images: int = 0
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+# Norms, biases, embeddings and scalars have no weight decay, as in CLIP; Mask2Former decays biases.
 NO_DECAY = r".*(norm|bias|embedding|positions|class_token|scale|offsets|log_scale).*"

@@ -25,19 +25,15 @@ class StageCheckpoints:
     the parameters alone.
     """
 
-    def __init__(self, workdir: Path, stage: str, *, save_every: int = 0, keep: int = 2):
+    def __init__(self, workdir: Path, stage: str, *, keep: int = 2):
         """Args:
         workdir: of the whole run.
         stage: name of the stage.
-        save_every: steps between saves; 0 saves only when told to.
         keep: checkpoints kept.
         """
         self.stage = stage
         self.path = Path(workdir).absolute() / stage / "checkpoints"
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, save_interval_steps=max(save_every, 1), create=True
-        )
-        self.save_every = save_every
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.manager = ocp.CheckpointManager(
             self.path,
             options=options,
@@ -48,10 +44,9 @@ class StageCheckpoints:
             },
         )
 
-    def save(self, state: TrainState, step: int, *, force: bool = False) -> None:
-        """Save asynchronously if the step is due or `force`; an existing step is left alone."""
-        due = self.save_every and step % self.save_every == 0
-        if (due or force) and step not in self.manager.all_steps():
+    def save(self, state: TrainState, step: int) -> None:
+        """Save asynchronously; a step that exists is left alone."""
+        if step not in self.manager.all_steps():
             self.manager.save(
                 step,
                 args=ocp.args.Composite(

@@ -88,7 +88,7 @@ def train_stage(
     """
     labels = label_params(params, stage.rules)
     transform = make_optimizer(optimizer, loop.steps, labels)
-    checkpoints = StageCheckpoints(workdir, name, save_every=loop.save_every)
+    checkpoints = StageCheckpoints(workdir, name)
     everywhere = replicated(mesh)
     abstract = jax.eval_shape(lambda p: TrainState.create(p, transform), params)
     resumed = checkpoints.latest_step()
@@ -127,17 +127,18 @@ def train_stage(
                     rows = len(next(iter(inputs.values())))
                     progress = Progress(name, start, loop.steps, rows)
                 last = done == loop.steps
-                saving = last or (loop.save_every and done % loop.save_every == 0)
+                # Asked at every step: the hosts agree on one step, and the answer is yes then only.
+                preempted = checkpoints.manager.reached_preemption(done)
+                due = loop.save_every and done % loop.save_every == 0
+                saving = last or due or preempted
                 if saving or done % loop.log_every == 0:
                     means = _look(pending, checkpoints)
                     pending.clear()
                     rate = progress.report(done, means)
                     writer.scalars(done, {**means, "steps_per_second": rate})
                 if saving:
-                    checkpoints.save(state, done, force=True)
-                elif checkpoints.manager.reached_preemption(done):
-                    _look(pending, checkpoints)
-                    checkpoints.save(state, done, force=True)
+                    checkpoints.save(state, done)
+                if preempted:
                     raise Preempted(f"Stage {name!r} was preempted; step {done} is saved.")
     finally:
         close = getattr(iterator, "close", None)

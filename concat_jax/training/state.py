@@ -45,7 +45,7 @@ def make_train_step(
         (_, metrics), gradients = gradient(state.params, frozen, batch, rng)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {**metrics, "gradient_norm": optax.global_norm(gradients)}
+        metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step

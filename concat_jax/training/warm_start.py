@@ -35,6 +35,11 @@ def copy_parameters(params: Params, target: str, taken: Params, source: str) -> 
 
     old, new = flat(params, target), flat(taken, source)
     shared = sorted(old.keys() & new.keys())
+    if not shared:
+        raise ValueError(
+            f"{target} and {source} have no parameter in common, so nothing would be copied; the "
+            "two must be of one architecture."
+        )
     for name in shared:
         if old[name].shape != new[name].shape:
             raise ValueError(

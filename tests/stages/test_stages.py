@@ -370,15 +370,20 @@ def test_generated_queries_have_the_scale_of_the_last_layer_norm():
     assert not np.array_equal(queries[0], queries[1])
 
 
-def make_finetune(pseudo_per_class, **fields):
-    config = finetune.FinetuneConfig(pseudo_per_class=pseudo_per_class, **fields)
-    stage = finetune.make_stage(NETWORKS, VOCABULARY, config)
-    return stage, evaluate(stage, query_batch())
+FINETUNE_VARIANTS = {
+    "union": finetune.FinetuneConfig(pseudo_per_class=2),
+    "seen and deviations": finetune.FinetuneConfig(
+        pseudo_per_class=2, pseudo_seen=True, deviation=0.7
+    ),
+    "control": finetune.FinetuneConfig(pseudo_per_class=0),
+}
 
 
-@pytest.fixture(scope="module", params=[2, 0], ids=["union", "control"])
+@pytest.fixture(scope="module", params=FINETUNE_VARIANTS)
 def finetune_run(request):
-    return request.param, *make_finetune(request.param)
+    config = FINETUNE_VARIANTS[request.param]
+    stage = finetune.make_stage(NETWORKS, VOCABULARY, config)
+    return config.pseudo_per_class, stage, evaluate(stage, query_batch())
 
 
 def test_finetune_trains_the_projector_only(finetune_run):
@@ -417,7 +422,8 @@ def test_finetune_control_ignores_generator_and_noise(finetune_run):
 
 def test_finetune_cross_entropy_by_hand():
     """Two real queries, one of them without a segment, against a softmax written out."""
-    stage, _ = make_finetune(0, no_object_weight=0.25)
+    config = finetune.FinetuneConfig(pseudo_per_class=0, no_object_weight=0.25)
+    stage = finetune.make_stage(NETWORKS, VOCABULARY, config)
     batch = {
         "queries": np.random.default_rng(5).normal(size=(1, 2, 32)).astype(np.float32),
         "query_labels": np.array([[4, -1]], np.int32),
@@ -431,6 +437,19 @@ def test_finetune_cross_entropy_by_hand():
     expected = -(np.log(probabilities[0, 4]) + 0.25 * np.log(probabilities[1, 6])) / 1.25
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert metrics["accuracy_real"] in (0.0, 1.0)
+
+
+def test_sampled_deviations_by_hand():
+    """Class 0 has two queries, class 1 one; what holds no segment has no class to deviate from."""
+    queries = np.array([[[1.0, 2.0], [5.0, 5.0]], [[3.0, 6.0], [100.0, 100.0]]], np.float32)
+    labels = np.array([[0, 1], [0, -1]])
+    drawn = finetune.sample_deviations(KEY, queries, labels, num_classes=3, count=300)
+    assert drawn.shape == (300, 2)
+    rows, counts = np.unique(np.asarray(drawn), axis=0, return_counts=True)
+    np.testing.assert_array_equal(rows, [[-1, -2], [0, 0], [1, 2]])
+    assert counts.min() > 70  # a third each
+    nothing = finetune.sample_deviations(KEY, queries, np.full((2, 2), -1), 3, 10)
+    np.testing.assert_array_equal(nothing, np.zeros((10, 2)))
 
 
 def test_pretrain_clip_trains_all_of_clip():

@@ -33,6 +33,8 @@ def test_other_shapes_and_missing_parts_are_named():
                         "clip/trunk")  # fmt: skip
     with pytest.raises(ValueError, match="no parameters at 'clip/trunk'"):
         copy_parameters(tree(), "segmentor/backbone", {"clip": {"x": jnp.ones(1)}}, "clip/trunk")
+    with pytest.raises(ValueError, match="segmentor/backbone and clip have no parameter in common"):
+        copy_parameters(tree(), "segmentor/backbone", {"clip": {"x": jnp.ones(1)}}, "clip")
 
 
 def test_the_hybrid_stem_is_the_start_of_a_resnet():
