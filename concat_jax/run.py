@@ -23,9 +23,9 @@ from concat_jax.evaluation.evaluate import PICTURES, EvalConfig, evaluate, make_
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.clip_images import l2_normalize
 from concat_jax.models.clip_weights import clip_params_from_file
+from concat_jax.models.networks import Networks, Params, make_networks
 from concat_jax.stages import cat, con, finetune, pretrain_clip
 from concat_jax.stages.clip_targets import CropConfig
-from concat_jax.stages.networks import Networks, Params, make_networks
 from concat_jax.stages.query_bank import QueryBank, fill_bank
 from concat_jax.stages.real_queries import IMAGE_FIELDS, extract_queries
 from concat_jax.stages.stage import Stage, StageConfig
@@ -90,6 +90,7 @@ class Run:
         self.mesh: Mesh = make_mesh(config.mesh.fsdp, config.mesh.devices or None)
         self._given: dict[tuple[str, str], Params] = {}
         self._text: dict[str, np.ndarray] = {}
+        self._predict = make_predict(self.networks, self.vocabulary, self.eval)
         self._check_order()
         self._claim_workdir()
 
@@ -352,7 +353,12 @@ class Run:
         num_images = num_batches * size
         queries, labels = fill_bank(
             self.workdir / source / f"query_bank_{num_images}.npz",
-            {"stage": source, "steps": self.stages[source].steps, "images": num_images},
+            {
+                "stage": source,
+                "steps": self.stages[source].steps,
+                "images": num_images,
+                "model": str(sorted(configuration.flat(self.config.model).items())),
+            },
             extract,
             self.datasets.train(size),
             num_batches,
@@ -372,7 +378,7 @@ class Run:
         sources |= {subtree: name for subtree in self._make_stage(name).trains}
         params = {s: self.give(s, sources[s]) for s in ("segmentor", "projector")}
         text = jnp.asarray(self.text_embeddings(self._clip_source(name)))
-        predict = make_predict(self.networks, self.vocabulary, self.eval)
+        predict = self._predict
         folder = self.workdir / name
         leads = jax.process_index() == 0  # every host predicts, one writes
         summary = evaluate(

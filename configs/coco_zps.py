@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.tensorboard = True
-    config.mesh = dict(fsdp=1, devices=0)  # 0: all devices
+    config.mesh = dict(fsdp=1, devices=1 if mini else 0)  # 0: all devices
     config.stages = ("clip", "con", "cat", "finetune") if mini else ("con", "cat", "finetune")
     # Files of weights that start a subtree; CLIP's are a Hugging Face model.safetensors.
     config.init = dict(clip="")

@@ -9,8 +9,8 @@ import pytest
 
 from concat_jax import configuration
 from concat_jax.losses.segmentation import SegmentationLossConfig
+from concat_jax.models.networks import make_networks
 from concat_jax.run import KINDS, Run, StageConfig
-from concat_jax.stages.networks import make_networks
 from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.optimizer import (
     FROZEN,
@@ -131,6 +131,7 @@ def test_the_full_size_con_loss_traces(tmp_path):
         "segment_ids": jax.ShapeDtypeStruct((1, size, size), jnp.uint8),
         "segment_labels": jax.ShapeDtypeStruct((1, rows), jnp.int32),
         "segment_is_crowd": jax.ShapeDtypeStruct((1, rows), jnp.bool_),
+        "image_size": jax.ShapeDtypeStruct((1, 2), jnp.int32),
     }
     text = jax.ShapeDtypeStruct((len(VOCABULARY), run.networks.clip.embed_dim), jnp.float32)
     params = abstract_params(run.networks, stage.trains)

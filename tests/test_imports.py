@@ -15,12 +15,12 @@ MODULES = sorted(ROOT.glob("concat_jax/**/*.py"))
 LAYERS = {
     "text": set(),
     "configuration": set(),
-    "models": {"text"},
+    "models": {"text", "configuration"},
     "losses": {"models"},
     "stages": {"losses", "models", "text", "configuration"},
     "training": {"stages", "losses", "models", "text", "configuration"},
     # Scoring knows how a prediction is made, and nothing of how it was trained.
-    "evaluation": {"models", "text", "stages.networks"},
+    "evaluation": {"models", "text"},
 }
 COMMAND_LINES = ("main", "predict", "convert", "run")
 HEAVY = {"tensorflow", "tensorflow_datasets", "torch", "torchvision", "transformers"}
@@ -45,7 +45,7 @@ TRAIN = """
 import pathlib
 import jax, jax.numpy as jnp, numpy as np
 from concat_jax.stages import pretrain_clip
-from concat_jax.stages.networks import make_networks
+from concat_jax.models.networks import make_networks
 from concat_jax.training.loop import LoopConfig, train_stage
 from concat_jax.training.optimizer import OptimizerConfig
 from concat_jax.training.sharding import make_mesh

@@ -21,8 +21,8 @@ from concat_jax.evaluation.panoptic_inference import (
     unpack_segments,
 )
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
+from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import mask_logits, normalize_images
-from concat_jax.stages.networks import Networks
 from concat_jax.text.vocabulary import Vocabulary
 
 Predict = Callable[..., PanopticOutput]

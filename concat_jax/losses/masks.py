@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 
 def bilinear_corners(points: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
@@ -158,7 +159,8 @@ def sample_uncertain_points(
     num_candidates = int(num_points * oversample_ratio)
     candidates = jax.random.uniform(rng_candidates, (batch, count, num_candidates, 2))
     uncertainty = -jnp.abs(sample_maps(jax.lax.stop_gradient(mask_logits), candidates))
-    _, best = jax.lax.top_k(uncertainty, num_uncertain)  # [B, M, num_uncertain]
+    top = over_batch_shards(lambda x: jax.lax.top_k(x, num_uncertain)[1])
+    best = top(uncertainty)  # [B, M, num_uncertain]
     uncertain = jnp.take_along_axis(candidates, best[..., None], axis=2)
     uniform = jax.random.uniform(rng_uniform, (batch, count, num_points - num_uncertain, 2))
     return jnp.concatenate([uncertain, uniform], axis=2)
@@ -226,3 +228,18 @@ def pairwise_mask_dice(logits: jax.Array, targets: jax.Array) -> jax.Array:
     overlap = 2 * jnp.einsum("...np,...gp->...ng", probs, targets)
     total = probs.sum(axis=-1)[..., :, None] + targets.sum(axis=-1)[..., None, :]
     return 1 - (overlap + 1) / (total + 1)
+
+
+def over_batch_shards(function):
+    """Run `function` on each device's own part of the batch.
+
+    For what the partitioner does not split by itself: it gathers the whole batch for a `top_k`, and
+    gives the assignment's loop, which runs until its slowest problem is done, a collective an
+    iteration. Each shard's rows are its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    spec = PartitionSpec(mesh.axis_names)
+    # check_vma=False: the assignment's carry mixes constants with sharded values.
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)

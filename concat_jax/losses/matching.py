@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
 from concat_jax.losses import masks
 
@@ -73,7 +72,7 @@ def match(cost: jax.Array, valid: jax.Array) -> jax.Array:
     cost = jnp.where(usable, cost, not_finite)
     cost = jnp.where(valid[:, None, None, :], cost, padded)
 
-    query_of_segment = _over_batch_shards(jax.vmap(jax.vmap(_assign)))(cost)
+    query_of_segment = masks.over_batch_shards(jax.vmap(jax.vmap(_assign)))(cost)
     return jnp.where(valid[:, None, :], query_of_segment, -1)
 
 
@@ -82,20 +81,6 @@ def _assign(cost: jax.Array) -> jax.Array:
     queries, segments = optax.assignment.hungarian_algorithm(cost)
     unmatched = jnp.full((cost.shape[1],), -1, jnp.int32)
     return unmatched.at[segments].set(queries.astype(jnp.int32))
-
-
-def _over_batch_shards(function):
-    """Run `function` on each device's own part of the batch.
-
-    The solver loops until its slowest problem is done. Under a plain jit that condition is
-    global: one collective an iteration. Each shard's problems are its own, so it loops alone.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return function
-    spec = PartitionSpec(mesh.axis_names)
-    # check_vma=False: the solver's carry mixes constants with sharded values.
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def labels_of_queries(

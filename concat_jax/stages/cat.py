@@ -16,7 +16,7 @@ from concat_jax.configuration import check_choice
 from concat_jax.losses import transition
 from concat_jax.losses.alignment import cosine_alignment
 from concat_jax.losses.classification import weighted_cross_entropy
-from concat_jax.stages.networks import Networks
+from concat_jax.models.networks import Networks
 from concat_jax.stages.real_queries import QUERY_FIELDS
 from concat_jax.stages.stage import NO_DECAY, Stage
 from concat_jax.text.vocabulary import Vocabulary

@@ -46,7 +46,7 @@ def segment_windows(
 
     Returns:
       centres [B, G, 2] float32 (y, x) in pixels and sides [B, G] float32. A segment without a
-      pixel gets a window of the least side at the origin.
+      pixel gets a window of one pixel, or of the least side, at the origin.
     """
     height, width = segment_ids.shape[1:]
     rows = jnp.arange(height, dtype=jnp.float32)[:, None] + 0.5
@@ -76,7 +76,13 @@ def segment_windows(
 
 
 def masked_crops(
-    images: jax.Array, segment_ids: jax.Array, num_segments: int, size: int, config: CropConfig
+    images: jax.Array,
+    segment_ids: jax.Array,
+    num_segments: int,
+    size: int,
+    config: CropConfig,
+    *,
+    image_size: jax.Array | None = None,
 ) -> jax.Array:
     """The picture of each segment alone, cut to its window, resized and normalised for CLIP.
 
@@ -89,6 +95,7 @@ def masked_crops(
       num_segments: G.
       size: side of the crops in pixels.
       config: window and fill.
+      image_size: [B, 2] int32 valid (height, width), None where there is no padding.
 
     Returns:
       [B, G, size, size, 3] float32; 0, CLIP's mean colour, where filled.
@@ -102,7 +109,7 @@ def masked_crops(
     centres, sides = segment_windows(segment_ids, num_segments, config)
     corners = centres - sides[..., None] / 2
     windows = jnp.concatenate([corners, sides[..., None], sides[..., None]], axis=-1)
-    crops = normalize_clip_images(resize_windows(images, windows, size))
+    crops = normalize_clip_images(resize_windows(images, windows, size, image_size=image_size))
     if config.fill == "none":
         return crops
     steps = (jnp.arange(size, dtype=jnp.float32) + 0.5) * (sides / size)[..., None]  # [B, G, s]
@@ -118,7 +125,14 @@ def masked_crops(
 
 
 def clip_targets(
-    clip: CLIP, params, images: jax.Array, segment_ids: jax.Array, num_segments: int, config
+    clip: CLIP,
+    params,
+    images: jax.Array,
+    segment_ids: jax.Array,
+    num_segments: int,
+    config,
+    *,
+    image_size: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Targets of CON: g of the image and c_j of each segment, without gradient.
 
@@ -129,13 +143,16 @@ def clip_targets(
       segment_ids: [B, H, W] id map.
       num_segments: G.
       config: CropConfig.
+      image_size: [B, 2] int32 valid (height, width); padding is not shown to CLIP.
 
     Returns:
       g [B, C] and c [B, G, C], float32, L2-normalised.
     """
     size = clip.image_size
-    whole = normalize_clip_images(resize_for_clip(images, size, fit="squash"))
-    crops = masked_crops(images, segment_ids, num_segments, size, config)
+    whole = normalize_clip_images(
+        resize_for_clip(images, size, fit="squash", image_size=image_size)
+    )
+    crops = masked_crops(images, segment_ids, num_segments, size, config, image_size=image_size)
     pictures = jnp.concatenate([whole[:, None], crops], axis=1)  # [B, 1 + G, s, s, 3]
     encode = jax.vmap(lambda x: clip.apply({"params": params}, x, method="encode_image"), in_axes=1)
     embeddings = jnp.moveaxis(encode(pictures), 0, 1)  # vmap over G: the batch stays an axis

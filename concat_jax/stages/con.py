@@ -14,9 +14,9 @@ import numpy as np
 from concat_jax.configuration import check_choice
 from concat_jax.losses import alignment
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
+from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import normalize_images
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
-from concat_jax.stages.networks import Networks
 from concat_jax.stages.stage import NO_DECAY, Stage
 from concat_jax.text.vocabulary import Vocabulary
 
@@ -121,6 +121,7 @@ def make_stage(
                 batch["segment_ids"],
                 labels.shape[1],
                 crop_config,
+                image_size=batch["image_size"],
             )
             last = semantic[:, -1]
             objectness = 1 - jax.nn.softmax(logits[:, -1], axis=-1)[..., -1]
@@ -152,5 +153,5 @@ def make_stage(
         (NO_DECAY, 1.0, 0.0),
         (r".*", 1.0, 1.0),
     )
-    fields = ("image", "segment_ids", "segment_labels", "segment_is_crowd")
+    fields = ("image", "segment_ids", "segment_labels", "segment_is_crowd", "image_size")
     return Stage(("segmentor", "projector"), ("clip",) if align else (), loss, rules, fields)

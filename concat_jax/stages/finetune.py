@@ -10,10 +10,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from concat_jax.losses.classification import weighted_cross_entropy
+from concat_jax.models.networks import Networks
 from concat_jax.stages.cat import generate
-from concat_jax.stages.networks import Networks
 from concat_jax.stages.real_queries import QUERY_FIELDS
 from concat_jax.stages.stage import NO_DECAY, Stage
 from concat_jax.text.vocabulary import Vocabulary
@@ -29,6 +30,8 @@ class FinetuneConfig:
       pseudo_per_class: pseudo queries of each class in a step; 0 is the control.
       pseudo_seen: also pseudo queries of seen classes, so that what sets pseudo queries apart
         from real ones is not learned as a mark of being unseen (ours).
+      unseen_names: the setting knows unseen names in training (generalized); False is inductive:
+        no unseen name is a class or a pseudo query then.
       deviation: a real query's deviation from its class mean, times this, is added to each pseudo
         query (ours). Generated classes are narrower than real ones and their means are off by
         about a class's width; values over 1 cover that error too. 0 is the paper's form.
@@ -38,6 +41,7 @@ class FinetuneConfig:
     unseen_weight: float = 5.0
     pseudo_per_class: int = 8
     pseudo_seen: bool = False
+    unseen_names: bool = True
     deviation: float = 0.0
 
 
@@ -69,7 +73,13 @@ def sample_deviations(
 
 def make_stage(networks: Networks, vocabulary: Vocabulary, config: FinetuneConfig) -> Stage:
     """Union finetune as a `Stage` on query batches: trains the projector only."""
-    with_pseudo = config.pseudo_per_class > 0 and len(vocabulary.unseen) > 0
+    pseudo_classes = np.concatenate(
+        [
+            vocabulary.seen if config.pseudo_seen else [],
+            vocabulary.unseen if config.unseen_names else [],
+        ]
+    ).astype(np.int32)
+    with_pseudo = config.pseudo_per_class > 0 and len(pseudo_classes) > 0
 
     def loss(params, frozen, batch, rng):
         num_classes = len(vocabulary)
@@ -79,8 +89,11 @@ def make_stage(networks: Networks, vocabulary: Vocabulary, config: FinetuneConfi
         weights = weights.at[num_classes].set(config.no_object_weight)
 
         def classify(x):
-            return networks.projector.apply(
+            logits = networks.projector.apply(
                 {"params": params["projector"]}, x, frozen["text"], method="predict"
+            )
+            return (
+                logits if config.unseen_names else logits.at[..., vocabulary.unseen].set(-jnp.inf)
             )
 
         logits = classify(queries)
@@ -89,8 +102,7 @@ def make_stage(networks: Networks, vocabulary: Vocabulary, config: FinetuneConfi
         hit = (jnp.argmax(logits, axis=-1) == labels) & (labels < num_classes)
         metrics = {"accuracy_real": hit.sum() / jnp.maximum((labels < num_classes).sum(), 1)}
         if with_pseudo:
-            classes = jnp.arange(num_classes) if config.pseudo_seen else vocabulary.unseen
-            pseudo_labels = jnp.repeat(jnp.asarray(classes), config.pseudo_per_class)
+            pseudo_labels = jnp.repeat(jnp.asarray(pseudo_classes), config.pseudo_per_class)
             rng_noise, rng_deviation = jax.random.split(rng)
             pseudo = generate(networks, frozen, frozen["text"][pseudo_labels], rng_noise)
             if config.deviation:

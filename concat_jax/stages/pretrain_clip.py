@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from concat_jax.losses.contrastive import contrastive_loss
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images
-from concat_jax.stages.networks import Networks
+from concat_jax.models.networks import Networks
 from concat_jax.stages.stage import NO_DECAY, Stage
 
 

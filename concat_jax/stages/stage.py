@@ -65,4 +65,4 @@ class StageConfig:
 
 
 # Norms, biases, embeddings and scalars have no weight decay, as in CLIP; Mask2Former decays biases.
-NO_DECAY = r".*(norm|bias|embedding|positions|class_token|scale|offsets|log_scale).*"
+NO_DECAY = r".*(scale|bias|embedding|bias_table)"

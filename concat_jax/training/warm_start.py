@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax
 import jax
 
-from concat_jax.stages.networks import Params
+from concat_jax.models.networks import Params
 
 
 def copy_parameters(params: Params, target: str, taken: Params, source: str) -> Params:

@@ -7,9 +7,9 @@ import pytest
 
 from concat_jax.configuration import build
 from concat_jax.losses.segmentation import SegmentationLossConfig
+from concat_jax.models.networks import make_networks
 from concat_jax.stages import con
 from concat_jax.stages.clip_targets import CropConfig
-from concat_jax.stages.networks import make_networks
 from concat_jax.training.optimizer import FROZEN, OptimizerConfig, label_params, make_optimizer
 from concat_jax.training.state import TrainState, make_train_step
 from configs import coco_zps

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from concat_jax.losses.segmentation import SegmentationLossConfig
+from concat_jax.models.networks import make_networks
 from concat_jax.stages import cat, con, finetune, pretrain_clip
 from concat_jax.stages.clip_targets import CropConfig
-from concat_jax.stages.networks import make_networks
 from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.optimizer import (
     FROZEN,
@@ -109,6 +109,7 @@ def image_batch():
         "segment_ids": ids,
         "segment_labels": np.array([[1, 4, -1, -1], [2, 5, 4, -1]], np.int32),
         "segment_is_crowd": np.zeros((2, 4), bool),
+        "image_size": np.full((2, 2), 32, np.int32),
     }
 
 
@@ -418,6 +419,20 @@ def test_finetune_control_ignores_generator_and_noise(finetune_run):
     assert_same(first[0], offered[0])
     assert_same(first[1][0], offered[1][0])
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(offered[1][1]["generator"]))
+
+
+def test_inductive_finetune_does_not_see_unseen_names():
+    config = finetune.FinetuneConfig(pseudo_per_class=2, pseudo_seen=True, unseen_names=False)
+    stage = finetune.make_stage(NETWORKS, VOCABULARY, config)
+    function = evaluate(stage, query_batch())
+    before = function(trained(stage), frozen(stage), query_batch(), KEY)
+    other = {**frozen(stage), "text": OTHER_UNSEEN}
+    after = function(trained(stage), other, query_batch(), KEY)
+    assert_same(before[0], after[0])
+    assert_same(before[1][0], after[1][0])
+    assert_finite(*before[0], before[1][0])
+    seen = function(trained(stage), {**frozen(stage), "text": OTHER_SEEN}, query_batch(), KEY)
+    assert abs(seen[0][0] - before[0][0]) > 1e-5
 
 
 def test_finetune_cross_entropy_by_hand():

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from concat_jax.losses.segmentation import SegmentationLossConfig
+from concat_jax.models.networks import make_networks
 from concat_jax.stages import con
 from concat_jax.stages.clip_targets import CropConfig
-from concat_jax.stages.networks import make_networks
 from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.optimizer import (
     OptimizerConfig,
@@ -94,6 +94,7 @@ def image_batch():
         "segment_ids": ids,
         "segment_labels": labels,
         "segment_is_crowd": np.zeros((BATCH, 4), bool),
+        "image_size": np.full((BATCH, 2), 32, np.int32),
     }
 
 
