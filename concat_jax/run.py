@@ -46,7 +46,8 @@ KINDS = ("pretrain_clip", "con", "cat", "finetune")
 _SPELLING = {"clip": "CLIP"}
 # Config keys that may differ when a run is started again in its workdir: they change what is
 # shown or run next, not what was trained. The model is judged by the checkpoints themselves.
-FREE_KEYS = ("stages", "eval.", "model.", "tensorboard", "mesh.")
+EVALUATION_KEYS = ("eval.", "model.", "data.eval_", "data.num_eval_images")
+FREE_KEYS = (*EVALUATION_KEYS, "stages", "tensorboard", "mesh.")
 # Keys of the model that change no parameter's shape, so that no checkpoint can tell them.
 _SHAPELESS_KEYS = ("_heads", "num_groups", "activation", "position_interpolation")
 
@@ -186,7 +187,7 @@ class Run:
                 stages[name] = {"seconds": round(time.monotonic() - began, 1)}
         # Another model or other evaluation settings than the report's are looked at anew.
         keys = configuration.flat(self.config).items()
-        shown = json.loads(json.dumps({k: v for k, v in keys if k.startswith(("eval.", "model."))}))
+        shown = json.loads(json.dumps({k: v for k, v in keys if k.startswith(EVALUATION_KEYS)}))
         evaluated = {n: t for n, t in self.config.eval.stages.items() if self.is_finished(n)}
         if not stages and report_path.exists():
             saved = json.loads(report_path.read_text())

@@ -25,6 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
         preset="texture",  # colour x texture; "shape" is harder
         image_size=64,
         max_segments=10,  # 4 stuff regions and 5 things at most
+        eval_split="test",  # choose settings on "validation"
         num_eval_images=8 if smoke else 300,
         caption_scene_ratio=0.125,
     )

@@ -91,7 +91,7 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
 
     test = synthetic_world.SyntheticWorld(
         **shared,
-        split="test",
+        split=config["eval_split"],
         classes="all",
         max_segments=config["max_segments"],
         num_eval_images=config["num_eval_images"],
