@@ -16,14 +16,19 @@ import numpy as np
 
 
 def _corner_rows(
-    locations: jax.Array, weights: jax.Array, height: int, width: int
+    locations: jax.Array,
+    weights: jax.Array,
+    height: int | jax.Array,
+    width: int | jax.Array,
+    row_length: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Positions and weights of the four corners around each sampling point of one level.
 
     Args:
         locations: [B, Q, heads, points, 2] float32, (x, y) in [0, 1] inside the map.
         weights: [B, Q, heads, points] float32 attention weights.
-        height, width: size of the level.
+        height, width: valid size of the level, for all images or [B, 1, 1] int32.
+        row_length: positions from one row of the level to the next, at least `width`.
 
     Returns:
         positions [points, 4, B, Q, heads] int32 into the flattened map, always in range, and
@@ -37,7 +42,7 @@ def _corner_rows(
     positions, corner_weights = [], []
     for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
         row_share = jnp.where((row >= 0) & (row <= height - 1), row_share, 0.0) * weights
-        row_start = jnp.clip(row, 0, height - 1).astype(jnp.int32) * width
+        row_start = jnp.clip(row, 0, height - 1).astype(jnp.int32) * row_length
         for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
             inside = (column >= 0) & (column <= width - 1)
             corner_weights.append(jnp.where(inside, column_share, 0.0) * row_share)
@@ -107,7 +112,10 @@ _weighted_row_sum.defvjp(_weighted_row_sum_forward, _weighted_row_sum_backward)
 
 
 def multi_scale_deformable_attention(
-    values: Sequence[jax.Array], sampling_locations: jax.Array, weights: jax.Array
+    values: Sequence[jax.Array],
+    sampling_locations: jax.Array,
+    weights: jax.Array,
+    valid_sizes: jax.Array | None = None,
 ) -> jax.Array:
     """Weighted sum of bilinear samples of several feature maps.
 
@@ -119,6 +127,9 @@ def multi_scale_deformable_attention(
         values: for each level [B, H_l, W_l, heads, d].
         sampling_locations: [B, Q, heads, levels, points, 2] float32, (x, y) in [0, 1] inside.
         weights: [B, Q, heads, levels, points] float32.
+        valid_sizes: [B, levels, 2] int32 (height, width) of the top left part of each map that is
+            image and not padding; locations are in [0, 1] of that part, and what lies beyond it
+            reads zero. None: the whole maps.
 
     Returns:
         [B, Q, heads * d] in the type of `values`, summed in float32.
@@ -138,11 +149,17 @@ def multi_scale_deformable_attention(
     output = jnp.zeros((batch, num_queries, num_heads, depth), jnp.float32)
     for level, value in enumerate(values):
         height, width = value.shape[1:3]
-        positions, corner_weights = _corner_rows(
-            sampling_locations[:, :, :, level], weights[:, :, :, level], height, width
-        )
         # One row is the d channels of one head at one position.
         table = value.reshape(batch, height * width * num_heads, depth)
+        if valid_sizes is not None:
+            height, width = (valid_sizes[:, level, axis, None, None] for axis in (0, 1))
+        positions, corner_weights = _corner_rows(
+            sampling_locations[:, :, :, level],
+            weights[:, :, :, level],
+            height,
+            width,
+            row_length=value.shape[2],
+        )
         output += _weighted_row_sum(table, positions * num_heads + heads, corner_weights)
     return output.reshape(batch, num_queries, num_heads * depth).astype(values[0].dtype)
 
@@ -180,14 +197,20 @@ class MultiScaleDeformableAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, queries: jax.Array, reference_points: jax.Array, features: Sequence[jax.Array]
+        self,
+        queries: jax.Array,
+        reference_points: jax.Array,
+        features: Sequence[jax.Array],
+        valid_sizes: jax.Array | None = None,
     ) -> jax.Array:
         """Attend from every query to points around its reference point on every level.
 
         Args:
             queries: [B, Q, D].
-            reference_points: [Q, 2] or [B, Q, 2], (x, y) in [0, 1].
+            reference_points: [Q, 2] or [B, Q, 2], (x, y) in [0, 1] of the valid area.
             features: for each level [B, H_l, W_l, D].
+            valid_sizes: [B, levels, 2] int32 (height, width) of the valid area of each level;
+                None: the whole maps.
 
         Returns:
             [B, Q, D] in `dtype`.
@@ -225,16 +248,19 @@ class MultiScaleDeformableAttention(nn.Module):
         )(queries)
         weights = jax.nn.softmax(weights.reshape(*points[:3], -1), axis=-1).reshape(points)
 
-        sizes = np.array([[f.shape[2], f.shape[1]] for f in features], np.float32)
+        if valid_sizes is None:
+            sizes = np.array([[f.shape[2], f.shape[1]] for f in features], np.float32)
+        else:  # [B, 1, 1, levels, 2]
+            sizes = valid_sizes[:, None, None, :, ::-1].astype(jnp.float32)
         reference_points = jnp.broadcast_to(reference_points, (batch, num_queries, 2))
-        locations = reference_points[:, :, None, None, None] + offsets / sizes[:, None]
+        locations = reference_points[:, :, None, None, None] + offsets / sizes[..., None, :]
 
         value_projection = nn.Dense(
             self.width, dtype=self.dtype, kernel_init=xavier, name="value_projection"
         )
         split = (self.num_heads, self.width // self.num_heads)
         values = [value_projection(f).reshape(*f.shape[:3], *split) for f in features]
-        output = multi_scale_deformable_attention(values, locations, weights)
+        output = multi_scale_deformable_attention(values, locations, weights, valid_sizes)
         return nn.Dense(self.width, dtype=self.dtype, kernel_init=xavier, name="output_projection")(
             output
         )

@@ -136,3 +136,30 @@ def test_no_collectives_when_the_batch_is_sharded():
     text = jax.jit(step).lower(*inputs).compile().as_text()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text
+
+
+def test_padding_is_as_good_as_absent():
+    """Maps padded with noise to one size, each image with a valid part of its own."""
+    values, locations, weights = random_inputs()
+    rng = np.random.default_rng(5)
+    padded = [
+        np.concatenate(
+            [
+                np.concatenate([v, rng.normal(size=(*v.shape[:2], 3, *v.shape[3:]))], axis=2),
+                rng.normal(size=(v.shape[0], 2, v.shape[2] + 3, *v.shape[3:])),
+            ],
+            axis=1,
+        ).astype(np.float32)
+        for v in values
+    ]
+    smaller = ((2, 4), (5, 3))  # valid sizes of the second image
+    valid_sizes = np.asarray([SIZES, smaller], np.int32)
+    output = multi_scale_deformable_attention(padded, locations, weights, valid_sizes)
+    for index, sizes in enumerate((SIZES, smaller)):
+        alone = [
+            p[index : index + 1, :height, :width]
+            for p, (height, width) in zip(padded, sizes, strict=True)
+        ]
+        image = slice(index, index + 1)
+        expected = multi_scale_deformable_attention(alone, locations[image], weights[image])
+        np.testing.assert_allclose(output[image], expected, rtol=1e-5, atol=1e-6)
