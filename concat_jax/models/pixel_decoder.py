@@ -12,7 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.models.deformable_attention import MultiScaleDeformableAttention
-from concat_jax.models.position_encoding import sine_position_encoding
+from concat_jax.models.position_encoding import (
+    sine_position_encoding,
+    valid_sine_position_encoding,
+)
+from concat_jax.models.valid_area import resize_within, statistics_mask, valid_size, zero_beyond
 
 # PyTorch's default for LayerNorm and GroupNorm; published weights assume it.
 NORM_EPSILON = 1e-5
@@ -51,6 +55,15 @@ def reference_grid(height: int, width: int) -> np.ndarray:
     return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
 
 
+def valid_reference_grid(size: jax.Array, height: int, width: int) -> jax.Array:
+    """`reference_grid` in units of each image's valid area: [B, 2] -> [B, height * width, 2].
+
+    (x, y) float32, over 1 beyond the valid area.
+    """
+    centres = reference_grid(height, width) * np.asarray([width, height], np.float32)
+    return centres / size[:, None, ::-1].astype(jnp.float32)
+
+
 class EncoderLayer(nn.Module):
     """Deformable self-attention over all scales, then a feed-forward layer, post-norm."""
 
@@ -67,14 +80,17 @@ class EncoderLayer(nn.Module):
         positions: jax.Array,
         reference_points: jax.Array,
         sizes: Sequence[tuple[int, int]],
+        valid_sizes: jax.Array | None = None,
     ) -> jax.Array:
         """One layer.
 
         Args:
             tokens: [B, S, D], the levels of `sizes` one after another.
-            positions: [S, D] position plus level encoding.
-            reference_points: [S, 2].
+            positions: [S, D] or [B, S, D] position plus level encoding.
+            reference_points: [S, 2] or [B, S, 2].
             sizes: (height, width) of each level.
+            valid_sizes: [B, levels, 2] int32 (height, width) of each level's valid area, beyond
+                which no value is read and in units of which the points are; or None.
 
         Returns:
             [B, S, D].
@@ -91,7 +107,7 @@ class EncoderLayer(nn.Module):
             num_points=self.num_points,
             dtype=self.dtype,
             name="self_attention",
-        )(tokens + positions.astype(tokens.dtype), reference_points, levels)
+        )(tokens + positions.astype(tokens.dtype), reference_points, levels, valid_sizes)
         norm = {"epsilon": NORM_EPSILON, "dtype": self.dtype}
         xavier = nn.initializers.xavier_uniform()
         dense = {"dtype": self.dtype, "kernel_init": xavier}
@@ -110,6 +126,8 @@ class PixelDecoder(nn.Module):
         ffn_width: hidden width of the encoder's feed-forward layers.
         num_groups: groups of GroupNorm; must divide `width`.
         remat: recompute each encoder layer in the backward pass instead of storing it.
+        stride: pixels between neighbours of the finest map, which tells the valid area of padded
+            images; 4 for the backbones of the publication.
         dtype: compute type; parameters are float32.
     """
 
@@ -120,17 +138,23 @@ class PixelDecoder(nn.Module):
     ffn_width: int = 1024
     num_groups: int = 32
     remat: bool = False
+    stride: int = 4
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Sequence[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(
+        self, features: Sequence[jax.Array], image_size: jax.Array | None = None
+    ) -> tuple[jax.Array, list[jax.Array]]:
         """Mask features and the three scales that the transformer decoder attends to.
 
         Args:
-            features: four maps [B, H/s, W/s, C_s] for s = 4, 8, 16, 32.
+            features: four maps [B, H/s, W/s, C_s] for s = 4, 8, 16, 32 (times `stride` / 4).
+            image_size: [B, 2] int32 (height, width) of each image's valid area, for which the
+                result is that of the unpadded image; None where nothing is padded.
 
         Returns:
-            mask_features [B, H/4, W/4, D] and a list of [B, H/s, W/s, D] for s = 32, 16, 8.
+            mask_features [B, H/4, W/4, D] and a list of [B, H/s, W/s, D] for s = 32, 16, 8. Beyond
+            the valid area mask_features are zero, the scales without meaning.
 
         Raises:
             ValueError: there are not four maps, or num_groups does not divide `width`.
@@ -150,26 +174,42 @@ class PixelDecoder(nn.Module):
         level_embedding = self.param(
             "level_embedding", nn.initializers.normal(1.0), (NUM_LEVELS, self.width)
         )
-        tokens, positions, references, sizes = [], [], [], []
+        tokens, positions, references, sizes, valid_sizes = [], [], [], [], []
         for level, feature in enumerate(reversed(features[1:])):
             batch, height, width, _ = feature.shape
+            valid = None
+            if image_size is not None:
+                valid = valid_size(image_size, self.stride * 2 ** (NUM_LEVELS - level))
+                valid_sizes.append(valid)
             projected = nn.Dense(
                 self.width,
                 kernel_init=nn.initializers.xavier_uniform(),
                 name=f"input_projection_{level}",
                 **dense,
             )(feature)
-            projected = nn.GroupNorm(name=f"input_norm_{level}", **norm)(projected)
-            encoding = sine_position_encoding(height, width, self.width).reshape(-1, self.width)
+            projected = nn.GroupNorm(name=f"input_norm_{level}", **norm)(
+                projected, mask=statistics_mask(projected, valid)
+            )
+            if valid is None:
+                encoding = sine_position_encoding(height, width, self.width)
+                encoding = encoding.reshape(-1, self.width)
+                references.append(reference_grid(height, width))
+            else:
+                encoding = valid_sine_position_encoding(valid, height, width, self.width)
+                encoding = encoding.reshape(batch, -1, self.width)
+                references.append(valid_reference_grid(valid, height, width))
             tokens.append(projected.reshape(batch, height * width, self.width))
             positions.append(encoding + level_embedding[level])
-            references.append(reference_grid(height, width))
             sizes.append((height, width))
 
         layer_class = nn.remat(EncoderLayer, static_argnums=(4,)) if self.remat else EncoderLayer
         encoded = jnp.concatenate(tokens, axis=1)
-        positions = jnp.concatenate(positions, axis=0)
-        references = np.concatenate(references, axis=0)
+        positions = jnp.concatenate(positions, axis=-2)
+        if image_size is None:
+            references, level_sizes = np.concatenate(references, axis=0), None
+        else:
+            references = jnp.concatenate(references, axis=1)
+            level_sizes = jnp.stack(valid_sizes, axis=1)
         for index in range(self.num_layers):
             encoded = layer_class(
                 width=self.width,
@@ -178,7 +218,7 @@ class PixelDecoder(nn.Module):
                 ffn_width=self.ffn_width,
                 dtype=self.dtype,
                 name=f"layer_{index}",
-            )(encoded, positions, references, tuple(sizes))
+            )(encoded, positions, references, tuple(sizes), level_sizes)
         bounds = np.cumsum([height * width for height, width in sizes])[:-1]
         scales = [
             scale.reshape(scale.shape[0], *size, self.width)
@@ -186,11 +226,18 @@ class PixelDecoder(nn.Module):
         ]
 
         finest = features[0]
+        valid = None if image_size is None else valid_size(image_size, self.stride)
         lateral = nn.Dense(
             self.width, use_bias=False, kernel_init=_fpn_init, name="lateral_projection", **dense
         )(finest)
-        lateral = nn.GroupNorm(name="lateral_norm", **norm)(lateral)
-        merged = lateral + resize_bilinear(scales[-1], *finest.shape[1:3])
+        lateral = nn.GroupNorm(name="lateral_norm", **norm)(
+            lateral, mask=statistics_mask(lateral, valid)
+        )
+        if valid is None:
+            upsampled = resize_bilinear(scales[-1], *finest.shape[1:3])
+        else:
+            upsampled = resize_within(scales[-1], valid_sizes[-1], *finest.shape[1:3], valid)
+        merged = zero_beyond(lateral + upsampled, valid)
         merged = nn.Conv(
             self.width,
             (3, 3),
@@ -200,8 +247,11 @@ class PixelDecoder(nn.Module):
             name="output_conv",
             **dense,
         )(merged)
-        merged = nn.relu(nn.GroupNorm(name="output_norm", **norm)(merged))
+        merged = nn.GroupNorm(name="output_norm", **norm)(
+            merged, mask=statistics_mask(merged, valid)
+        )
+        merged = nn.relu(merged)
         mask_features = nn.Dense(
             self.width, kernel_init=_fpn_init, name="mask_projection", **dense
         )(merged)
-        return mask_features, scales
+        return zero_beyond(mask_features, valid), scales

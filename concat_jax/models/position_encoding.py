@@ -6,12 +6,24 @@ Source: Mask2Former `mask2former/modeling/transformer_decoder/position_encoding.
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 # The encoding's longest wavelength, as in "Attention is all you need".
 TEMPERATURE = 10000.0
 # Keeps the division by the extent defined; part of the published encoding.
 EXTENT_EPSILON = 1e-6
+
+
+def _wavelengths(channels: int, temperature: float) -> np.ndarray:
+    """[channels / 2] divisors of the angles of one axis; `channels` must be a multiple of 4."""
+    if channels % 4:
+        raise ValueError(
+            f"The position encoding needs a channel count that is a multiple of 4, not {channels}."
+        )
+    half = channels // 2
+    return temperature ** (2 * (np.arange(half) // 2) / half)
 
 
 def sine_position_encoding(
@@ -33,12 +45,8 @@ def sine_position_encoding(
     Raises:
         ValueError: `channels` is not a multiple of 4.
     """
-    if channels % 4:
-        raise ValueError(
-            f"The position encoding needs a channel count that is a multiple of 4, not {channels}."
-        )
+    wavelengths = _wavelengths(channels, temperature)
     half = channels // 2
-    wavelengths = temperature ** (2 * (np.arange(half) // 2) / half)
 
     def encode_axis(size: int) -> np.ndarray:
         positions = np.arange(1, size + 1) / (size + EXTENT_EPSILON) * (2 * math.pi)
@@ -50,3 +58,36 @@ def sine_position_encoding(
     encoding[..., :half] = encode_axis(height)[:, None]
     encoding[..., half:] = encode_axis(width)[None, :]
     return encoding
+
+
+def valid_sine_position_encoding(
+    size: jax.Array, height: int, width: int, channels: int, temperature: float = TEMPERATURE
+) -> jax.Array:
+    """Position encoding of padded grids: on the valid area that of a grid of its size.
+
+    Args:
+        size: [B, 2] int32 (height, width) of each valid area, traced.
+        height, width: size of the grid.
+        channels: D, a multiple of 4.
+        temperature: ratio of the longest to the shortest wavelength.
+
+    Returns:
+        [B, height, width, channels] float32 in [-1, 1].
+
+    Raises:
+        ValueError: `channels` is not a multiple of 4.
+    """
+    wavelengths = _wavelengths(channels, temperature)
+    half = channels // 2
+
+    def encode_axis(extent: jax.Array, length: int) -> jax.Array:
+        places = np.arange(1, length + 1, dtype=np.float32)
+        positions = places / (extent[:, None] + EXTENT_EPSILON)
+        angles = positions[..., None] * (2 * math.pi / wavelengths).astype(np.float32)
+        pairs = jnp.stack([jnp.sin(angles[..., 0::2]), jnp.cos(angles[..., 1::2])], axis=-1)
+        return pairs.reshape(-1, length, half)
+
+    shape = (size.shape[0], height, width, half)
+    y = jnp.broadcast_to(encode_axis(size[:, 0], height)[:, :, None], shape)
+    x = jnp.broadcast_to(encode_axis(size[:, 1], width)[:, None, :], shape)
+    return jnp.concatenate([y, x], axis=-1)

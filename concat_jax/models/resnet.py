@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from concat_jax.models.valid_area import statistics_mask, valid_size, zero_beyond
+
 # detectron2 and torchvision both normalise with this epsilon; published weights assume it.
 NORM_EPSILON = 1e-5
 BLOCKS = ("bottleneck", "basic")
@@ -51,11 +53,19 @@ class FrozenBatchNorm(nn.Module):
         return features * multiplier.astype(self.dtype) + offset.astype(self.dtype)
 
 
-def make_norm(norm: str, num_groups: int, dtype: Any, name: str) -> nn.Module:
-    """The normalisation layer called `norm` ("frozen_batch" or "group")."""
+def _normalize(
+    norm: str,
+    num_groups: int,
+    dtype: Any,
+    features: jax.Array,
+    size: jax.Array | None,
+    name: str,
+) -> jax.Array:
+    """[B, H, W, C] through the layer called `norm`; its statistics see the valid `size` only."""
     if norm == "frozen_batch":
-        return FrozenBatchNorm(dtype=dtype, name=name)
-    return nn.GroupNorm(num_groups=num_groups, epsilon=NORM_EPSILON, dtype=dtype, name=name)
+        return FrozenBatchNorm(dtype=dtype, name=name)(features)
+    group_norm = nn.GroupNorm(num_groups=num_groups, epsilon=NORM_EPSILON, dtype=dtype, name=name)
+    return group_norm(features, mask=statistics_mask(features, size))
 
 
 def _pointwise(features: jax.Array, width: int, stride: int, dtype: Any, name: str) -> jax.Array:
@@ -66,20 +76,29 @@ def _pointwise(features: jax.Array, width: int, stride: int, dtype: Any, name: s
 
 
 def _conv(
-    features: jax.Array, width: int, size: int, stride: int, dtype: Any, name: str
+    features: jax.Array,
+    width: int,
+    kernel: int,
+    stride: int,
+    dtype: Any,
+    size: jax.Array | None,
+    name: str,
 ) -> jax.Array:
-    """A size x size convolution without bias, padded by size // 2 on every side as in torch."""
-    padding = ((size // 2, size // 2),) * 2
+    """A convolution without bias, padded by kernel // 2 on every side as in torch.
+
+    What lies beyond the valid `size` is read as that padding: zero.
+    """
+    padding = ((kernel // 2, kernel // 2),) * 2
     return nn.Conv(
         width,
-        (size, size),
+        (kernel, kernel),
         strides=(stride, stride),
         padding=padding,
         use_bias=False,
         dtype=dtype,
         kernel_init=_conv_init,
         name=name,
-    )(features)
+    )(zero_beyond(features, size))
 
 
 class ResidualBlock(nn.Module):
@@ -93,24 +112,27 @@ class ResidualBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, ceil(H/stride), ceil(W/stride), out_width]."""
-        norm = functools.partial(make_norm, self.norm, self.num_groups, self.dtype)
+    def __call__(self, features: jax.Array, size: jax.Array | None = None) -> jax.Array:
+        """[B, H, W, C], valid [B, 2] or None -> [B, ceil(H/stride), ceil(W/stride), out_width]."""
+        norm = functools.partial(_normalize, self.norm, self.num_groups, self.dtype)
+        out_size = None if size is None else valid_size(size, self.stride)
         out_width = self.width
         if self.block == "bottleneck":
             out_width = self.width * BOTTLENECK_EXPANSION
             hidden = _pointwise(features, self.width, 1, self.dtype, "conv1")
-            hidden = nn.relu(norm("norm1")(hidden))
-            hidden = _conv(hidden, self.width, 3, self.stride, self.dtype, "conv2")
-            hidden = nn.relu(norm("norm2")(hidden))
-            hidden = norm("norm3")(_pointwise(hidden, out_width, 1, self.dtype, "conv3"))
+            hidden = nn.relu(norm(hidden, size, "norm1"))
+            hidden = _conv(hidden, self.width, 3, self.stride, self.dtype, size, "conv2")
+            hidden = nn.relu(norm(hidden, out_size, "norm2"))
+            hidden = _pointwise(hidden, out_width, 1, self.dtype, "conv3")
+            hidden = norm(hidden, out_size, "norm3")
         else:
-            hidden = _conv(features, self.width, 3, self.stride, self.dtype, "conv1")
-            hidden = nn.relu(norm("norm1")(hidden))
-            hidden = norm("norm2")(_conv(hidden, self.width, 3, 1, self.dtype, "conv2"))
+            hidden = _conv(features, self.width, 3, self.stride, self.dtype, size, "conv1")
+            hidden = nn.relu(norm(hidden, out_size, "norm1"))
+            hidden = _conv(hidden, self.width, 3, 1, self.dtype, out_size, "conv2")
+            hidden = norm(hidden, out_size, "norm2")
         if self.stride > 1 or features.shape[-1] != out_width:
             features = _pointwise(features, out_width, self.stride, self.dtype, "shortcut")
-            features = norm("shortcut_norm")(features)
+            features = norm(features, out_size, "shortcut_norm")
         return nn.relu(hidden + features)
 
 
@@ -136,6 +158,11 @@ class ResNet(nn.Module):
     num_groups: int = 32
     dtype: Any = jnp.float32
 
+    @property
+    def stride(self) -> int:
+        """Pixels between neighbours of the first map."""
+        return 2 if self.stem == "small" else 4
+
     def _check(self) -> None:
         for field, value, valid in (
             ("block", self.block, BLOCKS),
@@ -155,42 +182,54 @@ class ResNet(nn.Module):
             )
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> list[jax.Array]:
+    def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> list[jax.Array]:
         """Feature maps of a batch of images.
 
         Args:
             images: [B, H, W, 3] float, normalised.
+            image_size: [B, 2] int32 (height, width) of each image's valid area, whose maps are
+                those of the unpadded image; None where nothing is padded.
 
         Returns:
             A map [B, ceil(H/s), ceil(W/s), C_s] a stage for s = 4, 8, 16, 32 (2, 4, 8, 16 with the
             small stem), in `dtype`, with C_s = width * (1, 2, 4, 8), times 4 for bottleneck blocks.
+            Without meaning beyond the valid area.
 
         Raises:
             ValueError: a field has no meaning, or the groups do not divide the width.
         """
         self._check()
         features = images.astype(self.dtype)
-        norm = functools.partial(make_norm, self.norm, self.num_groups, self.dtype)
+        norm = functools.partial(_normalize, self.norm, self.num_groups, self.dtype)
+
+        def size_at(stride: int) -> jax.Array | None:
+            return None if image_size is None else valid_size(image_size, stride)
+
         if self.stem == "standard":
-            features = _conv(features, self.width, 7, 2, self.dtype, "stem_conv")
-            features = nn.relu(norm("stem_norm")(features))
+            features = _conv(features, self.width, 7, 2, self.dtype, image_size, "stem_conv")
+            features = nn.relu(norm(features, size_at(2), "stem_norm"))
+            # Behind a ReLU the zeros lose against, or tie with, every value of the valid area.
+            features = zero_beyond(features, size_at(2))
             features = nn.max_pool(features, (3, 3), (2, 2), ((1, 1), (1, 1)))
         else:
-            for i in (1, 2):
-                features = _conv(features, self.width, 3, 3 - i, self.dtype, f"stem_conv{i}")
-                features = nn.relu(norm(f"stem_norm{i}")(features))
+            for i, size in ((1, image_size), (2, size_at(2))):
+                name = f"stem_conv{i}"
+                features = _conv(features, self.width, 3, 3 - i, self.dtype, size, name)
+                features = nn.relu(norm(features, size_at(2), f"stem_norm{i}"))
         outputs = []
         for stage, num_blocks in enumerate(self.stage_sizes):
             for index in range(num_blocks):
+                halves = stage > 0 and index == 0
+                stride = self.stride * 2 ** (stage - halves)
                 features = ResidualBlock(
                     width=self.width * 2**stage,
-                    stride=2 if stage > 0 and index == 0 else 1,
+                    stride=2 if halves else 1,
                     block=self.block,
                     norm=self.norm,
                     num_groups=self.num_groups,
                     dtype=self.dtype,
                     # detectron2 calls the stage of stride 4 "res2".
                     name=f"res{stage + 2}_block{index}",
-                )(features)
+                )(features, size_at(stride))
             outputs.append(features)
         return outputs

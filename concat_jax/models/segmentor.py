@@ -53,7 +53,8 @@ class SegmentorOutput:
         queries: [B, L, N, D] float32, decoder-normalised queries of all L = decoder layers + 1
             prediction sets; `queries[:, -1]` are the vision queries.
         mask_embeddings: [B, L, N, D] float32.
-        mask_features: [B, h, w, D] at stride 4, in the compute type.
+        mask_features: [B, h, w, D] at stride 4, in the compute type; zero beyond the valid area
+            of padded images.
     """
 
     queries: jax.Array
@@ -104,17 +105,33 @@ class Segmentor(nn.Module):
         backbone: returns four maps [B, H/s, W/s, C_s], s = 4, 8, 16, 32.
         pixel_decoder: those maps -> (mask_features, three scales).
         transformer_decoder: (scales, mask_features) -> (queries, mask_embeddings).
+
+    Each takes the image_size as its last argument.
     """
 
     backbone: nn.Module
     pixel_decoder: nn.Module
     transformer_decoder: nn.Module
 
-    def __call__(self, images: jax.Array) -> SegmentorOutput:
-        """[B, H, W, 3] float images from `normalize_images` -> `SegmentorOutput`."""
-        features = self.backbone(images)
-        mask_features, scales = self.pixel_decoder(features)
-        queries, mask_embeddings = self.transformer_decoder(scales, mask_features)
+    def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> SegmentorOutput:
+        """Segment a batch of images.
+
+        Args:
+            images: [B, H, W, 3] float from `normalize_images`.
+            image_size: [B, 2] int32 (height, width) of each image's valid area at the top left.
+                The rest of `images` is padding, whatever its values: the output is that of the
+                unpadded image run alone at its own size. None where nothing is padded.
+
+        Returns:
+            `SegmentorOutput`. Of the mask features the first ceil(height / 4) rows and
+            ceil(width / 4) columns belong to the image; the rest is zero.
+        """
+        if image_size is not None:
+            # At least a pixel: statistics and softmaxes over nothing would be NaN.
+            image_size = jnp.clip(image_size, 1, jnp.asarray(images.shape[1:3]))
+        features = self.backbone(images, image_size)
+        mask_features, scales = self.pixel_decoder(features, image_size)
+        queries, mask_embeddings = self.transformer_decoder(scales, mask_features, image_size)
         return SegmentorOutput(queries, mask_embeddings, mask_features)
 
 
@@ -165,8 +182,10 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
 
     shared = {"width": settings["width"], "num_heads": settings["num_heads"]}
     shared |= {"remat": settings["remat"], "dtype": dtype}
+    built_backbone = backbone_class(dtype=dtype, **backbone)
+    shared["stride"] = built_backbone.stride
     return Segmentor(
-        backbone=backbone_class(dtype=dtype, **backbone),
+        backbone=built_backbone,
         pixel_decoder=PixelDecoder(
             num_layers=settings["num_encoder_layers"],
             num_points=settings["num_points"],

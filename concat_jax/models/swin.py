@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.models.valid_area import valid_size, zero_beyond
+
 # PyTorch's default, with which every published Swin was trained.
 NORM_EPSILON = 1e-5
 # Added to the logits of token pairs that only the cyclic shift brought together. The reference's
@@ -70,23 +72,50 @@ def _blocked_along_axis(num_windows: int, window: int, shift: int) -> np.ndarray
     return is_wrapped[:, :, None] != is_wrapped[:, None, :]
 
 
-def shifted_window_mask(grid: tuple[int, int], window: int, shift: int) -> jax.Array:
+def _blocked_along_valid_axis(
+    extent: jax.Array, num_windows: int, window: int, shift: int
+) -> jax.Array:
+    """As `_blocked_along_axis` for maps that end at their own `extent` [B]: [B, num_windows, w, w].
+
+    The unpadded map would be filled up to whole windows, and its tokens see those zeros; only what
+    the bucket adds after them is a region of its own.
+    """
+    length = num_windows * window
+    filled = -(-extent // window) * window
+    places = np.arange(length)
+    is_wrapped = places >= length - shift
+    is_beyond = (places + shift) % length >= filled[:, None]
+    region = jnp.where(is_wrapped, 2, is_beyond).reshape(-1, num_windows, window)
+    return region[..., :, None] != region[..., None, :]
+
+
+def shifted_window_mask(
+    grid: tuple[int, int], window: int, shift: int, size: jax.Array | None = None
+) -> jax.Array:
     """Pairs of tokens of a shifted window that may not see each other.
 
     Args:
         grid: number of windows along height and width, (nh, nw).
         window: side w of a window.
         shift: positions by which the map was rolled up and left, in 1..w - 1.
+        size: [B, 2] int32, valid area of each image's map; None where nothing is padded.
 
     Returns:
-        [nh, nw, w**2, w**2] bool, True where attention is blocked.
+        [nh, nw, w**2, w**2] bool, True where attention is blocked; [B, nh, nw, w**2, w**2] with a
+        `size`.
     """
+    if size is None:
+        rows, columns = (_blocked_along_axis(n, window, shift) for n in grid)
+    else:
+        rows, columns = (
+            _blocked_along_valid_axis(size[:, axis], n, window, shift)
+            for axis, n in enumerate(grid)
+        )
     # Rows and columns are combined by broadcasting in the program: their product as a constant
     # would be tens of megabytes for a large image.
-    rows = _blocked_along_axis(grid[0], window, shift)[:, None, :, None, :, None]
-    columns = _blocked_along_axis(grid[1], window, shift)[None, :, None, :, None, :]
-    blocked = jnp.asarray(rows) | jnp.asarray(columns)
-    return blocked.reshape(*grid, window**2, window**2)
+    rows = jnp.asarray(rows[..., :, None, :, None, :, None])
+    blocked = rows | jnp.asarray(columns[..., None, :, None, :, None, :])
+    return blocked.reshape(*blocked.shape[:-6], *grid, window**2, window**2)
 
 
 def partition_windows(features: jax.Array, window: int) -> jax.Array:
@@ -125,7 +154,8 @@ class WindowAttention(nn.Module):
 
         Args:
             windows: [B, nh, nw, w**2, C].
-            blocked: [nh, nw, w**2, w**2] bool, True where attention is blocked; or None.
+            blocked: [nh, nw, w**2, w**2] bool, True where attention is blocked, with a batch axis
+                before it or not; or None.
 
         Returns:
             [B, nh, nw, w**2, C] in `dtype`; logits, bias and softmax are float32.
@@ -149,7 +179,7 @@ class WindowAttention(nn.Module):
         logits = jnp.einsum("byxqhd,byxkhd->byxhqk", query, key, preferred_element_type=jnp.float32)
         logits = logits + bias.astype(jnp.float32)
         if blocked is not None:
-            logits = logits + jnp.where(blocked, BLOCKED_LOGIT, 0.0)[:, :, None]
+            logits = logits + jnp.where(blocked, BLOCKED_LOGIT, 0.0)[..., None, :, :]
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         attended = jnp.einsum("byxhqk,byxkhd->byxqhd", weights, value)
         return nn.Dense(width, dtype=self.dtype, kernel_init=_dense_init, name="output")(
@@ -175,8 +205,8 @@ class SwinBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, H, W, C] in `dtype`."""
+    def __call__(self, features: jax.Array, size: jax.Array | None = None) -> jax.Array:
+        """[B, H, W, C], valid [B, 2] or None -> [B, H, W, C] in `dtype`."""
         _, height, width, channels = features.shape
         norm = {"epsilon": NORM_EPSILON, "dtype": self.dtype}
         dense = {"dtype": self.dtype, "kernel_init": _dense_init}
@@ -184,12 +214,12 @@ class SwinBlock(nn.Module):
         hidden = nn.LayerNorm(name="attention_norm", **norm)(features)
         # The padding is seen by the attention, as zeros behind the norm: the published weights
         # were trained so.
-        hidden = _pad_to_multiple(hidden, self.window)
+        hidden = _pad_to_multiple(zero_beyond(hidden, size), self.window)
         blocked = None
         if self.shift:
             hidden = jnp.roll(hidden, (-self.shift, -self.shift), axis=(1, 2))
             grid = (hidden.shape[1] // self.window, hidden.shape[2] // self.window)
-            blocked = shifted_window_mask(grid, self.window, self.shift)
+            blocked = shifted_window_mask(grid, self.window, self.shift, size)
         windows = WindowAttention(self.num_heads, self.window, self.dtype, name="attention")(
             partition_windows(hidden, self.window), blocked
         )
@@ -210,9 +240,12 @@ class PatchMerging(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2 C] in `dtype`; odd sizes gain a zero edge."""
-        features = _pad_to_multiple(features, 2)
+    def __call__(self, features: jax.Array, size: jax.Array | None = None) -> jax.Array:
+        """[B, H, W, C], valid [B, 2] or None -> [B, ceil(H/2), ceil(W/2), 2 C] in `dtype`.
+
+        Odd sizes gain a zero edge.
+        """
+        features = _pad_to_multiple(zero_beyond(features, size), 2)
         batch, height, width, channels = features.shape
         patches = features.reshape(batch, height // 2, 2, width // 2, 2, channels)
         # The four neighbours lie column by column in the channels of the published weights.
@@ -252,6 +285,11 @@ class Swin(nn.Module):
     remat: bool = False
     dtype: Any = jnp.float32
 
+    @property
+    def stride(self) -> int:
+        """Pixels between neighbours of the first map."""
+        return self.patch_size
+
     def _check(self) -> None:
         sizes, heads = tuple(self.stage_sizes), tuple(self.num_heads)
         if not 1 <= len(sizes) <= 4 or min(sizes) < 1:
@@ -280,15 +318,17 @@ class Swin(nn.Module):
                 )
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> list[jax.Array]:
+    def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> list[jax.Array]:
         """Feature maps of a batch of images.
 
         Args:
             images: [B, H, W, 3] float, normalised; any size (padded with zeros to whole patches).
+            image_size: [B, 2] int32 (height, width) of each image's valid area, whose maps are
+                those of the unpadded image; None where nothing is padded.
 
         Returns:
             A map [B, ceil(H/s), ceil(W/s), C_s] a stage for s = patch_size * (1, 2, 4, 8), in
-            `dtype`, with C_s = width * (1, 2, 4, 8).
+            `dtype`, with C_s = width * (1, 2, 4, 8). Without meaning beyond the valid area.
 
         Raises:
             ValueError: a field has no meaning, or the heads do not divide the channels.
@@ -296,6 +336,13 @@ class Swin(nn.Module):
         self._check()
         norm = {"epsilon": NORM_EPSILON, "dtype": self.dtype}
         patch = (self.patch_size, self.patch_size)
+
+        def size_at(stage: int) -> jax.Array | None:
+            if image_size is None:
+                return None
+            return valid_size(image_size, self.patch_size * 2**stage)
+
+        images = zero_beyond(images.astype(self.dtype), image_size)
         features = nn.Conv(
             self.width,
             patch,
@@ -304,7 +351,7 @@ class Swin(nn.Module):
             dtype=self.dtype,
             kernel_init=_dense_init,
             name="patch_projection",
-        )(_pad_to_multiple(images.astype(self.dtype), self.patch_size))
+        )(_pad_to_multiple(images, self.patch_size))
         features = nn.LayerNorm(name="patch_norm", **norm)(features)
 
         block_class = nn.remat(SwinBlock) if self.remat else SwinBlock
@@ -313,7 +360,9 @@ class Swin(nn.Module):
             zip(self.stage_sizes, self.num_heads, strict=True)
         ):
             if stage > 0:
-                features = PatchMerging(self.dtype, name=f"merging_{stage}")(features)
+                features = PatchMerging(self.dtype, name=f"merging_{stage}")(
+                    features, size_at(stage - 1)
+                )
             for index in range(num_blocks):
                 features = block_class(
                     num_heads=num_heads,
@@ -322,6 +371,6 @@ class Swin(nn.Module):
                     mlp_ratio=self.mlp_ratio,
                     dtype=self.dtype,
                     name=f"stage_{stage}_block_{index}",
-                )(features)
+                )(features, size_at(stage))
             outputs.append(nn.LayerNorm(name=f"output_norm_{stage}", **norm)(features))
         return outputs

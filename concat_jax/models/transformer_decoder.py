@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from concat_jax.models.pixel_decoder import NORM_EPSILON, resize_bilinear
-from concat_jax.models.position_encoding import sine_position_encoding
+from concat_jax.models.position_encoding import (
+    sine_position_encoding,
+    valid_sine_position_encoding,
+)
+from concat_jax.models.valid_area import resize_within, valid_mask, valid_size
 
 # The reference's stacked [3 D, D] projection draws Xavier over all three matrices at once, which
 # gives each of them this variance times D.
@@ -29,16 +33,21 @@ def _torch_linear_bias(fan_in: int):
     return init
 
 
-def attention_block_mask(mask_embeddings: jax.Array, mask_features: jax.Array) -> jax.Array:
+def attention_block_mask(
+    mask_embeddings: jax.Array, mask_features: jax.Array, size: jax.Array | None = None
+) -> jax.Array:
     """Where a query may not look: outside its own predicted mask.
 
     Args:
         mask_embeddings: [B, N, D].
         mask_features: [B, h, w, D], already at the resolution of the attended scale.
+        size: [B, 2] int32 (height, width) of the scale's valid area, beyond which every query is
+            blocked; None where nothing is padded.
 
     Returns:
         [B, N, h * w] bool, True where attention is blocked (mask probability under one half). A
-        query that would be blocked everywhere is blocked nowhere. Carries no gradient.
+        query that would be blocked everywhere is blocked nowhere in the valid area. Carries no
+        gradient.
     """
     mask_embeddings, mask_features = jax.lax.stop_gradient((mask_embeddings, mask_features))
     logits = jnp.einsum(
@@ -48,7 +57,11 @@ def attention_block_mask(mask_embeddings: jax.Array, mask_features: jax.Array) -
         preferred_element_type=jnp.float32,
     )
     blocked = (logits < 0).reshape(*logits.shape[:2], -1)
-    return blocked & ~blocked.all(axis=-1, keepdims=True)
+    if size is None:
+        return blocked & ~blocked.all(axis=-1, keepdims=True)
+    beyond = ~valid_mask(size, *mask_features.shape[1:3]).reshape(blocked.shape[0], 1, -1)
+    blocked = blocked | beyond
+    return (blocked & ~blocked.all(axis=-1, keepdims=True)) | beyond
 
 
 class MultiHeadAttention(nn.Module):
@@ -115,7 +128,7 @@ class DecoderLayer(nn.Module):
             queries: [B, N, D].
             query_positions: [N, D] learned.
             memory: [B, S, D] one scale of the pixel decoder.
-            memory_positions: [S, D].
+            memory_positions: [S, D] or [B, S, D].
             blocked: [B, N, S] bool.
 
         Returns:
@@ -147,6 +160,8 @@ class TransformerDecoder(nn.Module):
         num_heads: attention heads.
         ffn_width: hidden width of the feed-forward layers.
         remat: recompute each layer in the backward pass instead of storing it.
+        stride: pixels between neighbours of the mask features, which tells the valid area of
+            padded images.
         dtype: compute type; parameters are float32.
     """
 
@@ -156,17 +171,24 @@ class TransformerDecoder(nn.Module):
     num_heads: int = 8
     ffn_width: int = 2048
     remat: bool = False
+    stride: int = 4
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, scales: Sequence[jax.Array], mask_features: jax.Array
+        self,
+        scales: Sequence[jax.Array],
+        mask_features: jax.Array,
+        image_size: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Queries and mask embeddings of all prediction sets.
 
         Args:
-            scales: maps [B, h_s, w_s, D] from coarse to fine; layer i attends to map i mod len.
+            scales: maps [B, h_s, w_s, D] from coarse to fine, each of half the stride of the one
+                before, down to twice that of the mask features; layer i attends to map i mod len.
             mask_features: [B, h, w, D].
+            image_size: [B, 2] int32 (height, width) of each image's valid area, beyond which no
+                query looks; None where nothing is padded.
 
         Returns:
             queries [B, L, N, D] float32 after the decoder norm, and mask_embeddings [B, L, N, D]
@@ -187,17 +209,28 @@ class TransformerDecoder(nn.Module):
         level_embedding = self.param("level_embedding", normal, (len(scales), self.width))
 
         batch = mask_features.shape[0]
-        memories, memory_positions, small_mask_features = [], [], []
+        memories, memory_positions, small_mask_features, valid_sizes = [], [], [], []
         for level, scale in enumerate(scales):
             height, width = scale.shape[1:3]
             memory = scale.reshape(batch, height * width, self.width)
             memories.append((memory + level_embedding[level]).astype(self.dtype))
-            encoding = sine_position_encoding(height, width, self.width).reshape(-1, self.width)
-            memory_positions.append(jnp.asarray(encoding, self.dtype))
             # Mask logits are linear in the mask features, and so is the resize: resizing the
             # features once for each scale equals resizing the logits of every layer.
             frozen = jax.lax.stop_gradient(mask_features)
-            small_mask_features.append(resize_bilinear(frozen, height, width))
+            if image_size is None:
+                valid = None
+                encoding = sine_position_encoding(height, width, self.width)
+                encoding = encoding.reshape(-1, self.width)
+                small = resize_bilinear(frozen, height, width)
+            else:
+                valid = valid_size(image_size, self.stride * 2 ** (len(scales) - level))
+                encoding = valid_sine_position_encoding(valid, height, width, self.width)
+                encoding = encoding.reshape(batch, -1, self.width)
+                finest = valid_size(image_size, self.stride)
+                small = resize_within(frozen, finest, height, width, valid)
+            memory_positions.append(jnp.asarray(encoding, self.dtype))
+            small_mask_features.append(small)
+            valid_sizes.append(valid)
 
         # Float32 whatever the compute type: these are what losses and class logits are made of.
         decoder_norm = nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, name="decoder_norm")
@@ -222,7 +255,9 @@ class TransformerDecoder(nn.Module):
         predictions = [predict(queries)]
         for index in range(self.num_layers):
             level = index % len(scales)
-            blocked = attention_block_mask(predictions[-1][1], small_mask_features[level])
+            blocked = attention_block_mask(
+                predictions[-1][1], small_mask_features[level], valid_sizes[level]
+            )
             queries = layer_class(
                 width=self.width,
                 num_heads=self.num_heads,

@@ -1,0 +1,97 @@
+"""The valid area of padded images: sizes, masks, and a resize that never reads the padding.
+
+Images of many sizes share one compiled program by being padded at the bottom and right into a
+bucket. The functions here let a network compute on the valid area what it would compute on the
+unpadded image: what lies beyond is set to zero before every operation that looks at neighbours
+(which is what the zero padding of a convolution would read there), and kept out of statistics.
+
+A `size` is [B, 2] int32, the (height, width) of each image's valid area on one feature map, traced.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def valid_size(image_size: jax.Array, stride: int) -> jax.Array:
+    """Valid area of the feature map of a stride.
+
+    Args:
+        image_size: [B, 2] int32 (height, width) of the valid area of the images.
+        stride: pixels between neighbours of the map.
+
+    Returns:
+        [B, 2] int32, rounded up: the size of the map of the unpadded image.
+    """
+    return (image_size + (stride - 1)) // stride
+
+
+def valid_mask(size: jax.Array, height: int, width: int) -> jax.Array:
+    """[B, 2] sizes -> [B, height, width] bool, True inside the valid area at the top left."""
+    rows = jnp.arange(height) < size[:, :1]
+    columns = jnp.arange(width) < size[:, 1:]
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def zero_beyond(features: jax.Array, size: jax.Array | None) -> jax.Array:
+    """[B, H, W, C] with zeros beyond `size` [B, 2]; unchanged where `size` is None."""
+    if size is None:
+        return features
+    return jnp.where(valid_mask(size, *features.shape[1:3])[..., None], features, 0)
+
+
+def statistics_mask(features: jax.Array, size: jax.Array | None) -> jax.Array | None:
+    """The `mask` of flax's GroupNorm that keeps the padding out of mean and variance.
+
+    Args:
+        features: [B, H, W, C], the input of the norm.
+        size: [B, 2] int32, or None for no padding.
+
+    Returns:
+        [B, H, W, C] bool, or None where `size` is None.
+    """
+    if size is None:
+        return None
+    mask = valid_mask(size, *features.shape[1:3])[..., None]
+    return jnp.broadcast_to(mask, features.shape)
+
+
+def _interpolation_matrix(
+    in_size: jax.Array, out_size: jax.Array, in_length: int, out_length: int
+) -> jax.Array:
+    """Bilinear weights of one axis: int32 [B], [B] -> [B, out_length, in_length] float32.
+
+    Row i reads (i + 0.5) * in_size / out_size - 0.5, clamped to the valid area. The position is a
+    quotient of integers, so that its fraction is exact however long the axis is.
+    """
+    divisor = 2 * out_size[:, None]
+    numerator = (2 * jnp.arange(out_length) + 1) * in_size[:, None] - out_size[:, None]
+    numerator = jnp.clip(numerator, 0, divisor * (in_size[:, None] - 1))
+    first = numerator // divisor
+    share = (numerator - first * divisor) / divisor.astype(jnp.float32)
+    places = jnp.arange(in_length)
+    is_first = places == first[..., None]
+    is_second = places == first[..., None] + 1
+    return jnp.where(is_first, 1 - share[..., None], jnp.where(is_second, share[..., None], 0.0))
+
+
+def resize_within(
+    features: jax.Array, size: jax.Array, height: int, width: int, new_size: jax.Array
+) -> jax.Array:
+    """Bilinear resize of each image's valid area, torch's `interpolate(align_corners=False)`.
+
+    Args:
+        features: [B, H, W, C].
+        size: [B, 2] int32, valid area of `features`; nothing beyond it is read if it is finite.
+        height, width: size of the resulting map.
+        new_size: [B, 2] int32, its valid area; what lies beyond repeats the edge.
+
+    Returns:
+        [B, height, width, C] in the type of `features`, summed in float32.
+    """
+    rows = _interpolation_matrix(size[:, 0], new_size[:, 0], features.shape[1], height)
+    columns = _interpolation_matrix(size[:, 1], new_size[:, 1], features.shape[2], width)
+    # TPUs multiply float32 matrices in bfloat16 unless told otherwise.
+    exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    resized = jnp.einsum("bih,bhwc->biwc", rows, features.astype(jnp.float32), **exact)
+    resized = jnp.einsum("bjw,biwc->bijc", columns, resized, **exact)
+    return resized.astype(features.dtype)
