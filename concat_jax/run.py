@@ -38,12 +38,13 @@ from concat_jax.training.optimizer import OptimizerConfig
 from concat_jax.training.prefetch import prefetch
 from concat_jax.training.sharding import make_mesh, replicated, shard_batch
 from concat_jax.training.warm_start import copy_parameters
+from concat_jax.weights.model_folder import load_card
+from concat_jax.weights.warm_start import segmentor_from_folder
 
 if TYPE_CHECKING:
     from data_pipelines.datasets import Datasets
 
 KINDS = ("pretrain_clip", "con", "cat", "finetune")
-_SPELLING = {"clip": "CLIP"}
 # Config keys that may differ when a run is started again in its workdir: they change what is
 # shown or run next, not what was trained. The model is judged by the checkpoints themselves.
 EVALUATION_KEYS = ("eval.", "model.", "data.eval_", "data.num_eval_images")
@@ -123,7 +124,7 @@ class Run:
                     )
             for subtree, source in self.stages[name].takes.items():
                 if source == "init":
-                    self._init_file(subtree)
+                    self._init_path(subtree)
                     continue
                 configuration.check_choice(
                     source, self.stages, f"config.train.{name}.takes.{subtree} names no stage:"
@@ -136,18 +137,38 @@ class Run:
                     )
             before.append(name)
 
-    def _init_file(self, subtree: str) -> Path:
-        """File that the config names for the weights of a subtree."""
+    def _init_path(self, subtree: str) -> Path | None:
+        """Where the config says the weights of a subtree are; None where it starts fresh."""
+        configuration.check_choice(subtree, ("clip", "segmentor"), "config.init cannot hold")
         path = self.config.get("init", {}).get(subtree, "")
+        if subtree == "segmentor":
+            if path:
+                load_card(path)
+            return Path(path) if path else None
         if not path:
             raise ValueError(
-                f"No {_SPELLING.get(subtree, subtree)} weights are configured: set "
-                f"config.init.{subtree} to a Hugging Face model.safetensors file, or use a config "
-                "that trains its own."
+                "No CLIP weights are configured: set config.init.clip to a Hugging Face "
+                "model.safetensors file, or use a config that trains its own."
             )
         if not Path(path).is_file():
-            raise ValueError(f"config.init.{subtree} names {path}, which is not a file.")
+            raise ValueError(f"config.init.clip names {path}, which is not a file.")
         return Path(path)
+
+    def _initial(self, subtree: str, abstract: Params) -> Params:
+        """Parameters of a subtree that starts from "init"."""
+        path = self._init_path(subtree)
+        if subtree == "clip":
+            return clip_params_from_file(path, abstract)
+        fresh = self._init(subtree, jax.random.key(self.config.seed))
+        if path is None:
+            print(
+                "Warning: the segmentor starts from random numbers (config.init.segmentor is "
+                "empty); the published recipe starts from ImageNet weights of the backbone."
+            )
+            return fresh
+        params, loaded = segmentor_from_folder(path, self.config.model.segmentor, fresh)
+        print(f"The segmentor starts from {path}: {loaded}")
+        return params
 
     def is_finished(self, name: str) -> bool:
         """Whether the stage's last step is saved in the workdir."""
@@ -276,7 +297,7 @@ class Run:
         if (subtree, source) not in self._given:
             abstract = jax.eval_shape(lambda: self.networks.init(subtree, jax.random.key(0)))
             if source == "init":
-                params = clip_params_from_file(self._init_file(subtree), abstract)
+                params = self._initial(subtree, abstract)
                 self._given[subtree, source] = jax.device_put(params, replicated(self.mesh))
                 return self._given[subtree, source]
             checkpoints = StageCheckpoints(self.workdir, source)

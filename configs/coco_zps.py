@@ -1,7 +1,9 @@
 """Zero-shot panoptic segmentation on COCO: 119 seen and 14 unseen classes, R50.
 
+    python -m concat_jax.convert /path/to/R-50.pkl weights/r50
     python -m concat_jax.main --config=configs/coco_zps.py --workdir=runs/coco \\
         --config.data.root=/path/to/coco --config.init.clip=/path/to/model.safetensors \\
+        --config.init.segmentor=weights/r50 \\
         --config.text.bpe_path=/path/to/bpe_simple_vocab_16e6.txt.gz
 
 The directory has COCO's official panoptic layout. Schedule, batch and crop are PADing's (16 images
@@ -26,8 +28,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.tensorboard = True
     config.mesh = dict(fsdp=1, devices=1 if mini else 0)  # 0: all devices
     config.stages = ("clip", "con", "cat", "finetune") if mini else ("con", "cat", "finetune")
-    # Files of weights that start a subtree; CLIP's are a Hugging Face model.safetensors.
-    config.init = dict(clip="")
+    # Weights that start a subtree: CLIP's, a Hugging Face model.safetensors; the segmentor's, a
+    # folder that `python -m concat_jax.convert` made of ImageNet's or a Mask2Former's. The
+    # published recipe starts from an ImageNet ResNet-50; "" is random numbers.
+    config.init = dict(clip="") if mini else dict(clip="", segmentor="")
 
     config.data = dict(
         kind="coco_panoptic",
@@ -98,7 +102,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train = dict(
         con=dict(
             kind="con",
-            takes=dict(clip=clip),
+            takes=dict(clip=clip) if mini else dict(clip=clip, segmentor="init"),
             steps=few if mini else 140_350,
             batch_size=4 if mini else 16,
             log_every=20 if mini else 50,

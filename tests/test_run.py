@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from concat_jax import main
 from concat_jax.run import Run
 from concat_jax.stages.query_bank import QueryBank
 from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.weights.model_folder import ModelCard, save_model
 from data_pipelines.datasets import Datasets, make_datasets
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -142,3 +144,40 @@ def test_a_bucket_is_no_workdir(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="gs://bucket/run is not a local path"):
         main.main(["main"])
     assert not list(tmp_path.iterdir())
+
+
+def segmentor_from_init(folder):
+    config = smoke_config()
+    with config.unlocked():
+        config.init = {"segmentor": folder}
+        config.train.con.takes.segmentor = "init"
+    config.train.con.copies = {}
+    return config
+
+
+def test_segmentor_starts_from_a_folder_or_says_that_it_does_not(tmp_path, capsys):
+    run = make_run(segmentor_from_init(""), tmp_path / "fresh")
+    capsys.readouterr()
+    fresh = run.give("segmentor", "init")
+    printed = capsys.readouterr().out
+    assert "random numbers" in printed and printed.count("\n") == 1
+    backbone = jax.tree.map(lambda x: np.asarray(x) + 1, fresh["backbone"])
+    config = run.config.model.segmentor.to_dict()
+    card = ModelCard({"backbone": config["backbone"], "num_groups": config["num_groups"]})
+    save_model(tmp_path / "r50", {"segmentor": {"backbone": backbone}}, card)
+
+    run = make_run(segmentor_from_init(str(tmp_path / "r50")), tmp_path / "started")
+    started = run.give("segmentor", "init")
+    assert "newly initialised" in capsys.readouterr().out
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, started["backbone"], backbone)))
+    rest = [{k: v for k, v in tree.items() if k != "backbone"} for tree in (started, fresh)]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *rest)))
+
+
+def test_a_folder_without_a_model_is_refused_before_the_first_stage(tmp_path):
+    with pytest.raises(ValueError, match="absent holds no model.json"):
+        make_run(segmentor_from_init(str(tmp_path / "absent")), tmp_path / "run")
+    config = smoke_config()
+    config.train.cat.takes.projector = "init"
+    with pytest.raises(ValueError, match="config.init cannot hold 'projector'"):
+        make_run(config, tmp_path / "run")

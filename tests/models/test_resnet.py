@@ -36,18 +36,19 @@ def reference_backbone(block, width, stage_sizes):
 @pytest.mark.parametrize("size", [(64, 96), (45, 70)])
 def test_matches_transformers(block, size):
     torch = pytest.importorskip("torch")
-    from concat_jax.convert import _backbone_table, _to_ours
+    from concat_jax.weights.hugging_face import resnet_table
+    from concat_jax.weights.rename import to_ours
 
     width, stage_sizes = 8, (1, 2, 1, 1)
     reference = reference_backbone(block, width, stage_sizes)
     state = {f"r.{k}": v.numpy() for k, v in reference.state_dict().items()}
     params: dict = {}
-    for row in _backbone_table("r", "b", {"block": block, "stage_sizes": stage_sizes}):
+    for row in resnet_table("r", "b", {"block": block, "stage_sizes": stage_sizes}):
         *modules, leaf = row.target.split("/")[1:]
         node = params
         for name in modules:
             node = node.setdefault(name, {})
-        node[leaf] = np.asarray(_to_ours(state[row.source], row.kind))
+        node[leaf] = np.asarray(to_ours(state[row.source], row.kind))
 
     images = np.random.default_rng(1).normal(size=(2, *size, 3)).astype(np.float32)
     model = ResNet(stage_sizes=stage_sizes, width=width, block=block)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from concat_jax import convert
 from concat_jax.models import segmentor as segmentor_lib
 from concat_jax.models.segmentor import make_segmentor, mask_logits, normalize_images
 from concat_jax.models.transformer_decoder import MultiHeadAttention, attention_block_mask
+from concat_jax.weights import hugging_face
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -92,7 +92,7 @@ def relative_error(ours, theirs) -> float:
 def test_matches_transformers(config, size):
     reference = make_reference(config)
     state_dict = {k: v.numpy() for k, v in reference.state_dict().items()}
-    params, _ = convert.segmentor_params_from_hf(state_dict, config)
+    params, _ = hugging_face.segmentor_params_from_hf(state_dict, config)
     images = np.random.default_rng(2).integers(0, 256, (2, *size, 3), np.uint8)
     normalised = np.array(normalize_images(images))
 
@@ -283,7 +283,7 @@ def test_full_size_shapes_and_parameter_count():
     weights = {
         k: v
         for k, v in reference.state_dict().items()
-        if not k.startswith("class_predictor") and not k.endswith(convert.IGNORED_SUFFIXES)
+        if not k.startswith("class_predictor") and not k.endswith(hugging_face.IGNORED_SUFFIXES)
     }
     ours = sum(x.size for x in jax.tree.leaves(variables))
     assert ours == sum(v.numel() for v in weights.values()) == 44_055_680

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from concat_jax import convert
 from concat_jax.models import swin as swin_lib
 from concat_jax.models.segmentor import (
     LinearClassifier,
@@ -15,6 +14,7 @@ from concat_jax.models.segmentor import (
     normalize_images,
 )
 from concat_jax.models.swin import SWIN_VARIANTS, Swin
+from concat_jax.weights import hugging_face, rename
 
 SMALL = {"stage_sizes": (2, 1, 2, 1), "width": 8, "num_heads": (1, 2, 2, 4), "window_size": 3}
 CONFIG = {
@@ -68,14 +68,14 @@ def numpy_state(model, prefix=""):
 
 def backbone_params(state, fields):
     """Our tree of a bare backbone from a state dict named as inside Mask2Former."""
-    by_name = {convert._file_name(k): v for k, v in state.items()}
+    by_name = {hugging_face.file_name(k): v for k, v in state.items()}
     params: dict = {}
-    for row in convert._swin_table(ENCODER, "b", fields):
+    for row in hugging_face.swin_table(ENCODER, "b", fields):
         *modules, leaf = row.target.split("/")[1:]
         node = params
         for name in modules:
             node = node.setdefault(name, {})
-        node[leaf] = np.asarray(convert._to_ours(by_name[row.source], row.kind))
+        node[leaf] = np.asarray(rename.to_ours(by_name[row.source], row.kind))
     return params
 
 
@@ -144,16 +144,16 @@ def test_round_trip_of_memory_and_file_is_exact(reference, tmp_path):
     index = f"{ENCODER}.encoder.layers.0.blocks.0.attention.self.relative_position_index"
     file[index] = swin_lib.relative_position_index(3)
 
-    params, report = convert.segmentor_params_from_hf(file, CONFIG)
+    params, report = hugging_face.segmentor_params_from_hf(file, CONFIG)
     assert index in report.ignored
     weights = {k: v for k, v in file.items() if k not in report.ignored}
     assert report.num_parameters == sum(v.size for v in weights.values())
-    back = convert.segmentor_params_to_hf(params, CONFIG)
+    back = hugging_face.segmentor_params_to_hf(params, CONFIG)
     assert set(back) == set(weights)
     for name, array in back.items():
         np.testing.assert_array_equal(array, file[name], err_msg=name)
 
-    from_memory, report = convert.segmentor_params_from_hf(memory, CONFIG)
+    from_memory, report = hugging_face.segmentor_params_from_hf(memory, CONFIG)
     assert set(report.loaded.values()) == set(memory) - set(report.ignored)
     same = jax.tree.map(np.array_equal, params, from_memory)
     assert all(jax.tree.leaves(same))
@@ -166,8 +166,8 @@ def test_round_trip_of_memory_and_file_is_exact(reference, tmp_path):
 def test_transformers_reads_what_we_write(reference):
     torch = pytest.importorskip("torch")
     memory = numpy_state(reference)
-    params, report = convert.segmentor_params_from_hf(memory, CONFIG)
-    written = convert.segmentor_params_to_hf(params, CONFIG)
+    params, report = hugging_face.segmentor_params_from_hf(memory, CONFIG)
+    written = hugging_face.segmentor_params_to_hf(params, CONFIG)
     state = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in written.items()}
     again = type(reference).from_pretrained(None, config=reference.config, state_dict=state)
     for name, array in numpy_state(again).items():
@@ -177,7 +177,7 @@ def test_transformers_reads_what_we_write(reference):
 
 def test_whole_model_matches_transformers(reference):
     torch = pytest.importorskip("torch")
-    params, _ = convert.segmentor_params_from_hf(numpy_state(reference), CONFIG)
+    params, _ = hugging_face.segmentor_params_from_hf(numpy_state(reference), CONFIG)
     images = np.random.default_rng(2).integers(0, 256, (2, 70, 92, 3), np.uint8)
     images = np.array(normalize_images(images))
     model, classifier = make_segmentor(CONFIG), LinearClassifier(NUM_CLASSES)
@@ -197,7 +197,8 @@ def test_whole_model_matches_transformers(reference):
 def test_weights_of_another_depth_are_refused(reference):
     backbone = {**CONFIG["backbone"], "stage_sizes": (2, 2, 2, 1)}
     with pytest.raises(ValueError, match=r"lacks \d+ arrays.*layers.1.blocks.1"):
-        convert.segmentor_params_from_hf(numpy_state(reference), {**CONFIG, "backbone": backbone})
+        config = {**CONFIG, "backbone": backbone}
+        hugging_face.segmentor_params_from_hf(numpy_state(reference), config)
 
 
 @pytest.mark.parametrize("variant, millions", [("tiny", 27.5), ("large", 195.2)])

@@ -1,0 +1,88 @@
+"""What became of every array when weights were loaded: loaded, newly initialised or ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+Shape = tuple[int, ...]
+
+# Parts of the model by how the paths of their parameters begin; what is none of these is "other".
+GROUPS = {
+    "backbone": "segmentor/backbone/",
+    "pixel decoder": "segmentor/pixel_decoder/",
+    "transformer decoder": "segmentor/transformer_decoder/",
+    "class head": "classifier/",
+}
+# Torch's counters and index tables, of which there is one a layer: they are counted, not named.
+BOOKKEEPING = ("num_batches_tracked", "relative_position_index", "attn_mask")
+# Names printed a list: enough to see the pattern, and a report stays on one screen.
+MAX_NAMED = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadingReport:
+    """What a conversion did with each array.
+
+    Attributes:
+        loaded: our path -> the source key it was filled from.
+        shapes: our path -> shape, of every parameter that was loaded.
+        new: our path -> shape, of every parameter that the source did not hold and that was newly
+            initialised.
+        ignored: source key -> shape, of what was left out.
+    """
+
+    loaded: Mapping[str, str]
+    shapes: Mapping[str, Shape]
+    new: Mapping[str, Shape] = dataclasses.field(default_factory=dict)
+    ignored: Mapping[str, Shape] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_parameters(self) -> int:
+        """Scalars loaded."""
+        return sum(math.prod(self.shapes[path]) for path in self.loaded)
+
+    def __str__(self) -> str:
+        lines = [
+            f"loaded {_count(self.shapes)}, newly initialised {_count(self.new)}, "
+            f"ignored {len(self.ignored)} entries of the file"
+        ]
+        for group, prefix in (*GROUPS.items(), ("other", "")):
+            loaded = _of_group(self.shapes, prefix)
+            new = _of_group(self.new, prefix)
+            if loaded or new:
+                lines.append(f"  {group:<20}loaded {_count(loaded)}")
+            if new:
+                lines.append(f"  {'':<20}newly initialised {_count(new)}: {_names(new)}")
+        if self.ignored:
+            lines.append(f"  {'ignored':<20}{_ignored_names(self.ignored)}")
+        return "\n".join(lines)
+
+
+def _of_group(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
+    if prefix:
+        return {path: shape for path, shape in shapes.items() if path.startswith(prefix)}
+    known = tuple(GROUPS.values())
+    return {path: shape for path, shape in shapes.items() if not path.startswith(known)}
+
+
+def _count(shapes: Mapping[str, Shape]) -> str:
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    return f"{len(shapes)} arrays ({numbers:,} numbers)"
+
+
+def _names(shapes: Mapping[str, Shape]) -> str:
+    names = sorted(shapes)
+    named = ", ".join(f"{name} {list(shapes[name])}" for name in names[:MAX_NAMED])
+    more = len(names) - MAX_NAMED
+    return named if more <= 0 else f"{named} and {more} more"
+
+
+def _ignored_names(shapes: Mapping[str, Shape]) -> str:
+    others = {k: v for k, v in shapes.items() if k.split(".")[-1] not in BOOKKEEPING}
+    parts = [_names(others)] if others else []
+    for kind in BOOKKEEPING:
+        if count := sum(name.split(".")[-1] == kind for name in shapes):
+            parts.append(f"{count} of *.{kind}")
+    return ", ".join(parts)

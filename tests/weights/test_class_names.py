@@ -1,0 +1,109 @@
+"""Names of classes, from wherever they come, and new heads."""
+
+import json
+
+import numpy as np
+import pytest
+
+from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.weights.class_names import (
+    classes_from_hf,
+    default_classes,
+    new_head,
+    read_classes,
+)
+from concat_jax.weights.loading_report import LoadingReport
+
+KNOWN = Vocabulary(("cat", "dog", "sky"), (True, True, False), (True, False, True), (17, 18, 187))
+
+
+def test_json_list(tmp_path):
+    path = tmp_path / "classes.json"
+    path.write_text(
+        json.dumps([{"id": 7, "name": "cat", "isthing": 1}, {"id": 9, "name": "sky", "isthing": 0}])
+    )
+    classes = read_classes(path)
+    assert classes.vocabulary == Vocabulary(("cat", "sky"), (True, False), (True, True), (7, 9))
+    assert classes.knows_things
+    path.write_text(json.dumps([{"name": "cat"}, {"name": "sky"}]))
+    classes = read_classes(path, KNOWN)
+    assert classes.vocabulary.category_ids == (0, 1) and not classes.knows_things
+
+
+def test_text_file(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("sky\n cat \n\n")
+    classes = read_classes(path)
+    assert classes.vocabulary.names == ("sky", "cat") and not classes.knows_things
+    classes = read_classes(path, KNOWN)
+    assert classes.knows_things
+    assert classes.vocabulary.is_thing == (False, True)
+    assert classes.vocabulary.category_ids == (187, 17)
+    path.write_text("sky\nunicorn\n")
+    assert not read_classes(path, KNOWN).knows_things
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "empty name"),
+        ("[1]", "must be a list of"),
+        ('{"names": []}', "must be a list of"),
+        ("[]", 'needs a "name"'),
+        ('[{"id": 1}]', 'needs a "name"'),
+        ('[{"name": "a", "isthing": 2}]', "isthing"),
+        ('[{"name": "a", "id": "x"}]', '"id" must'),
+        ('[{"name": "a", "id": 1}, {"name": "b", "id": 1}]', "more than once"),
+        ("[{", "not readable"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    path = tmp_path / "classes.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_classes(path)
+    assert str(path) in str(error.value) and str(error.value).count(". ") == 0
+
+
+def test_id2label():
+    labels = {"id2label": {"0": "sky", "1": "dog"}}
+    classes = classes_from_hf(labels, 2, KNOWN)
+    assert classes.vocabulary == Vocabulary(("sky", "dog"), (False, True), (True, True), (187, 18))
+    assert not classes_from_hf(labels, 2).knows_things
+    with pytest.raises(ValueError, match="names 2 classes.*head has 3"):
+        classes_from_hf(labels, 3)
+    assert classes_from_hf({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, 2) is None
+    assert classes_from_hf({}, 2) is None
+
+
+def test_a_name_that_occurs_twice_gets_its_index():
+    labels = {"id2label": {"0": "door", "1": "sky", "2": "door"}}
+    assert classes_from_hf(labels, 3).vocabulary.names == ("door (0)", "sky", "door (2)")
+
+
+def test_default():
+    classes = default_classes(3, KNOWN)
+    assert classes.vocabulary.names == KNOWN.names and classes.knows_things
+    assert all(classes.vocabulary.is_seen)
+    classes = default_classes(2, KNOWN)
+    assert classes.vocabulary.names == ("class_0", "class_1") and not classes.knows_things
+
+
+def test_new_head():
+    old = {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)}
+    params = {"segmentor": {"x": np.ones(2)}, "classifier": {"class_embed": old}}
+    paths = [f"classifier/class_embed/{k}" for k in old]
+    report = LoadingReport(
+        loaded={"segmentor/x": "x", paths[0]: "c.weight", paths[1]: "c.bias"},
+        shapes={"segmentor/x": (2,), paths[0]: (4, 3), paths[1]: (3,)},
+    )
+    made, told = new_head(params, report, 5, 4)
+    head = made["classifier"]["class_embed"]
+    assert head["kernel"].shape == (4, 6) and head["bias"].shape == (6,)
+    assert np.abs(head["kernel"]).max() > 0
+    assert made["segmentor"] is params["segmentor"]
+    assert told.new == {paths[0]: (4, 6), paths[1]: (6,)}
+    assert told.ignored == {"c.weight": (3, 4), "c.bias": (3,)}
+    assert told.num_parameters == 2
+    again, _ = new_head(params, report, 5, 4)
+    np.testing.assert_array_equal(again["classifier"]["class_embed"]["kernel"], head["kernel"])
