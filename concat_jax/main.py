@@ -13,15 +13,13 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from concat_jax.compilation_cache import enable_compilation_cache
 from concat_jax.run import Run
 from concat_jax.training.loop import NonFiniteLossError, Preempted
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if absent.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts: jax.distributed first.")
-
-# Compiled programs are kept here unless JAX_COMPILATION_CACHE_DIR says otherwise.
-_CACHE = Path.home() / ".cache" / "concat_jax" / "xla"
 
 
 def run(config, workdir: str) -> dict:
@@ -42,8 +40,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"Error: unknown argument {argv[1]!r}; flags look like --workdir=DIR.")
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+    enable_compilation_cache()
     try:
         config = _CONFIG.value  # a config file that cannot be found raises here
         if config is None or not _WORKDIR.value:

@@ -57,6 +57,63 @@ def bounding_box(mask: np.ndarray) -> list[int]:
     return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]
 
 
+def encode_rle(mask: np.ndarray) -> dict:
+    """COCO's compressed run-length encoding of a [H, W] bool mask.
+
+    Runs of zeros and ones in turn, down the columns, the first of zeros; each is written as its
+    difference to the run before the last in base 32, as cocoapi common/maskApi.c `rleToString`.
+
+    Returns:
+      {"size": [H, W], "counts": str}, what pycocotools and COCO results files hold.
+    """
+    mask = np.asarray(mask, bool)
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff(np.concatenate([[0], changes, [flat.size]]))
+    if flat.size and flat[0]:
+        counts = np.concatenate([[0], counts])
+    values = counts.copy()
+    values[3:] -= counts[1:-2]
+    text = bytearray()
+    for value in values.tolist():
+        more = True
+        while more:
+            digit = value & 31
+            value >>= 5
+            # The highest bit of the last digit is the sign of what is left out.
+            more = value != (-1 if digit & 16 else 0)
+            text.append(48 + (digit | 32 if more else digit))
+    return {"size": list(mask.shape), "counts": text.decode("ascii")}
+
+
+def decode_rle(rle: dict) -> np.ndarray:
+    """The [H, W] bool mask of `encode_rle`.
+
+    Raises:
+      ValueError: if the runs do not fill the size.
+    """
+    height, width = rle["size"]
+    counts: list[int] = []
+    value = shift = 0
+    for byte in rle["counts"].encode("ascii"):
+        digit = byte - 48
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    if sum(counts) != height * width:
+        raise ValueError(
+            f"A run-length encoding holds {sum(counts)} pixels where its size {height}x{width} has "
+            f"{height * width}."
+        )
+    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return flat.reshape(width, height).T
+
+
 class PanopticWriter:
     """Writes predictions image by image: `<out_dir>/<name>/*.png`, then `<out_dir>/<name>.json`.
 
@@ -93,9 +150,16 @@ class PanopticWriter:
         ]
         self._file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
         self._written: set[str] = set()
+        self._images: list[dict] = []
 
     def add(
-        self, image_id: int, file_name: str, id_map: np.ndarray, segments: Sequence[dict]
+        self,
+        image_id: int,
+        file_name: str,
+        id_map: np.ndarray,
+        segments: Sequence[dict],
+        *,
+        source: str = "",
     ) -> None:
         """Writes one image.
 
@@ -105,6 +169,7 @@ class PanopticWriter:
           id_map: [H, W] int, 0 void.
           segments: dicts with "id" and "label" (class index), optionally "score" and "iscrowd";
             `ImageSegments.segments` is of this form. Areas and boxes are measured on the map.
+          source: name of the image's own file, which "images" of the json then holds.
 
         Raises:
           ValueError: if ids of map and list differ (the official tool refuses such files), a label
@@ -146,10 +211,16 @@ class PanopticWriter:
         annotation = {"image_id": int(image_id), "file_name": png_name, "segments_info": infos}
         self._file.write(("," if self._written else "") + "\n" + json.dumps(annotation))
         self._written.add(png_name)
+        if source:
+            height, width = np.shape(id_map)
+            self._images.append(
+                {"id": int(image_id), "file_name": source, "height": height, "width": width}
+            )
 
     def close(self) -> pathlib.Path:
         """Finishes the json, gives it its final name and returns its path."""
-        self._file.write("\n]}\n")
+        images = f',\n"images": {json.dumps(self._images)}' if self._images else ""
+        self._file.write(f"\n]{images}}}\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +17,8 @@ import numpy as np
 
 from concat_jax.evaluation import pictures
 from concat_jax.evaluation.coco_format import PanopticWriter
-from concat_jax.evaluation.panoptic_inference import (
-    ImageSegments,
-    PanopticOutput,
-    panoptic_inference,
-    unpack_segments,
-)
+from concat_jax.evaluation.image_segments import ImageSegments, unpack_segments
+from concat_jax.evaluation.panoptic_inference import PanopticOutput, panoptic_inference
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import mask_logits, normalize_images
@@ -55,18 +54,35 @@ class EvalConfig:
     num_pictures: int = 8
 
 
-def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig) -> Predict:
-    """Jitted (params, text, images, image_size) -> PanopticOutput.
+class Sizes(NamedTuple):
+    """Sizes of a batch of padded images.
 
-    `params` holds "segmentor" and "projector"; text is [K, C]; images [B, H, W, 3] uint8;
-    image_size [B, 2] the valid area. CLIP's image tower has no part in it.
+    Attributes:
+      image: [B, 2] int32 (height, width) of the valid area.
+      native: [B, 2] int32 (height, width) of the images as they were, which the maps take.
+    """
+
+    image: np.ndarray
+    native: np.ndarray
+
+
+def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig) -> Predict:
+    """Makes (params, text, images, sizes) -> PanopticOutput.
+
+    `params` holds "segmentor" and "projector"; text is [K, C]; images [B, H, W, 3] uint8; sizes
+    is `Sizes`, and the maps, at native size, lie in a bucket of H and W times powers of two, so
+    that few programs are compiled whatever the sizes are. CLIP's image tower has no part in it.
     """
     is_thing = np.asarray(vocabulary.is_thing)
     is_seen = np.asarray(vocabulary.is_seen)
 
-    @jax.jit
-    def predict(params, text, images, image_size):
-        output = networks.segmentor.apply({"params": params["segmentor"]}, normalize_images(images))
+    @functools.partial(jax.jit, static_argnames=("output_size", "is_padded"))
+    def run(params, text, images, sizes, *, output_size, is_padded):
+        output = networks.segmentor.apply(
+            {"params": params["segmentor"]},
+            normalize_images(images),
+            sizes.image if is_padded else None,
+        )
         logits = networks.projector.apply(
             {"params": params["projector"]}, output.queries[:, -1], text, method="predict"
         )
@@ -75,8 +91,9 @@ def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig)
             jax.nn.softmax(logits, axis=-1),
             jnp.asarray(is_thing),
             jnp.asarray(is_seen),
-            output_size=images.shape[1:3],
-            image_size=image_size,
+            output_size=output_size,
+            source_size=sizes.image / networks.segmentor.backbone.stride,
+            image_size=sizes.native,
             keep_rule=config.keep_rule,
             score_threshold=config.score_threshold,
             objectness_threshold=config.objectness_threshold,
@@ -85,11 +102,26 @@ def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig)
             gamma=config.gamma,
         )
 
+    def predict(params, text, images, sizes: Sizes) -> PanopticOutput:
+        # Where nothing is padded the network needs no masks: two programs, the lighter for most.
+        is_padded = bool((np.asarray(sizes.image) != images.shape[1:3]).any())
+        output_size = output_bucket(images.shape[1:3], sizes.native.max(axis=0))
+        return run(params, text, images, sizes, output_size=output_size, is_padded=is_padded)
+
     return predict
 
 
+def output_bucket(input_size: Sequence[int], native_size: Sequence[int]) -> tuple[int, int]:
+    """The input size, each side doubled until the native size fits."""
+    height, width = (
+        int(side) * 2 ** max(0, math.ceil(math.log2(int(native) / int(side))))
+        for side, native in zip(input_size, native_size, strict=True)
+    )
+    return height, width
+
+
 def evaluate(
-    predict: Callable[[np.ndarray, np.ndarray], PanopticOutput],
+    predict: Callable[[np.ndarray, Sizes], PanopticOutput],
     examples: Iterable[tuple[Mapping, Mapping]],
     vocabulary: Vocabulary,
     config: EvalConfig,
@@ -101,7 +133,7 @@ def evaluate(
     """Predict every image and score it at its native size, seen and unseen in one label space.
 
     Args:
-      predict: (images [B, H, W, 3] uint8, image_size [B, 2]) -> PanopticOutput.
+      predict: (images [B, H, W, 3] uint8, `Sizes`) -> PanopticOutput with maps at native size.
       examples: pairs of an example at native size and the same fitted to the input size.
       vocabulary: the label space of the ground truth and the prediction.
       config: batch size and number of pictures.
@@ -123,10 +155,8 @@ def evaluate(
             for native, result in zip(
                 (native for native, _ in chunk), _predict_chunk(predict, chunk, config), strict=True
             ):
-                id_map = _resize_ids(result.id_map, native["segment_ids"].shape)
-                present = np.unique(id_map)
-                segments = [s for s in result.segments if s["id"] in present]
-                labels = {s["id"]: s["label"] for s in segments}
+                id_map, segments = result.id_map, result.segments
+                labels = result.labels_by_id()
                 truth = native["segment_ids"], native["segment_labels"]
                 quality.update(*truth, native["segment_is_crowd"], id_map, labels)
                 if writer:
@@ -155,13 +185,14 @@ def evaluate(
 
 
 def _predict_chunk(predict, chunk: Sequence, config: EvalConfig) -> list[ImageSegments]:
-    images = np.stack([boxed["image"] for _, boxed in chunk])
-    sizes = np.stack([boxed["image_size"] for _, boxed in chunk])
-    short = config.batch_size - len(chunk)
-    if short:  # the last batch is filled up: one shape, one compilation
-        images = np.concatenate([images, np.repeat(images[-1:], short, axis=0)])
-        sizes = np.concatenate([sizes, np.repeat(sizes[-1:], short, axis=0)])
-    return unpack_segments(predict(images, sizes), sizes)[: len(chunk)]
+    # The last batch is filled up with its last image: one shape, one compilation.
+    filled = [*chunk, *[chunk[-1]] * (config.batch_size - len(chunk))]
+    sizes = Sizes(
+        image=np.stack([boxed["image_size"] for _, boxed in filled]),
+        native=np.array([native["segment_ids"].shape for native, _ in filled], np.int32),
+    )
+    output = predict(np.stack([boxed["image"] for _, boxed in filled]), sizes)
+    return unpack_segments(output, sizes.native)[: len(chunk)]
 
 
 def _batched(items: Iterable, size: int) -> Iterator[Sequence]:
@@ -173,12 +204,3 @@ def _batched(items: Iterable, size: int) -> Iterator[Sequence]:
             chunk = []
     if chunk:
         yield chunk
-
-
-def _resize_ids(ids: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Id map at another size, by nearest pixel centre."""
-    if ids.shape == shape:
-        return ids
-    rows = ((np.arange(shape[0]) + 0.5) * ids.shape[0] / shape[0]).astype(int)
-    columns = ((np.arange(shape[1]) + 0.5) * ids.shape[1] / shape[1]).astype(int)
-    return ids[rows[:, None], columns[None]]

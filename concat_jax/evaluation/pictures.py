@@ -100,9 +100,12 @@ def _borders(ids: np.ndarray, thickness: int) -> np.ndarray:
     return edge
 
 
-def default_scale(height: int, width: int, target: int = 320) -> int:
-    """Integer factor that brings the shorter side near `target`, so that names can be read."""
-    return max(1, round(target / min(height, width)))
+def default_scale(height: int, width: int, target: int = 320, longest: int = 1600) -> int:
+    """Integer factor that brings the shorter side near `target`, so that names can be read.
+
+    The longer side stays under `longest`, however thin the image is.
+    """
+    return max(1, min(round(target / min(height, width)), longest // max(height, width)))
 
 
 def _check(image: np.ndarray, segment_ids: np.ndarray) -> None:
@@ -166,7 +169,7 @@ def panoptic_overlay(
     if unknown:
         raise ValueError(f"The segment id {unknown[0]} has no label; list every id of the map.")
 
-    palette = np.zeros((len(present), 3))
+    palette = np.zeros((len(present), 3), np.float32)
     instances: dict[int, int] = {}
     for row, segment in enumerate(present.tolist()):
         if segment:
@@ -174,7 +177,7 @@ def panoptic_overlay(
             rank = instances[label] = instances.get(label, -1) + 1
             palette[row] = segment_colour(label, bool(is_thing[label]), rank)
 
-    large = np.asarray(enlarge(image, scale)).astype(np.float64)
+    large = np.asarray(enlarge(image, scale)).astype(np.float32)
     compact = compact.repeat(scale, 0).repeat(scale, 1)
     void = (present == 0)[compact]
     # Under the colour the image is kept as brightness only: its own hues would tint the palette.
@@ -214,6 +217,9 @@ class _Label:
 
 
 _LABEL_SIZES = (15, 13, 11)  # points tried from large to small; below 11 nothing can be read
+# Shorter side up to which these sizes are right; letters of larger pictures grow with them, which
+# are looked at as a whole.
+_LABEL_SIDE = 640
 _PADDING = (4, 3)
 
 
@@ -221,16 +227,20 @@ def _draw_labels(picture: Image.Image, compact: np.ndarray, labels: Sequence[_La
     """Names the segments, largest first; one whose name finds no free room inside is left out."""
     taken = np.zeros(compact.shape, bool)
     draw = ImageDraw.Draw(picture, "RGBA")
+    growth = max(1.0, min(compact.shape) / _LABEL_SIDE)
+    sizes = [round(growth * size) for size in _LABEL_SIZES]
     for label in labels:
         inside = compact == label.row
-        for size in _LABEL_SIZES:
+        for size in sizes:
             width, height = _text_size(label.text, size)
             box = (width + 2 * _PADDING[0], height + 2 * _PADDING[1])
+            # A label overhangs its segment by less than itself, so only this part matters.
+            top, left, part = _surroundings(inside, box)
             # The smallest size may overhang its segment a little; the large ones must fit.
-            corner = _place(inside, taken, box, 0.72 if size == _LABEL_SIZES[-1] else 0.97)
+            corner = _place(inside[part], taken[part], box, 0.72 if size == sizes[-1] else 0.97)
             if corner is None:
                 continue
-            x, y = corner
+            x, y = corner[0] + left, corner[1] + top
             dark = tuple(int(0.3 * c) for c in label.colour)
             fill = (255, 226, 70, 235) if label.is_unseen else (*dark, 205)
             ink = _INK if label.is_unseen else _PAPER
@@ -238,6 +248,16 @@ def _draw_labels(picture: Image.Image, compact: np.ndarray, labels: Sequence[_La
             _draw_text(draw, (x + _PADDING[0], y + _PADDING[1]), label.text, size, ink)
             taken[max(y - 1, 0) : y + box[1] + 1, max(x - 1, 0) : x + box[0] + 1] = True
             break
+
+
+def _surroundings(
+    inside: np.ndarray, margin: tuple[int, int]
+) -> tuple[int, int, tuple[slice, slice]]:
+    """Top, left and slices of a mask's bounding box, widened by a margin (width, height)."""
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    top, left = max(0, int(rows[0]) - margin[1]), max(0, int(columns[0]) - margin[0])
+    part = slice(top, int(rows[-1]) + margin[1] + 1), slice(left, int(columns[-1]) + margin[0] + 1)
+    return top, left, part
 
 
 def _place(

@@ -1,15 +1,19 @@
 """Post-processing against a loop that follows the reference, and its corner cases."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 import torch
 
+from concat_jax.evaluation.assign_pixels import assign_pixels
+from concat_jax.evaluation.image_segments import unpack_segments
 from concat_jax.evaluation.panoptic_inference import (
     Fate,
-    bilinear_weights,
     panoptic_inference,
-    unpack_segments,
+    rank_queries,
+    settle_segments,
 )
 
 
@@ -108,20 +112,6 @@ def test_equals_the_reference_loop(keep_rule, size, strip_rows):
         )
     assert {Fate.SEGMENT, Fate.MERGED, Fate.NO_OBJECT, Fate.OVERLAPPED} <= seen_fates
     assert (Fate.LOW_SCORE in seen_fates) == (keep_rule == "score")
-
-
-@pytest.mark.parametrize(("source", "target"), [(5, 20), (7, 7), (20, 6), (1, 9), (9, 1)])
-def test_bilinear_weights_equal_torch(source, target):
-    values = np.random.default_rng(0).normal(size=(1, 1, source)).astype(np.float32)
-    expected = torch.nn.functional.interpolate(
-        torch.tensor(values), size=target, mode="linear", align_corners=False
-    )
-    np.testing.assert_allclose(
-        bilinear_weights(source, target) @ values[0, 0],
-        expected[0, 0].numpy(),
-        rtol=1e-5,
-        atol=1e-5,
-    )
 
 
 def masks_of(rows):
@@ -244,7 +234,7 @@ def test_padding_counts_in_no_area():
     cut = np.array([[1, 6]])
     padded = infer(masks, probs, [True], overlap_threshold=0.9)
     assert padded.labels[0].tolist() == [0, -1]
-    output = infer(masks, probs, [True], overlap_threshold=0.9, image_size=cut)
+    output = infer(masks, probs, [True], overlap_threshold=0.9, image_size=cut, source_size=cut)
     assert output.segment_ids[0, 0].tolist() == [1, 1, 2, 2, 2, 2, 0, 0, 0, 0]
     (image,) = unpack_segments(output, cut)
     assert image.id_map.shape == (1, 6)
@@ -287,3 +277,162 @@ def test_bad_input_is_refused(changes, message):
     }
     with pytest.raises(ValueError, match=message):
         panoptic_inference(**(arguments | changes))
+
+
+@pytest.mark.parametrize("side", [96, 24])
+def test_equals_the_map_of_transformers(side):
+    """The same segments, where transformers' rules are the reference's.
+
+    It resizes to 384x384 first, whatever the logits' size; it compares score * mask probability,
+    not the mask probability, with the threshold, which is the same at scores of 1; it gives a
+    pixel to the best bidder also where its mask does not cover it, which is left out here; and
+    after fusing stuff it gives out ids that are taken, so nothing is fused here.
+    """
+    transformers = pytest.importorskip("transformers")
+    rng = np.random.default_rng(side)
+    num_queries, num_classes = 100, 8
+    # A dozen kept, as in images, of which some are hidden under others.
+    logits = np.stack([blobs(rng, num_queries, side, side)])
+    class_logits = np.zeros((1, num_queries, num_classes + 1), np.float32)
+    best = np.where(rng.uniform(size=num_queries) < 0.12, rng.integers(0, num_classes, 100), 8)
+    class_logits[0, np.arange(num_queries), best] = 25
+    is_thing = np.ones(num_classes, bool)
+    processor = transformers.Mask2FormerImageProcessorPil()
+    outputs = types.SimpleNamespace(
+        class_queries_logits=torch.tensor(class_logits), masks_queries_logits=torch.tensor(logits)
+    )
+    (theirs,) = processor.post_process_panoptic_segmentation(
+        outputs,
+        threshold=0.8,
+        overlap_mask_area_threshold=0.2,
+        label_ids_to_fuse=set(),
+        target_sizes=[(384, 384)],
+    )
+    ours = jax.device_get(
+        panoptic_inference(
+            logits,
+            jax.nn.softmax(class_logits),
+            is_thing,
+            is_thing,
+            output_size=(384, 384),
+            keep_rule="score",
+            overlap_threshold=0.2,
+        )
+    )
+    labels = {s["id"]: s["label_id"] for s in theirs["segments_info"]}
+    assert 2 < len(labels) < (best < 8).sum()
+    their_map = theirs["segmentation"].numpy()
+    mine = ours.segment_ids[0]
+    pairs, counts = np.unique(
+        np.stack([mine[mine > 0], their_map[mine > 0]]), axis=1, return_counts=True
+    )
+    # A segment of ours is one of theirs, but for ties of single pixels.
+    matched = pairs[:, counts > 5]
+    assert len(set(matched[0])) == len(set(matched[1])) == matched.shape[1] == len(labels)
+    assert counts[counts <= 5].sum() <= 10
+    assert {int(t): int(ours.labels[0, m - 1]) for m, t in matched.T} == labels
+
+
+def test_sizes_in_buckets_give_what_exact_sizes_give():
+    """Padded logits and a padded map, in one program, against each image alone."""
+    rng = np.random.default_rng(5)
+    sources, natives = [(12, 16), (20, 7)], [(37, 50), (64, 13)]
+    padded = rng.normal(0, 9, (2, 6, 20, 20)).astype(np.float32)  # garbage where nothing is valid
+    masks = [blobs(rng, 6, *source) for source in sources]
+    for row, mask in enumerate(masks):
+        padded[row, :, : mask.shape[1], : mask.shape[2]] = mask
+    probs = peaked_probs(rng, 2, 6, 4)
+    flags = np.array([True, False, True, False])
+    together = panoptic_inference(
+        padded,
+        probs,
+        flags,
+        flags,
+        output_size=(64, 70),
+        source_size=np.array(sources),
+        image_size=np.array(natives),
+    )
+    assert {2, 3, 4} & set(np.unique(together.segment_ids).tolist())
+    for row, (mask, native) in enumerate(zip(masks, natives, strict=True)):
+        alone = panoptic_inference(
+            mask[None], probs[row : row + 1], flags, flags, output_size=native
+        )
+        ids = np.asarray(together.segment_ids[row])
+        np.testing.assert_array_equal(ids[: native[0], : native[1]], alone.segment_ids[0])
+        assert not ids[native[0] :].any() and not ids[:, native[1] :].any()
+        for name in ("labels", "fates", "areas"):
+            np.testing.assert_array_equal(getattr(together, name)[row], getattr(alone, name)[0])
+        areas = np.bincount(ids.ravel(), minlength=7)[1:]
+        np.testing.assert_array_equal(alone.areas[0], areas)
+
+
+def test_fractional_extents_keep_the_scale_of_the_image():
+    """An image 6 pixels wide has 1.5 logits at stride 4: the second starts at pixel 4."""
+    logits = np.array([[[[8.0, -8.0, 99.0]]]], np.float32)
+    output = infer(
+        logits,
+        [[0.9, 0.1]],
+        [True],
+        output_size=(1, 6),
+        source_size=np.array([[1, 1.5]]),
+        overlap_threshold=0.0,
+    )
+    # Logit centres lie at 1.5 and 5.5, so the logit changes its sign at 3.5: three pixels are
+    # above zero and the fourth, whose own centre is 3.5, is exactly at it.
+    assert output.segment_ids[0, 0].tolist() == [1, 1, 1, 1, 0, 0]
+
+
+def test_neither_strips_nor_groups_show():
+    rng = np.random.default_rng(6)
+    masks, probs = blobs(rng, 10, 12, 16)[None], peaked_probs(rng, 1, 10, 4)
+    flags = np.array([True, False, True, False])
+    sizes = {"output_size": (37, 50)}
+    plain = panoptic_inference(masks, probs, flags, flags, **sizes, strip_rows=37)
+    other = panoptic_inference(masks, probs, flags, flags, **sizes, strip_rows=5, queries_at_once=3)
+    assert (np.asarray(plain.labels) >= 0).sum() > 2
+    for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_tiles_add_up_to_the_whole():
+    rng = np.random.default_rng(7)
+    masks, probs = blobs(rng, 10, 12, 16)[None], peaked_probs(rng, 1, 10, 4)
+    flags = np.array([True, False, True, False])
+    native = np.array([[37, 50]])
+    whole = panoptic_inference(masks, probs, flags, flags, output_size=(37, 50))
+    queries = rank_queries(
+        probs, flags, keep_rule="objectness", score_threshold=0.8, objectness_threshold=0.5
+    )
+    tile = jax.jit(
+        lambda origin: assign_pixels(
+            masks, queries, output_size=(20, 20), image_size=native, origin=origin
+        )
+    )
+    tiles, counts = {}, None
+    for top in (0, 20):
+        for left in (0, 20, 40):
+            tiles[top, left], here = tile(np.array([top, left]))
+            counts = here if counts is None else counts + here
+    tables = settle_segments(queries, counts, flags, overlap_threshold=0.8)
+    codes = np.block([[np.asarray(tiles[t, l][0]) for l in (0, 20, 40)] for t in (0, 20)])
+    ids = np.asarray(tables.lookup[0])[codes]
+    np.testing.assert_array_equal(ids[:37, :50], whole.segment_ids[0])
+    assert not ids[37:].any() and not ids[:, 50:].any()
+    np.testing.assert_array_equal(tables.areas, whole.areas)
+
+
+def test_through_the_input_size_differs_by_border_pixels():
+    """The reference blends twice, logits to input size to image size; ours once."""
+    rng = np.random.default_rng(8)
+    probs = np.tile(np.array([0.95, 0.0, 0.05], np.float32), (12, 1))
+    masks = blobs(rng, 12, 50, 67)
+    direct = infer(
+        masks[None], probs, [True, True], output_size=(96, 128), source_size=np.array([[50, 66.75]])
+    )
+    large = torch.nn.functional.interpolate(
+        torch.tensor(masks)[None], size=(200, 268), mode="bilinear", align_corners=False
+    )[..., :267]
+    twice = infer(large.numpy(), probs, [True, True], output_size=(96, 128))
+    differing = (direct.segment_ids != twice.segment_ids).mean()
+    assert differing < 0.01
+    np.testing.assert_array_equal(direct.labels, twice.labels)

@@ -1,0 +1,83 @@
+"""Bilinear resize of the valid part of a map, one axis at a time, with traced sizes."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+class Taps(NamedTuple):
+    """The two source places that each target place of an axis blends.
+
+    Attributes:
+      low, high: [..., n] int32 indices of the source axis.
+      share: [..., n] float32 weight of `high`; `low` has the rest.
+    """
+
+    low: Array
+    high: Array
+    share: Array
+
+
+def axis_taps(
+    source: Array, target: Array, length: int, origin: Array | int = 0, xp: ModuleType = jnp
+) -> Taps:
+    """Taps of one axis: half-pixel centres, clamped edges, no antialias.
+
+    The same numbers as torch `interpolate(mode="bilinear", align_corners=False)`, which the
+    reference applies to mask logits when it enlarges and when it shrinks them.
+
+    Args:
+      source: [...] valid extent of the source axis, which may be a fraction: 333.25 at stride 4 is
+        an image 1333 wide. Places from its ceiling on are never read.
+      target: [...] size that the extent is resized to.
+      length: n, how many target places are wanted. Static. Those past `target` repeat the edge.
+      origin: the first target place wanted, for a map that is made in tiles.
+      xp: jax.numpy, or numpy on the host.
+
+    Returns:
+      Taps [..., n].
+    """
+    source = xp.asarray(source, xp.float32)[..., None]
+    scale = source / xp.asarray(target, xp.float32)[..., None]
+    last = xp.maximum(xp.ceil(source) - 1, 0).astype(xp.int32)
+    position = (xp.arange(length) + origin + 0.5).astype(xp.float32) * scale - 0.5
+    position = xp.clip(position, 0, last.astype(xp.float32))
+    low = xp.floor(position).astype(xp.int32)
+    high = xp.minimum(low + 1, last)
+    return Taps(low, high, (position - low).astype(xp.float32))
+
+
+def blend(values: Array, taps: Taps, axis: int) -> Array:
+    """Resizes one axis of an array by taps [n] without batch axes (vmap adds them)."""
+    shape = [1] * values.ndim
+    shape[axis] = -1
+    share = taps.share.reshape(shape)
+    xp = jnp if isinstance(values, jax.Array) else np
+    low, high = (xp.take(values, index, axis=axis, mode="clip") for index in (taps.low, taps.high))
+    return low * (1 - share) + high * share
+
+
+def resize_on_host(
+    values: np.ndarray, source_size: tuple[float, float], output_size: tuple[int, int]
+) -> np.ndarray:
+    """Resizes the valid extent of one map [h, w] float32 to output_size, with numpy.
+
+    Args:
+      values: [h, w] float32.
+      source_size: (height, width) of its valid extent, as in `axis_taps`.
+      output_size: (H, W).
+
+    Returns:
+      [H, W] float32.
+    """
+    # Columns first: the map still has its few rows then.
+    columns = axis_taps(source_size[1], output_size[1], output_size[1], xp=np)
+    rows = axis_taps(source_size[0], output_size[0], output_size[0], xp=np)
+    return blend(blend(values, columns, 1), rows, 0)
