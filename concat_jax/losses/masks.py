@@ -54,32 +54,13 @@ def sample_features(features: jax.Array, points: jax.Array) -> jax.Array:
     """
     batch, height, width, depth = features.shape
     indices, weights = bilinear_corners(points, height, width)  # [B, P, 4]
-    rows = jnp.take_along_axis(
-        features.reshape(batch, height * width, depth),
-        indices.reshape(batch, -1, 1),
-        axis=1,
-    ).reshape(*indices.shape, depth)
-    return jnp.einsum("bpcd,bpc->bpd", rows, weights.astype(rows.dtype))
-
-
-def sample_maps(maps: jax.Array, points: jax.Array) -> jax.Array:
-    """Bilinear samples of many scalar maps, each at points of its own.
-
-    Args:
-      maps: [B, M, h, w], for instance matched mask logits.
-      points: [B, M, P, 2].
-
-    Returns:
-      [B, M, P].
-    """
-    batch, count, height, width = maps.shape
-    indices, weights = bilinear_corners(points, height, width)  # [B, M, P, 4]
-    values = jnp.take_along_axis(
-        maps.reshape(batch, count, height * width),
-        indices.reshape(batch, count, -1),
-        axis=2,
-    ).reshape(indices.shape)
-    return jnp.sum(values * weights.astype(values.dtype), axis=-1)
+    rows = features.reshape(batch, height * width, depth)
+    take = jax.vmap(lambda table, index: table.at[index].get(mode="promise_in_bounds"))
+    # A sum of four, not a gather of [B, P, 4, D]: the rows of the corners never reach memory.
+    return sum(
+        take(rows, indices[..., corner]) * weights[..., corner, None].astype(rows.dtype)
+        for corner in range(4)
+    )
 
 
 def sample_segments(segment_ids: jax.Array, points: jax.Array, num_segments: int) -> jax.Array:
@@ -93,107 +74,90 @@ def sample_segments(segment_ids: jax.Array, points: jax.Array, num_segments: int
     Returns:
       [B, G, P] float32 in [0, 1]; row g - 1 is segment g.
     """
-    ids, weights = _ids_at_corners(segment_ids, points)
-    segments = jnp.arange(1, num_segments + 1, dtype=jnp.int32)[:, None, None]
-    return jnp.sum(jnp.where(ids[:, None] == segments, weights[:, None], 0.0), axis=-1)
-
-
-def sample_own_segment(segment_ids: jax.Array, points: jax.Array) -> jax.Array:
-    """Bilinear samples of each segment's binary mask at points of its own.
-
-    Args:
-      segment_ids: [B, H, W] unsigned integers, 0 void, g in 1..G owned by segment g.
-      points: [B, G, P, 2]; row g - 1 holds the points of segment g.
-
-    Returns:
-      [B, G, P] float32 in [0, 1].
-    """
-    ids, weights = _ids_at_corners(segment_ids, points)
-    own = jnp.arange(1, points.shape[1] + 1, dtype=jnp.int32)[:, None, None]
-    return jnp.sum(jnp.where(ids == own, weights, 0.0), axis=-1)
-
-
-def _ids_at_corners(segment_ids: jax.Array, points: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Ids [B, ..., P, 4] int32 and weights of the corners around points [B, ..., P, 2]."""
     batch, height, width = segment_ids.shape
     indices, weights = bilinear_corners(points, height, width)
     ids = jnp.take_along_axis(
         segment_ids.reshape(batch, height * width), indices.reshape(batch, -1), axis=1
     )
-    return ids.reshape(indices.shape).astype(jnp.int32), weights
+    ids = ids.reshape(indices.shape).astype(jnp.int32)[:, None]  # [B, 1, P, 4]
+    segments = jnp.arange(1, num_segments + 1, dtype=jnp.int32)[:, None]
+    return sum(
+        jnp.where(ids[..., corner] == segments, weights[:, None, :, corner], 0.0)
+        for corner in range(4)
+    )
 
 
-def sample_uncertain_points(
-    rng: jax.Array,
-    mask_logits: jax.Array,
-    num_points: int,
-    *,
-    oversample_ratio: float,
-    importance_ratio: float,
-) -> jax.Array:
-    """Points where the mask is least certain, plus a share of uniform ones (PointRend).
+def uncertainty_weights(logits: jax.Array, count: int) -> jax.Array:
+    """Which candidate points count where the mask is least certain, as PointRend picks them.
 
-    Source: detectron2 `get_uncertain_point_coords_with_randomness`; uncertainty is -|logit|.
+    Source: detectron2 `get_uncertain_point_coords_with_randomness`, whose uncertainty is -|logit|.
+    Weights instead of a list of points: the smallest `count` of |logit| are told by their largest
+    member, found bit by bit, where sorting C candidates of every mask would cost most of the loss.
 
     Args:
-      rng: PRNG key.
-      mask_logits: [B, M, h, w]; gradients are not taken.
-      num_points: P.
-      oversample_ratio: candidates drawn per kept point, at least 1.
-      importance_ratio: share of the P points that are the most uncertain candidates, in [0, 1].
+      logits: [..., C] mask logits at the candidates.
+      count: number of candidates to pick, 0..C.
 
     Returns:
-      [B, M, P, 2] float32.
-
-    Raises:
-      ValueError: if a ratio is out of range.
+      [..., C] float32 without gradient, 1 for the `count` least certain candidates and 0 for the
+      others; candidates that tie for the last places share them. The sum over C is `count`.
     """
-    if oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
-        raise ValueError(
-            f"oversample_ratio must be at least 1 and importance_ratio in [0, 1], got "
-            f"{oversample_ratio} and {importance_ratio}."
-        )
-    batch, count = mask_logits.shape[:2]
-    num_uncertain = int(importance_ratio * num_points)
-    rng_candidates, rng_uniform = jax.random.split(rng)
-    num_candidates = int(num_points * oversample_ratio)
-    candidates = jax.random.uniform(rng_candidates, (batch, count, num_candidates, 2))
-    uncertainty = -jnp.abs(sample_maps(jax.lax.stop_gradient(mask_logits), candidates))
-    top = over_batch_shards(lambda x: jax.lax.top_k(x, num_uncertain)[1])
-    best = top(uncertainty)  # [B, M, num_uncertain]
-    uncertain = jnp.take_along_axis(candidates, best[..., None], axis=2)
-    uniform = jax.random.uniform(rng_uniform, (batch, count, num_points - num_uncertain, 2))
-    return jnp.concatenate([uncertain, uniform], axis=2)
+    num_candidates = logits.shape[-1]
+    if count in (0, num_candidates):
+        return jnp.full(logits.shape, float(count > 0), jnp.float32)
+    # Of floats without a sign the bits, as integers, are in the order of the values.
+    bits = jax.lax.stop_gradient(jnp.abs(logits.astype(jnp.float32)))
+    bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
+
+    def number_below(bound: jax.Array) -> jax.Array:
+        # A sum of floats: exact up to 2**24 candidates, and it vectorises everywhere.
+        return jnp.sum((bits < bound[..., None]).astype(jnp.float32), axis=-1)
+
+    def set_bit(index: jax.Array, bound: jax.Array) -> jax.Array:
+        higher = bound | (jnp.int32(1) << (30 - index))
+        return jnp.where(number_below(higher) < count, higher, bound)
+
+    # The largest bound with fewer than `count` values below it: the last one picked.
+    last = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(bits.shape[:-1], jnp.int32))
+    tied = bits == last[..., None]
+    share = (count - number_below(last)) / jnp.sum(tied.astype(jnp.float32), axis=-1)
+    return jnp.where(bits < last[..., None], 1.0, jnp.where(tied, share[..., None], 0.0))
 
 
-def mask_bce(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def mask_bce(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Binary cross-entropy, mean over points.
 
     Args:
       logits: [..., P] mask logits at the points.
       targets: [..., P] in [0, 1].
+      weights: [..., P] float32 of the mean; None weighs all points alike.
 
     Returns:
       [...] float32. Source: Mask2Former `sigmoid_ce_loss`.
     """
     logits = logits.astype(jnp.float32)
     losses = jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-    return losses.mean(axis=-1)
+    if weights is None:
+        return losses.mean(axis=-1)
+    return jnp.sum(losses * weights, axis=-1) / jnp.sum(weights, axis=-1)
 
 
-def mask_dice(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def mask_dice(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Dice loss with +1 smoothing over points.
 
     Args:
       logits: [..., P] mask logits at the points.
       targets: [..., P] in [0, 1].
+      weights: [..., P] float32, how often a point counts; None is once.
 
     Returns:
       [...] float32 in [0, 1]. Source: Mask2Former `dice_loss`.
     """
     probs = jax.nn.sigmoid(logits.astype(jnp.float32))
-    overlap = 2 * jnp.sum(probs * targets, axis=-1)
-    total = jnp.sum(probs, axis=-1) + jnp.sum(targets, axis=-1)
+    if weights is None:
+        weights = jnp.ones((), jnp.float32)
+    overlap = 2 * jnp.sum(probs * targets * weights, axis=-1)
+    total = jnp.sum((probs + targets) * weights, axis=-1)
     return 1 - (overlap + 1) / (total + 1)
 
 
@@ -233,9 +197,8 @@ def pairwise_mask_dice(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def over_batch_shards(function):
     """Run `function` on each device's own part of the batch.
 
-    For what the partitioner does not split by itself: it gathers the whole batch for a `top_k`, and
-    gives the assignment's loop, which runs until its slowest problem is done, a collective an
-    iteration. Each shard's rows are its own.
+    For what the partitioner does not split by itself: it gives the assignment's loop, which runs
+    until its slowest problem is done, a collective an iteration. Each shard's rows are its own.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

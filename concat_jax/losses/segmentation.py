@@ -21,8 +21,11 @@ class SegmentationLossConfig:
       dice_weight: weight of the dice loss, likewise.
       no_object_weight: class weight of no-object, which most queries are.
       num_points: points a mask is compared on, 112 x 112.
-      oversample_ratio: candidates drawn per point.
-      importance_ratio: share of the points taken where the mask is least certain.
+      oversample_ratio: candidates drawn per point, at least 1.
+      importance_ratio: share of the points taken where the mask is least certain, in [0, 1].
+
+    Raises:
+      ValueError: if a ratio is out of range.
     """
 
     class_weight: float = 2.0
@@ -32,6 +35,13 @@ class SegmentationLossConfig:
     num_points: int = 12544
     oversample_ratio: float = 3.0
     importance_ratio: float = 0.75
+
+    def __post_init__(self):
+        if self.oversample_ratio < 1 or not 0 <= self.importance_ratio <= 1:
+            raise ValueError(
+                f"oversample_ratio must be at least 1 and importance_ratio in [0, 1], got "
+                f"{self.oversample_ratio} and {self.importance_ratio}."
+            )
 
 
 class SegmentationLoss(flax.struct.PyTreeNode):
@@ -112,6 +122,10 @@ def segmentation_loss(
 ) -> SegmentationLoss:
     """Loss over L prediction sets. Source: Mask2Former `SetCriterion`.
 
+    Candidate points are shared by the masks of an image, of which each picks its own least certain
+    ones; the reference draws candidates for each mask. That keeps every mask's expected loss, and
+    the mask features are read once for all of them.
+
     Args:
       rng: PRNG key for the points.
       class_logits: [B, L, N, K+1]; the last column is no-object.
@@ -142,30 +156,32 @@ def segmentation_loss(
     )
     loss_class = jnp.sum(losses.sum(axis=(0, 2)) / weights.sum(axis=(0, 2)))
 
-    # Only matched queries' masks are formed: [B, L, G, h, w], not all N queries'.
+    # Mask logits at points, of matched queries only; full masks are formed nowhere.
+    num_uncertain = int(config.importance_ratio * config.num_points)
+    num_candidates = int(config.oversample_ratio * config.num_points)
+    num_uniform = config.num_points - num_uncertain
+    points = jax.random.uniform(rng_points, (batch, num_candidates + num_uniform, 2))
     embeddings = jnp.take_along_axis(
         mask_embeddings, jnp.clip(query_of_segment, 0)[..., None], axis=2
     )
-    mask_logits = jnp.einsum(
-        "blgd,bhwd->blghw", embeddings, mask_features, preferred_element_type=jnp.float32
+    point_logits = jnp.einsum(
+        "blgd,bpd->blgp",
+        embeddings,
+        masks.sample_features(mask_features, points),
+        preferred_element_type=jnp.float32,
     )
-    mask_logits = mask_logits.reshape(batch, num_sets * num_segments, *mask_logits.shape[3:])
-    points = masks.sample_uncertain_points(
-        rng_points,
-        mask_logits,
-        config.num_points,
-        oversample_ratio=config.oversample_ratio,
-        importance_ratio=config.importance_ratio,
+    targets = masks.sample_segments(segment_ids, points, num_segments)[:, None]
+    weights = jnp.concatenate(
+        [
+            masks.uncertainty_weights(point_logits[..., :num_candidates], num_uncertain),
+            jnp.ones((*point_logits.shape[:3], num_uniform)),
+        ],
+        axis=-1,
     )
-    point_logits = masks.sample_maps(mask_logits, points)
-    point_logits = point_logits.reshape(batch, num_sets, num_segments, -1)
-    by_segment = points.reshape(batch, num_sets, num_segments, -1, 2).swapaxes(1, 2)
-    targets = masks.sample_own_segment(segment_ids, by_segment.reshape(batch, num_segments, -1, 2))
-    targets = targets.reshape(batch, num_segments, num_sets, -1).swapaxes(1, 2)
 
     count = jnp.maximum(jnp.sum(labels >= 0), 1)
-    bce = jnp.where(matched, masks.mask_bce(point_logits, targets), 0.0)
-    dice = jnp.where(matched, masks.mask_dice(point_logits, targets), 0.0)
+    bce = jnp.where(matched, masks.mask_bce(point_logits, targets, weights), 0.0)
+    dice = jnp.where(matched, masks.mask_dice(point_logits, targets, weights), 0.0)
     return SegmentationLoss(
         loss_class=config.class_weight * loss_class,
         loss_mask=config.mask_weight * bce.sum() / count,

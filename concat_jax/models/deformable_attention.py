@@ -14,6 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.models.linear import Dense
+
+# Queries whose gathered rows are differentiated at once on a CPU: with 16 corners a level, 8 heads
+# of 32 channels and float32 that is 1 MB an image, the size of a core's second-level cache.
+QUERIES_A_CHUNK = 64
+
 
 def _corner_rows(
     locations: jax.Array,
@@ -96,16 +102,68 @@ def _weighted_row_sum_backward(
     table, indices, weights = residuals
     # [points, 4, B, Q, heads] -> [B, Q, heads, points * 4].
     corners = (weights.shape[0] * weights.shape[1], *weights.shape[2:])
-    corner_indices = jnp.moveaxis(indices.reshape(corners), 0, -1)
-    corner_weights = jnp.moveaxis(weights.reshape(corners), 0, -1)
-    rows = _take_rows(table, corner_indices).astype(jnp.float32)
-    weight_gradient = jnp.einsum("bqhkd,bqhd->bqhk", rows, gradient)
-    updates = gradient[:, :, :, None] * corner_weights[..., None]
-    table_gradient = jax.vmap(
-        lambda total, index, update: total.at[index].add(update, mode="promise_in_bounds")
-    )(jnp.zeros(table.shape, jnp.float32), corner_indices, updates)
+    indices = jnp.moveaxis(indices.reshape(corners), 0, -1)
+    by_query = jnp.moveaxis(weights.reshape(corners), 0, -1)
+    table_gradient, weight_gradient = jax.lax.platform_dependent(
+        table, indices, by_query, gradient, cpu=_row_gradients_in_chunks, default=_row_gradients
+    )
     weight_gradient = jnp.moveaxis(weight_gradient, -1, 0).reshape(weights.shape)
     return table_gradient.astype(table.dtype), None, weight_gradient
+
+
+def _row_gradients(
+    table: jax.Array,
+    indices: jax.Array,
+    weights: jax.Array,
+    gradient: jax.Array,
+    total: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of `_weighted_row_sum` for the table and the weights.
+
+    Args:
+        table: [B, S, d].
+        indices, weights: [B, Q, heads, corners].
+        gradient: [B, Q, heads, d] float32.
+        total: [B, S, d] float32 to which the table's gradient is added; None: zero.
+
+    Returns:
+        [B, S, d] and [B, Q, heads, corners], both float32.
+    """
+    rows = _take_rows(table, indices).astype(jnp.float32)
+    weight_gradient = jnp.einsum("bqhkd,bqhd->bqhk", rows, gradient)
+    updates = gradient[:, :, :, None] * weights[..., None]
+    if total is None:
+        total = jnp.zeros(table.shape, jnp.float32)
+    total = jax.vmap(
+        lambda sum_, index, update: sum_.at[index].add(update, mode="promise_in_bounds")
+    )(total, indices, updates)
+    return total, weight_gradient
+
+
+def _row_gradients_in_chunks(
+    table: jax.Array, indices: jax.Array, weights: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`_row_gradients` over a few queries at a time, so that a CPU's cache holds their rows."""
+    num_queries = indices.shape[1]
+    if num_queries <= QUERIES_A_CHUNK:
+        return _row_gradients(table, indices, weights, gradient)
+    num_chunks = -(-num_queries // QUERIES_A_CHUNK)
+    surplus = num_chunks * QUERIES_A_CHUNK - num_queries
+
+    def split(array: jax.Array) -> jax.Array:
+        # Zero weights and gradients at row 0 change no sum.
+        array = jnp.pad(array, ((0, 0), (0, surplus)) + ((0, 0),) * (array.ndim - 2))
+        array = array.reshape(array.shape[0], num_chunks, QUERIES_A_CHUNK, *array.shape[2:])
+        return jnp.moveaxis(array, 1, 0)
+
+    def add_chunk(total: jax.Array, chunk: tuple) -> tuple[jax.Array, jax.Array]:
+        return _row_gradients(table, *chunk, total)
+
+    chunks = tuple(split(array) for array in (indices, weights, gradient))
+    total, weight_gradients = jax.lax.scan(add_chunk, jnp.zeros(table.shape, jnp.float32), chunks)
+    weight_gradients = jnp.moveaxis(weight_gradients, 0, 1)
+    shape = (weights.shape[0], num_chunks * QUERIES_A_CHUNK, *weights.shape[2:])
+    return total, weight_gradients.reshape(shape)[:, :num_queries]
 
 
 _weighted_row_sum.defvjp(_weighted_row_sum_forward, _weighted_row_sum_backward)
@@ -236,14 +294,14 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets_init = compass_offsets(self.num_heads, self.num_levels, self.num_points).reshape(-1)
         # TPUs multiply float32 matrices in bfloat16 unless told otherwise.
         exact = {"dtype": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
-        offsets = nn.Dense(
+        offsets = Dense(
             offsets_init.size,
             kernel_init=zeros,
             bias_init=lambda key, shape, dtype: jnp.asarray(offsets_init, dtype).reshape(shape),
             name="sampling_offsets",
             **exact,
         )(queries).reshape(*points, 2)
-        weights = nn.Dense(
+        weights = Dense(
             math.prod(points[2:]), kernel_init=zeros, name="attention_weights", **exact
         )(queries)
         weights = jax.nn.softmax(weights.reshape(*points[:3], -1), axis=-1).reshape(points)
@@ -255,12 +313,12 @@ class MultiScaleDeformableAttention(nn.Module):
         reference_points = jnp.broadcast_to(reference_points, (batch, num_queries, 2))
         locations = reference_points[:, :, None, None, None] + offsets / sizes[..., None, :]
 
-        value_projection = nn.Dense(
+        value_projection = Dense(
             self.width, dtype=self.dtype, kernel_init=xavier, name="value_projection"
         )
         split = (self.num_heads, self.width // self.num_heads)
         values = [value_projection(f).reshape(*f.shape[:3], *split) for f in features]
         output = multi_scale_deformable_attention(values, locations, weights, valid_sizes)
-        return nn.Dense(self.width, dtype=self.dtype, kernel_init=xavier, name="output_projection")(
+        return Dense(self.width, dtype=self.dtype, kernel_init=xavier, name="output_projection")(
             output
         )

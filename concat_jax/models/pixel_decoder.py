@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.models.convolution import square_conv
 from concat_jax.models.deformable_attention import MultiScaleDeformableAttention
+from concat_jax.models.linear import Dense
 from concat_jax.models.position_encoding import (
     sine_position_encoding,
     valid_sine_position_encoding,
@@ -112,8 +114,8 @@ class EncoderLayer(nn.Module):
         xavier = nn.initializers.xavier_uniform()
         dense = {"dtype": self.dtype, "kernel_init": xavier}
         tokens = nn.LayerNorm(name="self_attention_norm", **norm)(tokens + attended)
-        hidden = nn.relu(nn.Dense(self.ffn_width, name="ffn_in", **dense)(tokens))
-        hidden = nn.Dense(self.width, name="ffn_out", **dense)(hidden)
+        hidden = nn.relu(Dense(self.ffn_width, name="ffn_in", **dense)(tokens))
+        hidden = Dense(self.width, name="ffn_out", **dense)(hidden)
         return nn.LayerNorm(name="ffn_norm", **norm)(tokens + hidden)
 
 
@@ -181,7 +183,7 @@ class PixelDecoder(nn.Module):
             if image_size is not None:
                 valid = valid_size(image_size, self.stride * 2 ** (NUM_LEVELS - level))
                 valid_sizes.append(valid)
-            projected = nn.Dense(
+            projected = Dense(
                 self.width,
                 kernel_init=nn.initializers.xavier_uniform(),
                 name=f"input_projection_{level}",
@@ -227,7 +229,7 @@ class PixelDecoder(nn.Module):
 
         finest = features[0]
         valid = None if image_size is None else valid_size(image_size, self.stride)
-        lateral = nn.Dense(
+        lateral = Dense(
             self.width, use_bias=False, kernel_init=_fpn_init, name="lateral_projection", **dense
         )(finest)
         lateral = nn.GroupNorm(name="lateral_norm", **norm)(
@@ -238,20 +240,15 @@ class PixelDecoder(nn.Module):
         else:
             upsampled = resize_within(scales[-1], valid_sizes[-1], *finest.shape[1:3], valid)
         merged = zero_beyond(lateral + upsampled, valid)
-        merged = nn.Conv(
-            self.width,
-            (3, 3),
-            padding=((1, 1), (1, 1)),
-            use_bias=False,
-            kernel_init=_fpn_init,
-            name="output_conv",
-            **dense,
-        )(merged)
+        output_conv = square_conv(
+            self.width, 3, 1, kernel_init=_fpn_init, name="output_conv", **dense
+        )
+        merged = output_conv(merged)
         merged = nn.GroupNorm(name="output_norm", **norm)(
             merged, mask=statistics_mask(merged, valid)
         )
         merged = nn.relu(merged)
-        mask_features = nn.Dense(
-            self.width, kernel_init=_fpn_init, name="mask_projection", **dense
-        )(merged)
+        mask_features = Dense(self.width, kernel_init=_fpn_init, name="mask_projection", **dense)(
+            merged
+        )
         return zero_beyond(mask_features, valid), scales

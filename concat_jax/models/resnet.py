@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from concat_jax.models.convolution import square_conv
+from concat_jax.models.linear import Dense
 from concat_jax.models.valid_area import statistics_mask, valid_size, zero_beyond
 
 # detectron2 and torchvision both normalise with this epsilon; published weights assume it.
@@ -72,7 +74,7 @@ def _pointwise(features: jax.Array, width: int, stride: int, dtype: Any, name: s
     """A 1x1 convolution without bias: [B, H, W, C] -> [B, ceil(H/s), ceil(W/s), width]."""
     if stride > 1:
         features = features[:, ::stride, ::stride]
-    return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=_conv_init, name=name)(features)
+    return Dense(width, use_bias=False, dtype=dtype, kernel_init=_conv_init, name=name)(features)
 
 
 def _conv(
@@ -88,17 +90,8 @@ def _conv(
 
     What lies beyond the valid `size` is read as that padding: zero.
     """
-    padding = ((kernel // 2, kernel // 2),) * 2
-    return nn.Conv(
-        width,
-        (kernel, kernel),
-        strides=(stride, stride),
-        padding=padding,
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=_conv_init,
-        name=name,
-    )(zero_beyond(features, size))
+    convolution = square_conv(width, kernel, stride, dtype=dtype, kernel_init=_conv_init, name=name)
+    return convolution(zero_beyond(features, size))
 
 
 class ResidualBlock(nn.Module):

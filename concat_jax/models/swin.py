@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.models.linear import Dense
 from concat_jax.models.valid_area import valid_size, zero_beyond
 
 # PyTorch's default, with which every published Swin was trained.
@@ -164,7 +165,7 @@ class WindowAttention(nn.Module):
         depth = width // self.num_heads
 
         def project(name: str) -> jax.Array:
-            dense = nn.Dense(width, dtype=self.dtype, kernel_init=_dense_init, name=name)
+            dense = Dense(width, dtype=self.dtype, kernel_init=_dense_init, name=name)
             return dense(windows).reshape(*windows.shape[:-1], self.num_heads, depth)
 
         query = project("query") * depth**-0.5
@@ -182,7 +183,7 @@ class WindowAttention(nn.Module):
             logits = logits + jnp.where(blocked, BLOCKED_LOGIT, 0.0)[..., None, :, :]
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         attended = jnp.einsum("byxhqk,byxkhd->byxqhd", weights, value)
-        return nn.Dense(width, dtype=self.dtype, kernel_init=_dense_init, name="output")(
+        return Dense(width, dtype=self.dtype, kernel_init=_dense_init, name="output")(
             attended.reshape(windows.shape)
         )
 
@@ -229,9 +230,9 @@ class SwinBlock(nn.Module):
         features = features + hidden[:, :height, :width]
 
         hidden = nn.LayerNorm(name="ffn_norm", **norm)(features)
-        hidden = nn.Dense(self.mlp_ratio * channels, name="ffn_in", **dense)(hidden)
+        hidden = Dense(self.mlp_ratio * channels, name="ffn_in", **dense)(hidden)
         hidden = nn.gelu(hidden, approximate=False)
-        return features + nn.Dense(channels, name="ffn_out", **dense)(hidden)
+        return features + Dense(channels, name="ffn_out", **dense)(hidden)
 
 
 class PatchMerging(nn.Module):
@@ -252,7 +253,7 @@ class PatchMerging(nn.Module):
         patches = patches.transpose(0, 1, 3, 4, 2, 5)
         patches = patches.reshape(batch, height // 2, width // 2, 4 * channels)
         patches = nn.LayerNorm(epsilon=NORM_EPSILON, dtype=self.dtype, name="norm")(patches)
-        return nn.Dense(
+        return Dense(
             2 * channels,
             use_bias=False,
             dtype=self.dtype,

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from concat_jax.models.linear import Dense
 from concat_jax.models.pixel_decoder import NORM_EPSILON, resize_bilinear
 from concat_jax.models.position_encoding import (
     sine_position_encoding,
@@ -83,7 +84,7 @@ class MultiHeadAttention(nn.Module):
         depth = self.width // self.num_heads
 
         def project(inputs: jax.Array, name: str) -> jax.Array:
-            dense = nn.Dense(self.width, dtype=self.dtype, kernel_init=_attention_init, name=name)
+            dense = Dense(self.width, dtype=self.dtype, kernel_init=_attention_init, name=name)
             return dense(inputs).reshape(*inputs.shape[:2], self.num_heads, depth)
 
         query = project(queries, "query") * depth**-0.5
@@ -93,7 +94,7 @@ class MultiHeadAttention(nn.Module):
             logits = jnp.where(blocked[:, None], -jnp.inf, logits)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         attended = jnp.einsum("bhns,bshd->bnhd", weights, value)
-        return nn.Dense(
+        return Dense(
             self.width,
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
@@ -145,8 +146,8 @@ class DecoderLayer(nn.Module):
         placed = queries + query_positions
         attended = MultiHeadAttention(name="self_attention", **attention)(placed, placed, queries)
         queries = nn.LayerNorm(name="self_attention_norm", **norm)(queries + attended)
-        hidden = nn.relu(nn.Dense(self.ffn_width, name="ffn_in", **dense)(queries))
-        hidden = nn.Dense(self.width, name="ffn_out", **dense)(hidden)
+        hidden = nn.relu(Dense(self.ffn_width, name="ffn_in", **dense)(queries))
+        hidden = Dense(self.width, name="ffn_out", **dense)(hidden)
         return nn.LayerNorm(name="ffn_norm", **norm)(queries + hidden)
 
 
@@ -235,7 +236,7 @@ class TransformerDecoder(nn.Module):
         # Float32 whatever the compute type: these are what losses and class logits are made of.
         decoder_norm = nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, name="decoder_norm")
         mask_mlp = [
-            nn.Dense(
+            Dense(
                 self.width,
                 dtype=jnp.float32,
                 kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),

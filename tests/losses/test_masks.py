@@ -30,15 +30,6 @@ def test_sample_features_equals_grid_sample():
     np.testing.assert_allclose(masks.sample_features(features, points), expected, atol=1e-5)
 
 
-def test_sample_maps_equals_grid_sample_at_own_points():
-    maps = RNG.normal(size=(2, 3, 6, 9)).astype(np.float32)
-    points = points_beyond_the_border((2, 3, 20))
-    expected = np.stack(
-        [torch_point_sample(maps[:, m : m + 1], points[:, m])[:, 0] for m in range(3)], axis=1
-    )
-    np.testing.assert_allclose(masks.sample_maps(maps, points), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_id_map_samples_equal_samples_of_binary_masks(dtype):
     ids = RNG.integers(0, 5, (2, 11, 13)).astype(dtype)
@@ -48,32 +39,34 @@ def test_id_map_samples_equal_samples_of_binary_masks(dtype):
     shared = masks.sample_segments(ids, points, num_segments)
     np.testing.assert_allclose(shared, torch_point_sample(binary, points), atol=1e-6)
 
-    own_points = points_beyond_the_border((2, num_segments, 50))
-    expected = np.stack(
-        [torch_point_sample(binary[:, [g]], own_points[:, g])[:, 0] for g in range(num_segments)],
-        axis=1,
-    )
-    np.testing.assert_allclose(masks.sample_own_segment(ids, own_points), expected, atol=1e-6)
+
+def test_uncertainty_weights_pick_the_smallest():
+    logits = RNG.normal(size=(2, 3, 50)).astype(np.float32)
+    weights = np.asarray(masks.uncertainty_weights(jnp.asarray(logits), 20))
+    expected = np.zeros(logits.shape)
+    picked = np.argsort(np.abs(logits), axis=-1)[..., :20]
+    np.put_along_axis(expected, picked, 1.0, axis=-1)
+    np.testing.assert_array_equal(weights, expected)
 
 
-def test_uncertain_points_lie_on_the_boundary():
-    column = jnp.linspace(-8, 8, 16)
-    logits = jnp.broadcast_to(column, (1, 2, 16, 16))  # zero at x = 0.5
-    points = masks.sample_uncertain_points(
-        jax.random.key(0), logits, 40, oversample_ratio=3.0, importance_ratio=0.75
-    )
-    assert points.shape == (1, 2, 40, 2)
-    distance = np.abs(np.asarray(points[..., 0]) - 0.5)
-    assert distance[:, :, :30].mean() < 0.15 < distance[:, :, 30:].mean()
-    # The kept ones are the most uncertain of 120 candidates: none can be far off.
-    assert distance[:, :, :30].max() < 0.25
+@pytest.mark.parametrize("count", [0, 5, 8])
+def test_uncertainty_weights_share_the_last_places_between_ties(count):
+    logits = jnp.asarray([0.0, 1.0, -1.0, 1.0, 3.0, -3.0, jnp.inf, 9.0])
+    weights = masks.uncertainty_weights(logits, count)
+    expected = {0: [0] * 8, 5: [1, 1, 1, 1, 0.5, 0.5, 0, 0], 8: [1] * 8}[count]
+    np.testing.assert_allclose(weights, expected)
+    nothing_known = masks.uncertainty_weights(jnp.zeros(10), 4)
+    np.testing.assert_allclose(nothing_known, np.full(10, 0.4), rtol=1e-6)
 
 
-def test_uncertain_points_refuse_bad_ratios():
-    with pytest.raises(ValueError, match="importance_ratio"):
-        masks.sample_uncertain_points(
-            jax.random.key(0), jnp.zeros((1, 1, 4, 4)), 4, oversample_ratio=3, importance_ratio=2
-        )
+def test_weights_of_zero_and_one_select_points():
+    logits, targets = RNG.normal(size=(2, 30)), RNG.uniform(size=(2, 30))
+    weights = np.zeros((2, 30))
+    weights[:, 10:25] = 1
+    for loss in (masks.mask_bce, masks.mask_dice):
+        selected = loss(jnp.asarray(logits[:, 10:25]), jnp.asarray(targets[:, 10:25]))
+        weighted = loss(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(weights))
+        np.testing.assert_allclose(weighted, selected, rtol=1e-5)
 
 
 def test_losses_by_hand():

@@ -13,6 +13,11 @@ CONFIG = SegmentationLossConfig(num_points=64)
 B, L, N, K, D, G = 2, 3, 5, 4, 8, 3
 
 
+def sample_maps(maps, points):
+    """[M, h, w] at [P, 2] -> [M, P]."""
+    return masks.sample_features(jnp.moveaxis(maps, 0, -1)[None], points[None])[0].T
+
+
 @pytest.fixture(scope="module")
 def inputs():
     rng = np.random.default_rng(0)
@@ -39,12 +44,12 @@ def test_matching_is_optimal_for_the_reference_cost(inputs, result):
     for b in range(B):
         valid = np.flatnonzero(inputs["labels"][b] >= 0)
         binary = np.stack([inputs["segment_ids"][b] == g + 1 for g in valid]).astype(np.float32)
-        targets = masks.sample_maps(binary[None], jnp.stack([points[b]] * len(valid))[None])[0]
+        targets = sample_maps(binary, points[b])
         for l in range(L):
             maps = jnp.einsum(
                 "nd,hwd->nhw", inputs["mask_embeddings"][b, l], inputs["mask_features"][b]
             )
-            logits = masks.sample_maps(maps[None], jnp.stack([points[b]] * N)[None])[0]
+            logits = sample_maps(maps, points[b])
             probs = jax.nn.softmax(inputs["class_logits"][b, l])
             cost = -2 * np.asarray(probs)[:, np.asarray(inputs["labels"])[b, valid]]
             for j, target in enumerate(targets):
@@ -120,3 +125,9 @@ def test_match_queries_alone_agrees(inputs, result):
     rng_match, _ = jax.random.split(jax.random.key(0))
     matched = match_queries(rng_match, config=CONFIG, **inputs)
     np.testing.assert_array_equal(matched, result.query_of_segment)
+
+
+@pytest.mark.parametrize("field, value", [("oversample_ratio", 0.5), ("importance_ratio", 1.5)])
+def test_ratios_out_of_range_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field}.*got"):
+        SegmentationLossConfig(**{field: value})

@@ -1,0 +1,78 @@
+"""The gradients written for CPUs against those that JAX derives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from concat_jax.models import convolution, deformable_attention
+from concat_jax.models.linear import Dense
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def assert_same_gradients(ours, expected, *arguments):
+    cotangent = normal(*jax.eval_shape(expected, *arguments).shape)
+    both = (
+        jax.jit(lambda *x, f=f: jax.vjp(f, *x)[1](cotangent))(*arguments) for f in (ours, expected)
+    )
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_dense():
+    inputs = normal(2, 5, 3, 4)
+    layer = Dense(6)
+    params = layer.init(jax.random.key(0), inputs)["params"]
+
+    def expected(params, inputs):
+        return inputs @ params["kernel"] + params["bias"]
+
+    assert_same_gradients(lambda p, x: layer.apply({"params": p}, x), expected, params, inputs)
+
+
+@pytest.mark.parametrize("size, stride, height", [(3, 1, 12), (3, 2, 13), (7, 2, 15), (3, 1, 2)])
+def test_convolution_in_bands(monkeypatch, size, stride, height):
+    monkeypatch.setattr(convolution, "BAND_ELEMENTS", 10 * 4 * 4)  # four rows of the input
+    inputs = normal(2, height, 10, 4)
+    layer = convolution.square_conv(
+        3, size, stride, dtype=jnp.float32, kernel_init=jax.nn.initializers.normal(), name="conv"
+    )
+    params = layer.init(jax.random.key(0), inputs)["params"]
+
+    def expected(params, inputs):
+        padding = ((size // 2, size // 2),) * 2
+        return jax.lax.conv_general_dilated(
+            inputs,
+            params["kernel"],
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    assert_same_gradients(lambda p, x: layer.apply({"params": p}, x), expected, params, inputs)
+
+
+def test_deformable_attention_in_chunks(monkeypatch):
+    monkeypatch.setattr(deformable_attention, "QUERIES_A_CHUNK", 4)
+    values = [normal(2, 3, 4, 2, 3), normal(2, 5, 7, 2, 3)]
+    locations = 0.5 + 0.6 * normal(2, 10, 2, 2, 4, 2)  # the last chunk is not full
+    weights = normal(2, 10, 2, 2, 4)
+
+    def in_chunks(*arguments):
+        return deformable_attention.multi_scale_deformable_attention(
+            list(arguments[:2]), *arguments[2:]
+        )
+
+    cotangent = normal(2, 10, 6)
+    arguments = (*values, locations, weights)
+    chunked = jax.vjp(in_chunks, *arguments)[1](cotangent)
+    with monkeypatch.context() as patch:
+        patch.setattr(deformable_attention, "QUERIES_A_CHUNK", 1000)
+        expected = jax.vjp(in_chunks, *arguments)[1](cotangent)
+    for a, b in zip(chunked, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
