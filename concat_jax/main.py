@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from concat_jax.compilation_cache import enable_compilation_cache
+from concat_jax.host_memory import keep_freed_memory
 from concat_jax.run import Run
 from concat_jax.training.loop import NonFiniteLossError, Preempted
 
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"Error: unknown argument {argv[1]!r}; flags look like --workdir=DIR.")
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
     enable_compilation_cache()
+    keep_freed_memory()
     try:
         config = _CONFIG.value  # a config file that cannot be found raises here
         if config is None or not _WORKDIR.value:

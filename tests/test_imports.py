@@ -24,6 +24,7 @@ LAYERS = {
     "evaluation": {"models", "text"},
     "prediction": {"evaluation", "weights", "models", "text", "configuration"},
     "compilation_cache": set(),
+    "host_memory": set(),
     # Times everything there is, and so sees all of it.
     "benchmarking": {
         "training",
@@ -35,6 +36,7 @@ LAYERS = {
         "text",
         "configuration",
         "compilation_cache",
+        "host_memory",
     },
 }
 COMMAND_LINES = ("main", "predict", "convert", "benchmark", "tpu_report", "run")

@@ -88,7 +88,7 @@ def logits(case: Case, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
         centres = rng.uniform(size=(NUM_HELD, 2)) * (height, width)
         distance = np.hypot(y - centres[:, :1, None], x - centres[:, 1:, None])
         second = np.sort(distance, axis=0)[1]
-        masks[index, held] = np.clip((second - distance) / 3, -8, 8)
+        masks[index, held] = np.clip((second - distance) / 3 - 0.5, -8, 8)
         classes[index, held, rng.integers(0, NUM_CLASSES, NUM_HELD)] += 14
     return classes, masks
 

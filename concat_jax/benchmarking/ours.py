@@ -22,7 +22,7 @@ from concat_jax.models.segmentor import (
     normalize_images,
 )
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
-from concat_jax.training.state import TrainState, make_train_step
+from concat_jax.training.state import TrainState, make_train_step, step_compiler_options
 from concat_jax.weights.model_folder import load_model
 
 
@@ -96,7 +96,11 @@ def run(case: Case, model: Path, repeats: int) -> Measurement:
 
     labels = label_params(params, ((r".*/frozen_\w+", 0.0, 0.0), (r".*", 1.0, 1.0)))
     optimizer = make_optimizer(OptimizerConfig(), 1000, labels)
-    step = jax.jit(make_train_step(loss, optimizer, seed=0), donate_argnums=0)
+    step = jax.jit(
+        make_train_step(loss, optimizer, seed=0),
+        donate_argnums=0,
+        compiler_options=step_compiler_options(),
+    )
     segment_ids, segment_labels = cases.segments(case)
     batch = jax.device_put(
         {

@@ -22,7 +22,7 @@ from concat_jax.training.optimizer import (
     path_name,
 )
 from concat_jax.training.sharding import replicated, shard_batch
-from concat_jax.training.state import TrainState, make_train_step
+from concat_jax.training.state import TrainState, make_train_step, step_compiler_options
 
 BatchFn = Callable[[int], Mapping[str, np.ndarray]]
 
@@ -111,6 +111,7 @@ def train_stage(
         make_train_step(stage.loss, transform, loop.seed),
         donate_argnums=0,
         out_shardings=(everywhere, everywhere),
+        compiler_options=step_compiler_options(),
     )
     writer = MetricWriter(Path(workdir) / name, tensorboard=loop.tensorboard)
     pending: list[tuple[int, Any, Any]] = []  # (step, image ids, device metrics) since last look
