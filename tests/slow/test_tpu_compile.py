@@ -1,0 +1,47 @@
+"""The training step goes through the real TPU compiler, which needs no TPU."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def run_report(*flags):
+    """The command in a process of its own: libtpu is opened once and stays."""
+    command = [sys.executable, "-m", "concat_jax.tpu_report", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=3600)
+
+
+def test_the_step_compiles_for_sixteen_chips():
+    pytest.importorskip(
+        "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
+    )
+    done = run_report(
+        "--config=configs/coco_zps.py:mini",
+        "--topology=v5e:4x4",
+        "--config.train.con.batch_size=16",
+        "--config.data.image_size=64",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
+    assert "16 chips, 16 images of 64 x 64 a step, 1 a chip" in done.stdout
+    assert re.search(r"in all +[\d.]+ MB of 16\.00 GB", done.stdout)
+    assert re.search(r"all-reduce +\d+ +[\d.]+ MB", done.stdout)
+    for kind in ("all-gather", "all-to-all", "collective-permute", "in a loop"):
+        assert kind not in done.stdout
+
+
+def test_an_unknown_topology_is_refused_in_one_sentence():
+    pytest.importorskip(
+        "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
+    )
+    done = run_report("--config=configs/coco_zps.py:mini", "--topology=v5e:3x17")
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("Error: libtpu knows no topology 'v5e:3x17'")
+    )

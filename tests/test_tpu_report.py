@@ -1,0 +1,172 @@
+"""The pure parts of the TPU report: reading HLO text, formatting, refusing; no compiler needed."""
+
+import builtins
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from concat_jax import tpu_report
+from concat_jax.tpu_report import Collective, Report, find_collectives, format_report
+from concat_jax.training.sharding import make_mesh
+from configs import coco_zps
+
+# Lines as the TPU compiler prints them, shortened.
+HLO = """
+  %p = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %all-reduce.1 = (f32[256]{0:T(256)}, bf16[2,3]{1,0:T(8,128)(2,1)S(1)}) all-reduce(%a, %b), \
+channel_id=1, metadata={op_name="jit(step)/transpose(jvp(Segmentor))/add_any" stack_frame_id=3}
+  %all-gather-start = (u8[1,4]{1,0}, u8[16,4]{1,0}) all-gather-start(u8[1,4]{1,0} %c), \
+metadata={op_name="jit(step)/while/body/reshape"}
+  %all-gather-done = u8[16,4]{1,0} all-gather-done(%all-gather-start)
+  %permute = s32[] collective-permute(%d), source_target_pairs={{0,1}}
+  %get = f32[256]{0} get-tuple-element(%all-reduce.1), index=0
+"""
+
+
+def test_collectives_are_found_with_their_size_and_source():
+    assert find_collectives(HLO) == [
+        Collective("all-reduce", 4 * 256 + 2 * 6, "jit(step)/transpose(jvp(Segmentor))/add_any"),
+        Collective("all-gather", 64, "jit(step)/while/body/reshape"),
+        Collective("collective-permute", 4, "unnamed"),
+    ]
+    assert [c.in_loop for c in find_collectives(HLO)] == [False, True, False]
+
+
+def test_collectives_of_a_program_that_was_compiled():
+    mesh = make_mesh()
+    sharded = jax.sharding.NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    total = jax.jit(lambda x: x.sum(), in_shardings=sharded)
+    text = total.lower(jax.ShapeDtypeStruct((8, 4), np.float32)).compile().as_text()
+    assert [(c.kind, c.num_bytes) for c in find_collectives(text)] == [("all-reduce", 4)]
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("f32[]", 4),
+        ("pred[3,5]{1,0}", 15),
+        ("(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, s32[2])", 2056),
+        ("(token[], u64[3])", 24),
+        ("f8e4m3fn[10]", 10),
+        ("f32[0,4]", 0),
+    ],
+)
+def test_array_bytes(text, size):
+    assert tpu_report.array_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "count, text", [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (2.5e9, "2.50 GB")]
+)
+def test_format_bytes(count, text):
+    assert tpu_report.format_bytes(count) == text
+
+
+def make_report(collectives):
+    memory = {
+        "arguments": 3_000_000_000,
+        "outputs": 2_000_000_000,
+        "donated": 1_500_000_000,
+        "temporaries": 4_000_000_000,
+        "program": 100_000_000,
+    }
+    return Report("v5e:4x4", 16, 32, 928, 61.4, memory, collectives, 178_000_000)
+
+
+def test_the_report_in_text():
+    text = format_report(make_report(find_collectives(HLO)))
+    assert "16 chips, 32 images of 928 x 928 a step, 2 a chip" in text
+    assert "Compiled in 61 s" in text
+    # Arguments, temporaries, program, and the half gigabyte of outputs that reuses no argument.
+    assert "in all          7.60 GB of 16.00 GB" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["all-reduce", "1", "1.04", "kB"] in rows
+    assert ["all-gather", "1", "64", "B"] in rows
+    assert "    in a loop, 1 x, 64 B: jit(step)/while/body/reshape" in text
+    assert "add_any" not in text  # a sum of gradients needs no explanation
+    assert "Gradients to sum over the chips: 178.00 MB" in text
+    assert "  none" not in text
+
+
+def test_the_report_without_collectives_and_with_many():
+    assert "  none" in format_report(make_report([]))
+    many = [Collective("all-to-all", 8, f"op{i}") for i in range(tpu_report.MAX_SOURCES + 3)]
+    text = format_report(make_report(many))
+    assert f"op{tpu_report.MAX_SOURCES - 1}" in text
+    assert f"op{tpu_report.MAX_SOURCES}" not in text
+    assert "and 3 more sources" in text
+
+
+def test_a_missing_compiler_is_said(monkeypatch):
+    real = builtins.__import__
+
+    def no_libtpu(name, *args, **kwargs):
+        if name == "libtpu":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_libtpu)
+    for name in tpu_report.LIBTPU_ENVIRONMENT:
+        monkeypatch.setenv(name, "test")  # so that they are put back
+    with pytest.raises(ValueError, match="TPU compiler is not installed; run `pip install"):
+        tpu_report.make_topology_mesh("v5e:4x4", 1)
+
+
+def small_config(**con):
+    config = coco_zps.get_config("mini")
+    config.data.image_size = 64
+    config.train.con.update(con)
+    return config
+
+
+@pytest.mark.parametrize(
+    "stage, con, message",
+    [
+        ("cno", {}, "names no stage of the config: 'cno'; did you mean 'con'"),
+        ("cat", {}, "'cat' is of kind 'cat', which trains no segmentor"),
+        ("con", {"batch_size": 12}, "batch of 12 images cannot be split over 8 chips.*batch_size"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused(stage, con, message):
+    with pytest.raises(ValueError, match=message):
+        tpu_report.abstract_step(small_config(**con), stage, make_mesh())
+
+
+def test_the_step_is_that_of_the_loop():
+    """From shapes alone: state replicated and donated, batch split, as `train_stage` has it."""
+    mesh = make_mesh()
+    step, (state, frozen, batch), gradient_bytes = tpu_report.abstract_step(
+        small_config(batch_size=16), "con", mesh
+    )
+    # The mini backbone has no frozen norms: all is trained.
+    assert gradient_bytes == 4 * sum(x.size for x in jax.tree.leaves(state.params))
+    assert batch["image"].shape == (16, 64, 64, 3) and batch["segment_labels"].shape == (16, 32)
+    assert batch["segment_ids"].dtype == np.uint8
+    assert {x.sharding.spec for x in jax.tree.leaves(batch)} == {PartitionSpec(mesh.axis_names)}
+    assert {x.sharding.spec for x in jax.tree.leaves((state, frozen))} == {PartitionSpec()}
+    assert set(state.params) == {"segmentor", "projector"} and set(frozen) == {"clip", "text"}
+    with jax.set_mesh(mesh):
+        lowered = step.lower(state, frozen, batch)
+    donated = [x.donated for x in jax.tree.leaves(lowered.args_info[0][0])]
+    assert donated and all(donated)
+    new_state, metrics = lowered.out_info
+    assert jax.tree.map(lambda x: x.shape, new_state) == jax.tree.map(lambda x: x.shape, state)
+    assert {"loss", "loss_instance", "gradient_norm"} <= set(metrics)
+
+
+@pytest.mark.parametrize(
+    "message, sentence",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (19.76G) exceeds available HBM (15.75G).",
+            "does not fit a chip of v5e:4x4: its temporaries need 19.76G of 15.75G; set",
+        ),
+        ("INTERNAL: something else\nat line 3", "refuses the step: INTERNAL: something else"),
+    ],
+)
+def test_compiler_errors_become_a_sentence(message, sentence):
+    text = tpu_report.compile_error(message, "v5e:4x4")
+    assert sentence in text and "\n" not in text
