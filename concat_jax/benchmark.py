@@ -55,6 +55,9 @@ _TRAIN_BATCH = flags.DEFINE_integer("train_batch", 2, "Images of the train step.
 _SEGMENTS = flags.DEFINE_integer("segments", 12, "Annotated segments an image.", 1, 100)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of a case, after one to warm up.", 1)
+_SAME_ALLOCATOR = flags.DEFINE_bool(
+    "same_allocator", False, "Give the reference's train step the allocator setting of ours too."
+)
 _REFERENCE = flags.DEFINE_list(
     "reference", ["torch"], "Any of torch and torch.compile; empty for none."
 )
@@ -117,6 +120,8 @@ def measure_case(
             "implementation": name,
             "model": str(models["ours" if name == "ours" else "reference"]),
             "repeats": _REPEATS.value,
+            # Our training command sets it; the reference runs as its users run it, unless asked.
+            "keep_memory": case.task == "train" and (name == "ours" or _SAME_ALLOCATOR.value),
         }
         job.write_text(json.dumps(content))
         command = [sys.executable, "-m", "concat_jax.benchmarking.worker", str(job), str(result)]

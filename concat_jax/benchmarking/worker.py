@@ -21,8 +21,8 @@ def main(argv: list[str]) -> None:
     job = json.loads(Path(argv[1]).read_text())
     case = Case(**job["case"])
     model = Path(job["model"])
-    if case.task == "train":
-        keep_freed_memory()  # as the training command does; it speeds both sides up
+    if job["keep_memory"]:
+        keep_freed_memory()
     if job["implementation"] == "ours":
         from concat_jax.benchmarking import ours
 
