@@ -194,15 +194,28 @@ def pairwise_mask_dice(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return 1 - (overlap + 1) / (total + 1)
 
 
-def over_batch_shards(function):
+def over_batch_shards(function, num_replicated: int = 0):
     """Run `function` on each device's own part of the batch.
 
     For what the partitioner does not split by itself: it gives the assignment's loop, which runs
-    until its slowest problem is done, a collective an iteration. Each shard's rows are its own.
+    until its slowest problem is done, a collective an iteration, and gathers the pictures of a
+    network that is vmapped over segments on TPU. Each shard's rows are its own.
+
+    Args:
+      function: of arrays whose first axis is the batch, after `num_replicated` trees that every
+        device holds whole.
+      num_replicated: number of those trees.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function
-    spec = PartitionSpec(mesh.axis_names)
-    # check_vma=False: the assignment's carry mixes constants with sharded values.
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
+    batch = PartitionSpec(mesh.axis_names)
+
+    def run(*arguments):
+        specs = (PartitionSpec(),) * num_replicated
+        specs += (batch,) * (len(arguments) - num_replicated)
+        # check_vma=False: the assignment's carry mixes constants with sharded values.
+        mapped = jax.shard_map(function, in_specs=specs, out_specs=batch, check_vma=False)
+        return mapped(*arguments)
+
+    return run

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from concat_jax.losses.masks import over_batch_shards
 from concat_jax.models.clip import CLIP
 from concat_jax.models.clip_images import (
     l2_normalize,
@@ -154,7 +155,13 @@ def clip_targets(
     )
     crops = masked_crops(images, segment_ids, num_segments, size, config, image_size=image_size)
     pictures = jnp.concatenate([whole[:, None], crops], axis=1)  # [B, 1 + G, s, s, 3]
-    encode = jax.vmap(lambda x: clip.apply({"params": params}, x, method="encode_image"), in_axes=1)
-    embeddings = jnp.moveaxis(encode(pictures), 0, 1)  # vmap over G: the batch stays an axis
+
+    def encode(params, pictures: jax.Array) -> jax.Array:
+        def of_images(images: jax.Array) -> jax.Array:
+            return clip.apply({"params": params}, images, method="encode_image")
+
+        return jax.vmap(of_images, in_axes=1, out_axes=1)(pictures)
+
+    embeddings = over_batch_shards(encode, num_replicated=1)(params, pictures)
     embeddings = jax.lax.stop_gradient(l2_normalize(embeddings))
     return embeddings[:, 0], embeddings[:, 1:]
