@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from concat_jax.evaluation.mask_resize import axis_taps, blend
+from concat_jax.evaluation.mask_resize import blend, tile_taps
 
 
 @flax.struct.dataclass
@@ -90,18 +90,13 @@ def assign_pixels(
             f"strip_rows is {strip_rows} and queries_at_once {queries_at_once}; both must be at "
             "least 1."
         )
-    batch, num_queries, source_height, source_width = mask_logits.shape
+    batch, num_queries = mask_logits.shape[:2]
     height, width = output_size
     rows, group = min(strip_rows, height), min(queries_at_once, num_queries)
     padded_height = -(-height // rows) * rows
-    if source_size is None:
-        source_size = jnp.broadcast_to(jnp.array([source_height, source_width]), (batch, 2))
-    if image_size is None:
-        image_size = jnp.broadcast_to(jnp.asarray(output_size), (batch, 2))
-    origin = jnp.zeros(2, jnp.int32) if origin is None else origin
-    row_taps = axis_taps(source_size[:, 0], image_size[:, 0], padded_height, origin[0])
-    column_taps = axis_taps(source_size[:, 1], image_size[:, 1], width, origin[1])
-    end = jnp.clip(image_size - origin, 0, jnp.asarray(output_size))  # [B, 2], in the map
+    row_taps, column_taps, end = tile_taps(
+        mask_logits, output_size, padded_height, source_size, image_size, origin
+    )
     valid_columns = jnp.arange(width) < end[:, 1:]
 
     num_kept = queries.keep.sum(axis=-1)

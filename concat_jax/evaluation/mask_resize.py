@@ -54,6 +54,39 @@ def axis_taps(
     return Taps(low, high, (position - low).astype(xp.float32))
 
 
+def tile_taps(
+    mask_logits: jax.Array,
+    output_size: tuple[int, int],
+    padded_height: int,
+    source_size: jax.Array | None,
+    image_size: jax.Array | None,
+    origin: jax.Array | None,
+) -> tuple[Taps, Taps, jax.Array]:
+    """What it takes to resize masks to a map, or to a tile of one, of each image's own size.
+
+    Args:
+      mask_logits: [B, N, h, w].
+      output_size: (H, W) of the map. Static.
+      padded_height: H made up to whole strips of rows. Static.
+      source_size: [B, 2] valid extent of the logits. None: all of them.
+      image_size: [B, 2] size that the extent is resized to. None: output_size.
+      origin: [2] int (row, column) of the map's first pixel in the image. None: the image's first.
+
+    Returns:
+      row taps [B, padded_height], column taps [B, W], and [B, 2] int32, where the image ends in
+      the map.
+    """
+    batch = mask_logits.shape[0]
+    if source_size is None:
+        source_size = jnp.broadcast_to(jnp.array(mask_logits.shape[2:]), (batch, 2))
+    if image_size is None:
+        image_size = jnp.broadcast_to(jnp.asarray(output_size), (batch, 2))
+    origin = jnp.zeros(2, jnp.int32) if origin is None else origin
+    rows = axis_taps(source_size[:, 0], image_size[:, 0], padded_height, origin[0])
+    columns = axis_taps(source_size[:, 1], image_size[:, 1], output_size[1], origin[1])
+    return rows, columns, jnp.clip(image_size - origin, 0, jnp.asarray(output_size))
+
+
 def blend(values: Array, taps: Taps, axis: int) -> Array:
     """Resizes one axis of an array by taps [n] without batch axes (vmap adds them)."""
     shape = [1] * values.ndim

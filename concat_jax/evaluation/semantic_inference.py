@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from concat_jax.evaluation.mask_resize import axis_taps, blend
+from concat_jax.evaluation.mask_resize import blend, tile_taps
 
 
 @functools.partial(jax.jit, static_argnames=("output_size", "strip_rows"))
@@ -51,17 +51,13 @@ def semantic_inference(
             "semantic_inference needs mask_logits [B, N, h, w] and class_probs [B, N, K+1], got "
             f"{mask_logits.shape} and {class_probs.shape}."
         )
-    batch, _, source_height, source_width = mask_logits.shape
+    batch = mask_logits.shape[0]
     height, width = output_size
     rows = min(strip_rows, height)
     padded_height = -(-height // rows) * rows
-    if source_size is None:
-        source_size = jnp.broadcast_to(jnp.array([source_height, source_width]), (batch, 2))
-    if image_size is None:
-        image_size = jnp.broadcast_to(jnp.asarray(output_size), (batch, 2))
-    origin = jnp.zeros(2, jnp.int32) if origin is None else origin
-    row_taps = axis_taps(source_size[:, 0], image_size[:, 0], padded_height, origin[0])
-    column_taps = axis_taps(source_size[:, 1], image_size[:, 1], width, origin[1])
+    row_taps, column_taps, end = tile_taps(
+        mask_logits, output_size, padded_height, source_size, image_size, origin
+    )
     probs = class_probs[..., :-1].astype(jnp.float32)
     dtype = jnp.uint8 if probs.shape[-1] <= 256 else jnp.uint16
 
@@ -82,6 +78,6 @@ def semantic_inference(
         classes = jnp.argmax(scores, axis=1).astype(dtype)
         return jax.lax.dynamic_update_slice_in_dim(maps, classes, start, axis=1)
 
-    end = jnp.clip(image_size[:, 0] - origin[0], 0, height).max()
     maps = jnp.zeros((batch, padded_height, width), dtype)
-    return jax.lax.fori_loop(0, (end + rows - 1) // rows, strip, maps)[:, :height]
+    num_strips = (end[:, 0].max() + rows - 1) // rows
+    return jax.lax.fori_loop(0, num_strips, strip, maps)[:, :height]

@@ -63,13 +63,11 @@ def _take_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
     )
 
 
-@jax.custom_vjp
 def _weighted_row_sum(table: jax.Array, indices: jax.Array, weights: jax.Array) -> jax.Array:
     """Sum over points and corners of a weight times a row of the table.
 
     A scan over the points with the corners unrolled lets XLA fuse gather, product and sum: the
-    gathered rows, 48 times the size of the output, never reach memory. Differentiating through it
-    would undo that, so the gradient is written out; only reverse mode exists.
+    gathered rows, 48 times the size of the output, never reach memory.
 
     Args:
         table: [B, S, d].
@@ -90,83 +88,163 @@ def _weighted_row_sum(table: jax.Array, indices: jax.Array, weights: jax.Array) 
     return jax.lax.scan(add_point, zeros, (indices, weights))[0]
 
 
-def _weighted_row_sum_forward(
-    table: jax.Array, indices: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _weighted_row_sum(table, indices, weights), (table, indices, weights)
-
-
-def _weighted_row_sum_backward(
-    residuals: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, None, jax.Array]:
-    table, indices, weights = residuals
-    # [points, 4, B, Q, heads] -> [B, Q, heads, points * 4].
-    corners = (weights.shape[0] * weights.shape[1], *weights.shape[2:])
-    indices = jnp.moveaxis(indices.reshape(corners), 0, -1)
-    by_query = jnp.moveaxis(weights.reshape(corners), 0, -1)
-    table_gradient, weight_gradient = jax.lax.platform_dependent(
-        table, indices, by_query, gradient, cpu=_row_gradients_in_chunks, default=_row_gradients
-    )
-    weight_gradient = jnp.moveaxis(weight_gradient, -1, 0).reshape(weights.shape)
-    return table_gradient.astype(table.dtype), None, weight_gradient
-
-
 def _row_gradients(
     table: jax.Array,
     indices: jax.Array,
     weights: jax.Array,
     gradient: jax.Array,
-    total: jax.Array | None = None,
+    total: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of `_weighted_row_sum` for the table and the weights.
 
     Args:
         table: [B, S, d].
-        indices, weights: [B, Q, heads, corners].
+        indices, weights: [points, 4, B, Q, heads].
         gradient: [B, Q, heads, d] float32.
-        total: [B, S, d] float32 to which the table's gradient is added; None: zero.
+        total: [B, S, d] float32 to which the table's gradient is added.
 
     Returns:
-        [B, S, d] and [B, Q, heads, corners], both float32.
+        [B, S, d] and [points, 4, B, Q, heads], both float32.
     """
+    # [B, Q, heads, points * 4]: the corners of one query side by side.
+    corners = (weights.shape[0] * weights.shape[1], *weights.shape[2:])
+    indices = jnp.moveaxis(indices.reshape(corners), 0, -1)
+    by_query = jnp.moveaxis(weights.reshape(corners), 0, -1)
     rows = _take_rows(table, indices).astype(jnp.float32)
     weight_gradient = jnp.einsum("bqhkd,bqhd->bqhk", rows, gradient)
-    updates = gradient[:, :, :, None] * weights[..., None]
-    if total is None:
-        total = jnp.zeros(table.shape, jnp.float32)
+    updates = gradient[:, :, :, None] * by_query[..., None]
     total = jax.vmap(
         lambda sum_, index, update: sum_.at[index].add(update, mode="promise_in_bounds")
     )(total, indices, updates)
-    return total, weight_gradient
+    return total, jnp.moveaxis(weight_gradient, -1, 0).reshape(weights.shape)
 
 
-def _row_gradients_in_chunks(
-    table: jax.Array, indices: jax.Array, weights: jax.Array, gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`_row_gradients` over a few queries at a time, so that a CPU's cache holds their rows."""
-    num_queries = indices.shape[1]
+def _level_corners(
+    value: jax.Array, locations: jax.Array, weights: jax.Array, valid_size: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The table of one level's rows, d channels of one head at one position each, and its corners.
+
+    Returns:
+        table [B, H * W * heads, d], indices into it and corner weights [points, 4, B, Q, heads].
+    """
+    batch, height, row_length, num_heads, depth = value.shape
+    table = value.reshape(batch, height * row_length * num_heads, depth)
+    width = row_length
+    if valid_size is not None:
+        height, width = (valid_size[:, axis, None, None] for axis in (0, 1))
+    positions, corner_weights = _corner_rows(locations, weights, height, width, row_length)
+    indices = positions * num_heads + jnp.arange(num_heads, dtype=jnp.int32)
+    return table, indices, corner_weights
+
+
+@jax.custom_vjp
+def _sample_level(
+    value: jax.Array, locations: jax.Array, weights: jax.Array, valid_size: jax.Array | None
+) -> jax.Array:
+    """One level's part of `multi_scale_deformable_attention`.
+
+    The gradient is written out: differentiating through the sum would keep the gathered rows, and
+    through the corners four weights and four places a point. Only reverse mode exists.
+
+    Args:
+        value: [B, H, W, heads, d].
+        locations: [B, Q, heads, points, 2] float32.
+        weights: [B, Q, heads, points] float32.
+        valid_size: [B, 2] int32 (height, width), or None.
+
+    Returns:
+        [B, Q, heads, d] float32.
+    """
+    return _weighted_row_sum(*_level_corners(value, locations, weights, valid_size))
+
+
+def _sample_level_forward(
+    value: jax.Array, locations: jax.Array, weights: jax.Array, valid_size: jax.Array | None
+) -> tuple[jax.Array, tuple]:
+    inputs = (value, locations, weights, valid_size)
+    return _sample_level(*inputs), inputs
+
+
+def _sample_level_backward(residuals: tuple, gradient: jax.Array) -> tuple:
+    value, locations, weights, valid_size = residuals
+    total, *gradients = jax.lax.platform_dependent(
+        value,
+        locations,
+        weights,
+        valid_size,
+        gradient,
+        cpu=_level_gradients_in_chunks,
+        default=_level_gradients,
+    )
+    return total.reshape(value.shape).astype(value.dtype), *gradients, None
+
+
+def _level_gradients(
+    value: jax.Array,
+    locations: jax.Array,
+    weights: jax.Array,
+    valid_size: jax.Array | None,
+    gradient: jax.Array,
+    total: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of `_sample_level` for the rows of `value`, the locations and the weights.
+
+    Args:
+        value, locations, weights, valid_size: as given to `_sample_level`.
+        gradient: [B, Q, heads, d] float32.
+        total: [B, H * W * heads, d] float32 to which the rows' gradient is added; None: zero.
+
+    Returns:
+        [B, H * W * heads, d], [B, Q, heads, points, 2] and [B, Q, heads, points], all float32.
+    """
+
+    def corner_weights(locations: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple]:
+        table, indices, by_corner = _level_corners(value, locations, weights, valid_size)
+        return by_corner, (table, indices)
+
+    by_corner, pull, (table, indices) = jax.vjp(corner_weights, locations, weights, has_aux=True)
+    if total is None:
+        total = jnp.zeros(table.shape, jnp.float32)
+    total, corner_gradient = _row_gradients(table, indices, by_corner, gradient, total)
+    return total, *pull(corner_gradient)
+
+
+def _level_gradients_in_chunks(
+    value: jax.Array,
+    locations: jax.Array,
+    weights: jax.Array,
+    valid_size: jax.Array | None,
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`_level_gradients` over a few queries at a time, so that a CPU's cache holds their rows."""
+    batch, num_queries = locations.shape[:2]
     if num_queries <= QUERIES_A_CHUNK:
-        return _row_gradients(table, indices, weights, gradient)
+        return _level_gradients(value, locations, weights, valid_size, gradient)
     num_chunks = -(-num_queries // QUERIES_A_CHUNK)
     surplus = num_chunks * QUERIES_A_CHUNK - num_queries
 
     def split(array: jax.Array) -> jax.Array:
-        # Zero weights and gradients at row 0 change no sum.
+        # Zero weights and gradients change no sum.
         array = jnp.pad(array, ((0, 0), (0, surplus)) + ((0, 0),) * (array.ndim - 2))
-        array = array.reshape(array.shape[0], num_chunks, QUERIES_A_CHUNK, *array.shape[2:])
+        array = array.reshape(batch, num_chunks, QUERIES_A_CHUNK, *array.shape[2:])
         return jnp.moveaxis(array, 1, 0)
 
-    def add_chunk(total: jax.Array, chunk: tuple) -> tuple[jax.Array, jax.Array]:
-        return _row_gradients(table, *chunk, total)
+    def join(array: jax.Array) -> jax.Array:
+        array = jnp.moveaxis(array, 0, 1)
+        return array.reshape(batch, -1, *array.shape[3:])[:, :num_queries]
 
-    chunks = tuple(split(array) for array in (indices, weights, gradient))
-    total, weight_gradients = jax.lax.scan(add_chunk, jnp.zeros(table.shape, jnp.float32), chunks)
-    weight_gradients = jnp.moveaxis(weight_gradients, 0, 1)
-    shape = (weights.shape[0], num_chunks * QUERIES_A_CHUNK, *weights.shape[2:])
-    return total, weight_gradients.reshape(shape)[:, :num_queries]
+    def add_chunk(total: jax.Array, chunk: tuple) -> tuple[jax.Array, tuple]:
+        locations, weights, gradient = chunk
+        total, *gradients = _level_gradients(value, locations, weights, valid_size, gradient, total)
+        return total, tuple(gradients)
+
+    zeros = jnp.zeros((batch, math.prod(value.shape[1:4]), value.shape[-1]), jnp.float32)
+    chunks = tuple(split(array) for array in (locations, weights, gradient))
+    total, gradients = jax.lax.scan(add_chunk, zeros, chunks)
+    return total, *map(join, gradients)
 
 
-_weighted_row_sum.defvjp(_weighted_row_sum_forward, _weighted_row_sum_backward)
+_sample_level.defvjp(_sample_level_forward, _sample_level_backward)
 
 
 def multi_scale_deformable_attention(
@@ -203,22 +281,14 @@ def multi_scale_deformable_attention(
         )
     batch, num_queries, num_heads = sampling_locations.shape[:3]
     depth = values[0].shape[-1]
-    heads = jnp.arange(num_heads, dtype=jnp.int32)
     output = jnp.zeros((batch, num_queries, num_heads, depth), jnp.float32)
     for level, value in enumerate(values):
-        height, width = value.shape[1:3]
-        # One row is the d channels of one head at one position.
-        table = value.reshape(batch, height * width * num_heads, depth)
-        if valid_sizes is not None:
-            height, width = (valid_sizes[:, level, axis, None, None] for axis in (0, 1))
-        positions, corner_weights = _corner_rows(
+        output += _sample_level(
+            value,
             sampling_locations[:, :, :, level],
             weights[:, :, :, level],
-            height,
-            width,
-            row_length=value.shape[2],
+            None if valid_sizes is None else valid_sizes[:, level],
         )
-        output += _weighted_row_sum(table, positions * num_heads + heads, corner_weights)
     return output.reshape(batch, num_queries, num_heads * depth).astype(values[0].dtype)
 
 

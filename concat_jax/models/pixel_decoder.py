@@ -13,7 +13,7 @@ import numpy as np
 
 from concat_jax.models.convolution import square_conv
 from concat_jax.models.deformable_attention import MultiScaleDeformableAttention
-from concat_jax.models.linear import Dense
+from concat_jax.models.linear import Dense, relu
 from concat_jax.models.position_encoding import (
     sine_position_encoding,
     valid_sine_position_encoding,
@@ -114,7 +114,7 @@ class EncoderLayer(nn.Module):
         xavier = nn.initializers.xavier_uniform()
         dense = {"dtype": self.dtype, "kernel_init": xavier}
         tokens = nn.LayerNorm(name="self_attention_norm", **norm)(tokens + attended)
-        hidden = nn.relu(Dense(self.ffn_width, name="ffn_in", **dense)(tokens))
+        hidden = relu(Dense(self.ffn_width, name="ffn_in", **dense)(tokens))
         hidden = Dense(self.width, name="ffn_out", **dense)(hidden)
         return nn.LayerNorm(name="ffn_norm", **norm)(tokens + hidden)
 
@@ -247,7 +247,7 @@ class PixelDecoder(nn.Module):
         merged = nn.GroupNorm(name="output_norm", **norm)(
             merged, mask=statistics_mask(merged, valid)
         )
-        merged = nn.relu(merged)
+        merged = relu(merged)
         mask_features = Dense(self.width, kernel_init=_fpn_init, name="mask_projection", **dense)(
             merged
         )

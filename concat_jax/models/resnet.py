@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from concat_jax.models.convolution import square_conv
-from concat_jax.models.linear import Dense
+from concat_jax.models.linear import Dense, relu
 from concat_jax.models.valid_area import statistics_mask, valid_size, zero_beyond
 
 # detectron2 and torchvision both normalise with this epsilon; published weights assume it.
@@ -113,20 +113,20 @@ class ResidualBlock(nn.Module):
         if self.block == "bottleneck":
             out_width = self.width * BOTTLENECK_EXPANSION
             hidden = _pointwise(features, self.width, 1, self.dtype, "conv1")
-            hidden = nn.relu(norm(hidden, size, "norm1"))
+            hidden = relu(norm(hidden, size, "norm1"))
             hidden = _conv(hidden, self.width, 3, self.stride, self.dtype, size, "conv2")
-            hidden = nn.relu(norm(hidden, out_size, "norm2"))
+            hidden = relu(norm(hidden, out_size, "norm2"))
             hidden = _pointwise(hidden, out_width, 1, self.dtype, "conv3")
             hidden = norm(hidden, out_size, "norm3")
         else:
             hidden = _conv(features, self.width, 3, self.stride, self.dtype, size, "conv1")
-            hidden = nn.relu(norm(hidden, out_size, "norm1"))
+            hidden = relu(norm(hidden, out_size, "norm1"))
             hidden = _conv(hidden, self.width, 3, 1, self.dtype, out_size, "conv2")
             hidden = norm(hidden, out_size, "norm2")
         if self.stride > 1 or features.shape[-1] != out_width:
             features = _pointwise(features, out_width, self.stride, self.dtype, "shortcut")
             features = norm(features, out_size, "shortcut_norm")
-        return nn.relu(hidden + features)
+        return relu(hidden + features)
 
 
 class ResNet(nn.Module):
@@ -200,7 +200,7 @@ class ResNet(nn.Module):
 
         if self.stem == "standard":
             features = _conv(features, self.width, 7, 2, self.dtype, image_size, "stem_conv")
-            features = nn.relu(norm(features, size_at(2), "stem_norm"))
+            features = relu(norm(features, size_at(2), "stem_norm"))
             # Behind a ReLU the zeros lose against, or tie with, every value of the valid area.
             features = zero_beyond(features, size_at(2))
             features = nn.max_pool(features, (3, 3), (2, 2), ((1, 1), (1, 1)))
@@ -208,7 +208,7 @@ class ResNet(nn.Module):
             for i, size in ((1, image_size), (2, size_at(2))):
                 name = f"stem_conv{i}"
                 features = _conv(features, self.width, 3, 3 - i, self.dtype, size, name)
-                features = nn.relu(norm(features, size_at(2), f"stem_norm{i}"))
+                features = relu(norm(features, size_at(2), f"stem_norm{i}"))
         outputs = []
         for stage, num_blocks in enumerate(self.stage_sizes):
             for index in range(num_blocks):

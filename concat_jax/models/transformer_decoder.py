@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from concat_jax.models.linear import Dense
+from concat_jax.models.linear import Dense, relu
 from concat_jax.models.pixel_decoder import NORM_EPSILON, resize_bilinear
 from concat_jax.models.position_encoding import (
     sine_position_encoding,
@@ -146,7 +146,7 @@ class DecoderLayer(nn.Module):
         placed = queries + query_positions
         attended = MultiHeadAttention(name="self_attention", **attention)(placed, placed, queries)
         queries = nn.LayerNorm(name="self_attention_norm", **norm)(queries + attended)
-        hidden = nn.relu(Dense(self.ffn_width, name="ffn_in", **dense)(queries))
+        hidden = relu(Dense(self.ffn_width, name="ffn_in", **dense)(queries))
         hidden = Dense(self.width, name="ffn_out", **dense)(hidden)
         return nn.LayerNorm(name="ffn_norm", **norm)(queries + hidden)
 
@@ -248,8 +248,8 @@ class TransformerDecoder(nn.Module):
 
         def predict(queries: jax.Array) -> tuple[jax.Array, jax.Array]:
             normalised = decoder_norm(queries)
-            hidden = nn.relu(mask_mlp[0](normalised))
-            return normalised, mask_mlp[2](nn.relu(mask_mlp[1](hidden)))
+            hidden = relu(mask_mlp[0](normalised))
+            return normalised, mask_mlp[2](relu(mask_mlp[1](hidden)))
 
         layer_class = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         queries = jnp.broadcast_to(query_features, (batch, *table))

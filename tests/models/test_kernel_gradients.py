@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from concat_jax.models import convolution, deformable_attention
-from concat_jax.models.linear import Dense
+from concat_jax.models.linear import Dense, relu
 
 RNG = np.random.default_rng(0)
 
@@ -33,6 +33,12 @@ def test_dense():
         return inputs @ params["kernel"] + params["bias"]
 
     assert_same_gradients(lambda p, x: layer.apply({"params": p}, x), expected, params, inputs)
+
+
+@pytest.mark.parametrize("channels", [1, 8, 13])  # one bit each, eight a byte
+def test_relu(channels):
+    inputs = normal(2, 5, channels).at[0, 0].set(0.0)
+    assert_same_gradients(relu, jax.nn.relu, inputs)
 
 
 @pytest.mark.parametrize("size, stride, height", [(3, 1, 12), (3, 2, 13), (7, 2, 15), (3, 1, 2)])

@@ -15,7 +15,7 @@ import pytest
 from flax import traverse_util
 
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
-from concat_jax.models import transformer_decoder
+from concat_jax.models import pixel_decoder, resnet, transformer_decoder
 from concat_jax.models.segmentor import (
     LinearClassifier,
     make_segmentor,
@@ -331,7 +331,8 @@ def test_loss_and_gradients(name, activation, monkeypatch):
     ReLU, in both, is held to 1e-3 in the largest difference, without exception.
     """
     if activation == "silu":
-        monkeypatch.setattr(nn, "relu", nn.silu)
+        for module in (resnet, pixel_decoder, transformer_decoder):
+            monkeypatch.setattr(module, "relu", nn.silu)
         smooth = torch.nn.functional.silu
         monkeypatch.setattr(torch.nn.functional, "relu", lambda x, inplace=False: smooth(x))
     reference = make_reference(name)

@@ -195,9 +195,6 @@ def test_the_search_for_mask_stacks_finds_one():
     assert not is_mask_stack((1, SEGMENTS, SIDE)) and not is_mask_stack((10, SIDE, SIDE))
 
 
-@pytest.mark.xfail(
-    reason="measured 7.8 GB against the reference's 6.9 GB: what the encoder keeps for its gradient"
-)
 def test_a_step_needs_less_memory_than_the_reference():
     pytest.importorskip("transformers")
     if not Path("/proc/self/clear_refs").exists():
