@@ -42,7 +42,8 @@ def _grid(
     return "\n".join(lines)
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first column flush left and the others right; no trailing newline."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     # A bar inside a run's or a class's name would open another column.
     return "\n".join(
@@ -70,7 +71,7 @@ def format_table(summary: Mapping, *, markdown: bool = False) -> str:
       Lines without a trailing newline.
     """
     header, rows = _summary_rows(summary)
-    return _markdown(header, rows) if markdown else _grid([header], rows, rules=(3, 5))
+    return markdown_table(header, rows) if markdown else _grid([header], rows, rules=(3, 5))
 
 
 def format_comparison(runs: Mapping[str, Mapping], *, markdown: bool = False) -> str:
@@ -97,7 +98,7 @@ def format_comparison(runs: Mapping[str, Mapping], *, markdown: bool = False) ->
             f"h{metric.upper()}" if group == "harmonic" else f"{metric.upper()} {group}"
             for metric, group in _COMPARED
         ]
-        return _markdown(["run", *columns], rows)
+        return markdown_table(["run", *columns], rows)
     blocks = [metric.upper() if group == "seen" else "" for metric, group in _COMPARED]
     groups = ["h" if group == "harmonic" else group for _, group in _COMPARED]
     return _grid([["", *blocks], ["run", *groups]], rows)
@@ -129,7 +130,7 @@ def format_classes(summary: Mapping, *, unseen_only: bool = False, markdown: boo
         ]
         for row in chosen
     ]
-    return _markdown(header, rows) if markdown else _grid([header], rows)
+    return markdown_table(header, rows) if markdown else _grid([header], rows)
 
 
 def flatten_summary(summary: Mapping) -> dict[str, float]:

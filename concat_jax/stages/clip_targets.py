@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from concat_jax.configuration import check_choice
 from concat_jax.losses.masks import over_batch_shards
 from concat_jax.models.clip import CLIP
 from concat_jax.models.clip_images import (
@@ -15,6 +16,8 @@ from concat_jax.models.clip_images import (
     resize_for_clip,
     resize_windows,
 )
+
+FILLS = ("mean", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +30,21 @@ class CropConfig:
       max_side: greatest side, or 0 for none: a large patterned region is looked at through a
         window at its centre rather than shrunk until the pattern is gone.
       fill: "mean" paints what is not the segment in CLIP's mean colour, "none" leaves it.
+      size: side of the pictures that CLIP sees, 0 for the one it was trained at; its positions are
+        interpolated for others.
+      dtype: compute type of CLIP's image tower, "bfloat16" on accelerators; targets are float32.
     """
 
     margin: float = 0.1
     min_side: float = 1.0
     max_side: float = 0.0
     fill: str = "mean"
+    size: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        check_choice(self.fill, FILLS, "Crop fill is")
+        check_choice(self.dtype, ("float32", "bfloat16"), "Crop dtype is")
 
 
 def segment_windows(
@@ -100,12 +112,7 @@ def masked_crops(
 
     Returns:
       [B, G, size, size, 3] float32; 0, CLIP's mean colour, where filled.
-
-    Raises:
-      ValueError: if the fill is unknown.
     """
-    if config.fill not in ("mean", "none"):
-        raise ValueError(f"Crop fill {config.fill!r} is unknown; choose 'mean' or 'none'.")
     batch, height, width = segment_ids.shape
     centres, sides = segment_windows(segment_ids, num_segments, config)
     corners = centres - sides[..., None] / 2
@@ -125,15 +132,41 @@ def masked_crops(
     return jnp.where((is_own & inside)[..., None], crops, 0.0)
 
 
+def keep_largest(
+    segment_ids: jax.Array, num_segments: int, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The id map with only the largest segments of each image.
+
+    Args:
+      segment_ids: [B, H, W] id map.
+      num_segments: G.
+      count: M, how many, at most G.
+
+    Returns:
+      id map [B, H, W] int32 with ids 1..M, largest first; rows [B, M] int32, which of 0..G-1 each
+      of them was; areas [B, M] int32 in pixels. Of equal ones the first comes first.
+    """
+
+    def of_image(ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        ids = ids.astype(jnp.int32)
+        areas = jnp.zeros(num_segments + 1, jnp.int32).at[ids.ravel()].add(1)[1:]
+        rows = jnp.argsort(-areas, stable=True)[:count].astype(jnp.int32)
+        new_ids = jnp.zeros(num_segments + 1, jnp.int32).at[rows + 1].set(jnp.arange(1, count + 1))
+        return new_ids[ids], rows, areas[rows]
+
+    return jax.vmap(of_image)(segment_ids)
+
+
 def clip_targets(
     clip: CLIP,
     params,
     images: jax.Array,
     segment_ids: jax.Array,
     num_segments: int,
-    config,
+    config: CropConfig,
     *,
     image_size: jax.Array | None = None,
+    max_segments: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Targets of CON: g of the image and c_j of each segment, without gradient.
 
@@ -143,25 +176,37 @@ def clip_targets(
       images: [B, H, W, 3] uint8.
       segment_ids: [B, H, W] id map.
       num_segments: G.
-      config: CropConfig.
+      config: of the crops.
       image_size: [B, 2] int32 valid (height, width); padding is not shown to CLIP.
+      max_segments: M, the most segments of an image that CLIP looks at, the largest; 0 for all G.
+        A row of the tables costs a pass of CLIP whether it holds a segment or padding.
 
     Returns:
-      g [B, C] and c [B, G, C], float32, L2-normalised.
+      g [B, C] and c [B, G, C], float32, L2-normalised; zeros for a segment that has no pixel or is
+      not among the M largest.
     """
-    size = clip.image_size
-    whole = normalize_clip_images(
-        resize_for_clip(images, size, fit="squash", image_size=image_size)
-    )
-    crops = masked_crops(images, segment_ids, num_segments, size, config, image_size=image_size)
-    pictures = jnp.concatenate([whole[:, None], crops], axis=1)  # [B, 1 + G, s, s, 3]
+    clip = clip.clone(dtype=jnp.dtype(config.dtype))
+    size = config.size or clip.image_size
+    count = min(max_segments or num_segments, num_segments)
+    if image_size is None:
+        height, width = segment_ids.shape[1:]
+        image_size = jnp.broadcast_to(jnp.asarray([height, width]), (len(images), 2))
 
-    def encode(params, pictures: jax.Array) -> jax.Array:
-        def of_images(images: jax.Array) -> jax.Array:
-            return clip.apply({"params": params}, images, method="encode_image")
+    def targets(params, images, segment_ids, image_size) -> tuple[jax.Array, jax.Array]:
+        whole = resize_for_clip(images, size, fit="squash", image_size=image_size)
+        ids, rows, areas = keep_largest(segment_ids, num_segments, count)
+        crops = masked_crops(images, ids, count, size, config, image_size=image_size)
+        pictures = jnp.concatenate([normalize_clip_images(whole)[:, None], crops], axis=1)
 
-        return jax.vmap(of_images, in_axes=1, out_axes=1)(pictures)
+        def encode(pictures: jax.Array) -> jax.Array:  # [b, s, s, 3] -> [b, C]
+            return clip.apply({"params": params}, pictures, method="encode_image")
 
-    embeddings = over_batch_shards(encode, num_replicated=1)(params, pictures)
-    embeddings = jax.lax.stop_gradient(l2_normalize(embeddings))
-    return embeddings[:, 0], embeddings[:, 1:]
+        embeddings = l2_normalize(jax.vmap(encode, in_axes=1, out_axes=1)(pictures))
+        by_segment = jnp.where((areas > 0)[..., None], embeddings[:, 1:], 0.0)
+        place = jax.vmap(lambda table, row, values: table.at[row].set(values))
+        table = jnp.zeros((len(images), num_segments, embeddings.shape[-1]), jnp.float32)
+        return embeddings[:, 0], place(table, rows, by_segment)
+
+    # The whole of it on each device's own images: TPU's partitioner would gather the pictures.
+    targets = over_batch_shards(targets, num_replicated=1)
+    return jax.lax.stop_gradient(targets(params, images, segment_ids, image_size))

@@ -6,6 +6,7 @@ L = 2·CE + 5·BCE + 5·Dice + λ_g · L_global + λ_i · L_instance
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 from concat_jax.configuration import check_choice
 from concat_jax.losses import alignment
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
+from concat_jax.models.clip import CLIP
 from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import normalize_images
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
@@ -33,6 +35,12 @@ class ConConfig:
       temperature: of InfoNCE; CLIP's own at the start of its training.
       pooling: "objectness", "similarity" or "mean", see `alignment.pool_queries`.
       pooling_temperature: of the softmax over queries.
+      targets: "online" runs CLIP on every batch; "cached" takes the targets from the batch, where
+        they were looked up: of un-augmented images at native size, so the same up to what jitter,
+        flip and crop change. The step then holds no CLIP.
+      max_segments: the most segments of an image that online targets look at, the largest: CLIP
+        runs for every row of the tables, padding included, and the crop of a tiny segment says
+        little. 0 for all rows. The others are not aligned.
       backbone_multiplier: learning rate of the backbone over that of the rest; 0.1 for pretrained
         weights, 1 from scratch.
     """
@@ -43,12 +51,37 @@ class ConConfig:
     temperature: float = 0.07
     pooling: str = "objectness"
     pooling_temperature: float = 0.1
+    targets: str = "online"
+    max_segments: int = 0
     backbone_multiplier: float = 0.1
 
     def __post_init__(self):
         if self.alignment not in ("cosine", "infonce"):
             raise ValueError(f"CON alignment is {self.alignment!r}; choose 'cosine' or 'infonce'.")
         check_choice(self.pooling, alignment.POOLINGS, "CON pooling is")
+        check_choice(self.targets, ("online", "cached"), "CON targets are")
+
+
+# What of CLIP decides its image embeddings besides the parameters.
+_IMAGE_FIELDS = (
+    "embed_dim",
+    "image_size",
+    "patch_size",
+    "image_heads",
+    "activation",
+    "stem",
+    "position_interpolation",
+)
+# Batch fields of cached targets, [B, C] and [B, G, C].
+TARGET_FIELDS = ("clip_image_target", "clip_segment_targets")
+
+
+def target_identity(clip: CLIP, crops: CropConfig) -> dict[str, Any]:
+    """What targets depend on besides CLIP's parameters and the images: `clip` and `crops`."""
+    return {
+        "clip": {field: getattr(clip, field) for field in _IMAGE_FIELDS},
+        "crops": dataclasses.asdict(crops),
+    }
 
 
 def training_labels(labels: jax.Array, is_crowd: jax.Array, vocabulary: Vocabulary) -> jax.Array:
@@ -80,8 +113,9 @@ def make_stage(
     loss_config: SegmentationLossConfig,
     crop_config: CropConfig,
 ) -> Stage:
-    """CON as a `Stage`: trains segmentor and projector, reads CLIP."""
+    """CON as a `Stage`: trains segmentor and projector; reads CLIP unless targets are cached."""
     align = config.global_weight > 0 or config.instance_weight > 0
+    cached = align and config.targets == "cached"
 
     def pull(predictions, targets, valid):
         if config.alignment == "cosine":
@@ -114,15 +148,19 @@ def make_stage(
         }
         total = terms.loss_class + terms.loss_mask + terms.loss_dice
         if align:
-            image_target, segment_targets = clip_targets(
-                networks.clip,
-                frozen["clip"],
-                batch["image"],
-                batch["segment_ids"],
-                labels.shape[1],
-                crop_config,
-                image_size=batch["image_size"],
-            )
+            if cached:
+                image_target, segment_targets = (batch[field] for field in TARGET_FIELDS)
+            else:
+                image_target, segment_targets = clip_targets(
+                    networks.clip,
+                    frozen["clip"],
+                    batch["image"],
+                    batch["segment_ids"],
+                    labels.shape[1],
+                    crop_config,
+                    image_size=batch["image_size"],
+                    max_segments=config.max_segments,
+                )
             last = semantic[:, -1]
             objectness = 1 - jax.nn.softmax(logits[:, -1], axis=-1)[..., -1]
             pooled = alignment.pool_queries(
@@ -136,7 +174,8 @@ def make_stage(
             loss_global = jnp.mean(pull(pooled, image_target, everyone))
 
             query = terms.query_of_segment[:, -1]  # [B, G]
-            matched = query >= 0
+            has_target = jnp.any(segment_targets != 0, axis=-1)
+            matched = (query >= 0) & has_target
             holders = jnp.take_along_axis(last, jnp.clip(query, 0)[..., None], axis=1)
             losses = pull(holders, segment_targets, matched)
             loss_instance = losses.sum() / jnp.maximum(matched.sum(), 1)
@@ -153,5 +192,7 @@ def make_stage(
         (NO_DECAY, 1.0, 0.0),
         (r".*", 1.0, 1.0),
     )
-    fields = ("image", "segment_ids", "segment_labels", "segment_is_crowd", "image_size")
-    return Stage(("segmentor", "projector"), ("clip",) if align else (), loss, rules, fields)
+    fields = ("image", "segment_ids", "segment_labels", "segment_is_crowd")
+    fields += TARGET_FIELDS if cached else ("image_size",)
+    reads = ("clip",) if align and not cached else ()
+    return Stage(("segmentor", "projector"), reads, loss, rules, fields)

@@ -1,5 +1,6 @@
 """Windows and masked crops by hand, and the embeddings that CON pulls to."""
 
+import dataclasses
 import functools
 
 import jax
@@ -158,9 +159,8 @@ def test_no_fill_leaves_the_surroundings():
 
 
 def test_an_unknown_fill_is_refused():
-    image, ids = two_colours()
-    with pytest.raises(ValueError, match="'black'.*'mean' or 'none'"):
-        masked_crops(image, ids, 3, 8, CropConfig(fill="black"))
+    with pytest.raises(ValueError, match="Crop fill is 'black'"):
+        CropConfig(fill="black")
 
 
 @pytest.fixture(scope="module")
@@ -202,13 +202,12 @@ def test_targets_are_unit_vectors_of_image_and_segments(targets):
     assert whole.shape == (2, 12) and segments.shape == (2, 4, 12)
     assert whole.dtype == segments.dtype == jnp.float32
     np.testing.assert_allclose(np.linalg.norm(whole, axis=-1), 1, rtol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(segments, axis=-1), 1, rtol=1e-5)
+    present = [[1, 1, 1, 0], [1, 1, 0, 0]]  # the rest are zeros: no segment, no target
+    np.testing.assert_allclose(np.linalg.norm(segments, axis=-1), present, rtol=1e-5)
     # One by one, the long way round.
     crop = masked_crops(images[1:], ids[1:], 4, 16, config)[0, 1]
     alone = clip.apply({"params": params}, crop[None], method="encode_image")[0]
     np.testing.assert_allclose(segments[1, 1], alone / np.linalg.norm(alone), atol=1e-5)
-    # Absent segments (row 3 of both, row 2 of the second) see the same empty picture.
-    np.testing.assert_allclose(segments[0, 3], segments[1, 2], atol=1e-5)
     assert np.abs(segments[0, 0] - segments[0, 1]).max() > 1e-3
 
 
@@ -229,3 +228,38 @@ def test_targets_give_clip_no_gradient(targets):
 
     gradients = fast_jit(jax.grad(total))(params)
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradients))
+
+
+def test_only_the_largest_segments_are_looked_at(targets):
+    clip, params, config, images, ids, function = targets
+    areas = np.stack([np.bincount(i.ravel(), minlength=5)[1:5] for i in ids])
+    few = fast_jit(lambda *arrays: clip_targets(clip, *arrays, 4, config, max_segments=2))
+    whole, segments = few(params, images, ids)
+    expected_whole, expected = function(params, images, ids)
+    np.testing.assert_allclose(whole, expected_whole, atol=1e-5)
+    for image in range(2):
+        largest = np.argsort(-areas[image], kind="stable")[:2]
+        for row in range(4):
+            wanted = expected[image, row] if row in largest else np.zeros(12)
+            np.testing.assert_allclose(segments[image, row], wanted, atol=1e-5)
+
+
+def test_bfloat16_and_other_sizes(targets):
+    clip, params, config, images, ids, function = targets
+    _, expected = function(params, images, ids)
+
+    def segments(**fields):
+        settings = dataclasses.replace(config, **fields)
+        return fast_jit(lambda *arrays: clip_targets(clip, *arrays, 4, settings))(
+            params, images, ids
+        )[1]
+
+    def cosines(a, b):
+        return (a * b).sum(-1)[np.linalg.norm(b, axis=-1) > 0]
+
+    coarse = segments(dtype="bfloat16")
+    assert coarse.dtype == jnp.float32
+    assert 0.999 < cosines(coarse, expected).min() < 1 - 1e-7
+    larger = segments(size=32)
+    assert cosines(larger, expected).min() > 0.5
+    assert np.abs(larger - expected).max() > 1e-3
