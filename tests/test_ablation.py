@@ -1,0 +1,114 @@
+"""The ablation's rows, its table, and that nothing is run twice."""
+
+import json
+
+import pytest
+
+from concat_jax import ablation
+from configs import demo_zps
+
+
+def summary(unseen, seen, harmonic):
+    groups = {"unseen": unseen, "seen": seen, "harmonic": harmonic}
+    return {group: {"pq": value, "sq": 50.0, "rq": None} for group, value in groups.items()}
+
+
+def test_rows_change_what_they_name_and_nothing_else():
+    base = demo_zps.get_config()
+    config = ablation.with_rows(base, seed=7)
+    assert config.seed == 7 and base.seed == 0 and "projection" not in base.train
+    assert config.train.con_both == base.train.con
+    projection = config.train.projection.to_dict()
+    assert projection["method"].pop("global_weight") == 0
+    assert projection["method"].pop("instance_weight") == 0
+    both = config.train.con_both.to_dict()
+    del both["method"]["global_weight"], both["method"]["instance_weight"]
+    assert projection == both
+
+
+def test_a_config_without_the_stage_is_refused():
+    config = demo_zps.get_config()
+    with config.unlocked():
+        del config.train.con
+    with pytest.raises(ValueError, match="copies a stage that is not there: 'con'"):
+        ablation.with_rows(config, seed=0)
+
+
+def test_stages_before_come_in_order():
+    config = ablation.with_rows(demo_zps.get_config(), seed=0)
+    assert ablation.stages_before(config, "con_both") == ["clip"]
+    assert ablation.stages_before(config, "finetune") == ["clip", "con", "cat"]
+
+
+def test_mean_and_deviation_by_hand():
+    assert ablation.spread([1.0, 2.0, 6.0]) == "3.0 ± 2.6"  # squares 4, 1, 9 over 2: 7
+    assert ablation.spread([4.0]) == "4.0"
+    assert ablation.spread([1.0, None]) == "-"
+
+
+def test_the_table():
+    cells = [
+        {"summary": summary(30.0, 60.0, 40.0), "seconds": 60},
+        {"summary": summary(32.0, 60.0, 41.0), "seconds": 80},
+    ]
+    table = ablation.format_ablation({"con_both": cells}).splitlines()
+    assert table[0].startswith("| row | PQ unseen | PQ seen | hPQ |")
+    assert table[2] == (
+        "| stage 1 + CON, both | 31.0 ± 1.4 | 60.0 ± 0.0 | 40.5 ± 0.7 | 50.0 ± 0.0 | - | 1:10 |"
+    )
+
+
+class FakeRun:
+    """Trains nothing; remembers what it was asked to do."""
+
+    log = []
+
+    def __init__(self, config, workdir, datasets):
+        self.workdir, self.seed = workdir, config.seed
+
+    def is_finished(self, name):
+        return (self.workdir / name / "done").exists()
+
+    def train(self, name):
+        self.log.append((self.seed, "train", name))
+        (self.workdir / name).mkdir(parents=True)
+        (self.workdir / name / "done").touch()
+
+    def evaluate(self, name):
+        self.log.append((self.seed, "evaluate", name))
+        return summary(10.0 * self.seed, 50.0, 20.0)
+
+
+def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "Run", FakeRun)
+    monkeypatch.setattr(FakeRun, "log", [])
+    config = demo_zps.get_config("smoke")
+    ablation.ablation(config, ["projection"], 1, tmp_path)
+    assert FakeRun.log == [
+        (0, "train", "clip"),
+        (0, "train", "projection"),
+        (0, "evaluate", "projection"),
+    ]
+    FakeRun.log.clear()
+    table = ablation.ablation(config, ["projection", "con_both"], 2, tmp_path)
+    assert FakeRun.log == [
+        (0, "train", "con_both"),
+        (0, "evaluate", "con_both"),
+        (1, "train", "clip"),
+        (1, "train", "projection"),
+        (1, "evaluate", "projection"),
+        (1, "train", "con_both"),
+        (1, "evaluate", "con_both"),
+    ]
+    assert "5.0 ± 7.1" in table  # unseen 0 and 10
+    assert (tmp_path / "ablation.md").read_text() == table + "\n"
+    saved = json.loads((tmp_path / "ablation.json").read_text())
+    assert len(saved["rows"]["projection"]) == 2
+    FakeRun.log.clear()
+    assert ablation.ablation(config, ["projection", "con_both"], 2, tmp_path) == table
+    assert FakeRun.log == []
+
+
+def test_an_unknown_row_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no row 'con_bth'; did you mean 'con_both'"):
+        ablation.ablation(demo_zps.get_config(), ["con_bth"], 1, tmp_path)
