@@ -5,15 +5,18 @@
 Every case is run by each implementation in a process of its own, one after another, on whatever
 device each framework finds. `benchmark.md` and `benchmark.json` are written. Without torch and
 transformers only ours is measured.
+
+    python -m concat_jax.benchmark --tasks=alignment
+    python -m concat_jax.benchmark --tasks=two_stage --images=FOLDER --batch=4
+
+compare variants of ours, which take turns in one process: what alignment to CLIP costs a step of
+stage 1, and inference without CLIP beside inference with CLIP on every mask.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,12 +28,23 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from concat_jax.benchmarking.cases import NUM_CLASSES, TASKS, Case
+from concat_jax.benchmarking.cases import (
+    COMPARED_TASKS,
+    NUM_CLASSES,
+    TASKS,
+    TURN_TASKS,
+    Case,
+    pictures,
+)
 from concat_jax.benchmarking.reference import is_installed
+from concat_jax.benchmarking.report import machine, to_markdown
 from concat_jax.configuration import check_choice
 from concat_jax.main import parse_flags
+from concat_jax.models.clip import make_clip
 from concat_jax.models.segmentor import LinearClassifier, make_segmentor
 from concat_jax.models.swin import SWIN_VARIANTS
+from concat_jax.predict import find_images
+from concat_jax.prediction.images import read_image
 from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.weights.hugging_face_folder import save_hf_folder
 from concat_jax.weights.model_folder import ModelCard, load_model, save_model
@@ -47,12 +61,22 @@ _COMPARED = {"forward": ("class_logits", "mask_logits"), "postprocess": (), "tra
 _OUTPUT = flags.DEFINE_string("output", "benchmark", "Folder for benchmark.md and benchmark.json.")
 _MODEL = flags.DEFINE_string("model", "", "A converted model's folder; else random weights.")
 _BACKBONE = flags.DEFINE_string("backbone", "resnet50", "Of the random weights.")
-_TASKS = flags.DEFINE_list("tasks", list(TASKS), "Any of forward, postprocess, train.")
+_TASKS = flags.DEFINE_list("tasks", list(COMPARED_TASKS), f"Any of {', '.join(TASKS)}.")
 _SIZES = flags.DEFINE_list("sizes", ["512", "800"], "512 or 800x1088: forward and postprocess.")
-_BATCH = flags.DEFINE_integer("batch", 1, "Images at once: forward and postprocess.", 1)
-_TRAIN_SIZES = flags.DEFINE_list("train_sizes", ["512"], "Sizes of the train step.")
-_TRAIN_BATCH = flags.DEFINE_integer("train_batch", 2, "Images of the train step.", 1)
+_BATCH = flags.DEFINE_integer("batch", 1, "Images at once, but for the training tasks.", 1)
+_TRAIN_SIZES = flags.DEFINE_list("train_sizes", ["512"], "Sizes of train and alignment.")
+_TRAIN_BATCH = flags.DEFINE_integer("train_batch", 2, "Images of train and alignment.", 1)
 _SEGMENTS = flags.DEFINE_integer("segments", 12, "Annotated segments an image.", 1, 100)
+_CLIP = flags.DEFINE_string(
+    "clip",
+    "ViT-B/16",
+    "Of alignment and two_stage: a variant's name, or make_clip's config in JSON.",
+)
+_IMAGES = flags.DEFINE_string("images", "", "Folder or glob of two_stage; else random pixels.")
+_TWO_STAGE_SIZES = flags.DEFINE_list("two_stage_sizes", ["512"], "Sizes of two_stage.")
+_TWO_STAGE_IMAGES = flags.DEFINE_integer("two_stage_images", 20, "Images in all.", 1)
+# An average image of COCO panoptic has eleven segments, so ten is kind to the other side.
+_TWO_STAGE_MASKS = flags.DEFINE_list("two_stage_masks", ["10"], "Masks that CLIP sees of an image.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of a case, after one to warm up.", 1)
 _SAME_ALLOCATOR = flags.DEFINE_bool(
@@ -75,17 +99,76 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
+def parse_clip(text: str) -> dict[str, Any]:
+    """Config for `make_clip` from "ViT-B/16" or '{"image_width": 64, ...}'.
+
+    Raises:
+      ValueError: for something else, or a config that is no CLIP.
+    """
+    config: Any = {"variant": text}
+    if text.lstrip().startswith("{"):
+        try:
+            config = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"--clip is not valid JSON: {error}.") from error
+    make_clip(config)
+    return config
+
+
 def make_cases() -> list[Case]:
-    """The cases that the flags ask for."""
+    """The cases that the flags ask for.
+
+    Raises:
+      ValueError: for a flag without meaning.
+    """
     cases = []
     for task in _TASKS.value:
         check_choice(task, TASKS, "--tasks names no task:")
-        training = task == "train"
-        for text in _TRAIN_SIZES.value if training else _SIZES.value:
+        training = task in ("train", "alignment")
+        sizes = _TRAIN_SIZES if training else _TWO_STAGE_SIZES if task == "two_stage" else _SIZES
+        for text in sizes.value:
             height, width = parse_size(text)
             batch = _TRAIN_BATCH.value if training else _BATCH.value
-            cases.append(Case(task, height, width, batch, _SEGMENTS.value, _DTYPE.value))
+            case = Case(task, height, width, batch, _SEGMENTS.value, _DTYPE.value)
+            if task in TURN_TASKS:
+                case = dataclasses.replace(case, clip=parse_clip(_CLIP.value))
+            if task == "two_stage":
+                case = dataclasses.replace(
+                    case,
+                    num_images=_TWO_STAGE_IMAGES.value,
+                    num_masks=parse_counts(_TWO_STAGE_MASKS.value),
+                    pictures=_IMAGES.value or case.pictures,
+                )
+            cases.append(case)
     return cases
+
+
+def parse_counts(texts: Sequence[str]) -> tuple[int, ...]:
+    """Numbers above zero, each once, in order.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    if not texts or not all(text.isdigit() and int(text) > 0 for text in texts):
+        raise ValueError(f"--two_stage_masks={','.join(texts)} is not like 10 or 10,100.")
+    return tuple(dict.fromkeys(map(int, texts)))
+
+
+def read_images(given: str, number: int) -> list[np.ndarray]:
+    """The first images of a folder or a glob, [h, w, 3] uint8 each.
+
+    Raises:
+      ValueError: if there are fewer, or one cannot be read.
+    """
+    paths, errors = find_images([given])
+    if errors:
+        raise ValueError(f"--images: {errors[0]}")
+    if len(paths) < number:
+        raise ValueError(
+            f"--images={given} stands for {len(paths)} images where {number} are wanted; name more "
+            "or lower --two_stage_images."
+        )
+    return [read_image(path) for path in paths[:number]]
 
 
 def random_model(backbone: str) -> tuple[Any, ModelCard]:
@@ -108,11 +191,23 @@ def random_model(backbone: str) -> tuple[Any, ModelCard]:
 
 
 def measure_case(
-    case: Case, implementations: Sequence[str], models: Mapping[str, Path], folder: Path
+    case: Case,
+    implementations: Sequence[str],
+    models: Mapping[str, Path],
+    folder: Path,
+    inputs: Path | None = None,
 ) -> dict:
-    """Run a case by every implementation; returns what the report needs."""
+    """Run a case by every implementation; returns what the report needs.
+
+    Args:
+      case: what to measure.
+      implementations: "ours", "torch" or "torch.compile".
+      models: folders, "ours" and "reference".
+      folder: for files between the processes.
+      inputs: file of the images, `cases.Pictures`.
+    """
     results: dict[str, dict] = {}
-    outputs: dict[str, Mapping[str, np.ndarray]] = {}
+    outputs: dict[str, dict[str, np.ndarray]] = {}
     for name in implementations:
         job, result = folder / "job.json", folder / "result"
         content = {
@@ -121,7 +216,9 @@ def measure_case(
             "model": str(models["ours" if name == "ours" else "reference"]),
             "repeats": _REPEATS.value,
             # Our training command sets it; the reference runs as its users run it, unless asked.
-            "keep_memory": case.task == "train" and (name == "ours" or _SAME_ALLOCATOR.value),
+            "keep_memory": case.task in ("train", "alignment")
+            and (name == "ours" or _SAME_ALLOCATOR.value),
+            "inputs": str(inputs) if inputs else "",
         }
         job.write_text(json.dumps(content))
         command = [sys.executable, "-m", "concat_jax.benchmarking.worker", str(job), str(result)]
@@ -131,11 +228,20 @@ def measure_case(
             results[name] = {"error": last}
             print(f"{case.name}, {name}: failed: {last}", flush=True)
             continue
-        results[name] = json.loads(result.with_suffix(".json").read_text())
+        measured = json.loads(result.with_suffix(".json").read_text())
         with np.load(result.with_suffix(".npz")) as arrays:
-            outputs[name] = dict(arrays)
-        print(f"{case.name}, {name}: {results[name]['median']:.3f} s", flush=True)
+            for key, value in arrays.items():
+                variant, field = key.rsplit("/", 1)
+                outputs.setdefault(variant, {})[field] = value
+        for variant, one in measured.items():
+            print(f"{case.name}, {variant}: {one['median']:.3f} s", flush=True)
+        results |= measured
     report = {"case": dataclasses.asdict(case), "name": case.name, "results": results}
+    if case.task in TURN_TASKS:
+        report["outputs"] = {
+            name: {field: array.tolist() for field, array in arrays.items()}
+            for name, arrays in outputs.items()
+        }
     if {"ours", "torch"} <= outputs.keys():
         report["relative_difference"] = {
             key: _relative_difference(outputs["ours"][key], outputs["torch"][key])
@@ -156,88 +262,41 @@ def _relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def machine() -> dict[str, str]:
-    """What ran the measurement: processor, devices and versions."""
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    versions = {}
-    for name in ("jax", "torch", "transformers"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "processor": f"{processor}, {cores} cores",
-        "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report as a table; ratios are the reference's over ours, so above 1 ours is better."""
-    about = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    lines = [
-        f"Model: {report['model']}. {about}. Median of {report['repeats']} calls after a warm-up.",
-        "Ratio: the implementation's time over ours, above 1 ours is faster.",
-        "",
-        "| case | by | s (fastest to slowest) | ratio | memory, GB | GFLOP | compile, s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for case in report["cases"]:
-        ours = case["results"].get("ours", {}).get("median")
-        for name, result in case["results"].items():
-            if "error" in result:
-                lines.append(f"| {case['name']} | {name} | failed | | | | |")
-                continue
-            ratio = f"{result['median'] / ours:.2f}" if ours else ""
-            cells = [
-                case["name"],
-                name,
-                f"{result['median']:.3f} ({result['fastest']:.3f} to {result['slowest']:.3f})",
-                ratio,
-                f"{result['peak_bytes'] / 1e9:.2f}" if result["peak_bytes"] else "not measured",
-                f"{result['flops'] / 1e9:.0f}" if result["flops"] else "not counted",
-                f"{result['compile']:.0f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    for case in report["cases"]:
-        if case.get("relative_difference"):
-            parts = [f"{k} {v:.1e}" for k, v in case["relative_difference"].items()]
-            lines.append(f"\n{case['name']}: largest relative difference: {', '.join(parts)}.")
-        if case.get("segments"):
-            parts = [f"{k} {v}" for k, v in case["segments"].items()]
-            lines.append(f"\n{case['name']}: segments found: {', '.join(parts)}.")
-    return "\n".join(lines) + "\n"
-
-
 def run() -> dict:
     """Run what the flags ask for; returns the report.
 
     Raises:
       ValueError: for a flag without meaning.
     """
+    cases = make_cases()
     implementations = ["ours"]
     for name in _REFERENCE.value:
         check_choice(name, ("torch", "torch.compile"), "--reference is unknown:")
         implementations.append(name)
+    if all(case.task in TURN_TASKS for case in cases):
+        implementations = ["ours"]
     if len(implementations) > 1 and not is_installed():
         print("torch and transformers are not installed: only ours is measured.")
         implementations = ["ours"]
-    cases = make_cases()
+    files = ()
+    if _IMAGES.value and any(case.task == "two_stage" for case in cases):
+        files = read_images(_IMAGES.value, _TWO_STAGE_IMAGES.value)
     params, card = load_model(_MODEL.value) if _MODEL.value else random_model(_BACKBONE.value)
+    reports = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models = {"ours": folder / "ours", "reference": folder / "reference"}
         save_model(models["ours"], params, card)
-        save_hf_folder(models["reference"], params, card)
+        if len(implementations) > 1:
+            save_hf_folder(models["reference"], params, card)
         del params
-        reports = [measure_case(case, implementations, models, folder) for case in cases]
+        for case in cases:
+            inputs = None
+            if case.task == "two_stage":
+                inputs = folder / "inputs.npz"
+                pictures(case, files).save(inputs)
+            names = ["ours"] if case.task in TURN_TASKS else implementations
+            reports.append(measure_case(case, names, models, folder, inputs))
     return {
         "model": f"{_BACKBONE.value}, {card.source}" if not _MODEL.value else card.source,
         "machine": machine(),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +19,16 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from concat_jax import configuration
-from concat_jax.evaluation import report
+from concat_jax.class_text import check_text, embed_vocabulary, make_tokenizer
+from concat_jax.evaluation import calibration, report
 from concat_jax.evaluation.evaluate import PICTURES, EvalConfig, evaluate, make_predict
 from concat_jax.losses.segmentation import SegmentationLossConfig
-from concat_jax.models.clip_images import l2_normalize
-from concat_jax.models.clip_weights import clip_params_from_file
 from concat_jax.models.networks import Networks, Params, make_networks
 from concat_jax.stages import cat, con, finetune, pretrain_clip
 from concat_jax.stages.clip_targets import CropConfig
-from concat_jax.stages.query_bank import QueryBank, fill_bank
+from concat_jax.stages.query_bank import QueryBank, fill_bank, missing_classes
 from concat_jax.stages.real_queries import IMAGE_FIELDS, extract_queries
 from concat_jax.stages.stage import Stage, StageConfig
-from concat_jax.text.prompts import TEMPLATES, embed_classes
-from concat_jax.text.tokenizer import ClipTokenizer, Tokenizer, WordTokenizer
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
 from concat_jax.training.loop import LoopConfig, train_stage
 from concat_jax.training.metric_writer import MetricWriter, format_seconds
@@ -38,29 +36,33 @@ from concat_jax.training.optimizer import OptimizerConfig
 from concat_jax.training.prefetch import prefetch
 from concat_jax.training.sharding import make_mesh, replicated, shard_batch
 from concat_jax.training.warm_start import copy_parameters
-from concat_jax.weights.model_folder import load_card
-from concat_jax.weights.warm_start import segmentor_from_folder
+from concat_jax.weights.clip import params_fingerprint
+from concat_jax.weights.initial import initial_params, initial_path
+from concat_jax.workdir import claim_workdir, evaluation_settings
 
 if TYPE_CHECKING:
     from data_pipelines.datasets import Datasets
 
 KINDS = ("pretrain_clip", "con", "cat", "finetune")
-# Config keys that may differ when a run is started again in its workdir: they change what is
-# shown or run next, not what was trained. The model is judged by the checkpoints themselves.
-EVALUATION_KEYS = ("eval.", "model.", "data.eval_", "data.num_eval_images")
-FREE_KEYS = (*EVALUATION_KEYS, "stages", "tensorboard", "mesh.")
-# Keys of the model that change no parameter's shape, so that no checkpoint can tell them.
-_SHAPELESS_KEYS = ("_heads", "num_groups", "activation", "position_interpolation")
 
 
 class Run:
     """The stages of one config in one workdir."""
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: Path, datasets: Datasets):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: Path,
+        datasets: Datasets,
+        *,
+        trains: bool = True,
+    ):
         """Args:
         config: as the files in `configs/` make it.
         workdir: gets a folder a stage, `config.json` and `report.json`.
         datasets: training, caption and evaluation data.
+        trains: False where only the networks and what stages gave are wanted; then nothing is
+          written, and cached CLIP targets need not be there yet.
 
         Raises:
           ValueError: for a config that cannot be run, before anything is written.
@@ -81,7 +83,8 @@ class Run:
         self.eval = configuration.build(EvalConfig, config.eval.settings, "config.eval.settings")
         self.loss = configuration.build(SegmentationLossConfig, config.loss, "config.loss")
         self.crops = configuration.build(CropConfig, config.crops, "config.crops")
-        self.tokenizer = self._make_tokenizer()
+        check_text(config.text)
+        self.tokenizer = make_tokenizer(config, datasets.caption_words)
         model = config.model.to_dict()
         model["clip"] |= {
             "vocab_size": self.tokenizer.vocab_size,
@@ -93,20 +96,15 @@ class Run:
         self._given: dict[tuple[str, str], Params] = {}
         self._text: dict[str, np.ndarray] = {}
         self._predict = make_predict(self.networks, self.vocabulary, self.eval)
+        self._calibrated_predict = calibration.make_calibrated_predict(
+            self.networks, self.vocabulary, self.eval
+        )
         self._check_order()
-        self._claim_workdir()
-
-    def _make_tokenizer(self) -> Tokenizer:
-        text = self.config.text
-        if text.tokenizer == "clip":
-            if not text.bpe_path:
-                raise ValueError(
-                    "No vocabulary is configured: set config.text.bpe_path to CLIP's BPE file "
-                    "(bpe_simple_vocab_16e6.txt.gz)."
-                )
-            return ClipTokenizer(text.bpe_path, text.context_length)
-        configuration.check_choice(text.tokenizer, ("words", "clip"), "config.text.tokenizer is")
-        return WordTokenizer(self.datasets.caption_words, text.context_length)
+        if trains:
+            for name in config.stages:
+                if not self.is_finished(name):
+                    self._check_clip_targets(name, with_weights=False)
+        claim_workdir(workdir, config, write=trains)
 
     def _check_order(self) -> None:
         """Every subtree a stage takes must come from an earlier stage, of this run or before."""
@@ -124,7 +122,7 @@ class Run:
                     )
             for subtree, source in self.stages[name].takes.items():
                 if source == "init":
-                    self._init_path(subtree)
+                    initial_path(self.config, subtree)
                     continue
                 configuration.check_choice(
                     source, self.stages, f"config.train.{name}.takes.{subtree} names no stage:"
@@ -137,61 +135,10 @@ class Run:
                     )
             before.append(name)
 
-    def _init_path(self, subtree: str) -> Path | None:
-        """Where the config says the weights of a subtree are; None where it starts fresh."""
-        configuration.check_choice(subtree, ("clip", "segmentor"), "config.init cannot hold")
-        path = self.config.get("init", {}).get(subtree, "")
-        if subtree == "segmentor":
-            if path:
-                load_card(path)
-            return Path(path) if path else None
-        if not path:
-            raise ValueError(
-                "No CLIP weights are configured: set config.init.clip to a Hugging Face "
-                "model.safetensors file, or use a config that trains its own."
-            )
-        if not Path(path).is_file():
-            raise ValueError(f"config.init.clip names {path}, which is not a file.")
-        return Path(path)
-
-    def _initial(self, subtree: str, abstract: Params) -> Params:
-        """Parameters of a subtree that starts from "init"."""
-        path = self._init_path(subtree)
-        if subtree == "clip":
-            return clip_params_from_file(path, abstract)
-        fresh = self._init(subtree, jax.random.key(self.config.seed))
-        if path is None:
-            print(
-                "Warning: the segmentor starts from random numbers (config.init.segmentor is "
-                "empty); the published recipe starts from ImageNet weights of the backbone."
-            )
-            return fresh
-        params, loaded = segmentor_from_folder(path, self.config.model.segmentor, fresh)
-        print(f"The segmentor starts from {path}: {loaded}")
-        return params
-
     def is_finished(self, name: str) -> bool:
         """Whether the stage's last step is saved in the workdir."""
         folder = self.workdir / name / "checkpoints" / str(self.stages[name].steps)
         return folder.is_dir()
-
-    def _claim_workdir(self) -> None:
-        """Write the config, or refuse a workdir that was trained with another one."""
-        path = self.workdir / "config.json"
-        mine = json.loads(json.dumps(configuration.flat(self.config)))
-        if path.exists():
-            theirs = json.loads(path.read_text())
-            for key in sorted(mine.keys() | theirs.keys()):
-                old, new = theirs.get(key), mine.get(key)
-                free = key.startswith(FREE_KEYS) and not key.endswith(_SHAPELESS_KEYS)
-                if old != new and not free:
-                    raise ValueError(
-                        f"The workdir {self.workdir} was made with config.{key} = {old!r}, now it "
-                        f"is {new!r}; use another workdir or the config it was made with."
-                    )
-            return
-        if jax.process_index() == 0:
-            report.write_report(path, mine)
 
     def run(self) -> dict:
         """Train what is not finished, evaluate, write `report.json`; returns the report."""
@@ -207,8 +154,7 @@ class Run:
                 self.train(name)
                 stages[name] = {"seconds": round(time.monotonic() - began, 1)}
         # Another model or other evaluation settings than the report's are looked at anew.
-        keys = configuration.flat(self.config).items()
-        shown = json.loads(json.dumps({k: v for k, v in keys if k.startswith(EVALUATION_KEYS)}))
+        shown = evaluation_settings(self.config)
         evaluated = {n: t for n, t in self.config.eval.stages.items() if self.is_finished(n)}
         if not stages and report_path.exists():
             saved = json.loads(report_path.read_text())
@@ -236,6 +182,7 @@ class Run:
         """Train one stage to its end."""
         settings = self.stages[name]
         stage = self._make_stage(name)
+        self._check_clip_targets(name, with_weights=True)
         taken = {s: self.give(s, source) for s, source in settings.takes.items()}
         # A subtree that a stage both takes and trains is a warm start.
         rng = jax.random.key(self.config.seed)
@@ -284,7 +231,8 @@ class Run:
             settings = configuration.build(pretrain_clip.PretrainClipConfig, method, where)
             return pretrain_clip.make_stage(self.networks, settings)
         if kind == "con":
-            settings = configuration.build(con.ConConfig, method, where)
+            cached = bool(self.config.data.get("clip_targets", ""))
+            settings = con.make_config(method, has_cache=cached, where=where)
             return con.make_stage(self.networks, self.vocabulary, settings, self.loss, self.crops)
         if kind == "cat":
             settings = configuration.build(cat.CatConfig, method, where)
@@ -297,7 +245,8 @@ class Run:
         if (subtree, source) not in self._given:
             abstract = jax.eval_shape(lambda: self.networks.init(subtree, jax.random.key(0)))
             if source == "init":
-                params = self._initial(subtree, abstract)
+                fresh = functools.partial(self._init, subtree, jax.random.key(self.config.seed))
+                params = initial_params(self.config, subtree, self.networks, abstract, fresh)
                 self._given[subtree, source] = jax.device_put(params, replicated(self.mesh))
                 return self._given[subtree, source]
             checkpoints = StageCheckpoints(self.workdir, source)
@@ -308,31 +257,62 @@ class Run:
             self._given[subtree, source] = restored[subtree]
         return self._given[subtree, source]
 
+    def clip_target_identity(self, source: str) -> dict[str, Any]:
+        """What CON's targets depend on besides the images: `weights`, `clip` and `crops`.
+
+        Args:
+          source: stage whose CLIP makes them, or "init".
+        """
+        weights = params_fingerprint(jax.device_get(self.give("clip", source)))
+        return {"weights": weights, **con.target_identity(self.networks.clip, self.crops)}
+
+    def _check_clip_targets(self, name: str, *, with_weights: bool) -> None:
+        """Refuse cached targets that stage `name` must not learn from, before it compiles.
+
+        Args:
+          name: any stage; one that reads no cached targets passes.
+          with_weights: also compare CLIP's parameters, which have to be read for that.
+        """
+        if not set(con.TARGET_FIELDS) <= set(self._make_stage(name).batch_fields):
+            return
+        if self.datasets.check_clip_targets is None:
+            raise ValueError(
+                f"Stage {name!r} is to learn from cached CLIP targets, and none are configured: "
+                "set config.data.clip_targets to the folder that `python -m "
+                "data_pipelines.cache_clip_targets` filled, or "
+                f"config.train.{name}.method.targets to 'online'."
+            )
+        source = self._clip_source(name)
+        if source != "init" and not self.is_finished(source):
+            raise ValueError(
+                f"Stage {name!r} is to learn from cached targets of the CLIP of stage {source!r}, "
+                f"which has not finished in {self.workdir}: train that stage alone "
+                "(config.stages), then fill the cache with `python -m "
+                "data_pipelines.cache_clip_targets`."
+            )
+        if with_weights:
+            expected = self.clip_target_identity(source)
+        else:
+            expected = con.target_identity(self.networks.clip, self.crops)
+        self.datasets.check_clip_targets(expected)
+
     def _clip_source(self, name: str) -> str:
         """The stage whose CLIP embeds the names for stage `name`."""
         return self.stages[name].takes["clip"]
 
     def text_embeddings(self, source: str) -> np.ndarray:
-        """[K, C] float32 text embeddings of the vocabulary by the CLIP of stage `source`."""
+        """Text embeddings of the vocabulary by the CLIP of stage `source`.
+
+        Returns:
+          [K, C] float32, or [K, S, C] where `config.text.synonyms` is "max".
+        """
         if source not in self._text:
-            params = self.give("clip", source)
-
-            # The parameters are an argument: as constants they would be compiled into the program.
-            @jax.jit
-            def encode(params, tokens):
-                features = self.networks.clip.apply(
-                    {"params": params}, tokens, method="encode_text"
-                )
-                return l2_normalize(features)
-
-            text = self.config.text
-            configuration.check_choice(text.templates, TEMPLATES, "config.text.templates is")
-            self._text[source] = embed_classes(
-                lambda tokens: encode(params, tokens),
+            self._text[source] = embed_vocabulary(
+                self.config.text,
+                self.networks.clip,
+                self.give("clip", source),
                 self.tokenizer,
-                self.vocabulary.names,
-                TEMPLATES[text.templates],
-                clean=text.clean_names,
+                self.vocabulary,
             )
         return self._text[source]
 
@@ -373,33 +353,59 @@ class Run:
 
         num_batches = -(-settings.bank_images // size)
         num_images = num_batches * size
+        model = configuration.flat(self.config.model).items()
         queries, labels = fill_bank(
             self.workdir / source / f"query_bank_{num_images}.npz",
             {
                 "stage": source,
                 "steps": self.stages[source].steps,
                 "images": num_images,
-                "model": str(sorted(configuration.flat(self.config.model).items())),
+                "model": str(sorted(item for item in model if not item[0].startswith("generator"))),
+                "weights": params_fingerprint(jax.device_get(params))[:16],
             },
             extract,
             self.datasets.train(size),
             num_batches,
         )
+        warning = missing_classes(labels, self.vocabulary)
+        if warning and jax.process_index() == 0:
+            print(f"Warning: {warning}")
         return QueryBank(
             queries,
             labels,
             batch_size=settings.batch_size,
             seed=self.config.seed,
+            memory_per_class=settings.method.get("memory_per_class", 0),
+            num_classes=len(self.vocabulary),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
 
-    def evaluate(self, name: str) -> dict:
-        """Score the segmentor and projector that hold after stage `name`."""
+    def _inference_inputs(self, name: str) -> tuple[Params, jax.Array]:
+        """Segmentor and projector that hold after stage `name`, and its text embeddings."""
         sources = {**self.stages[name].takes}
         sources |= {subtree: name for subtree in self._make_stage(name).trains}
         params = {s: self.give(s, sources[s]) for s in ("segmentor", "projector")}
-        text = jnp.asarray(self.text_embeddings(self._clip_source(name)))
+        return params, jnp.asarray(self.text_embeddings(self._clip_source(name)))
+
+    def sweep(
+        self, name: str, examples: Iterable[tuple[Mapping, Mapping]], gammas: Iterable[float]
+    ) -> dict[float, dict]:
+        """Score what holds after stage `name` at many γ: `calibration.sweep` on the examples."""
+        params, text = self._inference_inputs(name)
+        predict = self._calibrated_predict
+        return calibration.sweep(
+            lambda images, sizes, gammas: predict(params, text, images, sizes, gammas),
+            examples,
+            self.vocabulary,
+            self.eval,
+            gammas,
+            name=name,
+        )
+
+    def evaluate(self, name: str) -> dict:
+        """Score the segmentor and projector that hold after stage `name`."""
+        params, text = self._inference_inputs(name)
         predict = self._predict
         folder = self.workdir / name
         leads = jax.process_index() == 0  # every host predicts, one writes

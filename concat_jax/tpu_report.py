@@ -283,7 +283,11 @@ def abstract_step(
     stage: Stage = con.make_stage(
         networks,
         vocabulary,
-        build(con.ConConfig, settings.method, f"config.train.{name}.method"),
+        con.make_config(
+            settings.method,
+            has_cache=bool(config.data.get("clip_targets", "")),
+            where=f"config.train.{name}.method",
+        ),
         build(SegmentationLossConfig, config.loss, "config.loss"),
         build(CropConfig, config.crops, "config.crops"),
     )
@@ -317,6 +321,8 @@ def abstract_step(
         "segment_labels": ((segments,), jnp.int32),
         "segment_is_crowd": ((segments,), jnp.bool_),
         "image_size": ((2,), jnp.int32),
+        "clip_image_target": ((networks.clip.embed_dim,), jnp.float32),
+        "clip_segment_targets": ((segments, networks.clip.embed_dim), jnp.float32),
     }
     batch = {
         field: jax.ShapeDtypeStruct((settings.batch_size, *fields[field][0]), fields[field][1])

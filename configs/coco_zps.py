@@ -2,9 +2,17 @@
 
     python -m concat_jax.convert /path/to/R-50.pkl weights/r50
     python -m concat_jax.main --config=configs/coco_zps.py --workdir=runs/coco \\
-        --config.data.root=/path/to/coco --config.init.clip=/path/to/model.safetensors \\
-        --config.init.segmentor=weights/r50 \\
-        --config.text.bpe_path=/path/to/bpe_simple_vocab_16e6.txt.gz
+        --config.data.root=/path/to/coco --config.init.clip=/path/to/clip-vit-base-patch16 \\
+        --config.init.segmentor=weights/r50
+
+`config.init.clip` is a Hugging Face folder, with the tokenizer in it; or an OpenAI `.pt` or a file
+of open_clip, and then `--config.text.bpe_path=/path/to/bpe_simple_vocab_16e6.txt.gz`. Run
+
+    python -m data_pipelines.cache_clip_targets --config=configs/coco_zps.py \\
+        (the same settings) --config.data.clip_targets=targets/
+
+first, and train with `--config.data.clip_targets=targets/`, to compute CLIP's targets once and not
+in every step.
 
 The directory has COCO's official panoptic layout. Schedule, batch and crop are PADing's (16 images
 of 928², 140,350 steps). Hardware, time and score: not measured.
@@ -28,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.tensorboard = True
     config.mesh = dict(fsdp=1, devices=1 if mini else 0)  # 0: all devices
     config.stages = ("clip", "con", "cat", "finetune") if mini else ("con", "cat", "finetune")
-    # Weights that start a subtree: CLIP's, a Hugging Face model.safetensors; the segmentor's, a
+    # Weights that start a subtree: CLIP's, of Hugging Face, OpenAI or open_clip; the segmentor's, a
     # folder that `python -m concat_jax.convert` made of ImageNet's or a Mask2Former's. The
     # published recipe starts from an ImageNet ResNet-50; "" is random numbers.
     config.init = dict(clip="") if mini else dict(clip="", segmentor="")
@@ -48,13 +56,19 @@ def get_config(arg: str = "") -> ConfigDict:
         max_segments=32 if mini else 100,
         num_eval_images=0,  # all
         num_threads=4 if mini else 16,
+        synonyms="",  # vocabulary that gives classes more names, as "coco_panoptic_133"
+        # Folder that `python -m data_pipelines.cache_clip_targets` filled with CLIP's targets of
+        # stage 1, which are then looked up; "" runs CLIP in every step.
+        clip_targets="",
     )
     config.text = dict(
         tokenizer="words" if mini else "clip",
-        bpe_path="",
+        bpe_path="",  # CLIP's BPE file or a folder with a tokenizer; "": the one beside init.clip
         context_length=16 if mini else 77,
-        templates="name" if mini else "eight",
+        templates="name" if mini else "eight",  # or "single", "eighty", or a list of your own
         clean_names=False,  # PADing feeds COCO's raw names
+        synonyms="mean",  # of classes that have some: "mean", "max" over them, or "none"
+        cache="",  # folder that keeps text embeddings between runs; "" makes them anew
     )
     config.model = dict(
         clip=dict(
@@ -70,7 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
             text_heads=4,
         )
         if mini
-        else dict(),  # ViT-B/16
+        else dict(variant="ViT-B/16"),
         segmentor=dict(
             backbone=dict(
                 kind="resnet", stage_sizes=(1, 1, 1, 1), width=16, block="basic", norm="group"
@@ -92,7 +106,13 @@ def get_config(arg: str = "") -> ConfigDict:
         ),
     )
     config.loss = dict(num_points=256 if mini else 12544)
-    config.crops = dict(margin=0.1, min_side=1.0, max_side=0.0, fill="mean")
+    config.crops = dict(
+        margin=0.1,
+        min_side=1.0,
+        max_side=0.0,
+        fill="mean",
+        dtype="float32" if mini else "bfloat16",  # of CLIP's image tower
+    )
 
     def optimizer(learning_rate, **fields):
         return dict(dict(learning_rate=learning_rate, weight_decay=0.05, clip_norm=0.01), **fields)
@@ -110,7 +130,12 @@ def get_config(arg: str = "") -> ConfigDict:
             optimizer=optimizer(
                 1e-3 if mini else 1e-4, decay_at=(0.9, 0.95), clip_norm=1.0 if mini else 0.01
             ),
-            method=dict(backbone_multiplier=1.0 if mini else 0.1),
+            method=dict(
+                backbone_multiplier=1.0 if mini else 0.1,
+                # Online, CLIP looks at the 16 largest segments: COCO's images have eleven on
+                # average, and the tables a hundred rows.
+                max_segments=16,
+            ),
         ),
         cat=dict(
             kind="cat",

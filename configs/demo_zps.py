@@ -30,7 +30,13 @@ def get_config(arg: str = "") -> ConfigDict:
         caption_scene_ratio=0.125,
     )
     config.text = dict(
-        tokenizer="words", bpe_path="", context_length=48, templates="name", clean_names=False
+        tokenizer="words",
+        bpe_path="",
+        context_length=48,
+        templates="name",
+        clean_names=False,
+        synonyms="mean",  # the world's names have none
+        cache="",
     )
     config.model = dict(
         clip=dict(

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 # Classes of COCO panoptic; the class head's size hardly matters to speed.
 NUM_CLASSES = 133
 # Queries that hold a segment in the post-processing case; COCO images have about eleven.
 NUM_HELD = 15
-TASKS = ("forward", "postprocess", "train")
+# Ours beside the reference, a process each.
+COMPARED_TASKS = ("forward", "postprocess", "train")
+# Variants of ours beside each other, taking turns in one process.
+TURN_TASKS = ("alignment", "two_stage")
+TASKS = (*COMPARED_TASKS, *TURN_TASKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +27,20 @@ class Case:
 
     Attributes:
       task: "forward" (image to class and mask logits), "postprocess" (those logits to a panoptic
-        map) or "train" (forward, losses, gradients, AdamW).
+        map), "train" (forward, losses, gradients, AdamW), "alignment" (stage 1 without CLIP's
+        targets, with cached and with online ones) or "two_stage" (images to panoptic maps by our
+        path, and with CLIP on every mask).
       height, width: of the network's input.
       batch: images at once.
-      segments: annotated segments an image ("train").
+      segments: annotated segments an image ("train", "alignment").
       dtype: compute type, "float32" or "bfloat16".
+      clip: config for `make_clip` ("alignment", "two_stage").
+      num_images: images in all, a multiple of `batch` ("two_stage").
+      num_masks: how many masks of an image CLIP sees, a variant each ("two_stage").
+      pictures: what the images are, in words ("two_stage").
+
+    Raises:
+      ValueError: if the images do not fill their batches.
     """
 
     task: str
@@ -32,11 +49,26 @@ class Case:
     batch: int = 1
     segments: int = 12
     dtype: str = "float32"
+    clip: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    num_images: int = 20
+    num_masks: Sequence[int] = (10,)
+    pictures: str = "random pixels"
+
+    def __post_init__(self):
+        if self.task == "two_stage" and self.num_images % self.batch:
+            raise ValueError(
+                f"{self.num_images} images do not fill batches of {self.batch}; choose a batch "
+                "that divides their number."
+            )
 
     @property
     def name(self) -> str:
         """Short name for tables and file names."""
-        return f"{self.task} {self.height}x{self.width}, batch {self.batch}, {self.dtype}"
+        if self.task == "two_stage":
+            batch = f"{self.num_images} images ({self.pictures}), {self.batch} at once"
+        else:
+            batch = f"batch {self.batch}"
+        return f"{self.task} {self.height}x{self.width}, {batch}, {self.dtype}"
 
 
 def images(case: Case) -> np.ndarray:
@@ -96,3 +128,66 @@ def logits(case: Case, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
 def native_size(case: Case) -> tuple[int, int]:
     """Size of the picture that post-processing writes: 0.6 of the input, as COCO's mostly is."""
     return round(case.height * 0.6), round(case.width * 0.6)
+
+
+def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """An image as large as fits in `size`, at the top left, its aspect kept.
+
+    Args:
+      image: [h, w, 3] uint8.
+      size: (H, W).
+
+    Returns:
+      [H, W, 3] uint8, zero beyond the image, and (height, width) of the image in it.
+    """
+    scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    canvas = np.zeros((*size, 3), np.uint8)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    canvas[:height, :width] = resized
+    return canvas, (height, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Images at the network's input size.
+
+    Attributes:
+      images: [M, H, W, 3] uint8.
+      image_size: [M, 2] int32 (height, width) of the valid area at the top left.
+      native_size: [M, 2] int32 (height, width) of the panoptic maps.
+    """
+
+    images: np.ndarray
+    image_size: np.ndarray
+    native_size: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write an .npz for another process to `load`."""
+        np.savez(path, **dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Pictures:
+        """Read what `save` wrote."""
+        with np.load(path) as arrays:
+            return cls(**arrays)
+
+
+def pictures(case: Case, files: Sequence[np.ndarray] = ()) -> Pictures:
+    """The images of the "two_stage" case.
+
+    Args:
+      case: which sizes.
+      files: images [h, w, 3] uint8 to letterbox; none for random pixels that fill the input.
+    """
+    size = case.height, case.width
+    if not files:
+        full = np.full((case.num_images, 2), size, np.int32)
+        seeded = images(dataclasses.replace(case, batch=case.num_images))
+        return Pictures(seeded, full, full)
+    fitted = [letterbox(file, size) for file in files]
+    return Pictures(
+        np.stack([canvas for canvas, _ in fitted]),
+        np.array([valid for _, valid in fitted], np.int32),
+        np.array([file.shape[:2] for file in files], np.int32),
+    )

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Measurement:
     flops: floating-point operations of a call, by the framework's own count; 0 if it has none.
     bytes_accessed: bytes read and written by a call, likewise.
     outputs: what the last call returned, to be compared.
+    seconds: of every timed call, in order.
     """
 
     median: float
@@ -35,6 +37,7 @@ class Measurement:
     flops: float
     bytes_accessed: float
     outputs: dict[str, np.ndarray]
+    seconds: tuple[float, ...] = ()
 
 
 def _status(field: str) -> int:
@@ -61,6 +64,15 @@ class ResidentPeak:
     def __call__(self) -> int:
         """Bytes."""
         return max(_status("VmHWM") - self._before, 0)
+
+
+def _summarize(seconds: Sequence[float]) -> dict[str, Any]:
+    return {
+        "median": statistics.median(seconds),
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "seconds": tuple(seconds),
+    }
 
 
 def measure(
@@ -92,9 +104,7 @@ def measure(
         outputs = call()
         seconds.append(time.perf_counter() - start)
     return Measurement(
-        median=statistics.median(seconds),
-        fastest=min(seconds),
-        slowest=max(seconds),
+        **_summarize(seconds),
         first=first,
         compile=compile_seconds,
         peak_bytes=peak_bytes(),
@@ -102,3 +112,58 @@ def measure(
         bytes_accessed=bytes_accessed,
         outputs=outputs,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One of several things that are measured side by side.
+
+    Attributes:
+      call: does the work, waits for it and returns outputs.
+      compile: seconds spent before.
+      temporary_bytes: memory that the compiler planned for what is neither input nor output.
+      flops, bytes_accessed: of a call.
+    """
+
+    call: Callable[[], dict[str, np.ndarray]]
+    compile: float = 0.0
+    temporary_bytes: int = 0
+    flops: float = 0.0
+    bytes_accessed: float = 0.0
+
+
+def measure_in_turns(turns: Mapping[str, Turn], repeats: int) -> dict[str, Measurement]:
+    """Call each once, then all of them `repeats` times in turn with the clock on.
+
+    What slows the machine down for a while slows all of them down, so their ratios hold. Every
+    other round runs backwards: none always follows the one that leaves the caches worst. Memory
+    is the compiler's plan, since a process that runs all of them has one peak.
+
+    Args:
+      turns: what to measure, by name.
+      repeats: timed rounds, at least 1.
+    """
+    first: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    outputs: dict[str, dict[str, np.ndarray]] = {}
+    for number in range(repeats + 1):
+        for name in turns if number % 2 else reversed(turns):
+            start = time.perf_counter()
+            outputs[name] = turns[name].call()
+            elapsed = time.perf_counter() - start
+            if number:
+                seconds[name].append(elapsed)
+            else:
+                first[name] = elapsed
+    return {
+        name: Measurement(
+            **_summarize(seconds[name]),
+            first=first[name],
+            compile=turn.compile,
+            peak_bytes=turn.temporary_bytes,
+            flops=turn.flops,
+            bytes_accessed=turn.bytes_accessed,
+            outputs=outputs[name],
+        )
+        for name, turn in turns.items()
+    }

@@ -12,10 +12,12 @@ import numpy as np
 
 from concat_jax.benchmarking import cases
 from concat_jax.benchmarking.cases import Case
-from concat_jax.benchmarking.measure import Measurement, measure
+from concat_jax.benchmarking.measure import Measurement, Turn, measure
 from concat_jax.evaluation.panoptic_inference import panoptic_inference
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
+from concat_jax.models.networks import Networks, make_networks
 from concat_jax.models.segmentor import (
+    DEFAULTS,
     LinearClassifier,
     make_segmentor,
     mask_logits,
@@ -23,7 +25,7 @@ from concat_jax.models.segmentor import (
 )
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
 from concat_jax.training.state import TrainState, make_train_step, step_compiler_options
-from concat_jax.weights.model_folder import load_model
+from concat_jax.weights.model_folder import ModelCard, load_model
 
 
 def run(case: Case, model: Path, repeats: int) -> Measurement:
@@ -46,7 +48,7 @@ def run(case: Case, model: Path, repeats: int) -> Measurement:
 
     if case.task == "forward":
         images = jnp.asarray(cases.images(case))
-        program, seconds = _compile(jax.jit(predict), params, images)
+        program, seconds = compile_program(jax.jit(predict), params, images)
 
         def call() -> dict[str, np.ndarray]:
             logits, masks = jax.block_until_ready(program(params, images))
@@ -70,7 +72,7 @@ def run(case: Case, model: Path, repeats: int) -> Measurement:
                 keep_rule="score",
             )
 
-        program, seconds = _compile(postprocess, logits, masks)
+        program, seconds = compile_program(postprocess, logits, masks)
 
         def call() -> dict[str, np.ndarray]:
             output = jax.block_until_ready(program(logits, masks))
@@ -110,7 +112,7 @@ def run(case: Case, model: Path, repeats: int) -> Measurement:
         }
     )
     state = jax.jit(lambda p: TrainState.create(p, optimizer), donate_argnums=0)(params)
-    program, seconds = _compile(step, state, {}, batch)
+    program, seconds = compile_program(step, state, {}, batch)
 
     def call() -> dict[str, np.ndarray]:
         nonlocal state
@@ -120,10 +122,53 @@ def run(case: Case, model: Path, repeats: int) -> Measurement:
     return _measure(program, seconds, call, repeats)
 
 
-def _compile(function: Any, *arguments: Any) -> tuple[Any, float]:
+def method_networks(case: Case, card: ModelCard) -> Networks:
+    """The method's networks around a model's segmentor; projector as in `configs/coco_zps.py`."""
+    config = {
+        "clip": {**case.clip, "dtype": case.dtype},
+        "segmentor": {**DEFAULTS, **card.segmentor, "dtype": case.dtype},
+        "projector": {"hidden_width": 512},
+        "generator": {"hidden_width": 1},  # takes no part in what is measured
+    }
+    return make_networks(config)
+
+
+def random_params(networks: Networks, name: str) -> Any:
+    """Initial values of one of the networks, on the device."""
+    return jax.jit(networks.init, static_argnums=0)(name, jax.random.key(0))
+
+
+def random_embeddings(*shape: int) -> np.ndarray:
+    """Normalised vectors [..., C] float32, seeded: in the place of texts' or CLIP's targets."""
+    vectors = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def compile_program(function: Any, *arguments: Any) -> tuple[Any, float]:
+    """A jitted function compiled for the arguments, and the seconds that took."""
     start = time.perf_counter()
     program = function.lower(*arguments).compile()
     return program, time.perf_counter() - start
+
+
+def make_turn(program: Any, seconds: float, call: Any, calls: int = 1) -> Turn:
+    """A compiled program as a `Turn`.
+
+    Args:
+      program: compiled.
+      seconds: that it took to compile.
+      call: runs it.
+      calls: how often `call` does.
+    """
+    costs = program.cost_analysis() or {}
+    memory = program.memory_analysis()
+    return Turn(
+        call,
+        compile=seconds,
+        temporary_bytes=memory.temp_size_in_bytes if memory else 0,
+        flops=calls * costs.get("flops", 0.0),
+        bytes_accessed=calls * costs.get("bytes accessed", 0.0),
+    )
 
 
 def _measure(program: Any, seconds: float, call: Any, repeats: int) -> Measurement:

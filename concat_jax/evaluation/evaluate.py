@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 
 from concat_jax.evaluation import pictures
 from concat_jax.evaluation.coco_format import PanopticWriter
-from concat_jax.evaluation.image_segments import ImageSegments, unpack_segments
+from concat_jax.evaluation.image_segments import unpack_segments
 from concat_jax.evaluation.panoptic_inference import PanopticOutput, panoptic_inference
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.models.networks import Networks
@@ -25,6 +26,7 @@ from concat_jax.models.segmentor import mask_logits, normalize_images
 from concat_jax.text.vocabulary import Vocabulary
 
 Predict = Callable[..., PanopticOutput]
+Output = TypeVar("Output")
 
 # File of the overlay pictures in a stage's folder.
 PICTURES = "pictures.png"
@@ -66,6 +68,43 @@ class Sizes(NamedTuple):
     native: np.ndarray
 
 
+class NetworkOutput(NamedTuple):
+    """What the networks say of a batch, before any rule of post-processing.
+
+    Attributes:
+      mask_logits: [B, N, h, w] float32, before the sigmoid.
+      class_probs: [B, N, K+1] float32, the last one no-object.
+      source_size: [B, 2] float32 (height, width) of the valid part of mask_logits.
+    """
+
+    mask_logits: jax.Array
+    class_probs: jax.Array
+    source_size: jax.Array
+
+
+def run_networks(
+    networks: Networks, params, text: jax.Array, images: jax.Array, sizes: Sizes, *, is_padded: bool
+) -> NetworkOutput:
+    """Segmentor and projector of a batch, to be traced; arguments as of `make_predict`'s result.
+
+    Args:
+      is_padded: whether an image is smaller than the batch; then the network masks its padding.
+    """
+    output = networks.segmentor.apply(
+        {"params": params["segmentor"]},
+        normalize_images(images),
+        sizes.image if is_padded else None,
+    )
+    logits = networks.projector.apply(
+        {"params": params["projector"]}, output.queries[:, -1], text, method="predict"
+    )
+    return NetworkOutput(
+        mask_logits=mask_logits(output.mask_embeddings[:, -1], output.mask_features),
+        class_probs=jax.nn.softmax(logits, axis=-1),
+        source_size=sizes.image / networks.segmentor.backbone.stride,
+    )
+
+
 def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig) -> Predict:
     """Makes (params, text, images, sizes) -> PanopticOutput.
 
@@ -78,21 +117,14 @@ def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig)
 
     @functools.partial(jax.jit, static_argnames=("output_size", "is_padded"))
     def run(params, text, images, sizes, *, output_size, is_padded):
-        output = networks.segmentor.apply(
-            {"params": params["segmentor"]},
-            normalize_images(images),
-            sizes.image if is_padded else None,
-        )
-        logits = networks.projector.apply(
-            {"params": params["projector"]}, output.queries[:, -1], text, method="predict"
-        )
+        found = run_networks(networks, params, text, images, sizes, is_padded=is_padded)
         return panoptic_inference(
-            mask_logits(output.mask_embeddings[:, -1], output.mask_features),
-            jax.nn.softmax(logits, axis=-1),
+            found.mask_logits,
+            found.class_probs,
             jnp.asarray(is_thing),
             jnp.asarray(is_seen),
             output_size=output_size,
-            source_size=sizes.image / networks.segmentor.backbone.stride,
+            source_size=found.source_size,
             image_size=sizes.native,
             keep_rule=config.keep_rule,
             score_threshold=config.score_threshold,
@@ -103,12 +135,20 @@ def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig)
         )
 
     def predict(params, text, images, sizes: Sizes) -> PanopticOutput:
-        # Where nothing is padded the network needs no masks: two programs, the lighter for most.
-        is_padded = bool((np.asarray(sizes.image) != images.shape[1:3]).any())
-        output_size = output_bucket(images.shape[1:3], sizes.native.max(axis=0))
-        return run(params, text, images, sizes, output_size=output_size, is_padded=is_padded)
+        return run(params, text, images, sizes, **program_of(images.shape, sizes))
 
     return predict
+
+
+def program_of(image_shape: Sequence[int], sizes: Sizes) -> dict[str, Any]:
+    """Static arguments that choose the compiled program of a batch: output_size and is_padded.
+
+    Where nothing is padded the network needs no masks: two programs, the lighter for most.
+    """
+    return {
+        "output_size": output_bucket(image_shape[1:3], sizes.native.max(axis=0)),
+        "is_padded": bool((np.asarray(sizes.image) != image_shape[1:3]).any()),
+    }
 
 
 def output_bucket(input_size: Sequence[int], native_size: Sequence[int]) -> tuple[int, int]:
@@ -151,10 +191,8 @@ def evaluate(
         writer = (
             stack.enter_context(PanopticWriter(coco_folder, vocabulary)) if coco_folder else None
         )
-        for chunk in _batched(examples, config.batch_size):
-            for native, result in zip(
-                (native for native, _ in chunk), _predict_chunk(predict, chunk, config), strict=True
-            ):
+        for natives, sizes, output in predict_batches(predict, examples, config.batch_size):
+            for native, result in zip(natives, unpack_segments(output, sizes.native), strict=True):
                 id_map, segments = result.id_map, result.segments
                 labels = result.labels_by_id()
                 truth = native["segment_ids"], native["segment_labels"]
@@ -184,15 +222,28 @@ def evaluate(
     return {**quality.summarize(vocabulary), "images": count, "images_per_second": count / seconds}
 
 
-def _predict_chunk(predict, chunk: Sequence, config: EvalConfig) -> list[ImageSegments]:
-    # The last batch is filled up with its last image: one shape, one compilation.
-    filled = [*chunk, *[chunk[-1]] * (config.batch_size - len(chunk))]
-    sizes = Sizes(
-        image=np.stack([boxed["image_size"] for _, boxed in filled]),
-        native=np.array([native["segment_ids"].shape for native, _ in filled], np.int32),
-    )
-    output = predict(np.stack([boxed["image"] for _, boxed in filled]), sizes)
-    return unpack_segments(output, sizes.native)[: len(chunk)]
+def predict_batches(
+    predict: Callable[[np.ndarray, Sizes], Output],
+    examples: Iterable[tuple[Mapping, Mapping]],
+    batch_size: int,
+) -> Iterator[tuple[list[Mapping], Sizes, Output]]:
+    """Predicts the examples of `evaluate`, `batch_size` at once.
+
+    Yields:
+      (b examples at native size, their `Sizes`, numpy arrays that `predict` gave for them), with
+      b = batch_size but for the last batch.
+    """
+    for chunk in _batched(examples, batch_size):
+        # The last batch is filled up with its last image: one shape, one compilation.
+        filled = [*chunk, *[chunk[-1]] * (batch_size - len(chunk))]
+        sizes = Sizes(
+            image=np.stack([boxed["image_size"] for _, boxed in filled]),
+            native=np.array([native["segment_ids"].shape for native, _ in filled], np.int32),
+        )
+        output = predict(np.stack([boxed["image"] for _, boxed in filled]), sizes)
+        first_rows = operator.itemgetter(slice(len(chunk)))
+        sizes, output = jax.tree.map(first_rows, (sizes, jax.device_get(output)))
+        yield [native for native, _ in chunk], sizes, output
 
 
 def _batched(items: Iterable, size: int) -> Iterator[Sequence]:

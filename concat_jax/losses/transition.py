@@ -1,6 +1,7 @@
 """CAT: losses that make generated queries stand in for real ones, and the way back to text.
 
-Letters: M pseudo queries, R real queries, D query width, C joint width.
+Letters: M pseudo queries, R real queries, D query width, K classes. No gradient is taken of real
+queries anywhere.
 """
 
 from __future__ import annotations
@@ -16,10 +17,54 @@ DISTANCES = ("cosine", "euclidean")
 def squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
     """Squared Euclidean distances [M, R] float32 between rows of a [M, D] and b [R, D]."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    cross = jnp.einsum("md,rd->mr", a, b)
+    # Whole float32 on every device: squares cancel against the product, and bfloat16 would leave
+    # its rounding instead of the distance.
+    cross = jnp.einsum("md,rd->mr", a, b, precision="highest")
     squares = jnp.sum(a**2, axis=-1)[:, None] + jnp.sum(b**2, axis=-1)[None, :]
     # Rounding can leave a tiny negative, which has no meaning here.
     return jnp.maximum(squares - 2 * cross, 0.0)
+
+
+def directions(queries: jax.Array) -> jax.Array:
+    """Queries [..., D] at length 1."""
+    return queries / jnp.sqrt(jnp.sum(queries**2, -1, keepdims=True) + 1e-12)
+
+
+def similarity(a: jax.Array, b: jax.Array, distance: str) -> jax.Array:
+    """Similarity [M, R] of a [M, D] and b [R, D]: what the contrasts put over a temperature.
+
+    Args:
+      a: [M, D].
+      b: [R, D].
+      distance: "cosine", or "euclidean" for minus the squared distance over D, which also
+        compares lengths and so cannot be satisfied by direction alone.
+
+    Raises:
+      ValueError: if the distance is unknown.
+    """
+    _check_distance(distance)
+    if distance == "cosine":
+        return jnp.einsum("md,rd->mr", directions(a), directions(b))
+    return -squared_distances(a, b) / a.shape[-1]
+
+
+def class_means(
+    queries: jax.Array, labels: jax.Array, num_classes: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mean query of each class.
+
+    Args:
+      queries: [M, D].
+      labels: [M] int32, -1 for queries of no class.
+      num_classes: K.
+
+    Returns:
+      (means [K, D] float32, zero where a class has no query; counts [K] float32).
+    """
+    member = jax.nn.one_hot(labels, num_classes)  # a label of -1 is a row of zeros
+    counts = member.sum(axis=0)
+    means = jnp.einsum("mk,md->kd", member, queries.astype(jnp.float32), precision="highest")
+    return means / jnp.maximum(counts, 1)[:, None], counts
 
 
 def mmd(
@@ -40,7 +85,7 @@ def mmd(
       pseudo: [M, D].
       real: [R, D].
       pseudo_valid: [M] bool.
-      real_valid: [R] bool.
+      real_valid: [R] bool, or float32 weights: what a query counts for, 0 for not at all.
       same_class: optional indicators ([M, M], [M, R], [R, R]); the kernel is then multiplied by
         them, which compares the joint distribution of query and class (ours; PADing pools).
       bandwidths: v of exp(-d² / (2 v)); PADing: 2, 5, 10, 20, 40, 80 for 256-d queries.
@@ -52,11 +97,12 @@ def mmd(
     def kernel_sum(a, b, a_valid, b_valid, indicator):
         distances = squared_distances(a, b)
         kernel = sum(jnp.exp(-distances / (2 * v)) for v in bandwidths)
-        weights = a_valid[:, None] * b_valid[None, :].astype(jnp.float32)
+        weights = a_valid[:, None].astype(jnp.float32) * b_valid[None, :].astype(jnp.float32)
         if indicator is not None:
             weights = weights * indicator
         return jnp.sum(kernel * weights)
 
+    real = jax.lax.stop_gradient(real)
     same = same_class or (None, None, None)
     m = jnp.maximum(pseudo_valid.sum(), 1).astype(jnp.float32)
     r = jnp.maximum(real_valid.sum(), 1).astype(jnp.float32)
@@ -79,6 +125,7 @@ def query_contrast(
     temperature: float,
     distance: str,
     class_negatives: bool,
+    real_valid: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Pull a pseudo query to real queries of its class, push it from queries holding no segment.
 
@@ -87,12 +134,12 @@ def query_contrast(
     Args:
       pseudo: [M, D].
       pseudo_labels: [M] int32, -1 where padded.
-      real: [R, D]; no gradient is taken.
+      real: [R, D].
       real_labels: [R] int32, -1 for a query that holds no segment.
       temperature: of the similarity.
-      distance: "cosine", or "euclidean" for minus the squared distance over D, which also
-        compares lengths and so cannot be satisfied by direction alone.
-      class_negatives: also push from matched queries of other classes (class contrast).
+      distance: of `similarity`.
+      class_negatives: also push from matched queries of other classes.
+      real_valid: [R] bool, False for rows of padding, which are no negatives either.
 
     Returns:
       (losses [M] float32, valid [M] bool): valid where the class has a positive.
@@ -100,23 +147,111 @@ def query_contrast(
     Raises:
       ValueError: if the distance is unknown.
     """
-    if distance not in DISTANCES:
-        raise ValueError(f"Distance {distance!r} is unknown; choose {' or '.join(DISTANCES)}.")
-    real = jax.lax.stop_gradient(real)
-    if distance == "cosine":
-        norms = jnp.sqrt(jnp.sum(pseudo**2, -1, keepdims=True) + 1e-12)
-        real_norms = jnp.sqrt(jnp.sum(real**2, -1, keepdims=True) + 1e-12)
-        similarity = jnp.einsum("md,rd->mr", pseudo / norms, real / real_norms)
-    else:
-        similarity = -squared_distances(pseudo, real) / pseudo.shape[-1]
-    logits = similarity / temperature  # [M, R]
+    logits = similarity(pseudo, jax.lax.stop_gradient(real), distance) / temperature  # [M, R]
 
     positive = (pseudo_labels[:, None] == real_labels[None, :]) & (pseudo_labels >= 0)[:, None]
     negative = jnp.broadcast_to((real_labels < 0)[None, :], logits.shape)
     if class_negatives:
         negative = negative | ((real_labels >= 0)[None, :] & ~positive)
+    if real_valid is not None:
+        positive, negative = positive & real_valid[None, :], negative & real_valid[None, :]
     negatives = jax.nn.logsumexp(jnp.where(negative, logits, -jnp.inf), axis=-1, keepdims=True)
     losses = jnp.logaddexp(logits, negatives) - logits  # -log(e^s / (e^s + sum of negatives))
     count = positive.sum(axis=-1)
     mean = jnp.sum(jnp.where(positive, losses, 0.0), axis=-1) / jnp.maximum(count, 1)
     return mean, count > 0
+
+
+def class_contrast(
+    pseudo: jax.Array,
+    pseudo_labels: jax.Array,
+    real: jax.Array,
+    real_labels: jax.Array,
+    *,
+    num_classes: int,
+    temperature: float,
+    distance: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Pull a pseudo query to the mean real query of its class, push it from those of the others.
+
+    InfoNCE over the classes that have a real query (prototypes). With cosine a class's mean is
+    that of its directions.
+
+    Args:
+      pseudo: [M, D].
+      pseudo_labels: [M] int32, -1 where padded.
+      real: [R, D].
+      real_labels: [R] int32, -1 for queries of no class.
+      num_classes: K.
+      temperature: of the similarity.
+      distance: of `similarity`.
+
+    Returns:
+      (losses [M] float32, valid [M] bool): valid where the class has a real query.
+
+    Raises:
+      ValueError: if the distance is unknown.
+    """
+    _check_distance(distance)
+    real = jax.lax.stop_gradient(real)
+    prototypes, counts = class_means(
+        directions(real) if distance == "cosine" else real, real_labels, num_classes
+    )
+    logits = similarity(pseudo, prototypes, distance) / temperature
+    # Finite, so that a batch without any class has finite gradients.
+    logits = jnp.where(counts > 0, logits, -1e9)
+    own = jnp.clip(pseudo_labels, 0)
+    valid = (pseudo_labels >= 0) & (counts[own] > 0)
+    target = jnp.take_along_axis(logits, own[:, None], axis=-1)[:, 0]
+    return jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - target, 0.0), valid
+
+
+def spread_match(
+    pseudo: jax.Array,
+    pseudo_labels: jax.Array,
+    real: jax.Array,
+    real_labels: jax.Array,
+    *,
+    num_classes: int,
+    distance: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Squared difference of the log spreads of each class's pseudo and real queries.
+
+    The spread of a class is the mean squared deviation from its mean, over n - 1, so that few
+    pseudo and many real queries can be compared; with cosine, that of the directions. A contrast
+    alone is content with a class that has collapsed to a point; this is not.
+
+    Args:
+      pseudo: [M, D].
+      pseudo_labels: [M] int32, -1 where padded.
+      real: [R, D].
+      real_labels: [R] int32, -1 for queries of no class.
+      num_classes: K.
+      distance: of `similarity`.
+
+    Returns:
+      (losses [K] float32, valid [K] bool): valid where both sides have two queries at least.
+
+    Raises:
+      ValueError: if the distance is unknown.
+    """
+    _check_distance(distance)
+
+    def log_spread(queries, labels):
+        queries = directions(queries) if distance == "cosine" else queries
+        means, counts = class_means(queries, labels, num_classes)
+        deviations = jnp.sum((queries - means[jnp.clip(labels, 0)]) ** 2, axis=-1)
+        sums = jnp.einsum("m,mk->k", deviations, jax.nn.one_hot(labels, num_classes))
+        # Over D as well: the floor, for equal queries, is then the same at any width.
+        spread = sums / jnp.maximum(counts - 1, 1) / queries.shape[-1]
+        return jnp.log(spread + 1e-6), counts
+
+    pseudo_spread, pseudo_counts = log_spread(pseudo, pseudo_labels)
+    real_spread, real_counts = log_spread(jax.lax.stop_gradient(real), real_labels)
+    valid = (pseudo_counts >= 2) & (real_counts >= 2)
+    return jnp.where(valid, (pseudo_spread - real_spread) ** 2, 0.0), valid
+
+
+def _check_distance(distance: str) -> None:
+    if distance not in DISTANCES:
+        raise ValueError(f"Distance {distance!r} is unknown; choose {' or '.join(DISTANCES)}.")

@@ -3,13 +3,12 @@
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
 sections 2.4-2.5; layer for layer the ViT variants of `openai/CLIP clip/model.py`. Submodules carry
 the names of the Hugging Face checkpoints (`transformers models/clip/modeling_clip.py`), so that
-`concat_jax.models.clip_weights` is a rename table.
+`concat_jax.weights.clip` needs little but rename tables.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +17,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# What goes in and comes out of CLIP, so that callers need one module.
+from concat_jax.configuration import check_choice
 from concat_jax.models.clip_stems import STEMS
+from concat_jax.models.clip_variants import CLIP_VARIANTS
 
 # The largest multiplier CLIP lets its similarities have (section 2.5), kept against instability.
 MAX_LOGIT_SCALE = 100.0
@@ -337,18 +337,20 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
 
     Args:
       config: field name to value, for example an `ml_collections.ConfigDict`; `dtype` may be a
-        string.
+        string. `variant` names one of `CLIP_VARIANTS`, whose fields the other keys override.
 
     Raises:
-      ValueError: for a key that is no field (the nearest field is named) and for values that do not
-        fit together.
+      ValueError: for a key that is no field or a variant that does not exist (the nearest is named)
+        and for values that do not fit together.
     """
     config = dict(config)
+    if "variant" in config:
+        variant = config.pop("variant")
+        check_choice(variant, CLIP_VARIANTS, "CLIP has no variant")
+        config = {**CLIP_VARIANTS[variant], **config}
     names = [f.name for f in dataclasses.fields(CLIP) if f.name not in ("parent", "name")]
     for key in config:
-        if key not in names:
-            nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
-            raise ValueError(f"CLIP has no field {key!r}; did you mean {nearest!r}?")
+        check_choice(key, [*names, "variant"], "CLIP has no field")
     if "dtype" in config:
         config["dtype"] = jnp.dtype(config["dtype"])
     clip = CLIP(**config)

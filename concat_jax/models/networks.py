@@ -16,10 +16,14 @@ import jax.numpy as jnp
 from concat_jax.configuration import check_choice
 from concat_jax.models.clip import CLIP, make_clip
 from concat_jax.models.generator import QueryGenerator
+from concat_jax.models.primitive_generator import PrimitiveGenerator
 from concat_jax.models.segmentor import Segmentor, make_segmentor
 from concat_jax.models.semantic_projector import SemanticProjector
 
 Params = dict[str, Any]
+
+# Generators by the `kind` of the config.
+GENERATORS = {"mlp": QueryGenerator, "primitives": PrimitiveGenerator}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Networks:
     clip: CLIP
     segmentor: Segmentor
     projector: SemanticProjector
-    generator: QueryGenerator
+    generator: QueryGenerator | PrimitiveGenerator
     query_width: int
 
     def init(self, name: str, rng: jax.Array) -> Params:
@@ -66,13 +70,20 @@ class Networks:
 
 
 def make_networks(config: Mapping[str, Any]) -> Networks:
-    """Networks from the `model` section of a config: `clip`, `segmentor`, `projector`, `generator`.
+    """Networks from the `model` section of a config.
+
+    Args:
+      config: `clip`, `segmentor` and `projector` hold the fields of their network; `generator`
+        holds `kind`, a key of `GENERATORS` and "mlp" where absent, and the fields of that kind.
 
     Raises:
       ValueError: for a field that a network does not have or a value it cannot take.
     """
     _check_keys(config["projector"], SemanticProjector, "config.model.projector has no key")
-    _check_keys(config["generator"], QueryGenerator, "config.model.generator has no key")
+    generator = dict(config["generator"])
+    kind = generator.pop("kind", "mlp")
+    check_choice(kind, GENERATORS, "config.model.generator.kind is")
+    _check_keys(generator, GENERATORS[kind], "config.model.generator has no key")
     clip = make_clip(config["clip"])
     segmentor = make_segmentor(config["segmentor"])
     query_width = config["segmentor"]["width"]
@@ -80,12 +91,13 @@ def make_networks(config: Mapping[str, Any]) -> Networks:
         clip=clip,
         segmentor=segmentor,
         projector=SemanticProjector(joint_width=clip.embed_dim, **config["projector"]),
-        generator=QueryGenerator(width=query_width, **config["generator"]),
+        generator=GENERATORS[kind](width=query_width, **generator),
         query_width=query_width,
     )
 
 
 def _check_keys(section: Collection[str], module: type, what: str) -> None:
-    fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
+    elsewhere = {"parent", "name", "width", "joint_width"}  # linen's own, and what others decide
+    fields = {field.name for field in dataclasses.fields(module)} - elsewhere
     for key in section:
         check_choice(key, fields, what)

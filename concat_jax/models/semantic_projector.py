@@ -10,6 +10,24 @@ import numpy as np
 MAX_SCALE = 100.0  # CLIP's clip of exp(s): larger logits stop learning.
 
 
+def class_vectors(text: jax.Array) -> jax.Array:
+    """One vector a class, for what needs one: a generator's input, a target to be pulled to.
+
+    Args:
+      text: [K, C] L2-normalised text embeddings, or [K, S, C] with one of each synonym, where a
+        class of fewer synonyms repeats its first.
+
+    Returns:
+      [K, C]: text itself, or the normalised mean of each class's synonyms, repeats counted once.
+    """
+    if text.ndim == 2:
+        return text
+    text = text.astype(jnp.float32)
+    repeats = jnp.all(text == text[:, :1], axis=-1).at[:, 0].set(False)
+    mean = jnp.where(repeats[..., None], 0.0, text).sum(axis=1)
+    return mean * jax.lax.rsqrt(jnp.sum(mean**2, axis=-1, keepdims=True) + 1e-12)
+
+
 class SemanticProjector(nn.Module):
     """MLP D -> C, with the no-object embedding and the scale of the cosine classifier.
 
@@ -54,19 +72,30 @@ class SemanticProjector(nn.Module):
 
         Args:
           semantic_queries: [..., C].
-          text: [K, C] L2-normalised text embeddings.
+          text: [K, C] L2-normalised text embeddings, or [K, S, C] with one of each synonym: a
+            class is then as near as the nearest of its synonyms.
 
         Returns:
           [..., K+1] float32; the last column is no-object.
+
+        Raises:
+          ValueError: for text of another rank.
         """
+        if text.ndim not in (2, 3):
+            raise ValueError(f"Text embeddings are [K, C] or [K, S, C], not {text.shape}.")
         no_object = self.no_object_embedding
         no_object = no_object * jax.lax.rsqrt(jnp.sum(no_object**2) + 1e-12)
-        classes = jnp.concatenate([text.astype(jnp.float32), no_object[None]])
+        words = text.reshape(-1, text.shape[-1])  # one matrix product whatever S is
+        words = jnp.concatenate([words.astype(jnp.float32), no_object[None]])
         queries = semantic_queries.astype(jnp.float32)
         queries = queries * jax.lax.rsqrt(jnp.sum(queries**2, axis=-1, keepdims=True) + 1e-12)
         scale = jnp.minimum(jnp.exp(self.log_scale), MAX_SCALE)
-        return scale * jnp.einsum("...c,kc->...k", queries, classes)
+        logits = scale * jnp.einsum("...c,kc->...k", queries, words)
+        if text.ndim == 2:
+            return logits
+        classes = logits[..., :-1].reshape(*logits.shape[:-1], *text.shape[:2]).max(axis=-1)
+        return jnp.concatenate([classes, logits[..., -1:]], axis=-1)
 
     def predict(self, queries: jax.Array, text: jax.Array) -> jax.Array:
-        """Class logits [..., K+1] of vision queries [..., D] against text [K, C]."""
+        """Class logits [..., K+1] of vision queries [..., D] against text [K, C] or [K, S, C]."""
         return self.classify(self(queries), text)

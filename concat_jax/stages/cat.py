@@ -1,6 +1,7 @@
 """Stage 2, CAT: a generator of pseudo vision queries, by cycle transition.
 
-Semantic to vision: pseudo queries of seen classes are matched to real ones (query contrast, MMD).
+Semantic to vision: pseudo queries of seen classes are matched to real ones (contrast, MMD, spread),
+to those of a batch of images or to a memory of every class as well.
 Vision to semantic: the frozen projector must read the class back from every pseudo query, of
 unseen names too where the setting knows them.
 """
@@ -11,14 +12,17 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from concat_jax.configuration import check_choice
 from concat_jax.losses import transition
 from concat_jax.losses.alignment import cosine_alignment
 from concat_jax.losses.classification import weighted_cross_entropy
 from concat_jax.models.networks import Networks
+from concat_jax.models.semantic_projector import class_vectors
+from concat_jax.stages.query_bank import MEMORY_FIELDS
 from concat_jax.stages.real_queries import QUERY_FIELDS
-from concat_jax.stages.stage import NO_DECAY, Stage
+from concat_jax.stages.stage import NO_DECAY, Batch, Stage
 from concat_jax.text.vocabulary import Vocabulary
 
 
@@ -29,8 +33,17 @@ class CatConfig:
     Attributes:
       contrast_weight: of the query contrast.
       contrast_temperature: of its similarity.
-      contrast_distance: "cosine" or "euclidean".
-      class_negatives: also contrast with real queries of other classes.
+      contrast_distance: "cosine" or "euclidean", of the contrasts and of the spread.
+      class_negatives: the query contrast also takes real queries of other classes as negatives.
+      class_contrast_weight: of the contrast with the classes' mean real queries.
+      class_contrast_temperature: of its similarity.
+      spread_weight: of matching each class's spread to that of its real queries (ours).
+      memory_per_class: real queries of each class that a step sees beside the batch's, as
+        positives, negatives of other classes, class means and spreads; 0 for none.
+      memory_pseudo: also generate a pseudo query for each of them, so that rare classes are
+        learnt as often as frequent ones; else each real query of the batch asks for one.
+      mmd_memory: the MMD compares with the memory, too. Real queries are weighted so that classes
+        weigh on both sides what they weigh among the pseudo queries.
       mmd_weight: of the MMD term.
       mmd_bandwidths: squared kernel widths; PADing's for 256-d queries.
       mmd_per_class: compare the distributions class by class (ours) and not pooled (PADing).
@@ -44,6 +57,12 @@ class CatConfig:
     contrast_temperature: float = 0.1
     contrast_distance: str = "euclidean"
     class_negatives: bool = True
+    class_contrast_weight: float = 0.0
+    class_contrast_temperature: float = 0.1
+    spread_weight: float = 0.0
+    memory_per_class: int = 0
+    memory_pseudo: bool = False
+    mmd_memory: bool = False
     mmd_weight: float = 1.0
     mmd_bandwidths: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0)
     mmd_per_class: bool = False
@@ -53,6 +72,11 @@ class CatConfig:
 
     def __post_init__(self):
         check_choice(self.contrast_distance, transition.DISTANCES, "CAT contrast_distance is")
+        for name in ("memory_pseudo", "mmd_memory"):
+            if getattr(self, name) and not self.memory_per_class:
+                raise ValueError(
+                    f"CAT's {name} needs a memory; set memory_per_class, to 8 for example."
+                )
 
 
 def generate(networks: Networks, params, text: jax.Array, rng: jax.Array) -> jax.Array:
@@ -70,81 +94,204 @@ def generate(networks: Networks, params, text: jax.Array, rng: jax.Array) -> jax
     )
 
 
+def known_text(text: jax.Array, vocabulary: Vocabulary, unseen_names: bool) -> jax.Array:
+    """Text embeddings with zeros for what the setting does not know.
+
+    Masking at the end would not do: a loss may multiply an unknown row by zero, or clip a label of
+    "none" to a class that is unseen.
+
+    Args:
+      text: [K, C] or [K, S, C].
+      vocabulary: says which of the K are unseen.
+      unseen_names: the setting knows them.
+
+    Returns:
+      As `text`; rows of unseen classes are zeros unless known.
+    """
+    if unseen_names:
+        return text
+    rows = np.asarray(vocabulary.is_seen).reshape(-1, *[1] * (text.ndim - 1))
+    return jnp.where(rows, text, 0.0)
+
+
+def require_unseen(vocabulary: Vocabulary, what: str) -> None:
+    """Raise a ValueError if there is no unseen class, for a setting that generates them."""
+    if not len(vocabulary.unseen):
+        raise ValueError(
+            f"{what} is to generate queries of unseen classes, and all {len(vocabulary)} classes "
+            "of the vocabulary are seen; set unseen_names=False in its method, or use a "
+            "vocabulary with unseen classes."
+        )
+
+
 def make_stage(networks: Networks, vocabulary: Vocabulary, config: CatConfig) -> Stage:
-    """CAT as a `Stage` on query batches: trains the generator, reads segmentor and projector."""
+    """CAT as a `Stage` on query batches: trains the generator, reads segmentor and projector.
+
+    Raises:
+      ValueError: if unseen names are to be used and there are none.
+    """
+    num_classes = len(vocabulary)
+    if config.unseen_names:
+        require_unseen(vocabulary, "CAT")
 
     def loss(params, frozen, batch, rng):
-        width = batch["queries"].shape[-1]
-        real = batch["queries"].reshape(-1, width)  # contrast and MMD compare across images
-        labels = batch["query_labels"].reshape(-1)
-        matched = labels >= 0
-        text = frozen["text"]
+        text = known_text(frozen["text"], vocabulary, config.unseen_names)
+        vectors = class_vectors(text)
         everything = {**frozen, **params}
-
         rng_seen, rng_unseen = jax.random.split(rng)
-        pseudo = generate(networks, everything, text[jnp.clip(labels, 0)], rng_seen)
 
-        same = None
-        if config.mmd_per_class:
-            indicator = (labels[:, None] == labels[None]).astype(jnp.float32)
-            same = (indicator, indicator, indicator)
-        loss_mmd = transition.mmd(
-            pseudo, real, matched, matched, same, bandwidths=config.mmd_bandwidths
+        # The batch's own queries come first, those of the memory behind them.
+        real, labels, valid = _real_queries(batch)
+        of_batch = slice(batch["query_labels"].size)
+        pseudo_labels = labels if config.memory_pseudo else labels[of_batch]
+        pseudo = generate(networks, everything, vectors[jnp.clip(pseudo_labels, 0)], rng_seen)
+
+        compared = slice(None) if config.mmd_memory else of_batch
+        terms = {
+            "mmd": _class_weighted_mmd(
+                pseudo[compared],
+                pseudo_labels[compared],
+                real[compared],
+                labels[compared],
+                num_classes,
+                config,
+            )
+        }
+        weights = {
+            "mmd": config.mmd_weight,
+            "contrast": config.contrast_weight,
+            "class_contrast": config.class_contrast_weight,
+            "spread": config.spread_weight,
+            "cycle": config.cycle_weight,
+        }
+        sides = (pseudo, pseudo_labels, real, labels)
+        distance = config.contrast_distance
+        terms["contrast"] = _mean_of_valid(
+            *transition.query_contrast(
+                *sides,
+                temperature=config.contrast_temperature,
+                distance=distance,
+                class_negatives=config.class_negatives,
+                real_valid=valid,
+            )
         )
-        losses, valid = transition.query_contrast(
-            pseudo,
-            labels,
-            real,
-            labels,
-            temperature=config.contrast_temperature,
-            distance=config.contrast_distance,
-            class_negatives=config.class_negatives,
-        )
-        loss_contrast = jnp.where(valid, losses, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+        if config.class_contrast_weight:
+            terms["class_contrast"] = _mean_of_valid(
+                *transition.class_contrast(
+                    *sides,
+                    num_classes=num_classes,
+                    temperature=config.class_contrast_temperature,
+                    distance=distance,
+                )
+            )
+        if config.spread_weight:
+            terms["spread"] = _mean_of_valid(
+                *transition.spread_match(*sides, num_classes=num_classes, distance=distance)
+            )
 
         # The cycle back needs no real query, so it can train unseen names as well.
         known = vocabulary.seen
-        cycle_labels, cycle_queries = labels, pseudo
+        cycle_labels, cycle_queries = pseudo_labels, pseudo
         if config.unseen_names:
-            known = jnp.arange(len(vocabulary))
+            known = jnp.arange(num_classes)
             unseen = jnp.repeat(jnp.asarray(vocabulary.unseen), config.unseen_per_class)
             cycle_labels = jnp.concatenate([cycle_labels, unseen])
-            extra = generate(networks, everything, text[unseen], rng_unseen)
+            extra = generate(networks, everything, vectors[unseen], rng_unseen)
             cycle_queries = jnp.concatenate([cycle_queries, extra])
         projector = {"params": frozen["projector"]}
         semantic = networks.projector.apply(projector, cycle_queries)
         logits = networks.projector.apply(projector, semantic, text[known], method="classify")
-        rows = jnp.full(len(vocabulary) + 1, -1).at[known].set(jnp.arange(len(known)))
-        cross_entropy, weights = weighted_cross_entropy(
+        rows = jnp.full(num_classes + 1, -1).at[known].set(jnp.arange(len(known)))
+        cross_entropy, counted = weighted_cross_entropy(
             logits, rows[cycle_labels], jnp.ones(logits.shape[-1])
         )
-        pull = cosine_alignment(semantic, text[jnp.clip(cycle_labels, 0)]) * weights
-        loss_cycle = (cross_entropy.sum() + pull.sum()) / jnp.maximum(weights.sum(), 1)
+        pull = cosine_alignment(semantic, vectors[jnp.clip(cycle_labels, 0)]) * counted
+        terms["cycle"] = (cross_entropy.sum() + pull.sum()) / jnp.maximum(counted.sum(), 1)
 
-        total = (
-            config.mmd_weight * loss_mmd
-            + config.contrast_weight * loss_contrast
-            + config.cycle_weight * loss_cycle
-        )
-        spread = _class_spread(pseudo, labels, len(vocabulary))
+        total = sum(weights[name] * term for name, term in terms.items())
         return total, {
             "loss": total,
-            "loss_mmd": loss_mmd,
-            "loss_contrast": loss_contrast,
-            "loss_cycle": loss_cycle,
-            "spread_ratio": spread
-            / jnp.maximum(_class_spread(real, labels, len(vocabulary)), 1e-6),
+            **{f"loss_{name}": term for name, term in terms.items()},
+            **_class_statistics(*sides, num_classes),
         }
 
     rules = ((NO_DECAY, 1.0, 0.0), (r".*", 1.0, 1.0))
-    return Stage(("generator",), ("segmentor", "projector"), loss, rules, QUERY_FIELDS)
+    fields = QUERY_FIELDS + (MEMORY_FIELDS if config.memory_per_class else ())
+    return Stage(("generator",), ("segmentor", "projector"), loss, rules, fields)
 
 
-def _class_spread(queries: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
-    """Mean distance of queries [M, D] to the mean of their class; collapse shows as a small one."""
-    member = jax.nn.one_hot(labels, num_classes)  # a label of -1 is a row of zeros
-    means = jnp.einsum("mk,md->kd", member, queries)
-    means = means / jnp.maximum(member.sum(axis=0), 1)[:, None]
+def _real_queries(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Real queries [R, D] of the batch and of its memory, labels [R] or -1, and valid [R] bool."""
+    width = batch["queries"].shape[-1]
+    real = batch["queries"].reshape(-1, width)  # contrast and MMD compare across images
+    labels = batch["query_labels"].reshape(-1)
+    valid = jnp.ones(labels.shape, bool)
+    if "memory_queries" not in batch:
+        return real, labels, valid
+    kept = batch["memory_valid"]
+    memory = jnp.where(kept[..., None], batch["memory_queries"], 0.0)
+    classes = jnp.where(kept, jnp.arange(len(kept))[:, None], -1)
+    return (
+        jnp.concatenate([real, memory.reshape(-1, width)]),
+        jnp.concatenate([labels, classes.reshape(-1)]),
+        jnp.concatenate([valid, kept.reshape(-1)]),
+    )
+
+
+def _class_weighted_mmd(
+    pseudo: jax.Array,
+    pseudo_labels: jax.Array,
+    real: jax.Array,
+    labels: jax.Array,
+    num_classes: int,
+    config: CatConfig,
+) -> jax.Array:
+    """MMD in which a class weighs among the real queries what it weighs among the pseudo ones.
+
+    A memory holds as many queries of a rare class as of a frequent one: unweighted, the generator
+    would answer for that.
+    """
+    same = None
+    if config.mmd_per_class:
+        sides = ((pseudo_labels, pseudo_labels), (pseudo_labels, labels), (labels, labels))
+        same = tuple((a[:, None] == b[None]).astype(jnp.float32) for a, b in sides)
+    asked = jax.nn.one_hot(pseudo_labels, num_classes).sum(axis=0)
+    given = jax.nn.one_hot(labels, num_classes).sum(axis=0)
+    share = asked / jnp.maximum(given, 1)
+    weights = jnp.where(labels >= 0, share[jnp.clip(labels, 0)], 0.0)
+    return transition.mmd(
+        pseudo, real, pseudo_labels >= 0, weights, same, bandwidths=config.mmd_bandwidths
+    )
+
+
+def _mean_of_valid(losses: jax.Array, valid: jax.Array) -> jax.Array:
+    return jnp.where(valid, losses, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def _class_statistics(
+    pseudo: jax.Array,
+    pseudo_labels: jax.Array,
+    real: jax.Array,
+    labels: jax.Array,
+    num_classes: int,
+) -> dict[str, jax.Array]:
+    """How pseudo classes lie against real ones, in units of the real classes' spread.
+
+    Returns:
+      "spread_ratio": mean distance of pseudo queries to the mean of their class; a collapse shows
+      as a small one. "offset_ratio": mean distance between the means of a class's pseudo and real
+      queries; classes that are off show as a large one.
+    """
+    means, _ = transition.class_means(pseudo, pseudo_labels, num_classes)
+    real_means, _ = transition.class_means(real, labels, num_classes)
+    spread = _mean_distance(pseudo, means, pseudo_labels)
+    real_spread = jnp.maximum(_mean_distance(real, real_means, labels), 1e-6)
+    offset = _mean_distance(real_means[jnp.clip(pseudo_labels, 0)], means, pseudo_labels)
+    return {"spread_ratio": spread / real_spread, "offset_ratio": offset / real_spread}
+
+
+def _mean_distance(queries: jax.Array, means: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean distance of queries [M, D] to their own of means [K, D], over labels [M] but -1."""
     matched = labels >= 0
     distances = jnp.linalg.norm(queries - means[jnp.clip(labels, 0)] + 1e-9, axis=-1)
     return jnp.where(matched, distances, 0.0).sum() / jnp.maximum(matched.sum(), 1)

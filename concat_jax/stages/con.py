@@ -6,13 +6,14 @@ L = 2·CE + 5·BCE + 5·Dice + λ_g · L_global + λ_i · L_instance
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.configuration import check_choice
+from concat_jax.configuration import build, check_choice
 from concat_jax.losses import alignment
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
 from concat_jax.models.clip import CLIP
@@ -60,6 +61,20 @@ class ConConfig:
             raise ValueError(f"CON alignment is {self.alignment!r}; choose 'cosine' or 'infonce'.")
         check_choice(self.pooling, alignment.POOLINGS, "CON pooling is")
         check_choice(self.targets, ("online", "cached"), "CON targets are")
+
+
+def make_config(method: Mapping[str, Any], *, has_cache: bool, where: str) -> ConConfig:
+    """The stage's constants; targets that are at hand are used unless it says otherwise.
+
+    Args:
+      method: fields of `ConConfig`.
+      has_cache: cached CLIP targets are configured.
+      where: how to call the section in an error.
+
+    Raises:
+      ValueError: as `configuration.build`.
+    """
+    return build(ConConfig, {"targets": "cached" if has_cache else "online", **method}, where)
 
 
 # What of CLIP decides its image embeddings besides the parameters.

@@ -14,7 +14,8 @@ import numpy as np
 
 from concat_jax.losses.classification import weighted_cross_entropy
 from concat_jax.models.networks import Networks
-from concat_jax.stages.cat import generate
+from concat_jax.models.semantic_projector import class_vectors
+from concat_jax.stages.cat import generate, known_text, require_unseen
 from concat_jax.stages.real_queries import QUERY_FIELDS
 from concat_jax.stages.stage import NO_DECAY, Stage
 from concat_jax.text.vocabulary import Vocabulary
@@ -44,6 +45,13 @@ class FinetuneConfig:
     unseen_names: bool = True
     deviation: float = 0.0
 
+    def __post_init__(self):
+        if self.pseudo_per_class and not (self.unseen_names or self.pseudo_seen):
+            raise ValueError(
+                f"The finetune is to use {self.pseudo_per_class} pseudo queries of each class, but "
+                "of neither unseen nor seen classes; set pseudo_seen=True, or pseudo_per_class=0."
+            )
+
 
 def sample_deviations(
     rng: jax.Array, queries: jax.Array, labels: jax.Array, num_classes: int, count: int
@@ -72,7 +80,13 @@ def sample_deviations(
 
 
 def make_stage(networks: Networks, vocabulary: Vocabulary, config: FinetuneConfig) -> Stage:
-    """Union finetune as a `Stage` on query batches: trains the projector only."""
+    """Union finetune as a `Stage` on query batches: trains the projector only.
+
+    Raises:
+      ValueError: if pseudo queries of unseen classes are asked for and there is no such class.
+    """
+    if config.pseudo_per_class and config.unseen_names:
+        require_unseen(vocabulary, "The finetune")
     pseudo_classes = np.concatenate(
         [
             vocabulary.seen if config.pseudo_seen else [],
@@ -83,6 +97,7 @@ def make_stage(networks: Networks, vocabulary: Vocabulary, config: FinetuneConfi
 
     def loss(params, frozen, batch, rng):
         num_classes = len(vocabulary)
+        text = known_text(frozen["text"], vocabulary, config.unseen_names)
         queries = batch["queries"]  # [B, N, D]
         labels = jnp.where(batch["query_labels"] >= 0, batch["query_labels"], num_classes)
         weights = jnp.ones(num_classes + 1).at[vocabulary.unseen].set(config.unseen_weight)
@@ -90,7 +105,7 @@ def make_stage(networks: Networks, vocabulary: Vocabulary, config: FinetuneConfi
 
         def classify(x):
             logits = networks.projector.apply(
-                {"params": params["projector"]}, x, frozen["text"], method="predict"
+                {"params": params["projector"]}, x, text, method="predict"
             )
             return (
                 logits if config.unseen_names else logits.at[..., vocabulary.unseen].set(-jnp.inf)
@@ -104,7 +119,8 @@ def make_stage(networks: Networks, vocabulary: Vocabulary, config: FinetuneConfi
         if with_pseudo:
             pseudo_labels = jnp.repeat(jnp.asarray(pseudo_classes), config.pseudo_per_class)
             rng_noise, rng_deviation = jax.random.split(rng)
-            pseudo = generate(networks, frozen, frozen["text"][pseudo_labels], rng_noise)
+            vectors = class_vectors(text)
+            pseudo = generate(networks, frozen, vectors[pseudo_labels], rng_noise)
             if config.deviation:
                 pseudo += config.deviation * sample_deviations(
                     rng_deviation, queries, batch["query_labels"], num_classes, len(pseudo)

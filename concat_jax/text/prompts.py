@@ -1,116 +1,94 @@
-"""Class names to text embeddings: prompt templates, synonyms, and readable names."""
+"""Class names to text embeddings: synonyms, prompts, and their ensemble."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from concat_jax.text.name_cleaning import clean_name
+from concat_jax.text.templates import check_templates
 from concat_jax.text.tokenizer import Tokenizer
 
-TEMPLATES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        # The bare name: what a `WordTokenizer`, whose words are the names' own, can read.
-        "name": ("{}",),
-        "single": ("a photo of a {}.",),
-        # `imagenet_select` of PADing and ZegFormer, so that numbers under their protocol compare.
-        "eight": (
-            "itap of a {}.",
-            "a bad photo of the {}.",
-            "a origami {}.",
-            "a photo of the large {}.",
-            "a {} in a video game.",
-            "art of the {}.",
-            "a photo of the small {}.",
-            "A photo of a {} in the scene",
-        ),
-    }
-)
-
-# COCO panoptic's raw names that no caption holds, in the words a caption would. "-merged" and
-# "-other" mark how COCO joined and divided classes, "-stuff" sets apart from things; a material
-# goes before its noun. PADing feeds the raw names to CLIP: turn cleaning off to compare with it.
-COCO_PANOPTIC_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "door-stuff": "door",
-        "floor-wood": "wood floor",
-        "mirror-stuff": "mirror",
-        "playingfield": "playing field",
-        "wall-brick": "brick wall",
-        "wall-stone": "stone wall",
-        "wall-tile": "tile wall",
-        "wall-wood": "wood wall",
-        "water-other": "water",
-        "window-blind": "window blind",
-        "window-other": "window",
-        "tree-merged": "tree",
-        "fence-merged": "fence",
-        "ceiling-merged": "ceiling",
-        "sky-other-merged": "sky",
-        "cabinet-merged": "cabinet",
-        "table-merged": "table",
-        "floor-other-merged": "floor",
-        "pavement-merged": "pavement",
-        "mountain-merged": "mountain",
-        "grass-merged": "grass",
-        "dirt-merged": "dirt",
-        "paper-merged": "paper",
-        "food-other-merged": "food",
-        "building-other-merged": "building",
-        "rock-merged": "rock",
-        "wall-other-merged": "wall",
-        "rug-merged": "rug",
-    }
-)
+SYNONYM_MODES = ("mean", "max", "none")
 
 _SYNONYM_SEPARATOR = ", "
 
-
-def clean_name(name: str) -> str:
-    """`name` as a caption would say it: by `COCO_PANOPTIC_NAMES`, else unchanged."""
-    return COCO_PANOPTIC_NAMES.get(name, name)
+Names = Sequence[str | Sequence[str]]
 
 
-def _synonyms(name: str, clean: bool) -> list[str]:
-    parts = [part.strip() for part in name.split(_SYNONYM_SEPARATOR)]
-    if not all(parts):
-        raise ValueError(f"The class name {name!r} is empty or holds an empty synonym.")
-    return [clean_name(part) for part in parts] if clean else parts
+@dataclasses.dataclass(frozen=True)
+class ClassPrompts:
+    """All that the text encoder is asked for K classes.
+
+    Attributes:
+      texts: of each class, one or more different texts; the first is its name's.
+      templates: prompts with one "{}" each.
+      synonyms: how the texts of a class become its embedding, one of `SYNONYM_MODES`.
+    """
+
+    texts: tuple[tuple[str, ...], ...]
+    templates: tuple[str, ...]
+    synonyms: str
+
+    def prompts(self) -> list[str]:
+        """Class by class, text by text, template by template."""
+        return [
+            template.replace("{}", text)
+            for texts in self.texts
+            for text in texts
+            for template in self.templates
+        ]
 
 
-def _check_names(names: Sequence[str], clean: bool) -> list[list[str]]:
-    """Synonyms of each name; refuses names that a lower-casing tokenizer cannot tell apart."""
+def make_prompts(
+    names: Names, templates: Sequence[str], *, clean: bool = True, synonyms: str = "mean"
+) -> ClassPrompts:
+    """What `embed_classes` embeds; arguments and errors as there."""
+    if synonyms not in SYNONYM_MODES:
+        raise ValueError(f"Synonyms are {synonyms!r}; use one of {', '.join(SYNONYM_MODES)}.")
     if isinstance(names, str):
         raise ValueError(f"embed_classes takes a sequence of names; wrap {names!r} in a list.")
-    synonyms = [_synonyms(name, clean) for name in names]
-    if not synonyms:
+    texts = tuple(_texts(name, clean, synonyms) for name in names)
+    if not texts:
         raise ValueError("embed_classes got no class names.")
-    first: dict[str, str] = {}
-    for name, parts in zip(names, synonyms, strict=True):
-        read = _SYNONYM_SEPARATOR.join(parts).lower()
+    _check_different(names, texts, clean)
+    return ClassPrompts(texts, check_templates(templates), synonyms)
+
+
+def _texts(name: str | Sequence[str], clean: bool, synonyms: str) -> tuple[str, ...]:
+    """The different texts of one class, the name's first."""
+    given = [name] if isinstance(name, str) else list(name)
+    if not given:
+        raise ValueError("A class has no name.")
+    if synonyms == "none":
+        given = given[:1]
+    parts = [part.strip() for text in given for part in text.split(_SYNONYM_SEPARATOR)]
+    if not all(parts):
+        raise ValueError(f"The class name {given[0]!r} is empty or holds an empty synonym.")
+    if clean:
+        parts = [clean_name(part) for part in parts]
+    # A text that comes twice would count twice; tokenizers do not tell cases apart.
+    different: dict[str, str] = {}
+    for part in parts:
+        different.setdefault(part.lower(), part)
+    return tuple(different.values())
+
+
+def _check_different(names: Names, texts: Sequence[Sequence[str]], clean: bool) -> None:
+    """Refuses classes that a lower-casing tokenizer cannot tell apart."""
+    first: dict[frozenset[str], str] = {}
+    for given, parts in zip(names, texts, strict=True):
+        name = given if isinstance(given, str) else given[0]
+        read = frozenset(part.lower() for part in parts)
         if read in first:
             raise ValueError(
-                f"The class names {first[read]!r} and {name!r} are the same text {read!r}; "
-                f"rename one{' or pass clean=False' if clean else ''}."
+                f"The class names {first[read]!r} and {name!r} are the same text "
+                f"{_SYNONYM_SEPARATOR.join(parts).lower()!r}; rename one"
+                f"{' or pass clean=False' if clean else ''}."
             )
         first[read] = name
-    return synonyms
-
-
-def _check_templates(templates: Sequence[str]) -> None:
-    if isinstance(templates, str):
-        raise ValueError(
-            f"embed_classes takes a sequence of templates, for example TEMPLATES['single'], not "
-            f"{templates!r}."
-        )
-    if not templates:
-        raise ValueError("embed_classes got no templates.")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(
-                f"The template {template!r} must hold '{{}}' once, where the name goes."
-            )
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -120,46 +98,64 @@ def _unit(x: np.ndarray) -> np.ndarray:
 def embed_classes(
     encode_text_fn: Callable[[np.ndarray], np.ndarray],
     tokenizer: Tokenizer,
-    names: Sequence[str],
+    names: Names,
     templates: Sequence[str],
     *,
     clean: bool = True,
+    synonyms: str = "mean",
     batch_size: int = 256,
 ) -> np.ndarray:
     """Prompt ensemble of each class (Radford et al. 2021, section 3.1.4), as PADing averages it.
 
-    A prompt's embedding is L2-normalised, the mean over the templates normalised again. A name that
-    lists synonyms, as in "lamp, bulb", is the normalised mean of its synonyms' embeddings.
+    A prompt's embedding is L2-normalised, the mean over the templates normalised again: that is a
+    text's embedding. A class has one text or several, which `synonyms` joins.
 
     Args:
       encode_text_fn: tokens [batch_size, L] int32 -> [batch_size, C] float; always called with one
         shape, so that a jitted function compiles once.
       tokenizer: makes the tokens.
-      names: K class names.
+      names: K classes, each a name, or a name followed by its synonyms, as `Vocabulary.texts` has
+        them. A name that lists synonyms itself, as "lamp, bulb", stands for all of them.
       templates: prompts with one "{}" each, for example `TEMPLATES["eight"]`.
       clean: pass every name and synonym through `clean_name`.
+      synonyms: "mean", a class is the normalised mean of its texts; "max", every text is kept and
+        the classifier takes the best; "none", the mean of the name's own texts, listed synonyms
+        left out.
       batch_size: prompts a call; the last call is filled up with repeated prompts.
 
     Returns:
-      [K, C] float32, L2-normalised.
+      [K, C] float32, L2-normalised; with "max" [K, S, C] with S the most texts of a class, where a
+      class of fewer repeats its first text, which changes no maximum.
 
     Raises:
-      ValueError: for no names or templates, an empty name, two names that are one text, a template
-        without a place for the name, or an embedding that is not finite.
+      ValueError: for no names or templates, an empty name, two classes that are one text, a
+        template without a place for the name, an unknown way to join synonyms, or an embedding
+        that is not finite.
     """
-    synonyms = _check_names(names, clean)
-    _check_templates(templates)
-    texts = [part for parts in synonyms for part in parts]
-    prompts = [template.replace("{}", text) for text in texts for template in templates]
-    tokens = tokenizer(prompts)
+    prompts = make_prompts(names, templates, clean=clean, synonyms=synonyms)
+    return embed_prompts(encode_text_fn, tokenizer(prompts.prompts()), prompts, batch_size)
+
+
+def embed_prompts(
+    encode_text_fn: Callable[[np.ndarray], np.ndarray],
+    tokens: np.ndarray,
+    prompts: ClassPrompts,
+    batch_size: int,
+) -> np.ndarray:
+    """`embed_classes` of prompts that are tokens [M, L] int32 already, in their order."""
     embeddings = []
     for start in range(0, len(tokens), batch_size):
         chunk = np.arange(start, start + batch_size).clip(max=len(tokens) - 1)
         embeddings.append(np.asarray(encode_text_fn(tokens[chunk]), np.float64))
     by_prompt = _unit(np.concatenate(embeddings)[: len(tokens)])
-    by_text = _unit(by_prompt.reshape(len(texts), len(templates), -1).mean(axis=1))
-    ends = np.cumsum([len(parts) for parts in synonyms])
-    classes = np.stack([rows.mean(axis=0) for rows in np.split(by_text, ends[:-1])])
+    by_text = _unit(by_prompt.reshape(-1, len(prompts.templates), by_prompt.shape[-1]).mean(axis=1))
+    ends = np.cumsum([len(texts) for texts in prompts.texts])
+    rows = np.split(by_text, ends[:-1])
+    if prompts.synonyms == "max":
+        most = max(len(row) for row in rows)
+        classes = np.stack([row[[*range(len(row)), *[0] * (most - len(row))]] for row in rows])
+    else:
+        classes = _unit(np.stack([row.mean(axis=0) for row in rows]))
     if not np.isfinite(classes).all():
         raise ValueError("The text encoder gave embeddings that are not finite; check its weights.")
-    return _unit(classes).astype(np.float32)
+    return classes.astype(np.float32)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import json
 import pathlib
 import re
+import zlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,6 +16,10 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 _START = "<|startoftext|>"
 _END = "<|endoftext|>"
+
+# What Hugging Face calls the files of a tokenizer: one with everything, or two with its tables.
+TOKENIZER_NAME = "tokenizer.json"
+VOCABULARY_NAMES = ("vocab.json", "merges.txt")
 
 # openai/CLIP clip/simple_tokenizer.py: 49152 = 256 bytes, 256 bytes that end a word, and one token
 # a merge, less the two special tokens, which come last.
@@ -60,9 +66,10 @@ def _read_merges(path: pathlib.Path) -> list[tuple[str, str]]:
     except FileNotFoundError:
         raise ValueError(
             f"CLIP's vocabulary is not at {str(path)!r}: set config.text.bpe_path to a copy of "
-            "bpe_simple_vocab_16e6.txt.gz from github.com/openai/CLIP."
+            "bpe_simple_vocab_16e6.txt.gz from github.com/openai/CLIP, or to the folder of a "
+            "Hugging Face CLIP."
         ) from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(
             f"CLIP's vocabulary at {str(path)!r} (config.text.bpe_path) is unreadable: {error}."
         ) from error
@@ -76,6 +83,110 @@ def _read_merges(path: pathlib.Path) -> list[tuple[str, str]]:
     return merges
 
 
+def has_clip_tokenizer(folder: str | pathlib.Path) -> bool:
+    """Whether `make_clip_tokenizer` finds the files that it needs in a folder."""
+    folder = pathlib.Path(folder)
+    return (folder / TOKENIZER_NAME).is_file() or all(
+        (folder / name).is_file() for name in VOCABULARY_NAMES
+    )
+
+
+def make_clip_tokenizer(path: str | pathlib.Path, context_length: int = 77) -> ClipTokenizer:
+    """CLIP's tokenizer from whichever files of it there are.
+
+    Args:
+      path: `bpe_simple_vocab_16e6.txt.gz` of github.com/openai/CLIP; Hugging Face's
+        `tokenizer.json` or a folder with it; or a folder with `vocab.json` and `merges.txt`. In a
+        folder with all three, `tokenizer.json` is read.
+      context_length: length of a row, start and end token included.
+
+    Raises:
+      ValueError: if there is no tokenizer, the files are broken or another tokenizer's, or
+        `context_length` is under 2.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        if not has_clip_tokenizer(path):
+            raise ValueError(
+                f"The folder {str(path)!r} holds no tokenizer, neither {TOKENIZER_NAME} nor "
+                f"{' with '.join(VOCABULARY_NAMES)}; copy one there, or set config.text.bpe_path "
+                "to CLIP's bpe_simple_vocab_16e6.txt.gz."
+            )
+        if not (path / TOKENIZER_NAME).is_file():
+            return ClipTokenizer(_from_vocabulary(path), context_length, str(path))
+        path = path / TOKENIZER_NAME
+    if path.suffix == ".json":
+        return ClipTokenizer(_from_tokenizer_json(path), context_length, str(path))
+    merges = _read_merges(path)
+    symbols = _byte_symbols()
+    tokens = [
+        *symbols,
+        *(symbol + "</w>" for symbol in symbols),
+        *(left + right for left, right in merges),
+        _START,
+        _END,
+    ]
+    bpe = _bpe({token: index for index, token in enumerate(tokens)}, merges)
+    return ClipTokenizer(bpe, context_length, str(path))
+
+
+def _from_tokenizer_json(path: pathlib.Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{path} is not a readable {TOKENIZER_NAME}: {error}.") from error
+
+
+def _from_vocabulary(folder: pathlib.Path) -> tokenizers.Tokenizer:
+    vocabulary_path, merges_path = (folder / name for name in VOCABULARY_NAMES)
+    try:
+        vocabulary = json.loads(vocabulary_path.read_text(encoding="utf-8"))
+        lines = merges_path.read_text(encoding="utf-8").split("\n")
+    except ValueError as error:
+        raise ValueError(f"The vocabulary in {folder} is unreadable: {error}.") from error
+    if not isinstance(vocabulary, dict) or not all(type(v) is int for v in vocabulary.values()):
+        raise ValueError(f"{vocabulary_path} is no vocabulary: it must give an id for each token.")
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    if any(len(merge) != 2 for merge in merges):
+        raise ValueError(f"{merges_path} holds a line that is not a pair of tokens.")
+    try:
+        return _bpe(vocabulary, merges)
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(
+            f"{vocabulary_path.name} and {merges_path.name} in {folder} do not belong together: "
+            f"{error}."
+        ) from error
+
+
+def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, ...]]) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=merges,
+            end_of_word_suffix="</w>",
+            continuing_subword_prefix="",
+            unk_token=_END,
+        )
+    )
+    bpe.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            normalizers.Lowercase(),
+        ]
+    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    # Written out in a text they are themselves, as in both originals. One that the vocabulary
+    # lacks would be given a new id here; `ClipTokenizer` is to miss it.
+    bpe.add_special_tokens([token for token in (_START, _END) if token in vocabulary])
+    return bpe
+
+
 class ClipTokenizer:
     """CLIP's lower-cased byte-level BPE; ids equal to those of transformers' `CLIPTokenizer`.
 
@@ -85,61 +196,46 @@ class ClipTokenizer:
     the end token. Rows are padded with the end token, as transformers does; OpenAI pads with 0,
     which the causal text tower cannot tell apart at the end token.
 
+    `make_clip_tokenizer` makes it from files.
+
     Args:
-      bpe_path: `bpe_simple_vocab_16e6.txt.gz` of github.com/openai/CLIP.
+      bpe: the byte-pair encoding with all that goes before it; what it would add around a text, cut
+        from it or pad it with is turned off.
       context_length: length of a row, start and end token included.
+      source: how to call the tokenizer in an error.
 
     Raises:
-      ValueError: if the file is missing or another, or `context_length` is under 2.
+      ValueError: if `bpe` is another kind of tokenizer, or `context_length` is under 2.
     """
 
     vocab_size: int
     context_length: int
     eot_id: int
 
-    def __init__(self, bpe_path: str | pathlib.Path, context_length: int = 77):
+    def __init__(self, bpe: tokenizers.Tokenizer, context_length: int, source: str):
         if context_length < 2:
             raise ValueError(
                 f"ClipTokenizer's context_length {context_length} has no room for start and end."
             )
-        merges = _read_merges(pathlib.Path(bpe_path))
-        symbols = _byte_symbols()
-        tokens = [
-            *symbols,
-            *(symbol + "</w>" for symbol in symbols),
-            *(left + right for left, right in merges),
-            _START,
-            _END,
-        ]
-        vocabulary = {token: index for index, token in enumerate(tokens)}
-        self.vocab_size = len(tokens)
-        self.context_length = context_length
-        self.eot_id = vocabulary[_END]
-        self._start_id = vocabulary[_START]
-        self._bpe = tokenizers.Tokenizer(
-            models.BPE(
-                vocab=vocabulary,
-                merges=merges,
-                end_of_word_suffix="</w>",
-                continuing_subword_prefix="",
-                unk_token=_END,
+        start, end = bpe.token_to_id(_START), bpe.token_to_id(_END)
+        if not isinstance(bpe.model, models.BPE) or start is None or end is None:
+            raise ValueError(
+                f"{source} is no tokenizer of CLIP: it must be a byte-pair encoding with the "
+                f"tokens {_START} and {_END}."
             )
-        )
-        self._bpe.normalizer = normalizers.Sequence(
-            [
-                normalizers.NFC(),
-                normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-                normalizers.Lowercase(),
-            ]
-        )
-        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-        # Written out in a text they are themselves, as in both originals.
-        self._bpe.add_special_tokens([_START, _END])
+        largest = max(bpe.get_vocab().values())
+        if end != largest:
+            raise ValueError(
+                f"{source} is no tokenizer of CLIP: {_END} has the id {end} and must have the "
+                f"largest, which is {largest}."
+            )
+        bpe.no_truncation()
+        bpe.no_padding()
+        self.vocab_size = end + 1
+        self.context_length = context_length
+        self.eot_id = end
+        self._start_id = start
+        self._bpe = bpe
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids, [M, context_length] int32: start, the text, end, and ends as padding.
@@ -150,7 +246,8 @@ class ClipTokenizer:
         texts = _check_texts(texts)
         rows = np.full((len(texts), self.context_length), self.eot_id, np.int32)
         rows[:, 0] = self._start_id
-        for row, encoding in zip(rows, self._bpe.encode_batch(texts), strict=True):
+        encodings = self._bpe.encode_batch(texts, add_special_tokens=False)
+        for row, encoding in zip(rows, encodings, strict=True):
             ids = encoding.ids[: self.context_length - 2]
             row[1 : 1 + len(ids)] = ids
         return rows

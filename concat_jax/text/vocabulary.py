@@ -17,23 +17,34 @@ class Vocabulary:
       is_thing: K flags, True for countable classes.
       is_seen: K flags, True where the training set may show the class's pixels.
       category_ids: K ids of the data set's own annotation format (COCO ids are not contiguous).
+      synonyms: K tuples of other words for the class, empty ones where none are known; () stands
+        for no synonyms at all. Classes may share a synonym.
 
     Raises:
-      ValueError: if the lengths differ, a name is empty or a name or an id occurs twice.
+      ValueError: if the lengths differ, a name or a synonym is empty or a name or an id occurs
+        twice.
     """
 
     names: tuple[str, ...]
     is_thing: tuple[bool, ...]
     is_seen: tuple[bool, ...]
     category_ids: tuple[int, ...]
+    synonyms: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self):
+        # Lists, as JSON has them, become tuples: a vocabulary is a value.
+        synonyms = tuple(tuple(words) for words in self.synonyms) or ((),) * len(self.names)
+        object.__setattr__(self, "synonyms", synonyms)
         lengths = {len(getattr(self, f.name)) for f in dataclasses.fields(self)}
         if len(lengths) != 1:
             raise ValueError(f"Vocabulary fields have different lengths: {sorted(lengths)}.")
         for index, name in enumerate(self.names):
             if not name.strip():
                 raise ValueError(f"Class {index} of the vocabulary has an empty name.")
+            if not all(word.strip() for word in self.synonyms[index]):
+                raise ValueError(
+                    f"Class {index} of the vocabulary, {name!r}, has an empty synonym."
+                )
         for what, values in (("name", self.names), ("category id", self.category_ids)):
             doubles = sorted({v for v in values if values.count(v) > 1})
             if doubles:
@@ -41,6 +52,11 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """Each class's name followed by its synonyms, as `embed_classes` takes them."""
+        return tuple((name, *words) for name, words in zip(self.names, self.synonyms, strict=True))
 
     @functools.cached_property
     def seen(self) -> np.ndarray:

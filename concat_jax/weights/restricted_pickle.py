@@ -137,6 +137,22 @@ class _Dict(dict):
         """Forget it."""
 
 
+class ScriptModule:
+    """A module of a TorchScript archive, of whatever class: its attributes by name, and no code."""
+
+    __slots__ = ("attributes",)
+
+    def __new__(cls) -> ScriptModule:
+        module = super().__new__(cls)
+        module.attributes = {}
+        return module
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise ValueError("a module's attributes have no names")
+        self.attributes = state
+
+
 class _Type:
     """A numpy type, from its short name; `__setstate__` brings the byte order."""
 
@@ -213,7 +229,13 @@ def _parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
-def _globals(read_nested: Callable[[bytes], Any] | None) -> dict[tuple[str, str], Any]:
+def _as_it_is(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _globals(
+    read_nested: Callable[[bytes], Any] | None, is_script: bool
+) -> dict[tuple[str, str], Any]:
     table: dict[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): _Function(lambda *items: _Dict(*items)),
         ("collections", "Counter"): _Function(lambda *items: _Dict(*items)),
@@ -235,6 +257,11 @@ def _globals(read_nested: Callable[[bytes], Any] | None) -> dict[tuple[str, str]
     if read_nested is not None:
         # A tensor that was pickled without torch.save carries its storage as a file of its own.
         table["torch.storage", "_load_from_bytes"] = _Function(read_nested)
+    if is_script:
+        # TorchScript's lists of one type, and its notes of what type a container is.
+        for kind in ("int", "double", "bool", "tensor"):
+            table["torch.jit._pickle", f"build_{kind}list"] = _Function(_as_it_is)
+        table["torch.jit._pickle", "restore_type_tag"] = _Function(_as_it_is)
     return table
 
 
@@ -247,14 +274,19 @@ class RestrictedUnpickler(pickle.Unpickler):
         *,
         find_storage: Callable[[str, Any, int], Storage] | None = None,
         read_nested: Callable[[bytes], Any] | None = None,
+        is_script: bool = False,
     ):
         # Detectron2's oldest files were written by Python 2, whose strings are bytes.
         super().__init__(file, encoding="latin1")
-        self._globals = _globals(read_nested)
+        self._globals = _globals(read_nested, is_script)
+        self._is_script = is_script
         self._find_storage = find_storage
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in of a global; any other is refused by name."""
+        # The classes of a TorchScript archive stand in its own code, which nobody looks at.
+        if self._is_script and module.split(".")[0] == "__torch__":
+            return ScriptModule
         try:
             return self._globals[module, name]
         except KeyError:
@@ -284,10 +316,12 @@ def read_pickle(file: BinaryIO, **options: Any) -> Any:
     Args:
         file: at the pickle's first byte; it is left behind its last one.
         **options: `find_storage(key, dtype, size)` for torch's references to storages,
-            `read_nested(content)` for a torch file inside the pickle.
+            `read_nested(content)` for a torch file inside the pickle, `is_script` for that of a
+            TorchScript archive.
 
     Returns:
-        Dicts, lists, numbers, strings, arrays as what `as_array` takes.
+        Dicts, lists, numbers, strings, arrays as what `as_array` takes; `ScriptModule`s where it is
+        a TorchScript archive's.
 
     Raises:
         UnsafePickleError: it names a global that is not in the table; nothing has been run.

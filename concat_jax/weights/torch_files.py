@@ -23,6 +23,66 @@ LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 ZIP_START = b"PK\x03\x04"
 
 
+class TorchZip:
+    """The entries of a zip archive that torch wrote.
+
+    Attributes:
+        is_script: whether it is a TorchScript program and not what `torch.save` writes.
+    """
+
+    def __init__(self, file: BinaryIO):
+        """Args:
+            file: binary, seekable; it has to stay open as long as tensors are read from it.
+
+        Raises:
+            ValueError: it is cut off, of another byte order, or torch did not write it.
+        """
+        try:
+            self._archive = zipfile.ZipFile(file)
+        except (zipfile.BadZipFile, struct.error, EOFError, OSError) as error:
+            raise ValueError(f"it is cut off or no zip archive ({error})") from error
+        self._entries = {info.filename: info for info in self._archive.infolist()}
+        self._storages: dict[str, Storage] = {}
+        pickles = [n for n in self._entries if n.count("/") == 1 and n.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("it is a zip archive without one data.pkl, which torch.save writes")
+        self._folder = pickles[0].removesuffix("data.pkl")
+        self.is_script = f"{self._folder}constants.pkl" in self._entries
+        order = f"{self._folder}byteorder"
+        if order in self._entries and self._read(order).strip() != b"little":
+            raise ValueError("it was written in big-endian byte order; save it on another machine")
+
+    def content(self) -> Any:
+        """What `read_pickle` makes of its pickle.
+
+        Raises:
+            UnsafePickleError: as `read_pickle`.
+            ValueError: as `read_pickle`, or an entry is missing, damaged or compressed.
+        """
+        return read_pickle_bytes(
+            self._read(f"{self._folder}data.pkl"),
+            find_storage=self._find_storage,
+            is_script=self.is_script,
+        )
+
+    def _read(self, name: str) -> bytes:
+        if name not in self._entries:
+            raise ValueError(f"it lacks the entry {name}")
+        # torch never compresses numbers; what does could grow without limit.
+        if self._entries[name].compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"its entry {name} is compressed, which torch.save does not do")
+        try:
+            return self._archive.read(name)
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise ValueError(f"its entry {name} is damaged ({error})") from error
+
+    def _find_storage(self, key: str, dtype: np.dtype, size: int) -> Storage:
+        if key not in self._storages:
+            entry = f"{self._folder}data/{key}"
+            self._storages[key] = Storage(dtype, size, lambda: self._read(entry))
+        return self._storages[key]
+
+
 def read_torch_zip(file: BinaryIO) -> Any:
     """Content of a zip archive of `torch.save` (torch 1.6 and later).
 
@@ -36,39 +96,10 @@ def read_torch_zip(file: BinaryIO) -> Any:
         UnsafePickleError: as `read_pickle`.
         ValueError: it is cut off, compressed, of another byte order, or a TorchScript program.
     """
-    try:
-        archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, struct.error, EOFError, OSError) as error:
-        raise ValueError(f"it is cut off or no zip archive ({error})") from error
-    names = {info.filename: info for info in archive.infolist()}
-    pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise ValueError("it is a zip archive without one data.pkl, which torch.save writes")
-    folder = pickles[0].removesuffix("data.pkl")
-    if f"{folder}constants.pkl" in names:
+    archive = TorchZip(file)
+    if archive.is_script:
         raise ValueError("it is a TorchScript program; save its state_dict() with torch.save")
-
-    def read(name: str) -> bytes:
-        if name not in names:
-            raise ValueError(f"it lacks the entry {name}")
-        # torch never compresses; what does could grow without limit.
-        if names[name].compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"its entry {name} is compressed, which torch.save does not do")
-        try:
-            return archive.read(name)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise ValueError(f"its entry {name} is damaged ({error})") from error
-
-    if f"{folder}byteorder" in names and read(f"{folder}byteorder").strip() != b"little":
-        raise ValueError("it was written in big-endian byte order; save it on another machine")
-    storages: dict[str, Storage] = {}
-
-    def find_storage(key: str, dtype: np.dtype, size: int) -> Storage:
-        if key not in storages:
-            storages[key] = Storage(dtype, size, lambda: read(f"{folder}data/{key}"))
-        return storages[key]
-
-    return read_pickle_bytes(read(pickles[0]), find_storage=find_storage)
+    return archive.content()
 
 
 def read_torch_legacy(file: BinaryIO) -> Any:

@@ -44,6 +44,14 @@ def test_mmd_gradient_is_finite_for_equal_and_empty_sets(empty):
     assert value <= 1.1e-4
 
 
+def test_mmd_weight_of_two_is_a_query_that_occurs_twice():
+    a, b = normal(3, 2), normal(2, 2)
+    on = np.ones(3, bool)
+    weighted = transition.mmd(a, b, on, jnp.array([2.0, 1.0]), bandwidths=BANDWIDTHS)
+    repeated = transition.mmd(a, b[np.array([0, 0, 1])], on, on, bandwidths=BANDWIDTHS)
+    np.testing.assert_allclose(weighted, repeated, rtol=1e-5)
+
+
 def test_mmd_per_class_sees_swapped_classes():
     a = jnp.array([[0.0], [9.0]])
     b = a[::-1]
@@ -83,20 +91,121 @@ def test_contrast_without_negatives_is_zero_and_padding_is_invalid():
     np.testing.assert_array_equal(valid, [True, False])
 
 
-def test_contrast_takes_no_gradient_of_real_queries():
-    def loss(real):
-        losses, _ = transition.query_contrast(
-            jnp.ones((1, 2)), jnp.array([0]), real, jnp.array([0, -1]),
-            temperature=0.1, distance="euclidean", class_negatives=False,
-        )  # fmt: skip
-        return losses.sum()
+def test_contrast_rows_of_padding_are_neither_positive_nor_negative():
+    pseudo, real = normal(2, 3), normal(5, 3)
+    labels = jnp.array([0, 0, -1, 1, -1])
+    valid = jnp.array([True, False, True, False, True])
+    options = dict(temperature=0.3, distance="euclidean", class_negatives=True)
+    padded = transition.query_contrast(
+        pseudo, jnp.array([0, 1]), real, labels, real_valid=valid, **options
+    )
+    keep = np.array([0, 2, 4])
+    subset = transition.query_contrast(
+        pseudo, jnp.array([0, 1]), real[keep], labels[keep], **options
+    )
+    np.testing.assert_allclose(padded[0], subset[0], rtol=1e-5)
+    np.testing.assert_array_equal(padded[1], [True, False])
+    np.testing.assert_array_equal(subset[1], [True, False])
 
-    assert not np.asarray(jax.grad(loss)(normal(2, 2))).any()
+
+def test_class_contrast_by_hand():
+    """Class 0 at (0, 2), the mean of two; class 2 at (2, 0); class 1 has no real query."""
+    pseudo = jnp.array([[0.0, 0.0], [2.0, 0.0], [2.0, 0.0], [9.0, 9.0]])
+    real = jnp.array([[0.0, 1.0], [0.0, 3.0], [2.0, 0.0], [5.0, 5.0]])
+    losses, valid = transition.class_contrast(
+        pseudo, jnp.array([0, 2, 1, -1]), real, jnp.array([0, 0, 2, -1]),
+        num_classes=3, temperature=2.0, distance="euclidean",
+    )  # fmt: skip
+    np.testing.assert_array_equal(valid, [True, True, False, False])
+    # From (0, 0) both are at squared distance 4; from (2, 0) they are at 8 and 0. Over D = 2, over
+    # the temperature 2.
+    far = np.log(1 + np.exp(-8 / 4))
+    np.testing.assert_allclose(losses, [np.log(2), far, 0, 0], rtol=1e-5, atol=1e-7)
 
 
-def test_contrast_refuses_unknown_distance():
-    with pytest.raises(ValueError, match="cosine or euclidean"):
-        transition.query_contrast(
-            normal(1, 2), jnp.array([0]), normal(1, 2), jnp.array([0]),
-            temperature=1.0, distance="manhattan", class_negatives=False,
-        )  # fmt: skip
+def test_class_contrast_with_cosine_compares_mean_directions():
+    """A long query weighs no more than a short one: class 0 points to (1, 1)."""
+    real = jnp.array([[10.0, 0.0], [0.0, 0.1], [-1.0, 0.0]])
+    losses, _ = transition.class_contrast(
+        jnp.array([[3.0, 0.0]]), jnp.array([0]), real, jnp.array([0, 0, 1]),
+        num_classes=2, temperature=0.5, distance="cosine",
+    )  # fmt: skip
+    own, other = np.exp(np.sqrt(0.5) / 0.5), np.exp(-1 / 0.5)
+    np.testing.assert_allclose(losses, [-np.log(own / (own + other))], rtol=1e-5)
+
+
+def test_spread_match_by_hand():
+    """Class 0: pseudo at ±1 and real at ±3 of their means, so spreads 2 and 18 over n - 1 = 1.
+
+    Class 1 has the same spread twice, of two and of four queries; class 2 one pseudo query only.
+    """
+    pseudo = jnp.array([[0.0], [2.0], [5.0], [6.0], [1.0]])
+    real = jnp.array([[-3.0], [3.0], [0.0], [0.0], [1.0], [1.0], [7.0], [8.0], [50.0]])
+    losses, valid = transition.spread_match(
+        pseudo, jnp.array([0, 0, 1, 1, 2]), real, jnp.array([0, 0, 1, 1, 1, 1, 2, 2, -1]),
+        num_classes=3, distance="euclidean",
+    )  # fmt: skip
+    np.testing.assert_array_equal(valid, [True, True, False])
+    unequal = np.log(0.5 / (1 / 3)) ** 2  # 1/2 over one, and 4 x 1/4 over three
+    np.testing.assert_allclose(losses, [np.log(2 / 18) ** 2, unequal, 0], rtol=1e-4)
+
+
+def test_spread_match_with_cosine_is_blind_to_length():
+    queries, labels = normal(6, 3), jnp.array([0, 0, 0, 1, 1, 1])
+    options = dict(num_classes=2, distance="cosine")
+    longer = queries * jnp.arange(1.0, 7.0)[:, None]
+    losses, valid = transition.spread_match(longer, labels, queries, labels, **options)
+    assert valid.all()
+    np.testing.assert_allclose(losses, 0, atol=1e-6)
+    shrunk = jnp.array([[1.0, 0.01, 0], [1, -0.01, 0], [1, 0, 0.01], *queries[3:]])
+    losses, _ = transition.spread_match(shrunk, labels, queries, labels, **options)
+    assert losses[0] > 1 and losses[1] < 1e-6
+
+
+# Each as (pseudo, real) -> loss, for queries of classes 0 and 1.
+LABELS, REAL_LABELS = jnp.array([0, 0, 1, 1]), jnp.array([0, 0, 1, 1, -1])
+TERMS = {
+    "query": lambda pseudo, real, distance: transition.query_contrast(
+        pseudo, LABELS, real, REAL_LABELS, temperature=0.1, distance=distance, class_negatives=True
+    )[0],
+    "class": lambda pseudo, real, distance: transition.class_contrast(
+        pseudo, LABELS, real, REAL_LABELS, num_classes=3, temperature=0.1, distance=distance
+    )[0],
+    "spread": lambda pseudo, real, distance: transition.spread_match(
+        pseudo, LABELS, real, REAL_LABELS, num_classes=3, distance=distance
+    )[0],
+    "mmd": lambda pseudo, real, distance: transition.mmd(
+        pseudo, real, LABELS >= 0, REAL_LABELS >= 0, bandwidths=BANDWIDTHS
+    ),
+}
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+@pytest.mark.parametrize("term", TERMS)
+def test_gradients_go_to_pseudo_queries_and_not_to_real_ones(term, distance):
+    def loss(pseudo, real):
+        return TERMS[term](pseudo, real, distance).sum()
+
+    pseudo, real = normal(4, 3), normal(5, 3)
+    of_pseudo, of_real = jax.grad(loss, argnums=(0, 1))(pseudo, real)
+    assert not np.asarray(of_real).any()
+    assert np.abs(of_pseudo).max(axis=1).min() > 1e-4
+    # A generator that collapsed must get a gradient that it can use, or none.
+    collapsed = jax.grad(loss)(jnp.ones((4, 3)), real)
+    assert np.isfinite(collapsed).all()
+
+
+@pytest.mark.parametrize("term", ["query", "class", "spread"])
+def test_terms_of_nothing_are_zero_with_finite_gradients(term, monkeypatch):
+    monkeypatch.setitem(globals(), "LABELS", jnp.full(4, -1))
+    monkeypatch.setitem(globals(), "REAL_LABELS", jnp.full(5, -1))
+    value, gradient = jax.value_and_grad(
+        lambda pseudo: TERMS[term](pseudo, normal(5, 3), "cosine").sum()
+    )(normal(4, 3))
+    assert value == 0 and not np.asarray(gradient).any()
+
+
+@pytest.mark.parametrize("term", ["query", "class", "spread"])
+def test_unknown_distance_is_refused(term):
+    with pytest.raises(ValueError, match="'manhattan' is unknown; choose cosine or euclidean"):
+        TERMS[term](normal(4, 2), normal(5, 2), "manhattan")

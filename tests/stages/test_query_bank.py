@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from concat_jax.stages.query_bank import QueryBank, fill_bank
+from concat_jax.stages.query_bank import QueryBank, fill_bank, missing_classes
+from concat_jax.text.vocabulary import Vocabulary
 
 IDENTITY = {"stage": "con", "steps": 10, "images": 6}
 
@@ -39,6 +40,82 @@ def test_a_bank_smaller_than_a_batch_is_refused():
     assert bank(8, batch_size=8).batch(0)["queries"].shape == (8, 3, 4)
     with pytest.raises(ValueError, match="holds 7 images, fewer than the batch size 8"):
         bank(7, batch_size=8)
+
+
+# Class 0: 9 queries, class 2: 2, classes 1 and 3: none. A query is ten times its class, plus a part
+# that is its own.
+MEMORY_LABELS = np.full((6, 3), -1, np.int16)
+MEMORY_LABELS[:4, :2] = 0
+MEMORY_LABELS[4, :] = [2, -1, 0]
+MEMORY_LABELS[5, :] = [-1, 2, -1]
+MEMORY_QUERIES = (10.0 * MEMORY_LABELS + np.arange(18).reshape(6, 3) / 100)[..., None]
+MEMORY_QUERIES = MEMORY_QUERIES.astype(np.float32)
+
+
+def memory_bank(size=4, **options):
+    options = {"batch_size": 2, "seed": 0, "num_classes": 4, **options}
+    return QueryBank(MEMORY_QUERIES, MEMORY_LABELS, memory_per_class=size, **options)
+
+
+def test_a_memory_holds_queries_of_every_class_that_has_one():
+    batch = memory_bank().batch(3)
+    memory, valid = batch["memory_queries"], batch["memory_valid"]
+    assert memory.shape == (4, 4, 1) and memory.dtype == np.float32
+    assert valid.dtype == bool
+    np.testing.assert_array_equal(valid, np.array([1, 0, 1, 0], bool)[:, None].repeat(4, 1))
+    assert not memory[[1, 3]].any()
+    own = {k: set(MEMORY_QUERIES[MEMORY_LABELS == k][:, 0]) for k in (0, 2)}
+    # Nine to draw four from, without replacement; two, with it.
+    assert len(set(memory[0, :, 0])) == 4 and set(memory[0, :, 0]) <= own[0]
+    assert set(memory[2, :, 0]) <= own[2]
+    drawn = {k: set() for k in own}
+    for step in range(40):
+        for k in own:
+            drawn[k] |= set(memory_bank().batch(step)["memory_queries"][k, :, 0])
+    assert drawn == own
+
+
+def test_a_memory_depends_on_seed_and_step_only_and_leaves_the_batch_as_it_was():
+    for step in (5, 1, 5):
+        first, second = memory_bank().batch(step), memory_bank().batch(step)
+        np.testing.assert_array_equal(first["memory_queries"], second["memory_queries"])
+        plain = QueryBank(MEMORY_QUERIES, MEMORY_LABELS, batch_size=2, seed=0).batch(step)
+        assert set(plain) == {"queries", "query_labels"}
+        for name, value in plain.items():
+            np.testing.assert_array_equal(first[name], value)
+    drawn = [memory_bank(seed=s).batch(t)["memory_queries"] for s, t in ((0, 1), (0, 2), (1, 1))]
+    assert not np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+
+
+def test_hosts_share_a_memory_in_rows_that_devices_can_split():
+    whole = memory_bank(num_classes=5, batch_size=4).batch(2)
+    assert whole["memory_queries"].shape == (8, 4, 1)
+    assert not whole["memory_valid"][5:].any()
+    hosts = [
+        memory_bank(num_classes=5, batch_size=4, process_index=i, process_count=2).batch(2)
+        for i in range(2)
+    ]
+    for name, value in whole.items():
+        np.testing.assert_array_equal(np.concatenate([host[name] for host in hosts]), value)
+        assert len(hosts[0][name]) == len(value) // 2
+
+
+def test_a_memory_needs_the_number_of_classes():
+    with pytest.raises(ValueError, match="needs num_classes"):
+        memory_bank(num_classes=0)
+
+
+def test_missing_classes_are_named_and_only_a_bank_without_any_is_refused():
+    names = tuple("abcdefghijklmno")
+    vocabulary = Vocabulary(names, (True,) * 15, (True,) * 14 + (False,), tuple(range(15)))
+    labels = np.array([[0, -1], [3, 1]], np.int16)
+    sentence = missing_classes(labels, vocabulary)
+    assert "2 images hold no real query of 11 of 14 seen classes" in sentence
+    assert "(c, e, f, g, h, i, j, k, l, m, …)" in sentence
+    assert missing_classes(np.arange(14).reshape(7, 2), vocabulary) == ""
+    for nothing in (np.full((2, 2), -1), np.array([[14, -1], [-1, -1]])):  # 14 is unseen
+        with pytest.raises(ValueError, match="2 images hold no segment of a seen class"):
+            missing_classes(nothing, vocabulary)
 
 
 class Extractor:
@@ -77,9 +154,14 @@ def test_a_bank_of_another_run_is_refused_and_kept(tmp_path):
     path = tmp_path / "bank.npz"
     fill(path, Extractor())
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"bank\.npz was made from .*10.*not from .*11.*delete"):
+    with pytest.raises(ValueError, match=r"bank\.npz was made from steps 10, not from 11; delete"):
         fill(path, Extractor(), {**IDENTITY, "steps": 11})
     assert path.read_bytes() == before
+
+
+def test_a_bank_of_no_images_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is to hold no image; set bank_images"):
+        fill(tmp_path / "bank.npz", Extractor(), num_batches=0)
 
 
 def test_a_broken_extraction_leaves_no_bank(tmp_path):

@@ -1,5 +1,6 @@
 """Every stage's loss: finite, its gradients where they belong, and no unseen class leaking in."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,7 +11,7 @@ import pytest
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
 from concat_jax.stages import cat, con, finetune, pretrain_clip
-from concat_jax.stages.clip_targets import CropConfig
+from concat_jax.stages.clip_targets import CropConfig, clip_targets
 from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.optimizer import (
     FROZEN,
@@ -19,6 +20,7 @@ from concat_jax.training.optimizer import (
     make_optimizer,
     path_name,
 )
+from concat_jax.training.state import TrainState, make_train_step
 
 # The programs run once, so compiling them is what these tests cost.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -120,6 +122,15 @@ def query_batch():
     centres = rng.normal(size=(len(VOCABULARY) + 1, 32))
     queries = centres[labels] + 0.3 * rng.normal(size=(*labels.shape, 32))
     return {"queries": queries.astype(np.float32), "query_labels": labels}
+
+
+def memory_batch():
+    """The same with a memory: class 4 has no query, and rows from 6 on are padding."""
+    rng = np.random.default_rng(15)
+    valid = np.zeros((9, 3), bool)
+    valid[[1, 2, 5]] = True
+    memory = np.where(valid[..., None], rng.normal(size=(9, 3, 32)), 0).astype(np.float32)
+    return {**query_batch(), "memory_queries": memory, "memory_valid": valid}
 
 
 def caption_batch():
@@ -265,6 +276,98 @@ def test_con_without_alignment_does_not_take_clip():
     assert "loss_mask" in metrics and "loss_global" not in metrics
 
 
+def with_targets(batch):
+    """The batch with the targets that CLIP would give, as a cache adds them."""
+    targets = jax.jit(
+        lambda clip, batch: clip_targets(
+            NETWORKS.clip,
+            clip,
+            batch["image"],
+            batch["segment_ids"],
+            4,
+            CropConfig(),
+            image_size=batch["image_size"],
+        ),
+        compiler_options=FAST_COMPILE,
+    )(PARAMS["clip"], batch)
+    cached = {**batch, **dict(zip(con.TARGET_FIELDS, targets, strict=True))}
+    del cached["image_size"]
+    return cached
+
+
+@pytest.fixture(scope="module")
+def cached_con():
+    return con.make_stage(
+        NETWORKS,
+        VOCABULARY,
+        con.ConConfig(targets="cached"),
+        SegmentationLossConfig(num_points=32),
+        CropConfig(),
+    )
+
+
+def test_con_learns_the_same_from_cached_targets(con_run, cached_con):
+    stage, function, batch = con_run
+    online = function(trained(stage), frozen(stage), batch, KEY)
+    cached_batch = with_targets(batch)
+
+    def loss(projector, frozen, batch, rng):
+        params = {**trained(cached_con), "projector": projector}
+        return cached_con.loss(params, frozen, batch, rng)
+
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE)
+    (_, metrics), gradients = gradient(PARAMS["projector"], frozen(cached_con), cached_batch, KEY)
+    assert set(cached_batch) == set(cached_con.batch_fields)
+    for name, value in online[0][1].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-3, err_msg=name)
+    for path, ours in jax.tree_util.tree_leaves_with_path(gradients):
+        theirs = online[1][0]["projector"]
+        for key in path:
+            theirs = theirs[key.key]
+        tolerance = 1e-3 * np.abs(theirs).max() + 1e-6
+        np.testing.assert_allclose(ours, theirs, atol=tolerance, err_msg=path_name(path))
+
+
+def test_con_with_cached_targets_holds_no_clip(con_run, cached_con):
+    """Neither among what the step is given, nor as constants, nor in what it computes."""
+    stage, _, batch = con_run
+    cached_batch = {name: np.asarray(value) for name, value in with_targets(batch).items()}
+    assert cached_con.reads == ()
+    optimizer = make_optimizer(
+        OptimizerConfig(schedule="constant"), 10, label_params(trained(stage), stage.rules)
+    )
+    state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), trained(stage))
+
+    def trace(stage, batch):
+        step = jax.jit(make_train_step(stage.loss, optimizer, 0))
+        return step.trace(state, frozen(stage), batch)
+
+    traced = trace(cached_con, cached_batch)
+    online, cached = trace(stage, batch).lower(), traced.lower()
+    sizes = {np.shape(leaf) for leaf in jax.tree.leaves(PARAMS["clip"]["vision_model"])}
+    sizes -= {np.shape(leaf) for leaf in jax.tree.leaves((trained(stage), state, cached_batch))}
+    assert sizes  # shapes that only CLIP's image tower has
+
+    def arguments(lowered):
+        return {tuple(leaf.shape) for leaf in jax.tree.leaves(lowered.args_info)}
+
+    assert sizes <= arguments(online) and not sizes & arguments(cached)
+    assert "vision_model" in online.as_text(debug_info=True)
+    assert "vision_model" not in cached.as_text(debug_info=True)
+    assert not sizes & {np.shape(constant) for constant in traced.jaxpr.consts}
+    pictures = np.zeros((batch["image"].shape[0] * (1 + 4), 16, 16, 3), np.float32)
+    tower = jax.jit(
+        lambda clip: NETWORKS.clip.apply({"params": clip}, pictures, method="encode_image")
+    ).lower(PARAMS["clip"])
+    flops = [program.cost_analysis()["flops"] for program in (tower, cached, online)]
+    assert flops[1] + flops[0] < flops[2]
+
+
+def test_con_refuses_unknown_targets():
+    with pytest.raises(ValueError, match="CON targets are 'cache'; did you mean 'cached'"):
+        con.ConConfig(targets="cache")
+
+
 def test_con_optimizer_leaves_frozen_statistics_and_moves_the_rest(con_run):
     """Even a gradient where there should be none cannot move what the rules freeze."""
     stage = con_run[0]
@@ -313,13 +416,20 @@ CAT_VARIANTS = {
     "default": cat.CatConfig(),
     "inductive": cat.CatConfig(unseen_names=False),
     "cosine by class": cat.CatConfig(contrast_distance="cosine", mmd_per_class=True),
+    "memory": cat.CatConfig(
+        class_contrast_weight=0.2,
+        spread_weight=0.3,
+        memory_per_class=3,
+        memory_pseudo=True,
+        mmd_memory=True,
+    ),
 }
 
 
 @pytest.fixture(scope="module", params=CAT_VARIANTS)
 def cat_run(request):
     stage = cat.make_stage(NETWORKS, VOCABULARY, CAT_VARIANTS[request.param])
-    batch = query_batch()
+    batch = memory_batch() if request.param == "memory" else query_batch()
     return request.param, stage, evaluate(stage, batch), batch
 
 
@@ -330,6 +440,9 @@ def test_cat_trains_the_generator_and_knows_unseen_names_only_if_told(cat_run):
     assert stage.trains == ("generator",) and stage.reads == ("segmentor", "projector")
     assert_finite(value, metrics, gradients)
     parts = {"mmd": 1.0, "contrast": 0.1, "cycle": 0.1}  # the config's defaults
+    if variant == "memory":
+        parts |= {"class_contrast": 0.2, "spread": 0.3}
+    assert {f"loss_{part}" for part in parts} == {m for m in metrics if m.startswith("loss_")}
     total = sum(weight * metrics[f"loss_{part}"] for part, weight in parts.items())
     np.testing.assert_allclose(value, total, rtol=1e-5)
     assert all(metrics[f"loss_{part}"] > 0 for part in parts)
@@ -344,7 +457,7 @@ def test_cat_trains_the_generator_and_knows_unseen_names_only_if_told(cat_run):
     else:
         assert abs(changed[0][1]["loss_cycle"] - metrics["loss_cycle"]) > 1e-4
         # What is learnt from real queries cannot depend on classes that have none.
-        for name in ("loss_mmd", "loss_contrast", "spread_ratio"):
+        for name in ("loss_mmd", "loss_contrast", "spread_ratio", "offset_ratio"):
             np.testing.assert_array_equal(changed[0][1][name], metrics[name])
     seen_changed = function(trained(stage), frozen(stage, OTHER_SEEN), batch, KEY)
     assert abs(seen_changed[0][0] - value) > 1e-4
@@ -353,9 +466,69 @@ def test_cat_trains_the_generator_and_knows_unseen_names_only_if_told(cat_run):
 def test_cat_survives_a_batch_without_a_matched_query(cat_run):
     _, stage, function, batch = cat_run
     empty = {**batch, "query_labels": np.full_like(batch["query_labels"], -1)}
+    if "memory_valid" in batch:
+        empty["memory_valid"] = np.zeros_like(batch["memory_valid"])
     (value, metrics), (gradients, _) = function(trained(stage), frozen(stage), empty, KEY)
     assert_finite(value, metrics, gradients)
     assert metrics["loss_mmd"] == 0 and metrics["loss_contrast"] == 0
+
+
+def test_cat_learns_from_the_memory_what_the_batch_does_not_hold():
+    """With a memory of the batch's own queries the losses are those of the batch."""
+    config = cat.CatConfig(class_contrast_weight=1.0, spread_weight=1.0, class_negatives=False)
+    rng = np.random.default_rng(16)
+    batch = {
+        "queries": rng.normal(size=(2, 4, 32)).astype(np.float32),
+        "query_labels": np.array([[1, 1, -1, -1], [4, 4, -1, -1]], np.int32),
+        "memory_queries": np.zeros((6, 2, 32), np.float32),
+        "memory_valid": np.zeros((6, 2), bool),
+    }
+    batch["memory_queries"][[1, 4]] = batch["queries"][:, :2]
+    batch["memory_valid"][[1, 4]] = True
+    batch["memory_queries"][0] = np.nan  # never valid, never read
+
+    def metrics(**changes):
+        stage = cat.make_stage(NETWORKS, VOCABULARY, dataclasses.replace(config, **changes))
+        inputs = {name: batch[name] for name in stage.batch_fields}
+        loss = jax.jit(stage.loss, compiler_options=FAST_COMPILE)
+        return loss(trained(stage), frozen(stage), inputs, KEY)[1]
+
+    plain, memory = metrics(), metrics(memory_per_class=2, mmd_memory=True)
+    for name in ("loss_mmd", "loss_contrast", "loss_class_contrast", "offset_ratio"):
+        np.testing.assert_allclose(memory[name], plain[name], rtol=1e-4, err_msg=name)
+    batch["memory_valid"][2], batch["memory_queries"][2] = True, 3.0
+    batch["memory_queries"][1] += 1.0
+    changed = metrics(memory_per_class=2)
+    np.testing.assert_allclose(changed["loss_mmd"], plain["loss_mmd"], rtol=1e-4)
+    for name in ("loss_contrast", "loss_class_contrast", "loss_spread"):
+        assert abs(changed[name] - memory[name]) > 1e-3, name
+    with_memory = metrics(memory_per_class=2, mmd_memory=True)
+    assert abs(with_memory["loss_mmd"] - plain["loss_mmd"]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["memory_pseudo", "mmd_memory"])
+def test_cat_refuses_to_use_a_memory_that_is_off(name):
+    with pytest.raises(ValueError, match=f"{name} needs a memory; set memory_per_class"):
+        cat.CatConfig(**{name: True})
+
+
+ALL_SEEN = Vocabulary(("cat", "sky"), (True, False), (True, True), (1, 2))
+
+
+def test_unseen_names_are_refused_where_there_are_none():
+    for make in (
+        lambda **fields: cat.make_stage(NETWORKS, ALL_SEEN, cat.CatConfig(**fields)),
+        lambda **fields: finetune.make_stage(
+            NETWORKS, ALL_SEEN, finetune.FinetuneConfig(pseudo_seen=True, **fields)
+        ),
+    ):
+        with pytest.raises(ValueError, match="all 2 classes of the vocabulary are seen; set uns"):
+            make()
+        make(unseen_names=False)
+    # The control generates nothing.
+    finetune.make_stage(NETWORKS, ALL_SEEN, finetune.FinetuneConfig(pseudo_per_class=0))
+    with pytest.raises(ValueError, match="neither unseen nor seen classes; set pseudo_seen=True"):
+        finetune.FinetuneConfig(unseen_names=False)
 
 
 def test_generated_queries_have_the_scale_of_the_last_layer_norm():
@@ -433,6 +606,91 @@ def test_inductive_finetune_does_not_see_unseen_names():
     assert_finite(*before[0], before[1][0])
     seen = function(trained(stage), {**frozen(stage), "text": OTHER_SEEN}, query_batch(), KEY)
     assert abs(seen[0][0] - before[0][0]) > 1e-5
+
+
+INDUCTIVE = {
+    "cat": cat.CatConfig(
+        unseen_names=False, class_contrast_weight=0.2, spread_weight=0.3, memory_per_class=3,
+        memory_pseudo=True,
+    ),
+    "finetune": finetune.FinetuneConfig(
+        pseudo_per_class=2, pseudo_seen=True, unseen_names=False, deviation=0.5
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["con", *INDUCTIVE])
+def test_no_unseen_name_reaches_an_inductive_stage(name, con_run):
+    """A number that is multiplied by zero would show as NaN, too."""
+    no_number = TEXT.copy()
+    no_number[UNSEEN] = np.nan
+    if name == "con":
+        stage, function, batch = con_run
+    else:
+        module = {"cat": cat, "finetune": finetune}[name]
+        stage = module.make_stage(NETWORKS, VOCABULARY, INDUCTIVE[name])
+        batch = memory_batch() if name == "cat" else query_batch()
+        function = evaluate(stage, batch)
+    known = function(trained(stage), frozen(stage, TEXT), batch, KEY)
+    blind = function(trained(stage), frozen(stage, no_number), batch, KEY)
+    assert_finite(*known[0], known[1])
+    assert_same(known[0], blind[0])
+    assert_same(known[1], blind[1])
+    if name != "con":
+        config = dataclasses.replace(INDUCTIVE[name], unseen_names=True)
+        told = module.make_stage(NETWORKS, VOCABULARY, config)
+        # The same text where names are known: this test would see them.
+        value, _ = jax.jit(told.loss, compiler_options=FAST_COMPILE)(
+            trained(told), frozen(told, no_number), batch, KEY
+        )
+        assert np.isnan(value)
+
+
+# What a stage trains, and what of it gets no gradient: statistics of a frozen batch norm, and
+# biases of attention's keys, which shift all logits of a query alike.
+WHOLE_TREE = {
+    "con": (("segmentor", "projector"), r"/frozen_(scale|bias|mean|variance)$|/(key|k_proj)/bias$"),
+    "cat": (("generator",), None),
+    "finetune": (("projector",), None),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_TREE)
+def test_a_step_moves_exactly_what_the_stage_trains(name, con_run):
+    """Over all four networks: a real step of the loop's, with decay off so gradients alone move."""
+    subtrees, exceptions = WHOLE_TREE[name]
+    stage, function, batch = con_run
+    if name == "cat":
+        batch = query_batch()
+        stage = cat.make_stage(NETWORKS, VOCABULARY, cat.CatConfig())
+        function = evaluate(stage, batch)
+    elif name == "finetune":
+        batch = query_batch()
+        config = finetune.FinetuneConfig(pseudo_per_class=2)
+        stage = finetune.make_stage(NETWORKS, VOCABULARY, config)
+        function = evaluate(stage, batch)
+    optimizer = make_optimizer(
+        OptimizerConfig(schedule="constant", weight_decay=0.0),
+        10,
+        label_params(trained(stage), stage.rules),
+    )
+    state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), trained(stage))
+    assert set(state.params) == set(subtrees)  # the loop differentiates by these alone
+
+    _, (gradients, _) = function(trained(stage), frozen(stage), batch, KEY)
+    update = jax.jit(
+        lambda g, p: optimizer.update(g, optimizer.init(p), p)[0], compiler_options=FAST_COMPILE
+    )
+    updates = update(gradients, trained(stage))
+    nothing = jax.tree.map(np.zeros_like, PARAMS)
+    whole = {**nothing, **jax.tree.map(lambda g, u: np.abs(g) * (u != 0), gradients, updates)}
+    names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(PARAMS)}
+    expected = {path for path in names if path.split("/")[0] in subtrees}
+    if exceptions:
+        excluded = {path for path in expected if re.search(exceptions, path)}
+        assert excluded
+        expected -= excluded
+    assert reached(whole) == expected
 
 
 def test_finetune_cross_entropy_by_hand():

@@ -1,11 +1,10 @@
-"""Prompt ensembles by hand, and the readable names of COCO panoptic."""
-
-import json
+"""Prompt ensembles and synonyms by hand."""
 
 import numpy as np
 import pytest
 
-from concat_jax.text.prompts import COCO_PANOPTIC_NAMES, TEMPLATES, clean_name, embed_classes
+from concat_jax.models.semantic_projector import class_vectors
+from concat_jax.text.prompts import embed_classes, make_prompts
 
 # What the stub text encoder answers for each prompt; lengths differ so that normalisation shows.
 ANSWERS = {
@@ -64,6 +63,59 @@ def test_synonyms_are_averaged_as_classes_are():
     np.testing.assert_allclose(_embed(["dog, cat", "cat, kitty"]), expected, atol=1e-6)
 
 
+LISTED = [("dog", "cat", "kitty"), ("sky",)]
+
+
+def test_listed_synonyms_by_mean_max_and_not_at_all():
+    half = np.sqrt(0.5)
+    dog, cat, kitty, sky = (half, half), (0, 1), (1, 0), (half, half)
+    # dog + cat + kitty lies on the diagonal, like dog itself.
+    mean = _embed([("cat", "dog"), ("sky",)])[0]
+    expected = np.array([half, half + 1]) / np.hypot(half, half + 1)
+    np.testing.assert_allclose(mean, expected, atol=1e-6)
+    np.testing.assert_array_equal(_embed([("cat", "dog"), "sky"])[0], mean)
+    best = _embed(LISTED, synonyms="max")
+    assert best.dtype == np.float32
+    np.testing.assert_allclose(best, [[dog, cat, kitty], [sky, sky, sky]], atol=1e-6)
+    none = _embed([("cat", "dog"), ("sky",)], synonyms="none")
+    np.testing.assert_allclose(none, [cat, sky], atol=1e-6)
+
+
+def test_a_name_that_lists_synonyms_itself_stands_for_all_of_them():
+    names = ["dog, cat", "kitty"]
+    np.testing.assert_array_equal(_embed(names), _embed([("dog", "cat"), ("kitty",)]))
+    np.testing.assert_array_equal(_embed(names, synonyms="none"), _embed(names))
+    mixed = _embed([("dog, cat", "kitty")], synonyms="max")
+    np.testing.assert_array_equal(mixed, _embed(LISTED[:1], synonyms="max"))
+
+
+def test_the_mean_over_synonyms_kept_apart_is_the_mean_mode():
+    """Classes of different counts: the repeats that fill a row must not weigh."""
+    names = [("cat", "dog"), ("dog", "cat", "kitty"), ("kitty",)]
+    apart = _embed(names, synonyms="max")
+    assert apart.shape == (3, 3, 2)
+    np.testing.assert_allclose(class_vectors(apart), _embed(names), atol=1e-6)
+
+
+def test_a_text_that_comes_twice_counts_once():
+    half = np.sqrt(0.5)
+    names = [("cat", "dog", "Cat", "dog"), ("sky-other-merged", "sky")]
+    prompts = make_prompts(names, TWO)
+    assert prompts.texts == (("cat", "dog"), ("sky",))
+    assert prompts.prompts() == ["a cat", "the cat", "a dog", "the dog", "a sky", "the sky"]
+    expected = np.array([half, half + 1]) / np.hypot(half, half + 1)
+    np.testing.assert_allclose(_embed(names), [expected, [half, half]], atol=1e-6)
+    assert make_prompts(names, TWO, clean=False).texts[1] == ("sky-other-merged", "sky")
+
+
+def test_classes_may_share_a_synonym_but_not_all_texts():
+    assert _embed([("dog", "cat"), ("kitty", "cat")]).shape == (2, 2)
+    with pytest.raises(ValueError, match="'dog' and 'cat' are the same text 'cat, dog'"):
+        _embed([("dog", "cat"), ("cat", "dog")])
+    with pytest.raises(ValueError, match="'cat' and 'cat' are the same text 'cat'"):
+        _embed([("cat", "dog"), ("cat", "kitty")], synonyms="none")
+
+
 def test_cleaning_can_be_turned_off():
     half = np.sqrt(0.5)
     np.testing.assert_allclose(_embed(["sky-other-merged"]), [[half, half]], atol=1e-6)
@@ -87,12 +139,14 @@ def test_the_encoder_sees_one_shape_only(batch_size):
         (["sky", "sky-other-merged"], TWO, "or pass clean=False"),
         (["dog", ""], TWO, "class name '' is empty"),
         (["dog, "], TWO, "empty synonym"),
+        ([("dog", "")], TWO, "'dog' is empty or holds an empty synonym"),
+        ([("dog",), ()], TWO, "A class has no name"),
         ([], TWO, "no class names"),
         ("dog", TWO, "sequence of names"),
         (["dog"], ["a photo"], "'a photo' must hold '{}' once"),
         (["dog"], ["{} and {}"], "once"),
         (["dog"], [], "no templates"),
-        (["dog"], "a {}", "sequence of templates"),
+        (["dog"], "a {}", "Templates are a sequence"),
     ],
 )
 def test_bad_input_is_refused(names, templates, message):
@@ -100,27 +154,13 @@ def test_bad_input_is_refused(names, templates, message):
         _embed(names, templates)
 
 
+def test_an_unknown_way_to_join_synonyms_is_refused():
+    with pytest.raises(ValueError, match="Synonyms are 'min'; use one of mean, max, none"):
+        _embed(["dog"], synonyms="min")
+
+
 def test_a_broken_encoder_is_noticed():
     with pytest.raises(ValueError, match="not finite"):
         embed_classes(
             lambda tokens: np.full((len(tokens), 2), np.nan), StubTokenizer(), ["dog"], TWO
         )
-
-
-def test_template_sets():
-    assert TEMPLATES["single"] == ("a photo of a {}.",)
-    assert len(TEMPLATES["eight"]) == len(set(TEMPLATES["eight"])) == 8
-    assert all(t.count("{}") == 1 for templates in TEMPLATES.values() for t in templates)
-
-
-def test_every_coco_panoptic_name_becomes_readable(shared_data):
-    path = shared_data / "vocabularies" / "panoptic_coco_categories.json"
-    raw = [category["name"] for category in json.loads(path.read_text())]
-    assert len(raw) == 133
-    assert set(COCO_PANOPTIC_NAMES) <= set(raw)
-    clean = [clean_name(name) for name in raw]
-    assert len(set(clean)) == 133
-    assert not any("-" in name or "merged" in name for name in clean)
-    unchanged = {name for name in raw if clean_name(name) == name}
-    assert len(unchanged) == 133 - len(COCO_PANOPTIC_NAMES)
-    assert clean_name("a name of another data set-merged") == "a name of another data set-merged"

@@ -6,8 +6,9 @@ import random
 
 import numpy as np
 import pytest
+import tokenizers
 
-from concat_jax.text.tokenizer import ClipTokenizer, WordTokenizer
+from concat_jax.text.tokenizer import WordTokenizer, make_clip_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -17,24 +18,38 @@ def bpe_path(shared_data):
 
 @pytest.fixture(scope="module")
 def clip_tokenizer(bpe_path):
-    return ClipTokenizer(bpe_path)
+    return make_clip_tokenizer(bpe_path)
 
 
 @pytest.fixture(scope="module")
-def reference(bpe_path, tmp_path_factory):
-    """transformers' tokenizer from a vocab.json and merges.txt made as OpenAI's table is."""
-    transformers = pytest.importorskip("transformers")
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
+def tables(bpe_path, tmp_path_factory):
+    """Folder with vocab.json and merges.txt, made of OpenAI's file as its own code does."""
+    convert = pytest.importorskip("transformers.convert_slow_tokenizer")
     merges = gzip.open(bpe_path).read().decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    symbols = list(bytes_to_unicode().values())
+    symbols = list(convert.bytes_to_unicode().values())
     tokens = symbols + [s + "</w>" for s in symbols] + ["".join(m.split()) for m in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    folder = tmp_path_factory.mktemp("clip_tokenizer")
+    folder = tmp_path_factory.mktemp("clip_tables")
     vocabulary = {token: index for index, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tables):
+    """transformers' tokenizer of that folder."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.CLIPTokenizer.from_pretrained(tables, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole(reference, tmp_path_factory):
+    """Folder with the tokenizer.json that transformers saves, and neither table."""
+    folder = tmp_path_factory.mktemp("clip_whole")
+    reference.save_pretrained(folder)
+    assert not (folder / "vocab.json").exists() and (folder / "tokenizer.json").exists()
+    return folder
 
 
 HARD = [
@@ -100,20 +115,57 @@ def _random_texts(count: int) -> list[str]:
     return [text() for _ in range(count)]
 
 
-def test_ids_equal_transformers(clip_tokenizer, reference, shared_data):
-    texts = HARD + _random_texts(10_000)
+@pytest.fixture(scope="module")
+def texts(shared_data):
+    """Over 15,000: hard ones, random ones of many scripts, and class names in a template."""
+    out = HARD + _random_texts(10_000)
     for path in sorted((shared_data / "vocabularies").glob("*_with_prompt_eng.txt")):
         for line in path.read_text().split("\n"):
-            texts.append(line)
-            texts += [f"a photo of a {name}." for name in line.partition(":")[2].split(",")]
-    assert len(texts) > 15_000
-    theirs = reference(
+            out.append(line)
+            out += [f"a photo of a {name}." for name in line.partition(":")[2].split(",")]
+    assert len(out) > 15_000
+    return out
+
+
+def _ids(tokenizer, texts):
+    return tokenizer(
         texts, padding="max_length", truncation=True, max_length=77, return_tensors="np"
     )["input_ids"]
-    ours = clip_tokenizer(texts)
+
+
+@pytest.fixture(scope="module")
+def expected(reference, texts):
+    return _ids(reference, texts)
+
+
+@pytest.mark.parametrize("files", ["bpe_path", "tables", "whole"])
+def test_ids_equal_transformers(files, texts, expected, request):
+    ours = make_clip_tokenizer(request.getfixturevalue(files))(texts)
     assert ours.dtype == np.int32
-    different = [text for text, a, b in zip(texts, ours, theirs, strict=True) if (a != b).any()]
+    different = [text for text, a, b in zip(texts, ours, expected, strict=True) if (a != b).any()]
     assert not different
+    print(f"{files}: {len(texts)} texts, ids identical")
+
+
+def test_a_file_as_the_hub_has_it(whole, texts, expected, tmp_path):
+    """Its split knows no special tokens, and it pads and cuts; transformers reads it alike."""
+    transformers = pytest.importorskip("transformers")
+    content = json.loads((whole / "tokenizer.json").read_text())
+    split = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+    split["Regex"] = split["Regex"].removeprefix(r"<\|startoftext\|>|<\|endoftext\|>|")
+    content["truncation"] = {
+        "direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    content["padding"] = {
+        "strategy": {"Fixed": 12}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "!",
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text((whole / "tokenizer_config.json").read_text())
+    theirs = _ids(transformers.CLIPTokenizer.from_pretrained(tmp_path), texts[:2000])
+    np.testing.assert_array_equal(theirs, expected[:2000])
+    ours = make_clip_tokenizer(tmp_path / "tokenizer.json")(texts[:2000])
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_known_ids(clip_tokenizer):
@@ -129,22 +181,63 @@ def test_long_and_empty_texts_end(clip_tokenizer, bpe_path):
     rows = clip_tokenizer(["", "word " * 200])
     assert rows[0, :2].tolist() == [49406, 49407]
     assert rows[1, -1] == 49407 and (rows[1, 1:-1] == rows[1, 1]).all()
-    short = ClipTokenizer(bpe_path, context_length=5)(["a photo of a cat"])
+    short = make_clip_tokenizer(bpe_path, context_length=5)(["a photo of a cat"])
     assert short.tolist() == [[49406, 320, 1125, 539, 49407]]
     assert clip_tokenizer([]).shape == (0, 77)
 
 
 def test_missing_and_wrong_files_name_the_setting(tmp_path, bpe_path):
     with pytest.raises(ValueError, match=r"not at .*nowhere.* config\.text\.bpe_path"):
-        ClipTokenizer(tmp_path / "nowhere.gz")
+        make_clip_tokenizer(tmp_path / "nowhere.gz")
     (tmp_path / "plain.txt").write_text("no gzip")
     with pytest.raises(ValueError, match=r"config\.text\.bpe_path\) is unreadable"):
-        ClipTokenizer(tmp_path / "plain.txt")
+        make_clip_tokenizer(tmp_path / "plain.txt")
     (tmp_path / "short.gz").write_bytes(gzip.compress(b"#version\na b\n"))
     with pytest.raises(ValueError, match="does not hold 48894 merges"):
-        ClipTokenizer(tmp_path / "short.gz")
+        make_clip_tokenizer(tmp_path / "short.gz")
     with pytest.raises(ValueError, match="context_length 1 has no room"):
-        ClipTokenizer(bpe_path, context_length=1)
+        make_clip_tokenizer(bpe_path, context_length=1)
+
+
+def test_a_folder_without_a_tokenizer_is_answered_in_a_sentence(tmp_path, tables):
+    message = (
+        r"^The folder '.*' holds no tokenizer, neither tokenizer\.json nor vocab\.json with "
+        r"merges\.txt; .* set config\.text\.bpe_path to CLIP's bpe_simple_vocab_16e6\.txt\.gz\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_clip_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").write_bytes((tables / "vocab.json").read_bytes())
+    with pytest.raises(ValueError, match=message):  # half of one is none
+        make_clip_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": "{"}, r"tokenizer\.json is not a readable tokenizer\.json"),
+        ({"vocab.json": "{", "merges.txt": ""}, "vocabulary in .* is unreadable"),
+        ({"vocab.json": '["a"]', "merges.txt": ""}, r"vocab\.json is no vocabulary"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "a b c"}, "not a pair of tokens"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "a b"}, "do not belong together"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "no tokenizer of CLIP: it must be"),
+        (
+            {"vocab.json": '{"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2}', "merges.txt": ""},
+            r"has the id 1 and must have the largest, which is 2\.",
+        ),
+    ],
+)
+def test_broken_tokenizers_are_refused(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        make_clip_tokenizer(tmp_path)
+
+
+def test_another_models_tokenizer_is_refused(tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="must be a byte-pair encoding with the tokens"):
+        make_clip_tokenizer(tmp_path)
 
 
 def test_a_bare_string_is_refused(clip_tokenizer):

@@ -30,6 +30,18 @@ def test_all_seen_leaves_an_empty_unseen_set():
     np.testing.assert_array_equal(vocabulary.seen, np.arange(4))
 
 
+def test_synonyms_follow_the_name():
+    plain = Vocabulary(**FIELDS)
+    assert plain.synonyms == ((), (), (), ())
+    assert plain.texts == (("cow",), ("sky",), ("cat",), ("road",))
+    # As JSON gives them back, and classes may share one.
+    listed = Vocabulary(**FIELDS, synonyms=[["beast"], [], ["kitty", "beast"], []])
+    assert listed.texts == (("cow", "beast"), ("sky",), ("cat", "kitty", "beast"), ("road",))
+    assert listed == Vocabulary(**dataclasses.asdict(listed))
+    assert hash(listed) != hash(plain) and listed != plain
+    assert Vocabulary(**FIELDS, synonyms=((),) * 4) == plain
+
+
 def test_is_a_value():
     assert Vocabulary(**FIELDS) == Vocabulary(**FIELDS)
     assert hash(Vocabulary(**FIELDS)) == hash(Vocabulary(**FIELDS))
@@ -44,6 +56,8 @@ def test_is_a_value():
         ({"names": ("cow", " ", "cat", "road")}, "Class 1 .* empty name"),
         ({"names": ("cow", "sky", "cow", "road")}, "the name 'cow' more than once"),
         ({"category_ids": (21, 187, 17, 21)}, "the category id 21 more than once"),
+        ({"synonyms": (("calf",), ())}, r"different lengths: \[2, 4\]"),
+        ({"synonyms": ((), (), ("kitty", " "), ())}, "Class 2 .*'cat', has an empty synonym"),
     ],
 )
 def test_bad_vocabularies_are_refused(change, message):

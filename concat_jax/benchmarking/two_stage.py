@@ -1,0 +1,274 @@
+"""Our inference beside the same segmentor followed by CLIP on every mask.
+
+Two-stage open-vocabulary pipelines name a mask by CLIP: the image is cut to the mask's box, what is
+not the mask is painted in the mean colour, and CLIP's image tower encodes the result. ZegFormer
+(Ding et al., arXiv 2112.07910, `mask_former/mask_former_model.py`) does it for every query, OVSeg
+(Liang et al., arXiv 2210.04150, `open_vocab_seg/modeling/clip_adapter/adapter.py`) for every query
+whose mask has a pixel. Pipelines that pool one pass of CLIP over the masks are not measured here.
+
+Both paths share segmentor and post-processing. Each is one compiled program that sees images and
+gives panoptic maps; the second spends nothing on a projector, on pixels that are not cropped, or on
+more masks than it is asked to name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from concat_jax.benchmarking.cases import Case, Pictures
+from concat_jax.benchmarking.measure import Measurement, Turn, measure_in_turns
+from concat_jax.benchmarking.ours import (
+    compile_program,
+    make_turn,
+    method_networks,
+    random_embeddings,
+    random_params,
+)
+from concat_jax.evaluation.evaluate import EvalConfig, output_bucket
+from concat_jax.evaluation.panoptic_inference import Fate, PanopticOutput, panoptic_inference
+from concat_jax.models.clip_images import l2_normalize, normalize_clip_images, resize_windows
+from concat_jax.models.networks import Networks
+from concat_jax.models.segmentor import mask_logits, normalize_images
+from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.weights.model_folder import load_model
+
+OURS = "ours"
+# CLIP's multiplier of cosines, as OVSeg has it.
+CLIP_SCALE = 100.0
+
+
+class Sizes(NamedTuple):
+    """[B, 2] int32 (height, width) of the valid area of the images, and of the maps wanted."""
+
+    image: jax.Array
+    native: jax.Array
+
+
+def variant_name(num_masks: int) -> str:
+    """Name of the path with CLIP in tables."""
+    return f"CLIP on {num_masks} masks an image"
+
+
+def run(case: Case, model: Path, repeats: int, inputs: Path) -> dict[str, Measurement]:
+    """Measure all images by our path and by CLIP on each number of masks.
+
+    Args:
+      case: sizes.
+      model: folder of `save_model`, with a class head: its classes are those of the vocabulary.
+      repeats: timed passes over all images by each.
+      inputs: file of `Pictures`.
+
+    Raises:
+      ValueError: if there are fewer queries than masks wanted.
+    """
+    params, card = load_model(model)
+    networks = method_networks(case, card)
+    num_queries = params["segmentor"]["transformer_decoder"]["query_feature_embedding"].shape[0]
+    if max(case.num_masks) > num_queries:
+        raise ValueError(
+            f"The segmentor predicts {num_queries} masks an image and CLIP is to see "
+            f"{max(case.num_masks)} of them; ask for at most {num_queries}."
+        )
+    source = Pictures.load(inputs)
+    starts = range(0, len(source.images), case.batch)
+    chunks = [jax.device_put(_batch(source, slice(x, x + case.batch))) for x in starts]
+    paths = Paths(
+        networks,
+        card.vocabulary,
+        is_padded=bool((source.image_size != source.images.shape[1:3]).any()),
+        output_size=output_bucket(source.images.shape[1:3], source.native_size.max(axis=0)),
+    )
+    text = jnp.asarray(random_embeddings(len(card.vocabulary), networks.clip.embed_dim))
+    segmentor = jax.device_put(params["segmentor"])
+    projector, clip = (random_params(networks, name) for name in ("projector", "clip"))
+
+    def make(path: Callable[..., Result], params: Any) -> Turn:
+        program, seconds = compile_program(jax.jit(path), params, text, *chunks[0])
+
+        def call() -> dict[str, np.ndarray]:
+            # A batch at a time is what fits; the next must not be under way beside it.
+            results = [jax.block_until_ready(program(params, text, *chunk)) for chunk in chunks]
+            kept = [np.isin(result.maps.fates, (Fate.SEGMENT, Fate.MERGED)) for result in results]
+            return {
+                "kept": np.concatenate(kept).sum(axis=1),
+                "proposals": np.concatenate([result.num_proposals for result in results]),
+            }
+
+        return make_turn(program, seconds, call, calls=len(chunks))
+
+    turns = {OURS: make(paths.ours, {"segmentor": segmentor, "projector": projector})}
+    for number in case.num_masks:
+        path = functools.partial(paths.two_stage, num_masks=number)
+        turns[variant_name(number)] = make(path, {"segmentor": segmentor, "clip": clip})
+    return measure_in_turns(turns, repeats)
+
+
+def _batch(source: Pictures, rows: slice) -> tuple[np.ndarray, Sizes]:
+    return source.images[rows], Sizes(source.image_size[rows], source.native_size[rows])
+
+
+class Result(NamedTuple):
+    """Attributes:
+    maps: panoptic maps and the verdict on every query.
+    num_proposals: [B] int32, queries whose mask has a pixel at stride 4.
+    """
+
+    maps: PanopticOutput
+    num_proposals: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """The two ways from images to panoptic maps.
+
+    Attributes:
+      networks: of the method; CLIP's part of it is for the second path alone.
+      vocabulary: K classes.
+      is_padded: whether an image does not fill the network's input.
+      output_size: (H', W') that every panoptic map fits.
+    """
+
+    networks: Networks
+    vocabulary: Vocabulary
+    is_padded: bool
+    output_size: tuple[int, int]
+
+    def ours(self, params: Any, text: jax.Array, images: jax.Array, sizes: Sizes) -> Result:
+        """As `concat_jax.evaluation.evaluate.make_predict`: the projector names the queries.
+
+        Args:
+          params: "segmentor" and "projector".
+          text: [K, C] normalised text embeddings.
+          images: [B, H, W, 3] uint8.
+          sizes: of the images and the maps.
+        """
+        queries, masks = self._segment(params, images, sizes)
+        projector = {"params": params["projector"]}
+        logits = self.networks.projector.apply(projector, queries, text, method="predict")
+        return self._finish(masks, jax.nn.softmax(logits, axis=-1), sizes)
+
+    def two_stage(
+        self, params: Any, text: jax.Array, images: jax.Array, sizes: Sizes, *, num_masks: int
+    ) -> Result:
+        """CLIP names the `num_masks` largest masks of an image; the others hold nothing.
+
+        Args:
+          params: "segmentor" and "clip".
+          text, images, sizes: as for `ours`.
+          num_masks: M, static.
+        """
+        _, masks = self._segment(params, images, sizes)
+        stride = self.networks.segmentor.backbone.stride
+        chosen, windows = largest_masks(masks, num_masks)
+        crops = cut_out(
+            images,
+            jnp.take_along_axis(masks, chosen[:, :, None, None], axis=1),
+            windows,
+            stride=stride,
+            size=self.networks.clip.image_size,
+            image_size=sizes.image,
+        )
+
+        def encode(crops: jax.Array) -> jax.Array:
+            return self.networks.clip.apply(
+                {"params": params["clip"]}, crops, method="encode_image"
+            )
+
+        embeddings = l2_normalize(jax.vmap(encode, in_axes=1, out_axes=1)(crops))  # [B, M, C]
+        logits = CLIP_SCALE * jnp.einsum("bmc,kc->bmk", embeddings, text)
+        named = jnp.pad(jax.nn.softmax(logits, axis=-1), ((0, 0), (0, 0), (0, 1)))
+        nothing = jnp.zeros((*masks.shape[:2], named.shape[-1])).at[..., -1].set(1.0)
+        probs = jax.vmap(lambda table, rows, values: table.at[rows].set(values))(
+            nothing, chosen, named
+        )
+        return self._finish(masks, probs, sizes)
+
+    def _segment(self, params, images, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+        output = self.networks.segmentor.apply(
+            {"params": params["segmentor"]},
+            normalize_images(images),
+            sizes.image if self.is_padded else None,
+        )
+        masks = mask_logits(output.mask_embeddings[:, -1], output.mask_features)
+        return output.queries[:, -1], masks
+
+    def _finish(self, masks: jax.Array, probs: jax.Array, sizes: Sizes) -> Result:
+        config = EvalConfig()
+        maps = panoptic_inference(
+            masks,
+            probs,
+            jnp.asarray(self.vocabulary.is_thing),
+            jnp.asarray(self.vocabulary.is_seen),
+            output_size=self.output_size,
+            source_size=sizes.image / self.networks.segmentor.backbone.stride,
+            image_size=sizes.native,
+            keep_rule=config.keep_rule,
+            objectness_threshold=config.objectness_threshold,
+            mask_threshold=config.mask_threshold,
+            overlap_threshold=config.overlap_threshold,
+        )
+        return Result(maps, (masks > 0).any(axis=(2, 3)).sum(axis=1))
+
+
+def largest_masks(masks: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+    """The largest masks of every image and their boxes.
+
+    Args:
+      masks: [B, N, h, w] logits, not positive beyond the image's valid area.
+      number: M of them, static.
+
+    Returns:
+      queries [B, M] int32, largest first, and boxes [B, M, 4] float32 (top, left, height, width) in
+      pixels of the logits; that of an empty mask is the whole map, as ZegFormer takes it.
+    """
+    inside = masks > 0
+    _, chosen = jax.lax.top_k(inside.sum(axis=(2, 3)), number)
+
+    def extent(axis: int) -> tuple[jax.Array, jax.Array]:
+        occupied = jnp.take_along_axis(inside.any(axis=axis), chosen[..., None], axis=1)
+        first = jnp.argmax(occupied, axis=-1)
+        return first, occupied.shape[-1] - jnp.argmax(occupied[..., ::-1], axis=-1) - first
+
+    (top, height), (left, width) = extent(3), extent(2)
+    return chosen, jnp.stack([top, left, height, width], axis=-1).astype(jnp.float32)
+
+
+def cut_out(
+    images: jax.Array,
+    masks: jax.Array,
+    boxes: jax.Array,
+    *,
+    stride: int,
+    size: int,
+    image_size: jax.Array,
+) -> jax.Array:
+    """What CLIP sees of every mask: its box, resized, the rest of it painted in the mean colour.
+
+    The logits are resized straight to the crop: no mask at the image's size is ever made.
+
+    Args:
+      images: [B, H, W, 3] uint8.
+      masks: [B, M, H / stride, W / stride] logits.
+      boxes: [B, M, 4] (top, left, height, width) in pixels of the logits.
+      stride: of the logits.
+      size: side of the crops.
+      image_size: [B, 2] (height, width) of the valid area.
+
+    Returns:
+      [B, M, size, size, 3] float32, normalised for CLIP; 0 is its mean colour.
+    """
+    crops = resize_windows(images, boxes * stride, size, image_size=image_size)
+
+    def resize_mask(mask: jax.Array, box: jax.Array) -> jax.Array:  # [B, h, w], [B, 4]
+        return resize_windows(mask[..., None], box[:, None], size)[:, 0]
+
+    own = jax.vmap(resize_mask, in_axes=1, out_axes=1)(masks, boxes) > 0
+    return jnp.where(own, normalize_clip_images(crops), 0.0)

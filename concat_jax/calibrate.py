@@ -1,0 +1,268 @@
+"""The best seen-class calibration γ of a trained stage, chosen on images that nothing is tested on.
+
+    python -m concat_jax.calibrate --config=configs/demo_zps.py --workdir=runs/demo
+
+Scores the stage at many γ in one pass over held-out images, prints hPQ, seen and unseen PQ against
+γ, writes the table to `calibration.md` and `calibration.json` in the stage's folder, and ends with
+the flag that sets the chosen γ. --stage=finetune, --gammas=0,0.05,… and --num_images=2000 are the
+defaults. Which images are held out:
+
+- The synthetic world draws its validation split, whatever `config.data.eval_split` says.
+- Data in COCO's layout need --part=NAME, one of
+    the part that is trained on (train2017), of which only those images are taken that training
+    leaves out because they show an unseen class (config.data.unseen_images is "drop");
+    another annotated part, which is neither trained nor tested on;
+    one half of the part that is tested on, by image id: --part=val2017:even or --part=val2017:odd.
+    The other half is then scored, too, without γ and with the chosen one. A score of the whole
+    part at that γ is no test score, as half of its images chose γ.
+
+Choosing γ looks at labels of unseen classes, so compare with methods that had the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from absl import app, flags, logging
+
+from concat_jax.compilation_cache import enable_compilation_cache
+from concat_jax.configuration import check_choice
+from concat_jax.evaluation.calibration import (
+    GAMMAS,
+    best_gamma,
+    calibrate,
+    check_gammas,
+    format_sweep,
+)
+from concat_jax.evaluation.report import write_report
+from concat_jax.host_memory import keep_freed_memory
+from concat_jax.main import parse_flags  # which defines --config and --workdir, too
+from concat_jax.run import Run
+from concat_jax.training.prefetch import prefetch
+
+HALVES = ("even", "odd")
+
+_STAGE = flags.DEFINE_string("stage", "finetune", "Stage of config.train to calibrate.")
+_GAMMAS = flags.DEFINE_list("gammas", [f"{g:g}" for g in GAMMAS], "Values to try, 0 to 1.")
+_PART = flags.DEFINE_string("part", "", "Held-out part of data in COCO's layout; see above.")
+_IMAGES = flags.DEFINE_integer("num_images", 2000, "Held-out images at most; 0 is all.", 0)
+
+Examples = Callable[[], Iterable[tuple[Mapping, Mapping]]]
+
+
+class HeldOut(NamedTuple):
+    """Images to choose γ on.
+
+    Attributes:
+      name: what they are, for the report.
+      held_out: () -> examples as `Datasets.evaluation` gives them.
+      rest: the same of the other half, where one half of the test part is held out.
+    """
+
+    name: str
+    held_out: Examples
+    rest: Examples | None = None
+
+
+def held_out_images(data: Mapping[str, Any], part: str, *, seed: int, num_images: int) -> HeldOut:
+    """The images that γ may be chosen on.
+
+    Args:
+      data: a config's data section.
+      part: of the flag --part.
+      seed: of the run, for the synthetic world.
+      num_images: at most so many, evenly spread over those there are; 0 takes all.
+
+    Raises:
+      ValueError: where the part is missing, superfluous, or tested or trained on.
+    """
+    if data["kind"] == "synthetic":
+        from data_pipelines.datasets import make_datasets
+
+        if part:
+            raise ValueError(
+                f"--part={part} is for data in COCO's layout; the synthetic world draws its own "
+                "validation split, so leave the flag out."
+            )
+        world = make_datasets({**data, "eval_split": "validation"}, seed=seed)
+        limit = num_images or None
+        return HeldOut("validation split", lambda: itertools.islice(world.evaluation(), limit))
+    part, _, half = part.partition(":")
+    if not part:
+        raise ValueError(
+            "Choosing gamma needs held-out images: give --part=NAME of a part that is not tested "
+            f"on, or one half of it as --part={data['eval_part']}:even."
+        )
+    if half:
+        check_choice(half, HALVES, f"--part={part}:{half} names no half:")
+        if part == data["train_part"]:
+            raise ValueError(
+                f"--part={part}:{half} is half of what is trained on; --part={part} takes the "
+                "images of it that training leaves out."
+            )
+    elif part == data["eval_part"]:
+        raise ValueError(
+            f"--part={part} is the part that the config tests on, so gamma must not be chosen on "
+            f"it; give another part, or one half of this one as --part={part}:even."
+        )
+    elif part == data["train_part"] and data["unseen_images"] != "drop":
+        raise ValueError(
+            f"--part={part} is trained on whole (config.data.unseen_images is "
+            f"{data['unseen_images']!r}); give a part that is not."
+        )
+    return _coco_images(data, part, half, seed=seed, num_images=num_images)
+
+
+def _coco_images(
+    data: Mapping[str, Any], part: str, half: str, *, seed: int, num_images: int
+) -> HeldOut:
+    from data_pipelines.augment import resize_longest
+    from data_pipelines.datasets import training_part
+
+    source = training_part({**data, "train_part": part}, 1, seed=seed)
+    everything = range(len(source.records))
+
+    def examples(indices: Sequence[int]) -> Iterator[tuple[Mapping, Mapping]]:
+        if num_images and len(indices) > num_images:
+            indices = [indices[i] for i in np.linspace(0, len(indices) - 1, num_images).astype(int)]
+        threads = data["num_threads"]
+        for example in prefetch(
+            lambda step: source.eval_example(indices[step]), 0, len(indices), threads + 1, threads
+        ):
+            yield example, resize_longest(example, data["eval_size"])
+
+    if half:
+        halves = {
+            name: [i for i in everything if source.records[i].image_id % 2 == parity]
+            for parity, name in enumerate(HALVES)
+        }
+        other = next(name for name in HALVES if name != half)
+        return HeldOut(
+            f"images of {part} with {half} ids",
+            functools.partial(examples, halves[half]),
+            functools.partial(examples, halves[other]),
+        )
+    if part == data["train_part"]:
+        trained = set(source.training_indices.tolist())
+        left_out = [i for i in everything if i not in trained]
+        return HeldOut(
+            f"images of {part} that training leaves out", functools.partial(examples, left_out)
+        )
+    return HeldOut(f"images of {part}", functools.partial(examples, everything))
+
+
+def calibrate_stage(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    stage: str,
+    gammas: Iterable[float],
+    *,
+    part: str = "",
+    num_images: int = 0,
+) -> float:
+    """Chooses γ for a finished stage; prints the table and writes the report.
+
+    Args:
+      config: that the workdir was made with.
+      workdir: of the run.
+      stage: to calibrate.
+      gammas: to choose from; 0 always is among them.
+      part, num_images: as of `held_out_images`.
+
+    Returns:
+      The chosen γ.
+
+    Raises:
+      ValueError: as `held_out_images`, for a γ out of range or a stage that has not finished.
+    """
+    from data_pipelines.datasets import make_datasets
+
+    values = check_gammas((0.0, *gammas))
+    images = held_out_images(config.data, part, seed=config.seed, num_images=num_images)
+    run = Run(config, workdir, make_datasets(config.data, seed=config.seed), trains=False)
+    check_choice(stage, run.stages, "--stage names no stage of config.train:")
+    if not run.is_finished(stage):
+        raise ValueError(f"Stage {stage!r} has not finished in {workdir}; train it first.")
+
+    print(f"Stage {stage}, {images.name}:", flush=True)
+    sweep_of = functools.partial(run.sweep, stage)
+    if images.rest:
+        found = calibrate(sweep_of, images.held_out(), images.rest(), values)
+        gamma, held_out, rest = found.gamma, found.held_out, found.test
+    else:
+        held_out, rest = sweep_of(images.held_out(), values), {}
+        gamma = best_gamma(held_out)
+    flag = f"--config.eval.settings.gamma={gamma:g}"
+    sections = [f"Stage {stage}, {images.name}, percent:", format_sweep(held_out, gamma)]
+    if rest:
+        sections += ["The other half, which gamma was not chosen on:", format_sweep(rest, gamma)]
+    sections.append(f"Best hPQ at gamma {gamma:g}: {flag}")
+    if gamma == values[-1] < 1.0:
+        sections.append(f"{gamma:g} is the largest gamma tried; a larger one may be better.")
+    text = "\n\n".join(sections)
+    folder = workdir / stage
+    (folder / "calibration.md").write_text(text + "\n", encoding="utf-8")
+    write_report(
+        folder / "calibration.json",
+        {
+            "stage": stage,
+            "images": images.name,
+            "gamma": gamma,
+            "flag": flag,
+            "held_out": [{"gamma": g, "summary": summary} for g, summary in held_out.items()],
+            "other_half": [{"gamma": g, "summary": summary} for g, summary in rest.items()],
+        },
+    )
+    print(f"\n{text}\n\nReport: {folder / 'calibration.md'}")
+    return gamma
+
+
+def main(argv: list[str]) -> None:
+    """Entry point; a user's mistake ends in one sentence and exit code 1."""
+    if len(argv) > 1:
+        sys.exit(f"Error: unknown argument {argv[1]!r}; flags look like --workdir=DIR.")
+    logging.set_verbosity(logging.WARNING)
+    enable_compilation_cache()
+    keep_freed_memory()
+    try:
+        config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+        if config is None or not workdir:
+            raise ValueError("give --config=configs/demo_zps.py and --workdir=DIR.")
+        calibrate_stage(
+            config,
+            Path(workdir),
+            _STAGE.value,
+            parse_gammas(_GAMMAS.value),
+            part=_PART.value,
+            num_images=_IMAGES.value,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {' '.join(str(error).split())}")
+
+
+def parse_gammas(texts: Sequence[str]) -> list[float]:
+    """Numbers of the flag --gammas.
+
+    Raises:
+      ValueError: for a text that is no number.
+    """
+    gammas = []
+    for text in texts:
+        try:
+            gammas.append(float(text))
+        except ValueError:
+            raise ValueError(
+                f"--gammas holds {text!r}; give numbers like --gammas=0,0.1,0.2."
+            ) from None
+    return gammas
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,127 @@
+"""G of PADing: class tokens that a transformer composes of learned primitives.
+
+Source: PADing (CVPR 2023), `PADing/PADing_model.py` (`fc_projection`, `dict_feature`,
+`generator`) and `PADing/modeling/transformer_decoder/transformer.py`.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class PrimitiveLayer(nn.Module):
+    """One post-norm layer: per-token map, attention to primitives, noise, feed-forward.
+
+    PADing lays class tokens out as sequences of length one, so its self-attention weighs a token
+    with 1 whatever its queries and keys are: what remains of it is value and output projection.
+
+    Attributes:
+      width, num_heads, ffn_width, noise_scale, dropout_rate: as in `PrimitiveGenerator`.
+    """
+
+    width: int
+    num_heads: int
+    ffn_width: int
+    noise_scale: float
+    dropout_rate: float
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, primitives: jax.Array, rng: jax.Array) -> jax.Array:
+        """[..., D] class tokens, [P, D] primitives and a PRNG key -> [..., D] float32."""
+        depth = self.width // self.num_heads
+        noise_rng, *dropout_rngs = jax.random.split(rng, 7)
+        keys = iter(dropout_rngs)
+
+        def dropout(x: jax.Array) -> jax.Array:
+            return nn.Dropout(self.dropout_rate, deterministic=False)(x, rng=next(keys))
+
+        def heads(x: jax.Array) -> jax.Array:
+            return x.reshape(*x.shape[:-1], self.num_heads, depth)
+
+        value = heads(nn.Dense(self.width, name="self_value")(tokens))
+        kept = dropout(jnp.ones((*value.shape[:-1], 1)))  # a weight of 1, dropped head by head
+        mapped = nn.Dense(self.width, name="self_output")((value * kept).reshape(tokens.shape))
+        tokens = nn.LayerNorm(name="self_norm")(tokens + dropout(mapped))
+
+        query = heads(nn.Dense(self.width, name="query")(tokens)) * depth**-0.5
+        # A bias of the keys shifts all logits of a query alike, which the softmax cancels.
+        key = heads(nn.Dense(self.width, use_bias=False, name="key")(primitives))
+        value = heads(nn.Dense(self.width, name="value")(primitives))
+        weights = dropout(jax.nn.softmax(jnp.einsum("...hd,phd->...hp", query, key), axis=-1))
+        attended = jnp.einsum("...hp,phd->...hd", weights, value).reshape(tokens.shape)
+        attended = dropout(nn.Dense(self.width, name="output")(attended))
+        noise = self.noise_scale * jax.random.normal(noise_rng, tokens.shape)
+        tokens = nn.LayerNorm(name="attention_norm")(tokens + attended + noise)
+
+        hidden = dropout(nn.relu(nn.Dense(self.ffn_width, name="ffn_in")(tokens)))
+        hidden = dropout(nn.Dense(self.width, name="ffn_out")(hidden))
+        return nn.LayerNorm(name="ffn_norm")(tokens + hidden)
+
+
+class PrimitiveGenerator(nn.Module):
+    """Text embedding and noise to a pseudo vision query, by attention to learned primitives.
+
+    As PADing's, but for the last LayerNorm: its scale and bias are those of the real queries,
+    frozen, where PADing learns its own. The defaults are PADing's.
+
+    Attributes:
+      width: D of the vision queries; PADing: 256.
+      num_primitives: P, learned vectors that classes are composed of.
+      num_layers: of the transformer.
+      num_heads: of the attention; must divide `width`.
+      ffn_width: hidden width of the feed-forward part.
+      noise_scale: deviation of the Gaussian noise that is added behind every attention; the spread
+        of a class comes from it.
+      dropout_rate: PADing trains the generator with it and uses it nowhere else, so it is always
+        on: a second source of spread.
+
+    Raises:
+      ValueError: if num_heads does not divide `width`.
+    """
+
+    width: int
+    num_primitives: int = 400
+    num_layers: int = 3
+    num_heads: int = 8
+    ffn_width: int = 1024
+    noise_scale: float = 1.0
+    dropout_rate: float = 0.1
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"Vision queries of width {self.width} cannot be split into {self.num_heads} heads "
+                "of the generator; change config.model.generator.num_heads."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, text: jax.Array, rng: jax.Array, norm_scale: jax.Array, norm_bias: jax.Array
+    ) -> jax.Array:
+        """Pseudo queries [..., D] float32.
+
+        Args:
+          text: [..., C] L2-normalised text embeddings, one pseudo query each.
+          rng: PRNG key of noise and dropout.
+          norm_scale: [D] scale of the transformer decoder's last LayerNorm, frozen.
+          norm_bias: [D] its bias, frozen.
+        """
+        primitives = self.param(
+            "primitives", nn.initializers.normal(1.0), (self.num_primitives, self.width)
+        )
+        # Unit text vectors have entries of order C^-1/2: raised to order 1, like the noise.
+        x = nn.Dense(self.width, name="projection")(text * text.shape[-1] ** 0.5)
+        for i, key in enumerate(jax.random.split(rng, self.num_layers)):
+            x = PrimitiveLayer(
+                width=self.width,
+                num_heads=self.num_heads,
+                ffn_width=self.ffn_width,
+                noise_scale=self.noise_scale,
+                dropout_rate=self.dropout_rate,
+                name=f"layer_{i}",
+            )(x, primitives, key)
+        x = nn.LayerNorm(use_scale=False, use_bias=False, name="norm")(x)
+        return x * norm_scale + norm_bias

@@ -1,0 +1,187 @@
+"""The two paths of the speed comparison: ours is what evaluation runs, and the other is right."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from concat_jax.benchmarking.cases import Case, letterbox, pictures
+from concat_jax.benchmarking.two_stage import Paths, Sizes, cut_out, largest_masks
+from concat_jax.evaluation.evaluate import EvalConfig, make_predict
+from concat_jax.evaluation.evaluate import Sizes as EvalSizes
+from concat_jax.evaluation.panoptic_inference import Fate
+from concat_jax.models.clip_images import normalize_clip_images
+from concat_jax.models.networks import make_networks
+from concat_jax.text.vocabulary import Vocabulary
+
+SIZE, NUM_QUERIES, JOINT_WIDTH = 64, 6, 16
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+NETWORKS = make_networks(
+    {
+        "clip": dict(
+            embed_dim=JOINT_WIDTH,
+            image_size=16,
+            patch_size=8,
+            image_width=16,
+            image_depth=1,
+            image_heads=2,
+            text_width=8,
+            text_depth=1,
+            text_heads=1,
+            vocab_size=12,
+            context_length=5,
+        ),
+        "segmentor": dict(
+            backbone=dict(stage_sizes=(1, 1, 1, 1), width=8, block="basic", norm="group"),
+            width=32,
+            num_queries=NUM_QUERIES,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
+            num_heads=4,
+            num_points=2,
+            ffn_width=32,
+            decoder_ffn_width=32,
+            num_groups=8,
+        ),
+        "projector": dict(hidden_width=16, num_layers=2),
+        "generator": dict(hidden_width=1),
+    }
+)
+VOCABULARY = Vocabulary(("cat", "sky", "tree"), (True, False, True), (True, True, False), (1, 2, 3))
+
+
+def random_params(name):
+    """Parameters of a network, made without compiling its initialisation."""
+    shapes = jax.eval_shape(lambda key: NETWORKS.init(name, key), jax.random.key(0))
+    rng = np.random.default_rng(len(name))
+
+    def fill(path, leaf):
+        values = rng.normal(0, 1 / np.sqrt(max(np.prod(leaf.shape[:-1]), 1)), leaf.shape)
+        is_gain = jax.tree_util.keystr(path[-1:]) == "['scale']"
+        return (values + is_gain).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """Parameters, text, two images, the second padded on the right, and their sizes."""
+    params = {name: random_params(name) for name in ("segmentor", "projector", "clip")}
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(len(VOCABULARY), JOINT_WIDTH)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    images = rng.integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
+    images[1, :, 40:] = 0
+    sizes = Sizes(np.array([[64, 64], [64, 40]]), np.array([[64, 64], [60, 38]]))
+    return params, text, images, sizes
+
+
+def run(function, *arguments):
+    """Jitted, with little spent on compiling."""
+    return jax.jit(function).lower(*arguments).compile(FAST_COMPILE)(*arguments)
+
+
+def make_paths():
+    return Paths(NETWORKS, VOCABULARY, is_padded=True, output_size=(SIZE, SIZE))
+
+
+def test_our_path_is_that_of_evaluation(inputs):
+    params, text, images, sizes = inputs
+    ours = run(make_paths().ours, params, text, images, sizes).maps
+    predict = make_predict(NETWORKS, VOCABULARY, EvalConfig())
+    theirs = run(lambda *args: predict(*args, EvalSizes(*sizes)), params, text, images)
+    np.testing.assert_allclose(ours.keep_scores, theirs.keep_scores, atol=1e-5)
+    for field in ("segment_ids", "labels", "fates", "areas"):
+        same = np.asarray(getattr(ours, field)) == np.asarray(getattr(theirs, field))
+        assert same.mean() > 0.999, field
+
+
+def test_clip_names_the_largest_masks_and_no_other(inputs):
+    """Beside CLIP run by hand, crop by crop, on the masks of the same segmentor."""
+    params, text, images, sizes = inputs
+    paths = make_paths()
+
+    def with_masks(*arguments):
+        params, _, images, sizes = arguments
+        return paths.two_stage(*arguments, num_masks=3), paths._segment(params, images, sizes)[1]
+
+    result, masks = run(with_masks, params, text, images, sizes)
+    masks = np.asarray(masks)
+
+    @jax.jit
+    def name_by_clip(image, logits, box):
+        crop = cut_out(image, logits, box, stride=4, size=16, image_size=np.array([[SIZE, SIZE]]))
+        embedding = NETWORKS.clip.apply(
+            {"params": params["clip"]}, crop[:, 0], method="encode_image"
+        )
+        return jnp.argmax(embedding @ text.T)
+
+    num_named = 0
+    for image, logits, labels, fates in zip(
+        images, masks, np.asarray(result.maps.labels), np.asarray(result.maps.fates), strict=True
+    ):
+        largest = set(np.argsort(-(logits > 0).sum(axis=(1, 2)), kind="stable")[:3])
+        assert {n for n in range(NUM_QUERIES) if fates[n] != Fate.NO_OBJECT} == largest
+        for query in np.flatnonzero(labels >= 0):
+            rows, columns = np.nonzero(logits[query] > 0)
+            box = rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1
+            box = np.array(box, np.float32)[None, None]
+            assert labels[query] == name_by_clip(image[None], logits[None, None, query], box)
+            num_named += 1
+    assert num_named >= 2
+    # The right part of the second image is padding: masks have no pixel there.
+    assert not (masks[1, :, :, 10:] > 0).any()
+    assert (np.asarray(result.num_proposals) == (masks > 0).any(axis=(2, 3)).sum(axis=1)).all()
+
+
+def test_boxes_by_hand():
+    masks = np.full((1, 4, 5, 6), -1.0, np.float32)
+    masks[0, 1, 1:4, 2:4] = 1  # six pixels
+    masks[0, 2, 4, 5] = 1  # one
+    masks[0, 3, 0, :] = 1  # six: equal areas keep their order
+    chosen, boxes = largest_masks(jnp.asarray(masks), 4)
+    assert chosen.tolist() == [[1, 3, 2, 0]]
+    assert boxes.tolist() == [[[1, 2, 3, 2], [0, 0, 1, 6], [4, 5, 1, 1], [0, 0, 5, 6]]]
+
+
+def test_crops_show_the_mask_alone_at_the_size_of_clip():
+    """A box of 16 x 16 pixels is taken as it is: no resize, but for the half of it out of mask."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (1, 32, 32, 3), np.uint8)
+    logits = np.full((1, 1, 8, 8), -9.0, np.float32)
+    logits[0, 0, 2:6, 1:3] = 9  # pixels 8 to 24, 4 to 12
+    box = np.array([[[2, 1, 4, 4]]], np.float32)  # in logits: pixels 8 to 24, 4 to 20
+    resized = functools.partial(cut_out, stride=4, size=16, image_size=np.array([[32, 32]]))
+    crops = run(resized, image, logits, box)
+    expected = np.array(normalize_clip_images(image[:, 8:24, 4:20]))
+    expected[:, :, 8:] = 0
+    # Interpolated logits round the corners of a mask off, by one pixel here.
+    expected[:, [[0], [-1]], [0, 7]] = 0
+    np.testing.assert_allclose(crops[:, 0], expected, atol=1e-4)
+
+
+def test_letterbox_keeps_the_aspect():
+    image = np.full((30, 60, 3), 200, np.uint8)
+    canvas, valid = letterbox(image, (64, 96))
+    assert valid == (48, 96)
+    assert (canvas[:48] == 200).all() and not canvas[48:].any()
+    assert letterbox(image.transpose(1, 0, 2), (64, 96))[1] == (64, 32)
+
+
+def test_pictures_of_files_and_of_random_pixels():
+    case = Case("two_stage", 64, 96, batch=2, num_images=2)
+    files = [np.full((30, 60, 3), 200, np.uint8), np.full((64, 96, 3), 100, np.uint8)]
+    given = pictures(case, files)
+    assert given.images.shape == (2, 64, 96, 3)
+    assert given.image_size.tolist() == [[48, 96], [64, 96]]
+    assert given.native_size.tolist() == [[30, 60], [64, 96]]
+    random = pictures(case)
+    assert random.images.shape == (2, 64, 96, 3) and random.images.std() > 10
+    assert random.image_size.tolist() == random.native_size.tolist() == [[64, 96]] * 2
+
+
+def test_images_must_fill_batches():
+    with pytest.raises(ValueError, match="20 images do not fill batches of 3"):
+        Case("two_stage", 64, 64, batch=3)
