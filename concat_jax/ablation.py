@@ -4,13 +4,16 @@
 
 A row is a stage of the config with a few fields changed. Rows of one seed share the stages before
 them and the workdir `seed_N`, so a stage that is finished is not run again, nor is a cell that has
-been scored. The table goes to `ablation.md` and `ablation.json`.
+been scored. Every cell is scored without calibration and at the γ that is best on a validation
+world, because a gain that a γ could give is none. The table goes to `ablation.md` and
+`ablation.json`.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -24,6 +27,7 @@ from absl import app, flags, logging
 
 from concat_jax.compilation_cache import enable_compilation_cache
 from concat_jax.configuration import check_choice
+from concat_jax.evaluation.calibration import calibrate
 from concat_jax.evaluation.report import markdown_table, write_report
 from concat_jax.host_memory import keep_freed_memory
 from concat_jax.main import parse_flags  # which defines --config and --workdir, too
@@ -34,17 +38,31 @@ from concat_jax.training.metric_writer import format_seconds
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of the table.
+    """A stage that is made of one of the config's, and scored where it has a title.
 
     Attributes:
-      title: its name in the table.
+      title: its name in the table; "" for a stage that other rows take from.
       stage: of `config.train`, which the row copies.
       changes: field of the stage, as "method.global_weight", to its value in this row.
+      takes: subtree to the row that gives it, where that is not the config's stage; None: it is
+        not taken.
     """
 
     title: str
     stage: str
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    takes: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+
+
+_STAGE_1 = {"segmentor": "con_both", "projector": "con_both"}
+
+
+def _with_cat(title: str, name: str, changes: Mapping[str, Any]) -> dict[str, Row]:
+    """A variant of CAT and the finetune on its pseudo queries, which is the row that is scored."""
+    return {
+        f"cat_{name}": Row("", "cat", changes, _STAGE_1),
+        name: Row(title, "finetune", {}, {**_STAGE_1, "generator": f"cat_{name}"}),
+    }
 
 
 ROWS: Mapping[str, Row] = {
@@ -56,17 +74,42 @@ ROWS: Mapping[str, Row] = {
     "con_global": Row("stage 1 + CON, global", "con", {"method.instance_weight": 0.0}),
     "con_instance": Row("stage 1 + CON, instance", "con", {"method.global_weight": 0.0}),
     "con_both": Row("stage 1 + CON, both", "con"),
+    "control": Row(
+        "CON, finetune without pseudo queries",
+        "finetune",
+        {"method.pseudo_per_class": 0},
+        {**_STAGE_1, "generator": None},
+    ),
+    **_with_cat("CON + CAT", "full", {}),
+    **_with_cat("CON + CAT, no cycle", "no_cycle", {"method.cycle_weight": 0.0}),
+    **_with_cat("CON + CAT, no query contrast", "no_contrast", {"method.contrast_weight": 0.0}),
+    **_with_cat("CON + CAT, no MMD", "no_mmd", {"method.mmd_weight": 0.0}),
+    **_with_cat(
+        "CON + CAT, no MMD, with spread, class contrast and memory",
+        "spread",
+        {
+            "method.mmd_weight": 0.0,
+            "method.spread_weight": 0.1,
+            "method.class_contrast_weight": 0.1,
+            "method.memory_per_class": 8,
+            "method.memory_pseudo": True,
+        },
+    ),
+    **_with_cat("CON + CAT, MMD by class", "mmd_by_class", {"method.mmd_per_class": True}),
 }
+SCORED = tuple(name for name, row in ROWS.items() if row.title)
 
+# Title, part of the cell, group and metric.
 COLUMNS = (
-    ("PQ unseen", ("unseen", "pq")),
-    ("PQ seen", ("seen", "pq")),
-    ("hPQ", ("harmonic", "pq")),
-    ("SQ unseen", ("unseen", "sq")),
-    ("RQ unseen", ("unseen", "rq")),
+    ("PQ unseen", "summary", "unseen", "pq"),
+    ("PQ seen", "summary", "seen", "pq"),
+    ("hPQ", "summary", "harmonic", "pq"),
+    ("PQ unseen at γ", "calibrated", "unseen", "pq"),
+    ("PQ seen at γ", "calibrated", "seen", "pq"),
+    ("hPQ at γ", "calibrated", "harmonic", "pq"),
 )
 
-_ROWS = flags.DEFINE_list("rows", ["projection", "con_both"], f"Any of {', '.join(ROWS)}.")
+_ROWS = flags.DEFINE_list("rows", list(SCORED), f"Any of {', '.join(SCORED)}.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "How many: 0, 1, 2, …", 1)
 
 
@@ -88,6 +131,8 @@ def with_rows(config: ml_collections.ConfigDict, seed: int) -> ml_collections.Co
                 for folder in folders:
                     section = section[folder]
                 section[name] = value
+            takes = {**stage["takes"], **row.takes}
+            stage["takes"] = {subtree: source for subtree, source in takes.items() if source}
             config.train[key] = stage
         config.stages, config.eval.stages = (), {}
     return config
@@ -109,31 +154,44 @@ def run_seed(
     """Trains and scores the rows for one seed, as far as that is not done.
 
     Returns:
-      Row to its cell: "summary" of `PanopticQuality.summarize`, and "seconds" that training and
-      scoring took, without the stages before the row.
+      Row to its cell: "summary" of `PanopticQuality.summarize`, "gamma", "calibrated", the summary
+      at that γ, and "seconds" that training and scoring took, without the stages before the row.
+
+    Raises:
+      ValueError: if the config's data has no validation part, or a row cannot be run.
     """
     from data_pipelines.datasets import make_datasets
 
+    if "eval_split" not in config.data:
+        raise ValueError(
+            f"config.data of kind {config.data.kind!r} has no validation part to choose γ on; the "
+            "ablation runs on the synthetic world."
+        )
     config = with_rows(config, seed)
     folder = workdir / f"seed_{seed}"
-    cells: dict[str, dict] = {}
     files = {row: folder / row / "cell.json" for row in rows}
     if all(file.exists() for file in files.values()):
         return {row: json.loads(file.read_text()) for row, file in files.items()}
     run = Run(config, folder, make_datasets(config.data, seed=seed))
+    held_out = make_datasets({**config.data, "eval_split": "validation"}, seed=seed)
+    cells: dict[str, dict] = {}
     for row in rows:
         if not files[row].exists():
-            for stage in stages_before(config, row):
+            for stage in (*stages_before(config, row), row):
+                began = time.monotonic()
                 if not run.is_finished(stage):
                     print(f"\n[seed {seed}]", end=" ")
                     run.train(stage)
-            began = time.monotonic()
-            if not run.is_finished(row):
-                print(f"\n[seed {seed}]", end=" ")
-                run.train(row)
-            summary = run.evaluate(row)
-            seconds = round(time.monotonic() - began, 1)
-            write_report(files[row], {"summary": summary, "seconds": seconds})
+            found = calibrate(
+                functools.partial(run.sweep, row), held_out.evaluation(), run.datasets.evaluation()
+            )
+            cell = {
+                "summary": found.test[0.0],
+                "gamma": found.gamma,
+                "calibrated": found.test[found.gamma],
+                "seconds": round(time.monotonic() - began, 1),
+            }
+            write_report(files[row], cell)
         cells[row] = json.loads(files[row].read_text())
     return cells
 
@@ -151,12 +209,14 @@ def format_ablation(cells: Mapping[str, Sequence[Mapping]]) -> str:
     lines = []
     for row, of_seeds in cells.items():
         numbers = [
-            spread([cell["summary"][group][metric] for cell in of_seeds])
-            for _, (group, metric) in COLUMNS
+            spread([cell[part][group][metric] for cell in of_seeds])
+            for _, part, group, metric in COLUMNS
         ]
+        gammas = "/".join(f"{cell['gamma']:g}" for cell in of_seeds)
         seconds = statistics.fmean(cell["seconds"] for cell in of_seeds)
-        lines.append([ROWS[row].title, *numbers, format_seconds(seconds)])
-    return markdown_table(["row", *(title for title, _ in COLUMNS), "time a seed"], lines)
+        lines.append([ROWS[row].title, *numbers, gammas, format_seconds(seconds)])
+    titles = [title for title, *_ in COLUMNS]
+    return markdown_table(["row", *titles, "γ", "time a seed"], lines)
 
 
 def ablation(
@@ -168,7 +228,7 @@ def ablation(
       ValueError: for an unknown row, or a config that lacks what a row needs.
     """
     for row in rows:
-        check_choice(row, ROWS, "There is no row")
+        check_choice(row, SCORED, "There is no row")
     cells: dict[str, list[dict]] = {row: [] for row in rows}
     for seed in range(seeds):
         for row, cell in run_seed(config, rows, seed, workdir).items():

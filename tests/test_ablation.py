@@ -5,12 +5,20 @@ import json
 import pytest
 
 from concat_jax import ablation
-from configs import demo_zps
+from concat_jax.configuration import build
+from concat_jax.stages.cat import CatConfig
+from concat_jax.stages.con import ConConfig
+from concat_jax.stages.finetune import FinetuneConfig
+from configs import coco_zps, demo_zps
 
 
 def summary(unseen, seen, harmonic):
     groups = {"unseen": unseen, "seen": seen, "harmonic": harmonic}
     return {group: {"pq": value, "sq": 50.0, "rq": None} for group, value in groups.items()}
+
+
+def cell(plain, calibrated, gamma, seconds):
+    return {"summary": plain, "calibrated": calibrated, "gamma": gamma, "seconds": seconds}
 
 
 def test_rows_change_what_they_name_and_nothing_else():
@@ -38,6 +46,10 @@ def test_stages_before_come_in_order():
     config = ablation.with_rows(demo_zps.get_config(), seed=0)
     assert ablation.stages_before(config, "con_both") == ["clip"]
     assert ablation.stages_before(config, "finetune") == ["clip", "con", "cat"]
+    assert ablation.stages_before(config, "no_mmd") == ["clip", "con_both", "cat_no_mmd"]
+    assert ablation.stages_before(config, "control") == ["clip", "con_both"]
+    assert config.train.cat_no_mmd.method.mmd_weight == 0
+    assert config.train.cat.method.get("mmd_weight", 1) == 1
 
 
 def test_mean_and_deviation_by_hand():
@@ -48,13 +60,14 @@ def test_mean_and_deviation_by_hand():
 
 def test_the_table():
     cells = [
-        {"summary": summary(30.0, 60.0, 40.0), "seconds": 60},
-        {"summary": summary(32.0, 60.0, 41.0), "seconds": 80},
+        cell(summary(30.0, 60.0, 40.0), summary(40.0, 50.0, None), 0.1, 60),
+        cell(summary(32.0, 60.0, 41.0), summary(44.0, 50.0, 45.0), 0.25, 80),
     ]
     table = ablation.format_ablation({"con_both": cells}).splitlines()
     assert table[0].startswith("| row | PQ unseen | PQ seen | hPQ |")
     assert table[2] == (
-        "| stage 1 + CON, both | 31.0 ± 1.4 | 60.0 ± 0.0 | 40.5 ± 0.7 | 50.0 ± 0.0 | - | 1:10 |"
+        "| stage 1 + CON, both | 31.0 ± 1.4 | 60.0 ± 0.0 | 40.5 ± 0.7 "
+        "| 42.0 ± 2.8 | 50.0 ± 0.0 | - | 0.1/0.25 | 1:10 |"
     )
 
 
@@ -64,7 +77,7 @@ class FakeRun:
     log = []
 
     def __init__(self, config, workdir, datasets):
-        self.workdir, self.seed = workdir, config.seed
+        self.workdir, self.seed, self.datasets = workdir, config.seed, datasets
 
     def is_finished(self, name):
         return (self.workdir / name / "done").exists()
@@ -74,9 +87,14 @@ class FakeRun:
         (self.workdir / name).mkdir(parents=True)
         (self.workdir / name / "done").touch()
 
-    def evaluate(self, name):
-        self.log.append((self.seed, "evaluate", name))
-        return summary(10.0 * self.seed, 50.0, 20.0)
+    def sweep(self, name, examples, gammas):
+        """Validation prefers γ = 0.5; the test part gets unseen PQ 10 a seed, and 30 with γ."""
+        if self.log[-1] != (self.seed, "score", name):
+            self.log.append((self.seed, "score", name))
+        return {
+            gamma: summary(30.0 if gamma else 10.0 * self.seed, 50.0, 20.0 - abs(gamma - 0.5))
+            for gamma in gammas
+        }
 
 
 def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
@@ -87,26 +105,44 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
     assert FakeRun.log == [
         (0, "train", "clip"),
         (0, "train", "projection"),
-        (0, "evaluate", "projection"),
+        (0, "score", "projection"),
     ]
     FakeRun.log.clear()
     table = ablation.ablation(config, ["projection", "con_both"], 2, tmp_path)
     assert FakeRun.log == [
         (0, "train", "con_both"),
-        (0, "evaluate", "con_both"),
+        (0, "score", "con_both"),
         (1, "train", "clip"),
         (1, "train", "projection"),
-        (1, "evaluate", "projection"),
+        (1, "score", "projection"),
         (1, "train", "con_both"),
-        (1, "evaluate", "con_both"),
+        (1, "score", "con_both"),
     ]
     assert "5.0 ± 7.1" in table  # unseen 0 and 10
+    assert "30.0 ± 0.0" in table and "0.5/0.5" in table
     assert (tmp_path / "ablation.md").read_text() == table + "\n"
     saved = json.loads((tmp_path / "ablation.json").read_text())
     assert len(saved["rows"]["projection"]) == 2
     FakeRun.log.clear()
     assert ablation.ablation(config, ["projection", "con_both"], 2, tmp_path) == table
     assert FakeRun.log == []
+
+
+def test_every_row_makes_a_stage_that_can_be_built():
+    """Run checks every stage it is to run: what it takes, its optimizer and its method."""
+    config = ablation.with_rows(demo_zps.get_config("smoke"), seed=0)
+    for name, row in ablation.ROWS.items():
+        order = ablation.stages_before(config, name)
+        assert set(config.train[name].takes.values()) <= set(order)
+        kind = config.train[name].kind
+        settings = {"con": ConConfig, "cat": CatConfig, "finetune": FinetuneConfig}[kind]
+        build(settings, config.train[name].method.to_dict(), name)
+        assert bool(row.title) == (name in ablation.SCORED)
+
+
+def test_real_data_has_no_validation_world(tmp_path):
+    with pytest.raises(ValueError, match="'coco_panoptic' has no validation part"):
+        ablation.ablation(coco_zps.get_config("mini"), ["projection"], 1, tmp_path)
 
 
 def test_an_unknown_row_is_refused(tmp_path):
