@@ -34,6 +34,8 @@ class ConConfig:
       alignment: "cosine" (one minus the cosine) or "infonce" (other images and other segments of
         the image as negatives).
       temperature: of InfoNCE; CLIP's own at the start of its training.
+      aligned_sets: how many of the decoder's prediction sets are aligned, the last ones, whose
+        terms are averaged; 0 for all. Test time uses the last set only.
       pooling: "objectness", "similarity" or "mean", see `alignment.pool_queries`.
       pooling_temperature: of the softmax over queries.
       targets: "online" runs CLIP on every batch; "cached" takes the targets from the batch, where
@@ -50,6 +52,7 @@ class ConConfig:
     instance_weight: float = 1.0
     alignment: str = "cosine"
     temperature: float = 0.07
+    aligned_sets: int = 1
     pooling: str = "objectness"
     pooling_temperature: float = 0.1
     targets: str = "online"
@@ -61,6 +64,8 @@ class ConConfig:
             raise ValueError(f"CON alignment is {self.alignment!r}; choose 'cosine' or 'infonce'.")
         check_choice(self.pooling, alignment.POOLINGS, "CON pooling is")
         check_choice(self.targets, ("online", "cached"), "CON targets are")
+        if self.aligned_sets < 0:
+            raise ValueError(f"CON aligned_sets is {self.aligned_sets} and must be 0 or more.")
 
 
 def make_config(method: Mapping[str, Any], *, has_cache: bool, where: str) -> ConConfig:
@@ -137,6 +142,22 @@ def make_stage(
             return jnp.where(valid, alignment.cosine_alignment(predictions, targets), 0.0)
         return alignment.info_nce(predictions, targets, valid, temperature=config.temperature)
 
+    def align_set(semantic, objectness, query_of_segment, image_target, segment_targets):
+        # One prediction set: [B, N, C], [B, N] and [B, G] against [B, C] and [B, G, C].
+        pooled = alignment.pool_queries(
+            semantic,
+            objectness,
+            image_target,
+            pooling=config.pooling,
+            temperature=config.pooling_temperature,
+        )
+        loss_global = jnp.mean(pull(pooled, image_target, jnp.ones(len(pooled), bool)))
+        matched = (query_of_segment >= 0) & jnp.any(segment_targets != 0, axis=-1)
+        rows = jnp.clip(query_of_segment, 0)[..., None]
+        holders = jnp.take_along_axis(semantic, rows, axis=1)
+        losses = pull(holders, segment_targets, matched)
+        return loss_global, losses.sum() / jnp.maximum(matched.sum(), 1)
+
     def loss(params, frozen, batch, rng):
         labels = training_labels(batch["segment_labels"], batch["segment_is_crowd"], vocabulary)
         output = networks.segmentor.apply(
@@ -176,24 +197,18 @@ def make_stage(
                     image_size=batch["image_size"],
                     max_segments=config.max_segments,
                 )
-            last = semantic[:, -1]
-            objectness = 1 - jax.nn.softmax(logits[:, -1], axis=-1)[..., -1]
-            pooled = alignment.pool_queries(
-                last,
-                objectness,
-                image_target,
-                pooling=config.pooling,
-                temperature=config.pooling_temperature,
-            )
-            everyone = jnp.ones(len(pooled), bool)
-            loss_global = jnp.mean(pull(pooled, image_target, everyone))
-
-            query = terms.query_of_segment[:, -1]  # [B, G]
-            has_target = jnp.any(segment_targets != 0, axis=-1)
-            matched = (query >= 0) & has_target
-            holders = jnp.take_along_axis(last, jnp.clip(query, 0)[..., None], axis=1)
-            losses = pull(holders, segment_targets, matched)
-            loss_instance = losses.sum() / jnp.maximum(matched.sum(), 1)
+            num_sets = logits.shape[1]
+            pulls = [
+                align_set(
+                    semantic[:, i],
+                    1 - jax.nn.softmax(logits[:, i], axis=-1)[..., -1],
+                    terms.query_of_segment[:, i],
+                    image_target,
+                    segment_targets,
+                )
+                for i in range(num_sets - min(config.aligned_sets or num_sets, num_sets), num_sets)
+            ]
+            loss_global, loss_instance = (sum(x) / len(pulls) for x in zip(*pulls, strict=True))
             metrics |= {"loss_global": loss_global, "loss_instance": loss_instance}
             total += config.global_weight * loss_global
             total += config.instance_weight * loss_instance

@@ -5,11 +5,13 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
+from concat_jax.models.segmentor import normalize_images
 from concat_jax.stages import cat, con, finetune, pretrain_clip
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
 from concat_jax.text.vocabulary import Vocabulary
@@ -326,6 +328,44 @@ def test_con_learns_the_same_from_cached_targets(con_run, cached_con):
             theirs = theirs[key.key]
         tolerance = 1e-3 * np.abs(theirs).max() + 1e-6
         np.testing.assert_allclose(ours, theirs, atol=tolerance, err_msg=path_name(path))
+
+
+@pytest.mark.parametrize("aligned_sets", [0, 2])
+def test_con_aligns_the_sets_that_it_is_told_to(con_run, aligned_sets):
+    """The mean over prediction sets of the global term, written out."""
+    _, _, batch = con_run
+    cached_batch = with_targets(batch)
+    stage = con.make_stage(
+        NETWORKS,
+        VOCABULARY,
+        con.ConConfig(targets="cached", aligned_sets=aligned_sets),
+        SegmentationLossConfig(num_points=32),
+        CropConfig(),
+    )
+
+    def expected(params, text, batch):
+        output = NETWORKS.segmentor.apply(
+            {"params": params["segmentor"]}, normalize_images(batch["image"])
+        )
+        projector = {"params": params["projector"]}
+        semantic = NETWORKS.projector.apply(projector, output.queries)
+        logits = NETWORKS.projector.apply(
+            projector, semantic, text[VOCABULARY.seen], method="classify"
+        )
+        weights = jax.nn.softmax((1 - jax.nn.softmax(logits)[..., -1]) / 0.1)
+        pooled = jnp.einsum("bln,blnc->blc", weights, semantic)
+        pooled /= jnp.linalg.norm(pooled, axis=-1, keepdims=True)
+        cosines = jnp.einsum("blc,bc->bl", pooled, batch["clip_image_target"])
+        return 1 - cosines.mean(axis=0)
+
+    by_set = jax.jit(expected, compiler_options=FAST_COMPILE)(
+        trained(stage), frozen(stage)["text"], cached_batch
+    )
+    assert len(by_set) > 2
+    loss = jax.jit(stage.loss, compiler_options=FAST_COMPILE)
+    _, metrics = loss(trained(stage), frozen(stage), cached_batch, KEY)
+    np.testing.assert_allclose(metrics["loss_global"], by_set[-aligned_sets:].mean(), rtol=1e-4)
+    assert np.ptp(by_set) > 1e-4
 
 
 def test_con_with_cached_targets_holds_no_clip(con_run, cached_con):
