@@ -330,7 +330,7 @@ def test_con_learns_the_same_from_cached_targets(con_run, cached_con):
         np.testing.assert_allclose(ours, theirs, atol=tolerance, err_msg=path_name(path))
 
 
-@pytest.mark.parametrize("aligned_sets", [0, 2])
+@pytest.mark.parametrize("aligned_sets", [0, 1])
 def test_con_aligns_the_sets_that_it_is_told_to(con_run, aligned_sets):
     """The mean over prediction sets of the global term, written out."""
     _, _, batch = con_run
@@ -361,11 +361,11 @@ def test_con_aligns_the_sets_that_it_is_told_to(con_run, aligned_sets):
     by_set = jax.jit(expected, compiler_options=FAST_COMPILE)(
         trained(stage), frozen(stage)["text"], cached_batch
     )
-    assert len(by_set) > 2
+    assert len(by_set) == 2
     loss = jax.jit(stage.loss, compiler_options=FAST_COMPILE)
     _, metrics = loss(trained(stage), frozen(stage), cached_batch, KEY)
     np.testing.assert_allclose(metrics["loss_global"], by_set[-aligned_sets:].mean(), rtol=1e-4)
-    assert np.ptp(by_set) > 1e-4
+    assert np.ptp(by_set) > 1e-3
 
 
 def test_con_with_cached_targets_holds_no_clip(con_run, cached_con):
