@@ -57,6 +57,14 @@ class Row:
 _STAGE_1 = {"segmentor": "con_both", "projector": "con_both"}
 
 
+_SPREAD = {
+    "method.spread_weight": 0.1,
+    "method.class_contrast_weight": 0.1,
+    "method.memory_per_class": 8,
+    "method.memory_pseudo": True,
+}
+
+
 def _with_cat(title: str, name: str, changes: Mapping[str, Any]) -> dict[str, Row]:
     """A variant of CAT and the finetune on its pseudo queries, which is the row that is scored."""
     return {
@@ -87,13 +95,14 @@ ROWS: Mapping[str, Row] = {
     **_with_cat(
         "CON + CAT, no MMD, with spread, class contrast and memory",
         "spread",
-        {
-            "method.mmd_weight": 0.0,
-            "method.spread_weight": 0.1,
-            "method.class_contrast_weight": 0.1,
-            "method.memory_per_class": 8,
-            "method.memory_pseudo": True,
-        },
+        {"method.mmd_weight": 0.0, **_SPREAD},
+    ),
+    **_with_cat("CON + CAT, with spread, class contrast and memory", "all_terms", _SPREAD),
+    "no_deviation": Row(
+        "CON + CAT, no deviations in the finetune",
+        "finetune",
+        {"method.deviation": 0.0},
+        {**_STAGE_1, "generator": "cat_full"},
     ),
     **_with_cat("CON + CAT, MMD by class", "mmd_by_class", {"method.mmd_per_class": True}),
 }
