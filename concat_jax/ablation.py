@@ -6,7 +6,7 @@ A row is a stage of the config with a few fields changed. Rows of one seed share
 them and the workdir `seed_N`, so a stage that is finished is not run again, nor is a cell that has
 been scored. Every cell is scored without calibration and at the γ that is best on a validation
 world, because a gain that a γ could give is none. The table goes to `ablation.md` and
-`ablation.json`.
+`ablation.json`, its bars to `ablation.png`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,21 @@ import dataclasses
 import functools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
-from absl import app, flags, logging
+from absl import app, flags
+from PIL import Image
 
-from concat_jax.compilation_cache import enable_compilation_cache
 from concat_jax.configuration import check_choice
+from concat_jax.evaluation.bar_chart import bar_chart
 from concat_jax.evaluation.calibration import calibrate
 from concat_jax.evaluation.report import markdown_table, write_report
-from concat_jax.host_memory import keep_freed_memory
-from concat_jax.main import parse_flags  # which defines --config and --workdir, too
+from concat_jax.main import config_and_workdir, parse_flags, run_command
 from concat_jax.run import Run
-from concat_jax.training.loop import NonFiniteLossError
 from concat_jax.training.metric_writer import format_seconds
 
 
@@ -228,6 +226,24 @@ def format_ablation(cells: Mapping[str, Sequence[Mapping]]) -> str:
     return markdown_table(["row", *titles, "γ", "time a seed"], lines)
 
 
+def chart(cells: Mapping[str, Sequence[Mapping]]) -> Image.Image:
+    """The table's hPQ as bars with their deviations, without calibration and with it."""
+
+    def bar(of_seeds: Sequence[Mapping], part: str) -> tuple[float | None, float | None]:
+        values = [cell[part]["harmonic"]["pq"] for cell in of_seeds]
+        if None in values:
+            return None, None
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+    groups = {"hPQ": "summary", "hPQ at the best gamma": "calibrated"}
+    return bar_chart(
+        [ROWS[row].title for row in cells],
+        {title: [bar(seeds, part) for seeds in cells.values()] for title, part in groups.items()},
+        title="Harmonic mean of seen and unseen PQ",
+        unit="%",
+    )
+
+
 def ablation(
     config: ml_collections.ConfigDict, rows: Sequence[str], seeds: int, workdir: Path
 ) -> str:
@@ -244,25 +260,20 @@ def ablation(
             cells[row].append(cell)
         table = format_ablation(cells)
         print(f"\nAfter {seed + 1} of {seeds} seeds, mean ± deviation:\n{table}", flush=True)
+    chart(cells).save(workdir / "ablation.png")
     (workdir / "ablation.md").write_text(table + "\n", encoding="utf-8")
     write_report(workdir / "ablation.json", {"seeds": seeds, "rows": cells})
     return table
 
 
 def main(argv: list[str]) -> None:
-    """Entry point; a user's mistake ends in one sentence and exit code 1."""
-    if len(argv) > 1:
-        sys.exit(f"Error: unknown argument {argv[1]!r}; flags look like --workdir=DIR.")
-    logging.set_verbosity(logging.WARNING)
-    enable_compilation_cache()
-    keep_freed_memory()
-    try:
-        config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-        if config is None or not workdir:
-            raise ValueError("give --config=configs/demo_zps.py and --workdir=DIR.")
+    """Entry point."""
+
+    def command() -> None:
+        config, workdir = config_and_workdir()
         ablation(config, _ROWS.value, _SEEDS.value, Path(workdir))
-    except (ValueError, OSError, NonFiniteLossError) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
+
+    run_command(argv, command)
 
 
 if __name__ == "__main__":

@@ -23,16 +23,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
-from concat_jax.compilation_cache import enable_compilation_cache
 from concat_jax.configuration import check_choice
 from concat_jax.evaluation.calibration import (
     GAMMAS,
@@ -42,8 +40,7 @@ from concat_jax.evaluation.calibration import (
     format_sweep,
 )
 from concat_jax.evaluation.report import write_report
-from concat_jax.host_memory import keep_freed_memory
-from concat_jax.main import parse_flags  # which defines --config and --workdir, too
+from concat_jax.main import config_and_workdir, parse_flags, run_command
 from concat_jax.run import Run
 from concat_jax.training.prefetch import prefetch
 
@@ -225,16 +222,10 @@ def calibrate_stage(
 
 
 def main(argv: list[str]) -> None:
-    """Entry point; a user's mistake ends in one sentence and exit code 1."""
-    if len(argv) > 1:
-        sys.exit(f"Error: unknown argument {argv[1]!r}; flags look like --workdir=DIR.")
-    logging.set_verbosity(logging.WARNING)
-    enable_compilation_cache()
-    keep_freed_memory()
-    try:
-        config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-        if config is None or not workdir:
-            raise ValueError("give --config=configs/demo_zps.py and --workdir=DIR.")
+    """Entry point."""
+
+    def command() -> None:
+        config, workdir = config_and_workdir()
         calibrate_stage(
             config,
             Path(workdir),
@@ -243,8 +234,8 @@ def main(argv: list[str]) -> None:
             part=_PART.value,
             num_images=_IMAGES.value,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
+
+    run_command(argv, command)
 
 
 def parse_gammas(texts: Sequence[str]) -> list[float]:

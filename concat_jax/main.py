@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -37,28 +39,55 @@ def run(config, workdir: str) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    """Entry point; a user's mistake ends in one sentence and exit code 1."""
+    """Entry point."""
+
+    def command() -> None:
+        config, workdir = config_and_workdir()
+        join_hosts()
+        run(config, workdir)
+
+    run_command(argv, command)
+
+
+def run_command(argv: list[str], command: Callable[[], object]) -> None:
+    """What the commands of a config share: set-up, and one sentence and exit code 1 for a mistake.
+
+    Args:
+      argv: what is left of the command line, its name alone.
+      command: the work; it reads the flags itself, since a config that cannot be found raises then.
+    """
     if len(argv) > 1:
         sys.exit(f"Error: unknown argument {argv[1]!r}; flags look like --workdir=DIR.")
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
     enable_compilation_cache()
     keep_freed_memory()
     try:
-        config = _CONFIG.value  # a config file that cannot be found raises here
-        if config is None or not _WORKDIR.value:
-            raise ValueError(
-                "give --config=configs/demo_zps.py (or another file) and --workdir=DIR."
-            )
-        if "://" in _WORKDIR.value:
-            raise ValueError(
-                f"--workdir={_WORKDIR.value} is not a local path; give a folder of this machine, "
-                "or one where the bucket is mounted."
-            )
-        if _DISTRIBUTED.value:
-            jax.distributed.initialize()
-        run(config, _WORKDIR.value)
+        command()
     except (ValueError, OSError, NonFiniteLossError, Preempted) as error:
         sys.exit(f"Error: {' '.join(str(error).split())}")
+
+
+def config_and_workdir() -> tuple[ml_collections.ConfigDict, str]:
+    """The flags --config and --workdir.
+
+    Raises:
+      ValueError: if one is not given, or the workdir is in a bucket.
+    """
+    config, workdir = _CONFIG.value, _WORKDIR.value
+    if config is None or not workdir:
+        raise ValueError("give --config=configs/demo_zps.py (or another file) and --workdir=DIR.")
+    if "://" in workdir:
+        raise ValueError(
+            f"--workdir={workdir} is not a local path; give a folder of this machine, or one where "
+            "the bucket is mounted."
+        )
+    return config, workdir
+
+
+def join_hosts() -> None:
+    """Meet the other hosts, if the flag --distributed says that there are some."""
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -27,12 +26,9 @@ import jax
 import ml_collections
 import numpy as np
 from absl import app, flags
-from absl import logging as absl_logging
 from jax.sharding import Mesh
 
-from concat_jax.compilation_cache import enable_compilation_cache
-from concat_jax.host_memory import keep_freed_memory
-from concat_jax.main import parse_flags
+from concat_jax.main import join_hosts, parse_flags, run_command
 from concat_jax.models.clip import CLIP
 from concat_jax.run import Run
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
@@ -339,19 +335,13 @@ def _given(value: int | None, default: int) -> int:
 
 
 def main(argv: list[str]) -> None:
-    """Entry point; a user's mistake ends in one sentence and exit code 1."""
-    if len(argv) > 1:
-        sys.exit(f"Error: unknown argument {argv[1]!r}; flags look like --config=FILE.")
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax narrates at INFO
-    enable_compilation_cache()
-    keep_freed_memory()
-    try:
-        # --config, --workdir and --distributed come with the main command line.
-        config = flags.FLAGS.config  # a config file that cannot be found raises here
+    """Entry point."""
+
+    def command() -> None:
+        config = flags.FLAGS.config  # comes with the main command line, as --workdir does
         if config is None:
             raise ValueError("give --config=configs/coco_zps.py or another file.")
-        if flags.FLAGS.distributed:
-            jax.distributed.initialize()
+        join_hosts()
         cache(
             config,
             flags.FLAGS.workdir or "",
@@ -360,8 +350,8 @@ def main(argv: list[str]) -> None:
             process_index=_given(_PROCESS_INDEX.value, jax.process_index()),
             process_count=_given(_PROCESS_COUNT.value, jax.process_count()),
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
+
+    run_command(argv, command)
 
 
 if __name__ == "__main__":

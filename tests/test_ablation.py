@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from concat_jax import ablation
 from concat_jax.configuration import build
@@ -121,6 +122,8 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
     assert "5.0 ± 7.1" in table  # unseen 0 and 10
     assert "30.0 ± 0.0" in table and "0.5/0.5" in table
     assert (tmp_path / "ablation.md").read_text() == table + "\n"
+    with Image.open(tmp_path / "ablation.png") as picture:
+        assert picture.width == 1200
     saved = json.loads((tmp_path / "ablation.json").read_text())
     assert len(saved["rows"]["projection"]) == 2
     FakeRun.log.clear()

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from concat_jax import calibrate
+from concat_jax import calibrate, main
 from configs import coco_zps, demo_zps
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -161,7 +161,7 @@ def test_a_stage_that_cannot_be_scored_is_refused(stage, sentence, fake_run, tmp
 
 def test_the_command_ends_in_one_sentence(monkeypatch, tmp_path):
     for name in ("enable_compilation_cache", "keep_freed_memory"):
-        monkeypatch.setattr(calibrate, name, lambda: None)
+        monkeypatch.setattr(main, name, lambda: None)
     given = [f"--config={ROOT}/configs/demo_zps.py:smoke", f"--workdir={tmp_path}/run"]
     for flag, sentence in (
         ("--gammas=0,much", "--gammas holds 'much'; give numbers"),

@@ -11,7 +11,7 @@ from concat_jax.evaluation import pictures
 
 Colour = pictures.Colour
 
-PAPER, INK, FAINT = pictures._PAPER, pictures._INK, pictures._FAINT
+PAPER, INK, FAINT = pictures.PAPER, pictures.INK, pictures.FAINT
 GRID = (228, 228, 232)
 
 _SMOOTHING = 3
@@ -19,12 +19,12 @@ _SMOOTHING = 3
 
 def text_width(text: str, size: int) -> int:
     """Pixels that the text takes."""
-    return pictures._text_size(text, size)[0]
+    return pictures.text_size(text, size)[0]
 
 
 def line_height(size: int) -> int:
     """Pixels of a line of text, the same for every text."""
-    return pictures._text_size("", size)[1]
+    return pictures.text_size("", size)[1]
 
 
 def line_step(size: int) -> int:
@@ -102,7 +102,7 @@ class Canvas:
         picture = self._large.resize(self.size, Image.Resampling.BOX)
         draw = ImageDraw.Draw(picture)
         for corner, text, size, fill in self._texts:
-            pictures._draw_text(draw, corner, text, size, fill)
+            pictures.draw_text(draw, corner, text, size, fill)
         return picture
 
 
@@ -152,7 +152,7 @@ def distinct_colours(count: int) -> list[Colour]:
     # More than seven hues cannot be told apart in a small mark.
     hues = max(1, min(count, 7))
     return [
-        pictures._oklch_to_rgb(
+        pictures.oklch_to_rgb(
             (0.62, 0.44, 0.78, 0.53)[(k // hues) % 4],
             0.19,
             0.07 + (k % hues + k // hues / 2) / hues,

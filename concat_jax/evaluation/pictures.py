@@ -26,10 +26,10 @@ _GOLDEN_TURN = 0.618034
 # Lightness and hue steps of the instances of one class, small enough to stay the class's colour.
 _INSTANCE_STEPS = ((0.0, 0.0), (-0.11, 0.015), (0.08, -0.02), (-0.06, -0.035), (0.13, 0.03))
 _VOID_DARK, _VOID_LIGHT = 26, 58
-_PAPER, _INK, _FAINT = (255, 255, 255), (25, 25, 30), (105, 105, 115)
+PAPER, INK, FAINT = (255, 255, 255), (25, 25, 30), (105, 105, 115)
 
 
-def _oklch_to_rgb(lightness: float, chroma: float, hue: float) -> Colour:
+def oklch_to_rgb(lightness: float, chroma: float, hue: float) -> Colour:
     """OKLCH (hue in turns) to sRGB, clipped; equal lightness looks equally bright at every hue.
 
     Matrices: Ottosson, "A perceptual color space for image processing" (2020).
@@ -70,7 +70,7 @@ def segment_colour(label: int, is_thing: bool, instance: int = 0) -> Colour:
     hue = label * _GOLDEN_TURN + 0.08 + turn
     # Hues come close again after 13, 21, 34 and 55 classes, none a multiple of these four levels.
     lightness = (0.74 if is_thing else 0.62) + (0.0, -0.09, 0.05, -0.04)[label % 4] + lighter
-    return _oklch_to_rgb(lightness, 0.17 if is_thing else 0.085, hue)
+    return oklch_to_rgb(lightness, 0.17 if is_thing else 0.085, hue)
 
 
 @functools.cache
@@ -78,14 +78,14 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def _text_size(text: str, size: int) -> tuple[int, int]:
+def text_size(text: str, size: int) -> tuple[int, int]:
     """Width of the text and height of a line of the font (the same for every text)."""
     font = _font(size)
     top, bottom = font.getbbox("Ag")[1], font.getbbox("Ag")[3]
     return math.ceil(font.getlength(text)), math.ceil(bottom - top)
 
 
-def _draw_text(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, fill) -> None:
+def draw_text(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, fill) -> None:
     """Text whose line box, not its baseline, starts at `at`."""
     font = _font(size)
     draw.text((at[0], at[1] - font.getbbox("Ag")[1]), text, font=font, fill=fill)
@@ -232,7 +232,7 @@ def _draw_labels(picture: Image.Image, compact: np.ndarray, labels: Sequence[_La
     for label in labels:
         inside = compact == label.row
         for size in sizes:
-            width, height = _text_size(label.text, size)
+            width, height = text_size(label.text, size)
             box = (width + 2 * _PADDING[0], height + 2 * _PADDING[1])
             # A label overhangs its segment by less than itself, so only this part matters.
             top, left, part = _surroundings(inside, box)
@@ -243,9 +243,9 @@ def _draw_labels(picture: Image.Image, compact: np.ndarray, labels: Sequence[_La
             x, y = corner[0] + left, corner[1] + top
             dark = tuple(int(0.3 * c) for c in label.colour)
             fill = (255, 226, 70, 235) if label.is_unseen else (*dark, 205)
-            ink = _INK if label.is_unseen else _PAPER
+            ink = INK if label.is_unseen else PAPER
             draw.rounded_rectangle((x, y, x + box[0] - 1, y + box[1] - 1), 4, fill=fill)
-            _draw_text(draw, (x + _PADDING[0], y + _PADDING[1]), label.text, size, ink)
+            draw_text(draw, (x + _PADDING[0], y + _PADDING[1]), label.text, size, ink)
             taken[max(y - 1, 0) : y + box[1] + 1, max(x - 1, 0) : x + box[0] + 1] = True
             break
 
@@ -362,27 +362,27 @@ def comparison_sheet(
     gap, margin, head, small = 10, 14, 17, 13
     widths = [max(row.panels[c].width for row in rows) for c in range(len(headers))]
     lefts = [margin + sum(widths[:c]) + gap * c for c in range(len(headers))]
-    caption_height = _text_size("", small)[1] + 6
+    caption_height = text_size("", small)[1] + 6
     heights = [
         max(p.height for p in row.panels) + (caption_height if row.caption else 0) for row in rows
     ]
-    top = margin + _text_size("", head)[1] + 8
+    top = margin + text_size("", head)[1] + 8
     bottom = margin + (caption_height + 4 if footer else 0)
     sheet_size = (
         lefts[-1] + widths[-1] + margin,
         top + sum(heights) + gap * (len(rows) - 1) + bottom,
     )
-    sheet = Image.new("RGB", sheet_size, _PAPER)
+    sheet = Image.new("RGB", sheet_size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for left, header in zip(lefts, headers, strict=True):
-        _draw_text(draw, (left, margin), header, head, _INK)
+        draw_text(draw, (left, margin), header, head, INK)
     y = top
     for row, height in zip(rows, heights, strict=True):
         for left, panel in zip(lefts, row.panels, strict=True):
             sheet.paste(panel, (left, y))
         if row.caption:
-            _draw_text(draw, (margin, y + height - caption_height + 5), row.caption, small, _FAINT)
+            draw_text(draw, (margin, y + height - caption_height + 5), row.caption, small, FAINT)
         y += height + gap
     if footer:
-        _draw_text(draw, (margin, y - gap + 8), footer, small, _FAINT)
+        draw_text(draw, (margin, y - gap + 8), footer, small, FAINT)
     return sheet
