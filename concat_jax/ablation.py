@@ -117,6 +117,7 @@ COLUMNS = (
 )
 
 _ROWS = flags.DEFINE_list("rows", list(SCORED), f"Any of {', '.join(SCORED)}.")
+_PRESET = flags.DEFINE_string("preset", None, "Another world than config.data.preset.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "How many: 0, 1, 2, …", 1)
 
 
@@ -271,6 +272,8 @@ def main(argv: list[str]) -> None:
 
     def command() -> None:
         config, workdir = config_and_workdir()
+        if _PRESET.value:
+            config.data.preset = _PRESET.value
         ablation(config, _ROWS.value, _SEEDS.value, Path(workdir))
 
     run_command(argv, command)

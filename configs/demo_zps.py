@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.data = dict(
         kind="synthetic",
-        preset="texture",  # colour x texture; "shape" is harder
+        preset="texture",  # colour x texture; "shape" and "opaque" (invented names) are harder
         image_size=64,
         max_segments=10,  # 4 stuff regions and 5 things at most
         eval_split="test",  # choose settings on "validation"

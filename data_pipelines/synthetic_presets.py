@@ -104,20 +104,39 @@ _GROUNDS = _compose(
     {"colour": tuple(patterns.STUFF_COLOURS), "texture": tuple(patterns.STUFF_TEXTURES)},
     unseen={("grey", "wavy"), ("mint", "brick"), ("peach", "speckled")},
 )
+_TEXTURED = _compose(
+    "{colour} {texture} balloon",
+    {"colour": tuple(patterns.THING_COLOURS), "texture": tuple(patterns.THING_TEXTURES)},
+    unseen={
+        ("red", "striped"),
+        ("yellow", "checkered"),
+        ("blue", "dotted"),
+        ("purple", "plain"),
+    },
+)
+# One invented word a class: nothing in the name of an unseen class points to seen ones.
+_OPAQUE_THINGS = (
+    *("blick", "dax", "fep", "gazzer", "hux", "jop", "kiv", "lorp"),
+    *("mib", "noog", "pabe", "quim", "rilk", "sarn", "toma", "vesk"),
+)
+_OPAQUE_STUFF = (
+    *("wug", "yorn", "zelt", "brosk", "cavv", "drem"),
+    *("flun", "glip", "snave", "plonth", "tevel", "skiff"),
+)
+
+
+def _renamed(classes: Sequence[WorldClass], names: Sequence[str]) -> tuple[WorldClass, ...]:
+    return tuple(
+        dataclasses.replace(entry, name=name) for entry, name in zip(classes, names, strict=True)
+    )
+
+
 PRESETS: dict[str, WorldPreset] = {
-    "texture": WorldPreset(
-        name="texture",
-        things=_compose(
-            "{colour} {texture} balloon",
-            {"colour": tuple(patterns.THING_COLOURS), "texture": tuple(patterns.THING_TEXTURES)},
-            unseen={
-                ("red", "striped"),
-                ("yellow", "checkered"),
-                ("blue", "dotted"),
-                ("purple", "plain"),
-            },
-        ),
-        stuff=_GROUNDS,
+    "texture": WorldPreset(name="texture", things=_TEXTURED, stuff=_GROUNDS),
+    "opaque": WorldPreset(
+        name="opaque",
+        things=_renamed(_TEXTURED, _OPAQUE_THINGS),
+        stuff=_renamed(_GROUNDS, _OPAQUE_STUFF),
     ),
     "shape": WorldPreset(
         name="shape",

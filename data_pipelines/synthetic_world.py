@@ -6,6 +6,8 @@ data in `synthetic_presets.py`:
 
   texture  16 things (4 colours x 4 textures, any shape) and 12 stuff (3 hues x 4 patterns).
   shape    harder: 20 things (4 colours x 5 shapes, any texture) and the same 12 stuff.
+  opaque   harder: the looks of texture, with an invented word for each name, so that what unseen
+           classes look like is known from captions alone.
 
 `python -m data_pipelines.synthetic_world --out sheet.png` prints the class list and the measured
 speed and writes a contact sheet.
