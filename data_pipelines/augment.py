@@ -1,38 +1,23 @@
 """Geometry of training and evaluation images: pure functions of arrays and an explicit generator.
 
 Large-scale jitter is that of Mask2Former's `coco_panoptic_new_baseline_dataset_mapper.py`
-(detectron2 `ResizeScale`, `FixedSizeCrop`, `RandomFlip`; Ghiasi et al., arXiv 2012.07177). The
-image is resized with PIL's bilinear filter, which averages over the source pixels when it shrinks
-(antialiasing), and the id map by nearest neighbour at pixel centres, so that no new id appears.
+(detectron2 `ResizeScale`, `FixedSizeCrop`, `RandomFlip`; Ghiasi et al., arXiv 2012.07177); the
+semantic recipe is that of `mask_former_semantic_dataset_mapper.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-# detectron2's FixedSizeCrop pads images with 128, close to the mean that is subtracted later.
-IMAGE_PADDING = 128
+from data_pipelines.colour import colour_jitter
+from data_pipelines.placement import Placement, pick, place, run_starts, window_indices
 
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """How an image comes onto a square canvas: resize, cut a window, mirror, pad bottom and right.
-
-    Attributes:
-      resized: (height, width) of the whole image after the resize, each >= 1.
-      offset: (top, left) of the window within the resized image; the window is as large as the
-        canvas or as what is left of the image, whichever is smaller.
-      mirrored: whether the window is mirrored left to right.
-    """
-
-    resized: tuple[int, int]
-    offset: tuple[int, int] = (0, 0)
-    mirrored: bool = False
+# What `augment_example` knows.
+KINDS = ("lsj", "semantic", "none")
 
 
 def sample_jitter(
@@ -61,8 +46,7 @@ def sample_jitter(
     where = rng.uniform(size=2)
     mirrored = bool(rng.uniform() < flip_probability)
     resized = _fit(height, width, scale * size)
-    offset = tuple(int(u * (max(r - size, 0) + 1)) for u, r in zip(where, resized, strict=True))
-    return Placement(resized, offset, mirrored)
+    return Placement(resized, _offset(where, resized, size), mirrored)
 
 
 def letterbox_placement(height: int, width: int, size: int) -> Placement:
@@ -70,76 +54,129 @@ def letterbox_placement(height: int, width: int, size: int) -> Placement:
     return Placement(_fit(height, width, size))
 
 
-def place(
-    image: np.ndarray | Image.Image, segment_ids: np.ndarray, placement: Placement, size: int
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Puts an image and its id map onto a canvas.
-
-    Only the window is resampled, not the whole enlarged image: at scale 2 that is a quarter of the
-    work, and the same numbers, because PIL's filter still sees the pixels beyond the cut.
-
-    Args:
-      image: [H, W, 3] uint8, or an RGB PIL image (which saves two copies of a decoded file).
-      segment_ids: [H, W], any integer type.
-      placement: where it goes.
-      size: side S of the canvas.
-
-    Returns:
-      image [S, S, 3] uint8 (padding 128), segment_ids [S, S] of the input's type (padding 0), and
-      the (height, width) of the valid area at the upper left.
-
-    Raises:
-      ValueError: if image and id map differ in size.
-    """
-    height, width = segment_ids.shape
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    if image.size != (width, height) or image.mode != "RGB":
-        raise ValueError(
-            f"The image is {image.height}x{image.width} {image.mode} and its id map is "
-            f"{height}x{width}; give an RGB image and an id map of the same size."
-        )
-    (new_height, new_width), (top, left) = placement.resized, placement.offset
-    bottom, right = min(top + size, new_height), min(left + size, new_width)
-    valid = (bottom - top, right - left)
-    window = image.resize(
-        valid[::-1],
-        Image.Resampling.BILINEAR,
-        # In source pixels; the integer product keeps the far edge from exceeding the image.
-        box=(
-            left * width / new_width,
-            top * height / new_height,
-            right * width / new_width,
-            bottom * height / new_height,
-        ),
-    )
-    rows = _nearest(height, new_height, top, bottom)
-    columns = _nearest(width, new_width, left, right)
-    pixels, ids = np.asarray(window), segment_ids[rows[:, None], columns]
-    if placement.mirrored:
-        pixels, ids = flip(pixels, ids)
-    canvas = np.full((size, size, 3), IMAGE_PADDING, np.uint8)
-    canvas[: valid[0], : valid[1]] = pixels
-    canvas_ids = np.zeros((size, size), segment_ids.dtype)
-    canvas_ids[: valid[0], : valid[1]] = ids
-    return canvas, canvas_ids, valid
-
-
-def large_scale_jitter(
+def sample_semantic(
     rng: np.random.Generator,
-    image: np.ndarray | Image.Image,
     segment_ids: np.ndarray,
+    segment_labels: np.ndarray,
     size: int,
     *,
-    scale_range: tuple[float, float] = (0.1, 2.0),
+    shortest_edges: Sequence[int],
+    longest_edge: int,
+    max_class_area: float = 1.0,
     flip_probability: float = 0.5,
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """`sample_jitter` and `place` in one; arguments and results are theirs."""
+    num_tries: int = 10,
+) -> Placement:
+    """Draws the placement of semantic training: shortest edge, crop limited by class area, flip.
+
+    The image is resized so that its shorter side is one of `shortest_edges`, chosen uniformly, or
+    less if its longer side would exceed `longest_edge` (detectron2 `ResizeShortestEdge`). Of up to
+    `num_tries` random windows the first is taken in which more than one class has pixels and none
+    has `max_class_area` of the labelled pixels or more; if none is such, the last one (detectron2
+    `RandomCrop_CategoryAreaConstraint`).
+
+    Args:
+      rng: decides.
+      segment_ids: [H, W] integers, 0 void, g owned by row g - 1 of the labels.
+      segment_labels: [n] class indices.
+      size: side S of the canvas.
+      shortest_edges: to choose from, each >= 1. Mask2Former takes 0.5 to 1.5 times the crop in
+        steps of a tenth on COCO-Stuff.
+      longest_edge: Mask2Former's is four times the crop.
+      max_class_area: a share; 1 sets no limit and takes the first window.
+      flip_probability: of mirroring.
+      num_tries: of windows.
+
+    Raises:
+      ValueError: if there is no edge to choose from, or one is below 1.
+    """
+    if not shortest_edges or min(*shortest_edges, longest_edge) < 1:
+        raise ValueError(
+            f"shortest_edges {tuple(shortest_edges)} and longest_edge {longest_edge} must be given "
+            "and at least 1."
+        )
     height, width = segment_ids.shape
-    placement = sample_jitter(
-        rng, height, width, size, scale_range=scale_range, flip_probability=flip_probability
-    )
-    return place(image, segment_ids, placement, size)
+    # Fixed in order and number, whatever the image holds.
+    edge = shortest_edges[rng.integers(len(shortest_edges))]
+    mirrored = bool(rng.uniform() < flip_probability)
+    where = rng.uniform(size=(num_tries, 2))
+    factor = min(edge / min(height, width), longest_edge / max(height, width))
+    resized = (max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5)))
+    class_of = np.concatenate([[0], np.asarray(segment_labels, np.int64) + 1])
+    for try_ in where:
+        placement = Placement(resized, _offset(try_, resized, size), mirrored)
+        if max_class_area >= 1:
+            break
+        top, left = placement.offset
+        rows = window_indices(height, resized[0], top, min(top + size, resized[0]))
+        columns = window_indices(width, resized[1], left, min(left + size, resized[1]))
+        window = pick(segment_ids, rows, columns).ravel()
+        starts = run_starts(window)
+        lengths = np.diff(starts, append=window.size)
+        areas = np.bincount(class_of[window[starts]], lengths)[1:]
+        if np.count_nonzero(areas) > 1 and areas.max() < max_class_area * areas.sum():
+            break
+    return placement
+
+
+def augment_example(
+    kind: str,
+    rng: np.random.Generator,
+    image: Image.Image,
+    segment_ids: np.ndarray,
+    segment_labels: np.ndarray,
+    size: int,
+    *,
+    scale_range: tuple[float, float],
+    max_class_area: float = 1.0,
+    canvas: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """A training example by one of the recipes `KINDS`.
+
+    Args:
+      kind: "lsj", large-scale jitter; "semantic", shortest edge from `scale_range` times the size
+        in steps of a tenth, crop limited by class area, and colours; "none", letterboxed.
+      rng: unused by "none".
+      image: RGB, [H, W].
+      segment_ids: [H, W].
+      segment_labels: [n] class indices.
+      size: side S of the canvas.
+      scale_range: relative to S.
+      max_class_area: of "semantic".
+      canvas: as for `place`.
+
+    Returns:
+      As `place`.
+
+    Raises:
+      ValueError: for an unknown kind, or what `place` and the samplers raise.
+    """
+    check_kind(kind)
+    height, width = segment_ids.shape
+    if kind == "lsj":
+        placement = sample_jitter(rng, height, width, size, scale_range=scale_range)
+    elif kind == "semantic":
+        low, high = (round(10 * scale) for scale in scale_range)
+        edges = [max(1, int(0.1 * step * size)) for step in range(low, high + 1)]
+        placement = sample_semantic(
+            rng,
+            segment_ids,
+            segment_labels,
+            size,
+            shortest_edges=edges,
+            longest_edge=4 * size,
+            max_class_area=max_class_area,
+        )
+        # Before the resize, where there are fewer pixels, not after it as the reference does.
+        image = colour_jitter(rng, image)
+    else:
+        placement = letterbox_placement(height, width, size)
+    return place(image, segment_ids, placement, size, canvas=canvas)
+
+
+def check_kind(kind: str) -> None:
+    """Raises ValueError, with the choices, unless `kind` is one of `KINDS`."""
+    if kind not in KINDS:
+        raise ValueError(f"augment is {kind!r} and must be one of {', '.join(KINDS)}.")
 
 
 def letterbox(
@@ -147,11 +184,6 @@ def letterbox(
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """The whole image on the canvas, longest side equal to `size`; results as `place`."""
     return place(image, segment_ids, letterbox_placement(*segment_ids.shape, size), size)
-
-
-def flip(image: np.ndarray, segment_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mirrors image [H, W, 3] and id map [H, W] left to right."""
-    return image[:, ::-1], segment_ids[:, ::-1]
 
 
 def keep_largest_segments(
@@ -170,14 +202,18 @@ def keep_largest_segments(
       The new map [H, W], uint8 if max_segments <= 255 and uint16 otherwise, and rows [n] int64
       ascending: new id i+1 was id rows[i]+1, that is, row rows[i] of the tables.
     """
-    counts = np.bincount(segment_ids.ravel(), minlength=1)
-    rows = np.flatnonzero(counts[1:])
+    flat = segment_ids.ravel()
+    # Segments are long runs of one id, so counting and renumbering runs saves nearly all the work.
+    starts = run_starts(flat)
+    ids, lengths = flat[starts], np.diff(starts, append=flat.size)
+    counts = np.bincount(ids, lengths, minlength=1)[1:]
+    rows = np.flatnonzero(counts)
     if len(rows) > max_segments:
-        by_area = np.argsort(-counts[1:][rows], kind="stable")
+        by_area = np.argsort(-counts[rows], kind="stable")
         rows = np.sort(rows[by_area[:max_segments]])
-    renumber = np.zeros(len(counts), np.uint8 if max_segments <= 255 else np.uint16)
+    renumber = np.zeros(len(counts) + 1, np.uint8 if max_segments <= 255 else np.uint16)
     renumber[rows + 1] = np.arange(1, len(rows) + 1)
-    return renumber[segment_ids], rows
+    return np.repeat(renumber[ids], lengths).reshape(segment_ids.shape), rows
 
 
 def resize_longest(example: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -221,6 +257,7 @@ def _fit(height: int, width: int, side: float) -> tuple[int, int]:
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def _nearest(source: int, resized: int, start: int, stop: int) -> np.ndarray:
-    # floor((i + 1/2) * source / resized) in integers: exact, and what PIL's NEAREST computes.
-    return (2 * np.arange(start, stop) + 1) * source // (2 * resized)
+def _offset(where: np.ndarray, resized: tuple[int, int], size: int) -> tuple[int, int]:
+    # (top, left) of a window: `where` in [0, 1)² picks uniformly among the places it fits into.
+    top, left = (int(u * (max(r - size, 0) + 1)) for u, r in zip(where, resized, strict=True))
+    return top, left

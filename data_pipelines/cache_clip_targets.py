@@ -37,9 +37,9 @@ from concat_jax.training.prefetch import prefetch
 from concat_jax.training.sharding import AXES, along_batch, replicated
 from data_pipelines import clip_target_cache as storage
 from data_pipelines.clip_target_batches import PlannedBatch, batch_rows, plan_batches
-from data_pipelines.coco_layout import DataError
-from data_pipelines.coco_panoptic import CocoPanoptic
 from data_pipelines.datasets import make_datasets, training_part
+from data_pipelines.loader import SegmentationLoader
+from data_pipelines.source import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class _Loaded:
 
 def fill_cache(
     folder: Path,
-    data: CocoPanoptic,
+    data: SegmentationLoader,
     clip: CLIP,
     params: Any,
     crops: CropConfig,
@@ -170,7 +170,7 @@ def fill_cache(
 
 
 def _load(
-    data: CocoPanoptic,
+    data: SegmentationLoader,
     pool: futures.Executor,
     skip_bad: bool,
     planned: PlannedBatch,

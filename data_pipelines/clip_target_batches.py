@@ -7,7 +7,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Sequence
 
-from data_pipelines.coco_layout import ImageRecord
+from data_pipelines.source import ImageRecord
 
 # Canvases are squares of 640, 960, 1280, 1920, 2560, ... pixels. COCO's longest side is 640, and
 # the resize of a canvas that is mostly empty costs little beside a pass of ViT-B/16.

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from data_pipelines.coco_layout import ImageRecord
+from data_pipelines.source import ImageRecord
 
 FORMAT = 1
 MANIFEST = "manifest.json"

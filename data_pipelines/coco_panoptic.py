@@ -1,51 +1,39 @@
-"""Data sets in COCO's panoptic layout, from a local folder, for zero-shot training and evaluation.
+"""Data sets in COCO's panoptic layout, from a local folder.
 
-The loader is random access: `batch(step)` is a pure function of (seed, step, process), computed by
-PIL and numpy in threads, so a resumed run needs no iterator state. The layout is COCO 2017's; any
-data set with the same three parts and a split file of its own (see `zero_shot_split`) works:
+The layout is COCO 2017's; any data set with the same three parts and a split file of its own (see
+`zero_shot_split`) works:
 
     root/train2017/*.jpg
     root/annotations/panoptic_train2017.json
     root/annotations/panoptic_train2017/*.png    or    root/panoptic_train2017/*.png
+
+ADE20K's panoptic files, as Mask2Former's `datasets/prepare_ade20k_pan_seg.py` makes them, hold the
+same in other places.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
+import dataclasses
 import os
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent import futures
-from typing import Any, Literal
+import pathlib
 
 import numpy as np
 from PIL import Image
 
-from concat_jax.text.vocabulary import Vocabulary
-from concat_jax.training.prefetch import prefetch
-from data_pipelines import augment as geometry
-from data_pipelines.coco_layout import DataError, ImageRecord, find_layout, read_image, read_records
-from data_pipelines.zero_shot_split import load_split
-
-logger = logging.getLogger(__name__)
-
-# Last word of each generator's key, so that the streams of one seed differ. The epoch order is
-# default_rng([seed, epoch]), which numpy treats as [seed, epoch, 0].
-_JITTER_STREAM, _CAPTION_STREAM = 1, 2
+from data_pipelines.coco_layout import Layout, find_layout, read_image, read_records
+from data_pipelines.source import DataError, ImageRecord
+from data_pipelines.vocabulary_files import load_vocabulary
+from data_pipelines.zero_shot_split import load_label_space
 
 
-class CocoPanoptic:
-    """One part (train2017, val2017) of a data set in COCO's panoptic layout.
-
-    `batch` and `caption_batch` draw from the training images; `eval_examples` walks through every
-    image of the part, whatever `unseen_images` says, because evaluation is over all classes.
+class CocoPanopticSource:
+    """One part (train2017, val2017) of a data set in COCO's panoptic layout; a `Source`.
 
     Attributes:
       vocabulary: the split's label space.
-      records: every annotated image, by ascending image id.
-      training_indices: [M] int64, the positions in `records` that training may use.
-      num_eval_images: how many examples `eval_examples` yields.
+      records: every annotated image, by ascending image id; source_ids are the segments' ids, R +
+        256 G + 65536 B of their pixels in the PNG.
+      layout: where the files are.
     """
 
     def __init__(
@@ -54,315 +42,83 @@ class CocoPanoptic:
         *,
         part: str = "train2017",
         split_file: str | os.PathLike[str] = "coco_panoptic_119_14",
-        seed: int,
-        batch_size: int,
-        image_size: int,
-        max_segments: int = 100,
-        unseen_images: Literal["drop", "keep"] = "drop",
-        on_bad_example: Literal["raise", "skip"] = "raise",
-        augment: bool = True,
-        scale_range: tuple[float, float] = (0.1, 2.0),
-        num_eval_images: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
-        num_threads: int = 8,
     ):
         """Reads the JSON and checks it, the layout and the presence of every file.
 
         Args:
           root: the folder with the layout of the module's docstring.
           part: name of the images folder; the other two names follow from it.
-          split_file: a split file's path, or the name of one that ships with the package.
-          seed: >= 0; decides order, jitter and captions.
-          batch_size: images of the *global* batch, a multiple of process_count. The global batch of
-            a step does not depend on how many processes share it.
-          image_size: side S of training images.
-          max_segments: rows G of the tables, 1..65535. Of an image with more segments after the
-            crop, the G largest stay and the others become void. 100 is the number of queries:
-            more could not be matched.
-          unseen_images: "drop" leaves out of training every image with a segment, crowd included,
-            of an unseen class (PADing `datasets/get_zsp_json.py`). "keep" trains on all images and
-            all classes; that is not zero-shot, it is for fully supervised reference runs.
-          on_bad_example: what a training image does that cannot be used (unreadable, or in conflict
-            with the JSON): "raise" a DataError, or "skip": the next good image in the epoch's
-            order takes its place, the file is logged once and counted in `skipped`. Evaluation
-            always raises, because a skipped image would change the metric in silence.
-          augment: large-scale jitter and flip; False letterboxes training images instead.
-          scale_range: of the jitter, relative to S.
-          num_eval_images: evaluate on the first so many images by id; None takes all.
-          process_index, process_count: this process among those that share the global batch.
-          num_threads: threads that decode the images of a batch.
+          split_file: a split or vocabulary file's path, or the name of one that ships.
 
         Raises:
           DataError: if a part of the layout or a file is missing, or the JSON is inconsistent, in
             itself or with the split.
-          ValueError: if an argument is out of range or the split file is not valid.
+          ValueError: if the split file is not valid.
         """
-        _check_arguments(
-            seed=(seed, 0),
-            batch_size=(batch_size, 1),
-            image_size=(image_size, 1),
-            max_segments=(max_segments, 1),
-            num_eval_images=(1 if num_eval_images is None else num_eval_images, 1),
-            process_index=(process_index, 0),
-            num_threads=(num_threads, 1),
-        )
-        if max_segments > 65535:
-            raise ValueError(f"max_segments is {max_segments}; id maps hold at most 65535.")
-        if process_index >= process_count or batch_size % process_count:
-            raise ValueError(
-                f"batch_size {batch_size} must be a multiple of process_count {process_count}, and "
-                f"process_index {process_index} below it."
-            )
-        if unseen_images not in ("drop", "keep"):
-            raise ValueError(f"unseen_images is {unseen_images!r} and must be 'drop' or 'keep'.")
-        if on_bad_example not in ("raise", "skip"):
-            raise ValueError(f"on_bad_example is {on_bad_example!r} and must be 'raise' or 'skip'.")
-        if not 0 < scale_range[0] <= scale_range[1]:
-            raise ValueError(f"scale_range is {scale_range} and must be 0 < low <= high.")
-        self.vocabulary = load_split(split_file)
-        self._layout = find_layout(root, part)
-        self.records = read_records(self._layout, self.vocabulary)
-        allowed = np.array(self.vocabulary.is_seen) | (unseen_images == "keep")
-        self.training_indices = np.array(
-            [i for i, record in enumerate(self.records) if allowed[record.labels].all()], np.int64
-        )
-        self.num_eval_images = min(num_eval_images or len(self.records), len(self.records))
-        self._part, self._seed, self._batch_size, self._size = part, seed, batch_size, image_size
-        self._max_segments, self._augment, self._scale_range = max_segments, augment, scale_range
-        self._drop, self._skip = unseen_images == "drop", on_bad_example == "skip"
-        self._process_index, self._process_count = process_index, process_count
-        self._is_thing = np.array(self.vocabulary.is_thing)
-        self._num_threads = num_threads
-        self._pool = futures.ThreadPoolExecutor(num_threads, thread_name_prefix="coco_panoptic")
-        self._skipped_files: set[str] = set()
-        self._lock = threading.Lock()
-        logger.info("%s: %s", self._layout.json_path, self.counts)
+        self.vocabulary = load_label_space(split_file)
+        self.layout = find_layout(root, part)
+        self.records = read_records(self.layout, self.vocabulary)
 
-    @functools.cached_property
-    def counts(self) -> dict[str, int]:
-        """How many images and segments (crowd included) the part holds and training uses."""
-        is_seen = np.array(self.vocabulary.is_seen)
-        segments = sum(len(record.labels) for record in self.records)
-        unseen = sum(int((~is_seen[record.labels]).sum()) for record in self.records)
-        return {
-            "images": len(self.records),
-            "training_images": len(self.training_indices),
-            "segments": segments,
-            "unseen_segments": unseen,
-            "training_segments": sum(len(self.records[i].labels) for i in self.training_indices),
-        }
-
-    @property
-    def skipped(self) -> int:
-        """Number of different training images skipped so far because they could not be used."""
-        return len(self._skipped_files)
-
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This process's share of the global batch of a step, a pure function of the step.
-
-        Every epoch visits each training image once, in an order of its own; the epochs follow one
-        another without a gap, so a batch may hold the end of one and the beginning of the next.
-
-        Args:
-          step: >= 0.
-
-        Returns:
-          With B = batch_size / process_count, S = image_size, G = max_segments: image [B, S, S, 3]
-          uint8 (padding 128), segment_ids [B, S, S] uint8 (uint16 where G > 255; 0 void and
-          padding, g owns row g-1), segment_labels [B, G] int32 (-1 padded), segment_is_thing and
-          segment_is_crowd [B, G] bool, segment_source_ids [B, G] int64 (0 padded), image_id [B]
-          int64, image_size [B, 2] int32 (height, width of the valid area). Segments that the crop
-          removed have no row.
-
-        Raises:
-          DataError: if an image cannot be used (see on_bad_example), or none is left to train on.
-        """
-        positions = self._positions(step, self._batch_size)
-        examples = list(self._pool.map(self._training_example, positions))
-        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-
-    def caption_batch(self, step: int, batch_size: int, size: int) -> dict[str, Any]:
-        """Image-caption pairs for a small CLIP of one's own, a pure function of the step.
-
-        The picture is the crop of a seen segment's bounding box in a training image (a rectangle,
-        never cut out along the mask), stretched to a square; the caption is its class's name.
-
-        Args:
-          step: >= 0.
-          batch_size: pairs of the global batch, a multiple of process_count.
-          size: side of the pictures.
-
-        Returns:
-          image [batch_size / process_count, size, size, 3] uint8, and captions, a list of as many
-          class names.
-
-        Raises:
-          DataError: if an image cannot be used, or there is no seen segment to train on.
-        """
-        positions = self._positions(step, batch_size)
-        if not len(self._caption_segments):
-            raise DataError(
-                f"{self._part} holds no seen segment in an image that training may use."
-            )
-        load = functools.partial(self._caption_pair, size=size)
-        images, captions = zip(*self._pool.map(load, positions), strict=True)
-        return {"image": np.stack(images), "captions": list(captions)}
-
-    def eval_examples(self) -> Iterator[dict[str, Any]]:
-        """Every image of the part by ascending id, at native size, decoded ahead in threads."""
-        threads = self._num_threads
-        yield from prefetch(self.eval_example, 0, self.num_eval_images, threads + 1, threads)
-
-    def eval_example(self, index: int) -> dict[str, Any]:
-        """The un-augmented example of records[index]; for evaluators that share the images out.
-
-        Returns:
-          The fields of `batch` without the batch axis at native size, and `file_name`. No segment
-          is ever left out: tables hold max_segments rows, or as many as the image has if more.
-
-        Raises:
-          DataError: if the image cannot be used, also where training would skip it.
-        """
-        record = self.records[index]
-        image, segment_ids = read_image(self._layout, record)
-        length = max(self._max_segments, len(record.labels))
-        example = self._example(record, np.array(image), segment_ids, segment_ids.shape, length)
-        return dict(example, file_name=record.file_name)
-
-    def _positions(self, step: int, batch_size: int) -> range:
-        # Positions in the endless stream of epochs. The processes take consecutive slices of each
-        # global batch, the order in which jax assembles process-local data into a global array.
-        if step < 0 or batch_size < 1 or batch_size % self._process_count:
-            raise ValueError(
-                f"step {step} must not be negative and batch_size {batch_size} must be a positive "
-                f"multiple of process_count {self._process_count}."
-            )
-        share = batch_size // self._process_count
-        first = step * batch_size + self._process_index * share
-        return range(first, first + share)
-
-    def _training_example(self, position: int) -> dict[str, Any]:
-        count = len(self.training_indices)
-        if not count:
-            raise DataError(
-                f"Every image of {self._part} holds an unseen class: nothing to train on."
-            )
-        epoch, start = divmod(position, count)
-        order = _epoch_order(count, self._seed, epoch)
-        candidates = (self.training_indices[order[(start + k) % count]] for k in range(count))
-        tried, image, segment_ids = self._first_usable(candidates)
-        record = self.records[self.training_indices[order[(start + tried) % count]]]
-        if self._drop:
-            # Of the whole image, not only what the crop leaves, and never skipped.
-            check_no_unseen(record.labels, record.image_id, self.vocabulary)
-        if self._augment:
-            rng = np.random.default_rng([self._seed, position, _JITTER_STREAM])
-            placed = geometry.large_scale_jitter(
-                rng, image, segment_ids, self._size, scale_range=self._scale_range
-            )
-        else:
-            placed = geometry.letterbox(image, segment_ids, self._size)
-        return self._example(record, *placed, self._max_segments)
-
-    @functools.cached_property
-    def _caption_segments(self) -> np.ndarray:
-        # [M, 2]: position in records, row of its tables.
-        is_seen = np.array(self.vocabulary.is_seen)
-        pairs = [
-            (index, row)
-            for index in self.training_indices
-            for row in np.flatnonzero(is_seen[self.records[index].labels])
-        ]
-        return np.array(pairs, np.int64).reshape(-1, 2)
-
-    def _caption_pair(self, position: int, *, size: int) -> tuple[np.ndarray, str]:
-        segments = self._caption_segments
-        count = len(segments)
-        epoch, start = divmod(position, count)
-        order = _epoch_order(count, self._seed, epoch, _CAPTION_STREAM)
-        candidates = (segments[order[(start + k) % count], 0] for k in range(count))
-        tried, image, segment_ids = self._first_usable(candidates)
-        index, row = segments[order[(start + tried) % count]]
-        mask = segment_ids == row + 1
-        y, x = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        box = (int(x[0]), int(y[0]), int(x[-1]) + 1, int(y[-1]) + 1)
-        # Cropped first: `resize(box=...)` would mix in pixels from beyond the box.
-        crop = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(crop), self.vocabulary.names[self.records[index].labels[row]]
-
-    def _first_usable(self, indices: Iterable[int]) -> tuple[int, Image.Image, np.ndarray]:
-        # How many were passed over, then what `read_image` gives for the one after them.
-        for tried, index in enumerate(indices):
-            record = self.records[index]
-            try:
-                return tried, *read_image(self._layout, record)
-            except DataError as error:
-                if not self._skip:
-                    raise
-                with self._lock:
-                    is_new = record.file_name not in self._skipped_files
-                    self._skipped_files.add(record.file_name)
-                if is_new:
-                    logger.warning("Skipped a training image: %s", error)
-        raise DataError(f"Not one of the training images of {self._part} can be used.")
-
-    def _example(
-        self,
-        record: ImageRecord,
-        image: np.ndarray,
-        segment_ids: np.ndarray,
-        image_size: tuple[int, int],
-        length: int,
-    ) -> dict[str, Any]:
-        segment_ids, rows = geometry.keep_largest_segments(segment_ids, length)
-        labels = record.labels[rows]
-        tables = {
-            "segment_labels": labels,
-            "segment_is_thing": self._is_thing[labels],
-            "segment_is_crowd": record.is_crowd[rows],
-            "segment_source_ids": record.source_ids[rows],
-        }
-        return {
-            "image": image,
-            "segment_ids": segment_ids,
-            "image_id": np.int64(record.image_id),
-            "image_size": np.array(image_size, np.int32),
-            **{
-                name: geometry.pad_table(values, length, geometry.TABLE_PADDING[name])
-                for name, values in tables.items()
-            },
-        }
+    def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
+        """As `Source.read`."""
+        return read_image(self.layout, record)
 
 
-def check_no_unseen(segment_labels: np.ndarray, image_id: int, vocabulary: Vocabulary) -> None:
-    """The leak test: raises if a training image holds a segment of an unseen class.
+class Ade20kPanopticSource:
+    """ADE20K's training or validation images with panoptic segments; a `Source`.
 
-    Args:
-      segment_labels: [G] class indices, negative where padded.
-      image_id: of the image, for the message.
-      vocabulary: the label space with its seen and unseen classes.
+    The script paints things over stuff and lists also the stuff that is hidden altogether, so a
+    segment of a record may have no pixel. Its JSON names images by texts, which become numbers
+    (`source.image_number`), numbers classes from 0, and has names of its own for them.
 
-    Raises:
-      DataError: naming the image and the class.
+    Attributes:
+      vocabulary: ADE20K's 150 classes with the JSON's category ids, 0 to 149.
+      records: every annotated image, by ascending image id.
+      layout: where the files are.
     """
-    labels = segment_labels[segment_labels >= 0]
-    leaked = labels[np.isin(labels, vocabulary.unseen)]
-    if len(leaked):
-        raise DataError(
-            f"Image {image_id} is in training but holds the unseen class "
-            f"{vocabulary.names[leaked[0]]!r}: its pixels must not be seen."
-        )
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        part: str = "validation",
+        split_file: str | os.PathLike[str] | None = None,
+    ):
+        """Reads the JSON and checks it, the layout and the presence of every file.
+
+        Args:
+          root: the folder ADEChallengeData2016.
+          part: "training" or "validation".
+          split_file: a split whose ids are 0 to 149; None takes ADE20K's 150 classes, all unseen.
+
+        Raises:
+          DataError: if a file is missing or the JSON is inconsistent.
+          ValueError: if the split file is not valid.
+        """
+        if split_file:
+            self.vocabulary = load_label_space(split_file)
+        else:
+            shipped = load_vocabulary("ade20k_150")
+            ids = tuple(category - 1 for category in shipped.category_ids)
+            self.vocabulary = dataclasses.replace(shipped, category_ids=ids)
+        self.layout = _find_ade20k(pathlib.Path(root), part)
+        self.records = read_records(self.layout, self.vocabulary, own_names=True)
+
+    def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
+        """As `Source.read`."""
+        return read_image(self.layout, record, hidden_segments=True)
 
 
-@functools.lru_cache(maxsize=8)
-def _epoch_order(count: int, *key: int) -> np.ndarray:
-    order = np.random.default_rng(key).permutation(count)
-    order.setflags(write=False)
-    return order
-
-
-def _check_arguments(**values_and_minima: tuple[int, int]) -> None:
-    for name, (value, minimum) in values_and_minima.items():
-        if value < minimum:
-            raise ValueError(f"{name} is {value} and must be at least {minimum}.")
+def _find_ade20k(root: pathlib.Path, part: str) -> Layout:
+    name = {"training": "train", "validation": "val"}.get(part)
+    if name is None:
+        raise DataError(f"ADE20K has no part {part!r}; give training or validation.")
+    pngs = root / f"ade20k_panoptic_{name}"
+    layout = Layout(root / "images" / part, pngs, pngs.with_suffix(".json"))
+    for place in dataclasses.astuple(layout):
+        if not place.exists():
+            raise DataError(
+                f"{place} does not exist; expected {root}/{{images/{part}/*.jpg, {pngs.name}.json, "
+                f"{pngs.name}/*.png}} as Mask2Former's datasets/prepare_ade20k_pan_seg.py makes it."
+            )
+    return layout

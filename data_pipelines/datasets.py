@@ -17,10 +17,14 @@ from data_pipelines.clip_target_cache import (
     check_manifest,
     dataset_identity,
 )
-from data_pipelines.coco_panoptic import CocoPanoptic, DataError
+from data_pipelines.layouts import DATASETS, open_source
+from data_pipelines.loader import SegmentationLoader
+from data_pipelines.shards import ShardSource
+from data_pipelines.source import DataError, Source
 from data_pipelines.vocabulary_files import load_vocabulary, with_synonyms
+from data_pipelines.zero_shot_split import load_label_space
 
-KINDS = ("synthetic", "coco_panoptic")
+KINDS = ("synthetic", *DATASETS, "shards")
 
 BatchFn = Callable[[int], Mapping[str, Any]]
 
@@ -30,7 +34,7 @@ class Datasets:
     """What a run needs of its data. A batch function gives the same batch whenever asked.
 
     Attributes:
-      vocabulary: all classes, seen and unseen.
+      vocabulary: all classes that training knows of, seen and unseen.
       train: batch size -> batch function; no batch holds a pixel of an unseen class. Where cached
         CLIP targets are configured, batches carry `clip_image_target` [B, C] and
         `clip_segment_targets` [B, G, C] float32, zeros where padded.
@@ -41,6 +45,10 @@ class Datasets:
       check_clip_targets: what the targets must have been made with (fields of the cache's manifest)
         -> None; raises ClipTargetError unless the configured cache is of that and of this data,
         complete and undamaged. None where no cache is configured.
+      oracle: as `train`, of images that show unseen classes too: for an upper bound that is not
+        zero-shot. None where there are none.
+      eval_vocabulary: the classes of the evaluation images, where they are of another data set, as
+        in open-vocabulary evaluation; None where they are those of `vocabulary`.
     """
 
     vocabulary: Vocabulary
@@ -49,6 +57,8 @@ class Datasets:
     caption_words: tuple[str, ...]
     evaluation: Callable[[], Iterable[tuple[Mapping, Mapping]]]
     check_clip_targets: Callable[[Mapping[str, Any]], None] | None = None
+    eval_vocabulary: Vocabulary | None = None
+    oracle: Callable[[int], BatchFn] | None = None
 
 
 def make_datasets(
@@ -68,7 +78,7 @@ def make_datasets(
     check_choice(config["kind"], KINDS, "config.data.kind is unknown:")
     if config["kind"] == "synthetic":
         return _synthetic(config, seed, process_index, process_count)
-    return _coco_panoptic(config, seed, process_index, process_count)
+    return _on_disk(config, seed, process_index, process_count)
 
 
 def _synthetic(config, seed: int, process_index: int, process_count: int) -> Datasets:
@@ -84,10 +94,10 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
         batch = make(batch_size // process_count)
         return lambda step: batch(step * process_count + process_index)
 
-    def train(batch_size: int) -> BatchFn:
+    def scenes(batch_size: int, *, classes: str) -> BatchFn:
         def make(size):
             return synthetic_world.SyntheticWorld(
-                **shared, classes="seen", batch_size=size, max_segments=config["max_segments"]
+                **shared, classes=classes, batch_size=size, max_segments=config["max_segments"]
             ).batch
 
         return of_this_host(make, batch_size)
@@ -112,27 +122,28 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
     )
     return Datasets(
         vocabulary=test.vocabulary,
-        train=train,
+        train=functools.partial(scenes, classes="seen"),
         captions=captions,
         caption_words=synthetic_world.word_list(config["preset"]),
+        oracle=functools.partial(scenes, classes="all"),
         evaluation=lambda: ((example, example) for example in test.eval_examples()),
     )
 
 
-def _coco_panoptic(config, seed: int, process_index: int, process_count: int) -> Datasets:
-    if not config["root"]:
-        raise DataError(
-            "No data directory is configured: set config.data.root to a COCO panoptic directory "
-            "(train2017/, val2017/, annotations/panoptic_{train,val}2017.json and their PNGs in "
-            "annotations/panoptic_{train,val}2017/)."
+def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datasets:
+    # Every stage asks for its part, and COCO's JSON takes half a minute to read.
+    source = functools.cache(lambda: open_training_part(config))
+
+    def part(batch_size: int) -> SegmentationLoader:
+        return training_part(
+            config,
+            batch_size,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+            source=source(),
         )
-    part = functools.partial(
-        training_part,
-        config,
-        seed=seed,
-        process_index=process_index,
-        process_count=process_count,
-    )
+
     target_folder = config.get("clip_targets", "")
 
     @functools.cache
@@ -160,18 +171,21 @@ def _coco_panoptic(config, seed: int, process_index: int, process_count: int) ->
         data = part(batch_size)
         return lambda step: data.caption_batch(step, batch_size, side)
 
-    test = CocoPanoptic(
-        config["root"],
-        part=config["eval_part"],
+    test = SegmentationLoader(
+        _open_for_evaluation(config),
         batch_size=1,
         image_size=config["eval_size"],
         num_eval_images=config["num_eval_images"] or None,
+        unseen_images="keep",
         **_shared(config, seed),
     )
-    vocabulary = test.vocabulary
+    # Where evaluation is on another data set, the training part says which classes training knows.
+    elsewhere = bool(config.get("eval_kind", ""))
+    vocabulary = source().vocabulary if elsewhere else test.vocabulary
     if config.get("synonyms", ""):
         vocabulary = with_synonyms(vocabulary, load_vocabulary(config["synonyms"]))
-    names = [name for texts in vocabulary.texts for name in texts]
+    texts = [*vocabulary.texts, *(test.vocabulary.texts if elsewhere else ())]
+    names = [name for words in texts for name in words]
     words = sorted({word for name in names for word in name.replace("-", " ").split()})
     return Datasets(
         vocabulary=vocabulary,
@@ -183,12 +197,12 @@ def _coco_panoptic(config, seed: int, process_index: int, process_count: int) ->
             for example in test.eval_examples()
         ),
         check_clip_targets=check_clip_targets if target_folder else None,
+        eval_vocabulary=test.vocabulary if elsewhere else None,
     )
 
 
 def _shared(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     return dict(
-        split_file=config["split_file"],
         max_segments=config["max_segments"],
         num_threads=config["num_threads"],
         seed=seed,
@@ -202,18 +216,78 @@ def training_part(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> CocoPanoptic:
-    """The part that a COCO config trains on; arguments as `make_datasets` and `CocoPanoptic`."""
-    return CocoPanoptic(
-        config["root"],
-        part=config["train_part"],
+    source: Source | None = None,
+) -> SegmentationLoader:
+    """The part that a config trains on.
+
+    Args:
+      config, seed, process_index, process_count: as `make_datasets`.
+      batch_size: of the global batch.
+      source: the part, where it has been opened before.
+
+    Raises:
+      ValueError: if the data is missing or damaged, or an argument is out of range.
+    """
+    return SegmentationLoader(
+        source or open_training_part(config),
         batch_size=batch_size,
         image_size=config["image_size"],
         scale_range=tuple(config["scale_range"]),
         augment=config["augment"],
+        max_class_area=config.get("max_class_area", 1.0),
         unseen_images=config["unseen_images"],
         on_bad_example=config["on_bad_example"],
         process_index=process_index,
         process_count=process_count,
         **_shared(config, seed),
     )
+
+
+def open_training_part(config: Mapping[str, Any]) -> Source:
+    """The source of a config's training part.
+
+    Raises:
+      ValueError: if the data is missing or damaged.
+    """
+    return _open(config, "", config["train_part"], config["on_bad_example"])
+
+
+def _open_for_evaluation(config: Mapping[str, Any]) -> Source:
+    other, part = config.get("eval_kind", ""), config["eval_part"]
+    if other:
+        check_choice(other, KINDS[1:], "config.data.eval_kind is unknown:")
+    prefix = "eval_" if other else ""
+    # Never skipped: a missing image would change the metric in silence.
+    source = _open(config, prefix, part, "raise")
+    treatment = source.unseen if isinstance(source, ShardSource) else "keep"
+    if treatment != "keep":
+        raise DataError(
+            f"The shards of {part} in {config[f'{prefix}root']} were made with --unseen="
+            f"{treatment} and lack what evaluation needs; make them with --unseen=keep."
+        )
+    return source
+
+
+def _open(config: Mapping[str, Any], prefix: str, part: str, on_bad_example: str) -> Source:
+    kind, root, split_file = (config[f"{prefix}{name}"] for name in ("kind", "root", "split_file"))
+    if not root:
+        tree = DATASETS[kind].tree.format(part=part) if kind in DATASETS else "what prepare made"
+        raise DataError(
+            f"No data directory is configured: set config.data.{prefix}root to a {kind} directory "
+            f"({tree})."
+        )
+    if kind == "shards":
+        source = ShardSource(root, part)
+        if split_file:
+            _check_label_space(source.vocabulary, split_file, root)
+        return source
+    return open_source(kind, root, part, split_file or None, on_bad_example=on_bad_example)
+
+
+def _check_label_space(vocabulary: Vocabulary, split_file: str, root: str) -> None:
+    asked = load_label_space(split_file)
+    if (vocabulary.names, vocabulary.is_seen) != (asked.names, asked.is_seen):
+        raise DataError(
+            f"The shards in {root} were made with other classes than those of {split_file}; make "
+            "them anew, or set the split file to that they were made with."
+        )

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from concat_jax.text.vocabulary import Vocabulary
+from data_pipelines.vocabulary_files import VOCABULARIES_FOLDER, load_vocabulary
 
 SPLITS_FOLDER = pathlib.Path(__file__).parent / "splits"
 
@@ -48,6 +49,29 @@ def load_split(split_file: str | os.PathLike[str]) -> Vocabulary:
     except ValueError as error:
         raise ValueError(f"The split file {path} is not valid JSON: {error}.") from error
     return split_vocabulary(content, where=f"The split file {path}")
+
+
+def load_label_space(name_or_path: str | os.PathLike[str]) -> Vocabulary:
+    """A label space from a split file or a vocabulary file, or the name of one that ships.
+
+    Of a vocabulary, which knows no split, all classes are unseen.
+
+    Raises:
+      ValueError: if there is no such file, or it is neither.
+    """
+    shipped = VOCABULARIES_FOLDER / f"{name_or_path}.json"
+    path = pathlib.Path(name_or_path)
+    if shipped.is_file() and not path.is_file():
+        return load_vocabulary(name_or_path)
+    if path.is_file() and '"split"' not in path.read_text(encoding="utf-8", errors="replace"):
+        return load_vocabulary(path)
+    if path.is_file() or (SPLITS_FOLDER / f"{name_or_path}.json").is_file():
+        return load_split(name_or_path)
+    names = sorted(p.stem for f in (SPLITS_FOLDER, VOCABULARIES_FOLDER) for p in f.glob("*.json"))
+    raise ValueError(
+        f"There is no split or vocabulary {str(name_or_path)!r}; give a path or one of: "
+        f"{', '.join(names)}."
+    )
 
 
 def split_vocabulary(content: Any, *, where: str = "The split") -> Vocabulary:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import augment
+from data_pipelines import augment, placement
 
 
 def _random_image(height, width, seed=0):
@@ -36,8 +36,14 @@ def _interior(ids, margin):
 @pytest.mark.parametrize("seed", range(12))
 def test_jitter_keeps_image_and_ids_aligned(seed):
     image, ids, colours = _blocks()
-    out, out_ids, (height, width) = augment.large_scale_jitter(
-        np.random.default_rng(seed), image, ids, 64, scale_range=(0.5, 2.0)
+    out, out_ids, (height, width) = augment.augment_example(
+        "lsj",
+        np.random.default_rng(seed),
+        Image.fromarray(image),
+        ids,
+        np.arange(12),
+        64,
+        scale_range=(0.5, 2.0),
     )
     assert out.shape == (64, 64, 3) and out_ids.shape == (64, 64) and out_ids.dtype == np.uint16
     assert (out[height:] == 128).all() and (out[:, width:] == 128).all()
@@ -55,8 +61,8 @@ def test_crop_of_the_window_equals_resize_then_crop():
     whole = np.asarray(Image.fromarray(image).resize((new_width, new_height), 2))
     whole_ids = np.asarray(Image.fromarray(ids).resize((new_width, new_height), 0))
     for top, left in [(0, 0), (7, 33), (7, 13)]:
-        placement = augment.Placement((new_height, new_width), (top, left))
-        out, out_ids, valid = augment.place(image, ids, placement, 64)
+        where = placement.Placement((new_height, new_width), (top, left))
+        out, out_ids, valid = placement.place(image, ids, where, 64)
         assert valid == (64, 64)
         np.testing.assert_array_equal(out_ids, whole_ids[top : top + 64, left : left + 64])
         difference = np.abs(out.astype(int) - whole[top : top + 64, left : left + 64])
@@ -65,8 +71,8 @@ def test_crop_of_the_window_equals_resize_then_crop():
 
 def test_mirroring_reverses_the_valid_area_and_pads_at_the_same_corner():
     image, ids, _ = _blocks()
-    plain = augment.place(image, ids, augment.Placement((20, 30), (0, 0)), 48)
-    mirrored = augment.place(image, ids, augment.Placement((20, 30), (0, 0), True), 48)
+    plain = placement.place(image, ids, placement.Placement((20, 30), (0, 0)), 48)
+    mirrored = placement.place(image, ids, placement.Placement((20, 30), (0, 0), True), 48)
     assert plain[2] == mirrored[2] == (20, 30)
     np.testing.assert_array_equal(mirrored[0][:20, :30], plain[0][:20, :30][:, ::-1])
     np.testing.assert_array_equal(mirrored[1][:20, :30], plain[1][:20, :30][:, ::-1])
@@ -76,7 +82,7 @@ def test_mirroring_reverses_the_valid_area_and_pads_at_the_same_corner():
 def test_same_size_placement_is_the_identity_and_takes_pil_images():
     image, ids = _random_image(32, 32), np.arange(1024, dtype=np.uint16).reshape(32, 32)
     for given in (image, Image.fromarray(image)):
-        out, out_ids, valid = augment.place(given, ids, augment.Placement((32, 32)), 32)
+        out, out_ids, valid = placement.place(given, ids, placement.Placement((32, 32)), 32)
         np.testing.assert_array_equal(out, image)
         np.testing.assert_array_equal(out_ids, ids)
         assert valid == (32, 32)
@@ -84,7 +90,7 @@ def test_same_size_placement_is_the_identity_and_takes_pil_images():
 
 def test_place_refuses_sizes_that_differ():
     with pytest.raises(ValueError, match="30x40 RGB and its id map is 30x41"):
-        augment.place(_random_image(30, 40), np.zeros((30, 41)), augment.Placement((3, 4)), 8)
+        placement.place(_random_image(30, 40), np.zeros((30, 41)), placement.Placement((3, 4)), 8)
 
 
 def test_jitter_geometry_over_many_draws():
@@ -178,3 +184,162 @@ def test_resize_longest_letterboxes_and_drops_what_vanishes():
     assert small["file_name"] == "a.jpg" and small["image_id"] == 9
     assert example["image_size"].tolist() == [40, 80]  # the input is left alone
     assert augment.resize_longest(example, 160)["image_size"].tolist() == [80, 160]
+
+
+@pytest.mark.parametrize("factor", [0.13, 0.5, 0.97, 1.0, 1.04, 1.7, 3.3])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_resampling_is_that_of_pil(factor, mirrored):
+    # Rows are enlarged by numpy, in 8 bits of weight where PIL has 22.
+    image, ids = _random_image(70, 61, seed=3), np.zeros((70, 61), np.uint8)
+    resized = (round(70 * factor), round(61 * factor))
+    out, _, (height, width) = placement.place(
+        image, ids, placement.Placement(resized, (0, 0), mirrored), 256
+    )
+    assert (height, width) == resized
+    expected = np.asarray(Image.fromarray(image).resize(resized[::-1], 2)).astype(int)
+    expected = expected[:, ::-1] if mirrored else expected
+    difference = np.abs(out[:height, :width] - expected)
+    assert difference.max() <= (2 if factor > 1 else 0)
+    assert difference.mean() < 0.3
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (9, 1), (2, 2)])
+@pytest.mark.parametrize("factor", [1, 7])
+def test_tiny_images(height, width, factor):
+    image, ids = _random_image(height, width), np.ones((height, width), np.uint16)
+    resized = (height * factor, width * factor)
+    out, out_ids, valid = placement.place(image, ids, placement.Placement(resized), 64)
+    assert valid == resized and (out_ids > 0).sum() == resized[0] * resized[1]
+    expected = np.asarray(Image.fromarray(image).resize(resized[::-1], 2)).astype(int)
+    assert np.abs(out[: valid[0], : valid[1]] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("offset", [(0, 0), (40, 3), (44, 101)])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_ids_of_a_window_are_the_nearest_source_pixels(offset, mirrored):
+    ids = np.random.default_rng(4).integers(0, 9, (37, 53)).astype(np.uint8)
+    for resized in [(108, 165), (30, 45), (37, 53)]:
+        top, left = (min(o, max(r - 64, 0)) for o, r in zip(offset, resized, strict=True))
+        where = placement.Placement(resized, (top, left), mirrored)
+        _, out, (height, width) = placement.place(_random_image(37, 53), ids, where, 64)
+        for y in range(height):
+            for x in range(width):
+                column = width - 1 - x if mirrored else x
+                source = (
+                    int((y + top + 0.5) * 37 / resized[0]),
+                    int((column + left + 0.5) * 53 / resized[1]),
+                )
+                assert out[y, x] == ids[source]
+
+
+def test_a_canvas_is_written_all_over():
+    image, ids, _ = _blocks()
+    for where in (placement.Placement((20, 30)), placement.Placement((90, 120), (26, 50), True)):
+        canvas = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        out, _, _ = placement.place(image, ids, where, 64, canvas=canvas)
+        assert out is canvas
+        np.testing.assert_array_equal(out, placement.place(image, ids, where, 64)[0])
+
+
+def test_keep_largest_segments_on_random_maps():
+    rng = np.random.default_rng(0)
+    for limit in (1, 3, 30):
+        ids = rng.integers(0, 20, (17, 23)).astype(np.uint16)
+        new, rows = augment.keep_largest_segments(ids, limit)
+        areas = [(-(ids == value).sum(), value) for value in range(1, 20) if (ids == value).any()]
+        kept = sorted(value for _, value in sorted(areas)[:limit])
+        assert (rows + 1).tolist() == kept
+        for position, value in enumerate(kept, start=1):
+            np.testing.assert_array_equal(new == position, ids == value)
+        assert ((new == 0) == ~np.isin(ids, kept)).all()
+
+
+def test_semantic_placement_takes_the_shortest_edge_and_limits_the_longest():
+    ids, labels = np.ones((60, 240), np.uint8), np.array([0])
+    options = dict(shortest_edges=(30, 60, 90), longest_edge=300)
+    drawn = [
+        augment.sample_semantic(np.random.default_rng(s), ids, labels, 40, **options)
+        for s in range(300)
+    ]
+    # 90 would make the longer side 360.
+    assert {p.resized for p in drawn} == {(30, 120), (60, 240), (75, 300)}
+    counts = [sum(p.resized[0] == edge for p in drawn) for edge in (30, 60, 75)]
+    assert min(counts) > 70
+    assert 110 < sum(p.mirrored for p in drawn) < 190
+    offsets = {p.offset for p in drawn if p.resized == (30, 120)}
+    assert {top for top, _ in offsets} == {0}  # no room to move
+    assert min(left for _, left in offsets) < 8 and max(left for _, left in offsets) > 72
+
+
+def test_the_crop_avoids_what_one_class_fills():
+    # Left half of one class in two segments, right half void but for a strip of another class.
+    ids = np.zeros((40, 200), np.uint8)
+    ids[:, :50], ids[:, 50:100], ids[:, 100:106] = 1, 2, 3
+    labels = np.array([7, 7, 4])
+
+    def largest_share(limit, seed):
+        where = augment.sample_semantic(
+            np.random.default_rng(seed),
+            ids,
+            labels,
+            40,
+            shortest_edges=(40,),
+            longest_edge=400,
+            max_class_area=limit,
+            flip_probability=0,
+            num_tries=60,
+        )
+        left = where.offset[1]
+        window = ids[:, left : left + 40]
+        areas = [np.isin(window, (1, 2)).sum(), (window == 3).sum()]
+        return max(areas) / max(sum(areas), 1)
+
+    limited = [largest_share(0.75, seed) for seed in range(40)]
+    free = [largest_share(1.0, seed) for seed in range(40)]
+    assert max(limited) < 0.75
+    assert np.mean(np.array(free) == 1) > 0.3
+    # Where no window fits, the last is taken all the same.
+    assert largest_share(0.01, 0) > 0
+
+
+def test_semantic_examples_are_functions_of_the_generator():
+    image, ids, _ = _blocks()
+    picture = Image.fromarray(image)
+
+    def draw(kind, seed):
+        return augment.augment_example(
+            kind,
+            np.random.default_rng(seed),
+            picture,
+            ids,
+            np.arange(12),
+            48,
+            scale_range=(0.5, 1.5),
+        )
+
+    for left, right in zip(draw("semantic", 1), draw("semantic", 1), strict=True):
+        np.testing.assert_array_equal(left, right)
+    drawn = [draw("semantic", seed) for seed in range(12)]
+    assert len({out.tobytes() for out, _, _ in drawn}) == 12
+    # Shortest edges of 24 to 72: an image of 60 x 80 is cut at 48 or padded.
+    assert all(24 <= valid[0] <= 48 and 32 <= valid[1] <= 48 for _, _, valid in drawn)
+    colours = {tuple(out[0, 0]) for out, _, _ in drawn}
+    assert len(colours) > 6
+    letterboxed = draw("none", 0)
+    np.testing.assert_array_equal(letterboxed[0], draw("none", 1)[0])
+    assert letterboxed[2] == (36, 48)
+    with pytest.raises(ValueError, match="'LSJ' and must be one of lsj, semantic, none"):
+        draw("LSJ", 0)
+
+
+@pytest.mark.parametrize("edges", [(), (0, 4)])
+def test_bad_edges(edges):
+    with pytest.raises(ValueError, match="shortest_edges .* at least 1"):
+        augment.sample_semantic(
+            np.random.default_rng(0),
+            np.ones((4, 4), np.uint8),
+            np.array([0]),
+            8,
+            shortest_edges=edges,
+            longest_edge=9,
+        )

@@ -28,9 +28,10 @@ from data_pipelines import cache_clip_targets as command
 from data_pipelines import clip_target_batches as planning
 from data_pipelines import clip_target_cache as storage
 from data_pipelines.clip_target_cache import ClipTargetCache, ClipTargetError
-from data_pipelines.coco_layout import DataError, ImageRecord
-from data_pipelines.coco_panoptic import CocoPanoptic
+from data_pipelines.coco_panoptic import CocoPanopticSource
 from data_pipelines.datasets import make_datasets
+from data_pipelines.loader import SegmentationLoader
+from data_pipelines.source import DataError, ImageRecord
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLIP = make_clip(
@@ -131,9 +132,9 @@ def small_canvas(monkeypatch):
 
 
 def load(root, **options):
-    options = {"split_file": root / "split.json", "unseen_images": "keep", **options}
+    source = CocoPanopticSource(root, split_file=root / "split.json")
     defaults = dict(seed=0, batch_size=1, image_size=48, max_segments=16, num_threads=2)
-    return CocoPanoptic(root, **(defaults | options))
+    return SegmentationLoader(source, **(defaults | {"unseen_images": "keep"} | options))
 
 
 def fill(folder, data, devices=1, params=PARAMS, **options):
@@ -516,7 +517,8 @@ def test_online_and_cached_targets_agree_on_real_images(mini, tmp_path, monkeypa
     """Online as training does it without augmentation, of the images whose size it keeps."""
     monkeypatch.setattr(planning, "SMALLEST_SIDE", 640)
     options = dict(unseen_images="keep", image_size=640, max_segments=48, num_threads=4)
-    data = CocoPanoptic(mini, seed=0, batch_size=8, augment=False, **options)
+    source = CocoPanopticSource(mini)
+    data = SegmentationLoader(source, seed=0, batch_size=8, augment="none", **options)
     fill(tmp_path, data, images_per_shard=64, pictures_per_device=64)
     cache = ClipTargetCache(tmp_path, IDENTITY)
     online = jax.jit(

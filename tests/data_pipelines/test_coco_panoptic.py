@@ -1,4 +1,4 @@
-"""The COCO panoptic loader: random access, the zero-shot rule, and all ways a folder can be bad."""
+"""The COCO panoptic layout and the loader: random access, the zero-shot rule, and bad folders."""
 
 import json
 import logging
@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from concat_jax.training import prefetch
-from data_pipelines.coco_layout import read_image
-from data_pipelines.coco_panoptic import CocoPanoptic, DataError, check_no_unseen
+from data_pipelines.coco_panoptic import CocoPanopticSource
+from data_pipelines.loader import SegmentationLoader, check_no_unseen
+from data_pipelines.source import DataError
 
 CATEGORIES = [
     {"id": 10, "name": "sky", "isthing": 0, "split": "seen"},
@@ -90,16 +91,10 @@ def write_json(folder, content, part="train2017"):
     (folder / "annotations" / f"panoptic_{part}.json").write_text(json.dumps(content))
 
 
-def load(folder, **options):
-    defaults = dict(
-        split_file=folder / "split.json",
-        seed=3,
-        batch_size=4,
-        image_size=32,
-        max_segments=6,
-        num_threads=2,
-    )
-    return CocoPanoptic(folder, **(defaults | options))
+def load(folder, *, part="train2017", split_file=None, **options):
+    source = CocoPanopticSource(folder, part=part, split_file=split_file or folder / "split.json")
+    defaults = dict(seed=3, batch_size=4, image_size=32, max_segments=6, num_threads=2)
+    return SegmentationLoader(source, **(defaults | options))
 
 
 @pytest.fixture
@@ -174,7 +169,7 @@ def test_tables_match_the_pixels_under_jitter(world):
 
 
 def test_without_augmentation_the_whole_image_is_letterboxed(world):
-    batch = load(world, augment=False, image_size=40).batch(0)
+    batch = load(world, augment="none", image_size=40).batch(0)
     assert (batch["image_size"] == [30, 40]).all()
     for image_id, ids in zip(batch["image_id"], batch["segment_ids"], strict=True):
         for row, (_, _, (left, top, *_)) in enumerate(IMAGES[int(image_id)]):
@@ -185,7 +180,7 @@ def test_without_augmentation_the_whole_image_is_letterboxed(world):
 
 
 def test_of_too_many_segments_the_largest_stay(world):
-    data = load(world, augment=False, image_size=40, max_segments=2, batch_size=6)
+    data = load(world, augment="none", image_size=40, max_segments=2, batch_size=6)
     batch = data.batch(0)
     b = batch["image_id"].tolist().index(17)  # sky, a cat of 4 pixels, a cat of 16
     assert batch["segment_source_ids"][b].tolist() == [_segment_id(17, 0), _segment_id(17, 2)]
@@ -377,14 +372,14 @@ def test_png_folder_beside_annotations_and_an_empty_one_within(tmp_path):
 
 def test_grey_palette_and_rotated_files_are_read(world):
     data = load(world)
-    expected = read_image(data._layout, data.records[0])[1]
+    expected = data.source.read(data.records[0])[1]
     Image.open(world / "train2017" / "11.jpg").convert("L").save(
         world / "train2017" / "11.jpg", format="JPEG"
     )
     png = world / "annotations" / "panoptic_train2017" / "11.png"
     Image.open(png).quantize(16).save(png)
     assert Image.open(png).mode == "P"
-    image, ids = read_image(data._layout, data.records[0])
+    image, ids = data.source.read(data.records[0])
     assert image.mode == "RGB"
     np.testing.assert_array_equal(ids, expected)
     # EXIF orientation 6: stored on its side, shown upright at 30 x 40.
@@ -394,7 +389,7 @@ def test_grey_palette_and_rotated_files_are_read(world):
     upright.transpose(Image.Transpose.ROTATE_90).save(
         world / "train2017" / "12.jpg", format="PNG", exif=exif
     )
-    image, _ = read_image(data._layout, data.records[1])
+    image, _ = data.source.read(data.records[1])
     np.testing.assert_array_equal(np.asarray(image), np.asarray(upright))
 
 
@@ -429,7 +424,7 @@ def test_missing_places_name_themselves_and_the_layout(world, place, message):
 
 def test_missing_root_and_part(world):
     with pytest.raises(DataError, match="folder .*nowhere does not exist; expected"):
-        CocoPanoptic(world / "nowhere", seed=0, batch_size=1, image_size=8)
+        CocoPanopticSource(world / "nowhere")
     with pytest.raises(DataError, match="val2017 does not exist"):
         load(world, part="val2017")
 
@@ -480,7 +475,7 @@ def _duplicate(key):
         ),
         (
             _change(["annotations", 0, "segments_info", 1, "id"], 0),
-            "segment ids in the annotation '18.png' .* must lie in 1 to 16777215",
+            "The id in a segment of the annotation '18.png' .* integer from 1 to 16777215",
         ),
         (_change(["annotations", 0, "image_id"], 99), "no image 99 for the annotation '18.png'"),
         (_change(["annotations", 0, "segments_info"], None), "lacks or misuses 'segments_info'"),
@@ -602,8 +597,8 @@ def test_bad_files_raise_in_training_and_evaluation(world, harm, message):
 
 @pytest.mark.parametrize(("harm", "message"), BAD_FILES)
 def test_bad_files_are_replaced_by_the_next_of_the_epoch(world, harm, message, caplog):
-    good = load(world, batch_size=6, augment=False)
-    data = load(world, batch_size=6, augment=False, on_bad_example="skip")
+    good = load(world, batch_size=6, augment="none")
+    data = load(world, batch_size=6, augment="none", on_bad_example="skip")
     before = [good.batch(step) for step in range(3)]
     assert data.skipped == 0
     harm(world)
@@ -621,7 +616,7 @@ def test_bad_files_are_replaced_by_the_next_of_the_epoch(world, harm, message, c
     assert "16." in caplog.text
     # The same on a process that begins later, and evaluation does not skip.
     resumed = (
-        load(world, batch_size=6, augment=False, on_bad_example="skip")
+        load(world, batch_size=6, augment="none", on_bad_example="skip")
         if (harm is not _vanish)
         else data
     )
@@ -641,7 +636,7 @@ def test_skipping_ends_when_nothing_is_left(world):
     data = load(world, on_bad_example="skip")
     for image_id in IMAGES:
         (world / "train2017" / f"{image_id}.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match="Not one of the training images of train2017"):
+    with pytest.raises(DataError, match="Not one of the training images can be used"):
         data.batch(0)
     assert data.skipped == 6
 
@@ -651,7 +646,8 @@ def test_damaged_files_never_raise_anything_but_data_error(world):
     """Cuts and flipped bytes anywhere in an image or a PNG."""
     data = load(world)
     record = data.records[0]
-    jpeg, png = data._layout.images / record.file_name, data._layout.pngs / record.png_name
+    layout = data.source.layout
+    jpeg, png = layout.images / record.file_name, layout.pngs / record.png_name
     picture = Image.open(jpeg).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 1
@@ -665,7 +661,7 @@ def test_damaged_files_never_raise_anything_but_data_error(world):
                 bad[place] = rng.integers(256)
             path.write_bytes(bad[: rng.integers(1, len(bad) + 1)] if rng.random() < 0.5 else bad)
             try:
-                read_image(data._layout, record)
+                data.source.read(record)
             except DataError as error:
                 refused += 1
                 assert path.name in str(error)
@@ -685,10 +681,10 @@ def test_damaged_files_never_raise_anything_but_data_error(world):
         ({"num_threads": 0}, "num_threads is 0"),
         ({"process_index": 2, "process_count": 2}, "process_index 2"),
         ({"process_count": 3}, "batch_size 4 must be a multiple of process_count 3"),
-        ({"unseen_images": "void"}, "unseen_images is 'void'"),
+        ({"unseen_images": "hide"}, "unseen_images is 'hide'"),
         ({"on_bad_example": "ignore"}, "on_bad_example is 'ignore'"),
         ({"scale_range": (0, 1)}, "scale_range is"),
-        ({"split_file": "none_such"}, "no split file 'none_such'"),
+        ({"split_file": "none_such"}, "no split or vocabulary 'none_such'"),
     ],
 )
 def test_bad_arguments(world, options, message):
@@ -706,7 +702,7 @@ def test_bad_steps(world):
 
 def test_import_brings_no_framework():
     code = (
-        "import sys, data_pipelines.coco_panoptic; "
+        "import sys, data_pipelines.coco_panoptic, data_pipelines.loader; "
         "print(sorted({'tensorflow', 'torch', 'jax'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -722,16 +718,19 @@ def mini(shared_data):
 
 
 def test_mini_counts(mini):
-    options = dict(seed=0, batch_size=1, image_size=64)
-    assert CocoPanoptic(mini, part="train2017", **options).counts == {
+    def counts(part):
+        source = CocoPanopticSource(mini, part=part)
+        return SegmentationLoader(source, seed=0, batch_size=1, image_size=64).counts
+
+    assert counts("train2017") == {
         "images": 100,
         "training_images": 31,
         "segments": 1111,
         "unseen_segments": 145,
         "training_segments": 335,
     }
-    counts = CocoPanoptic(mini, part="val2017", **options).counts
-    assert (counts["images"], counts["segments"]) == (60, 622)
+    val = counts("val2017")
+    assert (val["images"], val["segments"]) == (60, 622)
 
 
 def test_mini_epoch_holds_exactly_the_images_without_unseen_ids(mini):
@@ -742,7 +741,7 @@ def test_mini_epoch_holds_exactly_the_images_without_unseen_ids(mini):
         for a in content["annotations"]
         if not unseen & {s["category_id"] for s in a["segments_info"]}
     }
-    data = CocoPanoptic(mini, seed=1, batch_size=31, image_size=64)
+    data = SegmentationLoader(CocoPanopticSource(mini), seed=1, batch_size=31, image_size=64)
     batch = data.batch(0)
     assert len(expected) == 31 and set(batch["image_id"].tolist()) == expected
     assert set(data.caption_batch(0, 31, 16)["captions"]) <= {
@@ -758,7 +757,8 @@ def test_mini_pixel_counts_are_the_areas_of_the_json(mini, part):
         for a in content["annotations"]
         for s in a["segments_info"]
     }
-    data = CocoPanoptic(mini, part=part, seed=0, batch_size=1, image_size=64, num_threads=2)
+    source = CocoPanopticSource(mini, part=part)
+    data = SegmentationLoader(source, seed=0, batch_size=1, image_size=64, num_threads=2)
     found = {}
     for example in data.eval_examples():
         counts = np.bincount(example["segment_ids"].ravel(), minlength=101)

@@ -5,7 +5,13 @@ import json
 
 import pytest
 
-from data_pipelines.zero_shot_split import load_split, make_split, split_vocabulary
+from data_pipelines.vocabulary_files import load_vocabulary
+from data_pipelines.zero_shot_split import (
+    load_label_space,
+    load_split,
+    make_split,
+    split_vocabulary,
+)
 
 # PADing's split (CVPR 2023): COCO category id and contiguous index of the 14 unseen classes.
 UNSEEN = {
@@ -126,3 +132,70 @@ def test_missing_and_broken_files(tmp_path):
 def test_make_split_refuses_an_unknown_unseen_id():
     with pytest.raises(ValueError, match="unseen id 99 is not among the 3 categories"):
         make_split(GOOD["categories"], [3, 99], name="x", description="", source="")
+
+
+# PADing's lists, with the ids of its register_coco_*.py, in their order.
+
+STUFF_UNSEEN = {
+    "cow": 20,
+    "giraffe": 24,
+    "suitcase": 32,
+    "frisbee": 33,
+    "skateboard": 40,
+    "carrot": 56,
+    "scissors": 86,
+    "cardboard": 99,
+    "clouds": 105,
+    "grass": 123,
+    "playingfield": 144,
+    "river": 147,
+    "road": 148,
+    "tree": 168,
+    "wall-concrete": 171,
+}
+INSTANCE_48 = [1, 2, 3, 4, 8, 9, 15, 16, 19, 20, 24, 25, 27, 31, 35, 38, 42, 44, 50, 51, 52, 53]
+INSTANCE_48 += [55, 56, 57, 59, 60, 62, 65, 72, 73, 75, 78, 79, 82, 84, 85, 86, 90, 7, 23, 33]
+INSTANCE_48 += [34, 48, 54, 70, 74, 80]
+INSTANCE_17 = [6, 18, 21, 22, 28, 32, 41, 47, 49, 61, 63, 76, 81, 87, 5, 17, 36]
+INSTANCE_15 = [5, 7, 14, 17, 23, 33, 34, 36, 48, 54, 58, 70, 74, 80, 89]
+
+
+def test_coco_stuff_has_the_protocols_pixel_values_and_order():
+    vocabulary = load_split("coco_stuff_156_15")
+    unseen = {vocabulary.names[k]: vocabulary.category_ids[k] for k in vocabulary.unseen}
+    assert unseen == STUFF_UNSEEN and list(unseen) == list(STUFF_UNSEEN)
+    assert vocabulary.unseen.tolist() == list(range(156, 171))
+    values = [vocabulary.category_ids[k] for k in vocabulary.seen]
+    assert values == sorted(values) and values[0] == 0 and values[-1] == 181
+    stuff = load_vocabulary("coco_stuff_171")
+    assert {value + 1 for value in vocabulary.category_ids} == set(stuff.category_ids)
+    # "building" is how the source of the synonyms reads COCO-Stuff's "building-other".
+    assert set(vocabulary.names) ^ set(stuff.names) == {"building", "building-other"}
+
+
+@pytest.mark.parametrize(
+    ("name", "seen", "unseen"),
+    [
+        ("coco_instance_48_17", INSTANCE_48, INSTANCE_17),
+        ("coco_instance_65_15", None, INSTANCE_15),
+    ],
+)
+def test_instance_splits_have_the_protocols_ids_and_order(name, seen, unseen):
+    vocabulary, panoptic = load_split(name), load_split("coco_panoptic_119_14")
+    things = [i for i, t in zip(panoptic.category_ids, panoptic.is_thing, strict=True) if t]
+    seen = seen or [i for i in things if i not in unseen]
+    assert list(vocabulary.category_ids) == seen + unseen
+    assert vocabulary.unseen.tolist() == list(range(len(seen), len(seen) + len(unseen)))
+    for category, word in zip(vocabulary.category_ids, vocabulary.names, strict=True):
+        assert panoptic.names[panoptic.index_of_category[category]] == word
+
+
+def test_a_label_space_is_a_split_or_a_vocabulary(tmp_path):
+    assert load_label_space("coco_panoptic_119_14") == load_split("coco_panoptic_119_14")
+    assert load_label_space("ade20k_150") == load_vocabulary("ade20k_150")
+    (tmp_path / "pets.json").write_text(json.dumps(GOOD))
+    assert load_label_space(tmp_path / "pets.json").unseen.tolist() == [1]
+    (tmp_path / "names.txt").write_text("cat\nsky\n")
+    assert load_label_space(tmp_path / "names.txt").unseen.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="no split or vocabulary 'none'; .*coco_stuff_156_15"):
+        load_label_space("none")

@@ -1,0 +1,407 @@
+"""Batches for training and examples for evaluation, from any source of images and segments.
+
+The loader is random access: `batch(step)` is a pure function of (seed, step, process), computed by
+PIL and numpy in threads, so a resumed run needs no iterator state. Where images come from is the
+source's business (see `source`); order, augmentation and the zero-shot rule are decided here.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.training.prefetch import prefetch
+from data_pipelines import augment as geometry
+from data_pipelines.leak_test import check_no_leak
+from data_pipelines.source import DataError, ImageRecord, Source, UnseenImages, treat_unseen
+
+logger = logging.getLogger(__name__)
+
+# Last word of each generator's key, so that the streams of one seed differ. The epoch order is
+# default_rng([seed, epoch]), which numpy treats as [seed, epoch, 0].
+_JITTER_STREAM, _CAPTION_STREAM = 1, 2
+
+
+class SegmentationLoader:
+    """Training batches and evaluation examples of one source.
+
+    `batch` and `caption_batch` draw from the training images; `eval_examples` walks through every
+    image of the part, whatever `unseen_images` says, because evaluation is over all classes.
+
+    Attributes:
+      source: where images and segments come from.
+      vocabulary: the source's label space.
+      records: every annotated image, by ascending image id.
+      training_indices: [M] int64, the positions in `records` that training may use.
+      num_eval_images: how many examples `eval_examples` yields.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        seed: int,
+        batch_size: int,
+        image_size: int,
+        max_segments: int = 100,
+        unseen_images: UnseenImages = "drop",
+        on_bad_example: Literal["raise", "skip"] = "raise",
+        augment: str = "lsj",
+        scale_range: tuple[float, float] = (0.1, 2.0),
+        max_class_area: float = 1.0,
+        num_eval_images: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_threads: int = 8,
+    ):
+        """Decides what training may use of the source; no image is read yet.
+
+        Args:
+          source: one part of a data set.
+          seed: >= 0; decides order, jitter and captions.
+          batch_size: images of the *global* batch, a multiple of process_count. The global batch of
+            a step does not depend on how many processes share it.
+          image_size: side S of training images.
+          max_segments: rows G of the tables, 1..65535. Of an image with more segments after the
+            crop, the G largest stay and the others become void. 100 is the number of queries:
+            more could not be matched.
+          unseen_images: what training does with images that show unseen classes: "drop", "void" or
+            "keep"; see `source.treat_unseen`.
+          on_bad_example: what a training image does that cannot be used (unreadable, or in conflict
+            with its record): "raise" a DataError, or "skip": the next good image in the epoch's
+            order takes its place, the file is logged once and counted in `skipped`. Evaluation
+            always raises, because a skipped image would change the metric in silence.
+          augment: "lsj" (large-scale jitter and flip), "semantic" (shortest edge, crop limited by
+            class area, colours, flip) or "none" (letterboxed); see `augment.augment_example`.
+          scale_range: of "lsj" and "semantic", relative to S.
+          max_class_area: of "semantic": the share of a crop that one class may have.
+          num_eval_images: evaluate on the first so many images by id; None takes all.
+          process_index, process_count: this process among those that share the global batch.
+          num_threads: threads that decode the images of a batch.
+
+        Raises:
+          ValueError: if an argument is out of range.
+        """
+        _check_arguments(
+            seed=(seed, 0),
+            batch_size=(batch_size, 1),
+            image_size=(image_size, 1),
+            max_segments=(max_segments, 1),
+            num_eval_images=(1 if num_eval_images is None else num_eval_images, 1),
+            process_index=(process_index, 0),
+            num_threads=(num_threads, 1),
+        )
+        if max_segments > 65535:
+            raise ValueError(f"max_segments is {max_segments}; id maps hold at most 65535.")
+        if process_index >= process_count or batch_size % process_count:
+            raise ValueError(
+                f"batch_size {batch_size} must be a multiple of process_count {process_count}, and "
+                f"process_index {process_index} below it."
+            )
+        if on_bad_example not in ("raise", "skip"):
+            raise ValueError(f"on_bad_example is {on_bad_example!r} and must be 'raise' or 'skip'.")
+        geometry.check_kind(augment)
+        if not 0 < scale_range[0] <= scale_range[1]:
+            raise ValueError(f"scale_range is {scale_range} and must be 0 < low <= high.")
+        self.source, self.vocabulary, self.records = source, source.vocabulary, source.records
+        self._training, self.training_indices = treat_unseen(source, unseen_images)
+        if unseen_images != "keep":
+            check_no_leak(self._training, self.training_indices)
+        self.num_eval_images = min(num_eval_images or len(self.records), len(self.records))
+        self._seed, self._batch_size, self._size = seed, batch_size, image_size
+        self._max_segments, self._augment = max_segments, augment
+        self._scale_range, self._max_class_area = scale_range, max_class_area
+        self._zero_shot, self._skip = unseen_images != "keep", on_bad_example == "skip"
+        self._process_index, self._process_count = process_index, process_count
+        self._is_thing = np.array(self.vocabulary.is_thing)
+        self._num_threads = num_threads
+        self._pool = futures.ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
+        self._skipped_files: set[str] = set()
+        self._lock = threading.Lock()
+        logger.info("%s", self.counts)
+
+    @functools.cached_property
+    def counts(self) -> dict[str, int]:
+        """How many images and segments (crowd included) the part holds and training uses."""
+        is_seen = np.array(self.vocabulary.is_seen)
+        segments = sum(len(record.labels) for record in self.records)
+        unseen = sum(int((~is_seen[record.labels]).sum()) for record in self.records)
+        return {
+            "images": len(self.records),
+            "training_images": len(self.training_indices),
+            "segments": segments,
+            "unseen_segments": unseen,
+            "training_segments": sum(
+                len(self._training.records[i].labels) for i in self.training_indices
+            ),
+        }
+
+    @property
+    def skipped(self) -> int:
+        """Number of different training images skipped so far because they could not be used."""
+        return len(self._skipped_files)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This process's share of the global batch of a step, a pure function of the step.
+
+        Every epoch visits each training image once, in an order of its own; the epochs follow one
+        another without a gap, so a batch may hold the end of one and the beginning of the next.
+
+        Args:
+          step: >= 0.
+
+        Returns:
+          With B = batch_size / process_count, S = image_size, G = max_segments: image [B, S, S, 3]
+          uint8 (padding 128), segment_ids [B, S, S] uint8 (uint16 where G > 255; 0 void and
+          padding, g owns row g-1), segment_labels [B, G] int32 (-1 padded), segment_is_thing and
+          segment_is_crowd [B, G] bool, segment_source_ids [B, G] int64 (0 padded), image_id [B]
+          int64, image_size [B, 2] int32 (height, width of the valid area). Segments that the crop
+          removed have no row.
+
+        Raises:
+          DataError: if an image cannot be used (see on_bad_example), or none is left to train on.
+        """
+        positions = self._positions(step, self._batch_size)
+        # Examples are drawn where they stay: copying them together would cost as much as an id map.
+        images = np.empty((len(positions), self._size, self._size, 3), np.uint8)
+        examples = list(self._pool.map(self._training_example, positions, images))
+        names = [name for name in examples[0] if name != "image"]
+        rest = {name: np.stack([example[name] for example in examples]) for name in names}
+        return {"image": images, **rest}
+
+    def caption_batch(self, step: int, batch_size: int, size: int) -> dict[str, Any]:
+        """Image-caption pairs for a small CLIP of one's own, a pure function of the step.
+
+        The picture is the crop of a seen segment's bounding box in a training image (a rectangle,
+        never cut out along the mask), stretched to a square; the caption is its class's name.
+
+        Args:
+          step: >= 0.
+          batch_size: pairs of the global batch, a multiple of process_count.
+          size: side of the pictures.
+
+        Returns:
+          image [batch_size / process_count, size, size, 3] uint8, and captions, a list of as many
+          class names.
+
+        Raises:
+          DataError: if an image cannot be used, or there is no seen segment to train on.
+        """
+        positions = self._positions(step, batch_size)
+        if not len(self._caption_segments):
+            raise DataError("There is no seen segment in any image that training may use.")
+        load = functools.partial(self._caption_pair, size=size)
+        images, captions = zip(*self._pool.map(load, positions), strict=True)
+        return {"image": np.stack(images), "captions": list(captions)}
+
+    def eval_examples(
+        self, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[dict[str, Any]]:
+        """The images of the part by ascending id, at native size, decoded ahead in threads.
+
+        Args:
+          process_index: with `process_count`, takes every process_count-th image from this one on.
+          process_count: hosts that share the images out; every one gets equally many examples,
+            ceil(num_eval_images / process_count), so that they stay in step.
+
+        Yields:
+          Examples of `eval_example` with `is_padding`, bool: True for an example that only makes
+          up the number. It is a copy of the last image without segments: not to be scored.
+
+        Raises:
+          ValueError: at the call of `next`, if process_index is not below process_count.
+          DataError: if an image cannot be used.
+        """
+        if not 0 <= process_index < process_count:
+            raise ValueError(
+                f"process_index {process_index} must be from 0 to below process_count "
+                f"{process_count}."
+            )
+
+        def example(step: int) -> dict[str, Any]:
+            index = step * process_count + process_index
+            if index < self.num_eval_images:
+                return dict(self.eval_example(index), is_padding=np.bool_(False))
+            last = self.eval_example(self.num_eval_images - 1)
+            tables = {
+                name: np.full_like(last[name], padding)
+                for name, padding in geometry.TABLE_PADDING.items()
+            }
+            empty = np.zeros_like(last["segment_ids"])
+            return {**last, **tables, "segment_ids": empty, "is_padding": np.bool_(True)}
+
+        threads = self._num_threads
+        number = -(-self.num_eval_images // process_count)
+        yield from prefetch(example, 0, number, threads + 1, threads)
+
+    def eval_example(self, index: int) -> dict[str, Any]:
+        """The un-augmented example of records[index]; for evaluators that share the images out.
+
+        Returns:
+          The fields of `batch` without the batch axis at native size, and `file_name`. No segment
+          is ever left out: tables hold max_segments rows, or as many as the image has if more.
+
+        Raises:
+          DataError: if the image cannot be used, also where training would skip it.
+        """
+        record = self.records[index]
+        image, segment_ids = self.source.read(record)
+        length = max(self._max_segments, len(record.labels))
+        example = self._example(record, np.array(image), segment_ids, segment_ids.shape, length)
+        return dict(example, file_name=record.file_name)
+
+    def _positions(self, step: int, batch_size: int) -> range:
+        # Positions in the endless stream of epochs. The processes take consecutive slices of each
+        # global batch, the order in which jax assembles process-local data into a global array.
+        if step < 0 or batch_size < 1 or batch_size % self._process_count:
+            raise ValueError(
+                f"step {step} must not be negative and batch_size {batch_size} must be a positive "
+                f"multiple of process_count {self._process_count}."
+            )
+        share = batch_size // self._process_count
+        first = step * batch_size + self._process_index * share
+        return range(first, first + share)
+
+    def _training_example(self, position: int, canvas: np.ndarray) -> dict[str, Any]:
+        count = len(self.training_indices)
+        if not count:
+            raise DataError(
+                "No image is left for training without its unseen classes: nothing to train on."
+            )
+        epoch, start = divmod(position, count)
+        order = _epoch_order(count, self._seed, epoch)
+        candidates = (
+            (self.training_indices[order[(start + k) % count]], None) for k in range(count)
+        )
+        tried, image, segment_ids = self._first_usable(candidates)
+        record = self._training.records[self.training_indices[order[(start + tried) % count]]]
+        if self._zero_shot:
+            # Of the whole image, not only what the crop leaves, and never skipped.
+            check_no_unseen(record.labels, record.image_id, self.vocabulary)
+        placed = geometry.augment_example(
+            self._augment,
+            np.random.default_rng([self._seed, position, _JITTER_STREAM]),
+            image,
+            segment_ids,
+            record.labels,
+            self._size,
+            scale_range=self._scale_range,
+            max_class_area=self._max_class_area,
+            canvas=canvas,
+        )
+        return self._example(record, *placed, self._max_segments)
+
+    @functools.cached_property
+    def _caption_segments(self) -> np.ndarray:
+        # [M, 2]: position in records, row of its tables.
+        is_seen = np.array(self.vocabulary.is_seen)
+        pairs = [
+            (index, row)
+            for index in self.training_indices
+            for row in np.flatnonzero(is_seen[self._training.records[index].labels])
+        ]
+        return np.array(pairs, np.int64).reshape(-1, 2)
+
+    def _caption_pair(self, position: int, *, size: int) -> tuple[np.ndarray, str]:
+        segments = self._caption_segments
+        count = len(segments)
+        epoch, start = divmod(position, count)
+        order = _epoch_order(count, self._seed, epoch, _CAPTION_STREAM)
+        candidates = (segments[order[(start + k) % count]] for k in range(count))
+        tried, image, segment_ids = self._first_usable(candidates)
+        index, row = segments[order[(start + tried) % count]]
+        mask = segment_ids == row + 1
+        y, x = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        box = (int(x[0]), int(y[0]), int(x[-1]) + 1, int(y[-1]) + 1)
+        # Cropped first: `resize(box=...)` would mix in pixels from beyond the box.
+        crop = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(crop), self.vocabulary.names[self._training.records[index].labels[row]]
+
+    def _first_usable(
+        self, candidates: Iterable[tuple[int, int | None]]
+    ) -> tuple[int, Image.Image, np.ndarray]:
+        # How many were passed over, then what `read` gives for the one after them. A candidate is
+        # an image, or a segment of it (its row), which is passed over where others hide it.
+        for tried, (index, row) in enumerate(candidates):
+            record = self._training.records[index]
+            try:
+                image, segment_ids = self._training.read(record)
+                if row is None or (segment_ids == row + 1).any():
+                    return tried, image, segment_ids
+            except DataError as error:
+                if not self._skip:
+                    raise
+                with self._lock:
+                    is_new = record.file_name not in self._skipped_files
+                    self._skipped_files.add(record.file_name)
+                if is_new:
+                    logger.warning("Skipped a training image: %s", error)
+        raise DataError("Not one of the training images can be used.")
+
+    def _example(
+        self,
+        record: ImageRecord,
+        image: np.ndarray,
+        segment_ids: np.ndarray,
+        image_size: tuple[int, int],
+        length: int,
+    ) -> dict[str, Any]:
+        segment_ids, rows = geometry.keep_largest_segments(segment_ids, length)
+        labels = record.labels[rows]
+        tables = {
+            "segment_labels": labels,
+            "segment_is_thing": self._is_thing[labels],
+            "segment_is_crowd": record.is_crowd[rows],
+            "segment_source_ids": record.source_ids[rows],
+        }
+        return {
+            "image": image,
+            "segment_ids": segment_ids,
+            "image_id": np.int64(record.image_id),
+            "image_size": np.array(image_size, np.int32),
+            **{
+                name: geometry.pad_table(values, length, geometry.TABLE_PADDING[name])
+                for name, values in tables.items()
+            },
+        }
+
+
+def check_no_unseen(segment_labels: np.ndarray, image_id: int, vocabulary: Vocabulary) -> None:
+    """The leak test: raises if a training image holds a segment of an unseen class.
+
+    Args:
+      segment_labels: [G] class indices, negative where padded.
+      image_id: of the image, for the message.
+      vocabulary: the label space with its seen and unseen classes.
+
+    Raises:
+      DataError: naming the image and the class.
+    """
+    labels = segment_labels[segment_labels >= 0]
+    leaked = labels[np.isin(labels, vocabulary.unseen)]
+    if len(leaked):
+        raise DataError(
+            f"Image {image_id} is in training but holds the unseen class "
+            f"{vocabulary.names[leaked[0]]!r}: its pixels must not be seen."
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch_order(count: int, *key: int) -> np.ndarray:
+    order = np.random.default_rng(key).permutation(count)
+    order.setflags(write=False)
+    return order
+
+
+def _check_arguments(**values_and_minima: tuple[int, int]) -> None:
+    for name, (value, minimum) in values_and_minima.items():
+        if value < minimum:
+            raise ValueError(f"{name} is {value} and must be at least {minimum}.")

@@ -1,0 +1,113 @@
+"""Several hosts: disjoint training data whose union is the epoch, equally many eval examples."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.training.prefetch import prefetch
+from data_pipelines.augment import TABLE_PADDING, resize_longest
+from data_pipelines.loader import SegmentationLoader
+from data_pipelines.source import ImageRecord
+
+NUM_IMAGES = 11
+
+
+class Stripes:
+    """Images of noise whose two halves are segments of two classes; a `Source` without a disk."""
+
+    vocabulary = Vocabulary(("sky", "dog"), (False, True), (True, True), (1, 2))
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self._pixels = rng.integers(0, 256, (NUM_IMAGES, 20, 30, 3), dtype=np.uint8)
+        tables = (np.array([5, 6]), np.array([0, 1], np.int32), np.array([False, False]))
+        self.records = [
+            ImageRecord(100 + i, f"{i}.jpg", f"{i}.png", 20, 30, *tables) for i in range(NUM_IMAGES)
+        ]
+
+    def read(self, record):
+        ids = np.ones((20, 30), np.uint8)
+        ids[10:] = 2
+        return Image.fromarray(self._pixels[record.image_id - 100]), ids
+
+
+def _loader(**options):
+    defaults = dict(seed=4, batch_size=6, image_size=16, max_segments=3, num_threads=2)
+    return SegmentationLoader(Stripes(), **(defaults | options))
+
+
+def _assert_equal(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+@pytest.mark.parametrize("augment", ["lsj", "semantic"])
+@pytest.mark.parametrize("process_count", [2, 3])
+def test_hosts_share_a_global_batch_that_does_not_depend_on_their_number(augment, process_count):
+    whole = _loader(augment=augment)
+    hosts = [
+        _loader(augment=augment, process_index=i, process_count=process_count)
+        for i in range(process_count)
+    ]
+    for step in (0, 1, 5):
+        shares = [host.batch(step) for host in hosts]
+        joined = {name: np.concatenate([share[name] for share in shares]) for name in shares[0]}
+        _assert_equal(joined, whole.batch(step))
+
+
+def test_two_hosts_see_disjoint_data_whose_union_is_the_epoch():
+    hosts = [_loader(batch_size=2, process_index=i, process_count=2) for i in range(2)]
+    # 11 steps of 2 images are two epochs of 11; one epoch ends within a step.
+    seen = [[int(host.batch(step)["image_id"][0]) for step in range(NUM_IMAGES)] for host in hosts]
+    stream = [image_id for pair in zip(*seen, strict=True) for image_id in pair]
+    everything = list(range(100, 100 + NUM_IMAGES))
+    assert sorted(stream[:NUM_IMAGES]) == sorted(stream[NUM_IMAGES:]) == everything
+    first_epoch = [set(seen[0][:6]), set(seen[1][:5])]
+    assert not first_epoch[0] & first_epoch[1]
+
+
+@pytest.mark.parametrize("augment", ["lsj", "semantic", "none"])
+def test_stopping_and_resuming_gives_the_same_batches(augment):
+    options = dict(augment=augment, process_index=1, process_count=2)
+    unbroken = list(prefetch(_loader(**options).batch, 0, 6))
+    before = list(prefetch(_loader(**options).batch, 0, 3))
+    # A new process: nothing is left of the first but the number of the step.
+    after = list(prefetch(_loader(**options).batch, 3, 3, depth=3, num_threads=2))
+    for left, right in zip(unbroken, before + after, strict=True):
+        _assert_equal(left, right)
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 3, 4, 11, 13])
+@pytest.mark.parametrize("num_eval_images", [None, 1, 7])
+def test_every_host_evaluates_equally_many_examples(process_count, num_eval_images):
+    loader = _loader(num_eval_images=num_eval_images)
+    number = num_eval_images or NUM_IMAGES
+    shares = [list(loader.eval_examples(i, process_count)) for i in range(process_count)]
+    assert {len(share) for share in shares} == {-(-number // process_count)}
+    scored = [int(e["image_id"]) for share in shares for e in share if not e["is_padding"]]
+    assert sorted(scored) == list(range(100, 100 + number))  # each image once
+    # Dealt out in turn, and in order of the ids.
+    assert [int(e["image_id"]) for e in shares[0]] == list(range(100, 100 + number, process_count))
+
+
+def test_padding_is_a_whole_example_without_segments():
+    *_, last = _loader().eval_examples(1, 2)
+    *_, real = _loader().eval_examples(0, 2)
+    assert last["is_padding"] and not real["is_padding"]
+    assert last.keys() == real.keys()
+    for name, value in real.items():
+        if name != "file_name":
+            assert (last[name].shape, last[name].dtype) == (value.shape, value.dtype)
+    assert not last["segment_ids"].any()
+    for name, padding in TABLE_PADDING.items():
+        assert (last[name] == padding).all()
+    fitted = resize_longest(last, 8)
+    assert fitted["is_padding"] and fitted["image"].shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(("process_index", "process_count"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_host_that_does_not_exist(process_index, process_count):
+    with pytest.raises(ValueError, match="must be from 0 to below process_count"):
+        next(_loader().eval_examples(process_index, process_count))

@@ -1,0 +1,174 @@
+"""The command `prepare`: its counts, its leak test, and what it says of mistakes."""
+
+import numpy as np
+import pytest
+
+from data_pipelines import build_shards as building
+from data_pipelines import prepare as command
+from data_pipelines.coco_panoptic import CocoPanopticSource
+from data_pipelines.count_table import count_part, format_classes, format_parts
+from data_pipelines.leak_test import check_no_leak
+from data_pipelines.shards import ShardSource
+from data_pipelines.source import DataError, treat_unseen
+
+
+def source_of(root, part="train2017"):
+    return CocoPanopticSource(root, part=part, split_file=root / "split.json")
+
+
+# Counts.
+
+
+def test_counts_by_part_split_and_class(tiny_panoptic):
+    drop = count_part(source_of(tiny_panoptic), "drop")
+    assert (drop.images, drop.kept_images, drop.crowd) == (6, 4, 2)
+    assert drop.class_segments.tolist() == [4, 2, 4, 0]  # sky, road, dog, cow
+    assert drop.class_images.tolist() == [4, 2, 3, 0]
+    assert drop.kept_segments.tolist() == [3, 0, 3, 0]
+    void = count_part(source_of(tiny_panoptic), "void")
+    assert void.kept_images == 5  # all but the one that is road alone
+    assert void.kept_segments.tolist() == [4, 0, 4, 0]
+    keep = count_part(source_of(tiny_panoptic), "keep")
+    assert keep.kept_images == 6 and keep.kept_segments.tolist() == [4, 2, 4, 0]
+
+
+def test_tables_are_aligned_and_name_the_unseen_classes(tiny_panoptic):
+    vocabulary = source_of(tiny_panoptic).vocabulary
+    counts = {
+        "train2017": count_part(source_of(tiny_panoptic), "drop"),
+        "val2017": count_part(source_of(tiny_panoptic, "val2017"), "keep"),
+    }
+    parts = format_parts(vocabulary, counts).splitlines()
+    assert parts[1].split() == "train2017 6 10 8 2 2 drop: 4 6".split()
+    assert parts[2].split() == "val2017 2 3 2 1 0 keep: 2 3".split()
+    assert parts[3:] == [
+        "train2017: 1 of 2 unseen classes occur: road.",
+        "val2017: 1 of 2 unseen classes occur: road.",
+    ]
+    classes = [line.split() for line in format_classes(vocabulary, counts).splitlines()]
+    assert [row[:3] for row in classes[1:]] == [
+        ["sky", "seen", "stuff"],
+        ["dog", "seen", "thing"],
+        ["road", "unseen", "stuff"],
+        ["cow", "unseen", "thing"],
+    ]
+    assert classes[3][3:] == ["2", "2", "0", "1", "1", "1"]
+    widths = {len(line) for line in format_classes(vocabulary, counts).splitlines()}
+    assert len(widths) == 1
+
+
+# The leak test.
+
+
+@pytest.mark.parametrize("treatment", ["drop", "void"])
+def test_treated_sources_pass_the_leak_test(tiny_panoptic, treatment):
+    check_no_leak(*treat_unseen(source_of(tiny_panoptic), treatment))
+
+
+def test_a_leak_is_named_by_image_id(tiny_panoptic):
+    source = source_of(tiny_panoptic)
+    with pytest.raises(DataError, match=r"Image 8 \(8.jpg\).* 'road'.* 2 of 6 training images do"):
+        check_no_leak(source, range(6))
+    # Crowd counts as well, and images that training does not use do not.
+    with pytest.raises(DataError, match=r"Image 9 .* 1 of 2 "):
+        check_no_leak(source, [0, 3])
+    check_no_leak(source, [0, 1, 4, 5])
+    check_no_leak(source, [])
+
+
+def test_a_leak_stops_the_build_before_a_file_is_written(tiny_panoptic, tmp_path, monkeypatch):
+    source = source_of(tiny_panoptic)
+    monkeypatch.setattr(building, "treat_unseen", lambda s, _: (s, np.arange(len(s.records))))
+    with pytest.raises(DataError, match="Image 8 "):
+        building.build_shards(
+            tmp_path / "out", source, dataset="tiny", part="train2017", unseen="drop", workers=1
+        )
+    assert not (tmp_path / "out").exists()
+
+
+# The command line.
+
+
+def run(*arguments):
+    command.main(["prepare", *map(str, arguments)])
+
+
+def test_the_command_counts_and_then_packs_both_parts(tiny_panoptic, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "is_tfds_installed", lambda: False)
+    out = tmp_path / "shards"
+    # The folder's own split.json is found.
+    flags = ("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017,val2017")
+    with pytest.raises(SystemExit, match="--unseen=drop or void for training, keep for evaluation"):
+        run(*flags)
+    run(*flags[:2], "--part=train2017", "--unseen=drop")
+    printed = capsys.readouterr().out
+    assert "train2017: leak test passed, 4 images show no unseen class." in printed
+    assert "1 of 2 unseen classes occur: road." in printed
+    assert not out.exists()
+    run(*flags[:2], "--part=train2017", "--unseen=drop", f"--out={out}", "--workers=1")
+    run(*flags[:2], "--part=val2017", "--unseen=keep", f"--out={out}", "--workers=1")
+    printed = capsys.readouterr().out
+    assert f"train2017: 4 images in {out}, 0 shards as they were, 1 written, 0 bad" in printed
+    assert "val2017: no leak test" in printed
+    assert "Install requirements-data.txt" in printed
+    assert len(ShardSource(out, "train2017").records) == 4
+    assert len(ShardSource(out, "val2017").records) == 2
+
+
+def test_bad_images_are_named_by_the_command(tiny_panoptic, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "is_tfds_installed", lambda: False)
+    (tiny_panoptic / "train2017" / "5.jpg").write_bytes(b"")
+    flags = (
+        *("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=drop"),
+        *(f"--out={tmp_path}", "--workers=1"),
+    )
+    with pytest.raises(SystemExit, match="^Error: .*5.jpg cannot be read as an image"):
+        run(*flags)
+    run(*flags, "--on_bad_example=skip")
+    printed = capsys.readouterr().out
+    assert f"Left out: {tiny_panoptic / 'train2017' / '5.jpg'} cannot be read" in printed
+    assert "1 bad images left out." in printed
+
+
+def test_bad_images_of_the_evaluation_part_are_never_left_out(tiny_panoptic, tmp_path):
+    (tiny_panoptic / "val2017").rename(tiny_panoptic / "val")
+    for path in (tiny_panoptic / "annotations").glob("*val2017*"):
+        path.rename(path.with_name(path.name.replace("val2017", "val")))
+    (tiny_panoptic / "val" / "20.jpg").write_bytes(b"")
+    options = dict(parts=["val"], out=tmp_path, workers=1, skip_bad=True)
+    with pytest.raises(DataError, match="20.jpg cannot be read as an image"):
+        command.prepare("panoptic_folder", tiny_panoptic, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("coco_panoptic_zps",), "Error: give --root=DIR"),
+        ((), "the following arguments are required: DATASET"),
+        (("coco_panoptc_zps", "--root=ROOT"), "did you mean 'coco_panoptic_zps'"),
+        (("coco_panoptic_zps", "--rot=ROOT"), "no flag --rot; did you mean --root"),
+        (("coco_panoptic_zps", "--root=ROOT", "--unseen=hide"), "invalid choice: 'hide'"),
+        (("coco_panoptic_zps", "--root=ROOT/none"), "none does not exist"),
+        (("panoptic_folder", "--root=ROOT", "--part=test"), "test"),
+        (
+            ("coco_panoptic_zps", "--root=ROOT", "--part=train2017", "--split=ROOT/nosplit.json"),
+            "nosplit.json",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence(tiny_panoptic, arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(*(argument.replace("ROOT", str(tiny_panoptic)) for argument in arguments))
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value) and capsys.readouterr().err == ""
+
+
+def test_the_mini_set_is_counted_as_it_should(shared_data, capsys):
+    counts = command.prepare("coco_panoptic_zps", shared_data / "coco_panoptic_mini")
+    train, val = counts["train2017"], counts["val2017"]
+    assert (train.images, train.class_segments.sum(), train.kept_images) == (100, 1111, 31)
+    assert (val.images, val.class_segments.sum(), val.kept_images) == (60, 622, 60)
+    printed = capsys.readouterr().out
+    assert "train2017: 13 of 14 unseen classes occur" in printed
+    assert "val2017: 9 of 14 unseen classes occur" in printed
+    assert "train2017: leak test passed, 31 images show no unseen class." in printed
