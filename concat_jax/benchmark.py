@@ -11,6 +11,15 @@ transformers only ours is measured.
 
 compare variants of ours, which take turns in one process: what alignment to CLIP costs a step of
 stage 1, and inference without CLIP beside inference with CLIP on every mask.
+
+    python -m concat_jax.benchmark --tasks=panoptic_quality
+
+times the metric beside the official algorithm and PNG decoding, on drawn maps or on those of a COCO
+panoptic json (--images).
+
+    python -m concat_jax.benchmark --tasks=input_pipeline --images=COCO
+
+times training batches from COCO's folder and from shards of it beside decoding its JPEGs alone.
 """
 
 from __future__ import annotations
@@ -30,6 +39,8 @@ from absl import app, flags, logging
 
 from concat_jax.benchmarking.cases import (
     COMPARED_TASKS,
+    HOST_TASKS,
+    INPUT_TASK,
     NUM_CLASSES,
     TASKS,
     TURN_TASKS,
@@ -72,11 +83,19 @@ _CLIP = flags.DEFINE_string(
     "ViT-B/16",
     "Of alignment and two_stage: a variant's name, or make_clip's config in JSON.",
 )
-_IMAGES = flags.DEFINE_string("images", "", "Folder or glob of two_stage; else random pixels.")
+_IMAGES = flags.DEFINE_string(
+    "images",
+    "",
+    "Folder or glob of two_stage, panoptic json of panoptic_quality, else drawn; COCO's folder of "
+    "input_pipeline.",
+)
 _TWO_STAGE_SIZES = flags.DEFINE_list("two_stage_sizes", ["512"], "Sizes of two_stage.")
-_TWO_STAGE_IMAGES = flags.DEFINE_integer("two_stage_images", 20, "Images in all.", 1)
+_TWO_STAGE_IMAGES = flags.DEFINE_integer(
+    "two_stage_images", 20, "Images in all, of two_stage and panoptic_quality.", 1
+)
 # An average image of COCO panoptic has eleven segments, so ten is kind to the other side.
 _TWO_STAGE_MASKS = flags.DEFINE_list("two_stage_masks", ["10"], "Masks that CLIP sees of an image.")
+_INPUT_SIZE = flags.DEFINE_integer("input_size", 1024, "Side of input_pipeline's images.", 32)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of a case, after one to warm up.", 1)
 _SAME_ALLOCATOR = flags.DEFINE_bool(
@@ -124,6 +143,13 @@ def make_cases() -> list[Case]:
     cases = []
     for task in _TASKS.value:
         check_choice(task, TASKS, "--tasks names no task:")
+        if task == INPUT_TASK:
+            continue
+        if task == "panoptic_quality":
+            number = _TWO_STAGE_IMAGES.value
+            words = _IMAGES.value or "drawn, 480x640"
+            cases.append(Case(task, 480, 640, num_images=number, pictures=words))
+            continue
         training = task in ("train", "alignment")
         sizes = _TRAIN_SIZES if training else _TWO_STAGE_SIZES if task == "two_stage" else _SIZES
         for text in sizes.value:
@@ -262,6 +288,24 @@ def _relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
+def measure_input() -> str:
+    """The tables of "input_pipeline".
+
+    Raises:
+      ValueError: if there is no data set in --images.
+    """
+    from data_pipelines.input_speed import measure_input_speed, to_markdown
+
+    if not _IMAGES.value:
+        raise ValueError(
+            "--tasks=input_pipeline needs --images=COCO, a folder with train2017 and annotations."
+        )
+    return to_markdown(
+        measure_input_speed(_IMAGES.value, size=_INPUT_SIZE.value, rounds=_REPEATS.value),
+        _INPUT_SIZE.value,
+    )
+
+
 def run() -> dict:
     """Run what the flags ask for; returns the report.
 
@@ -269,6 +313,7 @@ def run() -> dict:
       ValueError: for a flag without meaning.
     """
     cases = make_cases()
+    input_tables = measure_input() if INPUT_TASK in _TASKS.value else ""
     implementations = ["ours"]
     for name in _REFERENCE.value:
         check_choice(name, ("torch", "torch.compile"), "--reference is unknown:")
@@ -281,27 +326,33 @@ def run() -> dict:
     files = ()
     if _IMAGES.value and any(case.task == "two_stage" for case in cases):
         files = read_images(_IMAGES.value, _TWO_STAGE_IMAGES.value)
-    params, card = load_model(_MODEL.value) if _MODEL.value else random_model(_BACKBONE.value)
-    reports = []
+    reports, source = [], "none"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models = {"ours": folder / "ours", "reference": folder / "reference"}
-        save_model(models["ours"], params, card)
-        if len(implementations) > 1:
-            save_hf_folder(models["reference"], params, card)
-        del params
+        if not all(case.task in HOST_TASKS for case in cases):
+            model = load_model(_MODEL.value) if _MODEL.value else random_model(_BACKBONE.value)
+            params, card = model
+            source = card.source if _MODEL.value else f"{_BACKBONE.value}, {card.source}"
+            save_model(models["ours"], params, card)
+            if len(implementations) > 1:
+                save_hf_folder(models["reference"], params, card)
+            del params, model
         for case in cases:
             inputs = None
+            if case.task == "panoptic_quality" and _IMAGES.value:
+                inputs = Path(_IMAGES.value).resolve()
             if case.task == "two_stage":
                 inputs = folder / "inputs.npz"
                 pictures(case, files).save(inputs)
             names = ["ours"] if case.task in TURN_TASKS else implementations
             reports.append(measure_case(case, names, models, folder, inputs))
     return {
-        "model": f"{_BACKBONE.value}, {card.source}" if not _MODEL.value else card.source,
+        "model": source,
         "machine": machine(),
         "repeats": _REPEATS.value,
         "cases": reports,
+        "input_pipeline": input_tables,
     }
 
 
@@ -315,7 +366,7 @@ def main(argv: list[str]) -> None:
         output = Path(_OUTPUT.value)
         output.mkdir(parents=True, exist_ok=True)
         (output / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
-        markdown = to_markdown(report)
+        markdown = "\n".join(filter(None, (to_markdown(report), report["input_pipeline"])))
         (output / "benchmark.md").write_text(markdown)
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {' '.join(str(error).split())}")

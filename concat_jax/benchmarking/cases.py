@@ -17,8 +17,12 @@ NUM_HELD = 15
 # Ours beside the reference, a process each.
 COMPARED_TASKS = ("forward", "postprocess", "train")
 # Variants of ours beside each other, taking turns in one process.
-TURN_TASKS = ("alignment", "two_stage")
-TASKS = (*COMPARED_TASKS, *TURN_TASKS)
+TURN_TASKS = ("alignment", "two_stage", "panoptic_quality")
+# Those of them that need no model.
+HOST_TASKS = ("panoptic_quality",)
+# Batches of training, which have no network and no case.
+INPUT_TASK = "input_pipeline"
+TASKS = (*COMPARED_TASKS, *TURN_TASKS, INPUT_TASK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +32,16 @@ class Case:
     Attributes:
       task: "forward" (image to class and mask logits), "postprocess" (those logits to a panoptic
         map), "train" (forward, losses, gradients, AdamW), "alignment" (stage 1 without CLIP's
-        targets, with cached and with online ones) or "two_stage" (images to panoptic maps by our
-        path, and with CLIP on every mask).
+        targets, with cached and with online ones), "two_stage" (images to panoptic maps by our
+        path, and with CLIP on every mask) or "panoptic_quality" (id maps to counts).
       height, width: of the network's input.
       batch: images at once.
-      segments: annotated segments an image ("train", "alignment").
+      segments: annotated segments an image ("train", "alignment", "panoptic_quality").
       dtype: compute type, "float32" or "bfloat16".
       clip: config for `make_clip` ("alignment", "two_stage").
-      num_images: images in all, a multiple of `batch` ("two_stage").
+      num_images: images in all, a multiple of `batch` ("two_stage", "panoptic_quality").
       num_masks: how many masks of an image CLIP sees, a variant each ("two_stage").
-      pictures: what the images are, in words ("two_stage").
+      pictures: what the images are, in words ("two_stage", "panoptic_quality").
 
     Raises:
       ValueError: if the images do not fill their batches.
@@ -64,6 +68,8 @@ class Case:
     @property
     def name(self) -> str:
         """Short name for tables and file names."""
+        if self.task == "panoptic_quality":
+            return f"{self.task} of {self.num_images} pairs ({self.pictures})"
         if self.task == "two_stage":
             batch = f"{self.num_images} images ({self.pictures}), {self.batch} at once"
         else:

@@ -52,6 +52,10 @@ def _run(case: Case, model: Path, job: Mapping[str, Any]) -> dict[str, Measureme
         from concat_jax.benchmarking import alignment
 
         return alignment.run(case, model, repeats)
+    if case.task == "panoptic_quality":
+        from concat_jax.benchmarking import panoptic_quality
+
+        return panoptic_quality.run(case, job["inputs"], repeats)
     if case.task == "two_stage":
         from concat_jax.benchmarking import two_stage
 

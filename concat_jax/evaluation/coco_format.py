@@ -57,63 +57,6 @@ def bounding_box(mask: np.ndarray) -> list[int]:
     return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]
 
 
-def encode_rle(mask: np.ndarray) -> dict:
-    """COCO's compressed run-length encoding of a [H, W] bool mask.
-
-    Runs of zeros and ones in turn, down the columns, the first of zeros; each is written as its
-    difference to the run before the last in base 32, as cocoapi common/maskApi.c `rleToString`.
-
-    Returns:
-      {"size": [H, W], "counts": str}, what pycocotools and COCO results files hold.
-    """
-    mask = np.asarray(mask, bool)
-    flat = mask.ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(np.concatenate([[0], changes, [flat.size]]))
-    if flat.size and flat[0]:
-        counts = np.concatenate([[0], counts])
-    values = counts.copy()
-    values[3:] -= counts[1:-2]
-    text = bytearray()
-    for value in values.tolist():
-        more = True
-        while more:
-            digit = value & 31
-            value >>= 5
-            # The highest bit of the last digit is the sign of what is left out.
-            more = value != (-1 if digit & 16 else 0)
-            text.append(48 + (digit | 32 if more else digit))
-    return {"size": list(mask.shape), "counts": text.decode("ascii")}
-
-
-def decode_rle(rle: dict) -> np.ndarray:
-    """The [H, W] bool mask of `encode_rle`.
-
-    Raises:
-      ValueError: if the runs do not fill the size.
-    """
-    height, width = rle["size"]
-    counts: list[int] = []
-    value = shift = 0
-    for byte in rle["counts"].encode("ascii"):
-        digit = byte - 48
-        value |= (digit & 31) << shift
-        shift += 5
-        if digit & 32:
-            continue
-        if digit & 16:
-            value -= 1 << shift
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value = shift = 0
-    if sum(counts) != height * width:
-        raise ValueError(
-            f"A run-length encoding holds {sum(counts)} pixels where its size {height}x{width} has "
-            f"{height * width}."
-        )
-    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-    return flat.reshape(width, height).T
-
-
 class PanopticWriter:
     """Writes predictions image by image: `<out_dir>/<name>/*.png`, then `<out_dir>/<name>.json`.
 

@@ -1,9 +1,10 @@
-"""A trained segmentor and a vocabulary on a data set: panoptic quality, pictures, COCO files."""
+"""A trained segmentor and a vocabulary on a data set: metrics, pictures, COCO files."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import math
 import operator
@@ -17,19 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.evaluation import pictures
-from concat_jax.evaluation.coco_format import PanopticWriter
-from concat_jax.evaluation.image_segments import unpack_segments
 from concat_jax.evaluation.panoptic_inference import PanopticOutput, panoptic_inference
-from concat_jax.evaluation.panoptic_quality import PanopticQuality
+from concat_jax.evaluation.score_images import (
+    InstanceScore,
+    PanopticScore,
+    SemanticScore,
+    comparison_row,
+)
+from concat_jax.evaluation.semantic_inference import semantic_inference
 from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import mask_logits, normalize_images
 from concat_jax.text.vocabulary import Vocabulary
 
-Predict = Callable[..., PanopticOutput]
 Output = TypeVar("Output")
 
 # File of the overlay pictures in a stage's folder.
 PICTURES = "pictures.png"
+METRICS = ("panoptic", "semantic", "instance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,11 @@ class EvalConfig:
     overlap_threshold: share of its mask a segment must own.
     gamma: subtracted from seen classes' probabilities; 0 is no calibration.
     batch_size: images a step.
-    num_pictures: overlay pictures written.
+    num_pictures: overlay pictures written, of panoptic maps.
+    metrics: any of `METRICS`; the networks run once for all of them.
+
+    Raises:
+      ValueError: for a metric that does not exist, or none.
     """
 
     keep_rule: str = "objectness"
@@ -54,6 +63,15 @@ class EvalConfig:
     gamma: float = 0.0
     batch_size: int = 1
     num_pictures: int = 8
+    metrics: Sequence[str] = ("panoptic",)
+
+    def __post_init__(self):
+        if not self.metrics or isinstance(self.metrics, str):
+            raise ValueError(f"metrics is {self.metrics!r}; give a tuple of {', '.join(METRICS)}.")
+        for metric in self.metrics:
+            if metric not in METRICS:
+                (near,) = difflib.get_close_matches(str(metric), METRICS, 1, cutoff=0.0)
+                raise ValueError(f"There is no metric {metric!r}; did you mean {near!r}?")
 
 
 class Sizes(NamedTuple):
@@ -82,6 +100,23 @@ class NetworkOutput(NamedTuple):
     source_size: jax.Array
 
 
+class Predictions(NamedTuple):
+    """What the metrics of an `EvalConfig` need of a batch; None what none of them needs.
+
+    Attributes:
+      panoptic: maps and segments.
+      semantic: [B, H, W] class indices.
+      instance: what instances are made of on the host, γ applied.
+    """
+
+    panoptic: PanopticOutput | None
+    semantic: jax.Array | None
+    instance: NetworkOutput | None
+
+
+Predict = Callable[..., Predictions]
+
+
 def run_networks(
     networks: Networks, params, text: jax.Array, images: jax.Array, sizes: Sizes, *, is_padded: bool
 ) -> NetworkOutput:
@@ -106,11 +141,14 @@ def run_networks(
 
 
 def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig) -> Predict:
-    """Makes (params, text, images, sizes) -> PanopticOutput.
+    """Makes (params, text, images, sizes) -> Predictions.
 
     `params` holds "segmentor" and "projector"; text is [K, C]; images [B, H, W, 3] uint8; sizes
     is `Sizes`, and the maps, at native size, lie in a bucket of H and W times powers of two, so
     that few programs are compiled whatever the sizes are. CLIP's image tower has no part in it.
+
+    γ is subtracted before segments are named, and before semantic scores and instances are made;
+    for these two a probability does not fall below 0.
     """
     is_thing = np.asarray(vocabulary.is_thing)
     is_seen = np.asarray(vocabulary.is_seen)
@@ -118,23 +156,34 @@ def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig)
     @functools.partial(jax.jit, static_argnames=("output_size", "is_padded"))
     def run(params, text, images, sizes, *, output_size, is_padded):
         found = run_networks(networks, params, text, images, sizes, is_padded=is_padded)
-        return panoptic_inference(
-            found.mask_logits,
-            found.class_probs,
-            jnp.asarray(is_thing),
-            jnp.asarray(is_seen),
-            output_size=output_size,
-            source_size=found.source_size,
-            image_size=sizes.native,
-            keep_rule=config.keep_rule,
-            score_threshold=config.score_threshold,
-            objectness_threshold=config.objectness_threshold,
-            mask_threshold=config.mask_threshold,
-            overlap_threshold=config.overlap_threshold,
-            gamma=config.gamma,
+        places = dict(
+            output_size=output_size, source_size=found.source_size, image_size=sizes.native
         )
+        # The last column is no-object.
+        shift = config.gamma * np.append(is_seen, False)
+        calibrated = jnp.maximum(found.class_probs - shift, 0.0)
+        panoptic = semantic = instance = None
+        if "panoptic" in config.metrics:
+            panoptic = panoptic_inference(
+                found.mask_logits,
+                found.class_probs,
+                jnp.asarray(is_thing),
+                jnp.asarray(is_seen),
+                **places,
+                keep_rule=config.keep_rule,
+                score_threshold=config.score_threshold,
+                objectness_threshold=config.objectness_threshold,
+                mask_threshold=config.mask_threshold,
+                overlap_threshold=config.overlap_threshold,
+                gamma=config.gamma,
+            )
+        if "semantic" in config.metrics:
+            semantic = semantic_inference(found.mask_logits, calibrated, **places)
+        if "instance" in config.metrics:
+            instance = found._replace(class_probs=calibrated)
+        return Predictions(panoptic, semantic, instance)
 
-    def predict(params, text, images, sizes: Sizes) -> PanopticOutput:
+    def predict(params, text, images, sizes: Sizes) -> Predictions:
         return run(params, text, images, sizes, **program_of(images.shape, sizes))
 
     return predict
@@ -161,7 +210,7 @@ def output_bucket(input_size: Sequence[int], native_size: Sequence[int]) -> tupl
 
 
 def evaluate(
-    predict: Callable[[np.ndarray, Sizes], PanopticOutput],
+    predict: Callable[[np.ndarray, Sizes], Predictions],
     examples: Iterable[tuple[Mapping, Mapping]],
     vocabulary: Vocabulary,
     config: EvalConfig,
@@ -173,44 +222,43 @@ def evaluate(
     """Predict every image and score it at its native size, seen and unseen in one label space.
 
     Args:
-      predict: (images [B, H, W, 3] uint8, `Sizes`) -> PanopticOutput with maps at native size.
-      examples: pairs of an example at native size and the same fitted to the input size.
+      predict: (images [B, H, W, 3] uint8, `Sizes`) -> Predictions with maps at native size.
+      examples: pairs of an example at native size and the same fitted to the input size. One with
+        a true "is_padding" fills a batch up and counts nowhere.
       vocabulary: the label space of the ground truth and the prediction.
-      config: batch size and number of pictures.
+      config: metrics, batch size and number of pictures.
       name: for the progress line.
       picture_folder: where overlay pictures go, if any.
-      coco_folder: where COCO panoptic json and PNGs go, if any.
+      coco_folder: where predictions go, if anywhere: COCO panoptic json and PNGs, COCO instance
+        results (`instance_predictions.json`), label maps of category ids
+        (`semantic_predictions/`), for each metric.
 
     Returns:
-      `PanopticQuality.summarize`, with "images" and "images_per_second" (compilation included).
+      `PanopticQuality.summarize` if the panoptic metric is among them, with "semantic":
+      `SemanticIoU.summarize` and "instance": `AveragePrecision.summarize` if they are, "images"
+      and "images_per_second" (compilation included). Instances are scored against the things of
+      the panoptic ground truth, which do not overlap; COCO's own instance annotations do.
     """
-    quality = PanopticQuality(len(vocabulary))
+    kinds = {"panoptic": PanopticScore, "semantic": SemanticScore, "instance": InstanceScore}
     rows: list[pictures.ComparisonRow] = []
     count, start = 0, time.monotonic()
     with contextlib.ExitStack() as stack:
-        writer = (
-            stack.enter_context(PanopticWriter(coco_folder, vocabulary)) if coco_folder else None
-        )
+        scores = {
+            metric: stack.enter_context(kinds[metric](vocabulary, coco_folder))
+            for metric in METRICS
+            if metric in config.metrics
+        }
         for natives, sizes, output in predict_batches(predict, examples, config.batch_size):
-            for native, result in zip(natives, unpack_segments(output, sizes.native), strict=True):
-                id_map, segments = result.id_map, result.segments
-                labels = result.labels_by_id()
-                truth = native["segment_ids"], native["segment_labels"]
-                quality.update(*truth, native["segment_is_crowd"], id_map, labels)
-                if writer:
-                    writer.add(int(native["image_id"]), native["file_name"], id_map, segments)
-                if picture_folder and len(rows) < config.num_pictures:
-                    rows.append(
-                        pictures.comparison_row(
-                            native["image"],
-                            truth,
-                            (id_map, labels),
-                            vocabulary.names,
-                            vocabulary.is_thing,
-                            vocabulary.is_seen,
-                            caption=native["file_name"],
-                        )
-                    )
+            for row, native in enumerate(natives):
+                if native.get("is_padding", False):
+                    continue
+                size = tuple(map(int, sizes.native[row]))
+                for metric, score in scores.items():
+                    of_image = jax.tree.map(operator.itemgetter(row), getattr(output, metric))
+                    result = score.add(native, size, of_image)
+                    shows = metric == "panoptic" and picture_folder
+                    if shows and len(rows) < config.num_pictures:
+                        rows.append(comparison_row(native, result, vocabulary))
                 count += 1
     if not count:
         raise ValueError("There is no image to evaluate; check the data section of the config.")
@@ -219,7 +267,9 @@ def evaluate(
         pictures.comparison_sheet(rows).save(picture_folder / PICTURES)
     seconds = time.monotonic() - start
     print(f"{name}: {count} images evaluated, {count / seconds:.1f} images/s", flush=True)
-    return {**quality.summarize(vocabulary), "images": count, "images_per_second": count / seconds}
+    summaries = {metric: score.counts.summarize(vocabulary) for metric, score in scores.items()}
+    speed = {"images": count, "images_per_second": count / seconds}
+    return {**summaries.pop("panoptic", {}), **summaries, **speed}
 
 
 def predict_batches(

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from concat_jax.evaluation.coco_format import decode_rle, encode_rle
 from concat_jax.evaluation.mask_resize import resize_on_host
+from concat_jax.evaluation.run_lengths import decode_rle, encode_rle
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,13 @@ def _crowd_flags(is_crowd: Table | None, ids: np.ndarray) -> np.ndarray:
 
 def _rows_of(map_ids: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
     """Position of each map id in (0, *ids); 0 stands for void."""
+    if not np.issubdtype(map_ids.dtype, np.integer):
+        raise ValueError(f"The {what} map has type {map_ids.dtype}; ids must be integers.")
+    if map_ids.size and (map_ids.min() < 0 or map_ids.max() > MAX_ID):
+        raise ValueError(
+            f"The {what} map holds ids from {map_ids.min()} to {map_ids.max()}; they must lie in "
+            f"0..{MAX_ID}."
+        )
     known = np.concatenate([[0], ids])
     order = np.argsort(known, kind="stable")
     place = np.minimum(np.searchsorted(known, map_ids, sorter=order), len(known) - 1)
@@ -77,6 +84,19 @@ def _rows_of(map_ids: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
             "list; every non-zero id needs a label."
         )
     return rows
+
+
+def _runs(gt_ids: np.ndarray, pred_ids: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Runs of pixels, in reading order, of which both maps have one id: (gt id, pred id, length).
+
+    A map of 300,000 pixels has a few thousand runs: what follows need not see every pixel. To sort
+    the pixels' pairs of ids, as panopticapi does, is what its time goes to.
+    """
+    gt, pred = gt_ids.ravel(), pred_ids.ravel()
+    changes = gt[1:] != gt[:-1]
+    changes |= pred[1:] != pred[:-1]
+    starts = np.flatnonzero(np.concatenate([np.ones(min(1, gt.size), bool), changes]))
+    return gt[starts], pred[starts], np.diff(starts, append=gt.size)
 
 
 class PanopticQuality:
@@ -145,11 +165,15 @@ class PanopticQuality:
                 )
         is_crowd = np.concatenate([[False], _crowd_flags(gt_is_crowd, gt_table_ids)])
 
-        pairs, counts = self._count_pairs(gt_ids, pred_ids)
-        inter = np.zeros((len(gt_table_ids) + 1, len(pred_table_ids) + 1), np.int64)
-        gt_rows = _rows_of(pairs[0], gt_table_ids, "ground truth")
-        pred_rows = _rows_of(pairs[1], pred_table_ids, "prediction")
-        inter[gt_rows, pred_rows] = counts
+        gt_runs, pred_runs, lengths = _runs(gt_ids, pred_ids)
+        gt_rows = _rows_of(gt_runs, gt_table_ids, "ground truth")
+        pred_rows = _rows_of(pred_runs, pred_table_ids, "prediction")
+        shape = len(gt_table_ids) + 1, len(pred_table_ids) + 1
+        # Sums of integers below 2^53 are exact in float64.
+        inter = np.bincount(
+            gt_rows * shape[1] + pred_rows, weights=lengths, minlength=shape[0] * shape[1]
+        )
+        inter = inter.astype(np.int64).reshape(shape)
         on_void, gt_area, pred_area = inter[0], inter.sum(axis=1), inter.sum(axis=0)
         gt_classes = np.concatenate([[-1], gt_classes])
         pred_classes = np.concatenate([[-2], pred_classes])  # void matches void nowhere
@@ -177,22 +201,6 @@ class PanopticQuality:
         ignored = on_void[rows] + np.where(crowd >= 0, inter[crowd, rows], 0)
         rows = rows[ignored / pred_area[rows] <= 0.5]
         np.add.at(self.fp, pred_classes[rows], 1)
-
-    @staticmethod
-    def _count_pairs(gt_ids: np.ndarray, pred_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct (gt id, pred id) pairs [2, M] of two maps and how many pixels hold each, [M]."""
-        for what, ids in (("ground truth", gt_ids), ("prediction", pred_ids)):
-            if not np.issubdtype(ids.dtype, np.integer):
-                raise ValueError(f"The {what} map has type {ids.dtype}; ids must be integers.")
-            if ids.size and (ids.min() < 0 or ids.max() > MAX_ID):
-                raise ValueError(
-                    f"The {what} map holds ids from {ids.min()} to {ids.max()}; they must lie in "
-                    f"0..{MAX_ID}."
-                )
-        span = int(pred_ids.max(initial=0)) + 1
-        codes = gt_ids.astype(np.int64).ravel() * span + pred_ids.astype(np.int64).ravel()
-        codes, counts = np.unique(codes, return_counts=True)
-        return np.stack([codes // span, codes % span]), counts
 
     def merge(self, other: PanopticQuality) -> None:
         """Adds the counts of another accumulator, for example of another host.

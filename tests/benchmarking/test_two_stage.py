@@ -91,7 +91,7 @@ def test_our_path_is_that_of_evaluation(inputs):
     params, text, images, sizes = inputs
     ours = run(make_paths().ours, params, text, images, sizes).maps
     predict = make_predict(NETWORKS, VOCABULARY, EvalConfig())
-    theirs = run(lambda *args: predict(*args, EvalSizes(*sizes)), params, text, images)
+    theirs = run(lambda *args: predict(*args, EvalSizes(*sizes)).panoptic, params, text, images)
     np.testing.assert_allclose(ours.keep_scores, theirs.keep_scores, atol=1e-5)
     for field in ("segment_ids", "labels", "fates", "areas"):
         same = np.asarray(getattr(ours, field)) == np.asarray(getattr(theirs, field))

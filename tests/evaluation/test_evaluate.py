@@ -1,10 +1,12 @@
 """Evaluation at native size, with networks that answer with a known picture."""
 
+import json
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from concat_jax.evaluation.coco_format import read_panoptic
 from concat_jax.evaluation.evaluate import EvalConfig, Sizes, evaluate, make_predict, output_bucket
@@ -54,9 +56,9 @@ def example(number, height, width, boxed_size, valid):
     return native, {"image": image, "image_size": np.array(valid, np.int32)}
 
 
-def run(examples, tmp_path, batch_size):
+def run(examples, tmp_path, batch_size, **settings):
     calls = []
-    config = EvalConfig(batch_size=batch_size, num_pictures=1)
+    config = EvalConfig(batch_size=batch_size, num_pictures=1, **settings)
     predict = make_predict(fake_networks(calls), VOCABULARY, config)
     params = {"segmentor": {}, "projector": {}}
     summary = evaluate(
@@ -102,4 +104,52 @@ def test_maps_take_the_native_size():
     predict = make_predict(fake_networks([]), VOCABULARY, EvalConfig())
     sizes = Sizes(np.array([[32, 32]], np.int32), np.array([[40, 20]], np.int32))
     output = predict({"segmentor": {}, "projector": {}}, None, np.zeros((1, 32, 32, 3)), sizes)
-    assert output.segment_ids.shape == (1, 64, 32)
+    assert output.panoptic.segment_ids.shape == (1, 64, 32)
+    assert output.semantic is output.instance is None
+
+
+def test_all_metrics_come_from_one_pass_of_the_networks(tmp_path):
+    examples = [example(k, 32, 32, 32, (32, 32)) for k in range(3)]
+    metrics = ("panoptic", "semantic", "instance")
+    summary, calls = run(examples, tmp_path, batch_size=1, metrics=metrics)
+    assert calls == [((1, 32, 32, 3), True)]
+    assert summary["all"]["pq"] == pytest.approx(100)
+    assert summary["semantic"]["all"]["miou"] == pytest.approx(100)
+    # The cat is found in all images; the sky is no thing.
+    assert summary["instance"]["all"]["ap"] == pytest.approx(100)
+    assert (summary["instance"]["all"]["n"], summary["images"]) == (1, 3)
+    labels = np.asarray(Image.open(tmp_path / "semantic_predictions" / "1.png"))
+    np.testing.assert_array_equal(labels, np.where(np.arange(32) < 16, 1, 2)[None].repeat(32, 0))
+    results = json.loads((tmp_path / "instance_predictions.json").read_text())
+    assert {entry["category_id"] for entry in results} == {1}
+    assert {entry["image_id"] for entry in results} == {0, 1, 2}
+
+
+def test_metrics_do_without_panoptic_maps_and_skip_padding(tmp_path):
+    examples = [example(k, 32, 32, 32, (32, 32)) for k in range(3)]
+    examples[2][0]["is_padding"] = True
+    summary, _ = run(examples, tmp_path, batch_size=1, metrics=("semantic",))
+    assert summary["images"] == 2 and "all" not in summary
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["0.png", "1.png"]
+
+
+def test_gamma_lowers_seen_classes_in_every_metric(tmp_path):
+    """Both classes are seen: with all probability gone, neither metric finds what it found."""
+    examples = [example(0, 32, 32, 32, (32, 32))]
+    metrics = ("semantic", "instance")
+    summary, _ = run(examples, tmp_path, batch_size=1, metrics=metrics, gamma=1.0)
+    assert summary["instance"]["all"]["ap"] == 0.0
+    assert summary["semantic"]["all"]["miou"] < 60
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (("panoptics",), "did you mean 'panoptic'"),
+        ((), "give a tuple"),
+        ("semantic", "give a tuple"),
+    ],
+)
+def test_wrong_metrics_are_refused(metrics, message):
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(metrics=metrics)

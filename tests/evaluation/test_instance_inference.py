@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from concat_jax.evaluation.coco_format import decode_rle, encode_rle
 from concat_jax.evaluation.instance_inference import instance_inference
+from concat_jax.evaluation.run_lengths import decode_rle, encode_rle
 
 
 def reference(mask_logits, probs, size, top, is_thing):

@@ -7,20 +7,23 @@ import numpy as np
 import pytest
 
 from concat_jax.evaluation import report
+from concat_jax.evaluation.average_precision import AveragePrecision
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
+from concat_jax.evaluation.run_lengths import encode_rle
+from concat_jax.evaluation.semantic_iou import SemanticIoU
 from concat_jax.text.vocabulary import Vocabulary
 
 TABLE = """\
-            PQ    SQ     RQ  n
-------------------------------
-all       47.8  56.7   55.6  3
-things    26.7  40.0   33.3  2
-stuff     90.0  90.0  100.0  1
-------------------------------
-seen      71.7  85.0   83.3  2
-unseen     0.0   0.0    0.0  1
-------------------------------
-harmonic   0.0   0.0    0.0"""
+            PQ    SQ     RQ  SQ matched  n
+------------------------------------------
+all       47.8  56.7   55.6        85.0  3
+things    26.7  40.0   33.3        80.0  2
+stuff     90.0  90.0  100.0        90.0  1
+------------------------------------------
+seen      71.7  85.0   83.3        85.0  2
+unseen     0.0   0.0    0.0           -  1
+------------------------------------------
+harmonic   0.0   0.0    0.0           -"""
 
 COMPARISON = """\
                                    PQ                 SQ                 RQ
@@ -35,6 +38,37 @@ class                   PQ    SQ     RQ  TP  FP  FN
 sky    stuff    seen  90.0  90.0  100.0   1   0   0
 cat    thing    seen  53.3  80.0   66.7   2   1   1
 cow    thing  unseen   0.0   0.0    0.0   0   0   4"""
+
+
+SEMANTIC = """\
+semantic
+          mIoU  pixel acc  class acc  fwIoU  n
+----------------------------------------------
+all       46.7       66.7       62.5   51.1  2
+----------------------------------------------
+seen      60.0       75.0       75.0   60.0  1
+unseen    33.3       50.0       50.0   33.3  1
+----------------------------------------------
+harmonic  42.9       60.0       60.0   42.9
+
+class                 IoU   acc  pixels  predicted  correct
+------------------------------------------------------------
+cat    thing    seen  60.0  75.0       4          4        3
+cow    thing  unseen  33.3  50.0       2          2        1"""
+
+VOCABULARY = Vocabulary(("cat", "cow"), (True, True), (True, False), (1, 2))
+
+
+def make_nested():
+    """Semantic and instance summaries, of one image each."""
+    semantic, instance = SemanticIoU(2), AveragePrecision(2)
+    semantic.update(np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 0]))
+    mask = encode_rle(np.ones((2, 2), bool))
+    instance.update(1, [mask, mask], [0, 1], None, [mask], [0], [0.5])
+    return {
+        "semantic": semantic.summarize(VOCABULARY),
+        "instance": instance.summarize(VOCABULARY),
+    }
 
 
 def make_summary(cow_is_seen=False):
@@ -61,11 +95,11 @@ def test_table():
 def test_table_in_markdown():
     lines = report.format_table(make_summary(), markdown=True).splitlines()
     assert lines[:3] == [
-        "|  | PQ | SQ | RQ | n |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        "| all | 47.8 | 56.7 | 55.6 | 3 |",
+        "|  | PQ | SQ | RQ | SQ matched | n |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| all | 47.8 | 56.7 | 55.6 | 85.0 | 3 |",
     ]
-    assert lines[-1] == "| harmonic | 0.0 | 0.0 | 0.0 |  |"
+    assert lines[-1] == "| harmonic | 0.0 | 0.0 | 0.0 | - |  |"
 
 
 def test_comparison_of_runs():
@@ -131,3 +165,34 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
         report.write_report(path, {"pq": object()})
     assert json.loads(path.read_text()) == {"pq": 1.0}
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_every_metric_has_its_tables():
+    nested = make_nested()
+    text = report.format_table({"semantic": nested["semantic"]}, classes=True)
+    assert text.split() == SEMANTIC.split()
+    text = report.format_table({**make_summary(), **nested}, classes=True)
+    panoptic, classes, semantic, _, instance, of_instances = text.split("\n\n")
+    assert (panoptic, classes) == (TABLE, CLASSES)
+    assert instance.splitlines()[0] == "instance"
+    assert instance.splitlines()[3].split()[:3] == ["all", "50.0", "50.0"]
+    assert of_instances.splitlines()[2].split() == "cat thing seen 100.0 100.0 100.0 1 1 1".split()
+    assert "| all | 50.0 |" in report.format_table(nested, markdown=True)
+
+
+def test_runs_without_panoptic_maps_are_compared_by_what_they_have():
+    header, _, row = report.format_comparison(
+        {"stage 1": {"semantic": make_nested()["semantic"]}}, markdown=True
+    ).splitlines()
+    assert header == "| run | mIoU seen | mIoU unseen | hIoU |"
+    assert row == "| stage 1 | 60.0 | 33.3 | 42.9 |"
+    assert "hAP50" in report.format_comparison({"x": make_nested()}, markdown=True)
+
+
+def test_scalars_of_other_metrics():
+    scalars = report.flatten_summary(make_nested())
+    assert scalars["hiou"] == pytest.approx(300 / 7)
+    assert scalars["miou_unseen"] == pytest.approx(100 / 3)
+    assert scalars["ap_seen"] == pytest.approx(100)
+    assert (scalars["hap"], scalars["ap"]) == (0.0, pytest.approx(50))
+    assert "pq" not in scalars

@@ -1,0 +1,134 @@
+"""Panoptic quality of pairs of id maps: the official algorithm, ours, and decoding their PNGs.
+
+All see the same maps in memory, as COCO's PNGs hold them: ids of 24 bits. Decoding is what scoring
+files cannot do without, so it is the measure of whether the metric itself costs anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from concat_jax.benchmarking import cases
+from concat_jax.benchmarking.cases import NUM_CLASSES, Case
+from concat_jax.benchmarking.measure import Measurement, Turn, measure_in_turns
+from concat_jax.benchmarking.official_panoptic_quality import OfficialPanopticQuality
+from concat_jax.evaluation.coco_format import ids_to_rgb
+from concat_jax.evaluation.panoptic_quality import PanopticQuality
+from concat_jax.evaluation.result_files import read_id_map, read_panoptic_file
+
+# Rows and columns that a prediction is the ground truth moved by.
+SHIFT = (4, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One image's ground truth and prediction.
+
+    Attributes:
+      gt_ids, pred_ids: [H, W] uint32, 0 void.
+      segments: id -> {"label", "is_crowd", "area"} of the ground truth.
+      pred_labels: id -> class of the prediction.
+    """
+
+    gt_ids: np.ndarray
+    pred_ids: np.ndarray
+    segments: dict[int, dict]
+    pred_labels: dict[int, int]
+
+
+def run(case: Case, annotations: str, repeats: int) -> dict[str, Measurement]:
+    """Measure the three on `case.num_images` pairs.
+
+    Args:
+      case: sizes and number of the pairs that are drawn.
+      annotations: a COCO panoptic json whose maps are taken instead; "" draws some.
+      repeats: timed rounds.
+    """
+    pairs = _read_pairs(Path(annotations), case.num_images) if annotations else _draw_pairs(case)
+    num_classes = 1 + max(s["label"] for pair in pairs for s in pair.segments.values())
+    pngs = [_encode(ids) for pair in pairs for ids in (pair.gt_ids, pair.pred_ids)]
+
+    def official() -> dict[str, np.ndarray]:
+        quality = OfficialPanopticQuality()
+        for pair in pairs:
+            quality.update(pair.gt_ids, pair.segments, pair.pred_ids, pair.pred_labels)
+        return {"counts": quality.counts(num_classes)}
+
+    def ours() -> dict[str, np.ndarray]:
+        quality = PanopticQuality(num_classes)
+        for pair in pairs:
+            labels = {i: segment["label"] for i, segment in pair.segments.items()}
+            crowd = {i: segment["is_crowd"] for i, segment in pair.segments.items()}
+            quality.update(pair.gt_ids, labels, crowd, pair.pred_ids, pair.pred_labels)
+        return {"counts": np.array([quality.iou_sum, quality.tp, quality.fp, quality.fn])}
+
+    def decoding() -> dict[str, np.ndarray]:
+        for png in pngs:
+            rgba = np.array(Image.open(io.BytesIO(png)).convert("RGBA"))
+            rgba.view("<u4")[..., 0] &= 0xFFFFFF
+        return {}
+
+    calls = {"official algorithm": official, "ours": ours, "PNG decoding": decoding}
+    return measure_in_turns({name: Turn(call) for name, call in calls.items()}, repeats)
+
+
+def _draw_pairs(case: Case) -> list[Pair]:
+    """Blobs with ids as COCO's, predictions moved, some of another class and some void."""
+    maps, labels = cases.segments(dataclasses.replace(case, batch=case.num_images))
+    rng = np.random.default_rng(3)
+    pairs = []
+    for rows, row_labels in zip(maps, labels, strict=True):
+        ids = rng.choice(256**3 - 1, case.segments, replace=False) + 1
+        gt_ids = np.append(0, ids)[rows].astype(np.uint32)
+        label_of = dict(zip(ids.tolist(), row_labels.tolist(), strict=True))
+        predicted = {
+            i: label if rng.random() < 0.8 else int(rng.integers(NUM_CLASSES))
+            for i, label in label_of.items()
+        }
+        pairs.append(_moved(gt_ids, label_of, {}, predicted))
+    return pairs
+
+
+def _read_pairs(json_path: Path, number: int) -> list[Pair]:
+    """The first images of a COCO panoptic json, predictions moved.
+
+    Raises:
+      ValueError: if there are fewer.
+    """
+    file = read_panoptic_file(json_path)
+    if len(file.annotations) < number:
+        raise ValueError(
+            f"{json_path} has {len(file.annotations)} images where {number} are wanted."
+        )
+    index_of = {c["id"]: k for k, c in enumerate(file.categories or ())}
+    pairs = []
+    for annotation in list(file.annotations.values())[:number]:
+        gt_ids = read_id_map(file.folder / annotation["file_name"], json_path)
+        segments = annotation["segments_info"]
+        labels = {s["id"]: index_of[s["category_id"]] for s in segments}
+        crowd = {s["id"]: bool(s.get("iscrowd", 0)) for s in segments}
+        pairs.append(_moved(gt_ids, labels, crowd, labels))
+    return pairs
+
+
+def _moved(gt_ids: np.ndarray, labels: dict, crowd: dict, predicted: dict) -> Pair:
+    pred_ids = np.roll(gt_ids, SHIFT, (0, 1))
+    ids, areas = np.unique(gt_ids, return_counts=True)
+    area_of = dict(zip(ids.tolist(), areas.tolist(), strict=True))
+    segments = {
+        i: {"label": label, "is_crowd": crowd.get(i, False), "area": area_of[i]}
+        for i, label in labels.items()
+        if i in area_of
+    }
+    return Pair(gt_ids, pred_ids, segments, {i: predicted[i] for i in segments})
+
+
+def _encode(ids: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(ids_to_rgb(ids)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,222 @@
+"""Scores of predictions in files, ours or anybody's, and of a trained stage.
+
+    python -m concat_jax.evaluate --task=panoptic --split=coco_panoptic_119_14 \\
+      --annotations=coco/annotations/panoptic_val2017.json --predictions=panoptic_predictions.json
+
+prints PQ, SQ and RQ for all, seen and unseen classes and their harmonic means; --classes adds
+every class and --output=report.json writes it all. Without --split every class is seen.
+
+- panoptic: COCO panoptic jsons, each with a folder of PNGs that has its name or is given by
+  --annotation_pngs and --png_folder. What the official panopticapi refuses is refused, and so are
+  predictions for images that have no annotation.
+- semantic: folders of label maps (mIoU, hIoU, accuracies), whose pixels are the split's ids, or
+  positions in it with --annotation_values=indices and --prediction_values=indices; or panoptic
+  jsons.
+- instance: a COCO results list against a COCO instances json (mask AP). --protocol=zsi takes the
+  IoUs 0.4, 0.5 and 0.6 of the 48/17 and 65/15 splits, whose papers quote AP50 and recall50.
+
+    python -m concat_jax.evaluate --config=configs/demo_zps.py --workdir=runs/demo --stage=finetune
+
+scores a finished stage as the training command does, by config.eval.settings.metrics.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+# What needs JAX is imported where it is used: the processes that share the images of the files
+# import this module, and would each start with it.
+from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, ZSI_THRESHOLDS
+from concat_jax.evaluation.report import format_table, write_report
+from concat_jax.evaluation.score_files import (
+    IGNORED_VALUES,
+    score_instances,
+    score_panoptic,
+    score_semantic,
+)
+from concat_jax.text.vocabulary import Vocabulary
+
+TASKS = ("panoptic", "semantic", "instance")
+PROTOCOLS = {"coco": COCO_THRESHOLDS, "zsi": ZSI_THRESHOLDS}
+# Flags of one way to call this, which mean nothing to the other.
+FILE_FLAGS = (
+    "task",
+    "annotations",
+    "predictions",
+    "split",
+    "annotation_pngs",
+    "png_folder",
+    "annotation_values",
+    "prediction_values",
+    "ignore",
+    "protocol",
+    "workers",
+)
+# Seconds between lines of progress.
+PROGRESS_EVERY = 5.0
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """The flags of this command, besides --config and --workdir."""
+
+    def text(name: str, default: str, about: str) -> None:
+        flags.DEFINE_string(name, default, about, flag_values=values)
+
+    def choice(name: str, choices: Sequence[str], about: str) -> None:
+        flags.DEFINE_enum(name, choices[0], choices, about, flag_values=values)
+
+    text("task", "", f"Of files: one of {', '.join(TASKS)}.")
+    text("annotations", "", "Ground truth: a json, or a folder of label maps.")
+    text("predictions", "", "Predictions: a json, or a folder of label maps.")
+    text("split", "", "Name or path of a split file: which classes are seen.")
+    text("annotation_pngs", "", "PNGs of --annotations, if not beside it.")
+    text("png_folder", "", "PNGs of --predictions, if not beside it.")
+    choice("annotation_values", ["ids", "indices"], "Pixels of --annotations' label maps.")
+    choice("prediction_values", ["ids", "indices"], "Pixels of --predictions' label maps.")
+    text("ignore", ",".join(map(str, IGNORED_VALUES)), "Pixels of label maps that are no class.")
+    choice("protocol", list(PROTOCOLS), "IoUs of the instance task.")
+    flags.DEFINE_integer("workers", 0, "Processes; 0 is one a core.", 0, flag_values=values)
+    text("stage", "finetune", "Of a config: the stage to score.")
+    flags.DEFINE_bool("classes", False, "Also print every class.", flag_values=values)
+    text("output", "", "A json file for the report.")
+
+
+def progress_line(name: str) -> Callable[[int, int], None]:
+    """A function of (done, total) that prints a line now and then, with the time left."""
+    from concat_jax.training.metric_writer import format_seconds
+
+    start = shown = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if done < total and now - shown < PROGRESS_EVERY:
+            return
+        shown = now
+        rate = done / max(now - start, 1e-9)
+        left = format_seconds((total - done) / rate)
+        print(f"{name}: {done}/{total} images, {rate:.0f}/s, ETA {left}", flush=True)
+
+    return show
+
+
+def evaluate_files(given: flags.FlagValues) -> dict:
+    """Scores the files that the flags name; returns the summary, as `evaluate` has it.
+
+    Raises:
+      ValueError: for a flag that is missing or has no meaning, or files at fault.
+    """
+    from concat_jax.configuration import check_choice
+
+    check_choice(given.task, TASKS, "--task names no task:")
+    for name in ("annotations", "predictions"):
+        if not getattr(given, name):
+            raise ValueError(f"Scoring files needs --{name}.")
+    vocabulary: Vocabulary | None = None
+    if given.split:
+        from data_pipelines.zero_shot_split import load_split
+
+        vocabulary = load_split(given.split)
+    files = given.annotations, given.predictions, vocabulary
+    shared = dict(workers=given.workers or _cores(), on_progress=progress_line(given.task))
+    folders = dict(
+        annotation_folder=given.annotation_pngs or None, prediction_folder=given.png_folder or None
+    )
+    if given.task == "panoptic":
+        return score_panoptic(*files, **folders, **shared)[0]
+    if given.task == "instance":
+        thresholds = PROTOCOLS[given.protocol]
+        return {"instance": score_instances(*files, thresholds=thresholds, **shared)[0]}
+    ignored = [value.strip() for value in given.ignore.split(",") if value.strip()]
+    if not all(value.isdecimal() for value in ignored):
+        raise ValueError(f"--ignore={given.ignore} is not like --ignore=0,255.")
+    summary, _ = score_semantic(
+        *files,
+        **folders,
+        annotation_values=given.annotation_values,
+        prediction_values=given.prediction_values,
+        ignored_values=tuple(map(int, ignored)),
+        **shared,
+    )
+    return {"semantic": summary}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def evaluate_stage(stage: str) -> dict:
+    """Scores a finished stage of the flags' config and workdir; returns the summary.
+
+    Predictions and pictures go to the stage's folder, as after training.
+
+    Raises:
+      ValueError: if the config has no such stage, or it has not finished.
+    """
+    import jax
+
+    from concat_jax.configuration import check_choice
+    from concat_jax.main import config_and_workdir, join_hosts
+    from concat_jax.run import Run
+    from data_pipelines.datasets import make_datasets
+
+    config, workdir = config_and_workdir()
+    join_hosts()
+    datasets = make_datasets(
+        config.data,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    run = Run(config, Path(workdir), datasets, trains=False)
+    check_choice(stage, run.stages, "--stage names no stage of config.train:")
+    if not run.is_finished(stage):
+        raise ValueError(f"Stage {stage!r} has not finished in {workdir}; train it first.")
+    return run.evaluate(stage)
+
+
+def evaluate_flags(given: flags.FlagValues = flags.FLAGS) -> dict:
+    """What the flags ask for: prints the tables, writes the report and returns the summary.
+
+    Raises:
+      ValueError: for flags that do not go together.
+    """
+    of_files = [name for name in FILE_FLAGS if given[name].present]
+    if any(name in given and given[name].present for name in ("config", "workdir")):
+        if of_files:
+            raise ValueError(
+                f"--{of_files[0]} is for predictions in files and --config for a trained stage; "
+                "give one or the other."
+            )
+        summary = evaluate_stage(given.stage)
+    elif given["stage"].present or not of_files:
+        raise ValueError(
+            "give --task, --annotations and --predictions to score files, or --config, --workdir "
+            "and --stage to score a trained stage."
+        )
+    else:
+        summary = evaluate_files(given)
+    print(f"\n{format_table(summary, classes=given.classes)}")
+    if given.output:
+        write_report(given.output, summary)
+        print(f"\nReport: {given.output}")
+    return summary
+
+
+def main(argv: list[str]) -> None:
+    """Entry point; a user's mistake ends in one sentence and exit code 1."""
+    from concat_jax.main import run_command
+
+    run_command(argv, evaluate_flags)
+
+
+if __name__ == "__main__":
+    from concat_jax.main import parse_flags
+
+    define_flags()
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,172 @@
+"""Mean intersection over union of label maps, seen and unseen classes, from a confusion matrix.
+
+The numbers are those of detectron2 detectron2/evaluation/sem_seg_evaluation.py and of the zero-shot
+evaluator that ZegFormer and PADing made of it (`SemSegGzeroEvaluator`): means over classes of
+counts that are summed over all images. Their predictions name a class everywhere; ours may also say
+nothing, which is a miss of the pixel's class and no false alarm of another.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from concat_jax.evaluation.panoptic_quality import harmonic_mean
+from concat_jax.text.vocabulary import Vocabulary
+
+GROUPS = ("all", "seen", "unseen")
+METRICS = ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
+
+
+class SemanticIoU:
+    """Accumulates a confusion matrix over images; memory is K x K whatever their number.
+
+    Attributes:
+      confusion: [K, K] int64, pixels by class of the ground truth (row) and prediction (column).
+      unnamed: [K] int64, pixels of each class of the ground truth for which nothing is predicted.
+      ignored: pixels of void ground truth, which count nowhere.
+    """
+
+    def __init__(self, num_classes: int):
+        """Starts at zero for K = `num_classes` classes.
+
+        Raises:
+          ValueError: if num_classes is not positive.
+        """
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}; at least one class is needed.")
+        self.num_classes = num_classes
+        self.confusion = np.zeros((num_classes, num_classes), np.int64)
+        self.unnamed = np.zeros(num_classes, np.int64)
+        self.ignored = 0
+
+    def update(self, gt: np.ndarray, pred: np.ndarray, *, void: int = -1) -> None:
+        """Adds one image.
+
+        Args:
+          gt: [H, W] ints, class indices or `void`.
+          pred: [H, W] ints, class indices or `void`.
+          void: what stands for no class in both maps, outside 0..K-1.
+
+        Raises:
+          ValueError: on maps of different shapes, values that are not integers, or a value that is
+            neither a class nor void.
+        """
+        if 0 <= void < self.num_classes:
+            raise ValueError(f"void is {void}, which is one of the {self.num_classes} classes.")
+        gt, pred = np.asarray(gt), np.asarray(pred)
+        if gt.shape != pred.shape:
+            raise ValueError(
+                f"Ground truth {gt.shape} and prediction {pred.shape} differ in size; resize the "
+                "prediction to the ground truth first."
+            )
+        gt_rows = self._rows(gt, void, "ground truth")
+        pred_rows = self._rows(pred, void, "prediction")
+        side = self.num_classes + 1
+        codes = gt_rows * np.int64(side) + pred_rows
+        counts = np.bincount(codes, minlength=side * side).reshape(side, side)
+        self.confusion += counts[:-1, :-1]
+        self.unnamed += counts[:-1, -1]
+        self.ignored += int(counts[-1].sum())
+
+    def _rows(self, labels: np.ndarray, void: int, what: str) -> np.ndarray:
+        """Class indices, flat, with K for void."""
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"The {what} map has type {labels.dtype}; labels must be integers.")
+        labels = labels.ravel()
+        is_void = labels == void
+        is_class = (labels >= 0) & (labels < self.num_classes)
+        if not (is_void | is_class).all():
+            wrong = labels[~(is_void | is_class)][0]
+            raise ValueError(
+                f"The {what} map holds the label {wrong}, which is neither void ({void}) nor one "
+                f"of the {self.num_classes} classes."
+            )
+        return np.where(is_void, self.num_classes, labels).astype(np.int64)
+
+    def merge(self, other: SemanticIoU) -> None:
+        """Adds the counts of another accumulator, for example of another host.
+
+        Raises:
+          ValueError: if the numbers of classes differ.
+        """
+        if other.num_classes != self.num_classes:
+            raise ValueError(
+                f"Cannot merge a confusion matrix of {other.num_classes} classes into one of "
+                f"{self.num_classes}; both runs must use one vocabulary."
+            )
+        self.confusion += other.confusion
+        self.unnamed += other.unnamed
+        self.ignored += other.ignored
+
+    def summarize(self, vocabulary: Vocabulary) -> dict:
+        """The metrics in percent for all, seen and unseen classes and for every class.
+
+        The IoU of a class that is predicted but never annotated is 0 and counts, as in detectron2
+        and scikit-learn; a class that occurs in neither is NaN and left out. Accuracies run over
+        annotated classes.
+
+        Args:
+          vocabulary: the K classes, which says what is seen.
+
+        Returns:
+          {"all" | "seen" | "unseen": {"miou", "pixel_accuracy", "mean_accuracy" (of classes),
+          "frequency_weighted_iou": float, "n": classes in the mean IoU}, "harmonic": the same
+          without n, 2su / (s + u), of which "miou" is the field's hIoU, "per_class": K dicts with
+          "name", "is_thing", "is_seen", "iou", "accuracy" (percent) and the pixel counts
+          "annotated", "predicted" (on annotated pixels) and "correct", "ignored_pixels": int}.
+          What no class defines is NaN. Pixel accuracy and weights of a group are over the
+          annotated pixels of its classes.
+
+        Raises:
+          ValueError: if the vocabulary has another number of classes.
+        """
+        if len(vocabulary) != self.num_classes:
+            raise ValueError(
+                f"The vocabulary has {len(vocabulary)} classes but {self.num_classes} were counted."
+            )
+        correct = np.diagonal(self.confusion)
+        annotated = self.confusion.sum(axis=1) + self.unnamed
+        predicted = self.confusion.sum(axis=0)
+        union = annotated + predicted - correct
+        nothing = np.full(self.num_classes, np.nan)
+        iou = 100.0 * np.divide(correct, union, out=nothing.copy(), where=union > 0)
+        accuracy = 100.0 * np.divide(correct, annotated, out=nothing.copy(), where=annotated > 0)
+
+        is_seen = np.asarray(vocabulary.is_seen)
+        members_of = {"all": np.ones(self.num_classes, bool), "seen": is_seen, "unseen": ~is_seen}
+        summary: dict = {}
+        for group in GROUPS:
+            members = members_of[group]
+            counted, shown = members & (union > 0), members & (annotated > 0)
+            pixels = annotated[shown].sum()
+            summary[group] = {
+                "miou": _mean(iou[counted]),
+                "pixel_accuracy": 100.0 * _mean(correct[shown], pixels),
+                "mean_accuracy": _mean(accuracy[shown]),
+                "frequency_weighted_iou": _mean(iou[shown] * annotated[shown], pixels),
+                "n": int(counted.sum()),
+            }
+        summary["harmonic"] = {
+            name: harmonic_mean(summary["seen"][name], summary["unseen"][name]) for name in METRICS
+        }
+        summary["per_class"] = [
+            {
+                "name": name,
+                "is_thing": bool(vocabulary.is_thing[k]),
+                "is_seen": bool(is_seen[k]),
+                "iou": float(iou[k]),
+                "accuracy": float(accuracy[k]),
+                "annotated": int(annotated[k]),
+                "predicted": int(predicted[k]),
+                "correct": int(correct[k]),
+            }
+            for k, name in enumerate(vocabulary.names)
+        ]
+        summary["ignored_pixels"] = self.ignored
+        return summary
+
+
+def _mean(values: np.ndarray, weight: int | None = None) -> float:
+    """Sum over `weight`, by default the number of values; NaN over nothing."""
+    weight = len(values) if weight is None else weight
+    return float(values.sum() / weight) if weight else float("nan")

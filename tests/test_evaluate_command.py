@@ -1,0 +1,163 @@
+"""`python -m concat_jax.evaluate`: tables, report and sentences."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+from concat_jax import evaluate
+from concat_jax.evaluation.coco_format import PanopticWriter
+from concat_jax.evaluation.semantic_iou import SemanticIoU
+from concat_jax.text.vocabulary import Vocabulary
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = Vocabulary(("cat", "sky"), (True, False), (True, False), (17, 187))
+SPLIT = {
+    "name": "two",
+    "description": "a test's",
+    "source": "none",
+    "categories": [
+        {"id": 17, "name": "cat", "isthing": 1, "split": "seen"},
+        {"id": 187, "name": "sky", "isthing": 0, "split": "unseen"},
+    ],
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    ids = np.ones((8, 10), int)
+    ids[:, 4:] = 2
+    segments = [{"id": 1, "label": 0}, {"id": 2, "label": 1}]
+    for name, width in (("truth", 4), ("found", 5)):
+        with PanopticWriter(tmp_path, VOCABULARY, name=name) as writer:
+            writer.add(
+                1, "1.jpg", np.where(np.arange(10) < width, 1, 2)[None].repeat(8, 0), segments
+            )
+    (tmp_path / "two.json").write_text(json.dumps(SPLIT))
+    return tmp_path
+
+
+def run(*arguments):
+    """The command in this process, with flags of its own."""
+    values = flags.FlagValues()
+    evaluate.define_flags(values)
+    values(["evaluate", *arguments])
+    return evaluate.evaluate_flags(values)
+
+
+def of_files(folder, *more):
+    files = f"--annotations={folder / 'truth.json'}", f"--predictions={folder / 'found.json'}"
+    return ("--task=panoptic", *files, "--workers=1", *more)
+
+
+def test_files_become_tables_and_a_report(files, capsys):
+    output = files / "out" / "report.json"
+    flag = f"--split={files / 'two.json'}", "--classes", f"--output={output}"
+    summary = run(*of_files(files, *flag))
+    # The cat: 32 of 40 pixels; the sky: 40 of 48.
+    assert summary["seen"]["pq"] == pytest.approx(80)
+    assert summary["unseen"]["pq"] == pytest.approx(100 * 40 / 48)
+    text = capsys.readouterr().out
+    assert "panoptic: 1/1 images" in text and "ETA 0:00" in text
+    assert "SQ matched" in text and "harmonic  81.6" in text
+    assert [line.split()[0] for line in text.splitlines() if " seen " in line or "unseen " in line]
+    saved = json.loads(output.read_text())
+    assert saved["harmonic"]["pq"] == summary["harmonic"]["pq"]
+
+
+def test_label_maps_of_panoptic_files(files, capsys):
+    summary = run(*of_files(files, "--task=semantic"))
+    assert summary["semantic"]["all"]["miou"] == pytest.approx(50 * (32 / 40 + 40 / 48))
+    assert "mIoU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--task, --annotations and --predictions"),
+        (("--stage=finetune",), "--config, --workdir"),
+        (("--task=panotic", "--annotations=x"), "did you mean 'panoptic'"),
+        (("--task=panoptic", "--annotations=x"), "needs --predictions"),
+    ],
+)
+def test_flags_that_do_not_suffice_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(*arguments)
+
+
+def test_values_to_ignore_are_numbers(files):
+    with pytest.raises(ValueError, match="is not like --ignore=0,255"):
+        run(*of_files(files, "--task=semantic", "--ignore=0,void"))
+
+
+def test_a_mistake_ends_in_one_sentence_and_code_1(files):
+    """The whole command, which also says which files it cannot score with a config."""
+    result = subprocess.run(
+        [sys.executable, "-m", "concat_jax.evaluate", *of_files(files), "--workdir=somewhere"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith(
+        "Error: --task is for predictions in files and --config for a trained stage; give one or "
+        "the other."
+    )
+
+
+class FakeRun:
+    """Stages of one config, of which the finetune has finished."""
+
+    stages = {"con": None, "finetune": None}
+
+    def __init__(self, config, workdir, datasets, *, trains):
+        assert not trains
+        self.workdir = workdir
+
+    def is_finished(self, name):
+        return name == "finetune"
+
+    def evaluate(self, name):
+        counts = SemanticIoU(2)
+        counts.update(np.array([0, 0, 1]), np.array([0, 0, 0]))
+        return {"semantic": counts.summarize(VOCABULARY), "images": 1}
+
+
+@pytest.fixture
+def stage_of(monkeypatch, tmp_path):
+    config = types.SimpleNamespace(data={}, seed=0)
+    monkeypatch.setattr("concat_jax.run.Run", FakeRun)
+    monkeypatch.setattr("concat_jax.main.config_and_workdir", lambda: (config, str(tmp_path)))
+    monkeypatch.setattr("concat_jax.main.join_hosts", lambda: None)
+    monkeypatch.setattr("data_pipelines.datasets.make_datasets", lambda *_, **__: None)
+
+    def score(*arguments):
+        values = flags.FlagValues()
+        evaluate.define_flags(values)
+        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        values(["evaluate", f"--workdir={tmp_path}", *arguments])
+        return evaluate.evaluate_flags(values)
+
+    return score
+
+
+def test_a_stage_is_scored_by_the_config_s_metrics(stage_of, capsys):
+    assert stage_of()["semantic"]["seen"]["miou"] == pytest.approx(200 / 3)
+    assert "mIoU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [("con", "has not finished"), ("finetunes", "did you mean 'finetune'")],
+)
+def test_a_stage_that_cannot_be_scored_is_refused(stage, message, stage_of):
+    with pytest.raises(ValueError, match=message):
+        stage_of(f"--stage={stage}")
