@@ -32,7 +32,8 @@ class CatConfig:
 
     Attributes:
       contrast_weight: of the query contrast.
-      contrast_temperature: of its similarity.
+      contrast_temperature: of its similarity. Low ones (0.1) are content with a pseudo query that
+        is nearer to its class than to other queries, two spreads off; 1 keeps pulling.
       contrast_distance: "cosine" or "euclidean", of the contrasts and of the spread.
       class_negatives: the query contrast also takes real queries of other classes as negatives.
       class_contrast_weight: of the contrast with the classes' mean real queries.
@@ -53,8 +54,8 @@ class CatConfig:
       unseen_per_class: pseudo queries of each unseen class in a step, for the cycle.
     """
 
-    contrast_weight: float = 0.1
-    contrast_temperature: float = 0.1
+    contrast_weight: float = 0.3
+    contrast_temperature: float = 1.0
     contrast_distance: str = "euclidean"
     class_negatives: bool = True
     class_contrast_weight: float = 0.0
@@ -66,7 +67,7 @@ class CatConfig:
     mmd_weight: float = 1.0
     mmd_bandwidths: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0)
     mmd_per_class: bool = False
-    cycle_weight: float = 0.1
+    cycle_weight: float = 0.03
     unseen_names: bool = True
     unseen_per_class: int = 4
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
-
-import jax
 import numpy as np
 
+from concat_jax.stages.bank_files import ShardedRows
 from concat_jax.text.vocabulary import Vocabulary
 
 MEMORY_FIELDS = ("memory_queries", "memory_valid")
@@ -23,13 +18,13 @@ class QueryBank:
     all of them, so a draw needs no state.
 
     Attributes:
-      queries: [M, N, D] float32.
+      queries: [M, N, D] float32 or float16, which may lie on disk: a batch reads its own rows.
       labels: [M, N] int16, class index or -1 where the query holds no segment.
     """
 
     def __init__(
         self,
-        queries: np.ndarray,
+        queries: np.ndarray | ShardedRows,
         labels: np.ndarray,
         *,
         batch_size: int,
@@ -144,51 +139,3 @@ def missing_classes(labels: np.ndarray, vocabulary: Vocabulary) -> str:
         f"{len(vocabulary.seen)} seen classes ({shown}); the generator cannot learn from those, "
         "and more bank_images may help."
     )
-
-
-def fill_bank(
-    path: Path,
-    identity: Mapping[str, object],
-    extract: Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray]],
-    batch_fn: Callable[[int], Mapping[str, np.ndarray]],
-    num_batches: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read the bank at `path`, or extract it, on all hosts together, and write it there.
-
-    Args:
-      path: an .npz file.
-      identity: what the bank depends on; a file with another identity is refused.
-      extract: batch of images -> queries [B, N, D], labels [B, N].
-      batch_fn: batch of images of a step.
-      num_batches: steps 0 .. num_batches - 1 are extracted.
-
-    Returns:
-      queries [M, N, D] float32 and labels [M, N] int16.
-
-    Raises:
-      ValueError: if the file holds another bank, or there is nothing to extract.
-    """
-    stamp = json.dumps(dict(identity), sort_keys=True)
-    if path.exists():
-        with np.load(path, allow_pickle=False) as file:
-            theirs, mine = json.loads(str(file["identity"])), json.loads(stamp)
-            if theirs != mine:
-                key = min(k for k in theirs | mine if theirs.get(k) != mine.get(k))
-                raise ValueError(
-                    f"The query bank {path} was made from {key} {theirs.get(key)!r}, not from "
-                    f"{mine.get(key)!r}; delete it or use another workdir."
-                )
-            return file["queries"], file["labels"]
-    if num_batches < 1:
-        raise ValueError(
-            "The query bank is to hold no image; set bank_images of the stage to the number of "
-            "images whose queries it learns from."
-        )
-    parts = [extract(batch_fn(step)) for step in range(num_batches)]
-    queries = np.concatenate([np.asarray(q, np.float32) for q, _ in parts])
-    labels = np.concatenate([np.asarray(l, np.int16) for _, l in parts])
-    if jax.process_index() == 0:
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, queries=queries, labels=labels, identity=stamp)
-        os.replace(partial, path)
-    return queries, labels

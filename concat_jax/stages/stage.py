@@ -48,6 +48,11 @@ class StageConfig:
       log_every: steps between progress lines.
       save_every: steps between checkpoints, 0 for the last only.
       bank_images: images whose vision queries stages 2 and 3 learn from.
+      queries: where stages 2 and 3 have their vision queries from: "bank", extracted once, or
+        "images", augmented anew in every step, at the price of the segmentor's forward pass.
+      oracle: the bank's images show unseen classes too: an upper bound, which is not zero-shot.
+      generator: the network that this stage trains in place of `config.model.generator`, in the
+        same form; stages that take its generator follow. {} for the config's.
       copies: part of a fresh subtree -> part of a taken one that it starts from, as
         "segmentor/backbone": "clip/vision_model/patch_embedding/trunk".
     """
@@ -61,6 +66,9 @@ class StageConfig:
     log_every: int = 50
     save_every: int = 0
     bank_images: int = 0
+    queries: str = "bank"
+    oracle: bool = False
+    generator: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 

@@ -1,12 +1,11 @@
-"""The query bank: the same batch whenever asked, and never another run's queries."""
+"""Batches of the query bank: the same whenever asked, and a memory of every class."""
 
 import numpy as np
 import pytest
 
-from concat_jax.stages.query_bank import QueryBank, fill_bank, missing_classes
+from concat_jax.stages.bank_files import ShardedRows
+from concat_jax.stages.query_bank import QueryBank, missing_classes
 from concat_jax.text.vocabulary import Vocabulary
-
-IDENTITY = {"stage": "con", "steps": 10, "images": 6}
 
 
 def bank(count=20, *, batch_size=8, seed=0):
@@ -105,6 +104,19 @@ def test_a_memory_needs_the_number_of_classes():
         memory_bank(num_classes=0)
 
 
+def test_rows_in_shards_of_half_precision_give_the_same_batches():
+    halves = MEMORY_QUERIES.astype(np.float16)
+    shards = ShardedRows([halves[:1], halves[1:5], halves[5:]])
+    options = dict(batch_size=2, seed=0, num_classes=4, memory_per_class=4)
+    for step in range(5):
+        ours = QueryBank(shards, MEMORY_LABELS, **options).batch(step)
+        theirs = QueryBank(halves.astype(np.float32), MEMORY_LABELS, **options).batch(step)
+        assert set(ours) == set(theirs) and len(ours) == 4
+        for name, value in theirs.items():
+            assert ours[name].dtype == value.dtype
+            np.testing.assert_array_equal(ours[name], value)
+
+
 def test_missing_classes_are_named_and_only_a_bank_without_any_is_refused():
     names = tuple("abcdefghijklmno")
     vocabulary = Vocabulary(names, (True,) * 15, (True,) * 14 + (False,), tuple(range(15)))
@@ -116,62 +128,3 @@ def test_missing_classes_are_named_and_only_a_bank_without_any_is_refused():
     for nothing in (np.full((2, 2), -1), np.array([[14, -1], [-1, -1]])):  # 14 is unseen
         with pytest.raises(ValueError, match="2 images hold no segment of a seen class"):
             missing_classes(nothing, vocabulary)
-
-
-class Extractor:
-    """Counts how often it is asked; a batch of step s holds queries s and labels s - 1."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, batch):
-        self.calls += 1
-        step = batch["step"]
-        return np.full((2, 3, 4), step, np.float32), np.full((2, 3), step - 1, np.int32)
-
-
-def fill(path, extract, identity=IDENTITY, num_batches=3):
-    return fill_bank(path, identity, extract, lambda step: {"step": step}, num_batches)
-
-
-def test_the_file_is_read_back_and_not_extracted_again(tmp_path):
-    path, extract = tmp_path / "bank.npz", Extractor()
-    queries, labels = fill(path, extract)
-    assert queries.shape == (6, 3, 4) and queries.dtype == np.float32
-    assert labels.shape == (6, 3) and labels.dtype == np.int16
-    np.testing.assert_array_equal(queries[:, 0, 0], [0, 0, 1, 1, 2, 2])
-    np.testing.assert_array_equal(labels[:, 0], [-1, -1, 0, 0, 1, 1])
-    assert extract.calls == 3
-    again_queries, again_labels = fill(path, extract, dict(reversed(IDENTITY.items())))
-    assert extract.calls == 3
-    np.testing.assert_array_equal(again_queries, queries)
-    np.testing.assert_array_equal(again_labels, labels)
-    assert again_labels.dtype == np.int16
-    assert [p.name for p in tmp_path.iterdir()] == ["bank.npz"]
-
-
-def test_a_bank_of_another_run_is_refused_and_kept(tmp_path):
-    path = tmp_path / "bank.npz"
-    fill(path, Extractor())
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"bank\.npz was made from steps 10, not from 11; delete"):
-        fill(path, Extractor(), {**IDENTITY, "steps": 11})
-    assert path.read_bytes() == before
-
-
-def test_a_bank_of_no_images_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is to hold no image; set bank_images"):
-        fill(tmp_path / "bank.npz", Extractor(), num_batches=0)
-
-
-def test_a_broken_extraction_leaves_no_bank(tmp_path):
-    def broken(batch):
-        if batch["step"] == 2:
-            raise KeyboardInterrupt
-        return Extractor()(batch)
-
-    path = tmp_path / "bank.npz"
-    with pytest.raises(KeyboardInterrupt):
-        fill(path, broken)
-    assert not path.exists()
-    assert len(fill(path, Extractor())[0]) == 6

@@ -1,0 +1,214 @@
+"""Images in the loop: the loss of the bank for the same images, and gradients where they belong."""
+
+import functools
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from concat_jax.losses.segmentation import SegmentationLossConfig
+from concat_jax.models.generator import QueryGenerator
+from concat_jax.models.networks import Networks
+from concat_jax.models.segmentor import SegmentorOutput
+from concat_jax.models.semantic_projector import SemanticProjector
+from concat_jax.stages import cat, finetune
+from concat_jax.stages.bank_files import BankConfig, fill_bank
+from concat_jax.stages.image_queries import MATCHING_PROJECTOR, matching_key, on_images
+from concat_jax.stages.query_bank import QueryBank
+from concat_jax.stages.real_queries import IMAGE_FIELDS, QUERY_FIELDS, extract_queries
+from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.training.optimizer import path_name
+
+# The programs run once, so compiling them is what these tests cost.
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+WIDTH, QUERIES, JOINT, BATCH = 8, 6, 16, 4
+KEY = jax.random.key(3)
+LOSS = SegmentationLossConfig(num_points=16)
+
+
+class Norm(nn.Module):
+    """What stages 2 and 3 read of a segmentor: the last LayerNorm of its decoder."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.LayerNorm(name="decoder_norm")(x)
+
+
+class PatchSegmentor(nn.Module):
+    """Queries from the image's patches: a segmentor that compiles in no time."""
+
+    @nn.compact
+    def __call__(self, images):
+        features = nn.Conv(WIDTH, (4, 4), (4, 4), name="patches")(images)
+        rows = nn.Dense(QUERIES * WIDTH, name="mix")(features.reshape(len(images), -1))
+        queries = Norm(name="transformer_decoder")(rows.reshape(-1, 1, QUERIES, WIDTH))
+        return SegmentorOutput(queries, nn.Dense(WIDTH, name="masks")(queries), features)
+
+
+NETWORKS = Networks(
+    clip=types.SimpleNamespace(embed_dim=JOINT),  # no image of these tests is CLIP's
+    segmentor=PatchSegmentor(),
+    projector=SemanticProjector(joint_width=JOINT, hidden_width=16, num_layers=2),
+    generator=QueryGenerator(width=WIDTH, hidden_width=16, num_layers=1, noise_width=4),
+    query_width=WIDTH,
+)
+# Class 0 is unseen: a label that is clipped to 0 would leak it.
+VOCABULARY = Vocabulary(
+    names=("red cat", "dog", "sky", "sea"),
+    is_thing=(True, True, False, False),
+    is_seen=(False, True, True, True),
+    category_ids=(1, 2, 3, 4),
+)
+TEXT = np.random.default_rng(0).normal(size=(4, JOINT)).astype(np.float32)
+TEXT /= np.linalg.norm(TEXT, axis=-1, keepdims=True)
+
+
+def random_params(name, seed):
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 25
+        offset = 1.0 if path_name(path).endswith("scale") else 0.0
+        return (offset + rng.normal(size=leaf.shape) / fan_in**0.5).astype(np.float32)
+
+    init = functools.partial(NETWORKS.segmentor.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    if name == "segmentor":
+        shapes = jax.eval_shape(lambda: init()["params"])
+    else:
+        shapes = jax.eval_shape(lambda: NETWORKS.init(name, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+SEGMENTOR, GENERATOR = random_params("segmentor", 1), random_params("generator", 2)
+# The finetune moves on from the projector that names the queries.
+PROJECTOR, MOVED = random_params("projector", 3), random_params("projector", 4)
+
+
+def image_batch():
+    rng = np.random.default_rng(5)
+    ids = np.zeros((BATCH, 16, 16), np.uint8)
+    ids[:, :8], ids[:, 8:, :6] = 1, 2
+    ids[1::2, 9:, 9:] = 3
+    labels = np.array([[1, 2, -1], [3, 1, 0], [2, 3, -1], [1, 1, 2]], np.int32)
+    return {
+        "image": rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8),
+        "segment_ids": ids,
+        "segment_labels": labels,
+        "segment_is_crowd": np.array([[False] * 3] * 3 + [[False, True, False]]),
+    }
+
+
+STAGES = {
+    "cat": cat.make_stage(NETWORKS, VOCABULARY, cat.CatConfig(unseen_names=False)),
+    "finetune": finetune.make_stage(
+        NETWORKS, VOCABULARY, finetune.FinetuneConfig(pseudo_per_class=2, deviation=0.7)
+    ),
+    "control": finetune.make_stage(
+        NETWORKS, VOCABULARY, finetune.FinetuneConfig(pseudo_per_class=0)
+    ),
+}
+ON_IMAGES = {name: on_images(stage, NETWORKS, VOCABULARY, LOSS) for name, stage in STAGES.items()}
+
+
+@functools.cache
+def bank_queries():
+    """Queries of the batch as the bank's extraction gives them."""
+    extract = jax.jit(
+        lambda params, batch: extract_queries(
+            NETWORKS, VOCABULARY, LOSS, params, TEXT, batch, matching_key(KEY)
+        ),
+        compiler_options=FAST_COMPILE,
+    )
+    params = {"segmentor": SEGMENTOR, "projector": PROJECTOR}
+    return jax.device_get(extract(params, image_batch()))
+
+
+@functools.cache
+def gradient_of(stage):
+    gradient = jax.value_and_grad(stage.loss, argnums=(0, 1), has_aux=True)
+    return jax.jit(gradient, compiler_options=FAST_COMPILE)
+
+
+def evaluate(stage, batch):
+    """((loss, metrics), (gradients of what is trained, gradients of what is frozen))."""
+    subtrees = {"segmentor": SEGMENTOR, "projector": PROJECTOR, "generator": GENERATOR}
+    frozen = {name: subtrees[name] for name in stage.reads}
+    frozen |= {"text": TEXT, MATCHING_PROJECTOR: PROJECTOR}
+    params = {name: MOVED if name == "projector" else subtrees[name] for name in stage.trains}
+    assert set(batch) == set(stage.batch_fields)
+    return gradient_of(stage)(params, frozen, batch, KEY)
+
+
+def reached(gradients):
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(gradients))
+    return {path_name(path) for path, g in leaves if np.any(g)}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_first_step_from_images_is_that_from_their_bank(name, tmp_path):
+    """Loss, metrics and gradients, through the files of a bank of these very images."""
+    stage, variant = STAGES[name], ON_IMAGES[name]
+    queries, labels = fill_bank(
+        tmp_path,
+        {},
+        lambda batch: bank_queries(),
+        lambda steps: (image_batch() for _ in steps),
+        num_batches=1,
+        batch_size=BATCH,
+        config=BankConfig(),
+        progress=lambda done, total: lambda done: None,
+    )
+    batch = QueryBank(queries, labels, batch_size=BATCH, seed=0).batch(0)
+    order = np.argsort(
+        [np.abs(bank_queries()[0] - q).sum((1, 2)).argmin() for q in batch["queries"]]
+    )
+    batch = {field: value[order] for field, value in batch.items()}
+    from_bank = evaluate(stage, {field: batch[field] for field in QUERY_FIELDS})
+    assert variant.trains == stage.trains and variant.rules == stage.rules
+    from_images = evaluate(variant, image_batch())
+
+    (value, metrics), (gradients, others) = from_images
+    (expected, expected_metrics), (expected_gradients, _) = from_bank
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert set(metrics) == set(expected_metrics)
+    for metric, number in expected_metrics.items():
+        np.testing.assert_allclose(metrics[metric], number, rtol=1e-4, atol=1e-6, err_msg=metric)
+    assert reached(gradients) == reached(expected_gradients) != set()
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5),
+        gradients,
+        expected_gradients,
+    )
+    assert not reached(others["segmentor"]) and not reached(others[MATCHING_PROJECTOR])
+
+
+def test_the_batch_is_worth_a_test():
+    queries, labels = bank_queries()
+    assert queries.shape == (BATCH, QUERIES, WIDTH) and labels.shape == (BATCH, QUERIES)
+    # Seen segments that are no crowd, each held by one query; unseen and crowd by none.
+    found = [sorted(row[row >= 0]) for row in labels]
+    assert found == [[1, 2], [1, 3], [2, 3], [1, 2]]
+
+
+def test_other_views_of_the_images_give_another_loss():
+    stage = ON_IMAGES["control"]
+    assert stage.reads == ("segmentor",) and stage.batch_fields == IMAGE_FIELDS
+    batch = image_batch()
+    flipped = {**batch, **{f: batch[f][:, :, ::-1] for f in ("image", "segment_ids")}}
+    losses = [evaluate(stage, b)[0][0] for b in (batch, flipped)]
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_no_unseen_name_reaches_an_inductive_stage_on_images():
+    _, (_, others) = evaluate(ON_IMAGES["cat"], image_batch())
+    reads = np.asarray(others["text"]).any(axis=1)
+    np.testing.assert_array_equal(reads, [False, True, True, True])
+
+
+def test_a_memory_needs_the_bank():
+    stage = cat.make_stage(NETWORKS, VOCABULARY, cat.CatConfig(memory_per_class=4))
+    with pytest.raises(ValueError, match="is drawn from a query bank.*set queries='bank', or"):
+        on_images(stage, NETWORKS, VOCABULARY, LOSS)
