@@ -6,7 +6,8 @@ A row is a stage of the config with a few fields changed. Rows of one seed share
 them and the workdir `seed_N`, so a stage that is finished is not run again, nor is a cell that has
 been scored. Every cell is scored without calibration and at the γ that is best on a validation
 world, because a gain that a γ could give is none. The table goes to `ablation.md` and
-`ablation.json`, its bars to `ablation.png`.
+`ablation.json`, its bars to `ablation.png`; the stages of the first seed get pictures of their
+query space.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from concat_jax.evaluation.bar_chart import bar_chart
 from concat_jax.evaluation.calibration import calibrate
 from concat_jax.evaluation.report import markdown_table, write_report
 from concat_jax.main import config_and_workdir, parse_flags, run_command
+from concat_jax.query_space import PICTURE, draw
 from concat_jax.run import Run
 from concat_jax.training.metric_writer import format_seconds
 
@@ -55,12 +57,24 @@ class Row:
 _STAGE_1 = {"segmentor": "con_both", "projector": "con_both"}
 
 
-_SPREAD = {
-    "method.spread_weight": 0.1,
-    "method.class_contrast_weight": 0.1,
-    "method.memory_per_class": 8,
-    "method.memory_pseudo": True,
+_PROJECTION = {"segmentor": "projection", "projector": "projection"}
+_INDUCTIVE = {"method.unseen_names": False}
+
+# PADing's generator, cut down to the demo's widths, and its losses without those of structure: MMD,
+# and a thousandth of the classification of pseudo queries.
+_PADING = {
+    "generator": dict(
+        kind="primitives", num_primitives=128, num_layers=3, num_heads=4, ffn_width=256
+    ),
+    "method.contrast_weight": 0.0,
+    "method.cycle_weight": 0.001,
 }
+
+# Query contrast without MMD. A sharp one is content once a pseudo query is nearer to its class than
+# to any other, wherever that is; a smooth one pulls on, and takes the spread, which is given back.
+_CONTRAST = {"method.mmd_weight": 0.0, "method.contrast_weight": 1.0}
+_SHARP = {**_CONTRAST, "method.contrast_temperature": 0.1}
+_SPREAD = {"method.spread_weight": 0.1, "method.memory_per_class": 8, "method.memory_pseudo": True}
 
 
 def _with_cat(title: str, name: str, changes: Mapping[str, Any]) -> dict[str, Row]:
@@ -70,6 +84,12 @@ def _with_cat(title: str, name: str, changes: Mapping[str, Any]) -> dict[str, Ro
         name: Row(title, "finetune", {}, {**_STAGE_1, "generator": f"cat_{name}"}),
     }
 
+
+# Of pseudo queries of seen classes, in units of the real queries' spread.
+_STATISTICS = ("spread", "offset")
+
+# Rows whose hPQ are the ends of the gap that the others close a share of.
+_GAP = ("control", "oracle")
 
 ROWS: Mapping[str, Row] = {
     "projection": Row(
@@ -86,30 +106,64 @@ ROWS: Mapping[str, Row] = {
         {"method.pseudo_per_class": 0},
         {**_STAGE_1, "generator": None},
     ),
+    "cat_pading": Row("", "cat", _PADING, _PROJECTION),
+    "pading": Row(
+        "PADing-style generator and finetune, no CON",
+        "finetune",
+        {"method.deviation": 0.0},
+        {**_PROJECTION, "generator": "cat_pading"},
+    ),
     **_with_cat("CON + CAT", "full", {}),
     **_with_cat("CON + CAT, no cycle", "no_cycle", {"method.cycle_weight": 0.0}),
     **_with_cat("CON + CAT, no query contrast", "no_contrast", {"method.contrast_weight": 0.0}),
     **_with_cat("CON + CAT, no MMD", "no_mmd", {"method.mmd_weight": 0.0}),
     **_with_cat(
-        "CON + CAT, no MMD, with spread, class contrast and memory",
-        "spread",
-        {"method.mmd_weight": 0.0, **_SPREAD},
+        "contrast instead of MMD: cosine, τ 0.1",
+        "cosine",
+        {**_SHARP, "method.contrast_distance": "cosine"},
     ),
-    **_with_cat("CON + CAT, with spread, class contrast and memory", "all_terms", _SPREAD),
+    **_with_cat("contrast instead of MMD: Euclidean, τ 0.1", "sharp", _SHARP),
+    **_with_cat("contrast instead of MMD: Euclidean, τ 1", "smooth", _CONTRAST),
+    **_with_cat(
+        "contrast instead of MMD: τ 1, spread, memory", "contrast", {**_CONTRAST, **_SPREAD}
+    ),
     "no_deviation": Row(
         "CON + CAT, no deviations in the finetune",
         "finetune",
         {"method.deviation": 0.0},
         {**_STAGE_1, "generator": "cat_full"},
     ),
-    **_with_cat("CON + CAT, MMD by class", "mmd_by_class", {"method.mmd_per_class": True}),
+    "cat_images": Row("", "cat", {"queries": "images"}, _STAGE_1),
+    "images": Row(
+        "CON + CAT, images in the loop",
+        "finetune",
+        {"queries": "images"},
+        {**_STAGE_1, "generator": "cat_images"},
+    ),
+    "cat_inductive": Row("", "cat", _INDUCTIVE, _STAGE_1),
+    "inductive": Row(
+        "CON + CAT, inductive",
+        "finetune",
+        {**_INDUCTIVE, "method.pseudo_seen": True},
+        {**_STAGE_1, "generator": "cat_inductive"},
+    ),
+    "oracle": Row(
+        "oracle: CON, finetune on real unseen queries",
+        "finetune",
+        {"method.pseudo_per_class": 0, "oracle": True},
+        {**_STAGE_1, "generator": None},
+    ),
 }
 SCORED = tuple(name for name, row in ROWS.items() if row.title)
 
 # Title, part of the cell, group and metric.
 COLUMNS = (
     ("PQ unseen", "summary", "unseen", "pq"),
+    ("SQ unseen", "summary", "unseen", "sq"),
+    ("RQ unseen", "summary", "unseen", "rq"),
     ("PQ seen", "summary", "seen", "pq"),
+    ("SQ seen", "summary", "seen", "sq"),
+    ("RQ seen", "summary", "seen", "rq"),
     ("hPQ", "summary", "harmonic", "pq"),
     ("PQ unseen at γ", "calibrated", "unseen", "pq"),
     ("PQ seen at γ", "calibrated", "seen", "pq"),
@@ -178,11 +232,10 @@ def run_seed(
     config = with_rows(config, seed)
     folder = workdir / f"seed_{seed}"
     files = {row: folder / row / "cell.json" for row in rows}
-    if all(file.exists() for file in files.values()):
-        return {row: json.loads(file.read_text()) for row, file in files.items()}
-    run = Run(config, folder, make_datasets(config.data, seed=seed))
-    held_out = make_datasets({**config.data, "eval_split": "validation"}, seed=seed)
     cells: dict[str, dict] = {}
+    if not all(file.exists() for file in files.values()):
+        run = Run(config, folder, make_datasets(config.data, seed=seed))
+        held_out = make_datasets({**config.data, "eval_split": "validation"}, seed=seed)
     for row in rows:
         if not files[row].exists():
             for stage in (*stages_before(config, row), row):
@@ -200,16 +253,55 @@ def run_seed(
                 "seconds": round(time.monotonic() - began, 1),
             }
             write_report(files[row], cell)
+            if seed == 0:  # one picture of each stage tells what the others would
+                draw(run, row).save(folder / row / PICTURE)
+                if generator := config.train[row].takes.get("generator"):
+                    draw(run, generator).save(folder / generator / PICTURE)
         cells[row] = json.loads(files[row].read_text())
+        cells[row]["pseudo"] = pseudo_statistics(folder, config.train[row].takes.get("generator"))
     return cells
 
 
-def spread(values: Sequence[float | None]) -> str:
+def pseudo_statistics(folder: Path, generator: str | None) -> dict[str, float]:
+    """How pseudo queries of seen classes lie against real ones, at the end of a stage's training.
+
+    Args:
+      folder: workdir of a seed.
+      generator: the stage that trained one; None for none.
+
+    Returns:
+      "spread" and "offset", `spread_ratio` and `offset_ratio` of the stage's last metrics; empty
+      without a generator.
+    """
+    log = folder / str(generator) / "metrics.jsonl"
+    if generator is None or not log.exists():
+        return {}
+    last = json.loads(log.read_text().splitlines()[-1])
+    return {name: last[f"{name}_ratio"] for name in _STATISTICS if f"{name}_ratio" in last}
+
+
+def spread(values: Sequence[float | None], digits: int = 1) -> str:
     """Mean and sample deviation of what several seeds gave; a dash where a seed gave nothing."""
     if not values or None in values:
         return "-"
-    mean = statistics.fmean(values)
-    return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def closed_gap(cells: Mapping[str, Sequence[Mapping]], row: str) -> float | None:
+    """Share of the gap from control to oracle, in hPQ at γ and means over seeds, that a row closes.
+
+    None where one of the two is not among the rows, or they do not differ.
+    """
+    if not set(_GAP) <= cells.keys():
+        return None
+    scores = [
+        [cell["calibrated"]["harmonic"]["pq"] for cell in cells[name]] for name in (*_GAP, row)
+    ]
+    if any(not of_row or None in of_row for of_row in scores):
+        return None
+    low, high, own = map(statistics.fmean, scores)
+    return (own - low) / (high - low) if high != low else None
 
 
 def format_ablation(cells: Mapping[str, Sequence[Mapping]]) -> str:
@@ -222,9 +314,15 @@ def format_ablation(cells: Mapping[str, Sequence[Mapping]]) -> str:
         ]
         gammas = "/".join(f"{cell['gamma']:g}" for cell in of_seeds)
         seconds = statistics.fmean(cell["seconds"] for cell in of_seeds)
-        lines.append([ROWS[row].title, *numbers, gammas, format_seconds(seconds)])
+        gap = closed_gap(cells, row)
+        share = "-" if gap is None else f"{gap:.0%}"
+        pseudo = [
+            spread([cell.get("pseudo", {}).get(name) for cell in of_seeds], digits=2)
+            for name in _STATISTICS
+        ]
+        lines.append([ROWS[row].title, *numbers, share, gammas, *pseudo, format_seconds(seconds)])
     titles = [title for title, *_ in COLUMNS]
-    return markdown_table(["row", *titles, "γ", "time a seed"], lines)
+    return markdown_table(["row", *titles, "gap closed", "γ", *_STATISTICS, "time a seed"], lines)
 
 
 def chart(cells: Mapping[str, Sequence[Mapping]]) -> Image.Image:

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -23,18 +22,21 @@ from concat_jax.class_text import check_text, embed_vocabulary, make_tokenizer
 from concat_jax.evaluation import calibration, report
 from concat_jax.evaluation.evaluate import PICTURES, EvalConfig, evaluate, make_predict
 from concat_jax.losses.segmentation import SegmentationLossConfig
-from concat_jax.models.networks import Networks, Params, make_networks
+from concat_jax.models.networks import Networks, Params, make_generator, make_networks
+from concat_jax.query_extraction import extract_bank
 from concat_jax.stages import cat, con, finetune, pretrain_clip
+from concat_jax.stages.bank_files import BankConfig
 from concat_jax.stages.clip_targets import CropConfig
-from concat_jax.stages.query_bank import QueryBank, fill_bank, missing_classes
-from concat_jax.stages.real_queries import IMAGE_FIELDS, extract_queries
+from concat_jax.stages.image_queries import MATCHING_PROJECTOR, on_images
+from concat_jax.stages.query_bank import QueryBank, missing_classes
 from concat_jax.stages.stage import Stage, StageConfig
+from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
 from concat_jax.training.loop import LoopConfig, train_stage
 from concat_jax.training.metric_writer import MetricWriter, format_seconds
 from concat_jax.training.optimizer import OptimizerConfig
 from concat_jax.training.prefetch import prefetch
-from concat_jax.training.sharding import make_mesh, replicated, shard_batch
+from concat_jax.training.sharding import make_mesh, replicated
 from concat_jax.training.warm_start import copy_parameters
 from concat_jax.weights.clip import params_fingerprint
 from concat_jax.weights.initial import initial_params, initial_path
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
     from data_pipelines.datasets import Datasets
 
 KINDS = ("pretrain_clip", "con", "cat", "finetune")
+# Stages that learn from vision queries, and where they have them from.
+QUERY_KINDS = ("cat", "finetune")
+QUERY_SOURCES = ("bank", "images")
 
 
 class Run:
@@ -69,6 +74,7 @@ class Run:
         """
         self.config, self.workdir, self.datasets = config, workdir, datasets
         self.vocabulary = datasets.vocabulary
+        self.eval_vocabulary = datasets.eval_vocabulary or datasets.vocabulary
         self.stages = {
             name: configuration.build(StageConfig, section, f"config.train.{name}")
             for name, section in config.train.items()
@@ -83,6 +89,7 @@ class Run:
         self.eval = configuration.build(EvalConfig, config.eval.settings, "config.eval.settings")
         self.loss = configuration.build(SegmentationLossConfig, config.loss, "config.loss")
         self.crops = configuration.build(CropConfig, config.crops, "config.crops")
+        self.bank = configuration.build(BankConfig, config.get("bank", {}), "config.bank")
         check_text(config.text)
         self.tokenizer = make_tokenizer(config, datasets.caption_words)
         model = config.model.to_dict()
@@ -94,10 +101,10 @@ class Run:
         self.networks: Networks = make_networks(model)
         self.mesh: Mesh = make_mesh(config.mesh.fsdp, config.mesh.devices or None)
         self._given: dict[tuple[str, str], Params] = {}
-        self._text: dict[str, np.ndarray] = {}
-        self._predict = make_predict(self.networks, self.vocabulary, self.eval)
+        self._text: dict[tuple[str, Vocabulary], np.ndarray] = {}
+        self._predict = make_predict(self.networks, self.eval_vocabulary, self.eval)
         self._calibrated_predict = calibration.make_calibrated_predict(
-            self.networks, self.vocabulary, self.eval
+            self.networks, self.eval_vocabulary, self.eval
         )
         self._check_order()
         if trains:
@@ -114,6 +121,7 @@ class Run:
             configuration.build(
                 OptimizerConfig, self.stages[name].optimizer, f"config.train.{name}.optimizer"
             )
+            self._check_queries(name)
             for subtree in self._make_stage(name).reads:
                 if subtree not in self.stages[name].takes:
                     raise ValueError(
@@ -134,6 +142,19 @@ class Run:
                         "config.stages."
                     )
             before.append(name)
+
+    def _check_queries(self, name: str) -> None:
+        """Stages 2 and 3 need to know whose vision queries they learn from."""
+        settings = self.stages[name]
+        where = f"config.train.{name}"
+        configuration.check_choice(settings.queries, QUERY_SOURCES, f"{where}.queries is")
+        if settings.kind in QUERY_KINDS and settings.takes.get("segmentor", "init") == "init":
+            raise ValueError(
+                f"Stage {name!r} learns from vision queries; say in {where}.takes.segmentor which "
+                "stage trained the segmentor, and the projector that goes with it."
+            )
+        if settings.oracle and settings.queries != "bank":
+            raise ValueError(f"{where}.oracle needs a bank; set {where}.queries to 'bank'.")
 
     def is_finished(self, name: str) -> bool:
         """Whether the stage's last step is saved in the workdir."""
@@ -187,7 +208,7 @@ class Run:
         # A subtree that a stage both takes and trains is a warm start.
         rng = jax.random.key(self.config.seed)
         params = {
-            subtree: taken[subtree] if subtree in taken else self._init(subtree, rng)
+            subtree: taken[subtree] if subtree in taken else self._init(subtree, rng, name)
             for subtree in stage.trains
         }
         for target, source in settings.copies.items():
@@ -195,7 +216,9 @@ class Run:
         frozen = {subtree: taken[subtree] for subtree in stage.reads}
         if settings.kind != "pretrain_clip":
             frozen["text"] = self.text_embeddings(self._clip_source(name))
-        batch_fn = self._batch_fn(name, taken, frozen)
+        if settings.kind in QUERY_KINDS and settings.queries == "images":
+            frozen[MATCHING_PROJECTOR] = self.give("projector", settings.takes["segmentor"])
+        batch_fn = self._batch_fn(name, frozen)
         trained = train_stage(
             name,
             stage,
@@ -218,11 +241,25 @@ class Run:
         for subtree, tree in trained.items():
             self._given[subtree, name] = tree
 
-    def _init(self, subtree: str, rng: jax.Array) -> Params:
+    def _init(self, subtree: str, rng: jax.Array, name: str) -> Params:
         index = [f.name for f in dataclasses.fields(Networks)].index(subtree)
-        return jax.jit(self.networks.init, static_argnums=0)(
+        return jax.jit(self.networks_of(name).init, static_argnums=0)(
             subtree, jax.random.fold_in(rng, index)
         )
+
+    def networks_of(self, name: str) -> Networks:
+        """The networks of stage `name`; its generator is that of the stage that it takes it from.
+
+        Raises:
+          ValueError: if a generator that the stage names cannot be made.
+        """
+        source = self.stages[name].takes.get("generator", name) if name in self.stages else name
+        fields = self.stages[source].generator if source in self.stages else {}
+        if not fields:
+            return self.networks
+        where = f"config.train.{source}.generator"
+        generator = make_generator(fields, self.networks.query_width, where)
+        return dataclasses.replace(self.networks, generator=generator)
 
     def _make_stage(self, name: str) -> Stage:
         kind, method = self.stages[name].kind, self.stages[name].method
@@ -236,16 +273,23 @@ class Run:
             return con.make_stage(self.networks, self.vocabulary, settings, self.loss, self.crops)
         if kind == "cat":
             settings = configuration.build(cat.CatConfig, method, where)
-            return cat.make_stage(self.networks, self.vocabulary, settings)
-        settings = configuration.build(finetune.FinetuneConfig, method, where)
-        return finetune.make_stage(self.networks, self.vocabulary, settings)
+            stage = cat.make_stage(self.networks_of(name), self.vocabulary, settings)
+        else:
+            settings = configuration.build(finetune.FinetuneConfig, method, where)
+            stage = finetune.make_stage(self.networks_of(name), self.vocabulary, settings)
+        if self.stages[name].queries == "bank":
+            return stage
+        return on_images(stage, self.networks, self.vocabulary, self.loss)
 
     def give(self, subtree: str, source: str) -> Params:
         """Parameters that stage `source` gave: in memory, or from its last checkpoint."""
         if (subtree, source) not in self._given:
-            abstract = jax.eval_shape(lambda: self.networks.init(subtree, jax.random.key(0)))
+            networks = self.networks_of(source)
+            abstract = jax.eval_shape(lambda: networks.init(subtree, jax.random.key(0)))
             if source == "init":
-                fresh = functools.partial(self._init, subtree, jax.random.key(self.config.seed))
+                fresh = functools.partial(
+                    self._init, subtree, jax.random.key(self.config.seed), source
+                )
                 params = initial_params(self.config, subtree, self.networks, abstract, fresh)
                 self._given[subtree, source] = jax.device_put(params, replicated(self.mesh))
                 return self._given[subtree, source]
@@ -300,23 +344,24 @@ class Run:
         """The stage whose CLIP embeds the names for stage `name`."""
         return self.stages[name].takes["clip"]
 
-    def text_embeddings(self, source: str) -> np.ndarray:
-        """Text embeddings of the vocabulary by the CLIP of stage `source`.
+    def text_embeddings(self, source: str, vocabulary: Vocabulary | None = None) -> np.ndarray:
+        """Text embeddings of a vocabulary, by default training's, by the CLIP of stage `source`.
 
         Returns:
           [K, C] float32, or [K, S, C] where `config.text.synonyms` is "max".
         """
-        if source not in self._text:
-            self._text[source] = embed_vocabulary(
+        vocabulary = vocabulary or self.vocabulary
+        if (source, vocabulary) not in self._text:
+            self._text[source, vocabulary] = embed_vocabulary(
                 self.config.text,
                 self.networks.clip,
                 self.give("clip", source),
                 self.tokenizer,
-                self.vocabulary,
+                vocabulary,
             )
-        return self._text[source]
+        return self._text[source, vocabulary]
 
-    def _batch_fn(self, name: str, taken: Params, frozen: Params) -> Callable[[int], Mapping]:
+    def _batch_fn(self, name: str, frozen: Params) -> Callable[[int], Mapping]:
         settings = self.stages[name]
         if settings.kind == "pretrain_clip":
             pairs = self.datasets.captions(settings.batch_size, self.networks.clip.image_size)
@@ -326,46 +371,50 @@ class Run:
                 return {"image": batch["image"], "tokens": self.tokenizer(batch["captions"])}
 
             return batch_fn
-        if settings.kind == "con":
+        if settings.kind == "con" or settings.queries == "images":
             return self.datasets.train(settings.batch_size)
-        return self._query_bank(name, taken, frozen["text"]).batch
+        return self._query_bank(name, frozen["text"]).batch
 
-    def _query_bank(self, name: str, taken: Params, text: np.ndarray) -> QueryBank:
+    def _query_bank(self, name: str, text: np.ndarray) -> QueryBank:
         settings = self.stages[name]
         source = settings.takes["segmentor"]
         size = self.stages[source].batch_size
-        extract_fn = jax.jit(
-            lambda params, text, batch, rng: extract_queries(
-                self.networks, self.vocabulary, self.loss, params, text, batch, rng
-            )
-        )
         # The projector that stage 1 trained names the queries, whatever this stage starts from.
         params = {s: self.give(s, source) for s in ("segmentor", "projector")}
-        rng = jax.random.key(self.config.seed)
-
-        def extract(batch):
-            inputs = shard_batch({k: batch[k] for k in IMAGE_FIELDS}, self.mesh)
-            with jax.set_mesh(self.mesh):
-                # Every host keeps the whole bank, and so draws the same rows of it.
-                return multihost_utils.process_allgather(
-                    extract_fn(params, text, inputs, rng), tiled=True
-                )
-
         num_batches = -(-settings.bank_images // size)
         num_images = num_batches * size
         model = configuration.flat(self.config.model).items()
-        queries, labels = fill_bank(
-            self.workdir / source / f"query_bank_{num_images}.npz",
+        vocabulary, batches, kind = self.vocabulary, self.datasets.train, "query_bank"
+        if settings.oracle:
+            if self.datasets.oracle is None:
+                raise ValueError(
+                    f"config.train.{name}.oracle needs images that show unseen classes, and data "
+                    f"of kind {self.config.data.kind!r} offers none for training."
+                )
+            every = (True,) * len(vocabulary)
+            vocabulary = dataclasses.replace(vocabulary, is_seen=every)
+            batches, kind = self.datasets.oracle, "oracle_bank"
+        queries, labels = extract_bank(
+            self.workdir / source / f"{kind}_{num_images}",
             {
+                "kind": kind,
                 "stage": source,
                 "steps": self.stages[source].steps,
                 "images": num_images,
                 "model": str(sorted(item for item in model if not item[0].startswith("generator"))),
                 "weights": params_fingerprint(jax.device_get(params))[:16],
             },
-            extract,
-            self.datasets.train(size),
-            num_batches,
+            self.networks,
+            vocabulary,
+            self.loss,
+            params,
+            text,
+            batches(size),
+            num_batches=num_batches,
+            batch_size=size,
+            seed=self.config.seed,
+            config=self.bank,
+            mesh=self.mesh,
         )
         warning = missing_classes(labels, self.vocabulary)
         if warning and jax.process_index() == 0:
@@ -386,18 +435,28 @@ class Run:
         sources = {**self.stages[name].takes}
         sources |= {subtree: name for subtree in self._make_stage(name).trains}
         params = {s: self.give(s, sources[s]) for s in ("segmentor", "projector")}
-        return params, jnp.asarray(self.text_embeddings(self._clip_source(name)))
+        text = self.text_embeddings(self._clip_source(name), self.eval_vocabulary)
+        return params, jnp.asarray(text)
 
     def sweep(
         self, name: str, examples: Iterable[tuple[Mapping, Mapping]], gammas: Iterable[float]
     ) -> dict[float, dict]:
-        """Score what holds after stage `name` at many γ: `calibration.sweep` on the examples."""
+        """Score what holds after stage `name` at many γ: `calibration.sweep` on the examples.
+
+        Raises:
+          ValueError: if the config evaluates on another data set than it trains on.
+        """
+        if self.eval_vocabulary is not self.vocabulary:
+            raise ValueError(
+                "gamma weighs the seen classes of the training data against the unseen ones; set "
+                "config.data.eval_kind to '' to choose it."
+            )
         params, text = self._inference_inputs(name)
         predict = self._calibrated_predict
         return calibration.sweep(
             lambda images, sizes, gammas: predict(params, text, images, sizes, gammas),
             examples,
-            self.vocabulary,
+            self.eval_vocabulary,
             self.eval,
             gammas,
             name=name,
@@ -412,7 +471,7 @@ class Run:
         summary = evaluate(
             lambda images, sizes: predict(params, text, images, sizes),
             self.datasets.evaluation(),
-            self.vocabulary,
+            self.eval_vocabulary,
             self.eval,
             name=name,
             picture_folder=folder if leads else None,
@@ -422,7 +481,7 @@ class Run:
         step = self.stages[name].steps
         scalars = report.flatten_summary(summary)
         writer.scalars(step, {f"eval/{key}": value for key, value in scalars.items()})
-        if leads and self.eval.num_pictures:
+        if leads and self.eval.num_pictures and "panoptic" in self.eval.metrics:
             writer.images(step, {"eval/pictures": np.asarray(Image.open(folder / PICTURES))})
         writer.close()
         return summary

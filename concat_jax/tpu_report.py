@@ -241,10 +241,10 @@ def make_topology_mesh(topology: str, fsdp: int) -> Mesh:
 def vocabulary_of(config: ml_collections.ConfigDict) -> Vocabulary:
     """The classes of a config's data, without the data."""
     from data_pipelines.datasets import make_datasets
-    from data_pipelines.zero_shot_split import load_split
+    from data_pipelines.layouts import DATASETS, label_space
 
-    if config.data.kind == "coco_panoptic":
-        return load_split(config.data.split_file)
+    if config.data.kind in DATASETS:
+        return label_space(config.data.kind, config.data.split_file)
     return make_datasets(config.data, seed=config.seed).vocabulary
 
 

@@ -42,16 +42,19 @@ def get_config(arg: str = "") -> ConfigDict:
     config.init = dict(clip="") if mini else dict(clip="", segmentor="")
 
     config.data = dict(
-        kind="coco_panoptic",
+        kind="coco_panoptic_zps",  # a name of data_pipelines/layouts.py
         root="",
         train_part="train2017",
         eval_part="val2017",
         split_file="coco_panoptic_119_14",
+        eval_kind="",  # another data set to evaluate on, with its own classes; "": the same
+        eval_root="",
+        eval_split_file="",
         unseen_images="drop",  # PADing: an image with any unseen segment is not trained on
         on_bad_example="raise",
         image_size=128 if mini else 928,
         scale_range=(0.5, 1.5) if mini else (0.1, 2.0),
-        augment=True,
+        augment="lsj",  # "semantic" for label maps of classes, or "none"
         eval_size=128 if mini else 1344,  # of the longer side; PADing: 1333, shorter at most 800
         max_segments=32 if mini else 100,
         num_eval_images=0,  # all
@@ -144,6 +147,7 @@ def get_config(arg: str = "") -> ConfigDict:
             batch_size=8 if mini else 16,
             log_every=20 if mini else 100,
             save_every=0 if mini else 5000,
+            queries="bank",  # or "images": the segmentor runs in every step, on augmented images
             bank_images=16 if mini else 44_912,  # every training image once
             optimizer=optimizer(5e-4, weight_decay=0.0, decay_at=(0.7, 0.925), clip_norm=1.0),
             method=dict(),
@@ -155,6 +159,7 @@ def get_config(arg: str = "") -> ConfigDict:
             batch_size=8 if mini else 64,
             log_every=20 if mini else 100,
             save_every=0 if mini else 5000,
+            queries="bank",
             bank_images=16 if mini else 44_912,
             optimizer=optimizer(3e-4, schedule="cosine", clip_norm=1.0),
             method=dict(pseudo_per_class=8),
@@ -172,7 +177,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.eval = dict(
         # stage -> its name in the table
         stages=dict(con="stage 1 (CON)", finetune="full (CON + CAT + union finetune)"),
-        settings=dict(batch_size=4, num_pictures=6),
+        settings=dict(batch_size=4, num_pictures=6, metrics=("panoptic",)),
         write_coco=True,
     )
     return config

@@ -133,7 +133,7 @@ def get_config(arg: str = "") -> ConfigDict:
             bank_images=64 if smoke else 2048,
             # Few and gentle steps: the longer seen classes are fitted, the more they swallow.
             optimizer=optimizer(1e-4),
-            method=dict(pseudo_per_class=32, deviation=1.5),
+            method=dict(pseudo_per_class=32, deviation=1.0),
         ),
         control=dict(
             kind="finetune",
@@ -154,7 +154,11 @@ def get_config(arg: str = "") -> ConfigDict:
             control="finetune without pseudo queries",
             finetune="full (CON + CAT + union finetune)",
         ),
-        settings=dict(batch_size=8 if smoke else 25, num_pictures=6),
+        settings=dict(
+            metrics=("panoptic",),  # "semantic" and "instance" too, if wanted
+            batch_size=8 if smoke else 25,
+            num_pictures=6,
+        ),
         write_coco=False,
     )
     return config

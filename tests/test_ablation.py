@@ -65,11 +65,43 @@ def test_the_table():
         cell(summary(32.0, 60.0, 41.0), summary(44.0, 50.0, 45.0), 0.25, 80),
     ]
     table = ablation.format_ablation({"con_both": cells}).splitlines()
-    assert table[0].startswith("| row | PQ unseen | PQ seen | hPQ |")
+    assert table[0].startswith("| row | PQ unseen | SQ unseen | RQ unseen | PQ seen | SQ seen |")
     assert table[2] == (
-        "| stage 1 + CON, both | 31.0 ± 1.4 | 60.0 ± 0.0 | 40.5 ± 0.7 "
-        "| 42.0 ± 2.8 | 50.0 ± 0.0 | - | 0.1/0.25 | 1:10 |"
+        "| stage 1 + CON, both | 31.0 ± 1.4 | 50.0 ± 0.0 | - | 60.0 ± 0.0 | 50.0 ± 0.0 | - "
+        "| 40.5 ± 0.7 | 42.0 ± 2.8 | 50.0 ± 0.0 | - | - | 0.1/0.25 | - | - | 1:10 |"
     )
+
+
+def test_the_share_of_the_gap_that_a_row_closes():
+    def row(*scores):
+        return [cell({}, summary(0.0, 0.0, score), 0.0, 1) for score in scores]
+
+    cells = {"control": row(50.0, 52.0), "full": row(54.0, 56.0), "oracle": row(58.0, 60.0)}
+    assert ablation.closed_gap(cells, "full") == 0.5  # 51, 55, 59
+    assert ablation.closed_gap(cells, "oracle") == 1.0
+    assert ablation.closed_gap({**cells, "full": row(54.0, None)}, "full") is None
+    assert ablation.closed_gap({"full": row(54.0), "control": row(50.0)}, "full") is None
+    assert ablation.closed_gap({**cells, "oracle": row(51.0)}, "full") is None
+
+
+def test_how_pseudo_queries_lie_comes_from_the_last_metrics_of_their_stage(tmp_path):
+    (tmp_path / "cat_full").mkdir()
+    lines = [dict(spread_ratio=0.1, offset_ratio=2.0), dict(spread_ratio=0.75, offset_ratio=0.5)]
+    log = tmp_path / "cat_full" / "metrics.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = ablation.pseudo_statistics(tmp_path, "cat_full")
+    assert found == {"spread": 0.75, "offset": 0.5}
+    assert ablation.pseudo_statistics(tmp_path, None) == {}
+    one = {**cell(summary(1.0, 1.0, 1.0), summary(1.0, 1.0, 1.0), 0.0, 1), "pseudo": found}
+    assert "| 0.75 | 0.50 |" in ablation.format_ablation({"full": [one]})
+
+
+def test_rows_that_take_another_stage_1_or_generator():
+    config = ablation.with_rows(demo_zps.get_config(), seed=0)
+    assert config.train.cat_pading.generator.kind == "primitives"
+    assert ablation.stages_before(config, "pading") == ["clip", "projection", "cat_pading"]
+    assert ablation.stages_before(config, "oracle") == ["clip", "con_both"]
+    assert config.train.oracle.oracle and not config.train.control.get("oracle", False)
 
 
 class FakeRun:
@@ -101,6 +133,9 @@ class FakeRun:
 def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "Run", FakeRun)
     monkeypatch.setattr(FakeRun, "log", [])
+    drawn = []
+    blank = Image.new("RGB", (1, 1))
+    monkeypatch.setattr(ablation, "draw", lambda run, name: drawn.append(name) or blank)
     config = demo_zps.get_config("smoke")
     ablation.ablation(config, ["projection"], 1, tmp_path)
     assert FakeRun.log == [
@@ -126,6 +161,8 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
         assert picture.width == 1200
     saved = json.loads((tmp_path / "ablation.json").read_text())
     assert len(saved["rows"]["projection"]) == 2
+    assert drawn == ["projection", "con_both"]  # of the first seed
+    assert (tmp_path / "seed_0" / "con_both" / "query_space.png").exists()
     FakeRun.log.clear()
     assert ablation.ablation(config, ["projection", "con_both"], 2, tmp_path) == table
     assert FakeRun.log == []
@@ -144,7 +181,7 @@ def test_every_row_makes_a_stage_that_can_be_built():
 
 
 def test_real_data_has_no_validation_world(tmp_path):
-    with pytest.raises(ValueError, match="'coco_panoptic' has no validation part"):
+    with pytest.raises(ValueError, match="'coco_panoptic_zps' has no validation part"):
         ablation.ablation(coco_zps.get_config("mini"), ["projection"], 1, tmp_path)
 
 

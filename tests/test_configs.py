@@ -1,5 +1,6 @@
 """Every config file with each of its arguments: it loads, its networks build, its rules fit."""
 
+import functools
 import importlib.util
 import pathlib
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from concat_jax import configuration
+from concat_jax.ablation import with_rows
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
 from concat_jax.run import KINDS, Run, StageConfig
@@ -20,10 +22,12 @@ from concat_jax.training.optimizer import (
     path_name,
 )
 from data_pipelines.datasets import KINDS as DATA_KINDS
-from data_pipelines.datasets import Datasets
+from data_pipelines.datasets import Datasets, make_datasets
+from data_pipelines.layouts import DATASETS, label_space
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
-ARGUMENTS = {"demo_zps": ("", "smoke"), "coco_zps": ("", "mini")}
+ON_DISK = ("coco_zps", "coco_zps_inductive", "coco_stuff_zss", "coco_zsi_48_17", "ade20k_ovss")
+ARGUMENTS = {"demo_zps": ("", "smoke"), **dict.fromkeys(ON_DISK, ("", "mini"))}
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
 
 VOCABULARY = Vocabulary(
@@ -63,9 +67,13 @@ def with_files(config, tmp_path):
     return config
 
 
+@functools.cache
+def abstract_subtree(networks, name):
+    return jax.eval_shape(lambda: networks.init(name, jax.random.key(0)))
+
+
 def abstract_params(networks, names):
-    key = jax.random.key(0)
-    return {name: jax.eval_shape(lambda name=name: networks.init(name, key)) for name in names}
+    return {name: abstract_subtree(networks, name) for name in names}
 
 
 def test_every_config_file_is_tested():
@@ -141,6 +149,24 @@ def test_the_full_size_con_loss_traces(tmp_path):
     assert {"loss_class", "loss_mask", "loss_dice", "loss_global", "loss_instance"} <= set(metrics)
 
 
+@pytest.mark.parametrize("name", ON_DISK)
+def test_a_config_of_real_data_names_its_layout_and_label_space(name, tmp_path):
+    data = get_config(name).data
+    protocol = DATASETS[data.kind]
+    assert (data.train_part, protocol.unseen_images) == (protocol.parts[0], data.unseen_images)
+    vocabulary = label_space(data.kind, data.split_file)
+    unseen = {"ade20k_ovss": 0, "coco_stuff_zss": 15, "coco_zsi_48_17": 17}.get(name, 14)
+    assert len(vocabulary.unseen) == unseen
+    evaluated = DATASETS[data.eval_kind or data.kind]
+    assert data.eval_part == evaluated.parts[1]
+    with pytest.raises(ValueError, match=r"set config\.data\.\w*root to a"):
+        make_datasets(data, seed=0)
+    # Neither generator nor classifier may learn an unseen name.
+    methods = [get_config(name).train[stage].method for stage in ("cat", "finetune")]
+    inductive = name in ("coco_zps_inductive", "ade20k_ovss")
+    assert all(method.get("unseen_names", True) is not inductive for method in methods)
+
+
 def test_an_unknown_key_in_a_section_names_the_nearest(tmp_path):
     config = get_config("demo_zps", "smoke")
     with config.unlocked():
@@ -181,9 +207,10 @@ def test_a_missing_vocabulary_names_the_field_to_set(tmp_path):
 
 
 def test_stage_config_fields_are_what_configs_use():
-    """A field that no config sets is one that nobody has run."""
+    """A field that no config and no row of the ablation sets is one that nobody has run."""
+    configs = [get_config(name, argument) for name, argument in CASES]
     used = set()
-    for name, argument in CASES:
-        for section in get_config(name, argument).train.values():
+    for config in (*configs, with_rows(get_config("demo_zps"), seed=0)):
+        for section in config.train.values():
             used |= set(section)
     assert used == {field for field in StageConfig.__dataclass_fields__}

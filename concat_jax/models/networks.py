@@ -73,17 +73,13 @@ def make_networks(config: Mapping[str, Any]) -> Networks:
     """Networks from the `model` section of a config.
 
     Args:
-      config: `clip`, `segmentor` and `projector` hold the fields of their network; `generator`
-        holds `kind`, a key of `GENERATORS` and "mlp" where absent, and the fields of that kind.
+      config: `clip`, `segmentor` and `projector` hold the fields of their network; `generator` is
+        what `make_generator` takes.
 
     Raises:
       ValueError: for a field that a network does not have or a value it cannot take.
     """
     _check_keys(config["projector"], SemanticProjector, "config.model.projector has no key")
-    generator = dict(config["generator"])
-    kind = generator.pop("kind", "mlp")
-    check_choice(kind, GENERATORS, "config.model.generator.kind is")
-    _check_keys(generator, GENERATORS[kind], "config.model.generator has no key")
     clip = make_clip(config["clip"])
     segmentor = make_segmentor(config["segmentor"])
     query_width = config["segmentor"]["width"]
@@ -91,9 +87,29 @@ def make_networks(config: Mapping[str, Any]) -> Networks:
         clip=clip,
         segmentor=segmentor,
         projector=SemanticProjector(joint_width=clip.embed_dim, **config["projector"]),
-        generator=GENERATORS[kind](width=query_width, **generator),
+        generator=make_generator(config["generator"], query_width),
         query_width=query_width,
     )
+
+
+def make_generator(
+    config: Mapping[str, Any], query_width: int, where: str = "config.model.generator"
+) -> QueryGenerator | PrimitiveGenerator:
+    """A generator from a section of a config.
+
+    Args:
+      config: `kind`, a key of `GENERATORS` and "mlp" where absent, and the fields of that kind.
+      query_width: D of the vision queries.
+      where: the section's name, for messages.
+
+    Raises:
+      ValueError: for a field that the kind does not have or a value it cannot take.
+    """
+    fields = dict(config)
+    kind = fields.pop("kind", "mlp")
+    check_choice(kind, GENERATORS, f"{where}.kind is")
+    _check_keys(fields, GENERATORS[kind], f"{where} has no key")
+    return GENERATORS[kind](width=query_width, **fields)
 
 
 def _check_keys(section: Collection[str], module: type, what: str) -> None:

@@ -46,7 +46,7 @@ def test_stage_1_overfits_eight_images(eight_images, tmp_path):
     config.stages = ("clip", "con")
     config.eval.stages = {"con": "stage 1"}
     config.data.root = str(eight_images)
-    config.data.augment = False
+    config.data.augment = "none"
     config.data.image_size = config.data.eval_size = 256
     config.model.segmentor.backbone.stem = "small"  # masks at half the resolution: small segments
     config.model.segmentor.num_queries = 40

@@ -1,0 +1,42 @@
+"""Open-vocabulary segmentation: trained on all of COCO panoptic, evaluated on ADE20K's 150 names.
+
+    python -m concat_jax.main --config=configs/ade20k_ovss.py --workdir=runs/ovss \\
+        --config.data.root=/path/to/coco --config.data.eval_root=/path/to/ADEChallengeData2016 \\
+        --config.init.clip=/path/to/clip-vit-base-patch16 --config.init.segmentor=weights/r50
+
+Nothing is trained on ADE20K, and its names are not known before the evaluation. `eval_root` has
+what Mask2Former's `datasets/prepare_ade20k_pan_seg.py` makes. After training, the same command with
+
+    --config.data.eval_kind=ade20k_847 --config.data.eval_root=/path/to/ADE20K_2021_17_01 \\
+        --config.eval.settings.metrics="('semantic',)"
+
+scores another data set: also pascal_context_59, pascal_context_459 and pascal_voc
+(`data_pipelines/layouts.py` tells their folders).
+
+Hardware, time and score: not measured. To compare with, on ADE20K (PQ, AP, mIoU): FC-CLIP with R50,
+also trained on COCO panoptic, 17.9, 9.5, 23.3; with ConvNeXt-L 26.8, 16.8, 34.1 (README of
+bytedance/fc-clip). Unlike those, no image encoder of CLIP runs at test time here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import coco_zps_inductive
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The open-vocabulary config; `arg` is "" or "mini"."""
+    config = coco_zps_inductive.get_config(arg)
+    mini = "mini" in arg
+    config.data.update(
+        split_file="coco_panoptic_133_0",  # all seen
+        eval_kind="ade20k_panoptic",
+        eval_part="validation",
+    )
+    if not mini:
+        config.train.con.steps = 368_750  # Mask2Former's 50 epochs of 118,287 images
+    config.text.clean_names = True  # COCO's "tree-merged" must read as ADE20K's "tree"
+    config.eval.settings.metrics = ("panoptic", "semantic", "instance")
+    config.eval.stages = dict(
+        con="stage 1 (CON)", finetune="full, open vocabulary (CON + CAT + union finetune)"
+    )
+    return config

@@ -1,0 +1,123 @@
+"""The pictures of a run's stages: whose queries they hold."""
+
+import types
+
+import numpy as np
+import pytest
+
+from concat_jax import query_space
+from concat_jax.stages.stage import StageConfig
+from concat_jax.text.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(
+    ("cat", "dog", "sky"), (True, True, False), (True, False, True), category_ids=(1, 2, 3)
+)
+
+
+def stage(kind, **fields):
+    return StageConfig(kind=kind, steps=1, batch_size=1, optimizer={}, **fields)
+
+
+class FakeRun:
+    vocabulary = VOCABULARY
+    networks = types.SimpleNamespace(
+        projector=types.SimpleNamespace(apply=lambda variables, queries: queries[..., :3])
+    )
+    stages = {
+        "clip": stage("pretrain_clip", takes={}),
+        "con": stage("con", takes={"clip": "clip"}),
+        "cat": stage("cat", takes={"clip": "clip", "segmentor": "con"}),
+        "finetune": stage(
+            "finetune",
+            takes={"clip": "clip", "segmentor": "con", "generator": "cat"},
+            method={"deviation": 2.0},
+        ),
+        "control": stage("finetune", takes={"clip": "clip", "segmentor": "con"}),
+    }
+
+    def give(self, subtree, source):
+        return f"{subtree} of {source}"
+
+    def text_embeddings(self, source):
+        return np.eye(3, 4, dtype=np.float32)
+
+    def networks_of(self, name):
+        return f"networks of {name}"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What reaches the picture: real and pseudo queries, and the title."""
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(40, 5)).astype(np.float32), np.arange(40) % 3
+    calls = []
+
+    def generate(networks, params, text, rng):
+        assert networks == "networks of cat"
+        assert params == {"generator": "generator of cat", "segmentor": "segmentor of con"}
+        return np.zeros((len(text), 5), np.float32)
+
+    def picture(real, real_labels, pseudo, labels, vocabulary, title):
+        calls.append(dict(real=real, pseudo=pseudo, labels=labels, title=title))
+
+    monkeypatch.setattr(query_space, "real_queries", lambda run, source, count: real)
+    monkeypatch.setattr(query_space, "generate", generate)
+    monkeypatch.setattr(query_space, "query_space_picture", picture)
+
+    def draw(name):
+        query_space.draw(FakeRun(), name, per_class=4)
+        return calls[-1]
+
+    return draw
+
+
+def test_stage_1_has_real_queries_only(drawn):
+    seen = drawn("con")
+    assert len(seen["real"]) == 40 and not len(seen["pseudo"])
+    assert seen["title"] == "Real vision queries after stage con"
+
+
+def test_cat_shows_its_pseudo_queries_of_every_class(drawn):
+    seen = drawn("cat")
+    assert seen["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert seen["pseudo"].shape == (12, 5) and not seen["pseudo"].any()
+
+
+def test_the_finetune_shows_what_it_learnt_from_as_unit_semantic_queries(drawn):
+    seen = drawn("finetune")
+    assert seen["real"].shape == (40, 3) and seen["pseudo"].shape == (12, 3)
+    # The generator gave zeros: what is there are the deviations.
+    np.testing.assert_allclose(np.linalg.norm(seen["pseudo"], axis=-1), 1, rtol=1e-5)
+    assert not len(drawn("control")["pseudo"])
+
+
+def test_a_stage_without_queries_is_refused(drawn):
+    with pytest.raises(ValueError, match="'clip' is of kind 'pretrain_clip', which has no queries"):
+        drawn("clip")
+
+
+def test_real_queries_are_the_matched_ones_of_evaluation_images(monkeypatch):
+    """All classes may be matched; the last images, which fill no batch, are left out."""
+    matched = []
+
+    def extract(networks, vocabulary, loss, params, text, batch, rng):
+        matched.append(vocabulary.is_seen)
+        labels = np.where(batch["image"][:, :1] == 2, -1, 1)
+        return np.repeat(batch["image"][:, None, :], 1, axis=1), labels
+
+    monkeypatch.setattr(query_space, "extract_queries", extract)
+    monkeypatch.setattr(query_space.jax, "jit", lambda fn: fn)
+    run = FakeRun()
+    run.loss = None
+    run.eval = types.SimpleNamespace(batch_size=2)
+    fields = {name: np.zeros(3) for name in query_space.IMAGE_FIELDS}
+    examples = [(None, {**fields, "image": np.full(3, float(i))}) for i in range(7)]
+    run.datasets = types.SimpleNamespace(evaluation=lambda: examples)
+    queries, labels = query_space.real_queries(run, "con", 100)
+    assert queries[:, 0].tolist() == [0, 1, 3, 4, 5] and labels.tolist() == [1] * 5
+    assert matched[0] == (True, True, True)
+    queries, _ = query_space.real_queries(run, "con", 2)
+    assert len(queries) == 2
+    run.eval.batch_size = 8
+    with pytest.raises(ValueError, match="fewer images than config.eval.settings.batch_size = 8"):
+        query_space.real_queries(run, "con", 100)
