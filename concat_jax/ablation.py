@@ -110,7 +110,7 @@ ROWS: Mapping[str, Row] = {
     "pading": Row(
         "PADing-style generator and finetune, no CON",
         "finetune",
-        {"method.deviation": 0.0},
+        {"method.deviation": 0.0, "method.pseudo_per_class": 1},
         {**_PROJECTION, "generator": "cat_pading"},
     ),
     **_with_cat("CON + CAT", "full", {}),

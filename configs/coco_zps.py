@@ -108,6 +108,8 @@ def get_config(arg: str = "") -> ConfigDict:
             hidden_width=128 if mini else 1024, num_layers=2, noise_width=32 if mini else 256
         ),
     )
+    # Half the disk: 2.3 GB of queries at COCO's size, rounded far below a class's spread.
+    config.bank = dict(dtype="float16", images_per_shard=1024)
     config.loss = dict(num_points=256 if mini else 12544)
     config.crops = dict(
         margin=0.1,

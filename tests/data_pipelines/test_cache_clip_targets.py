@@ -385,7 +385,7 @@ def test_training_reads_the_cache_and_its_step_holds_no_clip(trained, monkeypatc
         return {}
 
     monkeypatch.setattr(run_module, "train_stage", train_stage)
-    monkeypatch.setattr(Run, "_init", lambda self, subtree, rng: {})
+    monkeypatch.setattr(Run, "_init", lambda self, subtree, rng, name: {})
     run = make_run(config, workdir)
     run.train("con")
     assert seen["stage"].reads == () and set(seen["frozen"]) == {"text"}
