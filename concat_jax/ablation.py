@@ -118,14 +118,16 @@ ROWS: Mapping[str, Row] = {
     **_with_cat("CON + CAT, no query contrast", "no_contrast", {"method.contrast_weight": 0.0}),
     **_with_cat("CON + CAT, no MMD", "no_mmd", {"method.mmd_weight": 0.0}),
     **_with_cat(
-        "contrast instead of MMD: cosine, τ 0.1",
+        "contrast instead of MMD: cosine, temperature 0.1",
         "cosine",
         {**_SHARP, "method.contrast_distance": "cosine"},
     ),
-    **_with_cat("contrast instead of MMD: Euclidean, τ 0.1", "sharp", _SHARP),
-    **_with_cat("contrast instead of MMD: Euclidean, τ 1", "smooth", _CONTRAST),
+    **_with_cat("contrast instead of MMD: Euclidean, temperature 0.1", "sharp", _SHARP),
+    **_with_cat("contrast instead of MMD: Euclidean, temperature 1", "smooth", _CONTRAST),
     **_with_cat(
-        "contrast instead of MMD: τ 1, spread, memory", "contrast", {**_CONTRAST, **_SPREAD}
+        "contrast instead of MMD: temperature 1, spread and memory",
+        "contrast",
+        {**_CONTRAST, **_SPREAD},
     ),
     "no_deviation": Row(
         "CON + CAT, no deviations in the finetune",
