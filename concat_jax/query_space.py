@@ -88,9 +88,15 @@ def draw(run: Run, name: str, *, num_images: int = 300, per_class: int = 60) -> 
       RGB picture, see `query_space_picture`.
 
     Raises:
-      ValueError: for another kind of stage, or too few images.
+      ValueError: for another kind of stage, too few images, or a config that evaluates on another
+        data set than it trains on.
     """
     settings = run.stages[name]
+    if run.eval_vocabulary is not run.vocabulary:
+        raise ValueError(
+            "The picture names real queries of evaluation images by the classes of training, and "
+            "the config evaluates on others; set config.data.eval_kind to '' to draw it."
+        )
     if settings.kind not in KINDS:
         raise ValueError(f"Stage {name!r} is of kind {settings.kind!r}, which has no queries.")
     source = name if settings.kind == "con" else settings.takes["segmentor"]

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,12 @@ from concat_jax.evaluation import calibration, report
 from concat_jax.evaluation.evaluate import PICTURES, EvalConfig, evaluate, make_predict
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import Networks, Params, make_generator, make_networks
-from concat_jax.query_extraction import extract_bank
-from concat_jax.stages import cat, con, finetune, pretrain_clip
+from concat_jax.stage_batches import stage_batches
+from concat_jax.stages import con
 from concat_jax.stages.bank_files import BankConfig
+from concat_jax.stages.build import QUERY_KINDS, check_stage, make_stage
 from concat_jax.stages.clip_targets import CropConfig
-from concat_jax.stages.image_queries import MATCHING_PROJECTOR, on_images
-from concat_jax.stages.query_bank import QueryBank, missing_classes
+from concat_jax.stages.image_queries import MATCHING_PROJECTOR
 from concat_jax.stages.stage import Stage, StageConfig
 from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
@@ -44,11 +44,6 @@ from concat_jax.workdir import claim_workdir, evaluation_settings
 
 if TYPE_CHECKING:
     from data_pipelines.datasets import Datasets
-
-KINDS = ("pretrain_clip", "con", "cat", "finetune")
-# Stages that learn from vision queries, and where they have them from.
-QUERY_KINDS = ("cat", "finetune")
-QUERY_SOURCES = ("bank", "images")
 
 
 class Run:
@@ -81,9 +76,6 @@ class Run:
         }
         for name in config.stages:
             configuration.check_choice(name, self.stages, "config.stages names no stage of")
-            configuration.check_choice(
-                self.stages[name].kind, KINDS, f"config.train.{name}.kind is unknown:"
-            )
         for name in config.eval.stages:
             configuration.check_choice(name, self.stages, "config.eval.stages names no stage of")
         self.eval = configuration.build(EvalConfig, config.eval.settings, "config.eval.settings")
@@ -121,8 +113,8 @@ class Run:
             configuration.build(
                 OptimizerConfig, self.stages[name].optimizer, f"config.train.{name}.optimizer"
             )
-            self._check_queries(name)
-            for subtree in self._make_stage(name).reads:
+            check_stage(name, self.stages[name])
+            for subtree in self.make_stage(name).reads:
                 if subtree not in self.stages[name].takes:
                     raise ValueError(
                         f"Stage {name!r} reads {subtree!r}; say in config.train.{name}.takes which "
@@ -142,19 +134,6 @@ class Run:
                         "config.stages."
                     )
             before.append(name)
-
-    def _check_queries(self, name: str) -> None:
-        """Stages 2 and 3 need to know whose vision queries they learn from."""
-        settings = self.stages[name]
-        where = f"config.train.{name}"
-        configuration.check_choice(settings.queries, QUERY_SOURCES, f"{where}.queries is")
-        if settings.kind in QUERY_KINDS and settings.takes.get("segmentor", "init") == "init":
-            raise ValueError(
-                f"Stage {name!r} learns from vision queries; say in {where}.takes.segmentor which "
-                "stage trained the segmentor, and the projector that goes with it."
-            )
-        if settings.oracle and settings.queries != "bank":
-            raise ValueError(f"{where}.oracle needs a bank; set {where}.queries to 'bank'.")
 
     def is_finished(self, name: str) -> bool:
         """Whether the stage's last step is saved in the workdir."""
@@ -202,7 +181,7 @@ class Run:
     def train(self, name: str) -> None:
         """Train one stage to its end."""
         settings = self.stages[name]
-        stage = self._make_stage(name)
+        stage = self.make_stage(name)
         self._check_clip_targets(name, with_weights=True)
         taken = {s: self.give(s, source) for s, source in settings.takes.items()}
         # A subtree that a stage both takes and trains is a warm start.
@@ -215,10 +194,10 @@ class Run:
             params = copy_parameters(params, target, taken, source)
         frozen = {subtree: taken[subtree] for subtree in stage.reads}
         if settings.kind != "pretrain_clip":
-            frozen["text"] = self.text_embeddings(self._clip_source(name))
+            frozen["text"] = self.text_embeddings(self.clip_source(name))
         if settings.kind in QUERY_KINDS and settings.queries == "images":
             frozen[MATCHING_PROJECTOR] = self.give("projector", settings.takes["segmentor"])
-        batch_fn = self._batch_fn(name, frozen)
+        batch_fn = stage_batches(self, name, frozen.get("text"))
         trained = train_stage(
             name,
             stage,
@@ -261,25 +240,21 @@ class Run:
         generator = make_generator(fields, self.networks.query_width, where)
         return dataclasses.replace(self.networks, generator=generator)
 
-    def _make_stage(self, name: str) -> Stage:
-        kind, method = self.stages[name].kind, self.stages[name].method
-        where = f"config.train.{name}.method"
-        if kind == "pretrain_clip":
-            settings = configuration.build(pretrain_clip.PretrainClipConfig, method, where)
-            return pretrain_clip.make_stage(self.networks, settings)
-        if kind == "con":
-            cached = bool(self.config.data.get("clip_targets", ""))
-            settings = con.make_config(method, has_cache=cached, where=where)
-            return con.make_stage(self.networks, self.vocabulary, settings, self.loss, self.crops)
-        if kind == "cat":
-            settings = configuration.build(cat.CatConfig, method, where)
-            stage = cat.make_stage(self.networks_of(name), self.vocabulary, settings)
-        else:
-            settings = configuration.build(finetune.FinetuneConfig, method, where)
-            stage = finetune.make_stage(self.networks_of(name), self.vocabulary, settings)
-        if self.stages[name].queries == "bank":
-            return stage
-        return on_images(stage, self.networks, self.vocabulary, self.loss)
+    def make_stage(self, name: str) -> Stage:
+        """The parameters that stage `name` trains and reads, and its loss.
+
+        Raises:
+          ValueError: for settings that its kind does not have.
+        """
+        return make_stage(
+            name,
+            self.stages[name],
+            self.networks_of(name),
+            self.vocabulary,
+            self.loss,
+            self.crops,
+            has_clip_targets=bool(self.config.data.get("clip_targets", "")),
+        )
 
     def give(self, subtree: str, source: str) -> Params:
         """Parameters that stage `source` gave: in memory, or from its last checkpoint."""
@@ -317,7 +292,7 @@ class Run:
           name: any stage; one that reads no cached targets passes.
           with_weights: also compare CLIP's parameters, which have to be read for that.
         """
-        if not set(con.TARGET_FIELDS) <= set(self._make_stage(name).batch_fields):
+        if not set(con.TARGET_FIELDS) <= set(self.make_stage(name).batch_fields):
             return
         if self.datasets.check_clip_targets is None:
             raise ValueError(
@@ -326,7 +301,7 @@ class Run:
                 "data_pipelines.cache_clip_targets` filled, or "
                 f"config.train.{name}.method.targets to 'online'."
             )
-        source = self._clip_source(name)
+        source = self.clip_source(name)
         if source != "init" and not self.is_finished(source):
             raise ValueError(
                 f"Stage {name!r} is to learn from cached targets of the CLIP of stage {source!r}, "
@@ -340,7 +315,7 @@ class Run:
             expected = con.target_identity(self.networks.clip, self.crops)
         self.datasets.check_clip_targets(expected)
 
-    def _clip_source(self, name: str) -> str:
+    def clip_source(self, name: str) -> str:
         """The stage whose CLIP embeds the names for stage `name`."""
         return self.stages[name].takes["clip"]
 
@@ -361,81 +336,12 @@ class Run:
             )
         return self._text[source, vocabulary]
 
-    def _batch_fn(self, name: str, frozen: Params) -> Callable[[int], Mapping]:
-        settings = self.stages[name]
-        if settings.kind == "pretrain_clip":
-            pairs = self.datasets.captions(settings.batch_size, self.networks.clip.image_size)
-
-            def batch_fn(step: int) -> Mapping[str, np.ndarray]:
-                batch = pairs(step)
-                return {"image": batch["image"], "tokens": self.tokenizer(batch["captions"])}
-
-            return batch_fn
-        if settings.kind == "con" or settings.queries == "images":
-            return self.datasets.train(settings.batch_size)
-        return self._query_bank(name, frozen["text"]).batch
-
-    def _query_bank(self, name: str, text: np.ndarray) -> QueryBank:
-        settings = self.stages[name]
-        source = settings.takes["segmentor"]
-        size = self.stages[source].batch_size
-        # The projector that stage 1 trained names the queries, whatever this stage starts from.
-        params = {s: self.give(s, source) for s in ("segmentor", "projector")}
-        num_batches = -(-settings.bank_images // size)
-        num_images = num_batches * size
-        model = configuration.flat(self.config.model).items()
-        vocabulary, batches, kind = self.vocabulary, self.datasets.train, "query_bank"
-        if settings.oracle:
-            if self.datasets.oracle is None:
-                raise ValueError(
-                    f"config.train.{name}.oracle needs images that show unseen classes, and data "
-                    f"of kind {self.config.data.kind!r} offers none for training."
-                )
-            every = (True,) * len(vocabulary)
-            vocabulary = dataclasses.replace(vocabulary, is_seen=every)
-            batches, kind = self.datasets.oracle, "oracle_bank"
-        queries, labels = extract_bank(
-            self.workdir / source / f"{kind}_{num_images}",
-            {
-                "kind": kind,
-                "stage": source,
-                "steps": self.stages[source].steps,
-                "images": num_images,
-                "model": str(sorted(item for item in model if not item[0].startswith("generator"))),
-                "weights": params_fingerprint(jax.device_get(params))[:16],
-            },
-            self.networks,
-            vocabulary,
-            self.loss,
-            params,
-            text,
-            batches(size),
-            num_batches=num_batches,
-            batch_size=size,
-            seed=self.config.seed,
-            config=self.bank,
-            mesh=self.mesh,
-        )
-        warning = missing_classes(labels, self.vocabulary)
-        if warning and jax.process_index() == 0:
-            print(f"Warning: {warning}")
-        return QueryBank(
-            queries,
-            labels,
-            batch_size=settings.batch_size,
-            seed=self.config.seed,
-            memory_per_class=settings.method.get("memory_per_class", 0),
-            num_classes=len(self.vocabulary),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-
     def _inference_inputs(self, name: str) -> tuple[Params, jax.Array]:
         """Segmentor and projector that hold after stage `name`, and its text embeddings."""
         sources = {**self.stages[name].takes}
-        sources |= {subtree: name for subtree in self._make_stage(name).trains}
+        sources |= {subtree: name for subtree in self.make_stage(name).trains}
         params = {s: self.give(s, sources[s]) for s in ("segmentor", "projector")}
-        text = self.text_embeddings(self._clip_source(name), self.eval_vocabulary)
+        text = self.text_embeddings(self.clip_source(name), self.eval_vocabulary)
         return params, jnp.asarray(text)
 
     def sweep(

@@ -12,7 +12,8 @@ from concat_jax import configuration
 from concat_jax.ablation import with_rows
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
-from concat_jax.run import KINDS, Run, StageConfig
+from concat_jax.run import Run, StageConfig
+from concat_jax.stages.build import KINDS
 from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.optimizer import (
     FROZEN,
@@ -96,7 +97,7 @@ def test_a_config_makes_its_stages_and_every_parameter_has_a_rule(name, argument
     assert {run.stages[stage].kind for stage in config.stages} <= set(KINDS)
     assert set(config.eval.stages) <= set(config.stages)
     for stage_name in config.stages:
-        stage, settings = run._make_stage(stage_name), run.stages[stage_name]
+        stage, settings = run.make_stage(stage_name), run.stages[stage_name]
         # What a stage reads must be handed to it.
         assert set(stage.reads) <= set(settings.takes), stage_name
         params = abstract_params(run.networks, stage.trains)
@@ -133,7 +134,7 @@ def test_the_full_size_con_loss_traces(tmp_path):
     size, rows = config.data.image_size, config.data.max_segments
     run = make_run(config, tmp_path)
     assert run.loss == SegmentationLossConfig() and run.loss.num_points == 12544
-    stage = run._make_stage("con")
+    stage = run.make_stage("con")
     batch = {
         "image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8),
         "segment_ids": jax.ShapeDtypeStruct((1, size, size), jnp.uint8),

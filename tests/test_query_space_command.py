@@ -1,5 +1,6 @@
 """The pictures of a run's stages: whose queries they hold."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -19,7 +20,7 @@ def stage(kind, **fields):
 
 
 class FakeRun:
-    vocabulary = VOCABULARY
+    vocabulary = eval_vocabulary = VOCABULARY
     networks = types.SimpleNamespace(
         projector=types.SimpleNamespace(apply=lambda variables, queries: queries[..., :3])
     )
@@ -94,6 +95,14 @@ def test_the_finetune_shows_what_it_learnt_from_as_unit_semantic_queries(drawn):
 def test_a_stage_without_queries_is_refused(drawn):
     with pytest.raises(ValueError, match="'clip' is of kind 'pretrain_clip', which has no queries"):
         drawn("clip")
+
+
+def test_evaluation_images_of_other_classes_are_refused(drawn, monkeypatch):
+    """Their labels count another list of names, which the picture would pass off as this one's."""
+    other = dataclasses.replace(VOCABULARY, names=tuple(f"{n}!" for n in VOCABULARY.names))
+    monkeypatch.setattr(FakeRun, "eval_vocabulary", other)
+    with pytest.raises(ValueError, match="evaluates on others; set config.data.eval_kind to ''"):
+        drawn("con")
 
 
 def test_real_queries_are_the_matched_ones_of_evaluation_images(monkeypatch):

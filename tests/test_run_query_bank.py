@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from concat_jax.run import Run
+from concat_jax.stage_batches import query_bank
 from concat_jax.stages.real_queries import IMAGE_FIELDS
 from concat_jax.text.vocabulary import Vocabulary
 from data_pipelines.datasets import Datasets
@@ -53,7 +54,7 @@ def make_bank(tmp_path, monkeypatch):
             "concat_jax.query_extraction.extract_queries",
             lambda *args: (jnp.ones((1, 2, 4)), jnp.asarray([labels])),
         )
-        return run._query_bank("cat", np.zeros((3, 4), np.float32))
+        return query_bank(run, "cat", np.zeros((3, 4), np.float32))
 
     return make
 
