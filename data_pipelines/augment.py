@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.colour import colour_jitter
-from data_pipelines.placement import Placement, pick, place, run_starts, window_indices
+from data_pipelines.placement import Placement, place, resize_then_cut, run_starts
 
 # What `augment_example` knows.
 KINDS = ("lsj", "semantic", "none")
@@ -46,12 +46,13 @@ def sample_jitter(
     where = rng.uniform(size=2)
     mirrored = bool(rng.uniform() < flip_probability)
     resized = _fit(height, width, scale * size)
-    return Placement(resized, _offset(where, resized, size), mirrored)
+    offset = _offset(where, resized, size)
+    return resize_then_cut((height, width), resized, offset, size, mirrored=mirrored)
 
 
 def letterbox_placement(height: int, width: int, size: int) -> Placement:
     """Whole image, aspect kept, its longest side equal to the canvas: no crop, no flip."""
-    return Placement(_fit(height, width, size))
+    return Placement((0, height), (0, width), _fit(height, width, size))
 
 
 def sample_semantic(
@@ -103,13 +104,11 @@ def sample_semantic(
     resized = (max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5)))
     class_of = np.concatenate([[0], np.asarray(segment_labels, np.int64) + 1])
     for try_ in where:
-        placement = Placement(resized, _offset(try_, resized, size), mirrored)
+        offset = _offset(try_, resized, size)
+        placement = resize_then_cut((height, width), resized, offset, size, mirrored=mirrored)
         if max_class_area >= 1:
             break
-        top, left = placement.offset
-        rows = window_indices(height, resized[0], top, min(top + size, resized[0]))
-        columns = window_indices(width, resized[1], left, min(left + size, resized[1]))
-        window = pick(segment_ids, rows, columns).ravel()
+        window = segment_ids[slice(*placement.rows), slice(*placement.columns)].ravel()
         starts = run_starts(window)
         lengths = np.diff(starts, append=window.size)
         areas = np.bincount(class_of[window[starts]], lengths)[1:]

@@ -146,7 +146,7 @@ def _profile(
         rng = np.random.default_rng([0, number])
         where = augment.sample_jitter(rng, *ids.shape, size)
         canvas = canvases[number % batch_size]
-        timed(_RESAMPLE, placement.place_image, image, where, size, canvas=canvas)
+        timed(_RESAMPLE, placement.place_image, np.asarray(image), where, size, canvas=canvas)
         ids = timed("id map: the same", placement.place_ids, ids, where, size)
         ids, _ = timed("id map: renumber", augment.keep_largest_segments, ids, 100)
         timed("batch", np.copyto, maps[number % batch_size], ids)

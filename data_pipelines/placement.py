@@ -1,38 +1,69 @@
-"""Resampling: an image and its id map, resized, cut, mirrored and padded onto a square canvas.
+"""Resampling: a window of an image and its id map, resized, mirrored and padded onto a square.
 
-Images are resized bilinearly as PIL does, which averages over the source pixels when it shrinks
-(antialiasing), and id maps by nearest neighbour at pixel centres, so that no new id appears. Only
-the window that is kept is resampled, not the whole enlarged image: at scale 2 that is a quarter of
-the work, and the same numbers, because the filter still sees the pixels beyond the cut.
+Images are enlarged bilinearly and shrunk by averaging over the source pixels; id maps by nearest
+neighbour at pixel centres, so that no new id appears. Only the window that is kept is resampled,
+not the whole enlarged image: at scale 2 that is a quarter of the work. Its edges are whole pixels
+of the source, for the image and the id map alike.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import cv2
 import numpy as np
 from PIL import Image
 
 # detectron2's FixedSizeCrop pads images with 128, close to the mean that is subtracted later.
 IMAGE_PADDING = 128
-# Rows that are blended at a time, so that the intermediate values stay in a core's cache.
-_BLOCK = 32
+
+# Loaders have threads of their own.
+cv2.setNumThreads(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How an image comes onto a square canvas: resize, cut a window, mirror, pad bottom and right.
+    """How an image comes onto a square canvas: cut a window, resize, mirror, pad bottom and right.
 
     Attributes:
-      resized: (height, width) of the whole image after the resize, each >= 1.
-      offset: (top, left) of the window within the resized image; the window is as large as the
-        canvas or as what is left of the image, whichever is smaller.
+      rows: [begin, end) of the window in the source.
+      columns: likewise.
+      resized: (height, width) of the window on the canvas, each >= 1.
       mirrored: whether the window is mirrored left to right.
     """
 
+    rows: tuple[int, int]
+    columns: tuple[int, int]
     resized: tuple[int, int]
-    offset: tuple[int, int] = (0, 0)
     mirrored: bool = False
+
+
+def resize_then_cut(
+    source: tuple[int, int],
+    resized: tuple[int, int],
+    offset: tuple[int, int],
+    size: int,
+    *,
+    mirrored: bool = False,
+) -> Placement:
+    """The placement of an image that is resized as a whole and then cut to the canvas.
+
+    The window is widened to whole source pixels; that changes its scale by less than one of them.
+
+    Args:
+      source: (height, width) of the image.
+      resized: likewise, of the whole image after the resize.
+      offset: (top, left) of the canvas within the resized image, which is as large as the canvas
+        from there on, or ends there.
+      size: side of the canvas.
+      mirrored: whether the window is mirrored left to right.
+    """
+    windows, lengths = [], []
+    for old, new, begin in zip(source, resized, offset, strict=True):
+        end = min(begin + size, new)
+        windows.append((begin * old // new, -(-end * old // new)))
+        lengths.append(end - begin)
+    return Placement(*windows, resized=tuple(lengths), mirrored=mirrored)
 
 
 def place(
@@ -46,8 +77,8 @@ def place(
     """Puts an image and its id map onto a canvas.
 
     Args:
-      image: [H, W, 3] uint8, or an RGB PIL image (which saves two copies of a decoded file).
-      segment_ids: [H, W], any integer type.
+      image: [H, W, 3] uint8, or an RGB PIL image.
+      segment_ids: [H, W] uint8 or uint16.
       placement: where it goes.
       size: side S of the canvas.
       canvas: [S, S, 3] uint8 contiguous, to be written all over; None takes a new one.
@@ -59,128 +90,50 @@ def place(
     Raises:
       ValueError: if image and id map differ in size.
     """
-    height, width = segment_ids.shape
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    if image.size != (width, height) or image.mode != "RGB":
+    image = np.asarray(image)
+    if image.shape != (*segment_ids.shape, 3):
         raise ValueError(
-            f"The image is {image.height}x{image.width} {image.mode} and its id map is "
-            f"{height}x{width}; give an RGB image and an id map of the same size."
+            f"The image is {image.shape} and its id map is {segment_ids.shape}; give an RGB image "
+            "[H, W, 3] and an id map of the same size."
         )
-    valid = tuple(stop - start for start, stop in _window(placement, size))
     return (
         place_image(image, placement, size, canvas=canvas),
         place_ids(segment_ids, placement, size),
-        valid,
+        placement.resized,
     )
 
 
 def place_image(
-    image: Image.Image, placement: Placement, size: int, *, canvas: np.ndarray | None = None
+    image: np.ndarray, placement: Placement, size: int, *, canvas: np.ndarray | None = None
 ) -> np.ndarray:
     """The image of `place`, [S, S, 3] uint8."""
-    rows, columns = _window(placement, size)
-    height, width = rows[1] - rows[0], columns[1] - columns[0]
+    height, width = placement.resized
     if canvas is None:
         canvas = np.empty((size, size, 3), np.uint8)
-    # Seen as rows of bytes, in which a window's rows are contiguous.
-    lines = canvas.reshape(size, 3 * size)
-    lines[height:] = IMAGE_PADDING
-    lines[:height, 3 * width :] = IMAGE_PADDING
-    _resample(image, placement, rows, columns, lines[:height, : 3 * width])
+    canvas[height:] = IMAGE_PADDING
+    canvas[:height, width:] = IMAGE_PADDING
+    (top, bottom), (left, right) = placement.rows, placement.columns
+    shrinks = height < bottom - top or width < right - left
+    _resample(image, placement, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR, canvas)
     return canvas
 
 
 def place_ids(segment_ids: np.ndarray, placement: Placement, size: int) -> np.ndarray:
     """The id map of `place`, [S, S]."""
-    indices = [
-        window_indices(source, resized, *window)
-        for source, resized, window in zip(
-            segment_ids.shape, placement.resized, _window(placement, size), strict=True
-        )
-    ]
-    rows, columns = indices[0], indices[1][:: -1 if placement.mirrored else 1]
     canvas = np.zeros((size, size), segment_ids.dtype)
-    canvas[: len(rows), : len(columns)] = pick(segment_ids, rows, columns)
+    _resample(segment_ids, placement, cv2.INTER_NEAREST_EXACT, canvas)
     return canvas
 
 
-def _window(placement: Placement, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    # Rows and columns [begin, end) of the resized image that come onto the canvas.
-    (height, width), (top, left) = placement.resized, placement.offset
-    return (top, min(top + size, height)), (left, min(left + size, width))
-
-
-def _resample(
-    image: Image.Image,
-    placement: Placement,
-    rows: tuple[int, int],
-    columns: tuple[int, int],
-    out: np.ndarray,
-) -> None:
-    # Writes rows and columns [begin, end) of the resized image into `out` [rows, 3 * columns].
-    height, (new_height, new_width) = image.height, placement.resized
-    # In source pixels; the integer product keeps the far edge from exceeding the image.
-    left, right = (column * image.width / new_width for column in columns)
-    top, bottom = (row * height / new_height for row in rows)
-    num_rows, num_columns = rows[1] - rows[0], columns[1] - columns[0]
-    enlarges = new_height > height
-    if enlarges:
-        # Bilinear enlargement of rows is a blend of two neighbours, which numpy does several times
-        # faster than PIL: PIL resizes the columns of the source rows that are needed.
-        centres = (np.arange(*rows) + 0.5) * height / new_height - 0.5
-        first = max(int(centres[0]), 0)
-        last = min(int(centres[-1]) + 2, height)
-        image = image.crop((0, first, image.width, last))
-        top, bottom, num_rows = 0, last - first, last - first
-    window = image.resize(
-        (num_columns, num_rows), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
-    )
+def _resample(pixels: np.ndarray, placement: Placement, method: int, canvas: np.ndarray) -> None:
+    # Writes the window at the upper left of the canvas, without a copy in between.
+    window = pixels[slice(*placement.rows), slice(*placement.columns)]
     if placement.mirrored:
-        window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = np.asarray(window).reshape(num_rows, -1)
-    if enlarges:
-        _blend_rows(pixels, centres - first, out)
-    else:
-        out[:] = pixels
-
-
-def _blend_rows(pixels: np.ndarray, positions: np.ndarray, out: np.ndarray) -> None:
-    # Writes the rows of pixels [n, m] uint8 at fractional positions [r] into out [r, m] uint8;
-    # beyond the first and the last row these two are repeated.
-    positions = np.clip(positions, 0, len(pixels) - 1)
-    upper = positions.astype(np.intp)
-    weights = np.rint(256 * (positions - upper)).astype(np.uint16)[:, None]
-    for start in range(0, len(out), _BLOCK):
-        block = upper[start : start + _BLOCK]
-        # (256 a + 128 + w (b - a)) / 256 = a (256 - w) + b w, rounded; it lies in 0 to 65535, so
-        # that arithmetic modulo 2^16 gives it, although b - a may be negative.
-        source = pixels[block[0] : block[-1] + 2].astype(np.uint16)
-        step = np.zeros_like(source)
-        np.subtract(source[1:], source[:-1], out=step[:-1])
-        source <<= 8
-        source += 128
-        rows = step.take(block - block[0], axis=0)
-        rows *= weights[start : start + _BLOCK]
-        rows += source.take(block - block[0], axis=0)
-        rows >>= 8
-        out[start : start + _BLOCK] = rows
-
-
-def pick(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """values[rows[:, None], columns], of [H, W] and two lists of positions, but faster."""
-    # The axis that shrinks first; whole rows are copied as such.
-    if len(rows) < len(values):
-        return values.take(rows, axis=0).take(columns, axis=1)
-    return values.take(columns, axis=1).take(rows, axis=0)
+        window = cv2.flip(window, 1)
+    height, width = placement.resized
+    cv2.resize(window, (width, height), dst=canvas[:height, :width], interpolation=method)
 
 
 def run_starts(values: np.ndarray) -> np.ndarray:
     """Where runs of equal values begin: positions [R] int64 ascending in `values` [N], N >= 1."""
     return np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
-
-
-def window_indices(source: int, resized: int, start: int, stop: int) -> np.ndarray:
-    """The source positions [stop - start] int64 of a window [start, stop) of a resized axis."""
-    # floor((i + 1/2) * source / resized) in integers: exact, and what PIL's NEAREST computes.
-    return (2 * np.arange(start, stop) + 1) * source // (2 * resized)

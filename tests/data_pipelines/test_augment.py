@@ -20,6 +20,18 @@ def _blocks(height=60, width=80):
     return colours[ids], ids, colours
 
 
+def _whole(ids, resized, mirrored=False):
+    return placement.Placement((0, ids.shape[0]), (0, ids.shape[1]), resized, mirrored)
+
+
+def _shares(old, new):
+    """[new, old]: the share of each of `old` pixels in each of `new`, which are larger."""
+    edges = np.arange(new + 1) * old / new
+    begin, end = edges[:-1, None], edges[1:, None]
+    pixel = np.arange(old)
+    return np.clip(np.minimum(end, pixel + 1) - np.maximum(begin, pixel), 0, None) * new / old
+
+
 def _interior(ids, margin):
     """[H, W] bool: every pixel within `margin` has the same id (bilinear cannot have mixed)."""
     inside = np.zeros(ids.shape, bool)
@@ -54,25 +66,34 @@ def test_jitter_keeps_image_and_ids_aligned(seed):
     np.testing.assert_array_equal(out[inside], colours[out_ids[inside]])
 
 
-def test_crop_of_the_window_equals_resize_then_crop():
-    # detectron2 resizes the whole image, then cuts; cutting first must give the same numbers.
-    image, (new_height, new_width) = _random_image(30, 41), (71, 97)
-    ids = np.random.default_rng(2).integers(0, 200, (30, 41)).astype(np.uint16)
-    whole = np.asarray(Image.fromarray(image).resize((new_width, new_height), 2))
-    whole_ids = np.asarray(Image.fromarray(ids).resize((new_width, new_height), 0))
+def test_a_window_is_what_the_whole_resized_image_shows_there():
+    # detectron2 resizes the whole image, then cuts. The window's edges are whole source pixels
+    # here, so what is cut lies up to one of them off: a smooth image changes by as much.
+    slope = np.arange(41) * 6
+    image = np.broadcast_to(slope[None, :, None], (30, 41, 3)).astype(np.uint8)
+    ids = np.zeros((30, 41), np.uint8)
+    whole = np.asarray(Image.fromarray(image).resize((97, 71), 2)).astype(int)
     for top, left in [(0, 0), (7, 33), (7, 13)]:
-        where = placement.Placement((new_height, new_width), (top, left))
-        out, out_ids, valid = placement.place(image, ids, where, 64)
+        where = placement.resize_then_cut((30, 41), (71, 97), (top, left), 64)
+        assert where.resized == (64, 64)
+        out, _, valid = placement.place(image, ids, where, 64)
         assert valid == (64, 64)
-        np.testing.assert_array_equal(out_ids, whole_ids[top : top + 64, left : left + 64])
-        difference = np.abs(out.astype(int) - whole[top : top + 64, left : left + 64])
-        assert difference.max() <= 2  # rounding
+        assert np.abs(out.astype(int) - whole[top : top + 64, left : left + 64]).max() <= 6
+
+
+def test_a_window_is_widened_to_whole_source_pixels_by_hand():
+    # Twice as large, then columns 3 to 10: source columns 1.5 to 5, so 1 to 5.
+    where = placement.resize_then_cut((10, 20), (20, 40), (0, 3), 7, mirrored=True)
+    assert where == placement.Placement((0, 4), (1, 5), (7, 7), True)
+    # A seventh of the size, smaller than the canvas: the whole image.
+    where = placement.resize_then_cut((70, 140), (10, 20), (0, 0), 64)
+    assert where == placement.Placement((0, 70), (0, 140), (10, 20))
 
 
 def test_mirroring_reverses_the_valid_area_and_pads_at_the_same_corner():
     image, ids, _ = _blocks()
-    plain = placement.place(image, ids, placement.Placement((20, 30), (0, 0)), 48)
-    mirrored = placement.place(image, ids, placement.Placement((20, 30), (0, 0), True), 48)
+    plain = placement.place(image, ids, _whole(ids, (20, 30)), 48)
+    mirrored = placement.place(image, ids, _whole(ids, (20, 30), True), 48)
     assert plain[2] == mirrored[2] == (20, 30)
     np.testing.assert_array_equal(mirrored[0][:20, :30], plain[0][:20, :30][:, ::-1])
     np.testing.assert_array_equal(mirrored[1][:20, :30], plain[1][:20, :30][:, ::-1])
@@ -82,39 +103,43 @@ def test_mirroring_reverses_the_valid_area_and_pads_at_the_same_corner():
 def test_same_size_placement_is_the_identity_and_takes_pil_images():
     image, ids = _random_image(32, 32), np.arange(1024, dtype=np.uint16).reshape(32, 32)
     for given in (image, Image.fromarray(image)):
-        out, out_ids, valid = placement.place(given, ids, placement.Placement((32, 32)), 32)
+        out, out_ids, valid = placement.place(given, ids, _whole(ids, (32, 32)), 32)
         np.testing.assert_array_equal(out, image)
         np.testing.assert_array_equal(out_ids, ids)
         assert valid == (32, 32)
 
 
 def test_place_refuses_sizes_that_differ():
-    with pytest.raises(ValueError, match="30x40 RGB and its id map is 30x41"):
-        placement.place(_random_image(30, 40), np.zeros((30, 41)), placement.Placement((3, 4)), 8)
+    ids = np.zeros((30, 41), np.uint8)
+    for image in (_random_image(30, 40), _random_image(30, 41)[..., 0]):
+        with pytest.raises(ValueError, match=r"The image is \(30, 4.* id map is \(30, 41\); give"):
+            placement.place(image, ids, _whole(ids, (3, 4)), 8)
 
 
 def test_jitter_geometry_over_many_draws():
     size, mirrored, longest = 100, 0, []
     for seed in range(2000):
-        p = augment.sample_jitter(np.random.default_rng(seed), 60, 120, size)
-        height, width = p.resized
-        assert abs(height - width / 2) <= 1  # aspect kept
-        assert 0 <= p.offset[0] <= max(height - size, 0)
-        assert 0 <= p.offset[1] <= max(width - size, 0)
-        longest.append(width / size)
+        p = augment.sample_jitter(np.random.default_rng(seed), 600, 1200, size)
+        (top, bottom), (left, right) = p.rows, p.columns
+        assert 0 <= top < bottom <= 600 and 0 <= left < right <= 1200
+        assert max(p.resized) <= size
+        scale = p.resized[1] / (right - left)
+        assert abs(p.resized[0] - scale * (bottom - top)) <= 1  # aspect kept
+        longest.append(1200 * scale / size)
         mirrored += p.mirrored
-    assert min(longest) >= 0.1 and max(longest) <= 2.0
+    assert min(longest) >= 0.1 - 0.002 and max(longest) <= 2.0
     assert np.mean(longest) == pytest.approx(1.05, abs=0.04)  # uniform over [0.1, 2]
     assert np.std(longest) == pytest.approx(1.9 / 12**0.5, abs=0.03)
     assert 900 < mirrored < 1100
 
 
-def test_crop_offsets_reach_both_ends():
-    lefts = {
-        augment.sample_jitter(np.random.default_rng(s), 4, 12, 10, scale_range=(1.2, 1.2)).offset[1]
+def test_windows_reach_both_ends():
+    draws = [
+        augment.sample_jitter(np.random.default_rng(s), 40, 120, 100, scale_range=(1.2, 1.2))
         for s in range(200)
-    }
-    assert lefts == {0, 1, 2}
+    ]
+    # Not resized: a hundred of 120 columns, from each of 21 places.
+    assert {p.columns for p in draws} == {(left, left + 100) for left in range(21)}
 
 
 def test_jitter_is_a_function_of_the_generator():
@@ -125,7 +150,7 @@ def test_jitter_is_a_function_of_the_generator():
 
 def test_jitter_never_loses_the_whole_image():
     p = augment.sample_jitter(np.random.default_rng(0), 2, 500, 10, scale_range=(0.1, 0.1))
-    assert p.resized == (1, 1)
+    assert p.resized == (1, 1) and p.rows == (0, 2) and p.columns == (0, 500)
 
 
 @pytest.mark.parametrize("scale_range", [(0, 1), (2, 1), (-1, 1)])
@@ -186,21 +211,31 @@ def test_resize_longest_letterboxes_and_drops_what_vanishes():
     assert augment.resize_longest(example, 160)["image_size"].tolist() == [80, 160]
 
 
-@pytest.mark.parametrize("factor", [0.13, 0.5, 0.97, 1.0, 1.04, 1.7, 3.3])
+@pytest.mark.parametrize("factor", [1.0, 1.04, 1.7, 3.3])
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_resampling_is_that_of_pil(factor, mirrored):
-    # Rows are enlarged by numpy, in 8 bits of weight where PIL has 22.
+def test_enlarging_is_that_of_pil(factor, mirrored):
+    # Both are bilinear; OpenCV has 11 bits of weight where PIL has 22.
     image, ids = _random_image(70, 61, seed=3), np.zeros((70, 61), np.uint8)
     resized = (round(70 * factor), round(61 * factor))
-    out, _, (height, width) = placement.place(
-        image, ids, placement.Placement(resized, (0, 0), mirrored), 256
-    )
-    assert (height, width) == resized
+    out, _, valid = placement.place(image, ids, _whole(ids, resized, mirrored), 256)
+    assert valid == resized
     expected = np.asarray(Image.fromarray(image).resize(resized[::-1], 2)).astype(int)
     expected = expected[:, ::-1] if mirrored else expected
-    difference = np.abs(out[:height, :width] - expected)
-    assert difference.max() <= (2 if factor > 1 else 0)
-    assert difference.mean() < 0.3
+    difference = np.abs(out[: valid[0], : valid[1]] - expected)
+    assert difference.max() <= 2 and difference.mean() < 0.3
+
+
+@pytest.mark.parametrize("factor", [0.13, 0.5, 0.97])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_shrinking_is_the_mean_over_the_source_pixels(factor, mirrored):
+    image, ids = _random_image(70, 61, seed=3), np.zeros((70, 61), np.uint8)
+    resized = (round(70 * factor), round(61 * factor))
+    out, _, valid = placement.place(image, ids, _whole(ids, resized, mirrored), 256)
+    cover = [_shares(old, new) for old, new in zip((70, 61), resized, strict=True)]
+    expected = np.einsum("yh,xw,hwc->yxc", *cover, image)
+    expected = expected[:, ::-1] if mirrored else expected
+    assert valid == resized
+    assert np.abs(out[: valid[0], : valid[1]] - expected).max() <= 1
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (9, 1), (2, 2)])
@@ -208,33 +243,35 @@ def test_resampling_is_that_of_pil(factor, mirrored):
 def test_tiny_images(height, width, factor):
     image, ids = _random_image(height, width), np.ones((height, width), np.uint16)
     resized = (height * factor, width * factor)
-    out, out_ids, valid = placement.place(image, ids, placement.Placement(resized), 64)
+    out, out_ids, valid = placement.place(image, ids, _whole(ids, resized), 64)
     assert valid == resized and (out_ids > 0).sum() == resized[0] * resized[1]
     expected = np.asarray(Image.fromarray(image).resize(resized[::-1], 2)).astype(int)
     assert np.abs(out[: valid[0], : valid[1]] - expected).max() <= 1
 
 
-@pytest.mark.parametrize("offset", [(0, 0), (40, 3), (44, 101)])
+@pytest.mark.parametrize("rows", [(0, 37), (5, 30)])
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_ids_of_a_window_are_the_nearest_source_pixels(offset, mirrored):
-    ids = np.random.default_rng(4).integers(0, 9, (37, 53)).astype(np.uint8)
-    for resized in [(108, 165), (30, 45), (37, 53)]:
-        top, left = (min(o, max(r - 64, 0)) for o, r in zip(offset, resized, strict=True))
-        where = placement.Placement(resized, (top, left), mirrored)
-        _, out, (height, width) = placement.place(_random_image(37, 53), ids, where, 64)
-        for y in range(height):
-            for x in range(width):
-                column = width - 1 - x if mirrored else x
+def test_ids_are_the_nearest_pixels_of_the_window(rows, mirrored):
+    ids = np.random.default_rng(4).integers(0, 900, (37, 53)).astype(np.uint16)
+    columns = (7, 50)
+    for resized in [(64, 64), (20, 31), (rows[1] - rows[0], 43)]:
+        where = placement.Placement(rows, columns, resized, mirrored)
+        out = placement.place_ids(ids, where, 64)
+        assert out.dtype == np.uint16 and not out[resized[0] :].any()
+        for y in range(resized[0]):
+            for x in range(resized[1]):
+                column = resized[1] - 1 - x if mirrored else x
                 source = (
-                    int((y + top + 0.5) * 37 / resized[0]),
-                    int((column + left + 0.5) * 53 / resized[1]),
+                    rows[0] + (2 * y + 1) * (rows[1] - rows[0]) // (2 * resized[0]),
+                    columns[0] + (2 * column + 1) * 43 // (2 * resized[1]),
                 )
                 assert out[y, x] == ids[source]
 
 
 def test_a_canvas_is_written_all_over():
     image, ids, _ = _blocks()
-    for where in (placement.Placement((20, 30)), placement.Placement((90, 120), (26, 50), True)):
+    cut = placement.resize_then_cut((60, 80), (90, 120), (26, 50), 64, mirrored=True)
+    for where in (_whole(ids, (20, 30)), cut):
         canvas = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         out, _, _ = placement.place(image, ids, where, 64, canvas=canvas)
         assert out is canvas
@@ -261,14 +298,16 @@ def test_semantic_placement_takes_the_shortest_edge_and_limits_the_longest():
         augment.sample_semantic(np.random.default_rng(s), ids, labels, 40, **options)
         for s in range(300)
     ]
-    # 90 would make the longer side 360.
-    assert {p.resized for p in drawn} == {(30, 120), (60, 240), (75, 300)}
-    counts = [sum(p.resized[0] == edge for p in drawn) for edge in (30, 60, 75)]
+    # 90 would make the longer side 360, so a canvas of 40 shows 40 / 1.25 source pixels of it.
+    heights = {p.rows[1] - p.rows[0] for p in drawn}
+    assert heights == {60, 40, 32, 33}  # 33 where the window is widened to whole pixels
+    counts = [sum(p.rows[1] - p.rows[0] in h for p in drawn) for h in ({60}, {40}, {32, 33})]
     assert min(counts) > 70
     assert 110 < sum(p.mirrored for p in drawn) < 190
-    offsets = {p.offset for p in drawn if p.resized == (30, 120)}
-    assert {top for top, _ in offsets} == {0}  # no room to move
-    assert min(left for _, left in offsets) < 8 and max(left for _, left in offsets) > 72
+    halved = [p for p in drawn if p.rows == (0, 60)]
+    assert {p.resized for p in halved} == {(30, 40)}
+    lefts = [p.columns[0] for p in halved]
+    assert min(lefts) < 16 and max(lefts) > 144
 
 
 def test_the_crop_avoids_what_one_class_fills():
@@ -289,8 +328,7 @@ def test_the_crop_avoids_what_one_class_fills():
             flip_probability=0,
             num_tries=60,
         )
-        left = where.offset[1]
-        window = ids[:, left : left + 40]
+        window = ids[:, slice(*where.columns)]
         areas = [np.isin(window, (1, 2)).sum(), (window == 3).sum()]
         return max(areas) / max(sum(areas), 1)
 
