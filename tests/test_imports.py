@@ -21,7 +21,7 @@ LAYERS = {
     "stages": {"losses", "models", "text", "configuration"},
     "training": {"stages", "losses", "models", "text", "configuration"},
     # Scoring knows how a prediction is made, and nothing of how it was trained.
-    "evaluation": {"models", "text"},
+    "evaluation": {"models", "text", "configuration"},
     "prediction": {"evaluation", "weights", "models", "text", "configuration"},
     "query_extraction": {"training", "stages", "losses", "models", "text", "configuration"},
     "class_text": {"weights", "models", "text", "configuration"},

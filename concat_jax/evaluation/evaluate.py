@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import math
 import operator
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.configuration import check_choice
 from concat_jax.evaluation import pictures
 from concat_jax.evaluation.panoptic_inference import PanopticOutput, panoptic_inference
 from concat_jax.evaluation.score_images import (
@@ -69,9 +69,7 @@ class EvalConfig:
         if not self.metrics or isinstance(self.metrics, str):
             raise ValueError(f"metrics is {self.metrics!r}; give a tuple of {', '.join(METRICS)}.")
         for metric in self.metrics:
-            if metric not in METRICS:
-                (near,) = difflib.get_close_matches(str(metric), METRICS, 1, cutoff=0.0)
-                raise ValueError(f"There is no metric {metric!r}; did you mean {near!r}?")
+            check_choice(metric, METRICS, "There is no metric")
 
 
 class Sizes(NamedTuple):
