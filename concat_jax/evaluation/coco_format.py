@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from concat_jax.evaluation.streamed_json import StreamedJson
 from concat_jax.text.vocabulary import Vocabulary
 
 MAX_ID = 256**3 - 1  # three bytes a pixel
@@ -57,12 +58,11 @@ def bounding_box(mask: np.ndarray) -> list[int]:
     return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]
 
 
-class PanopticWriter:
+class PanopticWriter(StreamedJson):
     """Writes predictions image by image: `<out_dir>/<name>/*.png`, then `<out_dir>/<name>.json`.
 
-    Use it as a context manager. Annotations are streamed to `<name>.json.partial`, so memory does
-    not grow with the data set, and the file gets its final name only when everything is written:
-    a json that exists is complete. When the block raises, the partial file is removed.
+    Attributes:
+      png_folder: of the PNGs.
     """
 
     def __init__(
@@ -79,19 +79,17 @@ class PanopticWriter:
           vocabulary: maps class indices to the data set's category ids.
           name: of the json and of the PNG folder beside it (panopticapi's default layout).
         """
-        self._vocabulary = vocabulary
-        self.png_folder = pathlib.Path(out_dir) / name
-        self.json_path = pathlib.Path(out_dir) / f"{name}.json"
-        self._partial = self.json_path.with_suffix(".json.partial")
-        self.png_folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("w", encoding="utf-8")
         categories = [
             {"id": int(i), "name": n, "isthing": int(t)}
             for i, n, t in zip(
                 vocabulary.category_ids, vocabulary.names, vocabulary.is_thing, strict=True
             )
         ]
-        self._file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
+        self.png_folder = pathlib.Path(out_dir) / name
+        self.png_folder.mkdir(parents=True, exist_ok=True)
+        start = f'{{"categories": {json.dumps(categories)},\n"annotations": ['
+        super().__init__(f"{self.png_folder}.json", start)
+        self._vocabulary = vocabulary
         self._written: set[str] = set()
         self._images: list[dict] = []
 
@@ -151,8 +149,7 @@ class PanopticWriter:
                 info["score"] = round(float(segment["score"]), 5)
             infos.append(info)
         Image.fromarray(ids_to_rgb(id_map)).save(self.png_folder / png_name)
-        annotation = {"image_id": int(image_id), "file_name": png_name, "segments_info": infos}
-        self._file.write(("," if self._written else "") + "\n" + json.dumps(annotation))
+        self._append({"image_id": int(image_id), "file_name": png_name, "segments_info": infos})
         self._written.add(png_name)
         if source:
             height, width = np.shape(id_map)
@@ -160,25 +157,9 @@ class PanopticWriter:
                 {"id": int(image_id), "file_name": source, "height": height, "width": width}
             )
 
-    def close(self) -> pathlib.Path:
-        """Finishes the json, gives it its final name and returns its path."""
+    def _ending(self) -> str:
         images = f',\n"images": {json.dumps(self._images)}' if self._images else ""
-        self._file.write(f"\n]{images}}}\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self.json_path)
-        return self.json_path
-
-    def __enter__(self) -> PanopticWriter:
-        return self
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is None:
-            self.close()
-        else:
-            self._file.close()
-            self._partial.unlink()
+        return f"{images}}}"
 
 
 @dataclasses.dataclass(frozen=True)

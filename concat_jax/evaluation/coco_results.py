@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pathlib
@@ -12,31 +11,25 @@ import numpy as np
 from PIL import Image
 
 from concat_jax.evaluation.instance_inference import Instance
+from concat_jax.evaluation.streamed_json import StreamedJson
 from concat_jax.text.vocabulary import Vocabulary
 
 
-class InstanceWriter:
+class InstanceWriter(StreamedJson):
     """Writes COCO instance results: a list of {image_id, category_id, segmentation, score}.
 
-    Format: https://cocodataset.org/#format-results; pycocotools `loadRes` takes it. A context
-    manager: entries are streamed to `<path>.partial`, which gets its final name when the block
-    ends and is removed when it raises, so a json that exists is complete.
+    Format: https://cocodataset.org/#format-results; pycocotools `loadRes` takes it.
     """
 
-    def __init__(self, path: str | os.PathLike, vocabulary: Vocabulary):
+    def __init__(self, json_path: str | os.PathLike, vocabulary: Vocabulary):
         """Opens the partial json; the folder is made.
 
         Args:
-          path: of the json.
+          json_path: of the json.
           vocabulary: maps class indices to the data set's category ids.
         """
+        super().__init__(json_path)
         self._vocabulary = vocabulary
-        self.path = pathlib.Path(path)
-        self._partial = self.path.with_name(self.path.name + ".partial")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("w", encoding="utf-8")
-        self._file.write("[")
-        self._is_empty = True
 
     def add(self, image_id: int, instances: Iterable[Instance]) -> None:
         """Writes the instances of one image; scores keep all digits, as ties decide AP.
@@ -58,27 +51,7 @@ class InstanceWriter:
                 "segmentation": instance.rle,
                 "score": float(instance.score),
             }
-            self._file.write(("\n" if self._is_empty else ",\n") + json.dumps(entry))
-            self._is_empty = False
-
-    def close(self) -> pathlib.Path:
-        """Finishes the json, gives it its final name and returns its path."""
-        self._file.write("\n]\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self.path)
-        return self.path
-
-    def __enter__(self) -> InstanceWriter:
-        return self
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is None:
-            self.close()
-        else:
-            self._file.close()
-            self._partial.unlink()
+            self._append(entry)
 
 
 class SemanticWriter:

@@ -24,20 +24,20 @@ def test_instances_are_what_pycocotools_loads(tmp_path):
     with InstanceWriter(tmp_path / "deep" / "results.json", VOCABULARY) as writer:
         writer.add(42, [instance(), instance(label=1, score=0.5)])
         writer.add(43, [])
-        assert not writer.path.exists(), "a json that exists must be complete"
-    entries = json.loads(writer.path.read_text())
+        assert not writer.json_path.exists(), "a json that exists must be complete"
+    entries = json.loads(writer.json_path.read_text())
     assert [(e["image_id"], e["category_id"], e["score"]) for e in entries] == [
         (42, 17, 0.123456789),
         (42, 187, 0.5),
     ]
     np.testing.assert_array_equal(coco_mask.decode(entries[0]["segmentation"]), MASK)
-    assert [path.name for path in writer.path.parent.iterdir()] == ["results.json"]
+    assert [path.name for path in writer.json_path.parent.iterdir()] == ["results.json"]
 
 
 def test_no_instance_at_all_is_an_empty_list(tmp_path):
     with InstanceWriter(tmp_path / "results.json", VOCABULARY) as writer:
         writer.add(1, [])
-    assert json.loads(writer.path.read_text()) == []
+    assert json.loads(writer.json_path.read_text()) == []
 
 
 @pytest.mark.parametrize(
