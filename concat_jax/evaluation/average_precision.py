@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from concat_jax.evaluation.panoptic_quality import harmonic_mean
+from concat_jax.evaluation.class_counts import ClassCounts, mean_of_known
 from concat_jax.evaluation.run_lengths import MaskRuns, mask_runs
 from concat_jax.text.vocabulary import Vocabulary
 
@@ -33,7 +33,6 @@ AREA_RANGES = {
 # Detections of an image and a class: AR is given at each, the last is the limit of AP.
 MAX_DETECTIONS = (1, 10, 100)
 RECALLS = np.linspace(0.0, 1.0, 101)
-GROUPS = ("all", "seen", "unseen")
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar", "recall50")
 
 # What a detection is, at one threshold and range of areas.
@@ -57,12 +56,14 @@ class _Detections:
     outcomes: np.ndarray
 
 
-class AveragePrecision:
+class AveragePrecision(ClassCounts):
     """Accumulates detections image by image; memory is some 60 bytes a detection.
 
     Attributes:
       num_gt: [K, A] int64, ground truth that counts, by class and range of areas.
     """
+
+    _SUMS = ("num_gt",)
 
     def __init__(self, num_classes: int, *, thresholds: Sequence[float] = COCO_THRESHOLDS):
         """Starts empty for K = `num_classes` classes.
@@ -74,12 +75,10 @@ class AveragePrecision:
         Raises:
           ValueError: if num_classes is not positive or a threshold is not in (0, 1].
         """
-        if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; at least one class is needed.")
+        super().__init__(num_classes)
         self.thresholds = tuple(float(t) for t in thresholds)
         if not self.thresholds or not all(0.0 < t <= 1.0 for t in self.thresholds):
             raise ValueError(f"IoU thresholds must lie in (0, 1], got {self.thresholds}.")
-        self.num_classes = num_classes
         self.num_gt = np.zeros((num_classes, len(AREA_RANGES)), np.int64)
         self._images: dict[int, _Detections] = {}
 
@@ -183,15 +182,15 @@ class AveragePrecision:
         Raises:
           ValueError: if classes or thresholds differ or both hold one image.
         """
-        if (other.num_classes, other.thresholds) != (self.num_classes, self.thresholds):
+        if other.thresholds != self.thresholds:
             raise ValueError(
-                f"Cannot merge AP of {other.num_classes} classes at {other.thresholds} into "
-                f"{self.num_classes} at {self.thresholds}; both runs must be of one kind."
+                f"Cannot merge AP at {other.thresholds} into AP at {self.thresholds}; both runs "
+                "must be of one kind."
             )
         both = self._images.keys() & other._images.keys()
         if both:
             raise ValueError(f"Both accumulators hold the image {min(both)}; give each once.")
-        self.num_gt += other.num_gt
+        super().merge(other)
         self._images |= other._images
 
     def _curves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -251,10 +250,6 @@ class AveragePrecision:
         Raises:
           ValueError: if the vocabulary has another number of classes.
         """
-        if len(vocabulary) != self.num_classes:
-            raise ValueError(
-                f"The vocabulary has {len(vocabulary)} classes but {self.num_classes} were counted."
-            )
         ap, recall, detections, true_positives = self._curves()
         areas = list(AREA_RANGES)
         at = {
@@ -271,30 +266,23 @@ class AveragePrecision:
             "ar": recall[:, 0, 2],
             "recall50": recall[:, 0, 2, at[0.5]],
         }
-        is_seen = np.asarray(vocabulary.is_seen)
-        members_of = {"all": np.ones(self.num_classes, bool), "seen": is_seen, "unseen": ~is_seen}
-        summary: dict = {
-            group: {
-                **{name: 100.0 * _mean(value[members_of[group]]) for name, value in values.items()},
-                "n": int((self.num_gt[members_of[group], 0] > 0).sum()),
-            }
-            for group in GROUPS
-        }
-        summary["harmonic"] = {
-            name: harmonic_mean(summary["seen"][name], summary["unseen"][name]) for name in METRICS
-        }
-        summary["per_class"] = [
-            {
-                "name": name,
-                "is_thing": bool(vocabulary.is_thing[k]),
-                "is_seen": bool(is_seen[k]),
-                **{key: 100.0 * _mean(values[key][k]) for key in ("ap", "ap50", "recall50")},
+
+        def of_group(members: np.ndarray) -> dict:
+            means = {name: 100.0 * mean_of_known(value[members]) for name, value in values.items()}
+            return means | {"n": int((self.num_gt[members, 0] > 0).sum())}
+
+        def of_class(k: int) -> dict:
+            return {
+                **{
+                    name: 100.0 * mean_of_known(values[name][k])
+                    for name in ("ap", "ap50", "recall50")
+                },
                 "instances": int(self.num_gt[k, 0]),
                 "detections": int(detections[k]),
                 "true_positives": int(true_positives[k, at[0.5][0]]) if len(at[0.5]) else -1,
             }
-            for k, name in enumerate(vocabulary.names)
-        ]
+
+        summary = self._summary(vocabulary, of_group, of_class, harmonic=METRICS)
         summary["thresholds"] = list(self.thresholds)
         return summary
 
@@ -385,9 +373,3 @@ def _interpolated_precision(true: np.ndarray, false: np.ndarray, num_gt: int) ->
         places = np.searchsorted(hits[:, level] / num_gt, RECALLS, side="left")
         means[level] = precision[places[places < len(hits)], level].sum() / len(RECALLS)
     return means
-
-
-def _mean(values: np.ndarray) -> float:
-    """Mean of what is not NaN; NaN if nothing is left."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")

@@ -15,12 +15,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from concat_jax.evaluation.class_counts import ClassCounts, mean_of_known
 from concat_jax.text.vocabulary import Vocabulary
 
 # Labels or crowd flags of segments: an array whose row g - 1 belongs to id g, or a map from id.
 Table = np.ndarray | list | tuple | Mapping[int, int]
 
 MAX_ID = 2**31 - 1
+GROUPS = ("all", "things", "stuff", "seen", "unseen")
+METRICS = ("pq", "sq", "rq", "sq_matched")
 
 
 def table_rows(labels: Table) -> tuple[np.ndarray, np.ndarray]:
@@ -99,22 +102,18 @@ def _runs(gt_ids: np.ndarray, pred_ids: np.ndarray) -> tuple[np.ndarray, ...]:
     return gt[starts], pred[starts], np.diff(starts, append=gt.size)
 
 
-class PanopticQuality:
+class PanopticQuality(ClassCounts):
     """Accumulates matches over images; sums of several accumulators merge exactly.
 
     Attributes:
       iou_sum, tp, fp, fn: [K] float64, summed IoU of true positives and the three counts.
     """
 
-    def __init__(self, num_classes: int):
-        """Starts at zero for K = `num_classes` classes.
+    _SUMS = ("iou_sum", "tp", "fp", "fn")
 
-        Raises:
-          ValueError: if num_classes is not positive.
-        """
-        if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; at least one class is needed.")
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int):
+        """Starts at zero for K = `num_classes` classes, at least one."""
+        super().__init__(num_classes)
         self.iou_sum = np.zeros(num_classes)
         self.tp = np.zeros(num_classes)
         self.fp = np.zeros(num_classes)
@@ -202,22 +201,6 @@ class PanopticQuality:
         rows = rows[ignored / pred_area[rows] <= 0.5]
         np.add.at(self.fp, pred_classes[rows], 1)
 
-    def merge(self, other: PanopticQuality) -> None:
-        """Adds the counts of another accumulator, for example of another host.
-
-        Raises:
-          ValueError: if the numbers of classes differ.
-        """
-        if other.num_classes != self.num_classes:
-            raise ValueError(
-                f"Cannot merge PQ counts of {other.num_classes} classes into {self.num_classes}; "
-                "both runs must use one vocabulary."
-            )
-        self.iou_sum += other.iou_sum
-        self.tp += other.tp
-        self.fp += other.fp
-        self.fn += other.fn
-
     def summarize(self, vocabulary: Vocabulary) -> dict:
         """PQ, SQ and RQ in percent for groups of classes and for every class.
 
@@ -234,10 +217,6 @@ class PanopticQuality:
         Raises:
           ValueError: if the vocabulary has another number of classes.
         """
-        if len(vocabulary) != self.num_classes:
-            raise ValueError(
-                f"The vocabulary has {len(vocabulary)} classes but {self.num_classes} were counted."
-            )
         weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
         occurs, found = weight > 0, self.tp > 0
 
@@ -251,42 +230,14 @@ class PanopticQuality:
             "sq": ratio(self.iou_sum, self.tp, found),
             "rq": ratio(self.tp, weight, occurs),
         }
-        is_thing, is_seen = np.asarray(vocabulary.is_thing), np.asarray(vocabulary.is_seen)
-        groups = {
-            "all": np.ones(self.num_classes, bool),
-            "things": is_thing,
-            "stuff": ~is_thing,
-            "seen": is_seen,
-            "unseen": ~is_seen,
-        }
-        summary: dict = {}
-        for group, members in groups.items():
-            chosen = members & occurs
-            means = {name: _mean(values[chosen]) for name, values in quality.items()}
-            means["sq_matched"] = _mean(quality["sq"][members & found])
-            summary[group] = means | {"n": int(chosen.sum())}
-        summary["harmonic"] = {
-            name: harmonic_mean(summary["seen"][name], summary["unseen"][name])
-            for name in ("pq", "sq", "rq", "sq_matched")
-        }
-        summary["per_class"] = [
-            {
-                "name": name,
-                "is_thing": bool(is_thing[k]),
-                "is_seen": bool(is_seen[k]),
-                **{key: float(values[k]) for key, values in quality.items()},
-                **{key: int(getattr(self, key)[k]) for key in ("tp", "fp", "fn")},
-            }
-            for k, name in enumerate(vocabulary.names)
-        ]
-        return summary
 
+        def of_group(members: np.ndarray) -> dict:
+            means = {name: mean_of_known(values[members]) for name, values in quality.items()}
+            means["sq_matched"] = mean_of_known(quality["sq"][members & found])
+            return means | {"n": int((members & occurs).sum())}
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+        def of_class(k: int) -> dict:
+            counts = {name: int(getattr(self, name)[k]) for name in ("tp", "fp", "fn")}
+            return {name: float(values[k]) for name, values in quality.items()} | counts
 
-
-def harmonic_mean(seen: float, unseen: float) -> float:
-    """2su / (s + u), the zero-shot aggregate; 0 when s + u = 0, NaN when either is NaN."""
-    total = seen + unseen
-    return 2.0 * seen * unseen / total if total != 0 else 0.0
+        return self._summary(vocabulary, of_group, of_class, groups=GROUPS, harmonic=METRICS)

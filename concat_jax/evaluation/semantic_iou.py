@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from concat_jax.evaluation.panoptic_quality import harmonic_mean
+from concat_jax.evaluation.class_counts import ClassCounts, mean_of_known
 from concat_jax.text.vocabulary import Vocabulary
 
-GROUPS = ("all", "seen", "unseen")
 METRICS = ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
 
 
-class SemanticIoU:
+class SemanticIoU(ClassCounts):
     """Accumulates a confusion matrix over images; memory is K x K whatever their number.
 
     Attributes:
@@ -26,15 +25,11 @@ class SemanticIoU:
       ignored: pixels of void ground truth, which count nowhere.
     """
 
-    def __init__(self, num_classes: int):
-        """Starts at zero for K = `num_classes` classes.
+    _SUMS = ("confusion", "unnamed", "ignored")
 
-        Raises:
-          ValueError: if num_classes is not positive.
-        """
-        if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; at least one class is needed.")
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int):
+        """Starts at zero for K = `num_classes` classes, at least one."""
+        super().__init__(num_classes)
         self.confusion = np.zeros((num_classes, num_classes), np.int64)
         self.unnamed = np.zeros(num_classes, np.int64)
         self.ignored = 0
@@ -83,21 +78,6 @@ class SemanticIoU:
             )
         return np.where(is_void, self.num_classes, labels).astype(np.int64)
 
-    def merge(self, other: SemanticIoU) -> None:
-        """Adds the counts of another accumulator, for example of another host.
-
-        Raises:
-          ValueError: if the numbers of classes differ.
-        """
-        if other.num_classes != self.num_classes:
-            raise ValueError(
-                f"Cannot merge a confusion matrix of {other.num_classes} classes into one of "
-                f"{self.num_classes}; both runs must use one vocabulary."
-            )
-        self.confusion += other.confusion
-        self.unnamed += other.unnamed
-        self.ignored += other.ignored
-
     def summarize(self, vocabulary: Vocabulary) -> dict:
         """The metrics in percent for all, seen and unseen classes and for every class.
 
@@ -120,10 +100,6 @@ class SemanticIoU:
         Raises:
           ValueError: if the vocabulary has another number of classes.
         """
-        if len(vocabulary) != self.num_classes:
-            raise ValueError(
-                f"The vocabulary has {len(vocabulary)} classes but {self.num_classes} were counted."
-            )
         correct = np.diagonal(self.confusion)
         annotated = self.confusion.sum(axis=1) + self.unnamed
         predicted = self.confusion.sum(axis=0)
@@ -132,41 +108,31 @@ class SemanticIoU:
         iou = 100.0 * np.divide(correct, union, out=nothing.copy(), where=union > 0)
         accuracy = 100.0 * np.divide(correct, annotated, out=nothing.copy(), where=annotated > 0)
 
-        is_seen = np.asarray(vocabulary.is_seen)
-        members_of = {"all": np.ones(self.num_classes, bool), "seen": is_seen, "unseen": ~is_seen}
-        summary: dict = {}
-        for group in GROUPS:
-            members = members_of[group]
-            counted, shown = members & (union > 0), members & (annotated > 0)
+        def of_group(members: np.ndarray) -> dict:
+            shown = members & (annotated > 0)
             pixels = annotated[shown].sum()
-            summary[group] = {
-                "miou": _mean(iou[counted]),
-                "pixel_accuracy": 100.0 * _mean(correct[shown], pixels),
-                "mean_accuracy": _mean(accuracy[shown]),
-                "frequency_weighted_iou": _mean(iou[shown] * annotated[shown], pixels),
-                "n": int(counted.sum()),
+            return {
+                "miou": mean_of_known(iou[members]),
+                "pixel_accuracy": 100.0 * _share(correct[shown], pixels),
+                "mean_accuracy": mean_of_known(accuracy[members]),
+                "frequency_weighted_iou": _share(iou[shown] * annotated[shown], pixels),
+                "n": int((members & (union > 0)).sum()),
             }
-        summary["harmonic"] = {
-            name: harmonic_mean(summary["seen"][name], summary["unseen"][name]) for name in METRICS
-        }
-        summary["per_class"] = [
-            {
-                "name": name,
-                "is_thing": bool(vocabulary.is_thing[k]),
-                "is_seen": bool(is_seen[k]),
+
+        def of_class(k: int) -> dict:
+            return {
                 "iou": float(iou[k]),
                 "accuracy": float(accuracy[k]),
                 "annotated": int(annotated[k]),
                 "predicted": int(predicted[k]),
                 "correct": int(correct[k]),
             }
-            for k, name in enumerate(vocabulary.names)
-        ]
+
+        summary = self._summary(vocabulary, of_group, of_class, harmonic=METRICS)
         summary["ignored_pixels"] = self.ignored
         return summary
 
 
-def _mean(values: np.ndarray, weight: int | None = None) -> float:
-    """Sum over `weight`, by default the number of values; NaN over nothing."""
-    weight = len(values) if weight is None else weight
-    return float(values.sum() / weight) if weight else float("nan")
+def _share(values: np.ndarray, whole: int) -> float:
+    """Sum over `whole`; NaN where that is 0."""
+    return float(values.sum() / whole) if whole else float("nan")

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from concat_jax.evaluation import coco_format
-from concat_jax.evaluation.panoptic_quality import PanopticQuality, harmonic_mean
+from concat_jax.evaluation.class_counts import harmonic_mean
+from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.text.vocabulary import Vocabulary
 
 UNSEEN = (21, 25, 33, 34, 41, 57, 87, 100, 145, 148, 149, 184, 187, 193)
