@@ -49,6 +49,7 @@ from concat_jax.benchmarking.cases import (
 )
 from concat_jax.benchmarking.reference import is_installed
 from concat_jax.benchmarking.report import machine, to_markdown
+from concat_jax.command_line import check_no_arguments, one_sentence
 from concat_jax.configuration import check_choice
 from concat_jax.main import parse_flags
 from concat_jax.models.clip import make_clip
@@ -358,18 +359,15 @@ def run() -> dict:
 
 def main(argv: list[str]) -> None:
     """Entry point; a user's mistake ends in one sentence and exit code 1."""
-    if len(argv) > 1:
-        sys.exit(f"Error: unknown argument {argv[1]!r}; flags look like --sizes=512,800.")
+    check_no_arguments(argv, "--sizes=512,800")
     logging.set_verbosity(logging.WARNING)
-    try:
+    with one_sentence():
         report = run()
         output = Path(_OUTPUT.value)
         output.mkdir(parents=True, exist_ok=True)
         (output / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
         markdown = "\n".join(filter(None, (to_markdown(report), report["input_pipeline"])))
         (output / "benchmark.md").write_text(markdown)
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
     print(f"\n{markdown}\nWritten to {output}.")
 
 

@@ -11,12 +11,12 @@ DESTINATION is a folder to make: for `concat_jax.predict` and `config.init.segme
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 from pathlib import Path
 
 from absl import flags, logging
 
+from concat_jax.command_line import one_sentence, parse_absl_flags
 from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.weights.class_names import Classes, new_head, read_classes
@@ -165,19 +165,14 @@ def main(argv: list[str]) -> None:
     """Entry point (`sys.argv`); a user's mistake ends in one sentence and exit code 1."""
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
     values = _define_flags()
-    try:
-        arguments = values(argv)[1:]
-    except flags.UnrecognizedFlagError as error:
-        close = difflib.get_close_matches(error.flagname, sorted(values), n=1, cutoff=0.0)
-        sys.exit(f"Error: there is no flag --{error.flagname}; did you mean --{close[0]}?")
-    except flags.Error as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
+    with one_sentence(flags.Error):
+        arguments = parse_absl_flags(values, argv)[1:]
     if values.help:
         print(f"{__doc__}\n{USAGE}\n{values.get_help()}")
         return
     if len(arguments) != 2:
         sys.exit(f"Error: give a source and a destination: {USAGE}")
-    try:
+    with one_sentence():
         convert(
             *arguments,
             classes=values.classes,
@@ -186,8 +181,6 @@ def main(argv: list[str]) -> None:
             to=values.to,
             overwrite=values.overwrite,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from concat_jax.command_line import check_no_arguments, one_sentence, parse_absl_flags
 from concat_jax.compilation_cache import enable_compilation_cache
 from concat_jax.host_memory import keep_freed_memory
 from concat_jax.run import Run
@@ -56,15 +57,12 @@ def run_command(argv: list[str], command: Callable[[], object]) -> None:
       argv: what is left of the command line, its name alone.
       command: the work; it reads the flags itself, since a config that cannot be found raises then.
     """
-    if len(argv) > 1:
-        sys.exit(f"Error: unknown argument {argv[1]!r}; flags look like --workdir=DIR.")
+    check_no_arguments(argv, "--workdir=DIR")
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
     enable_compilation_cache()
     keep_freed_memory()
-    try:
+    with one_sentence(NonFiniteLossError, Preempted):
         command()
-    except (ValueError, OSError, NonFiniteLossError, Preempted) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
 
 
 def config_and_workdir() -> tuple[ml_collections.ConfigDict, str]:
@@ -93,7 +91,7 @@ def join_hosts() -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse flags; a typo in one, or in a config key, ends in one sentence naming the nearest."""
     try:
-        return flags.FLAGS(argv)
+        return parse_absl_flags(flags.FLAGS, argv)
     except (KeyError, AttributeError) as error:
         key = re.findall(r"\w+", str(error))[0]
         nearest = re.search(r'Did you mean "(\w+)"', str(error))

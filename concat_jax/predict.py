@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import glob
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from concat_jax.command_line import Parser, one_sentence
 from concat_jax.compilation_cache import enable_compilation_cache
 from concat_jax.evaluation.panoptic_inference import KEEP_RULES
 from concat_jax.prediction.images import OVERLAY_SUFFIX, SUFFIXES, ImageError, read_image
@@ -41,17 +41,11 @@ class Loaded:
     error: str = ""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        sys.exit(f"Error: {message[0].lower()}{message[1:].rstrip('.')}.")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Flags of the command line; those of `PredictConfig` keep its names and defaults."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m concat_jax.predict",
         description="Segments images with converted weights: COCO files and overlay pictures.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGES", help="files, folders (their images) and globs")
@@ -73,12 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parses; a mistake ends the program in one sentence, an unknown flag with the nearest."""
     parser = make_parser()
-    arguments, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        valid = [option for option in parser._option_string_actions if option != "-h"]
-        flag = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(flag, valid, n=1, cutoff=0.0)
-        parser.error(f"There is no flag {flag}; did you mean {close[0]}?")
+    arguments = parser.parse_args(argv)
     if not (arguments.model and arguments.output and arguments.images):
         parser.error("Give --model=DIR, --output=DIR and the images to segment")
     return arguments
@@ -192,12 +181,10 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every restore at INFO
     enable_compilation_cache()
     folder, output, inputs = (arguments.pop(name) for name in ("model", "output", "images"))
-    try:
+    with one_sentence():
         config = PredictConfig(**arguments)
         predictor = Predictor(*load_model(folder), config)
         failed = run(predictor, inputs, Path(output))
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
     if failed:
         sys.exit(1)
 

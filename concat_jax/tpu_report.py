@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from concat_jax.command_line import check_no_arguments, one_sentence
 from concat_jax.configuration import build, check_choice
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.main import parse_flags
@@ -385,17 +385,14 @@ def compile_error(message: str, topology: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Entry point; a user's mistake ends in one sentence and exit code 1."""
-    if len(argv) > 1:
-        sys.exit(f"Error: unknown argument {argv[1]!r}; flags look like --topology=v5e:4x4.")
+    check_no_arguments(argv, "--topology=v5e:4x4")
     # The chips are described, never opened; everything that runs, runs here.
     jax.config.update("jax_platforms", "cpu")
-    try:
+    with one_sentence():
         config = flags.FLAGS.config  # a config file that cannot be found raises here
         if config is None:
             raise ValueError("give --config=configs/coco_zps.py or another file.")
         print(format_report(make_report(config, flags.FLAGS.stage, flags.FLAGS.topology)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

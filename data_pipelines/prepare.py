@@ -15,14 +15,13 @@ A training part is packed as training may see it (--unseen), an evaluation part 
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from concat_jax.command_line import Parser, one_sentence
 from concat_jax.configuration import check_choice
 from data_pipelines.build_shards import IMAGES_PER_SHARD, build_shards
 from data_pipelines.count_table import PartCounts, count_part, format_classes, format_parts
@@ -139,17 +138,11 @@ def _treatments(
     return {part: unseen or defaults[part] for part in parts}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        sys.exit(f"Error: {message[0].lower()}{message[1:].rstrip('.')}.")
-
-
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parses; a mistake ends the program in one sentence, an unknown flag with the nearest."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m data_pipelines.prepare",
         description="Checks a data set, counts what it holds, and packs it into shards.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("dataset", metavar="DATASET", help=", ".join(DATASETS))
@@ -168,12 +161,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default="raise",
         help="unusable images for training",
     )
-    arguments, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        valid = [option for option in parser._option_string_actions if option != "-h"]
-        flag = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(flag, valid, n=1, cutoff=0.0)
-        parser.error(f"There is no flag {flag}; did you mean {close[0]}?")
+    arguments = parser.parse_args(argv)
     if not arguments.root:
         parser.error("Give --root=DIR, the folder of the data set")
     return arguments
@@ -184,19 +172,18 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv[1:])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        prepare(
-            arguments.dataset,
-            arguments.root,
-            parts=tuple(part for part in arguments.part.split(",") if part),
-            split_file=arguments.split,
-            unseen=arguments.unseen,
-            out=arguments.out,
-            num_shards=arguments.shards,
-            workers=arguments.workers,
-            skip_bad=arguments.on_bad_example == "skip",
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
+        with one_sentence():
+            prepare(
+                arguments.dataset,
+                arguments.root,
+                parts=tuple(part for part in arguments.part.split(",") if part),
+                split_file=arguments.split,
+                unseen=arguments.unseen,
+                out=arguments.out,
+                num_shards=arguments.shards,
+                workers=arguments.workers,
+                skip_bad=arguments.on_bad_example == "skip",
+            )
     except KeyboardInterrupt:
         sys.exit("Stopped; finished shards are kept, and the same command goes on.")
 

@@ -15,7 +15,6 @@ speed and writes a contact sheet.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -377,7 +376,10 @@ def _pictures_per_second(world: SyntheticWorld | CaptionWorld, seconds: float = 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the class list and the measured speed; writes a contact sheet where --out says."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    # Only for this line, as Pillow below; the worlds themselves need numpy alone.
+    from concat_jax.command_line import Parser
+
+    parser = Parser(description=main.__doc__)
     parser.add_argument("--preset", default="texture", choices=sorted(PRESETS))
     parser.add_argument("--image-size", type=int, default=REFERENCE_SIZE)
     parser.add_argument("--seed", type=int, default=0)
@@ -399,7 +401,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     captions = CaptionWorld(crop_size=crop_size, **shared)
     print(f"{_pictures_per_second(captions):.0f} caption images/s at {crop_size} pixels")
     if arguments.out:
-        # Pillow is only for this file; the worlds themselves need numpy alone.
         from PIL import Image
 
         scenes = [world.example(index) for index in range(24)]

@@ -248,7 +248,7 @@ def test_backbone_of_imagenet(arrays, tmp_path, capsys):
 def test_mistakes_end_in_one_sentence(arrays, hf_folder, folder, tmp_path):
     new = tmp_path / "new"
     assert "give a source and a destination" in error_of(folder)
-    assert "no flag --reinit_haed; did you mean --reinit_head?" in error_of(
+    assert "no flag '--reinit_haed'; did you mean '--reinit_head'?" in error_of(
         folder, new, "--reinit_haed"
     )
     assert "--to=onnx is unknown; use orbax or hf" in error_of(folder, new, "--to=onnx")

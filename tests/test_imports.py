@@ -15,6 +15,7 @@ MODULES = sorted(ROOT.glob("concat_jax/**/*.py"))
 LAYERS = {
     "text": set(),
     "configuration": set(),
+    "command_line": {"configuration"},
     "models": {"text", "configuration"},
     "weights": {"models", "text", "configuration"},
     "losses": {"models"},
@@ -233,7 +234,13 @@ def test_clu_is_imported_by_the_metric_writer_when_asked_for():
 def test_data_pipelines_know_of_the_package_only_names_and_settings():
     """Plain numpy batches cross this border: no network, loss or stage is in sight."""
     # Threads and a file format, neither with JAX.
-    allowed = ("text", "configuration", "training.prefetch", "evaluation.run_lengths")
+    allowed = (
+        "text",
+        "configuration",
+        "command_line",
+        "training.prefetch",
+        "evaluation.run_lengths",
+    )
     command_lines = {"cache_clip_targets"}
     for path in sorted(ROOT.glob("data_pipelines/*.py")):
         if path.stem in command_lines:

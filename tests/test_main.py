@@ -278,7 +278,10 @@ def test_another_training_config_names_the_key(copied):
 
 
 COMMANDS = {
-    "unknown flag": (["--confg=configs/demo_zps.py", "--workdir=run"], ["confg", "config"]),
+    "unknown flag": (
+        ["--confg=configs/demo_zps.py", "--workdir=run"],
+        ["no flag '--confg'; did you mean '--config'"],
+    ),
     "unknown key": (
         ["--config=configs/demo_zps.py:smoke", "--workdir=run", "--config.train.con.step=3"],
         ["step", "steps"],

@@ -277,7 +277,7 @@ def test_a_backbone_alone_is_refused(random_params, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--score_treshold=0.5"], "no flag --score_treshold; did you mean --score_threshold?"),
+        (["--score_treshold=0.5"], "no flag '--score_treshold'; did you mean '--score_threshold'?"),
         (["--model=m"], "give --model=DIR, --output=DIR and the images"),
         (["--model=none", "--output=o", "a.png"], "holds no model.json"),
         (["--task=panoramic", "--model=m", "--output=o", "a.png"], "did you mean 'panoptic'?"),
