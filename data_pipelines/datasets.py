@@ -247,9 +247,13 @@ def open_training_part(config: Mapping[str, Any]) -> Source:
     """The source of a config's training part.
 
     Raises:
-      ValueError: if the data is missing or damaged.
+      ValueError: if the data is missing or damaged, or shards were made with another treatment of
+        unseen images than the config's.
     """
-    return _open(config, "", config["train_part"], config["on_bad_example"])
+    source = _open(config, "", config["train_part"], config["on_bad_example"])
+    if isinstance(source, ShardSource):
+        source.check_treatment(config["unseen_images"], "config.data.unseen_images")
+    return source
 
 
 def _open_for_evaluation(config: Mapping[str, Any]) -> Source:
@@ -259,12 +263,8 @@ def _open_for_evaluation(config: Mapping[str, Any]) -> Source:
     prefix = "eval_" if other else ""
     # Never skipped: a missing image would change the metric in silence.
     source = _open(config, prefix, part, "raise")
-    treatment = source.unseen if isinstance(source, ShardSource) else "keep"
-    if treatment != "keep":
-        raise DataError(
-            f"The shards of {part} in {config[f'{prefix}root']} were made with --unseen="
-            f"{treatment} and lack what evaluation needs; make them with --unseen=keep."
-        )
+    if isinstance(source, ShardSource):
+        source.check_treatment("keep", "evaluation")
     return source
 
 

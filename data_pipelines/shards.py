@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from concat_jax.text.vocabulary import Vocabulary
 from data_pipelines.shard_files import COMMAND, damaged, read_index, read_manifest, shard_path
-from data_pipelines.source import DataError, ImageRecord
+from data_pipelines.source import DataError, ImageRecord, UnseenImages
 
 
 class ShardSource:
@@ -62,6 +62,27 @@ class ShardSource:
         self.skipped = {name: why for index in indices for name, why in index.skipped.items()}
         # Without the records, which would be held a second time.
         self._indices = [dataclasses.replace(index, records=()) for index in indices]
+
+    def check_treatment(self, wanted: UnseenImages, by: str) -> None:
+        """Refuses shards that lack what another treatment of unseen classes would have kept.
+
+        Whole shards serve every treatment, and where no class is unseen all treatments are alike.
+
+        Args:
+          wanted: what must be found of images that show unseen classes.
+          by: what asks for it, for the message.
+
+        Raises:
+          DataError: if the shards were made with another treatment; it names both and the command.
+        """
+        if self.unseen in ("keep", wanted) or not len(self.vocabulary.unseen):
+            return
+        part = self._identity.part
+        raise DataError(
+            f"The shards of {part} in {self._folder} were made with --unseen={self.unseen}, and "
+            f"{by} asks for {wanted!r}; make them in another folder with `{COMMAND} "
+            f"{self._identity.dataset} --root=... --part={part} --unseen={wanted} --out=...`."
+        )
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
         """As `Source.read`; the id map is uint8, or uint16 where an image has over 255 segments."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.build_shards import build_shards
 from data_pipelines.datasets import KINDS, make_datasets, training_part
 from data_pipelines.layouts import DATASETS, label_space, open_source
 from data_pipelines.source import DataError, treat_unseen
@@ -332,6 +333,52 @@ def test_a_config_evaluates_on_another_data_set(tmp_path):
         make_datasets({**config, "eval_kind": "ade"}, seed=0)
     with pytest.raises(DataError, match=r"set config\.data\.eval_root to a ade20k_panoptic"):
         make_datasets({**config, "eval_root": ""}, seed=0)
+
+
+TREATMENTS = ("drop", "void", "keep")
+
+
+def shards_config(root, treatment):
+    source = open_source("panoptic_folder", root, "spring")
+    out = root / f"shards_{treatment}"
+    build_shards(out, source, dataset="panoptic_folder", part="spring", unseen=treatment, workers=1)
+    return data_config(out, kind="shards")
+
+
+@pytest.mark.parametrize("made", TREATMENTS)
+def test_shards_train_as_they_were_made_and_whole_ones_in_every_way(tmp_path, made):
+    write_folder(tmp_path)
+    config = shards_config(tmp_path, made)
+    for wanted in TREATMENTS:
+        asked = {**config, "unseen_images": wanted}
+        if made in ("keep", wanted):
+            assert training_part(asked, 1, seed=0).counts["training_images"] == 1
+            continue
+        with pytest.raises(DataError) as caught:
+            training_part(asked, 1, seed=0)
+        assert str(caught.value) == (
+            f"The shards of spring in {config['root']} were made with --unseen={made}, and "
+            f"config.data.unseen_images asks for '{wanted}'; make them in another folder with "
+            "`python -m data_pipelines.prepare panoptic_folder --root=... --part=spring "
+            f"--unseen={wanted} --out=...`."
+        )
+    asked = {**config, "unseen_images": made}
+    if made == "keep":
+        make_datasets(asked, seed=0)
+    else:
+        with pytest.raises(DataError, match=f"--unseen={made}, and evaluation asks for 'keep'"):
+            make_datasets(asked, seed=0)
+
+
+def test_without_unseen_classes_every_treatment_is_the_same(tmp_path):
+    write_folder(tmp_path)
+    split = json.loads((tmp_path / "split.json").read_text())
+    for category in split["categories"]:
+        category["split"] = "seen"
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    config = shards_config(tmp_path, "drop")
+    for wanted in TREATMENTS:
+        make_datasets({**config, "unseen_images": wanted}, seed=0).train(1)
 
 
 # Splits that ship.
