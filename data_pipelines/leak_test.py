@@ -20,7 +20,7 @@ def check_no_leak(source: Source, indices: Iterable[int]) -> None:
 
     Args:
       source: what training reads from; where unseen segments become void, the source that does so.
-      indices: the positions in `source.records` that training uses.
+      indices: the positions in `source.records` that training uses, or those to check of them.
 
     Raises:
       DataError: naming the first such image by its id, its class, and how many images there are.
@@ -38,5 +38,5 @@ def check_no_leak(source: Source, indices: Iterable[int]) -> None:
     raise DataError(
         f"Image {first.image_id} ({first.file_name}) is in training but holds the unseen class "
         f"{source.vocabulary.names[labels[leaks[0]]]!r}: its pixels must not be seen; "
-        f"{count} of {len(records)} training images do."
+        f"{count} of {len(records)} checked images do."
     )

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.prefetch import prefetch
 from data_pipelines import augment as geometry
 from data_pipelines.leak_test import check_no_leak
@@ -282,10 +281,11 @@ class SegmentationLoader:
             (self.training_indices[order[(start + k) % count]], None) for k in range(count)
         )
         tried, image, segment_ids = self._first_usable(candidates)
-        record = self._training.records[self.training_indices[order[(start + tried) % count]]]
+        index = self.training_indices[order[(start + tried) % count]]
         if self._zero_shot:
             # Of the whole image, not only what the crop leaves, and never skipped.
-            check_no_unseen(record.labels, record.image_id, self.vocabulary)
+            check_no_leak(self._training, [index])
+        record = self._training.records[index]
         placed = geometry.augment_example(
             self._augment,
             np.random.default_rng([self._seed, position, _JITTER_STREAM]),
@@ -372,26 +372,6 @@ class SegmentationLoader:
                 for name, values in tables.items()
             },
         }
-
-
-def check_no_unseen(segment_labels: np.ndarray, image_id: int, vocabulary: Vocabulary) -> None:
-    """The leak test: raises if a training image holds a segment of an unseen class.
-
-    Args:
-      segment_labels: [G] class indices, negative where padded.
-      image_id: of the image, for the message.
-      vocabulary: the label space with its seen and unseen classes.
-
-    Raises:
-      DataError: naming the image and the class.
-    """
-    labels = segment_labels[segment_labels >= 0]
-    leaked = labels[np.isin(labels, vocabulary.unseen)]
-    if len(leaked):
-        raise DataError(
-            f"Image {image_id} is in training but holds the unseen class "
-            f"{vocabulary.names[leaked[0]]!r}: its pixels must not be seen."
-        )
 
 
 @functools.lru_cache(maxsize=8)

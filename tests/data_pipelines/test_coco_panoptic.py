@@ -11,7 +11,7 @@ from PIL import Image
 
 from concat_jax.training import prefetch
 from data_pipelines.coco_panoptic import CocoPanopticSource
-from data_pipelines.loader import SegmentationLoader, check_no_unseen
+from data_pipelines.loader import SegmentationLoader
 from data_pipelines.source import DataError
 
 CATEGORIES = [
@@ -271,14 +271,10 @@ def test_keep_trains_on_everything(world):
 
 
 def test_a_leak_is_refused_with_the_image(world):
-    vocabulary = load(world).vocabulary
-    check_no_unseen(np.array([0, 2, 3, -1]), 5, vocabulary)
-    with pytest.raises(DataError, match="Image 5 .*'road'"):
-        check_no_unseen(np.array([0, 1, -1]), 5, vocabulary)
     for on_bad_example in ("raise", "skip"):
         data = load(world, batch_size=8, on_bad_example=on_bad_example)
         data.training_indices = np.arange(8)
-        with pytest.raises(DataError, match="Image 1[35] is in training but holds .*'road'"):
+        with pytest.raises(DataError, match="Image 1[35] .* is in training but holds .*'road'"):
             data.batch(0)
 
 

@@ -67,7 +67,7 @@ def test_treated_sources_pass_the_leak_test(tiny_panoptic, treatment):
 
 def test_a_leak_is_named_by_image_id(tiny_panoptic):
     source = source_of(tiny_panoptic)
-    with pytest.raises(DataError, match=r"Image 8 \(8.jpg\).* 'road'.* 2 of 6 training images do"):
+    with pytest.raises(DataError, match=r"Image 8 \(8.jpg\).* 'road'.* 2 of 6 checked images do"):
         check_no_leak(source, range(6))
     # Crowd counts as well, and images that training does not use do not.
     with pytest.raises(DataError, match=r"Image 9 .* 1 of 2 "):

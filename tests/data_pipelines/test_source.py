@@ -137,7 +137,7 @@ def test_captions_pass_over_segments_that_others_hide():
 def test_a_leak_stops_the_loader_before_the_first_step(monkeypatch):
     source = Stripes()
     check_no_leak(source, [0, 4])
-    with pytest.raises(DataError, match=r"Image 5 .*'road'.*1 of 2 training images"):
+    with pytest.raises(DataError, match=r"Image 5 .*'road'.*1 of 2 checked images"):
         check_no_leak(source, [0, 2])
     monkeypatch.setattr(
         "data_pipelines.loader.treat_unseen", lambda source, treatment: (source, np.arange(2))
