@@ -24,7 +24,14 @@ from concat_jax.text.vocabulary import Vocabulary
 from data_pipelines import shard_files
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.shard_files import Identity, ShardIndex, index_path, manifest_path, shard_path
-from data_pipelines.source import DataError, ImageRecord, Source, UnseenImages, treat_unseen
+from data_pipelines.source import (
+    DataError,
+    FolderSource,
+    ImageRecord,
+    Source,
+    UnseenImages,
+    treat_unseen,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +60,7 @@ class BuildReport:
 
 def build_shards(
     folder: str | os.PathLike[str],
-    source: Source,
+    source: FolderSource,
     *,
     dataset: str,
     part: str,
@@ -223,7 +230,7 @@ class _Work:
 
     folder: Path
     identity: Identity
-    source: Source
+    source: FolderSource
     treated: Source
     skip_bad: bool
 
@@ -240,12 +247,7 @@ class _Work:
 
     def _read(self, record: ImageRecord) -> tuple[bytes, np.ndarray]:
         _, ids = self.treated.read(record)
-        return (_images_folder(self.source) / record.file_name).read_bytes(), ids
-
-
-def _images_folder(source: Source) -> Path:
-    # Sources of annotation files know their whole layout, those of label maps and outlines less.
-    return source.layout.images if hasattr(source, "layout") else source._images
+        return (self.source.images_folder / record.file_name).read_bytes(), ids
 
 
 def _run(work: _Work, jobs: list[tuple[int, np.ndarray]], workers: int) -> None:

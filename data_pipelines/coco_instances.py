@@ -27,7 +27,7 @@ Outline = list[np.ndarray] | dict[str, Any]
 
 
 class CocoInstanceSource:
-    """One part of a data set in COCO's instance format; a `Source`.
+    """One part of a data set in COCO's instance format; a `FolderSource`.
 
     What no instance covers is void. Annotations of categories that the label space lacks, as the 15
     that are in neither set of ZSI's split, are left out.
@@ -35,6 +35,7 @@ class CocoInstanceSource:
     Attributes:
       vocabulary: the label space.
       records: every image of the JSON, those without an instance included, by ascending image id.
+      images_folder: folder of the images.
       left_out: number of annotations of other categories.
     """
 
@@ -54,7 +55,7 @@ class CocoInstanceSource:
           ValueError: if pycocotools is not installed.
         """
         _mask_functions()
-        self.vocabulary, self._images, self._json_path = vocabulary, images, json_path
+        self.vocabulary, self.images_folder, self._json_path = vocabulary, images, json_path
         content = _read_json(json_path)
         known = {}
         try:
@@ -120,7 +121,7 @@ class CocoInstanceSource:
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
         """As `Source.read`."""
-        path = self._images / record.file_name
+        path = self.images_folder / record.file_name
         image = open_picture(path)
         if image.size != (record.width, record.height):
             raise DataError(

@@ -27,13 +27,13 @@ from data_pipelines.zero_shot_split import load_label_space
 
 
 class CocoPanopticSource:
-    """One part (train2017, val2017) of a data set in COCO's panoptic layout; a `Source`.
+    """One part (train2017, val2017) of a data set in COCO's panoptic layout; a `FolderSource`.
 
     Attributes:
       vocabulary: the split's label space.
       records: every annotated image, by ascending image id; source_ids are the segments' ids, R +
         256 G + 65536 B of their pixels in the PNG.
-      layout: where the files are.
+      layout, images_folder: where the files are.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class CocoPanopticSource:
         """
         self.vocabulary = load_label_space(split_file)
         self.layout = find_layout(root, part)
+        self.images_folder = self.layout.images
         self.records = read_records(self.layout, self.vocabulary)
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
@@ -65,7 +66,7 @@ class CocoPanopticSource:
 
 
 class Ade20kPanopticSource:
-    """ADE20K's training or validation images with panoptic segments; a `Source`.
+    """ADE20K's training or validation images with panoptic segments; a `FolderSource`.
 
     The script paints things over stuff and lists also the stuff that is hidden altogether, so a
     segment of a record may have no pixel. Its JSON names images by texts, which become numbers
@@ -74,7 +75,7 @@ class Ade20kPanopticSource:
     Attributes:
       vocabulary: ADE20K's 150 classes with the JSON's category ids, 0 to 149.
       records: every annotated image, by ascending image id.
-      layout: where the files are.
+      layout, images_folder: where the files are.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Ade20kPanopticSource:
             ids = tuple(category - 1 for category in shipped.category_ids)
             self.vocabulary = dataclasses.replace(shipped, category_ids=ids)
         self.layout = _find_ade20k(pathlib.Path(root), part)
+        self.images_folder = self.layout.images
         self.records = read_records(self.layout, self.vocabulary, own_names=True)
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:

@@ -91,7 +91,7 @@ def measure_input_speed(
         batches = [loaders[FOLDER].batch(step)["image_id"] for step in steps]
         of_id = {record.image_id: record for record in folder.records}
         records = [of_id[image_id] for ids in batches for image_id in ids.tolist()]
-        paths = [folder.layout.images / record.file_name for record in records]
+        paths = [folder.images_folder / record.file_name for record in records]
         calls: dict[str, Callable[[], None]] = {
             RAW: lambda: _decode(paths),
             **{name: lambda loader=loader: _run(loader, steps) for name, loader in loaders.items()},

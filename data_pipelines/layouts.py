@@ -19,7 +19,7 @@ from concat_jax.text.vocabulary import Vocabulary
 from data_pipelines.coco_instances import CocoInstanceSource
 from data_pipelines.coco_panoptic import Ade20kPanopticSource, CocoPanopticSource
 from data_pipelines.semantic_maps import SemanticMapSource, read_list
-from data_pipelines.source import DataError, Source, UnseenImages
+from data_pipelines.source import DataError, FolderSource, UnseenImages
 from data_pipelines.zero_shot_split import load_label_space
 
 OnBadExample = Literal["raise", "skip"]
@@ -28,7 +28,7 @@ OnBadExample = Literal["raise", "skip"]
 class _Opener(Protocol):
     def __call__(
         self, root: pathlib.Path, part: str, split_file: str, on_bad_example: OnBadExample
-    ) -> Source: ...
+    ) -> FolderSource: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def open_source(
     split_file: str | os.PathLike[str] | None = None,
     *,
     on_bad_example: OnBadExample = "raise",
-) -> Source:
+) -> FolderSource:
     """Opens one part of a data set.
 
     Args:
@@ -118,11 +118,11 @@ def _is_laid_out(root: pathlib.Path, part: str, dataset: Dataset) -> bool:
     )
 
 
-def _open_panoptic(root, part, split_file, on_bad_example) -> Source:
+def _open_panoptic(root, part, split_file, on_bad_example) -> FolderSource:
     return CocoPanopticSource(root, part=part, split_file=split_file)
 
 
-def _open_folder(root, part, split_file, on_bad_example) -> Source:
+def _open_folder(root, part, split_file, on_bad_example) -> FolderSource:
     if split_file == DATASETS["panoptic_folder"].split_file:
         raise DataError(
             f"There is no split file {root / split_file}, which lists the classes of a "
@@ -131,7 +131,7 @@ def _open_folder(root, part, split_file, on_bad_example) -> Source:
     return CocoPanopticSource(root, part=part, split_file=split_file)
 
 
-def _open_ade20k_panoptic(root, part, split_file, on_bad_example) -> Source:
+def _open_ade20k_panoptic(root, part, split_file, on_bad_example) -> FolderSource:
     own = split_file == DATASETS["ade20k_panoptic"].split_file
     return Ade20kPanopticSource(root, part=part, split_file=None if own else split_file)
 
@@ -147,7 +147,7 @@ def _open_maps(
     offset: int,
     ignored: tuple[int, ...],
     listed: str = "",
-) -> Source:
+) -> FolderSource:
     """Images and maps as folders with {part} in them, of maps the first that there is."""
     folders = [root / folder.format(part=part) for folder in maps]
     return SemanticMapSource(
@@ -161,7 +161,7 @@ def _open_maps(
     )
 
 
-def _open_zsi(root, part, split_file, on_bad_example, *, folds: str) -> Source:
+def _open_zsi(root, part, split_file, on_bad_example, *, folds: str) -> FolderSource:
     role = {"train2014": "seen", "val2014": "gzsi"}.get(part, "seen")
     # ZSI's own files where they are; or the official ones, of which the same is made: categories
     # beyond the split are left out, and images with unseen classes are for the treatment to drop.

@@ -38,13 +38,14 @@ _REPORT_EVERY = 5.0
 
 
 class SemanticMapSource:
-    """One part of a data set of label maps; a `Source`.
+    """One part of a data set of label maps; a `FolderSource`.
 
     A record's source ids are pixel values plus 1, because an id of 0 means void.
 
     Attributes:
       vocabulary: the label space, every class stuff.
       records: every image that has a map, by ascending image id.
+      images_folder: folder of the images.
       skipped: how many maps were left out because they cannot be used.
     """
 
@@ -78,7 +79,7 @@ class SemanticMapSource:
             map cannot be read or holds a value that is no class.
         """
         self.vocabulary = dataclasses.replace(vocabulary, is_thing=(False,) * len(vocabulary))
-        self._images, self._maps = images, maps
+        self.images_folder, self._maps = images, maps
         self._label_of_value = {
             category - offset: label for category, label in vocabulary.index_of_category.items()
         }
@@ -118,7 +119,7 @@ class SemanticMapSource:
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
         """As `Source.read`."""
         path = self._maps / record.png_name
-        image_path = self._images / record.file_name
+        image_path = self.images_folder / record.file_name
         image, values = open_picture(image_path), _read_map(path)
         height, width = values.shape
         if image.size != (width, height):
@@ -147,7 +148,7 @@ class SemanticMapSource:
             logger.warning("Left out an image: %s", error)
             return None
         return ImageRecord(
-            image_id=image_number(pathlib.Path(image_name).stem, str(self._images)),
+            image_id=image_number(pathlib.Path(image_name).stem, str(self.images_folder)),
             file_name=image_name,
             png_name=map_name,
             height=values.shape[0],

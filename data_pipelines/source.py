@@ -8,6 +8,7 @@ by name. What training does with images that show unseen classes is decided here
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -72,6 +73,16 @@ class Source(Protocol):
           DataError: if the files cannot be decoded or do not fit together or to the record.
         """
         ...
+
+
+class FolderSource(Source, Protocol):
+    """A source whose images are files, as all but shards are.
+
+    Attributes:
+      images_folder: what the records' file names are relative to.
+    """
+
+    images_folder: pathlib.Path
 
 
 def image_number(image_id: int | str, where: str) -> int:

@@ -117,7 +117,7 @@ def test_exif_rotation_is_applied_and_many_segments_take_16_bits(tiny_panoptic, 
             )
         ]
 
-        _images = tmp_path
+        images_folder = tmp_path
 
         def read(self, record):
             return None, np.arange(384, dtype=np.uint16).reshape(24, 16) % 301
