@@ -20,7 +20,8 @@ from absl import logging
 from concat_jax.command_line import Parser, one_sentence
 from concat_jax.compilation_cache import enable_compilation_cache
 from concat_jax.evaluation.panoptic_inference import KEEP_RULES
-from concat_jax.prediction.images import OVERLAY_SUFFIX, SUFFIXES, ImageError, read_image
+from concat_jax.image_files import ImageError
+from concat_jax.prediction.images import OVERLAY_SUFFIX, SUFFIXES, read_image
 from concat_jax.prediction.outputs import ResultWriter, image_ids, output_names
 from concat_jax.prediction.predictor import PredictConfig, Predictor, Prepared
 from concat_jax.training.metric_writer import format_seconds

@@ -122,14 +122,14 @@ class CocoInstanceSource:
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
         """As `Source.read`."""
         path = self.images_folder / record.file_name
-        image = open_picture(path)
+        image = open_picture(path, rgb=True)
         if image.size != (record.width, record.height):
             raise DataError(
                 f"The image {path} is {image.height}x{image.width} (height x width) and "
                 f"{self._json_path} says {record.height}x{record.width}; both must agree."
             )
         outlines = self._outlines[record.image_id]
-        return image.convert("RGB"), paint(outlines, record.is_crowd, record.height, record.width)
+        return image, paint(outlines, record.is_crowd, record.height, record.width)
 
     def count_hidden(self) -> int:
         """How many instances have no pixel of their own; paints every image to find out."""

@@ -12,28 +12,18 @@ import json
 import logging
 import os
 import pathlib
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from concat_jax.image_files import ImageError, open_image
 from concat_jax.text.vocabulary import Vocabulary
 from data_pipelines.placement import run_starts
 from data_pipelines.source import DataError, ImageRecord, image_number
 
 logger = logging.getLogger(__name__)
-
-# What PIL raises on files that are cut off, damaged, or not pictures.
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +154,7 @@ def read_image(
         JSON do not hold the same segment ids.
     """
     image_path, png_path = layout.images / record.file_name, layout.pngs / record.png_name
-    image, png = open_picture(image_path), open_picture(png_path)
+    image, png = open_picture(image_path, rgb=True), open_picture(png_path)
     sizes = (image.size, png.size, (record.width, record.height))
     if len(set(sizes)) > 1:
         in_image, in_png, in_json = (f"{height}x{width}" for width, height in sizes)
@@ -177,32 +167,26 @@ def read_image(
             f"The panoptic PNG {png_path} has the mode {png.mode} and must be RGB, with segment "
             "ids as R + 256 G + 65536 B."
         )
-    rows = _rows_of_pixels(png, record.source_ids, png_path, hidden_segments)
-    try:
-        return image if image.mode == "RGB" else image.convert("RGB"), rows
-    except _UNREADABLE as error:
-        raise DataError(f"{image_path} cannot be made an RGB image: {error}.") from error
+    return image, _rows_of_pixels(png, record.source_ids, png_path, hidden_segments)
 
 
-def open_picture(path: pathlib.Path) -> Image.Image:
-    """Decodes an image file, EXIF rotation applied, in the mode that it has.
+def open_picture(path: pathlib.Path, *, rgb: bool = False) -> Image.Image:
+    """Decodes an image file, EXIF rotation applied, in the mode that it has or as RGB.
 
     Raises:
       DataError: if that is not possible; the sentence names the file.
     """
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             picture.load()
             # Annotators saw the rotated picture; detectron2's `read_image` applies EXIF as well.
             ImageOps.exif_transpose(picture, in_place=True)
             # PIL does not look beyond the pixels, so a PNG cut off after them would pass.
             if picture.format == "PNG" and not _has_end(path):
-                raise DataError(f"{path} is cut off: it lacks the end of a PNG.")
-            return picture
-    except DataError:
-        raise
-    except _UNREADABLE as error:
-        raise DataError(f"{path} cannot be read as an image: {error}.") from error
+                raise ImageError(f"{path} is cut off: it lacks the end of a PNG.")
+            return picture.convert("RGB") if rgb and picture.mode != "RGB" else picture
+    except ImageError as error:
+        raise DataError(str(error)) from error
 
 
 def _has_end(path: pathlib.Path) -> bool:

@@ -120,7 +120,7 @@ class SemanticMapSource:
         """As `Source.read`."""
         path = self._maps / record.png_name
         image_path = self.images_folder / record.file_name
-        image, values = open_picture(image_path), _read_map(path)
+        image, values = open_picture(image_path, rgb=True), _read_map(path)
         height, width = values.shape
         if image.size != (width, height):
             raise DataError(
@@ -135,7 +135,7 @@ class SemanticMapSource:
             record.width,
         ):
             raise DataError(f"The map {path} is not what it was when the data set was opened.")
-        return image.convert("RGB"), rows[values]
+        return image, rows[values]
 
     def _scan(self, image_name: str, map_name: str, *, skips: bool) -> ImageRecord | None:
         path = self._maps / map_name

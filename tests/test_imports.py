@@ -16,14 +16,15 @@ LAYERS = {
     "text": set(),
     "configuration": set(),
     "command_line": {"configuration"},
+    "image_files": set(),
     "models": {"text", "configuration"},
     "weights": {"models", "text", "configuration"},
     "losses": {"models"},
     "stages": {"losses", "models", "text", "configuration"},
     "training": {"stages", "losses", "models", "text", "configuration"},
     # Scoring knows how a prediction is made, and nothing of how it was trained.
-    "evaluation": {"models", "text", "configuration"},
-    "prediction": {"evaluation", "weights", "models", "text", "configuration"},
+    "evaluation": {"models", "text", "configuration", "image_files"},
+    "prediction": {"evaluation", "weights", "models", "text", "configuration", "image_files"},
     "query_extraction": {"training", "stages", "losses", "models", "text", "configuration"},
     "class_text": {"weights", "models", "text", "configuration"},
     "workdir": {"evaluation", "configuration"},
@@ -233,11 +234,12 @@ def test_clu_is_imported_by_the_metric_writer_when_asked_for():
 
 def test_data_pipelines_know_of_the_package_only_names_and_settings():
     """Plain numpy batches cross this border: no network, loss or stage is in sight."""
-    # Threads and a file format, neither with JAX.
+    # Threads and file formats, none with JAX.
     allowed = (
         "text",
         "configuration",
         "command_line",
+        "image_files",
         "training.prefetch",
         "evaluation.run_lengths",
     )

@@ -7,24 +7,15 @@ import json
 import math
 import os
 import pathlib
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from concat_jax.image_files import open_image
 from concat_jax.text.vocabulary import Vocabulary
 
-# What PIL raises on files that are cut off, damaged, or no pictures.
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 VOID = -1
 
 
@@ -326,9 +317,6 @@ def check_ids(
 def _open(path: pathlib.Path, if_missing: str) -> Image.Image:
     if not path.is_file():
         raise ValueError(if_missing)
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except _UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}.") from error
+    with open_image(path) as image:
+        image.load()
+        return image

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import struct
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from concat_jax.image_files import UNREADABLE, ImageError, open_image
 
 # What a folder is searched for.
 SUFFIXES = frozenset(
@@ -25,12 +25,6 @@ MAX_PIXELS = 89_478_485
 SIDE_MULTIPLE = 32
 
 _PNG_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-# What Pillow's decoders raise on broken files; none of them documents its own.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
-
-
-class ImageError(ValueError):
-    """An image that cannot be used; the message is one sentence that names it."""
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -44,32 +38,13 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
       ImageError: the file is missing, empty, no image, damaged, too large or of an unknown range.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ImageError(f"{path} is a folder, not an image.")
-    if not path.exists():
-        raise ImageError(f"{path} does not exist.")
-    try:
-        if path.stat().st_size == 0:
-            raise ImageError(f"{path} is empty.")
-        with warnings.catch_warnings():
-            # Its threshold is the one checked below, and stray tags are no business of ours.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as picture:
-                _check_pixels(picture, str(path))
-                picture.load()
-                return to_rgb(_upright(picture), str(path))
-    except ImageError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{path} is not an image in a format that Pillow reads.") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{path} has more than {2 * MAX_PIXELS // 10**6} million pixels; make it smaller."
-        ) from error
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ImageError(f"{path} cannot be decoded ({reason}); is it damaged?") from error
+    with warnings.catch_warnings():
+        # Its threshold is the one checked below, and stray tags are no business of ours.
+        warnings.simplefilter("ignore")
+        with open_image(path) as picture:
+            _check_pixels(picture, str(path))
+            picture.load()
+            return to_rgb(_upright(picture), str(path))
 
 
 def to_rgb(image: np.ndarray | Image.Image, name: str = "The image") -> np.ndarray:
@@ -135,7 +110,7 @@ def _check_pixels(image: Image.Image, name: str) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except _UNREADABLE:
+    except UNREADABLE:
         # Broken EXIF says nothing about the pixels; viewers show such a picture as stored.
         return image
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.prediction.images import MAX_PIXELS, Buckets, ImageError, read_image, to_rgb
+from concat_jax.image_files import ImageError
+from concat_jax.prediction.images import MAX_PIXELS, Buckets, read_image, to_rgb
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -91,7 +92,7 @@ def png_header(width, height):
     ("name", "content", "message"),
     [
         ("empty.jpg", b"", "is empty"),
-        ("text.jpg", b"not an image, whatever it is called", "not an image"),
+        ("text.jpg", b"not an image, whatever it is called", "in no format that"),
         ("large.png", png_header(12000, 8000), "96 million pixels"),
         ("absurd.png", png_header(10**6, 10**6), "million pixels"),
         ("missing.png", None, "does not exist"),
