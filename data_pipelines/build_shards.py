@@ -101,6 +101,8 @@ def build_shards(
             raise ValueError(f"The number of {name} is {value} and must be at least 1.")
     folder = Path(folder)
     treated, positions = treat_unseen(source, unseen)
+    if unseen == "keep":  # for evaluations too, which count what a model finds where nothing is
+        positions = np.arange(len(source.records))
     if not len(positions):
         raise DataError(f"Of {part}, no image is left to write with unseen images {unseen!r}.")
     if unseen != "keep":

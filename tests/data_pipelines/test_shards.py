@@ -315,3 +315,26 @@ def test_several_processes_write_the_same_bytes(tiny_panoptic, tmp_path):
     report = build(tmp_path / "two", source, unseen="void", num_shards=3, workers=2)
     assert report.written == 3
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_kept_shards_hold_images_without_a_segment_and_training_leaves_them_out(
+    tiny_panoptic, tmp_path
+):
+    """An evaluation has to see what a model finds there; nothing can be learnt from them."""
+    path = tiny_panoptic / "annotations" / "panoptic_train2017.json"
+    content = json.loads(path.read_text())
+    empty = next(a for a in content["annotations"] if a["image_id"] == 5)
+    empty["segments_info"] = []
+    path.write_text(json.dumps(content))
+    Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(
+        tiny_panoptic / "annotations" / "panoptic_train2017" / "5.png"
+    )
+    for treatment, count in (("keep", 6), ("drop", 3), ("void", 4)):
+        report = build(tmp_path / treatment, source_of(tiny_panoptic), unseen=treatment)
+        assert report.images == count
+    shards = ShardSource(tmp_path / "keep", "train2017")
+    assert 5 in [record.image_id for record in shards.records]
+    loader = SegmentationLoader(shards, seed=0, batch_size=1, image_size=8, unseen_images="keep")
+    assert 5 not in [shards.records[i].image_id for i in loader.training_indices]
+    examples = loader.eval_examples()
+    assert 5 in [int(example["image_id"]) for example in examples]
