@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from concat_jax.text.vocabulary import Vocabulary
+from data_pipelines.id_runs import decode_runs
 from data_pipelines.shard_files import COMMAND, damaged, read_index, read_manifest, shard_path
 from data_pipelines.source import DataError, ImageRecord, UnseenImages
 
@@ -101,7 +102,11 @@ class ShardSource:
         image.load()
         # As `coco_layout.read_image` treats the file itself.
         ImageOps.exif_transpose(image, in_place=True)
-        ids = np.asarray(Image.open(io.BytesIO(payload[first_id:last_id])))
+        dtype = np.uint8 if self._identity.id_bits == 8 else np.uint16
+        try:
+            ids = decode_runs(payload[first_id:last_id], record.height, record.width, dtype)
+        except ValueError as error:
+            raise damaged(path, str(error)) from error
         return image if image.mode == "RGB" else image.convert("RGB"), ids
 
 

@@ -20,7 +20,8 @@ def features(identity: Identity) -> Any:
     """The `tfds.features.FeaturesDict` of a record; the names are those of the loader's examples.
 
     `image` [H, W, 3] uint8 is decoded without EXIF rotation, which TensorFlow does not know;
-    `segment_ids` [H, W, 1] is uint8 or uint16; the tables `segment_*` have one entry a segment.
+    `segment_ids` [H, W, 1] is uint8 or uint16, and `segment_runs` the same map, see `id_runs`; the
+    tables `segment_*` have one entry a segment.
     """
     import tensorflow_datasets as tfds
 
@@ -32,6 +33,7 @@ def features(identity: Identity) -> Any:
             "segment_ids": tfds.features.Image(
                 shape=(None, None, 1), dtype=dtype, encoding_format="png"
             ),
+            "segment_runs": tfds.features.Text(),
             "segment_labels": tfds.features.Sequence(label),
             "segment_is_thing": tfds.features.Sequence(np.bool_),
             "segment_is_crowd": tfds.features.Sequence(np.bool_),
