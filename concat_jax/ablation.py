@@ -55,9 +55,8 @@ class Row:
 
 
 _STAGE_1 = {"segmentor": "con_both", "projector": "con_both"}
-
-
 _PROJECTION = {"segmentor": "projection", "projector": "projection"}
+_INSTANCE = {"segmentor": "con_instance", "projector": "con_instance"}
 _INDUCTIVE = {"method.unseen_names": False}
 
 # PADing's generator, cut down to the demo's widths, and its losses without those of structure: MMD,
@@ -77,11 +76,13 @@ _SHARP = {**_CONTRAST, "method.contrast_temperature": 0.1}
 _SPREAD = {"method.spread_weight": 0.1, "method.memory_per_class": 8, "method.memory_pseudo": True}
 
 
-def _with_cat(title: str, name: str, changes: Mapping[str, Any]) -> dict[str, Row]:
+def _with_cat(
+    title: str, name: str, changes: Mapping[str, Any], stage_1: Mapping[str, str] = _STAGE_1
+) -> dict[str, Row]:
     """A variant of CAT and the finetune on its pseudo queries, which is the row that is scored."""
     return {
-        f"cat_{name}": Row("", "cat", changes, _STAGE_1),
-        name: Row(title, "finetune", {}, {**_STAGE_1, "generator": f"cat_{name}"}),
+        f"cat_{name}": Row("", "cat", changes, stage_1),
+        name: Row(title, "finetune", {}, {**stage_1, "generator": f"cat_{name}"}),
     }
 
 
@@ -135,6 +136,14 @@ ROWS: Mapping[str, Row] = {
         {"method.deviation": 0.0},
         {**_STAGE_1, "generator": "cat_full"},
     ),
+    "unseen_2": Row(
+        "CON + CAT, unseen classes weigh 2 in the finetune",
+        "finetune",
+        {"method.unseen_weight": 2.0},
+        {**_STAGE_1, "generator": "cat_full"},
+    ),
+    **_with_cat("CON's instance term alone + CAT", "instance", {}, _INSTANCE),
+    **_with_cat("no CON + CAT", "no_con", {}, _PROJECTION),
     "cat_images": Row("", "cat", {"queries": "images"}, _STAGE_1),
     "images": Row(
         "CON + CAT, images in the loop",

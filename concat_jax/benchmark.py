@@ -17,6 +17,10 @@ stage 1, and inference without CLIP beside inference with CLIP on every mask.
 times the metric beside the official algorithm and PNG decoding, on drawn maps or on those of a COCO
 panoptic json (--images).
 
+    python -m concat_jax.benchmark --tasks=query_stages
+
+times stages 2 and 3 from a query bank at COCO's size, and says how large that is.
+
     python -m concat_jax.benchmark --tasks=input_pipeline --images=COCO
 
 times training batches from COCO's folder and from shards of it beside decoding its JPEGs alone.
@@ -82,7 +86,7 @@ _SEGMENTS = flags.DEFINE_integer("segments", 12, "Annotated segments an image.",
 _CLIP = flags.DEFINE_string(
     "clip",
     "ViT-B/16",
-    "Of alignment and two_stage: a variant's name, or make_clip's config in JSON.",
+    "Of alignment, two_stage and query_stages: a variant's name, or make_clip's config in JSON.",
 )
 _IMAGES = flags.DEFINE_string(
     "images",
@@ -150,6 +154,10 @@ def make_cases() -> list[Case]:
             number = _TWO_STAGE_IMAGES.value
             words = _IMAGES.value or "drawn, 480x640"
             cases.append(Case(task, 480, 640, num_images=number, pictures=words))
+            continue
+        if task == "query_stages":
+            clip = parse_clip(_CLIP.value)
+            cases.append(Case(task, 0, 0, segments=_SEGMENTS.value, clip=clip))
             continue
         training = task in ("train", "alignment")
         sizes = _TRAIN_SIZES if training else _TWO_STAGE_SIZES if task == "two_stage" else _SIZES

@@ -17,7 +17,7 @@ NUM_HELD = 15
 # Ours beside the reference, a process each.
 COMPARED_TASKS = ("forward", "postprocess", "train")
 # Variants of ours beside each other, taking turns in one process.
-TURN_TASKS = ("alignment", "two_stage", "panoptic_quality")
+TURN_TASKS = ("alignment", "two_stage", "panoptic_quality", "query_stages")
 # Those of them that need no model.
 HOST_TASKS = ("panoptic_quality",)
 # Batches of training, which have no network and no case.
@@ -33,12 +33,14 @@ class Case:
       task: "forward" (image to class and mask logits), "postprocess" (those logits to a panoptic
         map), "train" (forward, losses, gradients, AdamW), "alignment" (stage 1 without CLIP's
         targets, with cached and with online ones), "two_stage" (images to panoptic maps by our
-        path, and with CLIP on every mask) or "panoptic_quality" (id maps to counts).
+        path, and with CLIP on every mask), "panoptic_quality" (id maps to counts) or
+        "query_stages" (stages 2 and 3 from a query bank).
       height, width: of the network's input.
       batch: images at once.
-      segments: annotated segments an image ("train", "alignment", "panoptic_quality").
+      segments: annotated segments an image ("train", "alignment", "panoptic_quality",
+        "query_stages").
       dtype: compute type, "float32" or "bfloat16".
-      clip: config for `make_clip` ("alignment", "two_stage").
+      clip: config for `make_clip` ("alignment", "two_stage", "query_stages").
       num_images: images in all, a multiple of `batch` ("two_stage", "panoptic_quality").
       num_masks: how many masks of an image CLIP sees, a variant each ("two_stage").
       pictures: what the images are, in words ("two_stage", "panoptic_quality").
@@ -70,6 +72,8 @@ class Case:
         """Short name for tables and file names."""
         if self.task == "panoptic_quality":
             return f"{self.task} of {self.num_images} pairs ({self.pictures})"
+        if self.task == "query_stages":
+            return f"{self.task}, {self.segments} of an image's queries hold a segment"
         if self.task == "two_stage":
             batch = f"{self.num_images} images ({self.pictures}), {self.batch} at once"
         else:

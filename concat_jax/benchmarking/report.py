@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from concat_jax.benchmarking.cases import TURN_TASKS
+from concat_jax.benchmarking.query_stages import BATCHES, COCO_IMAGES
 
 # Every query of a published Mask2Former: what pipelines that name all proposals would encode.
 ALL_QUERIES = 100
@@ -97,6 +98,9 @@ def _in_turns(case: Mapping[str, Any]) -> Iterator[str]:
     if case["case"]["task"] == "panoptic_quality":
         yield from _panoptic_quality(case)
         return
+    if case["case"]["task"] == "query_stages":
+        yield from _query_stages(case)
+        return
     base_name, base = next(iter(results.items()))
     yield (
         "| variant | s (fastest to slowest) | ratio (lowest to highest of a round) | GFLOP "
@@ -146,6 +150,28 @@ def _panoptic_quality(case: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"Largest difference of counts and summed IoUs: {np.abs(np.subtract(*counts)).max():.1e}. "
         "They took turns in one process, on one core."
+    )
+
+
+def _query_stages(case: Mapping[str, Any]) -> Iterator[str]:
+    """A step of each stage, and what an epoch of COCO would take of them."""
+    yield (
+        "| stage | images a step | ms a step (fastest to slowest) | GFLOP "
+        f"| {COCO_IMAGES:,} images, min |"
+    )
+    yield "|---|---|---|---|---|"
+    for name, result in case["results"].items():
+        ms = (1000 * result[key] for key in ("median", "fastest", "slowest"))
+        epoch = COCO_IMAGES / BATCHES[name] * result["median"] / 60
+        shown = "{:.1f} ({:.1f} to {:.1f})".format(*ms)
+        yield f"| {name} | {BATCHES[name]} | {shown} | {_gigaflop(result)} | {epoch:.1f} |"
+    _, number, width = case["outputs"]["CAT"]["bank_shape"]
+    values = COCO_IMAGES * number * width
+    yield ""
+    yield (
+        f"A bank of {COCO_IMAGES:,} images x {number} queries x {width} numbers is "
+        f"{2 * values / 1e9:.1f} GB in float16 and {4 * values / 1e9:.1f} GB in float32. Drawing "
+        "the batch from memory is part of a step; they took turns in one process."
     )
 
 

@@ -56,6 +56,10 @@ def _run(case: Case, model: Path, job: Mapping[str, Any]) -> dict[str, Measureme
         from concat_jax.benchmarking import panoptic_quality
 
         return panoptic_quality.run(case, job["inputs"], repeats)
+    if case.task == "query_stages":
+        from concat_jax.benchmarking import query_stages
+
+        return query_stages.run(case, model, repeats)
     if case.task == "two_stage":
         from concat_jax.benchmarking import two_stage
 

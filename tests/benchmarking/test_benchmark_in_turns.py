@@ -1,4 +1,4 @@
-"""`python -m concat_jax.benchmark --tasks=alignment,two_stage` at tiny sizes, and its report."""
+"""`python -m concat_jax.benchmark`: tasks whose variants take turns, tiny, and their report."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def report(tmp_path_factory):
         picture = Image.fromarray(rng.integers(0, 256, shape, np.uint8))
         picture.save(folder / "images" / f"{number}.png")
     result = benchmark(
-        "--tasks=alignment,two_stage",
+        "--tasks=alignment,two_stage,query_stages",
         f"--model={folder / 'model'}",
         f"--clip={json.dumps(CLIP)}",
         f"--images={folder / 'images'}",
@@ -117,18 +117,42 @@ def test_two_stage(report):
     assert case["case"]["pictures"].endswith("images")
 
 
-def test_report_of_known_figures():
-    def result(seconds, flops):
-        return {
-            "median": float(np.median(seconds)),
-            "fastest": min(seconds),
-            "slowest": max(seconds),
-            "seconds": seconds,
-            "flops": flops,
-            "peak_bytes": 2_500_000_000,
-            "compile": 7.0,
-        }
+def test_query_stages(report):
+    case = report["cases"][2]
+    assert list(case["results"]) == ["CAT", "union finetune"]
+    for name, result in case["results"].items():
+        assert len(result["seconds"]) == 2 and min(result["seconds"]) > 0 and result["flops"] > 0
+        assert np.isfinite(case["outputs"][name]["loss"])
+        assert case["outputs"][name]["bank_shape"] == [2048, 6, 32]
 
+
+def result(seconds, flops):
+    return {
+        "median": float(np.median(seconds)),
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "seconds": seconds,
+        "flops": flops,
+        "peak_bytes": 2_500_000_000,
+        "compile": 7.0,
+    }
+
+
+def test_an_epoch_and_the_bank_of_coco_follow_from_a_step():
+    case = {
+        "name": "query_stages",
+        "case": {"task": "query_stages"},
+        "results": {"CAT": result([0.1, 0.2, 0.3], 4e12), "union finetune": result([0.64], 1e9)},
+        "outputs": {"CAT": {"bank_shape": [2048, 100, 256]}},
+    }
+    text = to_markdown({"model": "m", "machine": {}, "repeats": 3, "cases": [case]})
+    # 2807 steps of 16 images at 0.2 s, 701.75 steps of 64 at 0.64 s.
+    assert "| CAT | 16 | 200.0 (100.0 to 300.0) | 4000 | 9.4 |" in text
+    assert "| union finetune | 64 | 640.0 (640.0 to 640.0) | 1.000 | 7.5 |" in text
+    assert "is 2.3 GB in float16 and 4.6 GB in float32" in text
+
+
+def test_report_of_known_figures():
     case = {
         "name": "two_stage",
         "case": {"task": "two_stage", "num_images": 20, "num_masks": [10]},
