@@ -94,22 +94,29 @@ def mmd(
       [] float32, at least 0; 0 where either side is empty.
     """
 
-    def kernel_sum(a, b, a_valid, b_valid, indicator):
+    def kernel_sum(a, b, a_weights, b_weights, indicator):
         distances = squared_distances(a, b)
-        kernel = sum(jnp.exp(-distances / (2 * v)) for v in bandwidths)
-        weights = a_valid[:, None].astype(jnp.float32) * b_valid[None, :].astype(jnp.float32)
+        kernels = {}
+        for v in sorted(bandwidths, reverse=True):
+            if 2 * v in kernels:
+                kernels[v] = kernels[2 * v] ** 2
+            else:
+                # The barrier keeps XLA from writing the squares as exponentials again.
+                kernels[v] = jax.lax.optimization_barrier(jnp.exp(-distances / (2 * v)))
+        kernel = sum(kernels.values())
         if indicator is not None:
-            weights = weights * indicator
-        return jnp.sum(kernel * weights)
+            kernel = kernel * indicator
+        # As products: the CPU backend spreads every constant of a sum over [M, R] to that shape.
+        return jnp.einsum("m,mr,r->", a_weights, kernel, b_weights, precision="highest")
 
     real = jax.lax.stop_gradient(real)
     same = same_class or (None, None, None)
-    m = jnp.maximum(pseudo_valid.sum(), 1).astype(jnp.float32)
-    r = jnp.maximum(real_valid.sum(), 1).astype(jnp.float32)
+    of_pseudo, of_real = (x.astype(jnp.float32) for x in (pseudo_valid, real_valid))
+    m, r = jnp.maximum(of_pseudo.sum(), 1), jnp.maximum(of_real.sum(), 1)
     squared = (
-        kernel_sum(pseudo, pseudo, pseudo_valid, pseudo_valid, same[0]) / m**2
-        - 2 * kernel_sum(pseudo, real, pseudo_valid, real_valid, same[1]) / (m * r)
-        + kernel_sum(real, real, real_valid, real_valid, same[2]) / r**2
+        kernel_sum(pseudo, pseudo, of_pseudo, of_pseudo, same[0]) / m**2
+        - 2 * kernel_sum(pseudo, real, of_pseudo, of_real, same[1]) / (m * r)
+        + kernel_sum(real, real, of_real, of_real, same[2]) / r**2
     )
     present = pseudo_valid.any() & real_valid.any()
     # The gradient of a root at zero is infinite: the floor keeps it finite.
@@ -156,7 +163,7 @@ def query_contrast(
     if real_valid is not None:
         positive, negative = positive & real_valid[None, :], negative & real_valid[None, :]
     negatives = jax.nn.logsumexp(jnp.where(negative, logits, -jnp.inf), axis=-1, keepdims=True)
-    losses = jnp.logaddexp(logits, negatives) - logits  # -log(e^s / (e^s + sum of negatives))
+    losses = jax.nn.softplus(negatives - logits)  # -log(e^s / (e^s + sum of negatives))
     count = positive.sum(axis=-1)
     mean = jnp.sum(jnp.where(positive, losses, 0.0), axis=-1) / jnp.maximum(count, 1)
     return mean, count > 0
