@@ -20,6 +20,7 @@ from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.metric_writer import Progress
 from concat_jax.training.prefetch import prefetch
 from concat_jax.training.sharding import shard_batch
+from concat_jax.training.state import light_compiler_options
 
 
 def extract_bank(
@@ -64,7 +65,8 @@ def extract_bank(
     extract_fn = jax.jit(
         lambda params, text, batch, rng: extract_queries(
             networks, vocabulary, loss, params, text, batch, rng
-        )
+        ),
+        compiler_options=light_compiler_options(),
     )
     rng = jax.random.key(seed)
 

@@ -37,6 +37,7 @@ from concat_jax.training.metric_writer import MetricWriter, format_seconds
 from concat_jax.training.optimizer import OptimizerConfig
 from concat_jax.training.prefetch import prefetch
 from concat_jax.training.sharding import make_mesh, replicated
+from concat_jax.training.state import light_compiler_options
 from concat_jax.training.warm_start import copy_parameters
 from concat_jax.weights.clip import params_fingerprint
 from concat_jax.weights.initial import initial_params, initial_path
@@ -222,9 +223,9 @@ class Run:
 
     def _init(self, subtree: str, rng: jax.Array, name: str) -> Params:
         index = [f.name for f in dataclasses.fields(Networks)].index(subtree)
-        return jax.jit(self.networks_of(name).init, static_argnums=0)(
-            subtree, jax.random.fold_in(rng, index)
-        )
+        options = light_compiler_options()
+        make = jax.jit(self.networks_of(name).init, static_argnums=0, compiler_options=options)
+        return make(subtree, jax.random.fold_in(rng, index))
 
     def networks_of(self, name: str) -> Networks:
         """The networks of stage `name`; its generator is that of the stage that it takes it from.
