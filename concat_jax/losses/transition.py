@@ -113,8 +113,11 @@ def mmd(
     same = same_class or (None, None, None)
     of_pseudo, of_real = (x.astype(jnp.float32) for x in (pseudo_valid, real_valid))
     m, r = jnp.maximum(of_pseudo.sum(), 1), jnp.maximum(of_real.sum(), 1)
+    own = kernel_sum(pseudo, jax.lax.stop_gradient(pseudo), of_pseudo, of_pseudo, same[0])
+    # The kernel is symmetric: its two sides have the same gradient, which is taken of one.
+    own = 2 * own - jax.lax.stop_gradient(own)
     squared = (
-        kernel_sum(pseudo, pseudo, of_pseudo, of_pseudo, same[0]) / m**2
+        own / m**2
         - 2 * kernel_sum(pseudo, real, of_pseudo, of_real, same[1]) / (m * r)
         + kernel_sum(real, real, of_real, of_real, same[2]) / r**2
     )

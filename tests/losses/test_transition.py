@@ -23,6 +23,44 @@ def test_mmd_by_hand():
     np.testing.assert_allclose(value, np.sqrt(squared), rtol=1e-5)
 
 
+@pytest.mark.parametrize("per_class", [False, True])
+def test_mmd_and_its_gradient_are_those_of_the_plain_sum(per_class):
+    rng = np.random.default_rng(1)
+    pseudo, real = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
+    on, weights = np.array([1.0, 1, 0, 1, 1]), np.array([1.0, 2.0, 0.0, 0.5])
+    labels, real_labels = np.array([0, 1, 0, 1, 0]), np.array([0, 1, 1, 0])
+    sides = ((labels, labels), (labels, real_labels), (real_labels, real_labels))
+    same = tuple((a[:, None] == b[None]).astype(float) if per_class else 1.0 for a, b in sides)
+    bandwidths = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0)  # some are twice another, 2 and 5 are not
+
+    def plain(pseudo):
+        def mean(a, b, a_weights, b_weights, indicator):
+            squares = ((a[:, None] - b[None]) ** 2).sum(-1)
+            kernel = sum(np.exp(-squares / (2 * v)) for v in bandwidths) * indicator
+            return a_weights @ kernel @ b_weights / (a_weights.sum() * b_weights.sum())
+
+        own, theirs = (
+            mean(pseudo, pseudo, on, on, same[0]),
+            mean(real, real, *[weights] * 2, same[2]),
+        )
+        return np.sqrt(own - 2 * mean(pseudo, real, on, weights, same[1]) + theirs)
+
+    value, gradient = jax.value_and_grad(
+        lambda x: transition.mmd(
+            x,
+            jnp.asarray(real, jnp.float32),
+            jnp.asarray(on > 0),
+            jnp.asarray(weights, jnp.float32),
+            same if per_class else None,
+            bandwidths=bandwidths,
+        )
+    )(jnp.asarray(pseudo, jnp.float32))
+    np.testing.assert_allclose(value, plain(pseudo), rtol=1e-5)
+    nudges = 1e-5 * np.eye(15).reshape(15, 5, 3)
+    numeric = [(plain(pseudo + x) - plain(pseudo - x)) / 2e-5 for x in nudges]
+    np.testing.assert_allclose(gradient.ravel(), numeric, rtol=1e-4, atol=1e-6)
+
+
 def test_mmd_masked_equals_subset():
     a, b = normal(6, 3), normal(5, 3)
     keep_a, keep_b = np.arange(6) % 2 == 0, np.arange(5) != 3
