@@ -55,6 +55,7 @@ from concat_jax.benchmarking.reference import is_installed
 from concat_jax.benchmarking.report import machine, to_markdown
 from concat_jax.command_line import check_no_arguments, one_sentence
 from concat_jax.configuration import check_choice
+from concat_jax.host_memory import keep_freed_memory
 from concat_jax.main import parse_flags
 from concat_jax.models.clip import make_clip
 from concat_jax.models.segmentor import LinearClassifier, make_segmentor
@@ -309,6 +310,7 @@ def measure_input() -> str:
         raise ValueError(
             "--tasks=input_pipeline needs --images=COCO, a folder with train2017 and annotations."
         )
+    keep_freed_memory()  # as the training command does, which makes many such batches
     return to_markdown(
         measure_input_speed(_IMAGES.value, size=_INPUT_SIZE.value, rounds=_REPEATS.value),
         _INPUT_SIZE.value,
