@@ -91,13 +91,14 @@ def test_a_window_is_widened_to_whole_source_pixels_by_hand():
 
 
 def test_mirroring_reverses_the_valid_area_and_pads_at_the_same_corner():
+    # Sizes at which no pixel centre falls between two source pixels: either may win there.
     image, ids, _ = _blocks()
-    plain = placement.place(image, ids, _whole(ids, (20, 30)), 48)
-    mirrored = placement.place(image, ids, _whole(ids, (20, 30), True), 48)
-    assert plain[2] == mirrored[2] == (20, 30)
-    np.testing.assert_array_equal(mirrored[0][:20, :30], plain[0][:20, :30][:, ::-1])
-    np.testing.assert_array_equal(mirrored[1][:20, :30], plain[1][:20, :30][:, ::-1])
-    assert (mirrored[0][:20, 30:] == 128).all()
+    plain = placement.place(image, ids, _whole(ids, (20, 32)), 48)
+    mirrored = placement.place(image, ids, _whole(ids, (20, 32), True), 48)
+    assert plain[2] == mirrored[2] == (20, 32)
+    np.testing.assert_array_equal(mirrored[0][:20, :32], plain[0][:20, :32][:, ::-1])
+    np.testing.assert_array_equal(mirrored[1][:20, :32], plain[1][:20, :32][:, ::-1])
+    assert (mirrored[0][:20, 32:] == 128).all()
 
 
 def test_same_size_placement_is_the_identity_and_takes_pil_images():
