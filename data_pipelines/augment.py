@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.colour import colour_jitter
-from data_pipelines.placement import Placement, place, resize_then_cut, run_starts
+from data_pipelines.placement import Placement, pad_ids, place, resize_then_cut, run_starts
 
 # What `augment_example` knows.
 KINDS = ("lsj", "semantic", "none")
@@ -128,7 +128,7 @@ def augment_example(
     scale_range: tuple[float, float],
     max_class_area: float = 1.0,
     canvas: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+) -> tuple[np.ndarray, np.ndarray]:
     """A training example by one of the recipes `KINDS`.
 
     Args:
@@ -178,13 +178,6 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"augment is {kind!r} and must be one of {', '.join(KINDS)}.")
 
 
-def letterbox(
-    image: np.ndarray | Image.Image, segment_ids: np.ndarray, size: int
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """The whole image on the canvas, longest side equal to `size`; results as `place`."""
-    return place(image, segment_ids, letterbox_placement(*segment_ids.shape, size), size)
-
-
 def keep_largest_segments(
     segment_ids: np.ndarray, max_segments: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -210,7 +203,11 @@ def keep_largest_segments(
     if len(rows) > max_segments:
         by_area = np.argsort(-counts[rows], kind="stable")
         rows = np.sort(rows[by_area[:max_segments]])
-    renumber = np.zeros(len(counts) + 1, np.uint8 if max_segments <= 255 else np.uint16)
+    dtype = np.uint8 if max_segments <= 255 else np.uint16
+    if len(rows) == len(counts):
+        # Most often the crop leaves every segment, and every id.
+        return segment_ids.astype(dtype, copy=False), rows
+    renumber = np.zeros(len(counts) + 1, dtype)
     renumber[rows + 1] = np.arange(1, len(rows) + 1)
     return np.repeat(renumber[ids], lengths).reshape(segment_ids.shape), rows
 
@@ -227,9 +224,11 @@ def resize_longest(example: Mapping[str, Any], size: int) -> dict[str, Any]:
       The example with image [S, S, 3], segment_ids [S, S], image_size [2] int32 the valid area,
       and tables still [G], from which segments that lost their last pixel are removed.
     """
-    image, ids, valid = letterbox(example["image"], example["segment_ids"], size)
+    where = letterbox_placement(*example["segment_ids"].shape, size)
+    image, ids = place(example["image"], example["segment_ids"], where, size)
     ids, rows = keep_largest_segments(ids, len(example["segment_labels"]))
-    resized = dict(example, image=image, segment_ids=ids, image_size=np.array(valid, np.int32))
+    valid = np.array(ids.shape, np.int32)
+    resized = dict(example, image=image, segment_ids=pad_ids(ids, size), image_size=valid)
     for name, padding in TABLE_PADDING.items():
         resized[name] = pad_table(example[name][rows], len(example[name]), padding)
     return resized

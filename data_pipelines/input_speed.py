@@ -130,7 +130,7 @@ def _profile(
     # What `SegmentationLoader.batch` does, one part after the other.
     seconds: dict[str, float] = defaultdict(float)
     canvases = np.empty((batch_size, size, size, 3), np.uint8)
-    maps = np.empty((batch_size, size, size), np.uint8)
+    maps = np.zeros((batch_size, size, size), np.uint8)
 
     def timed(name: str, call: Callable, *args, **options):
         begin = time.thread_time()
@@ -147,9 +147,10 @@ def _profile(
         where = augment.sample_jitter(rng, *ids.shape, size)
         canvas = canvases[number % batch_size]
         timed(_RESAMPLE, placement.place_image, np.asarray(image), where, size, canvas=canvas)
-        ids = timed("id map: the same", placement.place_ids, ids, where, size)
+        ids = timed("id map: the same", placement.place_ids, ids, where)
         ids, _ = timed("id map: renumber", augment.keep_largest_segments, ids, 100)
-        timed("batch", np.copyto, maps[number % batch_size], ids)
+        height, width = ids.shape
+        timed("batch", np.copyto, maps[number % batch_size][:height, :width], ids)
     # A source reads both at once; what the image costs alone is known.
     seconds[_MAP] -= seconds[_IMAGE]
     return seconds

@@ -170,11 +170,12 @@ class SegmentationLoader:
         """
         positions = self._positions(step, self._batch_size)
         # Examples are drawn where they stay: copying them together would cost as much as an id map.
-        images = np.empty((len(positions), self._size, self._size, 3), np.uint8)
-        examples = list(self._pool.map(self._training_example, positions, images))
-        names = [name for name in examples[0] if name != "image"]
-        rest = {name: np.stack([example[name] for example in examples]) for name in names}
-        return {"image": images, **rest}
+        shape = (len(positions), self._size, self._size)
+        images = np.empty((*shape, 3), np.uint8)
+        id_maps = np.zeros(shape, np.uint8 if self._max_segments <= 255 else np.uint16)
+        tables = list(self._pool.map(self._training_example, positions, images, id_maps))
+        rest = {name: np.stack([table[name] for table in tables]) for name in tables[0]}
+        return {"image": images, "segment_ids": id_maps, **rest}
 
     def caption_batch(self, step: int, batch_size: int, size: int) -> dict[str, Any]:
         """Image-caption pairs for a small CLIP of one's own, a pure function of the step.
@@ -254,8 +255,13 @@ class SegmentationLoader:
         record = self.records[index]
         image, segment_ids = self.source.read(record)
         length = max(self._max_segments, len(record.labels))
-        example = self._example(record, np.array(image), segment_ids, segment_ids.shape, length)
-        return dict(example, file_name=record.file_name)
+        segment_ids, tables = self._tables(record, segment_ids, length)
+        return {
+            "image": np.array(image),
+            "segment_ids": segment_ids,
+            **tables,
+            "file_name": record.file_name,
+        }
 
     def _positions(self, step: int, batch_size: int) -> range:
         # Positions in the endless stream of epochs. The processes take consecutive slices of each
@@ -269,7 +275,10 @@ class SegmentationLoader:
         first = step * batch_size + self._process_index * share
         return range(first, first + share)
 
-    def _training_example(self, position: int, canvas: np.ndarray) -> dict[str, Any]:
+    def _training_example(
+        self, position: int, canvas: np.ndarray, id_canvas: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        # Draws onto [S, S, 3] and void [S, S]; returns the tables.
         count = len(self.training_indices)
         if not count:
             raise DataError(
@@ -286,7 +295,7 @@ class SegmentationLoader:
             # Of the whole image, not only what the crop leaves, and never skipped.
             check_no_leak(self._training, [index])
         record = self._training.records[index]
-        placed = geometry.augment_example(
+        _, placed = geometry.augment_example(
             self._augment,
             np.random.default_rng([self._seed, position, _JITTER_STREAM]),
             image,
@@ -297,7 +306,10 @@ class SegmentationLoader:
             max_class_area=self._max_class_area,
             canvas=canvas,
         )
-        return self._example(record, *placed, self._max_segments)
+        placed, tables = self._tables(record, placed, self._max_segments)
+        height, width = placed.shape
+        id_canvas[:height, :width] = placed
+        return tables
 
     @functools.cached_property
     def _caption_segments(self) -> np.ndarray:
@@ -346,14 +358,10 @@ class SegmentationLoader:
                     logger.warning("Skipped a training image: %s", error)
         raise DataError("Not one of the training images can be used.")
 
-    def _example(
-        self,
-        record: ImageRecord,
-        image: np.ndarray,
-        segment_ids: np.ndarray,
-        image_size: tuple[int, int],
-        length: int,
-    ) -> dict[str, Any]:
+    def _tables(
+        self, record: ImageRecord, segment_ids: np.ndarray, length: int
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        # The id map renumbered, its size unchanged, and all fields that are not pixels.
         segment_ids, rows = geometry.keep_largest_segments(segment_ids, length)
         labels = record.labels[rows]
         tables = {
@@ -362,11 +370,9 @@ class SegmentationLoader:
             "segment_is_crowd": record.is_crowd[rows],
             "segment_source_ids": record.source_ids[rows],
         }
-        return {
-            "image": image,
-            "segment_ids": segment_ids,
+        return segment_ids, {
             "image_id": np.int64(record.image_id),
-            "image_size": np.array(image_size, np.int32),
+            "image_size": np.array(segment_ids.shape, np.int32),
             **{
                 name: geometry.pad_table(values, length, geometry.TABLE_PADDING[name])
                 for name, values in tables.items()

@@ -1,6 +1,6 @@
 """Resampling: a window of an image and its id map, resized, mirrored and padded onto a square.
 
-Images are enlarged bilinearly and shrunk by averaging over the source pixels; id maps by nearest
+Images are enlarged bilinearly and shrunk by averaging over what a pixel covers; id maps by nearest
 neighbour at pixel centres, so that no new id appears. Only the window that is kept is resampled,
 not the whole enlarged image: at scale 2 that is a quarter of the work. Its edges are whole pixels
 of the source, for the image and the id map alike.
@@ -73,8 +73,8 @@ def place(
     size: int,
     *,
     canvas: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Puts an image and its id map onto a canvas.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Puts an image onto a canvas, and its id map into the same place.
 
     Args:
       image: [H, W, 3] uint8, or an RGB PIL image.
@@ -84,8 +84,8 @@ def place(
       canvas: [S, S, 3] uint8 contiguous, to be written all over; None takes a new one.
 
     Returns:
-      image [S, S, 3] uint8 (padding 128), segment_ids [S, S] of the input's type (padding 0), and
-      the (height, width) of the valid area at the upper left.
+      image [S, S, 3] uint8 (padding 128), and segment_ids [h, w] of the input's type, which are
+      those of the valid area at the image's upper left; `pad_ids` pads them.
 
     Raises:
       ValueError: if image and id map differ in size.
@@ -96,11 +96,8 @@ def place(
             f"The image is {image.shape} and its id map is {segment_ids.shape}; give an RGB image "
             "[H, W, 3] and an id map of the same size."
         )
-    return (
-        place_image(image, placement, size, canvas=canvas),
-        place_ids(segment_ids, placement, size),
-        placement.resized,
-    )
+    placed = place_image(image, placement, size, canvas=canvas)
+    return placed, place_ids(segment_ids, placement)
 
 
 def place_image(
@@ -112,26 +109,39 @@ def place_image(
         canvas = np.empty((size, size, 3), np.uint8)
     canvas[height:] = IMAGE_PADDING
     canvas[:height, width:] = IMAGE_PADDING
-    (top, bottom), (left, right) = placement.rows, placement.columns
-    shrinks = height < bottom - top or width < right - left
-    _resample(image, placement, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR, canvas)
+    window = _window(image, placement)
+    factor = max(window.shape[0] / height, window.shape[1] / width)
+    block = max(2, round(factor)) if factor > 1 else 1
+    # Onto the canvas without a copy in between.
+    target = canvas[:height, :width]
+    if block == 1:
+        cv2.resize(window, (width, height), target, interpolation=cv2.INTER_LINEAR)
+    else:
+        # Averages over fractions of pixels take twice as long as this, which comes nearer to what
+        # Pillow gives: bilinearly to a multiple of the size, then whole blocks are averaged.
+        multiple = (width * block, height * block)
+        window = cv2.resize(window, multiple, interpolation=cv2.INTER_LINEAR)
+        cv2.resize(window, (width, height), target, interpolation=cv2.INTER_AREA)
     return canvas
 
 
-def place_ids(segment_ids: np.ndarray, placement: Placement, size: int) -> np.ndarray:
-    """The id map of `place`, [S, S]."""
-    canvas = np.zeros((size, size), segment_ids.dtype)
-    _resample(segment_ids, placement, cv2.INTER_NEAREST_EXACT, canvas)
-    return canvas
-
-
-def _resample(pixels: np.ndarray, placement: Placement, method: int, canvas: np.ndarray) -> None:
-    # Writes the window at the upper left of the canvas, without a copy in between.
-    window = pixels[slice(*placement.rows), slice(*placement.columns)]
-    if placement.mirrored:
-        window = cv2.flip(window, 1)
+def place_ids(segment_ids: np.ndarray, placement: Placement) -> np.ndarray:
+    """The id map of `place`, [h, w]."""
     height, width = placement.resized
-    cv2.resize(window, (width, height), dst=canvas[:height, :width], interpolation=method)
+    window = _window(segment_ids, placement)
+    return cv2.resize(window, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def pad_ids(segment_ids: np.ndarray, size: int) -> np.ndarray:
+    """An id map [h, w] at the upper left of [S, S] void, type kept; neither side exceeds S."""
+    padded = np.zeros((size, size), segment_ids.dtype)
+    padded[: segment_ids.shape[0], : segment_ids.shape[1]] = segment_ids
+    return padded
+
+
+def _window(pixels: np.ndarray, placement: Placement) -> np.ndarray:
+    window = pixels[slice(*placement.rows), slice(*placement.columns)]
+    return cv2.flip(window, 1) if placement.mirrored else window
 
 
 def run_starts(values: np.ndarray) -> np.ndarray:
