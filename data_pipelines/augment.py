@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.colour import colour_jitter
-from data_pipelines.placement import Placement, pad_ids, place, resize_then_cut, run_starts
+from data_pipelines.id_runs import run_starts
+from data_pipelines.placement import Placement, pad_ids, place, resize_then_cut
 
 # What `augment_example` knows.
 KINDS = ("lsj", "semantic", "none")
@@ -126,9 +127,10 @@ def augment_example(
     size: int,
     *,
     scale_range: tuple[float, float],
+    max_segments: int,
     max_class_area: float = 1.0,
     canvas: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A training example by one of the recipes `KINDS`.
 
     Args:
@@ -140,6 +142,7 @@ def augment_example(
       segment_labels: [n] class indices.
       size: side S of the canvas.
       scale_range: relative to S.
+      max_segments: as for `place`.
       max_class_area: of "semantic".
       canvas: as for `place`.
 
@@ -169,47 +172,13 @@ def augment_example(
         image = colour_jitter(rng, image)
     else:
         placement = letterbox_placement(height, width, size)
-    return place(image, segment_ids, placement, size, canvas=canvas)
+    return place(image, segment_ids, placement, size, max_segments=max_segments, canvas=canvas)
 
 
 def check_kind(kind: str) -> None:
     """Raises ValueError, with the choices, unless `kind` is one of `KINDS`."""
     if kind not in KINDS:
         raise ValueError(f"augment is {kind!r} and must be one of {', '.join(KINDS)}.")
-
-
-def keep_largest_segments(
-    segment_ids: np.ndarray, max_segments: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Renumbers an id map after a crop so that 1..n are the segments which still have pixels.
-
-    Segments without a pixel are gone. Of more than `max_segments`, the largest stay (by pixels on
-    this map; the lower id wins a tie) and the pixels of the others become void.
-
-    Args:
-      segment_ids: [H, W] unsigned integers, 0 void, small (they index a table).
-      max_segments: how many may stay, 1 to 65535.
-
-    Returns:
-      The new map [H, W], uint8 if max_segments <= 255 and uint16 otherwise, and rows [n] int64
-      ascending: new id i+1 was id rows[i]+1, that is, row rows[i] of the tables.
-    """
-    flat = segment_ids.ravel()
-    # Segments are long runs of one id, so counting and renumbering runs saves nearly all the work.
-    starts = run_starts(flat)
-    ids, lengths = flat[starts], np.diff(starts, append=flat.size)
-    counts = np.bincount(ids, lengths, minlength=1)[1:]
-    rows = np.flatnonzero(counts)
-    if len(rows) > max_segments:
-        by_area = np.argsort(-counts[rows], kind="stable")
-        rows = np.sort(rows[by_area[:max_segments]])
-    dtype = np.uint8 if max_segments <= 255 else np.uint16
-    if len(rows) == len(counts):
-        # Most often the crop leaves every segment, and every id.
-        return segment_ids.astype(dtype, copy=False), rows
-    renumber = np.zeros(len(counts) + 1, dtype)
-    renumber[rows + 1] = np.arange(1, len(rows) + 1)
-    return np.repeat(renumber[ids], lengths).reshape(segment_ids.shape), rows
 
 
 def resize_longest(example: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -225,8 +194,10 @@ def resize_longest(example: Mapping[str, Any], size: int) -> dict[str, Any]:
       and tables still [G], from which segments that lost their last pixel are removed.
     """
     where = letterbox_placement(*example["segment_ids"].shape, size)
-    image, ids = place(example["image"], example["segment_ids"], where, size)
-    ids, rows = keep_largest_segments(ids, len(example["segment_labels"]))
+    number = len(example["segment_labels"])
+    image, ids, rows = place(
+        example["image"], example["segment_ids"], where, size, max_segments=number
+    )
     valid = np.array(ids.shape, np.int32)
     resized = dict(example, image=image, segment_ids=pad_ids(ids, size), image_size=valid)
     for name, padding in TABLE_PADDING.items():

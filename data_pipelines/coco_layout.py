@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from concat_jax.image_files import ImageError, open_image
 from concat_jax.text.vocabulary import Vocabulary
-from data_pipelines.placement import run_starts
+from data_pipelines.id_runs import run_starts
 from data_pipelines.source import DataError, ImageRecord, image_number
 
 logger = logging.getLogger(__name__)

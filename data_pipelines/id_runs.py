@@ -1,4 +1,4 @@
-"""Id maps as runs of equal ids: a sixth of the time that a PNG takes to read."""
+"""Id maps as runs of equal ids: segments are long runs, which saves nearly all work on pixels."""
 
 from __future__ import annotations
 
@@ -6,11 +6,47 @@ import zlib
 
 import numpy as np
 
-from data_pipelines.placement import run_starts
+
+def run_starts(values: np.ndarray) -> np.ndarray:
+    """Where runs of equal values begin: positions [R] int64 ascending in `values` [N], N >= 1."""
+    return np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
+
+
+def keep_largest_segments(
+    segment_ids: np.ndarray, max_segments: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Renumbers an id map after a crop so that 1..n are the segments which still have pixels.
+
+    Segments without a pixel are gone. Of more than `max_segments`, the largest stay (by pixels on
+    this map; the lower id wins a tie) and the pixels of the others become void.
+
+    Args:
+      segment_ids: [H, W] unsigned integers, 0 void, small (they index a table).
+      max_segments: how many may stay, 1 to 65535.
+
+    Returns:
+      The new map [H, W], uint8 if max_segments <= 255 and uint16 otherwise, and rows [n] int64
+      ascending: new id i+1 was id rows[i]+1, that is, row rows[i] of the tables.
+    """
+    flat = segment_ids.ravel()
+    starts = run_starts(flat)
+    ids, lengths = flat[starts], np.diff(starts, append=flat.size)
+    counts = np.bincount(ids, lengths, minlength=1)[1:]
+    rows = np.flatnonzero(counts)
+    if len(rows) > max_segments:
+        by_area = np.argsort(-counts[rows], kind="stable")
+        rows = np.sort(rows[by_area[:max_segments]])
+    dtype = np.uint8 if max_segments <= 255 else np.uint16
+    if len(rows) == len(counts):
+        # Most often the crop leaves every segment, and every id.
+        return segment_ids.astype(dtype, copy=False), rows
+    renumber = np.zeros(len(counts) + 1, dtype)
+    renumber[rows + 1] = np.arange(1, len(rows) + 1)
+    return np.repeat(renumber[ids], lengths).reshape(segment_ids.shape), rows
 
 
 def encode_runs(segment_ids: np.ndarray) -> bytes:
-    """The runs of an id map along its rows, deflated.
+    """The runs of an id map along its rows, deflated: a sixth of the time that a PNG takes to read.
 
     Args:
       segment_ids: [H, W] uint8 or uint16, not empty.

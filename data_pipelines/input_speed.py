@@ -112,7 +112,9 @@ def measure_input_speed(
 
 def _decode(paths: list[pathlib.Path]) -> None:
     for path in paths:
-        np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"))
+        image = Image.open(io.BytesIO(path.read_bytes()))
+        # Pillow's `convert` copies what is RGB already.
+        np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _run(loader: SegmentationLoader, steps: range) -> None:
@@ -147,8 +149,7 @@ def _profile(
         where = augment.sample_jitter(rng, *ids.shape, size)
         canvas = canvases[number % batch_size]
         timed(_RESAMPLE, placement.place_image, np.asarray(image), where, size, canvas=canvas)
-        ids = timed("id map: the same", placement.place_ids, ids, where)
-        ids, _ = timed("id map: renumber", augment.keep_largest_segments, ids, 100)
+        ids, _ = timed("id map: the same, renumber", placement.place_segments, ids, where, 100)
         height, width = ids.shape
         timed("batch", np.copyto, maps[number % batch_size][:height, :width], ids)
     # A source reads both at once; what the image costs alone is known.

@@ -19,6 +19,7 @@ from PIL import Image
 
 from concat_jax.training.prefetch import prefetch
 from data_pipelines import augment as geometry
+from data_pipelines.id_runs import keep_largest_segments
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.source import DataError, ImageRecord, Source, UnseenImages, treat_unseen
 
@@ -255,11 +256,11 @@ class SegmentationLoader:
         record = self.records[index]
         image, segment_ids = self.source.read(record)
         length = max(self._max_segments, len(record.labels))
-        segment_ids, tables = self._tables(record, segment_ids, length)
+        segment_ids, rows = keep_largest_segments(segment_ids, length)
         return {
             "image": np.array(image),
             "segment_ids": segment_ids,
-            **tables,
+            **self._tables(record, rows, segment_ids.shape, length),
             "file_name": record.file_name,
         }
 
@@ -295,7 +296,7 @@ class SegmentationLoader:
             # Of the whole image, not only what the crop leaves, and never skipped.
             check_no_leak(self._training, [index])
         record = self._training.records[index]
-        _, placed = geometry.augment_example(
+        _, placed, rows = geometry.augment_example(
             self._augment,
             np.random.default_rng([self._seed, position, _JITTER_STREAM]),
             image,
@@ -303,13 +304,13 @@ class SegmentationLoader:
             record.labels,
             self._size,
             scale_range=self._scale_range,
+            max_segments=self._max_segments,
             max_class_area=self._max_class_area,
             canvas=canvas,
         )
-        placed, tables = self._tables(record, placed, self._max_segments)
         height, width = placed.shape
         id_canvas[:height, :width] = placed
-        return tables
+        return self._tables(record, rows, placed.shape, self._max_segments)
 
     @functools.cached_property
     def _caption_segments(self) -> np.ndarray:
@@ -359,10 +360,9 @@ class SegmentationLoader:
         raise DataError("Not one of the training images can be used.")
 
     def _tables(
-        self, record: ImageRecord, segment_ids: np.ndarray, length: int
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        # The id map renumbered, its size unchanged, and all fields that are not pixels.
-        segment_ids, rows = geometry.keep_largest_segments(segment_ids, length)
+        self, record: ImageRecord, rows: np.ndarray, image_size: tuple[int, int], length: int
+    ) -> dict[str, np.ndarray]:
+        # All fields that are not pixels.
         labels = record.labels[rows]
         tables = {
             "segment_labels": labels,
@@ -370,9 +370,9 @@ class SegmentationLoader:
             "segment_is_crowd": record.is_crowd[rows],
             "segment_source_ids": record.source_ids[rows],
         }
-        return segment_ids, {
+        return {
             "image_id": np.int64(record.image_id),
-            "image_size": np.array(segment_ids.shape, np.int32),
+            "image_size": np.array(image_size, np.int32),
             **{
                 name: geometry.pad_table(values, length, geometry.TABLE_PADDING[name])
                 for name, values in tables.items()

@@ -14,6 +14,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from data_pipelines.id_runs import keep_largest_segments
+
 # detectron2's FixedSizeCrop pads images with 128, close to the mean that is subtracted later.
 IMAGE_PADDING = 128
 
@@ -72,20 +74,23 @@ def place(
     placement: Placement,
     size: int,
     *,
+    max_segments: int,
     canvas: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Puts an image onto a canvas, and its id map into the same place.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Puts an image onto a canvas, and its segments into the same place.
 
     Args:
       image: [H, W, 3] uint8, or an RGB PIL image.
       segment_ids: [H, W] uint8 or uint16.
       placement: where it goes.
       size: side S of the canvas.
+      max_segments: how many segments may stay, as for `keep_largest_segments`.
       canvas: [S, S, 3] uint8 contiguous, to be written all over; None takes a new one.
 
     Returns:
-      image [S, S, 3] uint8 (padding 128), and segment_ids [h, w] of the input's type, which are
-      those of the valid area at the image's upper left; `pad_ids` pads them.
+      image [S, S, 3] uint8 (padding 128); segment_ids [h, w] of the valid area at its upper left,
+      renumbered without what is not seen there, and the rows [n] that they had before: see
+      `keep_largest_segments`. `pad_ids` pads them.
 
     Raises:
       ValueError: if image and id map differ in size.
@@ -97,7 +102,7 @@ def place(
             "[H, W, 3] and an id map of the same size."
         )
     placed = place_image(image, placement, size, canvas=canvas)
-    return placed, place_ids(segment_ids, placement)
+    return placed, *place_segments(segment_ids, placement, max_segments)
 
 
 def place_image(
@@ -125,11 +130,20 @@ def place_image(
     return canvas
 
 
-def place_ids(segment_ids: np.ndarray, placement: Placement) -> np.ndarray:
-    """The id map of `place`, [h, w]."""
+def place_segments(
+    segment_ids: np.ndarray, placement: Placement, max_segments: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The segment_ids [h, w] and rows [n] of `place`."""
+    ids = _window(segment_ids, placement)
     height, width = placement.resized
-    window = _window(segment_ids, placement)
-    return cv2.resize(window, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    # Enlarging loses no segment, so the smaller of the two maps tells which there are.
+    enlarges = height >= ids.shape[0] and width >= ids.shape[1]
+    if enlarges:
+        ids, rows = keep_largest_segments(ids, max_segments)
+    ids = cv2.resize(ids, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    if not enlarges:
+        ids, rows = keep_largest_segments(ids, max_segments)
+    return ids, rows
 
 
 def pad_ids(segment_ids: np.ndarray, size: int) -> np.ndarray:
@@ -142,8 +156,3 @@ def pad_ids(segment_ids: np.ndarray, size: int) -> np.ndarray:
 def _window(pixels: np.ndarray, placement: Placement) -> np.ndarray:
     window = pixels[slice(*placement.rows), slice(*placement.columns)]
     return cv2.flip(window, 1) if placement.mirrored else window
-
-
-def run_starts(values: np.ndarray) -> np.ndarray:
-    """Where runs of equal values begin: positions [R] int64 ascending in `values` [N], N >= 1."""
-    return np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])

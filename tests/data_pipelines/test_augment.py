@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import augment, placement
+from data_pipelines import augment, id_runs, placement
 
 
 def _random_image(height, width, seed=0):
@@ -24,6 +24,13 @@ def _whole(ids, resized, mirrored=False):
     return placement.Placement((0, ids.shape[0]), (0, ids.shape[1]), resized, mirrored)
 
 
+def _place(image, ids, where, size, **options):
+    """Image and id map, as many segments as there are."""
+    out, out_ids, rows = placement.place(image, ids, where, size, max_segments=65535, **options)
+    # With the numbers that they had.
+    return out, np.concatenate([[0], rows + 1])[out_ids]
+
+
 def _interior(ids, margin):
     """[H, W] bool: every pixel within `margin` has the same id (bilinear cannot have mixed)."""
     inside = np.zeros(ids.shape, bool)
@@ -40,7 +47,7 @@ def _interior(ids, margin):
 @pytest.mark.parametrize("seed", range(12))
 def test_jitter_keeps_image_and_ids_aligned(seed):
     image, ids, colours = _blocks()
-    out, out_ids = augment.augment_example(
+    out, out_ids, rows = augment.augment_example(
         "lsj",
         np.random.default_rng(seed),
         Image.fromarray(image),
@@ -48,6 +55,7 @@ def test_jitter_keeps_image_and_ids_aligned(seed):
         np.arange(12),
         64,
         scale_range=(0.5, 2.0),
+        max_segments=300,
     )
     height, width = out_ids.shape
     assert out.shape == (64, 64, 3) and max(height, width) <= 64 and out_ids.dtype == np.uint16
@@ -55,7 +63,9 @@ def test_jitter_keeps_image_and_ids_aligned(seed):
     assert (out_ids > 0).all()
     inside = _interior(out_ids, 2)
     assert inside.sum() > 100
-    np.testing.assert_array_equal(out[:height, :width][inside], colours[out_ids[inside]])
+    np.testing.assert_array_equal(
+        out[:height, :width][inside], colours[1 + rows[out_ids[inside] - 1]]
+    )
 
 
 def test_a_window_is_what_the_whole_resized_image_shows_there():
@@ -68,7 +78,7 @@ def test_a_window_is_what_the_whole_resized_image_shows_there():
     for top, left in [(0, 0), (7, 33), (7, 13)]:
         where = placement.resize_then_cut((30, 41), (71, 97), (top, left), 64)
         assert where.resized == (64, 64)
-        out, out_ids = placement.place(image, ids, where, 64)
+        out, out_ids = _place(image, ids, where, 64)
         assert out_ids.shape == (64, 64)
         assert np.abs(out.astype(int) - whole[top : top + 64, left : left + 64]).max() <= 6
 
@@ -85,8 +95,8 @@ def test_a_window_is_widened_to_whole_source_pixels_by_hand():
 def test_mirroring_reverses_the_valid_area_and_pads_at_the_same_corner():
     # Sizes at which no pixel centre falls between two source pixels: either may win there.
     image, ids, _ = _blocks()
-    plain = placement.place(image, ids, _whole(ids, (20, 32)), 48)
-    mirrored = placement.place(image, ids, _whole(ids, (20, 32), True), 48)
+    plain = _place(image, ids, _whole(ids, (20, 32)), 48)
+    mirrored = _place(image, ids, _whole(ids, (20, 32), True), 48)
     assert plain[1].shape == mirrored[1].shape == (20, 32)
     np.testing.assert_array_equal(mirrored[0][:20, :32], plain[0][:20, :32][:, ::-1])
     np.testing.assert_array_equal(mirrored[1], plain[1][:, ::-1])
@@ -96,7 +106,7 @@ def test_mirroring_reverses_the_valid_area_and_pads_at_the_same_corner():
 def test_same_size_placement_is_the_identity_and_takes_pil_images():
     image, ids = _random_image(32, 32), np.arange(1024, dtype=np.uint16).reshape(32, 32)
     for given in (image, Image.fromarray(image)):
-        out, out_ids = placement.place(given, ids, _whole(ids, (32, 32)), 32)
+        out, out_ids = _place(given, ids, _whole(ids, (32, 32)), 32)
         np.testing.assert_array_equal(out, image)
         np.testing.assert_array_equal(out_ids, ids)
 
@@ -105,7 +115,7 @@ def test_place_refuses_sizes_that_differ():
     ids = np.zeros((30, 41), np.uint8)
     for image in (_random_image(30, 40), _random_image(30, 41)[..., 0]):
         with pytest.raises(ValueError, match=r"The image is \(30, 4.* id map is \(30, 41\); give"):
-            placement.place(image, ids, _whole(ids, (3, 4)), 8)
+            _place(image, ids, _whole(ids, (3, 4)), 8)
 
 
 def test_jitter_geometry_over_many_draws():
@@ -153,20 +163,20 @@ def test_bad_scale_range(scale_range):
 
 def test_keep_largest_segments_by_hand():
     ids = np.array([[0, 2, 2, 2], [5, 5, 4, 4], [7, 0, 0, 2]], np.uint16)  # 2: 4, 5: 2, 4: 2, 7: 1
-    new, rows = augment.keep_largest_segments(ids, 10)
+    new, rows = id_runs.keep_largest_segments(ids, 10)
     assert rows.tolist() == [1, 3, 4, 6] and new.dtype == np.uint8
     assert new.tolist() == [[0, 1, 1, 1], [3, 3, 2, 2], [4, 0, 0, 1]]
-    new, rows = augment.keep_largest_segments(ids, 2)
+    new, rows = id_runs.keep_largest_segments(ids, 2)
     assert rows.tolist() == [1, 3]  # 4 wins the tie against 5
     assert new.tolist() == [[0, 1, 1, 1], [0, 0, 2, 2], [0, 0, 0, 1]]
-    assert augment.keep_largest_segments(ids, 256)[0].dtype == np.uint16
-    new, rows = augment.keep_largest_segments(np.zeros((2, 2), np.uint8), 3)
+    assert id_runs.keep_largest_segments(ids, 256)[0].dtype == np.uint16
+    new, rows = id_runs.keep_largest_segments(np.zeros((2, 2), np.uint8), 3)
     assert rows.tolist() == [] and not new.any()
 
 
 def test_more_than_255_segments_survive_in_sixteen_bits():
     ids = np.arange(400, dtype=np.uint16).reshape(20, 20)
-    new, rows = augment.keep_largest_segments(ids, 400)
+    new, rows = id_runs.keep_largest_segments(ids, 400)
     np.testing.assert_array_equal(new, ids)
     assert len(rows) == 399
 
@@ -209,7 +219,7 @@ def test_enlarging_is_that_of_pil(factor, mirrored):
     # Both are bilinear; OpenCV has 11 bits of weight where PIL has 22.
     image, ids = _random_image(70, 61, seed=3), np.zeros((70, 61), np.uint8)
     resized = (round(70 * factor), round(61 * factor))
-    out, out_ids = placement.place(image, ids, _whole(ids, resized, mirrored), 256)
+    out, out_ids = _place(image, ids, _whole(ids, resized, mirrored), 256)
     assert out_ids.shape == resized
     expected = np.asarray(Image.fromarray(image).resize(resized[::-1], 2)).astype(int)
     expected = expected[:, ::-1] if mirrored else expected
@@ -232,7 +242,7 @@ def test_shrinking_comes_near_to_that_of_pil(factor, mirrored):
     # Pillow's bilinear filter widens with the factor, as detectron2's resize does.
     image, ids = _scene(240, 320), np.zeros((240, 320), np.uint8)
     resized = (round(240 / factor), round(320 / factor))
-    out, out_ids = placement.place(image, ids, _whole(ids, resized, mirrored), 300)
+    out, out_ids = _place(image, ids, _whole(ids, resized, mirrored), 300)
     assert out_ids.shape == resized
 
     def shrink(filter):
@@ -251,7 +261,7 @@ def test_shrinking_comes_near_to_that_of_pil(factor, mirrored):
 def test_shrinking_by_a_whole_factor_is_the_mean(factor):
     image, ids = _random_image(30, 60, seed=3), np.zeros((30, 60), np.uint8)
     resized = (30 // factor, 60 // factor)
-    out, _ = placement.place(image, ids, _whole(ids, resized), 40)
+    out, _ = _place(image, ids, _whole(ids, resized), 40)
     expected = image.reshape(resized[0], factor, resized[1], factor, 3).mean((1, 3))
     assert np.abs(out[: resized[0], : resized[1]] - expected).max() <= 1
 
@@ -261,7 +271,7 @@ def test_shrinking_by_a_whole_factor_is_the_mean(factor):
 def test_tiny_images(height, width, factor):
     image, ids = _random_image(height, width), np.ones((height, width), np.uint16)
     resized = (height * factor, width * factor)
-    out, out_ids = placement.place(image, ids, _whole(ids, resized), 64)
+    out, out_ids = _place(image, ids, _whole(ids, resized), 64)
     assert out_ids.shape == resized and out_ids.all()
     expected = np.asarray(Image.fromarray(image).resize(resized[::-1], 2)).astype(int)
     assert np.abs(out[: resized[0], : resized[1]] - expected).max() <= 1
@@ -274,8 +284,10 @@ def test_ids_are_the_nearest_pixels_of_the_window(rows, mirrored):
     columns = (7, 50)
     for resized in [(64, 64), (20, 31), (rows[1] - rows[0], 43)]:
         where = placement.Placement(rows, columns, resized, mirrored)
-        out = placement.place_ids(ids, where)
+        out, kept = placement.place_segments(ids, where, 900)
         assert out.dtype == np.uint16 and out.shape == resized
+        assert np.unique(out[out > 0]).tolist() == list(range(1, len(kept) + 1))
+        out = np.concatenate([[0], kept + 1])[out]
         for y in range(resized[0]):
             for x in range(resized[1]):
                 column = resized[1] - 1 - x if mirrored else x
@@ -286,14 +298,26 @@ def test_ids_are_the_nearest_pixels_of_the_window(rows, mirrored):
                 assert out[y, x] == ids[source]
 
 
+@pytest.mark.parametrize("resized", [(3, 4), (12, 16), (48, 64)])
+def test_of_too_many_segments_the_largest_in_the_window_stay(resized):
+    ids = np.zeros((12, 20), np.uint8)
+    ids[:, :8], ids[:, 8:12], ids[:4, 12:16], ids[:, 16:] = 1, 2, 3, 4  # 4 is out of the window
+    where = placement.Placement((0, 12), (0, 16), resized)
+    out, rows = placement.place_segments(ids, where, 3)
+    assert rows.tolist() == [0, 1, 2]
+    out, rows = placement.place_segments(ids, where, 2)
+    assert rows.tolist() == [0, 1] and out.shape == resized
+    assert [(out == k).mean() for k in range(3)] == [1 / 4, 1 / 2, 1 / 4]
+
+
 def test_a_canvas_is_written_all_over():
     image, ids, _ = _blocks()
     cut = placement.resize_then_cut((60, 80), (90, 120), (26, 50), 64, mirrored=True)
     for where in (_whole(ids, (20, 30)), cut):
         canvas = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        out, _ = placement.place(image, ids, where, 64, canvas=canvas)
+        out, _ = _place(image, ids, where, 64, canvas=canvas)
         assert out is canvas
-        np.testing.assert_array_equal(out, placement.place(image, ids, where, 64)[0])
+        np.testing.assert_array_equal(out, _place(image, ids, where, 64)[0])
 
 
 def test_padding_of_ids():
@@ -307,7 +331,7 @@ def test_keep_largest_segments_on_random_maps():
     rng = np.random.default_rng(0)
     for limit in (1, 3, 30):
         ids = rng.integers(0, 20, (17, 23)).astype(np.uint16)
-        new, rows = augment.keep_largest_segments(ids, limit)
+        new, rows = id_runs.keep_largest_segments(ids, limit)
         areas = [(-(ids == value).sum(), value) for value in range(1, 20) if (ids == value).any()]
         kept = sorted(value for _, value in sorted(areas)[:limit])
         assert (rows + 1).tolist() == kept
@@ -378,15 +402,16 @@ def test_semantic_examples_are_functions_of_the_generator():
             np.arange(12),
             48,
             scale_range=(0.5, 1.5),
+            max_segments=12,
         )
 
     for left, right in zip(draw("semantic", 1), draw("semantic", 1), strict=True):
         np.testing.assert_array_equal(left, right)
     drawn = [draw("semantic", seed) for seed in range(12)]
-    assert len({out.tobytes() for out, _ in drawn}) == 12
+    assert len({out.tobytes() for out, _, _ in drawn}) == 12
     # Shortest edges of 24 to 72: an image of 60 x 80 is cut at 48 or padded.
-    assert all(24 <= ids.shape[0] <= 48 and 32 <= ids.shape[1] <= 48 for _, ids in drawn)
-    colours = {tuple(out[0, 0]) for out, _ in drawn}
+    assert all(24 <= ids.shape[0] <= 48 and 32 <= ids.shape[1] <= 48 for _, ids, _ in drawn)
+    colours = {tuple(out[0, 0]) for out, _, _ in drawn}
     assert len(colours) > 6
     letterboxed = draw("none", 0)
     np.testing.assert_array_equal(letterboxed[0], draw("none", 1)[0])

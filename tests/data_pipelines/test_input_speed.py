@@ -15,7 +15,7 @@ def test_measures_every_variant_and_part_once_a_round(shared_data):
         rounds=2,
     )
     assert list(measured["whole"]) == [input_speed.RAW, input_speed.FOLDER, input_speed.SHARDS]
-    assert len(measured["parts"]) == 6
+    assert len(measured["parts"]) == 5
     for seconds in [*measured["whole"].values(), *measured["parts"].values()]:
         assert len(seconds) == 2 and all(0 < value < 10 for value in seconds)
 
