@@ -5,6 +5,7 @@ python -m concat_jax.main --config=configs/demo_zps.py --workdir=runs/demo
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -23,7 +24,12 @@ from concat_jax.training.loop import NonFiniteLossError, Preempted
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if absent.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts: jax.distributed first.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Several hosts. TPU pods, SLURM, Open MPI and Kubernetes are recognised; elsewhere set "
+    "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on every host.",
+)
 
 
 def run(config, workdir: str) -> dict:
@@ -83,9 +89,23 @@ def config_and_workdir() -> tuple[ml_collections.ConfigDict, str]:
 
 
 def join_hosts() -> None:
-    """Meet the other hosts, if the flag --distributed says that there are some."""
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+    """Meet the other hosts, if the flag --distributed says that there are some.
+
+    Raises:
+      ValueError: if JAX can tell neither from the cluster nor from the environment who they are.
+    """
+    if not _DISTRIBUTED.value:
+        return
+    given = {name: os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
+    try:
+        # JAX reads the coordinator's address itself, but not these two.
+        num_processes, process_id = (value and int(value) for value in given.values())
+        jax.distributed.initialize(num_processes=num_processes, process_id=process_id)
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed does not find the other hosts ({str(error).rstrip('.')}): set "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID on every host."
+        ) from error
 
 
 def parse_flags(argv: list[str]) -> list[str]:

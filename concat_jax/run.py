@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
@@ -36,7 +35,13 @@ from concat_jax.training.loop import LoopConfig, train_stage
 from concat_jax.training.metric_writer import MetricWriter, format_seconds
 from concat_jax.training.optimizer import OptimizerConfig
 from concat_jax.training.prefetch import prefetch
-from concat_jax.training.sharding import make_mesh, replicated
+from concat_jax.training.sharding import (
+    along_batch,
+    copy_to_host,
+    inference_mesh,
+    make_mesh,
+    replicated,
+)
 from concat_jax.training.state import light_compiler_options
 from concat_jax.training.warm_start import copy_parameters
 from concat_jax.weights.clip import params_fingerprint
@@ -95,10 +100,11 @@ class Run:
         self.mesh: Mesh = make_mesh(config.mesh.fsdp, config.mesh.devices or None)
         self._given: dict[tuple[str, str], Params] = {}
         self._text: dict[tuple[str, Vocabulary], np.ndarray] = {}
-        self._predict = make_predict(self.networks, self.eval_vocabulary, self.eval)
-        self._calibrated_predict = calibration.make_calibrated_predict(
-            self.networks, self.eval_vocabulary, self.eval
-        )
+        self._inference_mesh = inference_mesh(self.mesh, self.eval.batch_size)
+        split = along_batch(self._inference_mesh)
+        inference = (self.networks, self.eval_vocabulary, self.eval, split)
+        self._predict = make_predict(*inference)
+        self._calibrated_predict = calibration.make_calibrated_predict(*inference)
         self._check_order()
         if trains:
             for name in config.stages:
@@ -338,12 +344,15 @@ class Run:
         return self._text[source, vocabulary]
 
     def _inference_inputs(self, name: str) -> tuple[Params, jax.Array]:
-        """Segmentor and projector that hold after stage `name`, and its text embeddings."""
+        """Segmentor and projector that hold after stage `name`, and its text embeddings.
+
+        They lie on this host's devices, which predict without those of other hosts.
+        """
         sources = {**self.stages[name].takes}
         sources |= {subtree: name for subtree in self.make_stage(name).trains}
         params = {s: self.give(s, sources[s]) for s in ("segmentor", "projector")}
         text = self.text_embeddings(self.clip_source(name), self.eval_vocabulary)
-        return params, jnp.asarray(text)
+        return copy_to_host((params, text), self._inference_mesh)
 
     def sweep(
         self, name: str, examples: Iterable[tuple[Mapping, Mapping]], gammas: Iterable[float]
@@ -374,15 +383,15 @@ class Run:
         params, text = self._inference_inputs(name)
         predict = self._predict
         folder = self.workdir / name
-        leads = jax.process_index() == 0  # every host predicts, one writes
+        leads = jax.process_index() == 0  # shows pictures of the images that are its own
         summary = evaluate(
             lambda images, sizes: predict(params, text, images, sizes),
-            self.datasets.evaluation(),
+            self.datasets.evaluation(jax.process_index(), jax.process_count()),
             self.eval_vocabulary,
             self.eval,
             name=name,
             picture_folder=folder if leads else None,
-            coco_folder=folder if leads and self.config.eval.write_coco else None,
+            coco_folder=folder if self.config.eval.write_coco else None,
         )
         writer = MetricWriter(folder, tensorboard=self.config.tensorboard)
         step = self.stages[name].steps

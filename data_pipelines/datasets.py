@@ -41,7 +41,8 @@ class Datasets:
       captions: (batch size, side) -> batch function giving "image" [B, side, side, 3] uint8 and
         "captions", a list of B strings.
       caption_words: every word a caption or a class name can hold.
-      evaluation: () -> pairs (example at native size, the same fitted to the input size).
+      evaluation: () -> pairs (example at native size, the same fitted to the input size) of all
+        images, or (process_index, process_count) -> those of this host's share of the images.
       check_clip_targets: what the targets must have been made with (fields of the cache's manifest)
         -> None; raises ClipTargetError unless the configured cache is of that and of this data,
         complete and undamaged. None where no cache is configured.
@@ -55,7 +56,7 @@ class Datasets:
     train: Callable[[int], BatchFn]
     captions: Callable[[int, int], BatchFn]
     caption_words: tuple[str, ...]
-    evaluation: Callable[[], Iterable[tuple[Mapping, Mapping]]]
+    evaluation: Callable[..., Iterable[tuple[Mapping, Mapping]]]
     check_clip_targets: Callable[[Mapping[str, Any]], None] | None = None
     eval_vocabulary: Vocabulary | None = None
     oracle: Callable[[int], BatchFn] | None = None
@@ -126,7 +127,7 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
         captions=captions,
         caption_words=synthetic_world.word_list(config["preset"]),
         oracle=functools.partial(scenes, classes="all"),
-        evaluation=lambda: ((example, example) for example in test.eval_examples()),
+        evaluation=lambda *share: ((example, example) for example in test.eval_examples(*share)),
     )
 
 
@@ -192,9 +193,9 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
         train=train,
         captions=captions,
         caption_words=tuple(words),
-        evaluation=lambda: (
+        evaluation=lambda *share: (
             (example, resize_longest(example, config["eval_size"]))
-            for example in test.eval_examples()
+            for example in test.eval_examples(*share)
         ),
         check_clip_targets=check_clip_targets if target_folder else None,
         eval_vocabulary=test.vocabulary if elsewhere else None,

@@ -234,9 +234,12 @@ class SyntheticWorld:
         examples = [self.example(first + b) for b in range(self.batch_size)]
         return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
-    def eval_examples(self) -> Iterator[dict]:
-        """The first `num_eval_images` scenes one by one: `example` and "file_name" (str)."""
-        for index in range(self.num_eval_images):
+    def eval_examples(self, process_index: int = 0, process_count: int = 1) -> Iterator[dict]:
+        """The first `num_eval_images` scenes one by one: `example` and "file_name" (str).
+
+        Of `process_count` hosts, each draws every process_count-th scene from its index on.
+        """
+        for index in range(process_index, self.num_eval_images, process_count):
             yield self.example(index) | {"file_name": f"{self.split}_{index:06d}.png"}
 
 

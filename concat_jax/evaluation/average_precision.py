@@ -13,7 +13,8 @@ recall at IoU 0.5 and 100 detections: "ap50" and "recall50" here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -54,6 +55,9 @@ class _Detections:
     scores: np.ndarray
     ranks: np.ndarray
     outcomes: np.ndarray
+
+
+_FIELDS = dataclasses.fields(_Detections)
 
 
 class AveragePrecision(ClassCounts):
@@ -193,6 +197,34 @@ class AveragePrecision(ClassCounts):
         super().merge(other)
         self._images |= other._images
 
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        images = self._images
+        return {
+            **super().to_arrays(),
+            "image_ids": np.array(list(images), np.int64),
+            "lengths": np.array([len(image.scores) for image in images.values()], np.int64),
+            **self._concatenated(images.values()),
+        }
+
+    def restored(self, arrays: Mapping[str, np.ndarray]) -> Self:
+        other = super().restored(arrays)
+        ends = np.cumsum(arrays["lengths"])
+        parts = [np.split(arrays[field.name], ends)[:-1] for field in _FIELDS]
+        images = (_Detections(*image) for image in zip(*parts, strict=True))
+        other._images = dict(zip(arrays["image_ids"].tolist(), images, strict=True))
+        return other
+
+    def _concatenated(self, images: Iterable[_Detections]) -> dict[str, np.ndarray]:
+        empty = _Detections(
+            *(np.zeros(0, dtype) for dtype in (np.int16, np.float64, np.uint16)),
+            np.zeros((0, len(AREA_RANGES), len(self.thresholds)), np.int8),
+        )
+        images = (empty, *images)
+        return {
+            field.name: np.concatenate([getattr(image, field.name) for image in images])
+            for field in _FIELDS
+        }
+
     def _curves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Precision summed up and recall of every class.
 
@@ -205,15 +237,8 @@ class AveragePrecision(ClassCounts):
         recall = np.full((*sizes[:2], len(MAX_DETECTIONS), sizes[2]), np.nan)
         detections = np.zeros(self.num_classes, np.int64)
         true_positives = np.zeros((self.num_classes, sizes[2]), np.int64)
-        images = [self._images[image_id] for image_id in sorted(self._images)]
-        if images:
-            labels, scores, ranks, outcomes = (
-                np.concatenate([getattr(image, field.name) for image in images])
-                for field in dataclasses.fields(_Detections)
-            )
-        else:
-            labels, scores, ranks = (np.zeros(0, np.int64) for _ in range(3))
-            outcomes = np.zeros((0, *sizes[1:]), np.int8)
+        images = (self._images[image_id] for image_id in sorted(self._images))
+        labels, scores, ranks, outcomes = self._concatenated(images).values()
         by_class = np.argsort(labels, kind="stable")
         bounds = np.searchsorted(labels[by_class], np.arange(self.num_classes + 1))
         for label in range(self.num_classes):

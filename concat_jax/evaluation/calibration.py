@@ -22,6 +22,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from concat_jax.evaluation.assign_pixels import assign_pixels
 from concat_jax.evaluation.evaluate import (
@@ -30,6 +31,7 @@ from concat_jax.evaluation.evaluate import (
     predict_batches,
     program_of,
     run_networks,
+    split_batch,
 )
 from concat_jax.evaluation.panoptic_inference import SegmentTables, rank_queries, settle_segments
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
@@ -60,13 +62,17 @@ class CalibratedOutput:
 
 
 def make_calibrated_predict(
-    networks: Networks, vocabulary: Vocabulary, config: EvalConfig
+    networks: Networks,
+    vocabulary: Vocabulary,
+    config: EvalConfig,
+    sharding: Sharding | None = None,
 ) -> Callable[..., CalibratedOutput]:
     """Makes (params, text, images, sizes, gammas) -> CalibratedOutput.
 
     `gammas` is [R] float32; the rest, the programs that are compiled and the rules are those of
-    `make_predict`, but for `config.gamma`, which has no part in it. Another γ compiles nothing;
-    another number of them only the small program behind the competition for pixels.
+    `make_predict`, as are the arguments, but for `config.gamma`, which has no part in it. Another γ
+    compiles nothing; another number of them only the small program behind the competition for
+    pixels.
     """
     is_thing = np.asarray(vocabulary.is_thing)
     is_seen = np.asarray(vocabulary.is_seen)
@@ -103,8 +109,9 @@ def make_calibrated_predict(
         return jax.vmap(at, out_axes=1)(gammas)
 
     def predict(params, text, images, sizes: Sizes, gammas) -> CalibratedOutput:
+        program = program_of(images.shape, sizes)
         class_probs, codes, counts = assign(
-            params, text, images, sizes, **program_of(images.shape, sizes)
+            params, text, *split_batch((images, sizes), sharding), **program
         )
         return CalibratedOutput(codes, settle(class_probs, counts, gammas))
 

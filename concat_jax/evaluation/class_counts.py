@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import numpy as np
@@ -43,6 +44,17 @@ class ClassCounts:
             )
         for name in self._SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All that was counted, to be sent elsewhere."""
+        return {name: np.asarray(getattr(self, name)) for name in self._SUMS}
+
+    def restored(self, arrays: Mapping[str, np.ndarray]) -> Self:
+        """An accumulator of this one's settings with the counts of `to_arrays` of another."""
+        other = copy.copy(self)
+        for name in self._SUMS:
+            setattr(other, name, arrays[name])
+        return other
 
     def _summary(
         self,

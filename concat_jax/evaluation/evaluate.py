@@ -15,9 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from concat_jax.configuration import check_choice
 from concat_jax.evaluation import pictures
+from concat_jax.evaluation.hosts import sum_over_hosts, total_over_hosts
 from concat_jax.evaluation.panoptic_inference import PanopticOutput, panoptic_inference
 from concat_jax.evaluation.score_images import (
     InstanceScore,
@@ -47,7 +49,8 @@ class EvalConfig:
     mask_threshold: mask probability from which a pixel is in the mask.
     overlap_threshold: share of its mask a segment must own.
     gamma: subtracted from seen classes' probabilities; 0 is no calibration.
-    batch_size: images a step.
+    batch_size: images a step of one host, which are split over as many of its devices as divide
+      this number.
     num_pictures: overlay pictures written, of panoptic maps.
     metrics: any of `METRICS`; the networks run once for all of them.
 
@@ -138,7 +141,12 @@ def run_networks(
     )
 
 
-def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig) -> Predict:
+def make_predict(
+    networks: Networks,
+    vocabulary: Vocabulary,
+    config: EvalConfig,
+    sharding: Sharding | None = None,
+) -> Predict:
     """Makes (params, text, images, sizes) -> Predictions.
 
     `params` holds "segmentor" and "projector"; text is [K, C]; images [B, H, W, 3] uint8; sizes
@@ -147,6 +155,13 @@ def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig)
 
     γ is subtracted before segments are named, and before semantic scores and instances are made;
     for these two a probability does not fall below 0.
+
+    Args:
+      networks: the networks.
+      vocabulary: K classes, which says what is thing or stuff, seen or unseen.
+      config: rules of post-processing, and what is needed of it.
+      sharding: of a batch over devices of this host, on all of which `params` lie. None leaves
+        images where JAX puts them.
     """
     is_thing = np.asarray(vocabulary.is_thing)
     is_seen = np.asarray(vocabulary.is_seen)
@@ -182,9 +197,15 @@ def make_predict(networks: Networks, vocabulary: Vocabulary, config: EvalConfig)
         return Predictions(panoptic, semantic, instance)
 
     def predict(params, text, images, sizes: Sizes) -> Predictions:
-        return run(params, text, images, sizes, **program_of(images.shape, sizes))
+        program = program_of(images.shape, sizes)
+        return run(params, text, *split_batch((images, sizes), sharding), **program)
 
     return predict
+
+
+def split_batch(batch: Any, sharding: Sharding | None) -> Any:
+    """A tree of arrays [B, ...] put on devices as a sharding says; as it is without one."""
+    return batch if sharding is None else jax.device_put(batch, sharding)
 
 
 def program_of(image_shape: Sequence[int], sizes: Sizes) -> dict[str, Any]:
@@ -219,6 +240,8 @@ def evaluate(
 ) -> dict:
     """Predict every image and score it at its native size, seen and unseen in one label space.
 
+    On several hosts each calls it with examples of its own, and all return the sum.
+
     Args:
       predict: (images [B, H, W, 3] uint8, `Sizes`) -> Predictions with maps at native size.
       examples: pairs of an example at native size and the same fitted to the input size. One with
@@ -229,7 +252,7 @@ def evaluate(
       picture_folder: where overlay pictures go, if any.
       coco_folder: where predictions go, if anywhere: COCO panoptic json and PNGs, COCO instance
         results (`instance_predictions.json`), label maps of category ids
-        (`semantic_predictions/`), for each metric.
+        (`semantic_predictions/`), for each metric. Several hosts must all see it.
 
     Returns:
       `PanopticQuality.summarize` if the panoptic metric is among them, with "semantic":
@@ -258,6 +281,7 @@ def evaluate(
                     if shows and len(rows) < config.num_pictures:
                         rows.append(comparison_row(native, result, vocabulary))
                 count += 1
+    count = total_over_hosts(count)
     if not count:
         raise ValueError("There is no image to evaluate; check the data section of the config.")
     if rows:
@@ -265,7 +289,10 @@ def evaluate(
         pictures.comparison_sheet(rows).save(picture_folder / PICTURES)
     seconds = time.monotonic() - start
     print(f"{name}: {count} images evaluated, {count / seconds:.1f} images/s", flush=True)
-    summaries = {metric: score.counts.summarize(vocabulary) for metric, score in scores.items()}
+    summaries = {
+        metric: sum_over_hosts(score.counts).summarize(vocabulary)
+        for metric, score in scores.items()
+    }
     speed = {"images": count, "images_per_second": count / seconds}
     return {**summaries.pop("panoptic", {}), **summaries, **speed}
 

@@ -129,7 +129,7 @@ class SemanticIoU(ClassCounts):
             }
 
         summary = self._summary(vocabulary, of_group, of_class, harmonic=METRICS)
-        summary["ignored_pixels"] = self.ignored
+        summary["ignored_pixels"] = int(self.ignored)
         return summary
 
 

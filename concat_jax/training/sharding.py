@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,6 +41,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def along_batch(mesh: Mesh) -> NamedSharding:
     """Axis 0 split over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def inference_mesh(mesh: Mesh, batch_size: int) -> Mesh:
+    """Of this host's devices as many as a batch of its own can be split over evenly.
+
+    Inference exchanges nothing between hosts, so that each can take images of another size and
+    compile programs of its own.
+    """
+    local = mesh.local_devices
+    devices = local[: math.gcd(batch_size, len(local))]
+    types = (AxisType.Auto, AxisType.Auto)
+    return Mesh(np.asarray(devices).reshape(-1, 1), AXES, axis_types=types)
+
+
+def copy_to_host(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that are replicated over all hosts, replicated over the devices of one.
+
+    Args:
+      tree: jax.Array on every device of the mesh of which `mesh` is a part, or numpy arrays.
+      mesh: of `inference_mesh`.
+    """
+    sharding = replicated(mesh)
+
+    def copy(leaf):
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        here = {shard.device: shard.data for shard in leaf.addressable_shards}
+        copies = [here[device] for device in mesh.devices.flat]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+
+    return jax.tree.map(copy, tree)
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

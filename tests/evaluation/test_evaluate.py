@@ -12,6 +12,7 @@ from concat_jax.evaluation.coco_format import read_panoptic
 from concat_jax.evaluation.evaluate import EvalConfig, Sizes, evaluate, make_predict, output_bucket
 from concat_jax.models.segmentor import SegmentorOutput
 from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.training.sharding import along_batch, inference_mesh, make_mesh
 
 VOCABULARY = Vocabulary(("cat", "sky"), (True, False), (True, True), (1, 2))
 STRIDE = 2
@@ -56,10 +57,10 @@ def example(number, height, width, boxed_size, valid):
     return native, {"image": image, "image_size": np.array(valid, np.int32)}
 
 
-def run(examples, tmp_path, batch_size, **settings):
+def run(examples, tmp_path, batch_size, *, sharding=None, **settings):
     calls = []
     config = EvalConfig(batch_size=batch_size, num_pictures=1, **settings)
-    predict = make_predict(fake_networks(calls), VOCABULARY, config)
+    predict = make_predict(fake_networks(calls), VOCABULARY, config, sharding)
     params = {"segmentor": {}, "projector": {}}
     summary = evaluate(
         lambda images, sizes: predict(params, None, images, sizes),
@@ -85,6 +86,25 @@ def test_padded_images_are_scored_at_their_own_size(tmp_path):
         assert set(np.unique(annotation.id_map)) == {1, 2}
     # Two programs, of the buckets 64x128 and 32x64; the padding is made known to the network.
     assert calls == [((2, 32, 32, 3), False)] * 2
+
+
+@pytest.mark.parametrize(("batch_size", "devices"), [(4, 4), (6, 2), (1, 1)])
+def test_a_batch_is_split_over_the_devices_that_divide_it(batch_size, devices, tmp_path):
+    sharding = along_batch(inference_mesh(make_mesh(devices=4), batch_size))
+    predict = make_predict(fake_networks([]), VOCABULARY, EvalConfig(), sharding)
+    sizes = Sizes(*[np.full((batch_size, 2), 32, np.int32)] * 2)
+    images = np.zeros((batch_size, 32, 32, 3), np.uint8)
+    output = predict({"segmentor": {}, "projector": {}}, None, images, sizes)
+    placed = output.panoptic.segment_ids.sharding
+    assert len(placed.device_set) == devices
+    assert placed.shard_shape((batch_size, 32, 32)) == (batch_size // devices, 32, 32)
+
+    shapes = [((48, 96), (16, 32)), ((60, 30), (32, 16)), ((20, 40), (16, 32))]
+    examples = [example(k, *native, 32, valid) for k, (native, valid) in enumerate(shapes)]
+    split, _ = run(examples, tmp_path, batch_size, sharding=sharding)
+    whole, _ = run(examples, tmp_path, batch_size)
+    # As NaN is equal to NaN here.
+    np.testing.assert_equal({**split, "images_per_second": 0}, {**whole, "images_per_second": 0})
 
 
 def test_unpadded_images_take_the_program_without_padding(tmp_path):
