@@ -22,12 +22,15 @@ def test_measures_every_variant_and_part_once_a_round(shared_data):
 
 def test_table_by_hand():
     measured = {
-        "whole": {input_speed.RAW: [0.002, 0.004, 0.003], input_speed.FOLDER: [0.006]},
+        "whole": {
+            input_speed.RAW: [0.002, 0.004, 0.003],
+            input_speed.FOLDER: [0.006, 0.008, 0.004],
+        },
         "parts": {"JPEG": [0.003], "rest": [0.001]},
     }
     table = input_speed.to_markdown(measured, 1024)
     assert "| JPEG to array, nothing else | 333 | 3.00 (2.00 to 4.00) | 1.00 |" in table
-    assert "| batches from the folder | 167 | 6.00 (6.00 to 6.00) | 0.50 |" in table
+    assert "| batches from the folder | 167 | 6.00 (4.00 to 8.00) | 0.50 |" in table
     assert "| JPEG | 3.00 | 75 % |" in table and "jitter to 1024" in table
 
 
