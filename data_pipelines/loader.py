@@ -1,8 +1,8 @@
 """Batches for training and examples for evaluation, from any source of images and segments.
 
 The loader is random access: `batch(step)` is a pure function of (seed, step, process), computed by
-PIL and numpy in threads, so a resumed run needs no iterator state. Where images come from is the
-source's business (see `source`); order, augmentation and the zero-shot rule are decided here.
+threads, so a resumed run needs no iterator state. Where images come from is the source's business
+(see `source`); order, augmentation and the zero-shot rule are decided here.
 """
 
 from __future__ import annotations
