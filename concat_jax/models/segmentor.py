@@ -5,8 +5,7 @@ query holds is decided outside, from `SegmentorOutput.queries`: by text through 
 projector, or by `LinearClassifier` where converted weights bring a linear head.
 """
 
-import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.configuration import check_choice
 from concat_jax.models.pixel_decoder import PixelDecoder
 from concat_jax.models.resnet import ResNet
 from concat_jax.models.swin import Swin
@@ -135,13 +135,6 @@ class Segmentor(nn.Module):
         return SegmentorOutput(queries, mask_embeddings, mask_features)
 
 
-def _check_keys(given: Collection[str], valid: Collection[str], where: str) -> None:
-    for key in given:
-        if key not in valid:
-            close = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
-            raise ValueError(f"{where} has no key {key!r}; did you mean {close[0]!r}?")
-
-
 def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
     """Build a segmentor from a plain nested mapping.
 
@@ -159,7 +152,8 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
     Raises:
         ValueError: an unknown key (the nearest valid one is named), kind or dtype.
     """
-    _check_keys(config, DEFAULTS, "The segmentor config")
+    for key in config:
+        check_choice(key, DEFAULTS, "The segmentor config has no key")
     settings = {**DEFAULTS, **config}
     dtype_name = settings["dtype"]
     if dtype_name not in DTYPES:
@@ -172,7 +166,8 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
         raise ValueError(f"Backbone kind is {kind!r}; use one of {', '.join(BACKBONES)}.")
     backbone_class = BACKBONES[kind]
     fields = set(backbone_class.__dataclass_fields__) - {"parent", "name", "dtype"}
-    _check_keys(backbone, sorted(fields), f"The backbone config of kind {kind!r}")
+    for key in backbone:
+        check_choice(key, sorted(fields), f"The backbone config of kind {kind!r} has no key")
     for field in ("num_groups", "remat"):
         if field in fields:
             backbone.setdefault(field, settings[field])
