@@ -123,8 +123,8 @@ def place_image(
     if block == 1:
         cv2.resize(window, (width, height), target, interpolation=cv2.INTER_LINEAR)
     else:
-        # Bilinearly to a multiple of the size, then whole blocks are averaged: that comes nearer to
-        # Pillow, in half the time, than OpenCV's averages over fractions of pixels.
+        # Bilinearly to a multiple of the size, then whole blocks are averaged: that is as near to
+        # Pillow as OpenCV's averages over fractions of pixels, in half the time.
         multiple = (width * block, height * block)
         window = cv2.resize(window, multiple, interpolation=cv2.INTER_LINEAR)
         cv2.resize(window, (width, height), target, interpolation=cv2.INTER_AREA)
