@@ -1,11 +1,7 @@
 """Two processes, as hosts of a cluster: they share an evaluation out, and run the demo's stages."""
 
 import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,11 +10,10 @@ from tests.evaluation.test_evaluate import example, run
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 METRICS = ("panoptic", "semantic", "instance")
 
 EVALUATION = """
-import json, os, sys
+import json, sys
 import jax
 from concat_jax.main import join_hosts
 from tests.slow.test_evaluation_hosts import evaluate_share
@@ -42,38 +37,7 @@ def evaluate_share(folder, process_index, process_count):
     return summary
 
 
-def run_hosts(*arguments):
-    """What two processes print, each told where it finds the other."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env=os.environ
-            | {
-                "JAX_PLATFORMS": "cpu",
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,  # where Python finds the packages
-        )
-        for index in range(2)
-    ]
-    try:
-        printed = [host.communicate(timeout=900)[0] for host in hosts]
-    finally:
-        for host in hosts:
-            host.kill()
-    assert [host.returncode for host in hosts] == [0, 0], "\n".join(printed)
-    return printed
-
-
-def test_two_hosts_score_as_one(tmp_path):
+def test_two_hosts_score_as_one(run_hosts, tmp_path):
     printed = run_hosts("-c", EVALUATION, str(tmp_path / "two"))
     lines = [line for text in printed for line in text.splitlines() if line.startswith("summary ")]
     first, second = (json.loads(line.removeprefix("summary ")) for line in lines)
@@ -98,7 +62,7 @@ def test_two_hosts_score_as_one(tmp_path):
     assert files[0] == files[1] and len(files[0]) == 12
 
 
-def test_two_hosts_run_every_stage(tmp_path):
+def test_two_hosts_run_every_stage(run_hosts, tmp_path):
     flags = ["--config=configs/demo_zps.py:smoke", f"--workdir={tmp_path}", "--distributed"]
     printed = run_hosts("-m", "concat_jax.main", *flags)
     tables = [text[text.index("\nrun ") : text.index("\nDone in")] for text in printed]
