@@ -26,7 +26,8 @@ def keep_largest_segments(
 
     Returns:
       The new map [H, W], uint8 if max_segments <= 255 and uint16 otherwise (the given array itself
-      where nothing is to change), and rows [n] int64 ascending: new id i+1 was id rows[i]+1, that is, row rows[i] of the tables.
+      where nothing is to change), and rows [n] int64 ascending: new id i+1 was id rows[i]+1, that
+      is, row rows[i] of the tables.
     """
     flat = segment_ids.ravel()
     starts = run_starts(flat)
