@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
-from absl import app, flags
 from PIL import Image
 
-from concat_jax.configuration import check_choice
-from concat_jax.evaluation.bar_chart import bar_chart
+from concat_jax.core import cli
+from concat_jax.core.config import check_choice
+from concat_jax.core.files import write_json
+from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation.calibration import calibrate
-from concat_jax.evaluation.report import markdown_table, write_report
-from concat_jax.main import config_and_workdir, parse_flags, run_command
+from concat_jax.evaluation.report import markdown_table
+from concat_jax.experiment.experiment import Run
 from concat_jax.query_space import PICTURE, draw
-from concat_jax.run import Run
-from concat_jax.training.metric_writer import format_seconds
+from concat_jax.visualize.bar_chart import bar_chart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +181,6 @@ COLUMNS = (
     ("hPQ at γ", "calibrated", "harmonic", "pq"),
 )
 
-_ROWS = flags.DEFINE_list("rows", list(SCORED), f"Any of {', '.join(SCORED)}.")
-_PRESET = flags.DEFINE_string("preset", None, "Another world than config.data.preset.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "How many: 0, 1, 2, …", 1)
-
 
 def with_rows(config: ml_collections.ConfigDict, seed: int) -> ml_collections.ConfigDict:
     """The config with every row as a stage of its own, for one seed.
@@ -263,7 +259,7 @@ def run_seed(
                 "calibrated": found.test[found.gamma],
                 "seconds": round(time.monotonic() - began, 1),
             }
-            write_report(files[row], cell)
+            write_json(files[row], cell)
             if seed == 0:  # one picture of each stage tells what the others would
                 draw(run, row).save(folder / row / PICTURE)
                 if generator := config.train[row].takes.get("generator"):
@@ -372,21 +368,29 @@ def ablation(
         print(f"\nAfter {seed + 1} of {seeds} seeds, mean ± deviation:\n{table}", flush=True)
     chart(cells).save(workdir / "ablation.png")
     (workdir / "ablation.md").write_text(table + "\n", encoding="utf-8")
-    write_report(workdir / "ablation.json", {"seeds": seeds, "rows": cells})
+    write_json(workdir / "ablation.json", {"seeds": seeds, "rows": cells})
     return table
 
 
-def main(argv: list[str]) -> None:
+def define_flags(flags: cli.Flags) -> None:
+    """The flags of this command, besides those of a config."""
+    flags.strings("rows", SCORED, f"Any of {', '.join(SCORED)}.")
+    flags.string("preset", None, "Another world than config.data.preset.")
+    flags.integer("seeds", 3, "How many: 0, 1, 2, …", 1)
+
+
+def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+    """What the flags ask for."""
+    config, workdir = cli.config_and_workdir(given)
+    if given.preset:
+        config.data.preset = given.preset
+    ablation(config, given.rows, given.seeds, workdir)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-
-    def command() -> None:
-        config, workdir = config_and_workdir()
-        if _PRESET.value:
-            config.data.preset = _PRESET.value
-        ablation(config, _ROWS.value, _SEEDS.value, Path(workdir))
-
-    run_command(argv, command)
+    cli.main(__doc__, define_flags, command, argv, with_config=True)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main()

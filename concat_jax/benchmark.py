@@ -39,7 +39,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
 
 from concat_jax.benchmarking.cases import (
     COMPARED_TASKS,
@@ -53,16 +52,15 @@ from concat_jax.benchmarking.cases import (
 )
 from concat_jax.benchmarking.reference import is_installed
 from concat_jax.benchmarking.report import machine, to_markdown
-from concat_jax.command_line import check_no_arguments, one_sentence
-from concat_jax.configuration import check_choice
-from concat_jax.host_memory import keep_freed_memory
-from concat_jax.main import parse_flags
+from concat_jax.core import cli
+from concat_jax.core.config import check_choice
+from concat_jax.core.runtime import keep_freed_memory
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.inference.images import read_image
+from concat_jax.models.backbones.swin import SWIN_VARIANTS
 from concat_jax.models.clip import make_clip
 from concat_jax.models.segmentor import LinearClassifier, make_segmentor
-from concat_jax.models.swin import SWIN_VARIANTS
 from concat_jax.predict import find_images
-from concat_jax.prediction.images import read_image
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.weights.hugging_face_folder import save_hf_folder
 from concat_jax.weights.model_folder import ModelCard, load_model, save_model
 
@@ -75,41 +73,38 @@ BACKBONES = {
 # Outputs of ours and the reference that are compared, by task.
 _COMPARED = {"forward": ("class_logits", "mask_logits"), "postprocess": (), "train": ()}
 
-_OUTPUT = flags.DEFINE_string("output", "benchmark", "Folder for benchmark.md and benchmark.json.")
-_MODEL = flags.DEFINE_string("model", "", "A converted model's folder; else random weights.")
-_BACKBONE = flags.DEFINE_string("backbone", "resnet50", "Of the random weights.")
-_TASKS = flags.DEFINE_list("tasks", list(COMPARED_TASKS), f"Any of {', '.join(TASKS)}.")
-_SIZES = flags.DEFINE_list("sizes", ["512", "800"], "512 or 800x1088: forward and postprocess.")
-_BATCH = flags.DEFINE_integer("batch", 1, "Images at once, but for the training tasks.", 1)
-_TRAIN_SIZES = flags.DEFINE_list("train_sizes", ["512"], "Sizes of train and alignment.")
-_TRAIN_BATCH = flags.DEFINE_integer("train_batch", 2, "Images of train and alignment.", 1)
-_SEGMENTS = flags.DEFINE_integer("segments", 12, "Annotated segments an image.", 1, 100)
-_CLIP = flags.DEFINE_string(
-    "clip",
-    "ViT-B/16",
-    "Of alignment, two_stage and query_stages: a variant's name, or make_clip's config in JSON.",
-)
-_IMAGES = flags.DEFINE_string(
-    "images",
-    "",
-    "Folder or glob of two_stage, panoptic json of panoptic_quality, else drawn; COCO's folder of "
-    "input_pipeline.",
-)
-_TWO_STAGE_SIZES = flags.DEFINE_list("two_stage_sizes", ["512"], "Sizes of two_stage.")
-_TWO_STAGE_IMAGES = flags.DEFINE_integer(
-    "two_stage_images", 20, "Images in all, of two_stage and panoptic_quality.", 1
-)
-# An average image of COCO panoptic has eleven segments, so ten is kind to the other side.
-_TWO_STAGE_MASKS = flags.DEFINE_list("two_stage_masks", ["10"], "Masks that CLIP sees of an image.")
-_INPUT_SIZE = flags.DEFINE_integer("input_size", 1024, "Side of input_pipeline's images.", 32)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of a case, after one to warm up.", 1)
-_SAME_ALLOCATOR = flags.DEFINE_bool(
-    "same_allocator", False, "Give the reference's train step the allocator setting of ours too."
-)
-_REFERENCE = flags.DEFINE_list(
-    "reference", ["torch"], "Any of torch and torch.compile; empty for none."
-)
+
+def define_flags(flags: cli.Flags) -> None:
+    """The flags of this command."""
+    flags.string("output", "benchmark", "Folder for benchmark.md and benchmark.json.")
+    flags.string("model", "", "A converted model's folder; else random weights.")
+    flags.string("backbone", "resnet50", "Of the random weights.")
+    flags.strings("tasks", COMPARED_TASKS, f"Any of {', '.join(TASKS)}.")
+    flags.strings("sizes", ["512", "800"], "512 or 800x1088: forward and postprocess.")
+    flags.integer("batch", 1, "Images at once, but for the training tasks.", 1)
+    flags.strings("train_sizes", ["512"], "Sizes of train and alignment.")
+    flags.integer("train_batch", 2, "Images of train and alignment.", 1)
+    flags.integer("segments", 12, "Annotated segments an image.", 1)
+    flags.string(
+        "clip",
+        "ViT-B/16",
+        "Of alignment, two_stage and query_stages: a variant, or make_clip's config in JSON.",
+    )
+    flags.string(
+        "images",
+        "",
+        "Folder or glob of two_stage, panoptic json of panoptic_quality, else drawn; COCO's folder "
+        "of input_pipeline.",
+    )
+    flags.strings("two_stage_sizes", ["512"], "Sizes of two_stage.")
+    flags.integer("two_stage_images", 20, "Images in all, of two_stage and panoptic_quality.", 1)
+    # An average image of COCO panoptic has eleven segments, so ten is kind to the other side.
+    flags.strings("two_stage_masks", ["10"], "Masks that CLIP sees of an image.")
+    flags.integer("input_size", 1024, "Side of input_pipeline's images.", 32)
+    flags.choice("dtype", "float32", ("float32", "bfloat16"), "Compute type.")
+    flags.integer("repeats", 5, "Timed calls of a case, after one to warm up.", 1)
+    flags.switch("same_allocator", "Give the reference's train step ours setting, too.")
+    flags.strings("reference", ["torch"], "Any of torch and torch.compile; empty for none.")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -140,40 +135,46 @@ def parse_clip(text: str) -> dict[str, Any]:
     return config
 
 
-def make_cases() -> list[Case]:
+def make_cases(given: cli.Flags) -> list[Case]:
     """The cases that the flags ask for.
 
     Raises:
       ValueError: for a flag without meaning.
     """
     cases = []
-    for task in _TASKS.value:
+    for task in given.tasks:
         check_choice(task, TASKS, "--tasks names no task:")
         if task == INPUT_TASK:
             continue
         if task == "panoptic_quality":
-            number = _TWO_STAGE_IMAGES.value
-            words = _IMAGES.value or "drawn, 480x640"
+            number = given.two_stage_images
+            words = given.images or "drawn, 480x640"
             cases.append(Case(task, 480, 640, num_images=number, pictures=words))
             continue
         if task == "query_stages":
-            clip = parse_clip(_CLIP.value)
-            cases.append(Case(task, 0, 0, segments=_SEGMENTS.value, clip=clip))
+            clip = parse_clip(given.clip)
+            cases.append(Case(task, 0, 0, segments=given.segments, clip=clip))
             continue
         training = task in ("train", "alignment")
-        sizes = _TRAIN_SIZES if training else _TWO_STAGE_SIZES if task == "two_stage" else _SIZES
-        for text in sizes.value:
+        sizes = (
+            given.train_sizes
+            if training
+            else given.two_stage_sizes
+            if task == "two_stage"
+            else given.sizes
+        )
+        for text in sizes:
             height, width = parse_size(text)
-            batch = _TRAIN_BATCH.value if training else _BATCH.value
-            case = Case(task, height, width, batch, _SEGMENTS.value, _DTYPE.value)
+            batch = given.train_batch if training else given.batch
+            case = Case(task, height, width, batch, given.segments, given.dtype)
             if task in TURN_TASKS:
-                case = dataclasses.replace(case, clip=parse_clip(_CLIP.value))
+                case = dataclasses.replace(case, clip=parse_clip(given.clip))
             if task == "two_stage":
                 case = dataclasses.replace(
                     case,
-                    num_images=_TWO_STAGE_IMAGES.value,
-                    num_masks=parse_counts(_TWO_STAGE_MASKS.value),
-                    pictures=_IMAGES.value or case.pictures,
+                    num_images=given.two_stage_images,
+                    num_masks=parse_counts(given.two_stage_masks),
+                    pictures=given.images or case.pictures,
                 )
             cases.append(case)
     return cases
@@ -227,6 +228,7 @@ def random_model(backbone: str) -> tuple[Any, ModelCard]:
 
 
 def measure_case(
+    given: cli.Flags,
     case: Case,
     implementations: Sequence[str],
     models: Mapping[str, Path],
@@ -236,6 +238,7 @@ def measure_case(
     """Run a case by every implementation; returns what the report needs.
 
     Args:
+      given: the command's flags.
       case: what to measure.
       implementations: "ours", "torch" or "torch.compile".
       models: folders, "ours" and "reference".
@@ -250,10 +253,10 @@ def measure_case(
             "case": dataclasses.asdict(case),
             "implementation": name,
             "model": str(models["ours" if name == "ours" else "reference"]),
-            "repeats": _REPEATS.value,
+            "repeats": given.repeats,
             # Our training command sets it; the reference runs as its users run it, unless asked.
             "keep_memory": case.task in ("train", "alignment")
-            and (name == "ours" or _SAME_ALLOCATOR.value),
+            and (name == "ours" or given.same_allocator),
             "inputs": str(inputs) if inputs else "",
         }
         job.write_text(json.dumps(content))
@@ -298,35 +301,35 @@ def _relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def measure_input() -> str:
+def measure_input(given: cli.Flags) -> str:
     """The tables of "input_pipeline".
 
     Raises:
       ValueError: if there is no data set in --images.
     """
-    from data_pipelines.input_speed import measure_input_speed, to_markdown
+    from concat_jax.benchmarking.input_speed import measure_input_speed, to_markdown
 
-    if not _IMAGES.value:
+    if not given.images:
         raise ValueError(
             "--tasks=input_pipeline needs --images=COCO, a folder with train2017 and annotations."
         )
     keep_freed_memory()  # as the training command does, which makes many such batches
     return to_markdown(
-        measure_input_speed(_IMAGES.value, size=_INPUT_SIZE.value, rounds=_REPEATS.value),
-        _INPUT_SIZE.value,
+        measure_input_speed(given.images, size=given.input_size, rounds=given.repeats),
+        given.input_size,
     )
 
 
-def run() -> dict:
+def run(given: cli.Flags) -> dict:
     """Run what the flags ask for; returns the report.
 
     Raises:
       ValueError: for a flag without meaning.
     """
-    cases = make_cases()
-    input_tables = measure_input() if INPUT_TASK in _TASKS.value else ""
+    cases = make_cases(given)
+    input_tables = measure_input(given) if INPUT_TASK in given.tasks else ""
     implementations = ["ours"]
-    for name in _REFERENCE.value:
+    for name in given.reference:
         check_choice(name, ("torch", "torch.compile"), "--reference is unknown:")
         implementations.append(name)
     if all(case.task in TURN_TASKS for case in cases):
@@ -335,51 +338,53 @@ def run() -> dict:
         print("torch and transformers are not installed: only ours is measured.")
         implementations = ["ours"]
     files = ()
-    if _IMAGES.value and any(case.task == "two_stage" for case in cases):
-        files = read_images(_IMAGES.value, _TWO_STAGE_IMAGES.value)
+    if given.images and any(case.task == "two_stage" for case in cases):
+        files = read_images(given.images, given.two_stage_images)
     reports, source = [], "none"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models = {"ours": folder / "ours", "reference": folder / "reference"}
         if not all(case.task in HOST_TASKS for case in cases):
-            model = load_model(_MODEL.value) if _MODEL.value else random_model(_BACKBONE.value)
+            model = load_model(given.model) if given.model else random_model(given.backbone)
             params, card = model
-            source = card.source if _MODEL.value else f"{_BACKBONE.value}, {card.source}"
+            source = card.source if given.model else f"{given.backbone}, {card.source}"
             save_model(models["ours"], params, card)
             if len(implementations) > 1:
                 save_hf_folder(models["reference"], params, card)
             del params, model
         for case in cases:
             inputs = None
-            if case.task == "panoptic_quality" and _IMAGES.value:
-                inputs = Path(_IMAGES.value).resolve()
+            if case.task == "panoptic_quality" and given.images:
+                inputs = Path(given.images).resolve()
             if case.task == "two_stage":
                 inputs = folder / "inputs.npz"
                 pictures(case, files).save(inputs)
             names = ["ours"] if case.task in TURN_TASKS else implementations
-            reports.append(measure_case(case, names, models, folder, inputs))
+            reports.append(measure_case(given, case, names, models, folder, inputs))
     return {
         "model": source,
         "machine": machine(),
-        "repeats": _REPEATS.value,
+        "repeats": given.repeats,
         "cases": reports,
         "input_pipeline": input_tables,
     }
 
 
-def main(argv: list[str]) -> None:
-    """Entry point; a user's mistake ends in one sentence and exit code 1."""
-    check_no_arguments(argv, "--sizes=512,800")
-    logging.set_verbosity(logging.WARNING)
-    with one_sentence():
-        report = run()
-        output = Path(_OUTPUT.value)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
-        markdown = "\n".join(filter(None, (to_markdown(report), report["input_pipeline"])))
-        (output / "benchmark.md").write_text(markdown)
+def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+    """What the flags ask for."""
+    report = run(given)
+    output = Path(given.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
+    markdown = "\n".join(filter(None, (to_markdown(report), report["input_pipeline"])))
+    (output / "benchmark.md").write_text(markdown)
     print(f"\n{markdown}\nWritten to {output}.")
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    cli.main(__doc__, define_flags, command, argv, computes=False)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main()

@@ -29,9 +29,11 @@ from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
-from absl import app, flags
 
-from concat_jax.configuration import check_choice
+from concat_jax.core import cli
+from concat_jax.core.config import check_choice
+from concat_jax.core.files import write_json
+from concat_jax.core.prefetch import prefetch
 from concat_jax.evaluation.calibration import (
     GAMMAS,
     best_gamma,
@@ -39,17 +41,9 @@ from concat_jax.evaluation.calibration import (
     check_gammas,
     format_sweep,
 )
-from concat_jax.evaluation.report import write_report
-from concat_jax.main import config_and_workdir, parse_flags, run_command
-from concat_jax.run import Run
-from concat_jax.training.prefetch import prefetch
+from concat_jax.experiment.experiment import Run
 
 HALVES = ("even", "odd")
-
-_STAGE = flags.DEFINE_string("stage", "finetune", "Stage of config.train to calibrate.")
-_GAMMAS = flags.DEFINE_list("gammas", [f"{g:g}" for g in GAMMAS], "Values to try, 0 to 1.")
-_PART = flags.DEFINE_string("part", "", "Held-out part of data in COCO's layout; see above.")
-_IMAGES = flags.DEFINE_integer("num_images", 2000, "Held-out images at most; 0 is all.", 0)
 
 Examples = Callable[[], Iterable[tuple[Mapping, Mapping]]]
 
@@ -206,7 +200,7 @@ def calibrate_stage(
     text = "\n\n".join(sections)
     folder = workdir / stage
     (folder / "calibration.md").write_text(text + "\n", encoding="utf-8")
-    write_report(
+    write_json(
         folder / "calibration.json",
         {
             "stage": stage,
@@ -219,23 +213,6 @@ def calibrate_stage(
     )
     print(f"\n{text}\n\nReport: {folder / 'calibration.md'}")
     return gamma
-
-
-def main(argv: list[str]) -> None:
-    """Entry point."""
-
-    def command() -> None:
-        config, workdir = config_and_workdir()
-        calibrate_stage(
-            config,
-            Path(workdir),
-            _STAGE.value,
-            parse_gammas(_GAMMAS.value),
-            part=_PART.value,
-            num_images=_IMAGES.value,
-        )
-
-    run_command(argv, command)
 
 
 def parse_gammas(texts: Sequence[str]) -> list[float]:
@@ -255,5 +232,31 @@ def parse_gammas(texts: Sequence[str]) -> list[float]:
     return gammas
 
 
+def define_flags(flags: cli.Flags) -> None:
+    """The flags of this command, besides those of a config."""
+    flags.string("stage", "finetune", "Stage of config.train to calibrate.")
+    flags.strings("gammas", [f"{gamma:g}" for gamma in GAMMAS], "Values to try, 0 to 1.")
+    flags.string("part", "", "Held-out part of data in COCO's layout; see above.")
+    flags.integer("num_images", 2000, "Held-out images at most; 0 is all.", 0)
+
+
+def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+    """What the flags ask for."""
+    config, workdir = cli.config_and_workdir(given)
+    calibrate_stage(
+        config,
+        workdir,
+        given.stage,
+        parse_gammas(given.gammas),
+        part=given.part,
+        num_images=given.num_images,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    cli.main(__doc__, define_flags, command, argv, with_config=True)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main()

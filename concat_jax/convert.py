@@ -11,44 +11,34 @@ DESTINATION is a folder to make: for `concat_jax.predict` and `config.init.segme
 from __future__ import annotations
 
 import dataclasses
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags, logging
-
-from concat_jax.command_line import one_sentence, parse_absl_flags
+from concat_jax.core import cli
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import DEFAULTS
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.weights.class_names import Classes, new_head, read_classes
+from concat_jax.weights.convert import Source, load_source
 from concat_jax.weights.hugging_face_folder import save_hf_folder
 from concat_jax.weights.model_folder import TASKS, ModelCard, check_destination, save_model
-from concat_jax.weights.sources import Source, load_source
 
 FORMATS = ("orbax", "hf")
 USAGE = "python -m concat_jax.convert SOURCE DESTINATION [flags]"
 COCO_SPLIT = "coco_panoptic_119_14"
 
 
-def _define_flags() -> flags.FlagValues:
-    # Values of its own, not absl's global ones: other command lines have flags of these names.
-    values = flags.FlagValues()
-    flags.DEFINE_string(
+def define_flags(flags: cli.Flags) -> None:
+    """The flags of this command."""
+    flags.string(
         "classes",
         "",
         'Names of the classes: a JSON list of {"id", "name", "isthing"}, or a text file with a '
         "name a line.",
-        flag_values=values,
     )
-    flags.DEFINE_bool("reinit_head", False, "Make a new class head.", flag_values=values)
-    flags.DEFINE_string(
-        "task", "", f"What the weights were trained for: {', '.join(TASKS)}.", flag_values=values
-    )
-    flags.DEFINE_string(
-        "to", "orbax", "orbax: for this package; hf: for transformers.", flag_values=values
-    )
-    flags.DEFINE_bool("overwrite", False, "Replace a model at DESTINATION.", flag_values=values)
-    flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
-    return values
+    flags.switch("reinit_head", "Make a new class head.")
+    flags.string("task", "", f"What the weights are for: {', '.join(TASKS)}.")
+    flags.string("to", "orbax", "orbax: for this package; hf: for transformers.")
+    flags.switch("overwrite", "Replace a model at DESTINATION.")
 
 
 def convert(
@@ -161,27 +151,24 @@ def _describe(card: ModelCard, classes: Classes | None) -> list[str]:
     ]
 
 
-def main(argv: list[str]) -> None:
-    """Entry point (`sys.argv`); a user's mistake ends in one sentence and exit code 1."""
-    logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
-    values = _define_flags()
-    with one_sentence(flags.Error):
-        arguments = parse_absl_flags(values, argv)[1:]
-    if values.help:
-        print(f"{__doc__}\n{USAGE}\n{values.get_help()}")
-        return
+def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+    """What the flags ask for."""
     if len(arguments) != 2:
-        sys.exit(f"Error: give a source and a destination: {USAGE}")
-    with one_sentence():
-        convert(
-            *arguments,
-            classes=values.classes,
-            reinit_head=values.reinit_head,
-            task=values.task,
-            to=values.to,
-            overwrite=values.overwrite,
-        )
+        raise ValueError(f"give a source and a destination: {USAGE}")
+    convert(
+        *arguments,
+        classes=given.classes,
+        reinit_head=given.reinit_head,
+        task=given.task,
+        to=given.to,
+        overwrite=given.overwrite,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    cli.main(__doc__, define_flags, command, argv, arguments="SOURCE DESTINATION")
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    main()

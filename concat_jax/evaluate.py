@@ -25,21 +25,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-
-from absl import app, flags
 
 # What needs JAX is imported where it is used: the processes that share the images of the files
 # import this module, and would each start with it.
+from concat_jax.core import cli
+from concat_jax.core.files import write_json
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, ZSI_THRESHOLDS
-from concat_jax.evaluation.report import format_table, write_report
+from concat_jax.evaluation.report import format_table
 from concat_jax.evaluation.score_files import (
     IGNORED_VALUES,
     score_instances,
     score_panoptic,
     score_semantic,
 )
-from concat_jax.text.vocabulary import Vocabulary
 
 TASKS = ("panoptic", "semantic", "instance")
 PROTOCOLS = {"coco": COCO_THRESHOLDS, "zsi": ZSI_THRESHOLDS}
@@ -61,34 +60,29 @@ FILE_FLAGS = (
 PROGRESS_EVERY = 5.0
 
 
-def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(flags: cli.Flags) -> None:
     """The flags of this command, besides --config and --workdir."""
-
-    def text(name: str, default: str, about: str) -> None:
-        flags.DEFINE_string(name, default, about, flag_values=values)
-
-    def choice(name: str, choices: Sequence[str], about: str) -> None:
-        flags.DEFINE_enum(name, choices[0], choices, about, flag_values=values)
-
-    text("task", "", f"Of files: one of {', '.join(TASKS)}.")
-    text("annotations", "", "Ground truth: a json, or a folder of label maps.")
-    text("predictions", "", "Predictions: a json, or a folder of label maps.")
-    text("split", "", "Name or path of a split file: which classes are seen.")
-    text("annotation_pngs", "", "PNGs of --annotations, if not beside it.")
-    text("png_folder", "", "PNGs of --predictions, if not beside it.")
-    choice("annotation_values", ["ids", "indices"], "Pixels of --annotations' label maps.")
-    choice("prediction_values", ["ids", "indices"], "Pixels of --predictions' label maps.")
-    text("ignore", ",".join(map(str, IGNORED_VALUES)), "Pixels of label maps that are no class.")
-    choice("protocol", list(PROTOCOLS), "IoUs of the instance task.")
-    flags.DEFINE_integer("workers", 0, "Processes; 0 is one a core.", 0, flag_values=values)
-    text("stage", "finetune", "Of a config: the stage to score.")
-    flags.DEFINE_bool("classes", False, "Also print every class.", flag_values=values)
-    text("output", "", "A json file for the report.")
+    values = ("ids", "indices")
+    flags.string("task", "", f"Of files: one of {', '.join(TASKS)}.")
+    flags.string("annotations", "", "Ground truth: a json, or a folder of label maps.")
+    flags.string("predictions", "", "Predictions: a json, or a folder of label maps.")
+    flags.string("split", "", "Name or path of a split file: which classes are seen.")
+    flags.string("annotation_pngs", "", "PNGs of --annotations, if not beside it.")
+    flags.string("png_folder", "", "PNGs of --predictions, if not beside it.")
+    flags.choice("annotation_values", "ids", values, "Pixels of --annotations' label maps.")
+    flags.choice("prediction_values", "ids", values, "Pixels of --predictions' label maps.")
+    ignored = ",".join(map(str, IGNORED_VALUES))
+    flags.string("ignore", ignored, "Pixels of label maps that are no class.")
+    flags.choice("protocol", "coco", list(PROTOCOLS), "IoUs of the instance task.")
+    flags.integer("workers", 0, "Processes; 0 is one a core.", 0)
+    flags.string("stage", "finetune", "Of a config: the stage to score.")
+    flags.switch("classes", "Also print every class.")
+    flags.string("output", "", "A json file for the report.")
 
 
 def progress_line(name: str) -> Callable[[int, int], None]:
     """A function of (done, total) that prints a line now and then, with the time left."""
-    from concat_jax.training.metric_writer import format_seconds
+    from concat_jax.core.progress import format_seconds
 
     start = shown = time.monotonic()
 
@@ -105,13 +99,13 @@ def progress_line(name: str) -> Callable[[int, int], None]:
     return show
 
 
-def evaluate_files(given: flags.FlagValues) -> dict:
+def evaluate_files(given: cli.Flags) -> dict:
     """Scores the files that the flags name; returns the summary, as `evaluate` has it.
 
     Raises:
       ValueError: for a flag that is missing or has no meaning, or files at fault.
     """
-    from concat_jax.configuration import check_choice
+    from concat_jax.core.config import check_choice
 
     check_choice(given.task, TASKS, "--task names no task:")
     for name in ("annotations", "predictions"):
@@ -150,7 +144,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def evaluate_stage(stage: str) -> dict:
+def evaluate_stage(given: cli.Flags) -> dict:
     """Scores a finished stage of the flags' config and workdir; returns the summary.
 
     Predictions and pictures go to the stage's folder, as after training.
@@ -160,27 +154,27 @@ def evaluate_stage(stage: str) -> dict:
     """
     import jax
 
-    from concat_jax.configuration import check_choice
-    from concat_jax.main import config_and_workdir, join_hosts
-    from concat_jax.run import Run
+    from concat_jax.core.config import check_choice
+    from concat_jax.experiment.experiment import Run
     from data_pipelines.datasets import make_datasets
 
-    config, workdir = config_and_workdir()
-    join_hosts()
+    stage = given.stage
+    config, workdir = cli.config_and_workdir(given)
+    cli.join_hosts(given)
     datasets = make_datasets(
         config.data,
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    run = Run(config, Path(workdir), datasets, trains=False)
+    run = Run(config, workdir, datasets, trains=False)
     check_choice(stage, run.stages, "--stage names no stage of config.train:")
     if not run.is_finished(stage):
         raise ValueError(f"Stage {stage!r} has not finished in {workdir}; train it first.")
     return run.evaluate(stage)
 
 
-def evaluate_flags(given: flags.FlagValues = flags.FLAGS) -> dict:
+def evaluate_flags(given: cli.Flags) -> dict:
     """What the flags ask for: prints the tables, writes the report and returns the summary.
 
     Raises:
@@ -193,7 +187,7 @@ def evaluate_flags(given: flags.FlagValues = flags.FLAGS) -> dict:
                 f"--{of_files[0]} is for predictions in files and --config for a trained stage; "
                 "give one or the other."
             )
-        summary = evaluate_stage(given.stage)
+        summary = evaluate_stage(given)
     elif given["stage"].present or not of_files:
         raise ValueError(
             "give --task, --annotations and --predictions to score files, or --config, --workdir "
@@ -203,20 +197,20 @@ def evaluate_flags(given: flags.FlagValues = flags.FLAGS) -> dict:
         summary = evaluate_files(given)
     print(f"\n{format_table(summary, classes=given.classes)}")
     if given.output:
-        write_report(given.output, summary)
+        write_json(given.output, summary)
         print(f"\nReport: {given.output}")
     return summary
 
 
-def main(argv: list[str]) -> None:
-    """Entry point; a user's mistake ends in one sentence and exit code 1."""
-    from concat_jax.main import run_command
+def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+    """What the flags ask for."""
+    evaluate_flags(given)
 
-    run_command(argv, evaluate_flags)
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    cli.main(__doc__, define_flags, command, argv, with_config=True)
 
 
 if __name__ == "__main__":
-    from concat_jax.main import parse_flags
-
-    define_flags()
-    app.run(main, flags_parser=parse_flags)
+    main()

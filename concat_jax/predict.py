@@ -5,27 +5,23 @@ python -m concat_jax.predict --model=MODEL_FOLDER --output=DIR IMAGES...
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import glob
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import logging
 
-from concat_jax.command_line import Parser, one_sentence
-from concat_jax.compilation_cache import enable_compilation_cache
-from concat_jax.evaluation.panoptic_inference import KEEP_RULES
-from concat_jax.image_files import ImageError
-from concat_jax.prediction.images import OVERLAY_SUFFIX, SUFFIXES, read_image
-from concat_jax.prediction.outputs import ResultWriter, image_ids, output_names
-from concat_jax.prediction.predictor import PredictConfig, Predictor, Prepared
-from concat_jax.training.metric_writer import format_seconds
-from concat_jax.training.prefetch import prefetch
+from concat_jax.core import cli
+from concat_jax.core.files import ImageError
+from concat_jax.core.prefetch import prefetch
+from concat_jax.core.progress import format_seconds
+from concat_jax.inference.images import OVERLAY_SUFFIX, SUFFIXES, read_image
+from concat_jax.inference.outputs import ResultWriter, image_ids, output_names
+from concat_jax.inference.panoptic import KEEP_RULES
+from concat_jax.inference.predictor import PredictConfig, Predictor, Prepared
 from concat_jax.weights.model_folder import load_model
 
 # From so many images on, lines say how far it is and how long it will take.
@@ -42,36 +38,20 @@ class Loaded:
     error: str = ""
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Flags of the command line; those of `PredictConfig` keep its names and defaults."""
-    parser = Parser(
-        prog="python -m concat_jax.predict",
-        description="Segments images with converted weights: COCO files and overlay pictures.",
-    )
-    add = parser.add_argument
-    add("images", nargs="*", metavar="IMAGES", help="files, folders (their images) and globs")
-    add("--model", metavar="DIR", help="folder that concat_jax.convert wrote")
-    add("--output", metavar="DIR", help="folder for the results; made if absent")
-    add("--task", default="", help="panoptic, instance or semantic; the model's own by default")
-    add("--keep_rule", default="score", help=f"of panoptic maps: {' or '.join(KEEP_RULES)}")
-    add("--score_threshold", type=float, help="0.8 for panoptic maps, 0.5 for instances")
-    add("--objectness_threshold", type=float, default=0.5, help="of --keep_rule=objectness")
-    add("--mask_threshold", type=float, default=0.5, help="mask probability of a panoptic pixel")
-    add("--overlap_threshold", type=float, default=0.8, help="share of its mask a segment owns")
-    add("--short_side", type=int, default=800, help="of the network's input")
-    add("--long_side", type=int, default=1333, help="bound on its longer side")
-    add("--dtype", default="", help="float32 or bfloat16; the model's own by default")
-    add("--batch_size", type=int, default=1, help="images the network takes at once")
-    return parser
-
-
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses; a mistake ends the program in one sentence, an unknown flag with the nearest."""
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    if not (arguments.model and arguments.output and arguments.images):
-        parser.error("Give --model=DIR, --output=DIR and the images to segment")
-    return arguments
+def define_flags(flags: cli.Flags) -> None:
+    """The flags of this command; those of `PredictConfig` keep its names and defaults."""
+    flags.string("model", "", "Folder that concat_jax.convert wrote.")
+    flags.string("output", "", "Folder for the results; made if absent.")
+    flags.string("task", "", "panoptic, instance or semantic; the model's own by default.")
+    flags.string("keep_rule", "score", f"Of panoptic maps: {' or '.join(KEEP_RULES)}.")
+    flags.number("score_threshold", None, "0.8 for panoptic maps, 0.5 for instances.")
+    flags.number("objectness_threshold", 0.5, "Of --keep_rule=objectness.")
+    flags.number("mask_threshold", 0.5, "Mask probability of a panoptic pixel.")
+    flags.number("overlap_threshold", 0.8, "Share of its mask that a segment owns.")
+    flags.integer("short_side", 800, "Of the network's input.")
+    flags.integer("long_side", 1333, "Bound on its longer side.")
+    flags.string("dtype", "", "float32 or bfloat16; the model's own by default.")
+    flags.integer("batch_size", 1, "Images that the network takes at once.")
 
 
 def find_images(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -176,19 +156,20 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path) -> int:
     return len(failures)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Entry point; a user's mistake ends in one sentence and exit code 1."""
-    arguments = vars(parse_arguments(argv[1:]))
-    logging.set_verbosity(logging.WARNING)  # Orbax narrates every restore at INFO
-    enable_compilation_cache()
-    folder, output, inputs = (arguments.pop(name) for name in ("model", "output", "images"))
-    with one_sentence():
-        config = PredictConfig(**arguments)
-        predictor = Predictor(*load_model(folder), config)
-        failed = run(predictor, inputs, Path(output))
-    if failed:
-        sys.exit(1)
+def command(given: cli.Flags, arguments: Sequence[str]) -> int:
+    """What the flags ask for; 1 if an image failed."""
+    if not (given.model and given.output and arguments):
+        raise ValueError("give --model=DIR, --output=DIR and the images to segment.")
+    fields = {field.name for field in dataclasses.fields(PredictConfig)}
+    config = PredictConfig(**{name: given[name].value for name in fields})
+    predictor = Predictor(*load_model(given.model), config)
+    return min(1, run(predictor, arguments, Path(given.output)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    cli.main(__doc__, define_flags, command, argv, arguments="IMAGES...")
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    main()

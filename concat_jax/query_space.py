@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from PIL import Image
 
-from concat_jax.configuration import build
-from concat_jax.evaluation.query_space import query_space_picture
-from concat_jax.main import config_and_workdir, parse_flags, run_command
+from concat_jax.core import cli
+from concat_jax.core.config import build
+from concat_jax.experiment.experiment import Run
 from concat_jax.models.semantic_projector import class_vectors
-from concat_jax.run import Run
 from concat_jax.stages.cat import generate
 from concat_jax.stages.finetune import FinetuneConfig, sample_deviations
 from concat_jax.stages.real_queries import IMAGE_FIELDS, extract_queries
+from concat_jax.visualize.query_space import query_space_picture
 
 PICTURE = "query_space.png"
 KINDS = ("con", "cat", "finetune")
@@ -133,32 +132,30 @@ def draw(run: Run, name: str, *, num_images: int = 300, per_class: int = 60) -> 
     return query_space_picture(real, real_labels, np.asarray(pseudo), labels, run.vocabulary, title)
 
 
-def main(argv: list[str]) -> None:
+def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+    """Draws the pictures of a workdir's finished stages."""
+    from data_pipelines.datasets import make_datasets
+
+    config, workdir = cli.config_and_workdir(given)
+    run = Run(config, workdir, make_datasets(config.data, seed=config.seed), trains=False)
+    drawn = [
+        name for name in config.stages if run.stages[name].kind in KINDS and run.is_finished(name)
+    ]
+    if not drawn:
+        raise ValueError(
+            f"No stage of {workdir} from CON on has finished; train it with `python -m "
+            "concat_jax.main` first."
+        )
+    for name in drawn:
+        path = workdir / name / PICTURE
+        draw(run, name).save(path)
+        print(path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-
-    def command() -> None:
-        from data_pipelines.datasets import make_datasets
-
-        config, workdir = config_and_workdir()
-        datasets = make_datasets(config.data, seed=config.seed)
-        run = Run(config, Path(workdir), datasets, trains=False)
-        drawn = [
-            name
-            for name in config.stages
-            if run.stages[name].kind in KINDS and run.is_finished(name)
-        ]
-        if not drawn:
-            raise ValueError(
-                f"No stage of {workdir} from CON on has finished; train it with `python -m "
-                "concat_jax.main` first."
-            )
-        for name in drawn:
-            path = Path(workdir) / name / PICTURE
-            draw(run, name).save(path)
-            print(path)
-
-    run_command(argv, command)
+    cli.main(__doc__, lambda flags: None, command, argv, with_config=True)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main()

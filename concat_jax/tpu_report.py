@@ -20,19 +20,17 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from concat_jax.command_line import check_no_arguments, one_sentence
-from concat_jax.configuration import build, check_choice
+from concat_jax.core import cli
+from concat_jax.core.config import build, check_choice
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
-from concat_jax.main import parse_flags
 from concat_jax.models.networks import make_networks
 from concat_jax.stages import con
 from concat_jax.stages.clip_targets import CropConfig
 from concat_jax.stages.stage import Stage, StageConfig
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.optimizer import (
     FROZEN,
     OptimizerConfig,
@@ -241,7 +239,7 @@ def make_topology_mesh(topology: str, fsdp: int) -> Mesh:
 def vocabulary_of(config: ml_collections.ConfigDict) -> Vocabulary:
     """The classes of a config's data, without the data."""
     from data_pipelines.datasets import make_datasets
-    from data_pipelines.layouts import DATASETS, label_space
+    from data_pipelines.sources.registry import DATASETS, label_space
 
     if config.data.kind in DATASETS:
         return label_space(config.data.kind, config.data.split_file)
@@ -383,20 +381,23 @@ def compile_error(message: str, topology: str) -> str:
     return f"The TPU compiler refuses the step: {message.splitlines()[0]}"
 
 
-def main(argv: list[str]) -> None:
-    """Entry point; a user's mistake ends in one sentence and exit code 1."""
-    check_no_arguments(argv, "--topology=v5e:4x4")
+def define_flags(flags: cli.Flags) -> None:
+    """The flags of this command, besides --config."""
+    flags.string("topology", "v5e:4x4", "Chips, as v5e:16x16 or v4:2x2x1.")
+    flags.string("stage", "con", "Stage of the config, of kind con.")
+
+
+def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+    """What the flags ask for."""
     # The chips are described, never opened; everything that runs, runs here.
     jax.config.update("jax_platforms", "cpu")
-    with one_sentence():
-        config = flags.FLAGS.config  # a config file that cannot be found raises here
-        if config is None:
-            raise ValueError("give --config=configs/coco_zps.py or another file.")
-        print(format_report(make_report(config, flags.FLAGS.stage, flags.FLAGS.topology)))
+    print(format_report(make_report(cli.config_of(given), given.stage, given.topology)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    cli.main(__doc__, define_flags, command, argv, with_config=True, computes=False)
 
 
 if __name__ == "__main__":
-    # --config comes with `parse_flags` from the main command line.
-    flags.DEFINE_string("topology", "v5e:4x4", "Chips, as v5e:16x16 or v4:2x2x1.")
-    flags.DEFINE_string("stage", "con", "Stage of the config, of kind con.")
-    app.run(main, flags_parser=parse_flags)
+    main()

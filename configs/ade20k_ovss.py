@@ -11,7 +11,7 @@ what Mask2Former's `datasets/prepare_ade20k_pan_seg.py` makes. After training, t
         --config.eval.settings.metrics="('semantic',)"
 
 scores another data set: also pascal_context_59, pascal_context_459 and pascal_voc
-(`data_pipelines/layouts.py` tells their folders).
+(`data_pipelines/sources/registry.py` tells their folders).
 
 Hardware, time and score: not measured. To compare with, on ADE20K (PQ, AP, mIoU): FC-CLIP with R50,
 also trained on COCO panoptic, 17.9, 9.5, 23.3; with ConvNeXt-L 26.8, 16.8, 34.1 (README of

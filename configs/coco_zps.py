@@ -8,7 +8,7 @@
 `config.init.clip` is a Hugging Face folder, with the tokenizer in it; or an OpenAI `.pt` or a file
 of open_clip, and then `--config.text.bpe_path=/path/to/bpe_simple_vocab_16e6.txt.gz`. Run
 
-    python -m data_pipelines.cache_clip_targets --config=configs/coco_zps.py \\
+    python -m concat_jax.cache_clip_targets --config=configs/coco_zps.py \\
         (the same settings) --config.data.clip_targets=targets/
 
 first, and train with `--config.data.clip_targets=targets/`, to compute CLIP's targets once and not
@@ -24,7 +24,7 @@ together. Its scores mean nothing.
 
 from ml_collections import ConfigDict
 
-from concat_jax.configuration import parse_flags
+from concat_jax.core.config import parse_flags
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.init = dict(clip="") if mini else dict(clip="", segmentor="")
 
     config.data = dict(
-        kind="coco_panoptic_zps",  # a name of data_pipelines/layouts.py
+        kind="coco_panoptic_zps",  # a name of data_pipelines/sources/registry.py
         root="",
         train_part="train2017",
         eval_part="val2017",
@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
         num_eval_images=0,  # all
         num_threads=4 if mini else 16,
         synonyms="",  # vocabulary that gives classes more names, as "coco_panoptic_133"
-        # Folder that `python -m data_pipelines.cache_clip_targets` filled with CLIP's targets of
+        # Folder that `python -m concat_jax.cache_clip_targets` filled with CLIP's targets of
         # stage 1, which are then looked up; "" runs CLIP in every step.
         clip_targets="",
     )

@@ -7,7 +7,7 @@ Needs no download. `--config=configs/demo_zps.py:smoke` runs every stage for a f
 
 from ml_collections import ConfigDict
 
-from concat_jax.configuration import parse_flags
+from concat_jax.core.config import parse_flags
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -2,7 +2,7 @@
 
 A cache is a folder with `manifest.json`, which says what the embeddings were made of, and shards of
 equally many images, `00000.safetensors`, `00001.safetensors`, ... Each appears under its name only
-when it is whole. `data_pipelines.cache_clip_targets` writes them.
+when it is whole. `concat_jax.cache_clip_targets` writes them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from data_pipelines.source import ImageRecord
+from data_pipelines.sources.source import ImageRecord
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-COMMAND = "python -m data_pipelines.cache_clip_targets"
+COMMAND = "python -m concat_jax.cache_clip_targets"
 # Half precision turns an embedding by less than 1e-7 in cosine, and halves COCO's to 1.4 GB.
 DTYPE = np.float16
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from concat_jax.text.vocabulary import Vocabulary
-from data_pipelines.source import ImageRecord, Source, UnseenImages, treat_unseen
+from concat_jax.core.vocabulary import Vocabulary
+from data_pipelines.sources.source import ImageRecord, Source, UnseenImages, treat_unseen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from concat_jax.configuration import check_choice
-from concat_jax.text.vocabulary import Vocabulary
-from data_pipelines import synthetic_world
+from concat_jax.core.config import check_choice
+from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.augment import resize_longest
 from data_pipelines.clip_target_cache import (
     ClipTargetCache,
     check_manifest,
     dataset_identity,
 )
-from data_pipelines.layouts import DATASETS, open_source
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.shards import ShardSource
-from data_pipelines.source import DataError, Source
+from data_pipelines.shards.source import ShardSource
+from data_pipelines.sources.registry import DATASETS, open_source
+from data_pipelines.sources.source import DataError, Source
+from data_pipelines.synthetic import world as synthetic_world
 from data_pipelines.vocabulary_files import load_vocabulary, with_synonyms
 from data_pipelines.zero_shot_split import load_label_space
 

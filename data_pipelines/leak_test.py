@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data_pipelines.source import DataError, Source
+from data_pipelines.sources.source import DataError, Source
 
 
 def check_no_leak(source: Source, indices: Iterable[int]) -> None:

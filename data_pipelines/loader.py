@@ -17,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from concat_jax.training.prefetch import prefetch
+from concat_jax.core.prefetch import prefetch
 from data_pipelines import augment as geometry
 from data_pipelines.id_runs import keep_largest_segments
 from data_pipelines.leak_test import check_no_leak
-from data_pipelines.source import DataError, ImageRecord, Source, UnseenImages, treat_unseen
+from data_pipelines.sources.source import DataError, ImageRecord, Source, UnseenImages, treat_unseen
 
 logger = logging.getLogger(__name__)
 

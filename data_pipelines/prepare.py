@@ -14,21 +14,19 @@ A training part is packed as training may see it (--unseen), an evaluation part 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from concat_jax.command_line import Parser, one_sentence
-from concat_jax.configuration import check_choice
-from data_pipelines.build_shards import IMAGES_PER_SHARD, build_shards
+from concat_jax.core import cli
+from concat_jax.core.config import check_choice
 from data_pipelines.count_table import PartCounts, count_part, format_classes, format_parts
-from data_pipelines.layouts import DATASETS, open_source
 from data_pipelines.leak_test import check_no_leak
-from data_pipelines.source import UNSEEN_IMAGES, Source, UnseenImages, treat_unseen
-from data_pipelines.tfds_metadata import is_tfds_installed, write_tfds_metadata
+from data_pipelines.shards.build import IMAGES_PER_SHARD, build_shards
+from data_pipelines.shards.tfds_metadata import is_tfds_installed, write_tfds_metadata
+from data_pipelines.sources.registry import DATASETS, open_source
+from data_pipelines.sources.source import UNSEEN_IMAGES, Source, UnseenImages, treat_unseen
 
 
 def prepare(
@@ -138,55 +136,51 @@ def _treatments(
     return {part: unseen or defaults[part] for part in parts}
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses; a mistake ends the program in one sentence, an unknown flag with the nearest."""
-    parser = Parser(
-        prog="python -m data_pipelines.prepare",
-        description="Checks a data set, counts what it holds, and packs it into shards.",
-    )
-    add = parser.add_argument
-    add("dataset", metavar="DATASET", help=", ".join(DATASETS))
-    add("--root", metavar="DIR", help="folder of the data set")
-    add(
-        "--part", default="", help="a part, or several with commas; both of the data set by default"
-    )
-    add("--split", help="split or vocabulary file, or the name of one that ships")
-    add("--unseen", choices=UNSEEN_IMAGES, help="training images that show unseen classes")
-    add("--out", metavar="DIR", help="folder for shards; none are written without")
-    add("--shards", type=int, help=f"files a part; one for {IMAGES_PER_SHARD} images by default")
-    add("--workers", type=int, default=2, help="processes that write shards")
-    add(
-        "--on_bad_example",
-        choices=("raise", "skip"),
-        default="raise",
-        help="unusable images for training",
-    )
-    arguments = parser.parse_args(argv)
-    if not arguments.root:
-        parser.error("Give --root=DIR, the folder of the data set")
-    return arguments
+def define_flags(flags: cli.Flags) -> None:
+    """The flags of this command."""
+    flags.string("root", "", "Folder of the data set.")
+    flags.string("part", "", "A part, or several with commas; both of the data set by default.")
+    flags.string("split", None, "Split or vocabulary file, or the name of one that ships.")
+    flags.choice("unseen", None, UNSEEN_IMAGES, "Training images that show unseen classes.")
+    flags.string("out", None, "Folder for shards; none are written without.")
+    flags.integer("shards", None, f"Files a part; one for {IMAGES_PER_SHARD} images by default.")
+    flags.integer("workers", 2, "Processes that write shards.")
+    flags.choice("on_bad_example", "raise", ("raise", "skip"), "Unusable images for training.")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Entry point; a user's mistake ends in one sentence and exit code 1."""
-    arguments = parse_arguments(argv[1:])
+def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+    """What the flags ask for."""
+    if len(arguments) != 1 or not given.root:
+        raise ValueError(
+            "give the data set's name and its folder: python -m data_pipelines.prepare DATASET "
+            f"--root=DIR; the names are {', '.join(DATASETS)}."
+        )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        with one_sentence():
-            prepare(
-                arguments.dataset,
-                arguments.root,
-                parts=tuple(part for part in arguments.part.split(",") if part),
-                split_file=arguments.split,
-                unseen=arguments.unseen,
-                out=arguments.out,
-                num_shards=arguments.shards,
-                workers=arguments.workers,
-                skip_bad=arguments.on_bad_example == "skip",
-            )
-    except KeyboardInterrupt:
-        sys.exit("Stopped; finished shards are kept, and the same command goes on.")
+    prepare(
+        arguments[0],
+        given.root,
+        parts=tuple(part for part in given.part.split(",") if part),
+        split_file=given.split,
+        unseen=given.unseen,
+        out=given.out,
+        num_shards=given.shards,
+        workers=given.workers,
+        skip_bad=given.on_bad_example == "skip",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    cli.main(
+        __doc__,
+        define_flags,
+        command,
+        argv,
+        arguments="DATASET",
+        computes=False,
+        interrupted="Stopped; finished shards are kept, and the same command goes on.",
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    main()

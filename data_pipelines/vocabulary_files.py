@@ -23,7 +23,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.core.vocabulary import Vocabulary
 
 VOCABULARIES_FOLDER = pathlib.Path(__file__).parent / "vocabularies"
 

@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.vocabulary_files import VOCABULARIES_FOLDER, load_vocabulary
 
 SPLITS_FOLDER = pathlib.Path(__file__).parent / "splits"

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from concat_jax import ablation
-from concat_jax.configuration import build
+from concat_jax.core.config import build
 from concat_jax.stages.cat import CatConfig
 from concat_jax.stages.con import ConConfig
 from concat_jax.stages.finetune import FinetuneConfig

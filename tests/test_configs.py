@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from concat_jax import configuration
 from concat_jax.ablation import with_rows
+from concat_jax.core import config as configuration
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.experiment.experiment import Run, StageConfig
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
-from concat_jax.run import Run, StageConfig
 from concat_jax.stages.build import KINDS
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.optimizer import (
     FROZEN,
     OptimizerConfig,
@@ -24,7 +24,7 @@ from concat_jax.training.optimizer import (
 )
 from data_pipelines.datasets import KINDS as DATA_KINDS
 from data_pipelines.datasets import Datasets, make_datasets
-from data_pipelines.layouts import DATASETS, label_space
+from data_pipelines.sources.registry import DATASETS, label_space
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 ON_DISK = ("coco_zps", "coco_zps_inductive", "coco_stuff_zss", "coco_zsi_48_17", "ade20k_ovss")

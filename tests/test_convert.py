@@ -16,9 +16,9 @@ from concat_jax.models.segmentor import (
     mask_logits,
     normalize_images,
 )
-from concat_jax.weights.detectron2 import segmentor_params_to_detectron2
-from concat_jax.weights.hugging_face import segmentor_params_from_hf
 from concat_jax.weights.model_folder import load_model
+from concat_jax.weights.names.detectron2 import segmentor_params_to_detectron2
+from concat_jax.weights.names.hugging_face import segmentor_params_from_hf
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -12,9 +12,9 @@ import pytest
 from absl import flags
 
 from concat_jax import evaluate
-from concat_jax.evaluation.coco_format import PanopticWriter
+from concat_jax.core.coco import PanopticWriter
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.semantic_iou import SemanticIoU
-from concat_jax.text.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = Vocabulary(("cat", "sky"), (True, False), (True, False), (17, 187))
@@ -134,7 +134,7 @@ class FakeRun:
 @pytest.fixture
 def stage_of(monkeypatch, tmp_path):
     config = types.SimpleNamespace(data={}, seed=0)
-    monkeypatch.setattr("concat_jax.run.Run", FakeRun)
+    monkeypatch.setattr("concat_jax.experiment.experiment.Run", FakeRun)
     monkeypatch.setattr("concat_jax.main.config_and_workdir", lambda: (config, str(tmp_path)))
     monkeypatch.setattr("concat_jax.main.join_hosts", lambda: None)
     monkeypatch.setattr("data_pipelines.datasets.make_datasets", lambda *_, **__: None)

@@ -19,8 +19,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-import concat_jax.run
-from concat_jax import configuration, main
+import concat_jax.experiment.experiment
+from concat_jax import main
+from concat_jax.core import config as configuration
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
 from concat_jax.training.sharding import make_mesh, replicated
 
@@ -99,7 +100,7 @@ def contents(folder):
 
 
 def saved_params(workdir, stage, *subtrees):
-    networks = concat_jax.run.Run(tiny_config(), workdir, make_data()).networks
+    networks = concat_jax.experiment.experiment.Run(tiny_config(), workdir, make_data()).networks
     key = jax.random.key(0)
     abstract = {name: jax.eval_shape(lambda n=name: networks.init(n, key)) for name in subtrees}
     checkpoints = StageCheckpoints(workdir, stage)
@@ -192,8 +193,8 @@ def test_started_again_it_says_finished_and_trains_nothing(finished, monkeypatch
     def refuse(*args, **kwargs):
         raise AssertionError("a finished run must not train or evaluate")
 
-    monkeypatch.setattr(concat_jax.run, "train_stage", refuse)
-    monkeypatch.setattr(concat_jax.run, "evaluate", refuse)
+    monkeypatch.setattr(concat_jax.experiment.experiment, "train_stage", refuse)
+    monkeypatch.setattr(concat_jax.experiment.experiment, "evaluate", refuse)
     before = contents(workdir)
     again, printed = run(tiny_config(), workdir)
     assert contents(workdir) == before
@@ -203,7 +204,9 @@ def test_started_again_it_says_finished_and_trains_nothing(finished, monkeypatch
 
 def test_other_evaluation_settings_evaluate_again(copied, monkeypatch):
     """What was trained stands; the numbers must be those of the settings asked for."""
-    monkeypatch.setattr(concat_jax.run, "train_stage", None)  # it must not be called
+    monkeypatch.setattr(
+        concat_jax.experiment.experiment, "train_stage", None
+    )  # it must not be called
     config = tiny_config()
     config.eval.stages = dict(finetune="only this")
     with config.unlocked():

@@ -11,14 +11,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from concat_jax import predict
-from concat_jax.evaluation.coco_format import read_panoptic
-from concat_jax.evaluation.image_segments import ImageSegments
-from concat_jax.evaluation.run_lengths import decode_rle
+from concat_jax.core.coco import read_panoptic
+from concat_jax.core.run_lengths import decode_rle
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.inference import predictor as predictor_module
+from concat_jax.inference.outputs import image_ids, output_names
+from concat_jax.inference.predictor import PredictConfig, Predictor
+from concat_jax.inference.segments import ImageSegments
 from concat_jax.models.segmentor import LinearClassifier, make_segmentor
-from concat_jax.prediction import predictor as predictor_module
-from concat_jax.prediction.outputs import image_ids, output_names
-from concat_jax.prediction.predictor import PredictConfig, Predictor
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.weights.model_folder import ModelCard, save_model
 
 SEGMENTOR = {

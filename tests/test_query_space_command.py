@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from concat_jax import query_space
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.stages.stage import StageConfig
-from concat_jax.text.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(
     ("cat", "dog", "sky"), (True, True, False), (True, False, True), category_ids=(1, 2, 3)

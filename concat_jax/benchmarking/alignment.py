@@ -22,14 +22,15 @@ from concat_jax.benchmarking.ours import (
     random_embeddings,
     random_params,
 )
+from concat_jax.core.runtime import step_compiler_options
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import Networks
 from concat_jax.stages import con
 from concat_jax.stages.clip_targets import CropConfig
 from concat_jax.stages.stage import Stage
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
-from concat_jax.training.state import TrainState, make_train_step, step_compiler_options
+from concat_jax.training.state import TrainState, make_train_step
 from concat_jax.weights.model_folder import load_model
 
 # By name; ratios are to the first.

@@ -13,7 +13,8 @@ import numpy as np
 from concat_jax.benchmarking import cases
 from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.measure import Measurement, Turn, measure
-from concat_jax.evaluation.panoptic_inference import panoptic_inference
+from concat_jax.core.runtime import step_compiler_options
+from concat_jax.inference.panoptic import panoptic_inference
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
 from concat_jax.models.networks import Networks, make_networks
 from concat_jax.models.segmentor import (
@@ -24,7 +25,7 @@ from concat_jax.models.segmentor import (
     normalize_images,
 )
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
-from concat_jax.training.state import TrainState, make_train_step, step_compiler_options
+from concat_jax.training.state import TrainState, make_train_step
 from concat_jax.weights.model_folder import ModelCard, load_model
 
 

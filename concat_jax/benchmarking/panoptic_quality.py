@@ -17,7 +17,7 @@ from concat_jax.benchmarking import cases
 from concat_jax.benchmarking.cases import NUM_CLASSES, Case
 from concat_jax.benchmarking.measure import Measurement, Turn, measure_in_turns
 from concat_jax.benchmarking.official_panoptic_quality import OfficialPanopticQuality
-from concat_jax.evaluation.coco_format import ids_to_rgb
+from concat_jax.core.coco import ids_to_rgb
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.result_files import read_id_map, read_panoptic_file
 

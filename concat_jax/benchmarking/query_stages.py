@@ -23,12 +23,12 @@ from concat_jax.benchmarking.ours import (
     random_embeddings,
     random_params,
 )
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.networks import make_generator
 from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.stages import cat, finetune
 from concat_jax.stages.query_bank import QueryBank
 from concat_jax.stages.stage import Stage
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
 from concat_jax.training.state import TrainState, make_train_step
 from concat_jax.weights.model_folder import load_model

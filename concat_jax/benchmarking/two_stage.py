@@ -32,12 +32,12 @@ from concat_jax.benchmarking.ours import (
     random_embeddings,
     random_params,
 )
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.evaluate import EvalConfig, output_bucket
-from concat_jax.evaluation.panoptic_inference import Fate, PanopticOutput, panoptic_inference
+from concat_jax.inference.panoptic import Fate, PanopticOutput, panoptic_inference
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images, resize_windows
 from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import mask_logits, normalize_images
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.weights.model_folder import load_model
 
 OURS = "ours"

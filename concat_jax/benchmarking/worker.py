@@ -16,7 +16,7 @@ import numpy as np
 
 from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.measure import Measurement
-from concat_jax.host_memory import keep_freed_memory
+from concat_jax.core.runtime import keep_freed_memory
 
 
 def main(argv: list[str]) -> None:

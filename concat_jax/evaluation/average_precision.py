@@ -18,9 +18,9 @@ from typing import Self
 
 import numpy as np
 
-from concat_jax.evaluation.class_counts import ClassCounts, mean_of_known
-from concat_jax.evaluation.run_lengths import MaskRuns, mask_runs
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.core.run_lengths import MaskRuns, mask_runs
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.evaluation.counts import ClassCounts, mean_of_known
 
 COCO_THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).tolist())
 ZSI_THRESHOLDS = (0.4, 0.5, 0.6)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from concat_jax.evaluation.assign_pixels import assign_pixels
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.evaluate import (
     EvalConfig,
     Sizes,
@@ -33,11 +33,11 @@ from concat_jax.evaluation.evaluate import (
     run_networks,
     split_batch,
 )
-from concat_jax.evaluation.panoptic_inference import SegmentTables, rank_queries, settle_segments
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.report import markdown_table
+from concat_jax.inference.assign_pixels import assign_pixels
+from concat_jax.inference.panoptic import SegmentTables, rank_queries, settle_segments
 from concat_jax.models.networks import Networks
-from concat_jax.text.vocabulary import Vocabulary
 
 # In a softmax over many classes the probabilities of seen and unseen names differ by anything from
 # nothing to nearly one.

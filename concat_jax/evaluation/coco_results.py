@@ -10,9 +10,9 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
-from concat_jax.evaluation.instance_inference import Instance
-from concat_jax.evaluation.streamed_json import StreamedJson
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.core.streamed_json import StreamedJson
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.inference.instance import Instance
 
 
 class InstanceWriter(StreamedJson):

@@ -17,20 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from concat_jax.configuration import check_choice
-from concat_jax.evaluation import pictures
-from concat_jax.evaluation.hosts import sum_over_hosts, total_over_hosts
-from concat_jax.evaluation.panoptic_inference import PanopticOutput, panoptic_inference
+from concat_jax.core.config import check_choice
+from concat_jax.core.hosts import sum_over_hosts, total_over_hosts
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.score_images import (
     InstanceScore,
     PanopticScore,
     SemanticScore,
     comparison_row,
 )
-from concat_jax.evaluation.semantic_inference import semantic_inference
+from concat_jax.inference.panoptic import PanopticOutput, panoptic_inference
+from concat_jax.inference.semantic import semantic_inference
 from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import mask_logits, normalize_images
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.visualize import overlay as pictures
 
 Output = TypeVar("Output")
 

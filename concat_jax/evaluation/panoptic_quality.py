@@ -15,42 +15,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from concat_jax.evaluation.class_counts import ClassCounts, mean_of_known
-from concat_jax.text.vocabulary import Vocabulary
-
-# Labels or crowd flags of segments: an array whose row g - 1 belongs to id g, or a map from id.
-Table = np.ndarray | list | tuple | Mapping[int, int]
+from concat_jax.core.arrays import Table, table_rows
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.evaluation.counts import ClassCounts, mean_of_known
 
 MAX_ID = 2**31 - 1
 GROUPS = ("all", "things", "stuff", "seen", "unseen")
 METRICS = ("pq", "sq", "rq", "sq_matched")
-
-
-def table_rows(labels: Table) -> tuple[np.ndarray, np.ndarray]:
-    """Segment ids and labels of a table, in its order.
-
-    Args:
-      labels: [G] ints, row g - 1 for id g, negative where there is no such segment; or a mapping
-        from positive id to label.
-
-    Returns:
-      (ids [M] int64, labels [M] int64), padded rows left out.
-
-    Raises:
-      ValueError: if an array is not one-dimensional or a mapping holds id 0, which is void.
-    """
-    if isinstance(labels, Mapping):
-        ids = np.fromiter(labels.keys(), np.int64, len(labels))
-        values = np.fromiter(labels.values(), np.int64, len(labels))
-        if (ids <= 0).any():
-            raise ValueError(f"Segment ids must be positive, got {ids.min()}; 0 is void.")
-    else:
-        values = np.asarray(labels, np.int64)
-        if values.ndim != 1:
-            raise ValueError(f"A label table must be one-dimensional, got shape {values.shape}.")
-        ids = np.arange(1, len(values) + 1)
-    present = values >= 0
-    return ids[present], values[present]
 
 
 def _crowd_flags(is_crowd: Table | None, ids: np.ndarray) -> np.ndarray:

@@ -1,11 +1,8 @@
-"""Evaluation results as text: terminal tables, Markdown tables, report.json, scalars for a log."""
+"""Evaluation results as text: terminal tables, Markdown tables, scalars for a log."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 GROUPS = ("all", "things", "stuff", "seen", "unseen")
@@ -283,34 +280,3 @@ def flatten_summary(summary: Mapping) -> dict[str, float]:
     if "instance" in summary:
         add(summary["instance"], _INSTANCE, {"ap": "hap", "ap50": "hap50"})
     return {name: float(value) for name, value in scalars.items() if math.isfinite(value)}
-
-
-def _jsonable(value):
-    """Plain Python with null for NaN and infinities, which strict JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if hasattr(value, "tolist"):  # numpy scalars and arrays
-        return _jsonable(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def write_report(path: str | os.PathLike, report: Mapping) -> None:
-    """Writes a report as strict, indented JSON; the file appears whole or not at all.
-
-    Args:
-      path: of the file; its folder is created.
-      report: nested mappings, sequences, strings, numbers, numpy scalars and arrays.
-
-    Raises:
-      TypeError: if the report holds something JSON has no form for.
-    """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_jsonable(report), indent=1, allow_nan=False)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from concat_jax.image_files import open_image
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.core.files import open_image
+from concat_jax.core.vocabulary import Vocabulary
 
 VOID = -1
 

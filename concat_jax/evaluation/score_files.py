@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from concat_jax.core.run_lengths import mask_runs
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, AveragePrecision
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.result_files import (
@@ -28,10 +30,8 @@ from concat_jax.evaluation.result_files import (
     read_panoptic_file,
     vocabulary_of,
 )
-from concat_jax.evaluation.run_lengths import mask_runs
 from concat_jax.evaluation.semantic_iou import SemanticIoU
 from concat_jax.evaluation.shared_counting import accumulate
-from concat_jax.text.vocabulary import Vocabulary
 
 LABEL_FILES = (".png", ".tif", ".tiff", ".bmp")
 # What label maps hold for "no class" when nothing else is said: the last value of 8 and 16 bits.

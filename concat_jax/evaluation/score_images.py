@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from concat_jax.evaluation import pictures
+from concat_jax.core.coco import PanopticWriter
+from concat_jax.core.run_lengths import encode_segments
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import AveragePrecision
-from concat_jax.evaluation.coco_format import PanopticWriter
 from concat_jax.evaluation.coco_results import InstanceWriter, SemanticWriter
-from concat_jax.evaluation.image_segments import ImageSegments, list_segments
-from concat_jax.evaluation.instance_inference import Instance, instance_inference
-from concat_jax.evaluation.panoptic_inference import PanopticOutput
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
-from concat_jax.evaluation.run_lengths import encode_segments
 from concat_jax.evaluation.semantic_iou import SemanticIoU
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.inference.instance import Instance, instance_inference
+from concat_jax.inference.panoptic import PanopticOutput
+from concat_jax.inference.segments import ImageSegments, list_segments
+from concat_jax.visualize import overlay as pictures
 
 if TYPE_CHECKING:
     from concat_jax.evaluation.evaluate import NetworkOutput

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from concat_jax.evaluation.class_counts import ClassCounts, mean_of_known
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.evaluation.counts import ClassCounts, mean_of_known
 
 METRICS = ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
 

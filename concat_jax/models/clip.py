@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from concat_jax.configuration import check_choice
+from concat_jax.core.config import check_choice
 from concat_jax.models.clip_stems import STEMS
 from concat_jax.models.clip_variants import CLIP_VARIANTS
 

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from concat_jax.models.resnet import ResNet
+from concat_jax.models.backbones.resnet import ResNet
 
 # Channels of the hybrid's first stage: enough for pictures of a few dozen pixels.
 RESNET_STEM_WIDTH = 16
@@ -59,7 +59,7 @@ class ResNetStem(nn.Module):
     """First stages of a small ResNet down to the patch stride, [B, H, W, 3] -> [B, H/p, W/p, D].
 
     The hybrid of Dosovitskiy et al. 2021, section 3.1. Its `trunk` has the names of
-    `concat_jax.models.resnet`, so that a segmentor's backbone can start from it.
+    `concat_jax.models.backbones.resnet`, so that a segmentor's backbone can start from it.
     """
 
     patch_size: int

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from concat_jax.configuration import check_choice
+from concat_jax.core.config import check_choice
 from concat_jax.models.clip import CLIP, make_clip
 from concat_jax.models.generator import QueryGenerator
 from concat_jax.models.primitive_generator import PrimitiveGenerator

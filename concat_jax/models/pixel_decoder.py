@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.models.convolution import square_conv
-from concat_jax.models.deformable_attention import MultiScaleDeformableAttention
-from concat_jax.models.linear import Dense, relu
-from concat_jax.models.position_encoding import (
+from concat_jax.models.ops.convolution import square_conv
+from concat_jax.models.ops.deformable_attention import MultiScaleDeformableAttention
+from concat_jax.models.ops.linear import Dense, relu
+from concat_jax.models.ops.position_encoding import (
     sine_position_encoding,
     valid_sine_position_encoding,
 )
-from concat_jax.models.valid_area import resize_within, statistics_mask, valid_size, zero_beyond
+from concat_jax.models.ops.valid_area import resize_within, statistics_mask, valid_size, zero_beyond
 
 # PyTorch's default for LayerNorm and GroupNorm; published weights assume it.
 NORM_EPSILON = 1e-5

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.configuration import check_choice
+from concat_jax.core.config import check_choice
+from concat_jax.models.backbones.resnet import ResNet
+from concat_jax.models.backbones.swin import Swin
 from concat_jax.models.pixel_decoder import PixelDecoder
-from concat_jax.models.resnet import ResNet
-from concat_jax.models.swin import Swin
 from concat_jax.models.transformer_decoder import TransformerDecoder
 
 # RGB statistics of ImageNet in 0..255, as every published Mask2Former uses them.

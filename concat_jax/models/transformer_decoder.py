@@ -11,13 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from concat_jax.models.linear import Dense, relu
-from concat_jax.models.pixel_decoder import NORM_EPSILON, resize_bilinear
-from concat_jax.models.position_encoding import (
+from concat_jax.models.ops.linear import Dense, relu
+from concat_jax.models.ops.position_encoding import (
     sine_position_encoding,
     valid_sine_position_encoding,
 )
-from concat_jax.models.valid_area import resize_within, valid_mask, valid_size
+from concat_jax.models.ops.valid_area import resize_within, valid_mask, valid_size
+from concat_jax.models.pixel_decoder import NORM_EPSILON, resize_bilinear
 
 # The reference's stacked [3 D, D] projection draws Xavier over all three matrices at once, which
 # gives each of them this variance times D.

@@ -25,7 +25,7 @@ import safetensors
 import safetensors.numpy
 from jax.experimental import multihost_utils
 
-from concat_jax.configuration import check_choice
+from concat_jax.core.config import check_choice
 
 FORMAT = 1
 MANIFEST = "bank.json"

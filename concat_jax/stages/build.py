@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from concat_jax.configuration import build, check_choice
+from concat_jax.core.config import build, check_choice
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import Networks
 from concat_jax.stages import cat, con, finetune, pretrain_clip
 from concat_jax.stages.clip_targets import CropConfig
 from concat_jax.stages.image_queries import on_images
 from concat_jax.stages.stage import Stage, StageConfig
-from concat_jax.text.vocabulary import Vocabulary
 
 KINDS = ("pretrain_clip", "con", "cat", "finetune")
 # Stages that learn from vision queries, and where they have them from.

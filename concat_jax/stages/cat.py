@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.configuration import check_choice
+from concat_jax.core.config import check_choice
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses import transition
 from concat_jax.losses.alignment import cosine_alignment
 from concat_jax.losses.classification import weighted_cross_entropy
@@ -23,7 +24,6 @@ from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages.query_bank import MEMORY_FIELDS
 from concat_jax.stages.real_queries import QUERY_FIELDS
 from concat_jax.stages.stage import NO_DECAY, Batch, Stage
-from concat_jax.text.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from concat_jax.configuration import check_choice
+from concat_jax.core.config import check_choice
 from concat_jax.losses.masks import over_batch_shards
 from concat_jax.models.clip import CLIP
 from concat_jax.models.clip_images import (

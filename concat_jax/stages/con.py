@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.configuration import build, check_choice
+from concat_jax.core.config import build, check_choice
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses import alignment
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
 from concat_jax.models.clip import CLIP
@@ -21,7 +22,6 @@ from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import normalize_images
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
 from concat_jax.stages.stage import NO_DECAY, Stage
-from concat_jax.text.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)

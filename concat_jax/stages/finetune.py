@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.classification import weighted_cross_entropy
 from concat_jax.models.networks import Networks
 from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages.cat import generate, known_text, require_unseen
 from concat_jax.stages.real_queries import QUERY_FIELDS
 from concat_jax.stages.stage import NO_DECAY, Stage
-from concat_jax.text.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)

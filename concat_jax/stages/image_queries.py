@@ -10,12 +10,12 @@ import dataclasses
 
 import jax
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import Networks
 from concat_jax.stages.query_bank import MEMORY_FIELDS
 from concat_jax.stages.real_queries import IMAGE_FIELDS, QUERY_FIELDS, extract_queries
 from concat_jax.stages.stage import Stage
-from concat_jax.text.vocabulary import Vocabulary
 
 # Where a stage on images finds the projector that says which query holds which segment: the one
 # that was trained with the segmentor, while a stage may train another under "projector".

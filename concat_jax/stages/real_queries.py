@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.matching import labels_of_queries
 from concat_jax.losses.segmentation import SegmentationLossConfig, match_queries
 from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import normalize_images
 from concat_jax.stages.con import training_labels
-from concat_jax.text.vocabulary import Vocabulary
 
 IMAGE_FIELDS = ("image", "segment_ids", "segment_labels", "segment_is_crowd")
 QUERY_FIELDS = ("queries", "query_labels")

@@ -11,9 +11,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from concat_jax.core.cli import UserStop
+from concat_jax.core.progress import Progress
+from concat_jax.core.runtime import step_compiler_options
 from concat_jax.stages.stage import Stage
 from concat_jax.training.checkpoints import StageCheckpoints
-from concat_jax.training.metric_writer import MetricWriter, Progress
+from concat_jax.training.metrics import MetricWriter
 from concat_jax.training.optimizer import (
     FROZEN,
     OptimizerConfig,
@@ -22,16 +25,16 @@ from concat_jax.training.optimizer import (
     path_name,
 )
 from concat_jax.training.sharding import replicated, shard_batch
-from concat_jax.training.state import TrainState, make_train_step, step_compiler_options
+from concat_jax.training.state import TrainState, make_train_step
 
 BatchFn = Callable[[int], Mapping[str, np.ndarray]]
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(UserStop):
     """The loss became NaN or infinite."""
 
 
-class Preempted(RuntimeError):
+class Preempted(UserStop):
     """The machine asked the run to stop; its state is saved."""
 
 

@@ -30,29 +30,6 @@ class TrainState(flax.struct.PyTreeNode):
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def step_compiler_options() -> dict[str, bool] | None:
-    """XLA's options for a compiled train step on this machine's devices.
-
-    On a CPU XLA orders a program so that independent parts can run side by side, which leaves more
-    arrays alive: at R50 and 1024 x 1024 a quarter more memory for five per cent of the time.
-    """
-    if jax.default_backend() != "cpu":
-        return None
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-
-
-def light_compiler_options() -> dict[str, int] | None:
-    """XLA's options for a program whose compilation outweighs what it computes: LLVM's level 1.
-
-    On a CPU the first parameters of the demo's segmentor compile in 5 s instead of 14 and are the
-    same to the bit. R50's forward pass compiles in two thirds of the time, the demo's in six
-    sevenths, and neither runs slower: the time goes to a library's products and convolutions.
-    """
-    if jax.default_backend() != "cpu":
-        return None
-    return {"xla_backend_optimization_level": 1}
-
-
 def make_train_step(
     loss: LossFn, optimizer: optax.GradientTransformation, seed: int
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:

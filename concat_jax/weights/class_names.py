@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import LinearClassifier
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.weights.hugging_face_config import EXTRA_KEY
-from concat_jax.weights.loading_report import LoadingReport
 from concat_jax.weights.model_folder import Params
+from concat_jax.weights.report import LoadingReport
 
 
 @dataclasses.dataclass(frozen=True)

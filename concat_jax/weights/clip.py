@@ -21,7 +21,24 @@ from flax import traverse_util
 from concat_jax.models.clip import CLIP, make_clip
 from concat_jax.models.clip_variants import CLIP_VARIANTS
 from concat_jax.text.tokenizer import has_clip_tokenizer
-from concat_jax.weights.clip_names import (
+from concat_jax.weights.clip_sizes import (
+    Config,
+    check_statistics,
+    clip_config_from_hf,
+    clip_config_from_open_clip,
+    heads_as_openai,
+    sizes_from_shapes,
+    variant_of,
+)
+from concat_jax.weights.files.readers import read_weights
+from concat_jax.weights.files.torch_script import is_torch_script, read_torch_script
+from concat_jax.weights.hugging_face_folder import (
+    CONFIG_NAME,
+    PREPROCESSOR_NAME,
+    WEIGHTS_NAMES,
+    read_json,
+)
+from concat_jax.weights.names.clip import (
     HF_PATCHES,
     OPENAI_PATCHES,
     OPENAI_SIZES,
@@ -33,25 +50,8 @@ from concat_jax.weights.clip_names import (
     our_shapes,
     with_flat_patches,
 )
-from concat_jax.weights.clip_sizes import (
-    Config,
-    check_statistics,
-    clip_config_from_hf,
-    clip_config_from_open_clip,
-    heads_as_openai,
-    sizes_from_shapes,
-    variant_of,
-)
-from concat_jax.weights.hugging_face_folder import (
-    CONFIG_NAME,
-    PREPROCESSOR_NAME,
-    WEIGHTS_NAMES,
-    read_json,
-)
-from concat_jax.weights.loading_report import LoadingReport
-from concat_jax.weights.readers import read_weights
-from concat_jax.weights.rename import Rename, name_keys, params_from_state_dict
-from concat_jax.weights.torch_script import is_torch_script, read_torch_script
+from concat_jax.weights.names.rename import Rename, name_keys, params_from_state_dict
+from concat_jax.weights.report import LoadingReport
 
 Params = Mapping[str, Any]
 

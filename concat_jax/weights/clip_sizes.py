@@ -15,7 +15,7 @@ import numpy as np
 
 from concat_jax.models.clip_images import CLIP_MEAN, CLIP_STD
 from concat_jax.models.clip_variants import CLIP_VARIANTS
-from concat_jax.weights.clip_names import TEXT, VISION
+from concat_jax.weights.names.clip import TEXT, VISION
 
 Config = dict[str, Any]
 

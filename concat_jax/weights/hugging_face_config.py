@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from concat_jax.models.resnet import BOTTLENECK_EXPANSION, ResNet
+from concat_jax.models.backbones.resnet import BOTTLENECK_EXPANSION, ResNet
+from concat_jax.models.backbones.swin import NORM_EPSILON, Swin
 from concat_jax.models.segmentor import DEFAULTS, IMAGENET_MEAN, IMAGENET_STD
-from concat_jax.models.swin import NORM_EPSILON, Swin
 from concat_jax.weights.model_folder import ModelCard
 
 # What transformers assumes where config.json says nothing.

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from concat_jax.weights.hugging_face import segmentor_params_from_hf, segmentor_params_to_hf
+from concat_jax.weights.files.readers import INDEX_SUFFIX, read_weights
 from concat_jax.weights.hugging_face_config import (
     check_preprocessing,
     config_to_hf,
     preprocessing_to_hf,
     segmentor_config_from_hf,
 )
-from concat_jax.weights.loading_report import LoadingReport
 from concat_jax.weights.model_folder import ModelCard, Params, new_folder
-from concat_jax.weights.readers import INDEX_SUFFIX, read_weights
+from concat_jax.weights.names.hugging_face import segmentor_params_from_hf, segmentor_params_to_hf
+from concat_jax.weights.report import LoadingReport
 
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"

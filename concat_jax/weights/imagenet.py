@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from concat_jax.weights.detectron2 import BACKBONE_TABLES, backbone_config
-from concat_jax.weights.loading_report import LoadingReport
 from concat_jax.weights.model_folder import Params, parameter_shapes
-from concat_jax.weights.rename import params_from_state_dict
+from concat_jax.weights.names.detectron2 import BACKBONE_TABLES, backbone_config
+from concat_jax.weights.names.rename import params_from_state_dict
+from concat_jax.weights.report import LoadingReport
 
 # The classifier, and index tables that follow from the architecture.
 _IGNORED = re.compile(

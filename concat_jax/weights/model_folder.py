@@ -18,8 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import DEFAULTS, LinearClassifier, make_segmentor
-from concat_jax.text.vocabulary import Vocabulary
 
 CARD_NAME = "model.json"
 PARAMS_NAME = "params"

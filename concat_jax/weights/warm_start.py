@@ -10,8 +10,8 @@ import numpy as np
 from flax import traverse_util
 
 from concat_jax.models.segmentor import DEFAULTS
-from concat_jax.weights.loading_report import LoadingReport
 from concat_jax.weights.model_folder import Params, load_model
+from concat_jax.weights.report import LoadingReport
 
 # Fields of a segmentor's config that no parameter's shape tells.
 _SHAPELESS = ("num_heads", "num_points", "num_groups")

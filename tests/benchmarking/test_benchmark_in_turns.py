@@ -13,7 +13,7 @@ from PIL import Image
 
 from concat_jax.benchmarking.measure import Turn, measure_in_turns
 from concat_jax.benchmarking.report import to_markdown
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.weights.model_folder import ModelCard, parameter_shapes, save_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,9 +8,9 @@ from concat_jax.benchmarking import panoptic_quality
 from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.official_panoptic_quality import OfficialPanopticQuality
 from concat_jax.benchmarking.report import to_markdown
-from concat_jax.evaluation.coco_format import PanopticWriter
+from concat_jax.core.coco import PanopticWriter
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
-from concat_jax.text.vocabulary import Vocabulary
 
 CASE = Case("panoptic_quality", 72, 96, num_images=3, segments=4, pictures="drawn")
 

@@ -9,12 +9,12 @@ import pytest
 
 from concat_jax.benchmarking.cases import Case, letterbox, pictures
 from concat_jax.benchmarking.two_stage import Paths, Sizes, cut_out, largest_masks
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.evaluate import EvalConfig, make_predict
 from concat_jax.evaluation.evaluate import Sizes as EvalSizes
-from concat_jax.evaluation.panoptic_inference import Fate
+from concat_jax.inference.panoptic import Fate
 from concat_jax.models.clip_images import normalize_clip_images
 from concat_jax.models.networks import make_networks
-from concat_jax.text.vocabulary import Vocabulary
 
 SIZE, NUM_QUERIES, JOINT_WIDTH = 64, 6, 16
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

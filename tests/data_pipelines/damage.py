@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipelines.coco_panoptic import CocoPanopticSource
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.source import DataError
+from data_pipelines.sources.coco_panoptic import CocoPanopticSource
+from data_pipelines.sources.source import DataError
 
 # After which a case hangs, also on a machine that many processes share.
 SECONDS = 600

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines import clip_target_cache as storage
 from data_pipelines.clip_target_cache import ClipTargetCache, ClipTargetError, Shard
-from data_pipelines.source import ImageRecord
+from data_pipelines.sources.source import ImageRecord
 
 WIDTH = 6
 # Image id -> segment ids. Ids are neither dense nor in order, and segment ids repeat across images.

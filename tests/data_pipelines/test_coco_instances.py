@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.evaluation.run_lengths import encode_rle
-from concat_jax.text.vocabulary import Vocabulary
-from data_pipelines.coco_instances import CocoInstanceSource, paint
+from concat_jax.core.run_lengths import encode_rle
+from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.source import DataError
+from data_pipelines.sources.coco_instances import CocoInstanceSource, paint
+from data_pipelines.sources.source import DataError
 
 mask_functions = pytest.importorskip("pycocotools.mask")
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.training import prefetch
-from data_pipelines.coco_panoptic import CocoPanopticSource
+from concat_jax.core import prefetch
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.source import DataError
+from data_pipelines.sources.coco_panoptic import CocoPanopticSource
+from data_pipelines.sources.source import DataError
 
 CATEGORIES = [
     {"id": 10, "name": "sky", "isthing": 0, "split": "seen"},
@@ -698,7 +698,7 @@ def test_bad_steps(world):
 
 def test_import_brings_no_framework():
     code = (
-        "import sys, data_pipelines.coco_panoptic, data_pipelines.loader; "
+        "import sys, data_pipelines.sources.coco_panoptic, data_pipelines.loader; "
         "print(sorted({'tensorflow', 'torch', 'jax'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.text.vocabulary import Vocabulary
-from concat_jax.training.prefetch import prefetch
+from concat_jax.core.prefetch import prefetch
+from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.augment import TABLE_PADDING, resize_longest
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.source import ImageRecord
+from data_pipelines.sources.source import ImageRecord
 
 NUM_IMAGES = 11
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.build_shards import build_shards
 from data_pipelines.datasets import KINDS, make_datasets, training_part
-from data_pipelines.layouts import DATASETS, label_space, open_source
-from data_pipelines.source import DataError, treat_unseen
+from data_pipelines.shards.build import build_shards
+from data_pipelines.sources.registry import DATASETS, label_space, open_source
+from data_pipelines.sources.source import DataError, treat_unseen
 from data_pipelines.zero_shot_split import SPLITS_FOLDER, load_label_space, load_split
 
 RNG = np.random.default_rng(0)

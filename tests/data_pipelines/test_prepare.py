@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from data_pipelines import build_shards as building
 from data_pipelines import prepare as command
-from data_pipelines.coco_panoptic import CocoPanopticSource
 from data_pipelines.count_table import count_part, format_classes, format_parts
 from data_pipelines.leak_test import check_no_leak
-from data_pipelines.shards import ShardSource
-from data_pipelines.source import DataError, treat_unseen
+from data_pipelines.shards import build as building
+from data_pipelines.shards.source import ShardSource
+from data_pipelines.sources.coco_panoptic import CocoPanopticSource
+from data_pipelines.sources.source import DataError, treat_unseen
 
 
 def source_of(root, part="train2017"):

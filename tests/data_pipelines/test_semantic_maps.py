@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.semantic_maps import SemanticMapSource, read_list
-from data_pipelines.source import DataError
+from data_pipelines.sources.semantic_maps import SemanticMapSource, read_list
+from data_pipelines.sources.source import DataError
 
 VOCABULARY = Vocabulary(
     names=("sky", "dog", "cat"),

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import build_shards as building
-from data_pipelines import shard_files
-from data_pipelines.coco_panoptic import CocoPanopticSource
-from data_pipelines.layouts import open_source
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.shards import ShardSource
-from data_pipelines.source import DataError
+from data_pipelines.shards import build as building
+from data_pipelines.shards import files as shard_files
+from data_pipelines.shards.source import ShardSource
+from data_pipelines.sources.coco_panoptic import CocoPanopticSource
+from data_pipelines.sources.registry import open_source
+from data_pipelines.sources.source import DataError
 
 
 def source_of(root, part="train2017"):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.source import DataError, ImageRecord, image_number, treat_unseen
+from data_pipelines.sources.source import DataError, ImageRecord, image_number, treat_unseen
 
 VOCABULARY = Vocabulary(
     names=("sky", "road", "dog", "cat"),

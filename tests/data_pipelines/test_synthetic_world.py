@@ -5,10 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from data_pipelines import synthetic_patterns as patterns
-from data_pipelines import synthetic_render as render
-from data_pipelines import synthetic_world
-from data_pipelines.synthetic_world import (
+from data_pipelines.synthetic import patterns, render
+from data_pipelines.synthetic import world as synthetic_world
+from data_pipelines.synthetic.world import (
     PRESETS,
     CaptionWorld,
     SyntheticWorld,

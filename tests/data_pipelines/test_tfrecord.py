@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from data_pipelines import tfrecord
+from data_pipelines.shards import tfrecord
 
 
 def crc_by_bits(data):

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.text.prompts import make_prompts
 from concat_jax.text.templates import TEMPLATES
-from concat_jax.text.vocabulary import Vocabulary
 from data_pipelines.vocabulary_files import VOCABULARIES_FOLDER, load_vocabulary, with_synonyms
 from data_pipelines.zero_shot_split import load_split
 

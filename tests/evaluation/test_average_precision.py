@@ -6,13 +6,13 @@ import io
 import numpy as np
 import pytest
 
+from concat_jax.core.run_lengths import encode_rle
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import (
     COCO_THRESHOLDS,
     ZSI_THRESHOLDS,
     AveragePrecision,
 )
-from concat_jax.evaluation.run_lengths import encode_rle
-from concat_jax.text.vocabulary import Vocabulary
 
 NUM_CLASSES = 3
 STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar")

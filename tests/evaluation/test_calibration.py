@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation import calibration
 from concat_jax.evaluation.evaluate import EvalConfig, evaluate, make_predict
 from concat_jax.models.segmentor import SegmentorOutput
-from concat_jax.text.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(
     ("cat", "lynx", "sky", "fog"),

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from concat_jax.core.run_lengths import encode_rle
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.coco_results import InstanceWriter, SemanticWriter
-from concat_jax.evaluation.instance_inference import Instance
-from concat_jax.evaluation.run_lengths import encode_rle
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.inference.instance import Instance
 
 VOCABULARY = Vocabulary(("cat", "sky"), (True, False), (True, False), (17, 187))
 MASK = np.eye(3, dtype=bool)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.evaluation.coco_format import read_panoptic
+from concat_jax.core.coco import read_panoptic
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.evaluate import EvalConfig, Sizes, evaluate, make_predict, output_bucket
 from concat_jax.models.segmentor import SegmentorOutput
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.sharding import along_batch, inference_mesh, make_mesh
 
 VOCABULARY = Vocabulary(("cat", "sky"), (True, False), (True, True), (1, 2))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.evaluation import coco_format
-from concat_jax.evaluation.class_counts import harmonic_mean
+from concat_jax.core import coco as coco_format
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.evaluation.counts import harmonic_mean
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
-from concat_jax.text.vocabulary import Vocabulary
 
 UNSEEN = (21, 25, 33, 34, 41, 57, 87, 100, 145, 148, 149, 184, 187, 193)
 TEAM = {0: 0, 47: 1, 97: 1, 133: 1, 150: 1, 174: 1, 198: 2, 215: 1, 244: 1, 255: 1}

@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 
+from concat_jax.core.files import write_json
+from concat_jax.core.run_lengths import encode_rle
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation import report
 from concat_jax.evaluation.average_precision import AveragePrecision
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
-from concat_jax.evaluation.run_lengths import encode_rle
 from concat_jax.evaluation.semantic_iou import SemanticIoU
-from concat_jax.text.vocabulary import Vocabulary
 
 TABLE = """\
             PQ    SQ     RQ  SQ matched  n
@@ -135,7 +136,7 @@ def test_scalars_leave_out_what_was_not_measured():
 
 def test_report_file_is_strict_json(tmp_path):
     path = tmp_path / "deep" / "report.json"
-    report.write_report(
+    write_json(
         path,
         {
             "summary": make_summary(),
@@ -160,9 +161,9 @@ def test_report_file_is_strict_json(tmp_path):
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "report.json"
-    report.write_report(path, {"pq": 1.0})
+    write_json(path, {"pq": 1.0})
     with pytest.raises(TypeError):
-        report.write_report(path, {"pq": object()})
+        write_json(path, {"pq": object()})
     assert json.loads(path.read_text()) == {"pq": 1.0}
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 

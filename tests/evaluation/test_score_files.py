@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from concat_jax.core.coco import PanopticWriter, ids_to_rgb, read_panoptic
+from concat_jax.core.run_lengths import encode_rle
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import AveragePrecision
-from concat_jax.evaluation.coco_format import PanopticWriter, ids_to_rgb, read_panoptic
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
-from concat_jax.evaluation.run_lengths import encode_rle
 from concat_jax.evaluation.score_files import score_instances, score_panoptic, score_semantic
 from concat_jax.evaluation.semantic_iou import SemanticIoU
-from concat_jax.text.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(("cat", "sky", "cow"), (True, False, True), (True, True, False), (17, 2, 5))
 SHAPE = (12, 16)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.semantic_iou import SemanticIoU
-from concat_jax.text.vocabulary import Vocabulary
 
 
 def make_vocabulary(num_classes, unseen=()):

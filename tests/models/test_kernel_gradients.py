@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from concat_jax.models import convolution, deformable_attention
-from concat_jax.models.linear import Dense, relu
+from concat_jax.models.ops import convolution, deformable_attention
+from concat_jax.models.ops.linear import Dense, relu
 
 RNG = np.random.default_rng(0)
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from concat_jax.models import swin as swin_lib
-from concat_jax.models.pixel_decoder import reference_grid, valid_reference_grid
-from concat_jax.models.position_encoding import (
+from concat_jax.models.backbones import swin as swin_lib
+from concat_jax.models.ops.position_encoding import (
     sine_position_encoding,
     valid_sine_position_encoding,
 )
+from concat_jax.models.ops.valid_area import resize_within, valid_mask, valid_size, zero_beyond
+from concat_jax.models.pixel_decoder import reference_grid, valid_reference_grid
 from concat_jax.models.segmentor import make_segmentor, mask_logits, normalize_images
 from concat_jax.models.transformer_decoder import attention_block_mask
-from concat_jax.models.valid_area import resize_within, valid_mask, valid_size, zero_beyond
 
 # These programs run once; without LLVM's optimisations they compile in half the time.
 QUICK = {"xla_backend_optimization_level": 0}

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from concat_jax.models.ops.position_encoding import sine_position_encoding
 from concat_jax.models.pixel_decoder import PixelDecoder, reference_grid, resize_bilinear
-from concat_jax.models.position_encoding import sine_position_encoding
 
 
 @pytest.mark.parametrize("height, width, channels", [(5, 7, 16), (32, 20, 256)])

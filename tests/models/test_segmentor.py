@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from concat_jax.models import segmentor as segmentor_lib
 from concat_jax.models.segmentor import make_segmentor, mask_logits, normalize_images
 from concat_jax.models.transformer_decoder import MultiHeadAttention, attention_block_mask
-from concat_jax.weights import hugging_face
+from concat_jax.weights.names import hugging_face
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from concat_jax.core.run_lengths import encode_segments
 from concat_jax.evaluation.average_precision import AveragePrecision
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
-from concat_jax.evaluation.run_lengths import encode_segments
 from concat_jax.evaluation.semantic_iou import SemanticIoU
 
 pytestmark = pytest.mark.slow

@@ -15,16 +15,17 @@ import pytest
 from flax import traverse_util
 
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
-from concat_jax.models import pixel_decoder, resnet, transformer_decoder
+from concat_jax.models import pixel_decoder, transformer_decoder
+from concat_jax.models.backbones import resnet
+from concat_jax.models.backbones.swin import SWIN_VARIANTS
 from concat_jax.models.segmentor import (
     LinearClassifier,
     make_segmentor,
     mask_logits,
     normalize_images,
 )
-from concat_jax.models.swin import SWIN_VARIANTS
 from concat_jax.models.transformer_decoder import attention_block_mask
-from concat_jax.weights.hugging_face import segmentor_params_from_hf
+from concat_jax.weights.names.hugging_face import segmentor_params_from_hf
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines import tfrecord
-from data_pipelines.coco_panoptic import CocoPanopticSource
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.shards import ShardSource
+from data_pipelines.shards import tfrecord
+from data_pipelines.shards.source import ShardSource
+from data_pipelines.sources.coco_panoptic import CocoPanopticSource
 
 pytestmark = pytest.mark.slow
 

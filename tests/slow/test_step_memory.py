@@ -71,13 +71,14 @@ def our_step() -> dict:
     """Run in a process of its own."""
     import jax
 
-    from concat_jax.configuration import build
+    from concat_jax.core.config import build
+    from concat_jax.core.runtime import step_compiler_options
     from concat_jax.losses.segmentation import SegmentationLossConfig
     from concat_jax.models.networks import make_networks
     from concat_jax.stages import con
     from concat_jax.stages.clip_targets import CropConfig
     from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
-    from concat_jax.training.state import TrainState, make_train_step, step_compiler_options
+    from concat_jax.training.state import TrainState, make_train_step
     from configs import coco_zps
     from data_pipelines.zero_shot_split import load_split
 

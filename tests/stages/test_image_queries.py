@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.generator import QueryGenerator
 from concat_jax.models.networks import Networks
@@ -19,7 +20,6 @@ from concat_jax.stages.bank_files import BankConfig, fill_bank
 from concat_jax.stages.image_queries import MATCHING_PROJECTOR, matching_key, on_images
 from concat_jax.stages.query_bank import QueryBank
 from concat_jax.stages.real_queries import IMAGE_FIELDS, QUERY_FIELDS, extract_queries
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.optimizer import path_name
 
 # The programs run once, so compiling them is what these tests cost.

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.stages.bank_files import ShardedRows
 from concat_jax.stages.query_bank import QueryBank, missing_classes
-from concat_jax.text.vocabulary import Vocabulary
 
 
 def bank(count=20, *, batch_size=8, seed=0):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
 from concat_jax.models.segmentor import normalize_images
 from concat_jax.stages import cat, con, finetune, pretrain_clip
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.optimizer import (
     FROZEN,
     OptimizerConfig,

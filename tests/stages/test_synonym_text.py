@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.networks import make_networks
 from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages import cat, finetune
-from concat_jax.text.vocabulary import Vocabulary
 
 # The programs run once, so compiling them is what these tests cost.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

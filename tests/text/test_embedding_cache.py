@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from concat_jax.text.embedding_cache import cached_embed_classes
+from concat_jax.text.embeddings import cached_embed_classes
 from concat_jax.text.prompts import embed_classes
 
 TWO = ("a {}", "the {}")

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
 from concat_jax.stages import con
 from concat_jax.stages.clip_targets import CropConfig
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.training.optimizer import (
     OptimizerConfig,
     label_params,

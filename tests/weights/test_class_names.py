@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.weights.class_names import (
     classes_from_hf,
     default_classes,
     new_head,
     read_classes,
 )
-from concat_jax.weights.loading_report import LoadingReport
+from concat_jax.weights.report import LoadingReport
 
 KNOWN = Vocabulary(("cat", "dog", "sky"), (True, True, False), (True, False, True), (17, 18, 187))
 

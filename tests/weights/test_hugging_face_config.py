@@ -2,9 +2,9 @@
 
 import pytest
 
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.models.backbones.swin import SWIN_VARIANTS
 from concat_jax.models.segmentor import DEFAULTS, make_segmentor
-from concat_jax.models.swin import SWIN_VARIANTS
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.weights.class_names import classes_from_hf
 from concat_jax.weights.hugging_face_config import (
     check_preprocessing,

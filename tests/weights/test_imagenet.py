@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from concat_jax.models.resnet import ResNet
+from concat_jax.models.backbones.resnet import ResNet
 from concat_jax.weights.imagenet import backbone_params_from_imagenet, is_imagenet_backbone
 
 torch = pytest.importorskip("torch")

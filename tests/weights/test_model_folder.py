@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from concat_jax.text.vocabulary import Vocabulary
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.weights import model_folder
 from concat_jax.weights.model_folder import (
     ModelCard,

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import make_segmentor
-from concat_jax.text.vocabulary import Vocabulary
 from concat_jax.weights.model_folder import ModelCard, save_model
 from concat_jax.weights.warm_start import segmentor_from_folder
 

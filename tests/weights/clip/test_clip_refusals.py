@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from concat_jax.weights.clip import read_clip
-from concat_jax.weights.torch_script import MAX_ATTRIBUTES, is_torch_script, read_torch_script
+from concat_jax.weights.files.torch_script import MAX_ATTRIBUTES, is_torch_script, read_torch_script
 
 torch = pytest.importorskip("torch")
 

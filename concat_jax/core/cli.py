@@ -1,0 +1,218 @@
+"""The one command line: flags of a command's own, and one sentence for a user's mistake.
+
+def define_flags(flags: cli.Flags) -> None:
+  flags.string("output", "", "A folder.")
+
+def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+  print(given.output)
+
+def main(argv: Sequence[str] | None = None) -> None:
+  cli.main(__doc__, define_flags, command, argv)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from concat_jax.core.config import check_choice
+
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended: 128 + SIGINT
+
+
+class Flags(flags.FlagValues):
+    """The flags of one command, and after parsing their values as attributes.
+
+    They are its own and not absl's global ones: importing one command defines none for another.
+    """
+
+    def string(self, name: str, default: str | None, about: str) -> None:
+        """Any text."""
+        flags.DEFINE_string(name, default, about, flag_values=self)
+
+    def strings(self, name: str, default: Sequence[str], about: str) -> None:
+        """Texts with commas between them."""
+        flags.DEFINE_list(name, list(default), about, flag_values=self)
+
+    def choice(self, name: str, default: str | None, choices: Sequence[str], about: str) -> None:
+        """One of some texts."""
+        flags.DEFINE_enum(name, default, list(choices), about, flag_values=self)
+
+    def integer(self, name: str, default: int | None, about: str, low: int | None = None) -> None:
+        """A whole number, from `low` on."""
+        flags.DEFINE_integer(name, default, about, low, flag_values=self)
+
+    def number(self, name: str, default: float | None, about: str) -> None:
+        """A number."""
+        flags.DEFINE_float(name, default, about, flag_values=self)
+
+    def switch(self, name: str, about: str) -> None:
+        """True where it is given."""
+        flags.DEFINE_bool(name, False, about, flag_values=self)
+
+
+def main(
+    doc: str,
+    define_flags: Callable[[Flags], None],
+    command: Callable[[Flags, list[str]], int | None],
+    argv: Sequence[str] | None = None,
+    *,
+    arguments: str = "",
+    with_config: bool = False,
+    computes: bool = True,
+    interrupted: str = "Stopped.",
+) -> None:
+    """Parses a command line and runs its command; ends the program unless all went well.
+
+    Args:
+      doc: what `--help` prints above the flags.
+      define_flags: defines the command's flags in the values it is given.
+      command: (flags, arguments) -> exit code; None is 0.
+      argv: name of the command and what follows; `sys.argv` by default.
+      arguments: how the usage calls arguments that are no flags; "" takes none.
+      with_config: the command has --config, --workdir and --distributed, see `config_and_workdir`.
+      computes: the command uses JAX; programs that it compiles are kept for the next time.
+      interrupted: the sentence for Ctrl-C, where what was interrupted has none of its own.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a letter shows a question mark; the command goes on.
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")
+    values = Flags()
+    values.switch("help", "Show this help.")
+    if with_config:
+        _define_config(values, argv)
+    define_flags(values)
+    try:
+        with one_sentence():
+            rest = _parse(values, argv)
+            if values.help:
+                print(f"{doc.strip()}\n\nFlags:\n{values.get_help()}")
+                return
+            if rest and not arguments:
+                raise ValueError(f"unknown argument {rest[0]!r}; flags look like --name=value.")
+            logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
+            if computes:
+                from concat_jax.core.runtime import enable_compilation_cache, keep_freed_memory
+
+                enable_compilation_cache()
+                keep_freed_memory()
+            code = command(values, rest)
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or interrupted}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    if code:
+        sys.exit(code)
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends the program with the text of a user's mistake on one line, instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, UserStop) as error:
+        sys.exit(f"Error: {' '.join(str(error).split())}")
+
+
+class UserStop(RuntimeError):
+    """The end of a command that is nobody's bug; its message is the sentence to show."""
+
+
+def _parse(values: Flags, argv: Sequence[str]) -> list[str]:
+    """What is left of a command line, its name and its flags taken off.
+
+    Raises:
+      ValueError: for a typo in a flag or in a config key, naming the nearest, or a value that a
+        flag does not take.
+    """
+    try:
+        return values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        names = [f"--{name}" for name in values]
+        check_choice(f"--{error.flagname}", names, "there is no flag")
+        raise ValueError(str(error)) from error
+    except (KeyError, AttributeError) as error:
+        key = re.findall(r"\w+", str(error))[0]
+        nearest = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = (
+            f"; did you mean {nearest[1]!r}?" if nearest else "; see the config file for its keys."
+        )
+        raise ValueError(f"the config has no key {key!r}{hint}") from error
+    except (flags.Error, ValueError, OSError) as error:
+        # ml_collections quotes the whole traceback of a config file; its last line says it all.
+        raise ValueError(re.split(r"\w+Error: ", str(error))[-1]) from error
+
+
+def _define_config(values: Flags, argv: Sequence[str]) -> None:
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "File in configs/; --config.KEY=VALUE changes one of its values.",
+        lock_config=True,
+        flag_values=values,
+        sys_argv=list(argv),
+    )
+    values.string("workdir", None, "Folder of the run; made if absent.")
+    values.switch(
+        "distributed",
+        "Several hosts. TPU pods, SLURM, Open MPI and Kubernetes are recognised; elsewhere set "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on every host.",
+    )
+
+
+def config_of(given: Flags) -> ConfigDict:
+    """The config of the flag --config.
+
+    Raises:
+      ValueError: if it is not given.
+    """
+    if given.config is None:
+        raise ValueError("give --config=configs/demo_zps.py or another file.")
+    return given.config
+
+
+def config_and_workdir(given: Flags) -> tuple[ConfigDict, Path]:
+    """The flags --config and --workdir.
+
+    Raises:
+      ValueError: if one is not given, or the workdir is in a bucket.
+    """
+    if given.config is None or not given.workdir:
+        raise ValueError("give --config=configs/demo_zps.py (or another file) and --workdir=DIR.")
+    if "://" in given.workdir:
+        raise ValueError(
+            f"--workdir={given.workdir} is not a local path; give a folder of this machine, or one "
+            "where the bucket is mounted."
+        )
+    return given.config, Path(given.workdir)
+
+
+def join_hosts(given: Flags) -> None:
+    """Meet the other hosts, if the flag --distributed says that there are some.
+
+    Raises:
+      ValueError: if JAX can tell neither from the cluster nor from the environment who they are.
+    """
+    if not given.distributed:
+        return
+    import jax
+
+    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    try:
+        # JAX reads the coordinator's address itself, but not these two.
+        texts = (os.environ.get(name) for name in names)
+        num_processes, process_id = (text and int(text) for text in texts)
+        jax.distributed.initialize(num_processes=num_processes, process_id=process_id)
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed does not find the other hosts ({str(error).rstrip('.')}): set "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID on every host."
+        ) from error

@@ -1,0 +1,156 @@
+"""Files in and out: images and JSON of other people, and files of ours that appear whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from PIL import Image
+
+# What Pillow's decoders raise on files that are cut off, damaged or no pictures; none of them
+# documents its own.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+class FileError(ValueError):
+    """A file that is missing or cannot be read; the message is one sentence that names it."""
+
+
+class ImageError(FileError):
+    """An image that cannot be used; the message is one sentence that names it."""
+
+
+@contextlib.contextmanager
+def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Opens an image file for a `with` block, in which it is to be decoded by `load`.
+
+    Yields:
+      The image as Pillow opens it, without EXIF rotation. Once loaded, it outlives the block.
+
+    Raises:
+      ImageError: if the file cannot be opened, or decoded within the block.
+    """
+    path = pathlib.Path(path)
+    try:
+        with Image.open(path) as image:
+            yield image
+    except ImageError:
+        raise
+    except UNREADABLE as error:
+        raise ImageError(f"{path} cannot be read as an image: {_reason(path, error)}.") from error
+
+
+def _reason(path: pathlib.Path, error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        empty = path.stat().st_size == 0
+        return "it is empty" if empty else "it is in no format that Pillow reads"
+    if isinstance(error, Image.DecompressionBombError):
+        # Pillow refuses twice its limit, and warns of what is between.
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        return f"it has more than {limit} million pixels; make it smaller"
+    if isinstance(error, FileNotFoundError):
+        return "it does not exist"
+    if path.is_dir():
+        return "it is a folder"
+    return " ".join(str(error).split()).rstrip(".") or "it is damaged"
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The content of a JSON file in UTF-8, with or without a byte order mark.
+
+    Raises:
+      ValueError: if the file is missing, cannot be read, or is not JSON; NaN and Infinity are not.
+    """
+    path = pathlib.Path(path)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        return json.loads(read_text(path), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path} is not valid JSON: {error}.") from error
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The content of a text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+      ValueError: if the file is missing, cannot be read, or is no UTF-8.
+    """
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        if pathlib.Path(path).read_bytes()[:2] == b"\x1f\x8b":
+            raise FileError(f"{path} is compressed with gzip; unpack it first.") from error
+        raise FileError(f"{path} is no text in UTF-8: {error}.") from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A file that appears under its name whole, or not at all.
+
+    Args:
+      path: of the file; its folder is made.
+
+    Yields:
+      The path to write to, in the same folder. It is removed if the block raises.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Writes strict, indented JSON; the file appears whole or not at all.
+
+    Args:
+      path: of the file; its folder is made.
+      content: nested mappings, sequences, strings, numbers, numpy scalars and arrays; what is not
+        finite becomes null.
+
+    Raises:
+      TypeError: if the content holds something that JSON has no form for.
+    """
+    text = json.dumps(_jsonable(content), indent=1, allow_nan=False)
+    with replacing(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return _jsonable(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,58 @@
+"""What a process needs before it computes: kept programs, kept memory, options of the compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import jax
+
+XLA_FOLDER = Path.home() / ".cache" / "concat_jax" / "xla"
+# Names of glibc's mallopt (malloc.h): trim threshold, number of mmapped blocks, number of arenas.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in `XLA_FOLDER` unless JAX_COMPILATION_CACHE_DIR names another."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(XLA_FOLDER))
+
+
+def keep_freed_memory() -> None:
+    """Have freed memory stay with the process, for the next step to use.
+
+    A step on a CPU takes gigabytes and gives them back at its end. By default glibc returns them to
+    the system, which then clears every page anew for the next step. Elsewhere than on glibc this
+    does nothing. It holds for what is allocated after the call.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def step_compiler_options() -> dict[str, bool] | None:
+    """XLA's options for a compiled train step on this machine's devices.
+
+    On a CPU XLA orders a program so that independent parts can run side by side, which leaves more
+    arrays alive: at R50 and 1024 x 1024 a quarter more memory for five per cent of the time.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
+def light_compiler_options() -> dict[str, int] | None:
+    """XLA's options for a program whose compilation outweighs what it computes: LLVM's level 1.
+
+    On a CPU the first parameters of the demo's segmentor compile in 5 s instead of 14 and are the
+    same to the bit. R50's forward pass compiles in two thirds of the time, the demo's in six
+    sevenths, and neither runs slower: the time goes to a library's products and convolutions.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 1}

@@ -1,0 +1,117 @@
+"""What each stage of a run learns from: captions, images, or the vision queries of a bank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from concat_jax.core.config import flat
+from concat_jax.experiment.query_extraction import extract_bank
+from concat_jax.stages.query_bank import QueryBank, missing_classes
+from concat_jax.weights.clip import params_fingerprint
+
+if TYPE_CHECKING:
+    from concat_jax.experiment.experiment import Run
+
+BatchFn = Callable[[int], Mapping[str, np.ndarray]]
+
+
+def stage_batches(run: Run, name: str, text: np.ndarray | None) -> BatchFn:
+    """The batches of a stage, each a pure function of its step.
+
+    Args:
+      run: of the config.
+      name: of the stage.
+      text: [K, C] or [K, S, C] text embeddings, which only a query bank needs.
+
+    Returns:
+      step -> this host's rows of the batch.
+
+    Raises:
+      ValueError: as `query_bank`.
+    """
+    settings = run.stages[name]
+    if settings.kind == "pretrain_clip":
+        pairs = run.datasets.captions(settings.batch_size, run.networks.clip.image_size)
+
+        def batch_fn(step: int) -> Mapping[str, np.ndarray]:
+            batch = pairs(step)
+            return {"image": batch["image"], "tokens": run.tokenizer(batch["captions"])}
+
+        return batch_fn
+    if settings.kind == "con" or settings.queries == "images":
+        return run.datasets.train(settings.batch_size)
+    return query_bank(run, name, text).batch
+
+
+def query_bank(run: Run, name: str, text: np.ndarray) -> QueryBank:
+    """The bank that a stage learns from, extracted into the folder of the stage of its segmentor.
+
+    A bank belongs to the weights that made it; for an oracle it also shows unseen classes.
+
+    Args:
+      run: of the config.
+      name: of a stage that learns from vision queries.
+      text: [K, C] or [K, S, C] text embeddings.
+
+    Raises:
+      ValueError: if the bank there is of other weights or settings, holds no seen class, or is
+        smaller than a batch; or if an oracle's images are not to be had.
+    """
+    settings = run.stages[name]
+    source = settings.takes["segmentor"]
+    size = run.stages[source].batch_size
+    # The projector that stage 1 trained names the queries, whatever this stage starts from.
+    params = {s: run.give(s, source) for s in ("segmentor", "projector")}
+    num_batches = -(-settings.bank_images // size)
+    num_images = num_batches * size
+    model = flat(run.config.model).items()
+    vocabulary, batches, kind = run.vocabulary, run.datasets.train, "query_bank"
+    if settings.oracle:
+        if run.datasets.oracle is None:
+            raise ValueError(
+                f"config.train.{name}.oracle needs images that show unseen classes, and data "
+                f"of kind {run.config.data.kind!r} offers none for training."
+            )
+        every = (True,) * len(vocabulary)
+        vocabulary = dataclasses.replace(vocabulary, is_seen=every)
+        batches, kind = run.datasets.oracle, "oracle_bank"
+    queries, labels = extract_bank(
+        run.workdir / source / f"{kind}_{num_images}",
+        {
+            "kind": kind,
+            "stage": source,
+            "steps": run.stages[source].steps,
+            "images": num_images,
+            "model": str(sorted(item for item in model if not item[0].startswith("generator"))),
+            "weights": params_fingerprint(jax.device_get(params))[:16],
+        },
+        run.networks,
+        vocabulary,
+        run.loss,
+        params,
+        text,
+        batches(size),
+        num_batches=num_batches,
+        batch_size=size,
+        seed=run.config.seed,
+        config=run.bank,
+        mesh=run.mesh,
+    )
+    warning = missing_classes(labels, run.vocabulary)
+    if warning and jax.process_index() == 0:
+        print(f"Warning: {warning}")
+    return QueryBank(
+        queries,
+        labels,
+        batch_size=settings.batch_size,
+        seed=run.config.seed,
+        memory_per_class=settings.method.get("memory_per_class", 0),
+        num_classes=len(run.vocabulary),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

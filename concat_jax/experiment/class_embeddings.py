@@ -1,0 +1,96 @@
+"""The names of a run's classes: the tokenizer that reads them and the embeddings they become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+
+from concat_jax.core.config import check_choice
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.models.clip import CLIP
+from concat_jax.models.clip_images import l2_normalize
+from concat_jax.models.networks import Params
+from concat_jax.text.embeddings import cached_embed_classes
+from concat_jax.text.prompts import SYNONYM_MODES
+from concat_jax.text.templates import find_templates
+from concat_jax.text.tokenizer import Tokenizer, WordTokenizer, make_clip_tokenizer
+from concat_jax.weights.clip import clip_tokenizer_folder, params_fingerprint
+
+
+def check_text(text: ml_collections.ConfigDict) -> None:
+    """Refuse a config's `text` section whose templates or synonyms cannot be.
+
+    Raises:
+      ValueError: naming the nearest choice.
+    """
+    find_templates(text.templates)
+    check_choice(text.synonyms, SYNONYM_MODES, "config.text.synonyms is")
+
+
+def make_tokenizer(config: ml_collections.ConfigDict, caption_words: Sequence[str]) -> Tokenizer:
+    """The tokenizer that a config asks for.
+
+    Args:
+      config: whole, for `text` and `init.clip`.
+      caption_words: what a tokenizer of words has to know.
+
+    Raises:
+      ValueError: if CLIP's vocabulary is configured nowhere or cannot be read.
+    """
+    text = config.text
+    check_choice(text.tokenizer, ("words", "clip"), "config.text.tokenizer is")
+    if text.tokenizer == "words":
+        return WordTokenizer(caption_words, text.context_length)
+    # The folder that the weights are from has a tokenizer, too, if it is a whole one.
+    weights = config.get("init", {}).get("clip", "")
+    path = text.bpe_path or (clip_tokenizer_folder(weights) if weights else None)
+    if not path:
+        raise ValueError(
+            "No vocabulary is configured, and none lies beside config.init.clip: set "
+            "config.text.bpe_path to CLIP's BPE file (bpe_simple_vocab_16e6.txt.gz) or to a folder "
+            "with CLIP's tokenizer."
+        )
+    return make_clip_tokenizer(path, text.context_length)
+
+
+def embed_vocabulary(
+    text: ml_collections.ConfigDict,
+    clip: CLIP,
+    params: Params,
+    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
+) -> np.ndarray:
+    """Text embeddings of a vocabulary.
+
+    Args:
+      text: a config's `text` section: templates, synonyms, cleaning and cache.
+      clip: the CLIP module.
+      params: its parameters.
+      tokenizer: of its text tower.
+      vocabulary: K classes.
+
+    Returns:
+      [K, C] float32, L2-normalised; [K, S, C] where `synonyms` is "max".
+    """
+
+    # The parameters are an argument: as constants they would be compiled into the program.
+    @jax.jit
+    def encode(params: Params, tokens: jax.Array) -> jax.Array:
+        return l2_normalize(clip.apply({"params": params}, tokens, method="encode_text"))
+
+    # Several hosts run the text tower together: none may find its answer on a disk of its own.
+    folder = text.cache if jax.process_count() == 1 else ""
+    return cached_embed_classes(
+        folder,
+        # The module's fields, heads for one, are not all told by the weights.
+        f"{params_fingerprint(params)} {clip}" if folder else "",
+        lambda tokens: encode(params, tokens),
+        tokenizer,
+        vocabulary.texts,
+        find_templates(text.templates),
+        clean=text.clean_names,
+        synonyms=text.synonyms,
+    )

@@ -1,0 +1,178 @@
+"""Images of people's disks: reading them as 8-bit RGB, and resizing and padding into few shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from concat_jax.core.files import UNREADABLE, ImageError, open_image
+
+# What a folder is searched for.
+SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+)
+# Of pictures this package writes beside its results; a folder's listing passes them over.
+OVERLAY_SUFFIX = ".overlay.png"
+# Above this Pillow itself suspects an attack; 0.4 GB as decoded here.
+MAX_PIXELS = 89_478_485
+# Sides are multiples of it: the coarsest features have stride 32.
+SIDE_MULTIPLE = 32
+
+_PNG_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads an image file as it is meant to be seen.
+
+    EXIF rotation is applied; of an animation the first frame is taken; all else as `to_rgb`.
+
+    Returns:
+      [H, W, 3] uint8 RGB.
+
+    Raises:
+      ImageError: the file is missing, empty, no image, damaged, too large or of an unknown range.
+    """
+    with warnings.catch_warnings():
+        # Its threshold is the one checked below, and stray tags are no business of ours.
+        warnings.simplefilter("ignore")
+        with open_image(path) as picture:
+            _check_pixels(picture, str(path))
+            picture.load()
+            return to_rgb(_upright(picture), str(path))
+
+
+def to_rgb(image: np.ndarray | Image.Image, name: str = "The image") -> np.ndarray:
+    """Any image as 8-bit RGB.
+
+    Transparent parts show white, as on a page; dropping the transparency instead would show
+    whatever colour the file hides there. 16-bit greys are scaled to 8 bit, their range is not
+    stretched. An image of Pillow is taken as it is, without EXIF rotation.
+
+    Args:
+      image: a Pillow image of any mode, or an array [H, W] or [H, W, 1, 3 or 4], uint8 or uint16.
+      name: what to call it in an error.
+
+    Returns:
+      [H, W, 3] uint8.
+
+    Raises:
+      ImageError: another array, no pixel or too many, or pixels whose range is not known (32 bit).
+    """
+    if not isinstance(image, Image.Image):
+        return _array_to_rgb(np.asarray(image), name)
+    _check_pixels(image, name)
+    if image.mode in _PNG_16_BIT or image.mode == "I":
+        grey = np.asarray(image)
+        if image.mode == "I" and (grey.min() < 0 or grey.max() > 65535):
+            raise ImageError(f"{name} holds 32-bit integers of unknown range; save it in 8 bit.")
+        return _array_to_rgb(grey.astype(np.uint16), name)
+    if image.mode == "F":
+        raise ImageError(f"{name} holds 32-bit floats of unknown range; save it in 8 bit.")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        page = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(page, image)
+    return np.array(image.convert("RGB"))
+
+
+def _array_to_rgb(array: np.ndarray, name: str) -> np.ndarray:
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.size == 0:
+        raise ImageError(
+            f"{name} has the shape {array.shape}; give [H, W], or [H, W, C] of 1, 3 or 4 channels."
+        )
+    if array.dtype == np.uint16:
+        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ImageError(f"{name} is an array of {array.dtype}; give uint8, 0 to 255.")
+    if array.shape[-1] == 4:
+        return to_rgb(Image.fromarray(array, "RGBA"), name)
+    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
+
+
+def _check_pixels(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    if width * height == 0:
+        raise ImageError(f"{name} has no pixel ({height}x{width}).")
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{name} has {width * height // 10**6} million pixels ({height}x{width}) where "
+            f"{MAX_PIXELS // 10**6} million are the limit; make it smaller."
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except UNREADABLE:
+        # Broken EXIF says nothing about the pixels; viewers show such a picture as stored.
+        return image
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The few padded shapes that images of all sizes are resized into.
+
+    Attributes:
+      short_side: the shorter side is resized to it (Mask2Former `INPUT.MIN_SIZE_TEST`).
+      long_side: unless the longer side would exceed this (`INPUT.MAX_SIZE_TEST`).
+    """
+
+    short_side: int = 800
+    long_side: int = 1333
+
+    def __post_init__(self):
+        if not 1 <= self.short_side <= self.long_side:
+            raise ValueError(
+                f"short_side is {self.short_side} and long_side {self.long_side}; both must be "
+                "positive and the short side no longer than the long one."
+            )
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The buckets (height, width), smallest first: square, up to 4:3 and beyond, lying and
+        standing. What is nearer the square wastes less than half of its bucket."""
+        middle = min(self.short_side * 4 / 3, self.long_side)
+        short, *longer = (
+            SIDE_MULTIPLE * math.ceil(round(side) / SIDE_MULTIPLE)
+            for side in (self.short_side, middle, self.long_side)
+        )
+        shapes = {(short, short)}
+        for long in longer:
+            shapes |= {(short, long), (long, short)}
+        return tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape)))
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Size of the network's input for an image of a size, detectron2 `ResizeShortestEdge`."""
+        scale = self.short_side / min(height, width)
+        scale = min(scale, self.long_side / max(height, width))
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+    def shape_for(self, size: Sequence[int]) -> tuple[int, int]:
+        """The smallest bucket that a resized image fits."""
+        return next(s for s in self.shapes if size[0] <= s[0] and size[1] <= s[1])
+
+    def prepare(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+        """Resizes and pads.
+
+        Args:
+          image: [H, W, 3] uint8.
+
+        Returns:
+          (The padded image, uint8 in the shape of one of `shapes`, zero beyond the image;
+          (height, width) of the image in it.) Bilinear with antialias, as Pillow does for the
+          reference.
+        """
+        height, width = self.resized(*image.shape[:2])
+        resized = Image.fromarray(image)
+        if resized.size != (width, height):
+            resized = resized.resize((width, height), Image.Resampling.BILINEAR)
+        padded = np.zeros((*self.shape_for((height, width)), 3), np.uint8)
+        padded[:height, :width] = resized
+        return padded, (height, width)

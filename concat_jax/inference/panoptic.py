@@ -1,0 +1,263 @@
+"""From mask logits and class probabilities to panoptic maps.
+
+`panoptic_inference` does it in one jitted call. Its three parts are public, so that a map too large
+for one call can be made in tiles: `rank_queries`, `assign_pixels` tile by tile, `settle_segments`.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from concat_jax.inference.assign_pixels import PixelCounts, RankedQueries, assign_pixels
+
+KEEP_RULES = ("objectness", "score")
+
+
+class Fate(enum.IntEnum):
+    """What became of a query; the first rule that applies, in the order of the post-processing."""
+
+    SEGMENT = 0  # owns the segment id of its own row
+    MERGED = 1  # stuff whose pixels were added to an earlier segment of the same class
+    NO_OBJECT = 2  # no-object is its most likely class, or its objectness is under the threshold
+    LOW_SCORE = 3  # its best class is under the score threshold (keep rule "score" only)
+    NO_PIXELS = 4  # kept, but owns no pixel of its own mask
+    OVERLAPPED = 5  # kept, but other queries own too much of its mask
+
+
+@flax.struct.dataclass
+class SegmentTables:
+    """The verdict on the N queries of B images; row n of every table is query n.
+
+    Attributes:
+      lookup: [B, 2N + 2] int32, segment id of every code of `assign_pixels`, 0 void.
+      labels, scores, keep_scores, fates, areas: as in `PanopticOutput`.
+    """
+
+    lookup: jax.Array
+    labels: jax.Array
+    scores: jax.Array
+    keep_scores: jax.Array
+    fates: jax.Array
+    areas: jax.Array
+
+
+@flax.struct.dataclass
+class PanopticOutput:
+    """Panoptic maps of B images; row n of every table is query n and segment id n + 1.
+
+    Attributes:
+      segment_ids: [B, H, W] int32, 0 void, else n + 1 for the segment of query n.
+      labels: [B, N] int32 class index of the segment, -1 where query n holds no segment id.
+      scores: [B, N] float32 probability of that class in [0, 1], 0 where absent.
+      keep_scores: [B, N] float32, for every query the number that the keep rule compares with its
+        threshold (best class probability, or objectness), so that an empty map can be explained.
+      fates: [B, N] int32 values of `Fate`.
+      areas: [B, N] int32 pixels of the segment, 0 where absent.
+    """
+
+    segment_ids: jax.Array
+    labels: jax.Array
+    scores: jax.Array
+    keep_scores: jax.Array
+    fates: jax.Array
+    areas: jax.Array
+
+
+def _check_inputs(mask_logits, class_probs, is_thing, is_seen) -> None:
+    if mask_logits.ndim != 4 or class_probs.ndim != 3:
+        raise ValueError(
+            "panoptic_inference needs mask_logits [B, N, h, w] and class_probs [B, N, K+1], got "
+            f"{mask_logits.shape} and {class_probs.shape}."
+        )
+    if mask_logits.shape[:2] != class_probs.shape[:2]:
+        raise ValueError(
+            f"mask_logits {mask_logits.shape} and class_probs {class_probs.shape} differ in their "
+            "first two axes; both must start with [B, N]."
+        )
+    num_classes = class_probs.shape[-1] - 1
+    for name, flags in (("is_thing", is_thing), ("is_seen", is_seen)):
+        if flags.shape != (num_classes,):
+            raise ValueError(
+                f"{name} has shape {flags.shape} but class_probs holds {num_classes} classes plus "
+                f"no-object; pass one flag a class, [{num_classes}]."
+            )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("output_size", "keep_rule", "strip_rows", "queries_at_once")
+)
+def panoptic_inference(
+    mask_logits: jax.Array,
+    class_probs: jax.Array,
+    is_thing: jax.Array,
+    is_seen: jax.Array,
+    *,
+    output_size: tuple[int, int],
+    source_size: jax.Array | None = None,
+    image_size: jax.Array | None = None,
+    keep_rule: str = "objectness",
+    score_threshold: float = 0.8,
+    objectness_threshold: float = 0.5,
+    mask_threshold: float = 0.5,
+    overlap_threshold: float = 0.8,
+    gamma: float = 0.0,
+    strip_rows: int = 32,
+    queries_at_once: int = 8,
+) -> PanopticOutput:
+    """Mask2Former's panoptic post-processing, with a zero-shot keep rule and calibration.
+
+    Mask logits are resized bilinearly, then squashed. Kept queries compete for every pixel with
+    keep score * mask probability. A query becomes a segment where it owns the pixel and its mask
+    probability reaches `mask_threshold`, provided the pixels it owns (in its mask or not, as in
+    the reference) are at least `overlap_threshold` of the pixels of its mask. Stuff segments of
+    one class are merged into the first of them. Unowned pixels are void.
+
+    The reference is `panoptic_inference` in Mask2Former mask2former/maskformer_model.py. Ours
+    differs in four ways: ids are query index + 1 and so have gaps; the keep rule "objectness";
+    gamma; and the resize goes straight from the logits to the image's own size, where the
+    reference goes through the size of the network's input (two blends in a row, which soften
+    borders by a fraction of a pixel). Keep scores and so the geometry ignore gamma, which only
+    renames segments (and so decides which stuff merges).
+
+    Args:
+      mask_logits: [B, N, h, w] float, before the sigmoid, at any resolution.
+      class_probs: [B, N, K+1] float32 probabilities, the last one no-object.
+      is_thing: [K] bool.
+      is_seen: [K] bool, the classes that gamma handicaps.
+      output_size: (H, W) of the maps, a bucket that every image_size fits. Static.
+      source_size: [B, 2] (height, width) of the valid extent of mask_logits, at the top left; may
+        be a fraction, image size / 4 for logits at stride 4. None: all of it.
+      image_size: [B, 2] (height, width) that the valid extent is resized to; the map beyond
+        counts in no area and is void. None: output_size.
+      keep_rule: "objectness" keeps queries with 1 - p(no-object) > objectness_threshold and names
+        them by the best real class, the zero-shot default because a threshold on the class score
+        costs unseen classes most. "score" is the reference: the best of all K+1 classes must not
+        be no-object and its probability must be above score_threshold. Static.
+      score_threshold: 0.8 in the reference.
+      objectness_threshold: 0.5, even odds of holding a segment.
+      mask_threshold: 0.5 in the reference.
+      overlap_threshold: 0.8 in the reference.
+      gamma: subtracted from the probability of every seen class before the best class is chosen
+        (calibrated stacking, as in ZegFormer; PADing uses none). May be traced: a sweep does not
+        recompile.
+      strip_rows, queries_at_once: as in `assign_pixels`.
+
+    Returns:
+      PanopticOutput. All tables follow the query order.
+
+    Raises:
+      ValueError: if shapes disagree or keep_rule is unknown.
+    """
+    _check_inputs(mask_logits, class_probs, is_thing, is_seen)
+    queries = rank_queries(
+        class_probs,
+        is_seen,
+        keep_rule=keep_rule,
+        score_threshold=score_threshold,
+        objectness_threshold=objectness_threshold,
+        gamma=gamma,
+    )
+    codes, counts = assign_pixels(
+        mask_logits,
+        queries,
+        output_size=output_size,
+        source_size=source_size,
+        image_size=image_size,
+        mask_threshold=mask_threshold,
+        strip_rows=strip_rows,
+        queries_at_once=queries_at_once,
+    )
+    tables = settle_segments(queries, counts, is_thing, overlap_threshold=overlap_threshold)
+    return PanopticOutput(
+        segment_ids=jax.vmap(lambda table, code: table[code])(tables.lookup, codes),
+        labels=tables.labels,
+        scores=tables.scores,
+        keep_scores=tables.keep_scores,
+        fates=tables.fates,
+        areas=tables.areas,
+    )
+
+
+def rank_queries(
+    class_probs: jax.Array,
+    is_seen: jax.Array,
+    *,
+    keep_rule: str,
+    score_threshold: float,
+    objectness_threshold: float,
+    gamma: float = 0.0,
+) -> RankedQueries:
+    """Names the queries and decides which take part; arguments as in `panoptic_inference`.
+
+    Raises:
+      ValueError: if keep_rule is unknown.
+    """
+    if keep_rule not in KEEP_RULES:
+        raise ValueError(f"keep_rule is {keep_rule!r}; choose one of {', '.join(KEEP_RULES)}.")
+    class_probs = class_probs.astype(jnp.float32)
+    real_probs, no_object = class_probs[..., :-1], class_probs[..., -1]
+    labels = jnp.argmax(real_probs - gamma * is_seen, axis=-1).astype(jnp.int32)  # [B, N]
+    if keep_rule == "score":
+        keep_scores = real_probs.max(axis=-1)
+        is_object = keep_scores >= no_object
+        keep = is_object & (keep_scores > score_threshold)
+    else:
+        keep_scores = 1.0 - no_object
+        is_object = keep_scores > objectness_threshold
+        keep = is_object
+    return RankedQueries(
+        labels=labels,
+        scores=jnp.take_along_axis(real_probs, labels[..., None], axis=-1)[..., 0],
+        keep_scores=keep_scores,
+        is_object=is_object,
+        keep=keep,
+        # Stable: equal bids go to the first query, before and after sorting.
+        order=jnp.argsort(~keep, axis=-1, stable=True).astype(jnp.int32),
+    )
+
+
+def settle_segments(
+    queries: RankedQueries, counts: PixelCounts, is_thing: jax.Array, *, overlap_threshold: float
+) -> SegmentTables:
+    """Which kept queries become segments, and which stuff merges.
+
+    Args:
+      queries: of `rank_queries`.
+      counts: of `assign_pixels`, of the whole image.
+      is_thing: [K] bool.
+      overlap_threshold: share of its mask that a segment must own.
+    """
+    batch, num_queries = queries.labels.shape
+    labels = queries.labels
+    has_pixels = counts.both > 0
+    share = counts.owned / jnp.maximum(counts.covered, 1)
+    accepted = queries.keep & has_pixels & (share >= overlap_threshold)
+
+    # [B, N, N]: query n may take over the id of m. For stuff the first such m owns the segment.
+    same_stuff = (labels[:, :, None] == labels[:, None, :]) & ~is_thing[labels][:, :, None]
+    numbers = jnp.arange(num_queries)
+    may_use = accepted[:, None, :] & (same_stuff | (numbers[:, None] == numbers))
+    owner = jnp.argmax(may_use, axis=-1)
+    is_segment = accepted & (owner == numbers)
+    ids = jnp.where(accepted, owner + 1, 0).astype(jnp.int32)
+
+    by_rank = jnp.take_along_axis(ids, queries.order, axis=-1)
+    lookup = jnp.stack([jnp.zeros_like(by_rank), by_rank], axis=-1).reshape(batch, -1)
+    areas = jnp.sum(
+        jnp.where(ids[:, :, None] == numbers + 1, counts.both[:, :, None], 0), axis=1
+    )  # [B, N]
+    rules = [is_segment, accepted, ~queries.is_object, ~queries.keep, ~has_pixels]
+    fates = [Fate.SEGMENT, Fate.MERGED, Fate.NO_OBJECT, Fate.LOW_SCORE, Fate.NO_PIXELS]
+    return SegmentTables(
+        lookup=jnp.pad(lookup, ((0, 0), (2, 0))),
+        labels=jnp.where(is_segment, labels, -1),
+        scores=jnp.where(is_segment, queries.scores, 0.0),
+        keep_scores=queries.keep_scores,
+        fates=jnp.select(rules, [jnp.int32(f) for f in fates], jnp.int32(Fate.OVERLAPPED)),
+        areas=areas.astype(jnp.int32),
+    )

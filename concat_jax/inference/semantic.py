@@ -1,0 +1,83 @@
+"""Semantic maps from mask logits and class probabilities."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from concat_jax.inference.resize import blend, tile_taps
+
+
+@functools.partial(jax.jit, static_argnames=("output_size", "strip_rows"))
+def semantic_inference(
+    mask_logits: jax.Array,
+    class_probs: jax.Array,
+    *,
+    output_size: tuple[int, int],
+    source_size: jax.Array | None = None,
+    image_size: jax.Array | None = None,
+    origin: jax.Array | None = None,
+    strip_rows: int = 16,
+) -> jax.Array:
+    """Mask2Former's semantic post-processing: the class with the most mask probability.
+
+    Every pixel's score of class k is the sum over queries of p(k | query), without no-object, times
+    the query's mask probability. The reference is `semantic_inference` in Mask2Former
+    mask2former/maskformer_model.py; mask logits are resized to the image's size before, as it does
+    for panoptic and instance models (models that are only semantic resize the class scores
+    instead). The scores [B, K, H, W] are made in strips of rows and never stored whole.
+
+    Args:
+      mask_logits: [B, N, h, w] float, before the sigmoid.
+      class_probs: [B, N, K+1] float32 probabilities, the last one no-object.
+      output_size: (H, W) of the maps. Static.
+      source_size: [B, 2] valid extent of mask_logits, may be a fraction. None: all of it.
+      image_size: [B, 2] size that the extent is resized to. None: output_size. Beyond it the map
+        means nothing.
+      origin: [2] int (row, column) of the map's first pixel in the image, where the map is a tile
+        of the image. None: the image's first.
+      strip_rows: rows made at once; memory is about B * (N + K) * strip_rows * W floats. Static.
+
+    Returns:
+      [B, H, W] class indices, uint8 where they fit, else uint16. The first of equal classes wins.
+
+    Raises:
+      ValueError: if the shapes disagree.
+    """
+    if mask_logits.ndim != 4 or class_probs.shape[:2] != mask_logits.shape[:2]:
+        raise ValueError(
+            "semantic_inference needs mask_logits [B, N, h, w] and class_probs [B, N, K+1], got "
+            f"{mask_logits.shape} and {class_probs.shape}."
+        )
+    batch = mask_logits.shape[0]
+    height, width = output_size
+    rows = min(strip_rows, height)
+    padded_height = -(-height // rows) * rows
+    row_taps, column_taps, end = tile_taps(
+        mask_logits, output_size, padded_height, source_size, image_size, origin
+    )
+    probs = class_probs[..., :-1].astype(jnp.float32)
+    dtype = jnp.uint8 if probs.shape[-1] <= 256 else jnp.uint16
+
+    def strip(index, maps):
+        start = index * rows
+        taps = jax.tree.map(
+            lambda tap: jax.lax.dynamic_slice_in_dim(tap, start, rows, axis=1), row_taps
+        )
+        # Rows first: a few rows of the narrow source, where [N, h, W] would be large.
+        logits = jax.vmap(functools.partial(blend, axis=1))(mask_logits, taps)
+        logits = jax.vmap(functools.partial(blend, axis=2))(logits, column_taps)
+        scores = jnp.einsum(
+            "bnk,bnhw->bkhw",
+            probs,
+            jax.nn.sigmoid(logits.astype(jnp.float32)),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        classes = jnp.argmax(scores, axis=1).astype(dtype)
+        return jax.lax.dynamic_update_slice_in_dim(maps, classes, start, axis=1)
+
+    maps = jnp.zeros((batch, padded_height, width), dtype)
+    num_strips = (end[:, 0].max() + rows - 1) // rows
+    return jax.lax.fori_loop(0, num_strips, strip, maps)[:, :height]

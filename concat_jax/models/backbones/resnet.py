@@ -1,0 +1,228 @@
+"""ResNet image backbone, the layout of torchvision and detectron2 (stride in the 3x3 convolution).
+
+Source: He et al., arXiv 1512.03385; torchvision `models/resnet.py`; detectron2
+`modeling/backbone/resnet.py` (`STRIDE_IN_1X1 False`, FrozenBN).
+
+1x1 convolutions are written as matrix products on the channel axis: the numbers are the same and
+XLA's CPU backend runs them markedly faster than its 1x1 convolutions.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from concat_jax.models.ops.convolution import square_conv
+from concat_jax.models.ops.linear import Dense, relu
+from concat_jax.models.ops.valid_area import statistics_mask, valid_size, zero_beyond
+
+# detectron2 and torchvision both normalise with this epsilon; published weights assume it.
+NORM_EPSILON = 1e-5
+BLOCKS = ("bottleneck", "basic")
+NORMS = ("frozen_batch", "group")
+STEMS = ("standard", "small")
+# Channels of a bottleneck block's output over those of its inner convolutions.
+BOTTLENECK_EXPANSION = 4
+
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation with stored statistics: a fixed affine map of the channels.
+
+    The four leaves live in `params` so that one tree holds the whole model, and are called
+    `frozen_scale`, `frozen_bias`, `frozen_mean`, `frozen_variance` so that a label rule on
+    `frozen_` keeps the optimizer off them; no gradient flows into them either.
+    Source: detectron2 `layers/batch_norm.py` FrozenBatchNorm2d.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """[..., C] -> [..., C] in `dtype`; the folded affine map is formed in float32."""
+        shape = (features.shape[-1],)
+        scale = self.param("frozen_scale", nn.initializers.ones, shape)
+        bias = self.param("frozen_bias", nn.initializers.zeros, shape)
+        mean = self.param("frozen_mean", nn.initializers.zeros, shape)
+        variance = self.param("frozen_variance", nn.initializers.ones, shape)
+        scale, bias, mean, variance = jax.lax.stop_gradient((scale, bias, mean, variance))
+        multiplier = scale * jax.lax.rsqrt(variance + NORM_EPSILON)
+        offset = bias - mean * multiplier
+        return features * multiplier.astype(self.dtype) + offset.astype(self.dtype)
+
+
+def _normalize(
+    norm: str,
+    num_groups: int,
+    dtype: Any,
+    features: jax.Array,
+    size: jax.Array | None,
+    name: str,
+) -> jax.Array:
+    """[B, H, W, C] through the layer called `norm`; its statistics see the valid `size` only."""
+    if norm == "frozen_batch":
+        return FrozenBatchNorm(dtype=dtype, name=name)(features)
+    group_norm = nn.GroupNorm(num_groups=num_groups, epsilon=NORM_EPSILON, dtype=dtype, name=name)
+    return group_norm(features, mask=statistics_mask(features, size))
+
+
+def _pointwise(features: jax.Array, width: int, stride: int, dtype: Any, name: str) -> jax.Array:
+    """A 1x1 convolution without bias: [B, H, W, C] -> [B, ceil(H/s), ceil(W/s), width]."""
+    if stride > 1:
+        features = features[:, ::stride, ::stride]
+    return Dense(width, use_bias=False, dtype=dtype, kernel_init=_conv_init, name=name)(features)
+
+
+def _conv(
+    features: jax.Array,
+    width: int,
+    kernel: int,
+    stride: int,
+    dtype: Any,
+    size: jax.Array | None,
+    name: str,
+) -> jax.Array:
+    """A convolution without bias, padded by kernel // 2 on every side as in torch.
+
+    What lies beyond the valid `size` is read as that padding: zero.
+    """
+    convolution = square_conv(width, kernel, stride, dtype=dtype, kernel_init=_conv_init, name=name)
+    return convolution(zero_beyond(features, size))
+
+
+class ResidualBlock(nn.Module):
+    """One residual block of either kind: [B, H, W, C] -> [B, ceil(H/s), ceil(W/s), out_width]."""
+
+    width: int
+    stride: int
+    block: str
+    norm: str
+    num_groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array, size: jax.Array | None = None) -> jax.Array:
+        """[B, H, W, C], valid [B, 2] or None -> [B, ceil(H/stride), ceil(W/stride), out_width]."""
+        norm = functools.partial(_normalize, self.norm, self.num_groups, self.dtype)
+        out_size = None if size is None else valid_size(size, self.stride)
+        out_width = self.width
+        if self.block == "bottleneck":
+            out_width = self.width * BOTTLENECK_EXPANSION
+            hidden = _pointwise(features, self.width, 1, self.dtype, "conv1")
+            hidden = relu(norm(hidden, size, "norm1"))
+            hidden = _conv(hidden, self.width, 3, self.stride, self.dtype, size, "conv2")
+            hidden = relu(norm(hidden, out_size, "norm2"))
+            hidden = _pointwise(hidden, out_width, 1, self.dtype, "conv3")
+            hidden = norm(hidden, out_size, "norm3")
+        else:
+            hidden = _conv(features, self.width, 3, self.stride, self.dtype, size, "conv1")
+            hidden = relu(norm(hidden, out_size, "norm1"))
+            hidden = _conv(hidden, self.width, 3, 1, self.dtype, out_size, "conv2")
+            hidden = norm(hidden, out_size, "norm2")
+        if self.stride > 1 or features.shape[-1] != out_width:
+            features = _pointwise(features, out_width, self.stride, self.dtype, "shortcut")
+            features = norm(features, out_size, "shortcut_norm")
+        return relu(hidden + features)
+
+
+class ResNet(nn.Module):
+    """ResNet returning the feature map of every stage.
+
+    Attributes:
+        stage_sizes: number of blocks of each of up to four stages; (3, 4, 6, 3) is ResNet-50.
+        width: channels of the stem; stage i works with width * 2**i channels.
+        block: "bottleneck" (1x1, 3x3, 1x1; ResNet-50 and up) or "basic" (two 3x3).
+        norm: "frozen_batch" for pretrained weights, "group" for training from scratch.
+        stem: "standard" (7x7 stride 2 and a 3x3 max-pool of stride 2) or "small" (two 3x3
+            convolutions, one of stride 2: halves all strides, for images of a hundred pixels).
+        num_groups: groups of GroupNorm; must divide every width. Unused by "frozen_batch".
+        dtype: compute type; parameters are float32.
+    """
+
+    stage_sizes: Sequence[int] = (3, 4, 6, 3)
+    width: int = 64
+    block: str = "bottleneck"
+    norm: str = "frozen_batch"
+    stem: str = "standard"
+    num_groups: int = 32
+    dtype: Any = jnp.float32
+
+    @property
+    def stride(self) -> int:
+        """Pixels between neighbours of the first map."""
+        return 2 if self.stem == "small" else 4
+
+    def _check(self) -> None:
+        for field, value, valid in (
+            ("block", self.block, BLOCKS),
+            ("norm", self.norm, NORMS),
+            ("stem", self.stem, STEMS),
+        ):
+            if value not in valid:
+                raise ValueError(f"ResNet {field} is {value!r}; use one of {', '.join(valid)}.")
+        if not 1 <= len(self.stage_sizes) <= 4:
+            raise ValueError(
+                f"ResNet stage_sizes is {tuple(self.stage_sizes)}; give one to four block counts."
+            )
+        if self.norm == "group" and self.width % self.num_groups:
+            raise ValueError(
+                f"ResNet width {self.width} is not divisible by num_groups {self.num_groups}; "
+                "change one of them."
+            )
+
+    @nn.compact
+    def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> list[jax.Array]:
+        """Feature maps of a batch of images.
+
+        Args:
+            images: [B, H, W, 3] float, normalised.
+            image_size: [B, 2] int32 (height, width) of each image's valid area, whose maps are
+                those of the unpadded image; None where nothing is padded.
+
+        Returns:
+            A map [B, ceil(H/s), ceil(W/s), C_s] a stage for s = 4, 8, 16, 32 (2, 4, 8, 16 with the
+            small stem), in `dtype`, with C_s = width * (1, 2, 4, 8), times 4 for bottleneck blocks.
+            Without meaning beyond the valid area.
+
+        Raises:
+            ValueError: a field has no meaning, or the groups do not divide the width.
+        """
+        self._check()
+        features = images.astype(self.dtype)
+        norm = functools.partial(_normalize, self.norm, self.num_groups, self.dtype)
+
+        def size_at(stride: int) -> jax.Array | None:
+            return None if image_size is None else valid_size(image_size, stride)
+
+        if self.stem == "standard":
+            features = _conv(features, self.width, 7, 2, self.dtype, image_size, "stem_conv")
+            features = relu(norm(features, size_at(2), "stem_norm"))
+            # Behind a ReLU the zeros lose against, or tie with, every value of the valid area.
+            features = zero_beyond(features, size_at(2))
+            features = nn.max_pool(features, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        else:
+            for i, size in ((1, image_size), (2, size_at(2))):
+                name = f"stem_conv{i}"
+                features = _conv(features, self.width, 3, 3 - i, self.dtype, size, name)
+                features = relu(norm(features, size_at(2), f"stem_norm{i}"))
+        outputs = []
+        for stage, num_blocks in enumerate(self.stage_sizes):
+            for index in range(num_blocks):
+                halves = stage > 0 and index == 0
+                stride = self.stride * 2 ** (stage - halves)
+                features = ResidualBlock(
+                    width=self.width * 2**stage,
+                    stride=2 if halves else 1,
+                    block=self.block,
+                    norm=self.norm,
+                    num_groups=self.num_groups,
+                    dtype=self.dtype,
+                    # detectron2 calls the stage of stride 4 "res2".
+                    name=f"res{stage + 2}_block{index}",
+                )(features, size_at(stride))
+            outputs.append(features)
+        return outputs

@@ -1,0 +1,394 @@
+"""Multi-scale deformable attention in plain JAX.
+
+Source: Zhu et al., arXiv 2010.04159; Mask2Former
+`mask2former/modeling/pixel_decoder/ops/modules/ms_deform_attn.py` (module and initialisation) and
+`.../ops/functions/ms_deform_attn_func.py` (the operation).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from concat_jax.models.ops.linear import Dense
+
+# Queries whose gathered rows are differentiated at once on a CPU: with 16 corners a level, 8 heads
+# of 32 channels and float32 that is 1 MB an image, the size of a core's second-level cache.
+QUERIES_A_CHUNK = 64
+
+
+def _corner_rows(
+    locations: jax.Array,
+    weights: jax.Array,
+    height: int | jax.Array,
+    width: int | jax.Array,
+    row_length: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Positions and weights of the four corners around each sampling point of one level.
+
+    Args:
+        locations: [B, Q, heads, points, 2] float32, (x, y) in [0, 1] inside the map.
+        weights: [B, Q, heads, points] float32 attention weights.
+        height, width: valid size of the level, for all images or [B, 1, 1] int32.
+        row_length: positions from one row of the level to the next, at least `width`.
+
+    Returns:
+        positions [points, 4, B, Q, heads] int32 into the flattened map, always in range, and
+        corner weights of the same shape: bilinear times attention weight, 0 outside the map.
+    """
+    x = jnp.moveaxis(locations[..., 0], -1, 0) * width - 0.5
+    y = jnp.moveaxis(locations[..., 1], -1, 0) * height - 0.5
+    weights = jnp.moveaxis(weights, -1, 0)
+    left, top = jnp.floor(x), jnp.floor(y)
+    right_share, bottom_share = x - left, y - top
+    positions, corner_weights = [], []
+    for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
+        row_share = jnp.where((row >= 0) & (row <= height - 1), row_share, 0.0) * weights
+        row_start = jnp.clip(row, 0, height - 1).astype(jnp.int32) * row_length
+        for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
+            inside = (column >= 0) & (column <= width - 1)
+            corner_weights.append(jnp.where(inside, column_share, 0.0) * row_share)
+            positions.append(row_start + jnp.clip(column, 0, width - 1).astype(jnp.int32))
+    return jnp.stack(positions, axis=1), jnp.stack(corner_weights, axis=1)
+
+
+def _take_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
+    """[B, S, d] at int [B, ...] -> [B, ..., d]; the batch stays an axis of its own."""
+    return jax.vmap(lambda rows, index: rows.at[index].get(mode="promise_in_bounds"))(
+        table, indices
+    )
+
+
+def _weighted_row_sum(table: jax.Array, indices: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum over points and corners of a weight times a row of the table.
+
+    A scan over the points with the corners unrolled lets XLA fuse gather, product and sum: the
+    gathered rows, 48 times the size of the output, never reach memory.
+
+    Args:
+        table: [B, S, d].
+        indices: [points, 4, B, Q, heads] int32 in 0..S-1.
+        weights: as `indices`, float32.
+
+    Returns:
+        [B, Q, heads, d] float32.
+    """
+
+    def add_point(total: jax.Array, point: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        for corner_indices, corner_weights in zip(*point, strict=True):
+            rows = _take_rows(table, corner_indices).astype(jnp.float32)
+            total = total + rows * corner_weights[..., None]
+        return total, None
+
+    zeros = jnp.zeros((*indices.shape[2:], table.shape[-1]), jnp.float32)
+    return jax.lax.scan(add_point, zeros, (indices, weights))[0]
+
+
+def _row_gradients(
+    table: jax.Array,
+    indices: jax.Array,
+    weights: jax.Array,
+    gradient: jax.Array,
+    total: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of `_weighted_row_sum` for the table and the weights.
+
+    Args:
+        table: [B, S, d].
+        indices, weights: [points, 4, B, Q, heads].
+        gradient: [B, Q, heads, d] float32.
+        total: [B, S, d] float32 to which the table's gradient is added.
+
+    Returns:
+        [B, S, d] and [points, 4, B, Q, heads], both float32.
+    """
+    # [B, Q, heads, points * 4]: the corners of one query side by side.
+    corners = (weights.shape[0] * weights.shape[1], *weights.shape[2:])
+    indices = jnp.moveaxis(indices.reshape(corners), 0, -1)
+    by_query = jnp.moveaxis(weights.reshape(corners), 0, -1)
+    rows = _take_rows(table, indices).astype(jnp.float32)
+    weight_gradient = jnp.einsum("bqhkd,bqhd->bqhk", rows, gradient)
+    updates = gradient[:, :, :, None] * by_query[..., None]
+    total = jax.vmap(
+        lambda sum_, index, update: sum_.at[index].add(update, mode="promise_in_bounds")
+    )(total, indices, updates)
+    return total, jnp.moveaxis(weight_gradient, -1, 0).reshape(weights.shape)
+
+
+def _level_corners(
+    value: jax.Array, locations: jax.Array, weights: jax.Array, valid_size: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The table of one level's rows, d channels of one head at one position each, and its corners.
+
+    Returns:
+        table [B, H * W * heads, d], indices into it and corner weights [points, 4, B, Q, heads].
+    """
+    batch, height, row_length, num_heads, depth = value.shape
+    table = value.reshape(batch, height * row_length * num_heads, depth)
+    width = row_length
+    if valid_size is not None:
+        height, width = (valid_size[:, axis, None, None] for axis in (0, 1))
+    positions, corner_weights = _corner_rows(locations, weights, height, width, row_length)
+    indices = positions * num_heads + jnp.arange(num_heads, dtype=jnp.int32)
+    return table, indices, corner_weights
+
+
+@jax.custom_vjp
+def _sample_level(
+    value: jax.Array, locations: jax.Array, weights: jax.Array, valid_size: jax.Array | None
+) -> jax.Array:
+    """One level's part of `multi_scale_deformable_attention`.
+
+    The gradient is written out: differentiating through the sum would keep the gathered rows, and
+    through the corners four weights and four places a point. Only reverse mode exists.
+
+    Args:
+        value: [B, H, W, heads, d].
+        locations: [B, Q, heads, points, 2] float32.
+        weights: [B, Q, heads, points] float32.
+        valid_size: [B, 2] int32 (height, width), or None.
+
+    Returns:
+        [B, Q, heads, d] float32.
+    """
+    return _weighted_row_sum(*_level_corners(value, locations, weights, valid_size))
+
+
+def _sample_level_forward(
+    value: jax.Array, locations: jax.Array, weights: jax.Array, valid_size: jax.Array | None
+) -> tuple[jax.Array, tuple]:
+    inputs = (value, locations, weights, valid_size)
+    return _sample_level(*inputs), inputs
+
+
+def _sample_level_backward(residuals: tuple, gradient: jax.Array) -> tuple:
+    value, locations, weights, valid_size = residuals
+    total, *gradients = jax.lax.platform_dependent(
+        value,
+        locations,
+        weights,
+        valid_size,
+        gradient,
+        cpu=_level_gradients_in_chunks,
+        default=_level_gradients,
+    )
+    return total.reshape(value.shape).astype(value.dtype), *gradients, None
+
+
+def _level_gradients(
+    value: jax.Array,
+    locations: jax.Array,
+    weights: jax.Array,
+    valid_size: jax.Array | None,
+    gradient: jax.Array,
+    total: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of `_sample_level` for the rows of `value`, the locations and the weights.
+
+    Args:
+        value, locations, weights, valid_size: as given to `_sample_level`.
+        gradient: [B, Q, heads, d] float32.
+        total: [B, H * W * heads, d] float32 to which the rows' gradient is added; None: zero.
+
+    Returns:
+        [B, H * W * heads, d], [B, Q, heads, points, 2] and [B, Q, heads, points], all float32.
+    """
+
+    def corner_weights(locations: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple]:
+        table, indices, by_corner = _level_corners(value, locations, weights, valid_size)
+        return by_corner, (table, indices)
+
+    by_corner, pull, (table, indices) = jax.vjp(corner_weights, locations, weights, has_aux=True)
+    if total is None:
+        total = jnp.zeros(table.shape, jnp.float32)
+    total, corner_gradient = _row_gradients(table, indices, by_corner, gradient, total)
+    return total, *pull(corner_gradient)
+
+
+def _level_gradients_in_chunks(
+    value: jax.Array,
+    locations: jax.Array,
+    weights: jax.Array,
+    valid_size: jax.Array | None,
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`_level_gradients` over a few queries at a time, so that a CPU's cache holds their rows."""
+    batch, num_queries = locations.shape[:2]
+    if num_queries <= QUERIES_A_CHUNK:
+        return _level_gradients(value, locations, weights, valid_size, gradient)
+    num_chunks = -(-num_queries // QUERIES_A_CHUNK)
+    surplus = num_chunks * QUERIES_A_CHUNK - num_queries
+
+    def split(array: jax.Array) -> jax.Array:
+        # Zero weights and gradients change no sum.
+        array = jnp.pad(array, ((0, 0), (0, surplus)) + ((0, 0),) * (array.ndim - 2))
+        array = array.reshape(batch, num_chunks, QUERIES_A_CHUNK, *array.shape[2:])
+        return jnp.moveaxis(array, 1, 0)
+
+    def join(array: jax.Array) -> jax.Array:
+        array = jnp.moveaxis(array, 0, 1)
+        return array.reshape(batch, -1, *array.shape[3:])[:, :num_queries]
+
+    def add_chunk(total: jax.Array, chunk: tuple) -> tuple[jax.Array, tuple]:
+        locations, weights, gradient = chunk
+        total, *gradients = _level_gradients(value, locations, weights, valid_size, gradient, total)
+        return total, tuple(gradients)
+
+    zeros = jnp.zeros((batch, math.prod(value.shape[1:4]), value.shape[-1]), jnp.float32)
+    chunks = tuple(split(array) for array in (locations, weights, gradient))
+    total, gradients = jax.lax.scan(add_chunk, zeros, chunks)
+    return total, *map(join, gradients)
+
+
+_sample_level.defvjp(_sample_level_forward, _sample_level_backward)
+
+
+def multi_scale_deformable_attention(
+    values: Sequence[jax.Array],
+    sampling_locations: jax.Array,
+    weights: jax.Array,
+    valid_sizes: jax.Array | None = None,
+) -> jax.Array:
+    """Weighted sum of bilinear samples of several feature maps.
+
+    Points outside a map read zeros; pixel centres sit at (i + 0.5) / size (align_corners=False).
+    The bilinear and the attention weights are folded into one weight a corner before the sum, and
+    each corner is one gathered row of d contiguous channels. Reverse-mode differentiable only.
+
+    Args:
+        values: for each level [B, H_l, W_l, heads, d].
+        sampling_locations: [B, Q, heads, levels, points, 2] float32, (x, y) in [0, 1] inside.
+        weights: [B, Q, heads, levels, points] float32.
+        valid_sizes: [B, levels, 2] int32 (height, width) of the top left part of each map that is
+            image and not padding; locations are in [0, 1] of that part, and what lies beyond it
+            reads zero. None: the whole maps.
+
+    Returns:
+        [B, Q, heads * d] in the type of `values`, summed in float32.
+
+    Raises:
+        ValueError: the number of levels differs between the arguments.
+    """
+    num_levels = sampling_locations.shape[3]
+    if len(values) != num_levels:
+        raise ValueError(
+            f"Deformable attention got {len(values)} feature maps but sampling locations for "
+            f"{num_levels} levels; pass one map for each level."
+        )
+    batch, num_queries, num_heads = sampling_locations.shape[:3]
+    depth = values[0].shape[-1]
+    output = jnp.zeros((batch, num_queries, num_heads, depth), jnp.float32)
+    for level, value in enumerate(values):
+        output += _sample_level(
+            value,
+            sampling_locations[:, :, :, level],
+            weights[:, :, :, level],
+            None if valid_sizes is None else valid_sizes[:, level],
+        )
+    return output.reshape(batch, num_queries, num_heads * depth).astype(values[0].dtype)
+
+
+def compass_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndarray:
+    """Initial sampling offsets: head h looks along direction h of the compass, point p to p + 1.
+
+    Returns:
+        [num_heads, num_levels, num_points, 2] float32 offsets (x, y) in pixels of each level.
+    """
+    angles = np.arange(num_heads) * (2.0 * math.pi / num_heads)
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    directions /= np.abs(directions).max(axis=-1, keepdims=True)
+    distances = np.arange(1, num_points + 1)
+    offsets = directions[:, None, None, :] * distances[None, None, :, None]
+    shape = (num_heads, num_levels, num_points, 2)
+    return np.ascontiguousarray(np.broadcast_to(offsets, shape)).astype(np.float32)
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Deformable attention layer with its four projections.
+
+    Attributes:
+        width: D, divisible by num_heads.
+        num_heads, num_levels, num_points: sampling points a query has: their product.
+        dtype: compute type of values and output. Offsets and attention weights are computed in
+            float32 whatever it is, because a bfloat16 location is off by whole pixels.
+    """
+
+    width: int
+    num_heads: int = 8
+    num_levels: int = 3
+    num_points: int = 4
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        queries: jax.Array,
+        reference_points: jax.Array,
+        features: Sequence[jax.Array],
+        valid_sizes: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attend from every query to points around its reference point on every level.
+
+        Args:
+            queries: [B, Q, D].
+            reference_points: [Q, 2] or [B, Q, 2], (x, y) in [0, 1] of the valid area.
+            features: for each level [B, H_l, W_l, D].
+            valid_sizes: [B, levels, 2] int32 (height, width) of the valid area of each level;
+                None: the whole maps.
+
+        Returns:
+            [B, Q, D] in `dtype`.
+
+        Raises:
+            ValueError: width is not divisible by num_heads, or the levels do not match.
+        """
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"Deformable attention width {self.width} is not divisible by num_heads "
+                f"{self.num_heads}; change one of them."
+            )
+        if len(features) != self.num_levels:
+            raise ValueError(
+                f"Deformable attention was built for {self.num_levels} levels but got "
+                f"{len(features)} feature maps; set num_levels to the number of maps."
+            )
+        xavier = nn.initializers.xavier_uniform()
+        zeros = nn.initializers.zeros
+        batch, num_queries, _ = queries.shape
+        points = (batch, num_queries, self.num_heads, self.num_levels, self.num_points)
+
+        offsets_init = compass_offsets(self.num_heads, self.num_levels, self.num_points).reshape(-1)
+        # TPUs multiply float32 matrices in bfloat16 unless told otherwise.
+        exact = {"dtype": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
+        offsets = Dense(
+            offsets_init.size,
+            kernel_init=zeros,
+            bias_init=lambda key, shape, dtype: jnp.asarray(offsets_init, dtype).reshape(shape),
+            name="sampling_offsets",
+            **exact,
+        )(queries).reshape(*points, 2)
+        weights = Dense(
+            math.prod(points[2:]), kernel_init=zeros, name="attention_weights", **exact
+        )(queries)
+        weights = jax.nn.softmax(weights.reshape(*points[:3], -1), axis=-1).reshape(points)
+
+        if valid_sizes is None:
+            sizes = np.array([[f.shape[2], f.shape[1]] for f in features], np.float32)
+        else:  # [B, 1, 1, levels, 2]
+            sizes = valid_sizes[:, None, None, :, ::-1].astype(jnp.float32)
+        reference_points = jnp.broadcast_to(reference_points, (batch, num_queries, 2))
+        locations = reference_points[:, :, None, None, None] + offsets / sizes[..., None, :]
+
+        value_projection = Dense(
+            self.width, dtype=self.dtype, kernel_init=xavier, name="value_projection"
+        )
+        split = (self.num_heads, self.width // self.num_heads)
+        values = [value_projection(f).reshape(*f.shape[:3], *split) for f in features]
+        output = multi_scale_deformable_attention(values, locations, weights, valid_sizes)
+        return Dense(self.width, dtype=self.dtype, kernel_init=xavier, name="output_projection")(
+            output
+        )

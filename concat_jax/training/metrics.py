@@ -1,0 +1,58 @@
+"""Scalars of a stage in `metrics.jsonl` and, where CLU is installed, in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+
+class MetricWriter:
+    """Scalars and pictures of one stage; of several hosts, the first one writes.
+
+    TensorBoard goes through CLU, which imports TensorFlow; without them the JSON lines remain.
+    """
+
+    def __init__(self, directory: Path, *, tensorboard: bool):
+        """Args:
+        directory: made if absent; `metrics.jsonl` is appended to.
+        tensorboard: also write TensorBoard event files.
+        """
+        leads = jax.process_index() == 0
+        if leads:
+            directory.mkdir(parents=True, exist_ok=True)
+        self._file = (directory / "metrics.jsonl").open("a") if leads else open(os.devnull, "w")
+        self._tensorboard = _tensorboard_writer(directory) if tensorboard and leads else None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one row."""
+        finite = {k: v if np.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            self._tensorboard.write_scalars(step, dict(values))
+
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Write pictures [H, W, 3] uint8 to TensorBoard."""
+        if self._tensorboard:
+            batched = {name: image[None] for name, image in images.items()}
+            self._tensorboard.write_images(step, batched)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+def _tensorboard_writer(directory: Path):
+    try:
+        from clu import metric_writers
+    except ImportError as error:
+        print(f"TensorBoard files are not written: {error}; metrics.jsonl is.")
+        return None
+    return metric_writers.SummaryWriter(str(directory))

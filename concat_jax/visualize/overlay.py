@@ -1,0 +1,388 @@
+"""Panoptic maps as pictures: overlays with class names, and sheets that compare them.
+
+Only Pillow and numpy are needed. Text is set in Pillow's built-in font, so pictures look the same
+on every machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from concat_jax.core.arrays import Table, table_rows
+
+Colour = tuple[int, int, int]
+
+UNSEEN_MARK = "*"
+HEADERS = ("image", "ground truth", "prediction")
+
+# Hues a golden angle apart: neighbouring class indices differ, and no count of classes is assumed.
+_GOLDEN_TURN = 0.618034
+# Lightness and hue steps of the instances of one class, small enough to stay the class's colour.
+_INSTANCE_STEPS = ((0.0, 0.0), (-0.11, 0.015), (0.08, -0.02), (-0.06, -0.035), (0.13, 0.03))
+_VOID_DARK, _VOID_LIGHT = 26, 58
+PAPER, INK, FAINT = (255, 255, 255), (25, 25, 30), (105, 105, 115)
+
+
+def oklch_to_rgb(lightness: float, chroma: float, hue: float) -> Colour:
+    """OKLCH (hue in turns) to sRGB, clipped; equal lightness looks equally bright at every hue.
+
+    Matrices: Ottosson, "A perceptual color space for image processing" (2020).
+    """
+    a, b = chroma * math.cos(math.tau * hue), chroma * math.sin(math.tau * hue)
+    cone = np.array(
+        [
+            lightness + 0.3963377774 * a + 0.2158037573 * b,
+            lightness - 0.1055613458 * a - 0.0638541728 * b,
+            lightness - 0.0894841775 * a - 1.2914855480 * b,
+        ]
+    )
+    to_linear = np.array(
+        [
+            [4.0767416621, -3.3077115913, 0.2309699292],
+            [-1.2684380046, 2.6097574011, -0.3413193965],
+            [-0.0041960863, -0.7034186147, 1.7076147010],
+        ]
+    )
+    linear = np.clip(to_linear @ cone**3, 0.0, 1.0)
+    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    red, green, blue = np.round(255 * encoded).astype(int).tolist()
+    return red, green, blue
+
+
+def segment_colour(label: int, is_thing: bool, instance: int = 0) -> Colour:
+    """Colour of a segment: the same for a class in every picture, a shade apart for instances.
+
+    Args:
+      label: class index.
+      is_thing: things are vivid, stuff is muted, so that things stand out.
+      instance: rank of the segment among those of its class in the image.
+
+    Returns:
+      (red, green, blue) in 0..255.
+    """
+    lighter, turn = _INSTANCE_STEPS[instance % len(_INSTANCE_STEPS)]
+    hue = label * _GOLDEN_TURN + 0.08 + turn
+    # Hues come close again after 13, 21, 34 and 55 classes, none a multiple of these four levels.
+    lightness = (0.74 if is_thing else 0.62) + (0.0, -0.09, 0.05, -0.04)[label % 4] + lighter
+    return oklch_to_rgb(lightness, 0.17 if is_thing else 0.085, hue)
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def text_size(text: str, size: int) -> tuple[int, int]:
+    """Width of the text and height of a line of the font (the same for every text)."""
+    font = _font(size)
+    top, bottom = font.getbbox("Ag")[1], font.getbbox("Ag")[3]
+    return math.ceil(font.getlength(text)), math.ceil(bottom - top)
+
+
+def draw_text(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, fill) -> None:
+    """Text whose line box, not its baseline, starts at `at`."""
+    font = _font(size)
+    draw.text((at[0], at[1] - font.getbbox("Ag")[1]), text, font=font, fill=fill)
+
+
+def _borders(ids: np.ndarray, thickness: int) -> np.ndarray:
+    """[H, W] bool: pixels within `thickness` of another segment, to the left and above."""
+    edge = np.zeros(ids.shape, bool)
+    for step in range(1, thickness + 1):
+        edge[step:] |= ids[step:] != ids[:-step]
+        edge[:, step:] |= ids[:, step:] != ids[:, :-step]
+    return edge
+
+
+def default_scale(height: int, width: int, target: int = 320, longest: int = 1600) -> int:
+    """Integer factor that brings the shorter side near `target`, so that names can be read.
+
+    The longer side stays under `longest`, however thin the image is.
+    """
+    return max(1, min(round(target / min(height, width)), longest // max(height, width)))
+
+
+def _check(image: np.ndarray, segment_ids: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"A picture needs an image [H, W, 3] uint8, got {image.shape} {image.dtype}."
+        )
+    if segment_ids.shape != image.shape[:2]:
+        raise ValueError(
+            f"segment_ids {segment_ids.shape} and image {image.shape[:2]} differ in size; resize "
+            "the id map by nearest neighbour first."
+        )
+
+
+def enlarge(image: np.ndarray, scale: int) -> Image.Image:
+    """[H, W, 3] uint8 to a PIL image `scale` times as large; pixels stay square as in the map."""
+    height, width = image.shape[:2]
+    picture = Image.fromarray(image)
+    if scale == 1:
+        return picture
+    return picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+
+
+def panoptic_overlay(
+    image: np.ndarray,
+    segment_ids: np.ndarray,
+    labels: Table,
+    names: Sequence[str],
+    is_thing: Sequence[bool],
+    *,
+    is_seen: Sequence[bool] | None = None,
+    scale: int | None = None,
+    alpha: float = 0.6,
+) -> Image.Image:
+    """Segments over the image: one colour a class, dark borders, names inside, void hatched.
+
+    Args:
+      image: [H, W, 3] uint8.
+      segment_ids: [H, W] ints, 0 void.
+      labels: class index of every id, an array (row g - 1 for id g) or a mapping from id.
+      names: K class names.
+      is_thing: K flags.
+      is_seen: K flags; names of unseen classes get a star and a yellow label. None marks nothing.
+      scale: integer enlargement; see `default_scale`.
+      alpha: weight of the colour over the image, 0..1.
+
+    Returns:
+      RGB PIL image of size (W * scale, H * scale).
+
+    Raises:
+      ValueError: if shapes differ or an id has no label.
+    """
+    image, segment_ids = np.asarray(image), np.asarray(segment_ids)
+    _check(image, segment_ids)
+    scale = default_scale(*segment_ids.shape) if scale is None else scale
+    ids, classes = table_rows(labels)
+    class_of = dict(zip(ids.tolist(), classes.tolist(), strict=True))
+    present, compact, areas = np.unique(segment_ids, return_inverse=True, return_counts=True)
+    compact = compact.reshape(segment_ids.shape)
+    unknown = [int(i) for i in present if i != 0 and int(i) not in class_of]
+    if unknown:
+        raise ValueError(f"The segment id {unknown[0]} has no label; list every id of the map.")
+
+    palette = np.zeros((len(present), 3), np.float32)
+    instances: dict[int, int] = {}
+    for row, segment in enumerate(present.tolist()):
+        if segment:
+            label = class_of[segment]
+            rank = instances[label] = instances.get(label, -1) + 1
+            palette[row] = segment_colour(label, bool(is_thing[label]), rank)
+
+    large = np.asarray(enlarge(image, scale)).astype(np.float32)
+    compact = compact.repeat(scale, 0).repeat(scale, 1)
+    void = (present == 0)[compact]
+    # Under the colour the image is kept as brightness only: its own hues would tint the palette.
+    grey = large.mean(axis=-1, keepdims=True)
+    blend = alpha * palette[compact] + (1 - alpha) * (0.75 * grey + 0.25 * large)
+    rows, columns = np.mgrid[: compact.shape[0], : compact.shape[1]]
+    hatch = np.where((rows + columns) % 10 < 3, _VOID_LIGHT, _VOID_DARK)[..., None]
+    blend = np.where(void[..., None], hatch + 0.12 * grey, blend)
+    thickness = max(1, round(min(compact.shape) / 320))
+    blend[_borders(compact, thickness)] = (18, 18, 22)
+    picture = Image.fromarray(np.clip(blend, 0, 255).astype(np.uint8))
+
+    order = sorted((r for r in range(len(present)) if present[r]), key=lambda r: -areas[r])
+    texts = [
+        _Label(
+            row,
+            str(names[class_of[int(present[row])]]),
+            tuple(int(c) for c in palette[row]),
+            is_seen is not None and not is_seen[class_of[int(present[row])]],
+        )
+        for row in order
+    ]
+    _draw_labels(picture, compact, texts)
+    return picture
+
+
+@dataclasses.dataclass(frozen=True)
+class _Label:
+    row: int  # of the compact id map
+    name: str
+    colour: Colour
+    is_unseen: bool
+
+    @property
+    def text(self) -> str:
+        return self.name + UNSEEN_MARK if self.is_unseen else self.name
+
+
+_LABEL_SIZES = (15, 13, 11)  # points tried from large to small; below 11 nothing can be read
+# Shorter side up to which these sizes are right; letters of larger pictures grow with them, which
+# are looked at as a whole.
+_LABEL_SIDE = 640
+_PADDING = (4, 3)
+
+
+def _draw_labels(picture: Image.Image, compact: np.ndarray, labels: Sequence[_Label]) -> None:
+    """Names the segments, largest first; one whose name finds no free room inside is left out."""
+    taken = np.zeros(compact.shape, bool)
+    draw = ImageDraw.Draw(picture, "RGBA")
+    growth = max(1.0, min(compact.shape) / _LABEL_SIDE)
+    sizes = [round(growth * size) for size in _LABEL_SIZES]
+    for label in labels:
+        inside = compact == label.row
+        for size in sizes:
+            width, height = text_size(label.text, size)
+            box = (width + 2 * _PADDING[0], height + 2 * _PADDING[1])
+            # A label overhangs its segment by less than itself, so only this part matters.
+            top, left, part = _surroundings(inside, box)
+            # The smallest size may overhang its segment a little; the large ones must fit.
+            corner = _place(inside[part], taken[part], box, 0.72 if size == sizes[-1] else 0.97)
+            if corner is None:
+                continue
+            x, y = corner[0] + left, corner[1] + top
+            dark = tuple(int(0.3 * c) for c in label.colour)
+            fill = (255, 226, 70, 235) if label.is_unseen else (*dark, 205)
+            ink = INK if label.is_unseen else PAPER
+            draw.rounded_rectangle((x, y, x + box[0] - 1, y + box[1] - 1), 4, fill=fill)
+            draw_text(draw, (x + _PADDING[0], y + _PADDING[1]), label.text, size, ink)
+            taken[max(y - 1, 0) : y + box[1] + 1, max(x - 1, 0) : x + box[0] + 1] = True
+            break
+
+
+def _surroundings(
+    inside: np.ndarray, margin: tuple[int, int]
+) -> tuple[int, int, tuple[slice, slice]]:
+    """Top, left and slices of a mask's bounding box, widened by a margin (width, height)."""
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    top, left = max(0, int(rows[0]) - margin[1]), max(0, int(columns[0]) - margin[0])
+    part = slice(top, int(rows[-1]) + margin[1] + 1), slice(left, int(columns[-1]) + margin[0] + 1)
+    return top, left, part
+
+
+def _place(
+    inside: np.ndarray, taken: np.ndarray, box: tuple[int, int], min_inside: float
+) -> tuple[int, int] | None:
+    """Top left corner (x, y) of a free box that lies in the segment, near its centre of mass.
+
+    Box sums come from a summed-area table, so every position is tried.
+    """
+    width, height = box
+    if width > inside.shape[1] or height > inside.shape[0] or inside.sum() < width * height:
+        return None
+    covered, blocked = _box_sums(inside, box), _box_sums(taken, box)
+    free = (blocked == 0) & (covered >= min_inside * width * height)
+    if not free.any():
+        return None
+    rows, columns = np.nonzero(inside)
+    y, x = np.nonzero(free)
+    offset = np.hypot(y + height / 2 - rows.mean(), x + width / 2 - columns.mean())
+    # A box fully inside beats one nearer the centre; the distance settles the rest.
+    best = np.argmin(offset / max(inside.shape) - 3.0 * covered[y, x] / (width * height))
+    return int(x[best]), int(y[best])
+
+
+def _box_sums(mask: np.ndarray, box: tuple[int, int]) -> np.ndarray:
+    """Number of True pixels in every box of (width, height); [H - height + 1, W - width + 1]."""
+    width, height = box
+    total = np.pad(mask.cumsum(0, dtype=np.int64).cumsum(1), ((1, 0), (1, 0)))
+    return (
+        total[height:, width:]
+        - total[:-height, width:]
+        - total[height:, :-width]
+        + total[:-height, :-width]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonRow:
+    """Panels of one image (left to right, under `HEADERS`) and a line of text below them."""
+
+    panels: tuple[Image.Image, ...]
+    caption: str = ""
+
+
+def comparison_row(
+    image: np.ndarray,
+    ground_truth: tuple[np.ndarray, Table],
+    prediction: tuple[np.ndarray, Table],
+    names: Sequence[str],
+    is_thing: Sequence[bool],
+    is_seen: Sequence[bool],
+    *,
+    scale: int | None = None,
+    caption: str = "",
+) -> ComparisonRow:
+    """Image, ground truth and prediction of one image, for `comparison_sheet`.
+
+    Args:
+      image: [H, W, 3] uint8.
+      ground_truth: (segment_ids [H, W], labels) as in `panoptic_overlay`.
+      prediction: the same of the prediction.
+      names, is_thing, is_seen: of the K classes.
+      scale: as in `panoptic_overlay`.
+      caption: printed below, for example the file name.
+    """
+    image = np.asarray(image)
+    _check(image, np.asarray(ground_truth[0]))
+    scale = default_scale(*image.shape[:2]) if scale is None else scale
+    overlays = [
+        panoptic_overlay(image, ids, labels, names, is_thing, is_seen=is_seen, scale=scale)
+        for ids, labels in (ground_truth, prediction)
+    ]
+    return ComparisonRow((enlarge(image, scale), *overlays), caption)
+
+
+def comparison_sheet(
+    rows: Sequence[ComparisonRow],
+    *,
+    headers: Sequence[str] = HEADERS,
+    footer: str = f"{UNSEEN_MARK} unseen class: no pixel of it was labelled in training",
+) -> Image.Image:
+    """Rows under each other on white paper, with a header over every column.
+
+    Args:
+      rows: of `comparison_row`; images may differ in size, each column is as wide as its widest.
+      headers: one a panel.
+      footer: last line; empty for none.
+
+    Returns:
+      RGB PIL image.
+
+    Raises:
+      ValueError: if there is no row or a row has another number of panels than headers.
+    """
+    if not rows:
+        raise ValueError("comparison_sheet got no row; pass at least one.")
+    for row in rows:
+        if len(row.panels) != len(headers):
+            raise ValueError(
+                f"A row has {len(row.panels)} panels but there are {len(headers)} headers."
+            )
+    gap, margin, head, small = 10, 14, 17, 13
+    widths = [max(row.panels[c].width for row in rows) for c in range(len(headers))]
+    lefts = [margin + sum(widths[:c]) + gap * c for c in range(len(headers))]
+    caption_height = text_size("", small)[1] + 6
+    heights = [
+        max(p.height for p in row.panels) + (caption_height if row.caption else 0) for row in rows
+    ]
+    top = margin + text_size("", head)[1] + 8
+    bottom = margin + (caption_height + 4 if footer else 0)
+    sheet_size = (
+        lefts[-1] + widths[-1] + margin,
+        top + sum(heights) + gap * (len(rows) - 1) + bottom,
+    )
+    sheet = Image.new("RGB", sheet_size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for left, header in zip(lefts, headers, strict=True):
+        draw_text(draw, (left, margin), header, head, INK)
+    y = top
+    for row, height in zip(rows, heights, strict=True):
+        for left, panel in zip(lefts, row.panels, strict=True):
+            sheet.paste(panel, (left, y))
+        if row.caption:
+            draw_text(draw, (margin, y + height - caption_height + 5), row.caption, small, FAINT)
+        y += height + gap
+    if footer:
+        draw_text(draw, (margin, y - gap + 8), footer, small, FAINT)
+    return sheet

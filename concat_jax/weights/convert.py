@@ -1,0 +1,149 @@
+"""A model from wherever it is: our folder, a Hugging Face folder, or a file of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.weights.class_names import Classes, classes_from_hf, default_classes
+from concat_jax.weights.files.readers import read_weights
+from concat_jax.weights.hugging_face_config import EXTRA_KEY
+from concat_jax.weights.hugging_face_folder import CONFIG_NAME, load_hf_folder
+from concat_jax.weights.imagenet import backbone_params_from_imagenet, is_imagenet_backbone
+from concat_jax.weights.model_folder import CARD_NAME, TASKS, Params, load_model
+from concat_jax.weights.names.detectron2 import PADING_MODULES, segmentor_params_from_detectron2
+from concat_jax.weights.names.hugging_face import BACKBONE
+from concat_jax.weights.names.rename import name_keys
+from concat_jax.weights.report import LoadingReport
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model that was read.
+
+    Attributes:
+        kind: what it is, for a person to read.
+        params: as `save_model` takes them.
+        config: for `make_segmentor`.
+        report: what became of every array.
+        classes: of the class head, None without one.
+        task: one of `TASKS`, or "" where nothing tells.
+        notes: sentences that somebody who uses the weights should read.
+    """
+
+    kind: str
+    params: Params
+    config: Mapping[str, Any]
+    report: LoadingReport
+    classes: Classes | None
+    task: str
+    notes: tuple[str, ...] = ()
+
+
+def load_source(path: str | os.PathLike[str], known: Vocabulary | None = None) -> Source:
+    """Read a model; what it is is told by its content.
+
+    Args:
+        path: a folder (ours or Hugging Face's), or a file that `read_weights` reads.
+        known: COCO panoptic's classes: for heads of as many classes that nothing names, and for
+            the thing flags of heads whose names are among them.
+
+    Raises:
+        ValueError: it is none of these, broken, or of an architecture that is none of ours.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / CARD_NAME).is_file():
+            return _from_model_folder(path)
+        if (path / CONFIG_NAME).is_file():
+            return _from_hf_folder(path, known)
+        raise ValueError(
+            f"{path} holds neither {CARD_NAME} (a model of ours) nor {CONFIG_NAME} (a Hugging Face "
+            "model); name a folder with one of them, or a file of weights."
+        )
+    if not path.exists():
+        raise ValueError(f"There is no file or folder {path}.")
+    return _from_file(path, known)
+
+
+def _from_model_folder(path: Path) -> Source:
+    params, card = load_model(path)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    report = LoadingReport({name: name for name in flat}, {k: np.shape(v) for k, v in flat.items()})
+    classes = None
+    if card.vocabulary is not None:
+        classes = Classes(card.vocabulary, card.knows_things, f"{path / CARD_NAME}")
+    return Source("a model folder", params, card.segmentor, report, classes, card.task)
+
+
+def _from_hf_folder(path: Path, known: Vocabulary | None) -> Source:
+    params, config, report, content = load_hf_folder(path)
+    classes = None
+    if (count := _num_classes(params)) is not None:
+        classes = classes_from_hf(content, count, known) or default_classes(count, known)
+    extra = content.get(EXTRA_KEY)
+    task = extra.get("task", "") if isinstance(extra, Mapping) else ""
+    return Source(
+        "a Hugging Face Mask2Former",
+        params,
+        config,
+        report,
+        classes,
+        task if task in TASKS else _guess_task(path, classes),
+    )
+
+
+def _from_file(path: Path, known: Vocabulary | None) -> Source:
+    file = read_weights(path)
+    notes = []
+    if file.other:
+        notes.append(f"Beside the weights the file holds {name_keys(file.other)}; ignored.")
+    if any(BACKBONE in key for key in file.arrays):
+        raise ValueError(
+            f"{path} holds a Hugging Face Mask2Former, whose sizes stand in its config.json; name "
+            "the folder with both."
+        )
+    if any(key.removeprefix("module.").startswith("sem_seg_head.") for key in file.arrays):
+        params, config, report = segmentor_params_from_detectron2(file.arrays)
+        if any(key.removeprefix("module.").startswith("new_fc.") for key in report.ignored):
+            notes.append(
+                "It is a checkpoint of PADing's second stage: the class head is the first stage's "
+                f"class_embed; the second stage's {', '.join(PADING_MODULES)} are ignored."
+            )
+        count = _num_classes(params)
+        classes = None if count is None else default_classes(count, known)
+        task = _guess_task(path, classes)
+        kind = "a Detectron2 Mask2Former"
+        return Source(kind, params, config, report, classes, task, tuple(notes))
+    if is_imagenet_backbone(file.arrays):
+        params, config, report = backbone_params_from_imagenet(file.arrays)
+        kind = "a backbone trained on ImageNet"
+        return Source(kind, params, config, report, None, "", tuple(notes))
+    raise ValueError(
+        f"{path} holds weights of an unknown model ({name_keys(file.arrays)}); what can be "
+        "converted are a Detectron2 Mask2Former, PADing, and a ResNet or Swin of ImageNet."
+    )
+
+
+def _num_classes(params: Params) -> int | None:
+    if "classifier" not in params:
+        return None
+    return params["classifier"]["class_embed"]["bias"].shape[0] - 1  # the last is no-object
+
+
+def _guess_task(path: Path, classes: Classes | None) -> str:
+    """The task in the source's name, else panoptic if the classes are things and stuff."""
+    named = [task for task in TASKS if task in path.resolve().name.lower()]
+    if len(named) == 1:
+        return named[0]
+    if classes is None or not classes.knows_things:
+        return ""
+    return "panoptic" if len(set(classes.vocabulary.is_thing)) == 2 else ""

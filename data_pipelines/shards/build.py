@@ -1,0 +1,351 @@
+"""Writes a source's shards in parallel processes, and goes on where a killed run stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from concat_jax.core.vocabulary import Vocabulary
+from data_pipelines.leak_test import check_no_leak
+from data_pipelines.shards import files as shard_files
+from data_pipelines.shards.files import Identity, ShardIndex, index_path, manifest_path, shard_path
+from data_pipelines.sources.source import (
+    DataError,
+    FolderSource,
+    ImageRecord,
+    Source,
+    UnseenImages,
+    treat_unseen,
+)
+
+logger = logging.getLogger(__name__)
+
+# Of a shard by default: 100 MB of COCO, as TFDS advises; half a minute's work to lose to a kill.
+IMAGES_PER_SHARD = 500
+# Seconds between two lines of progress.
+REPORT_EVERY = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildReport:
+    """What a call did.
+
+    Attributes:
+      finished_before: shards that were there already and stayed as they were.
+      written: shards that this call wrote.
+      images: images in all shards of the part.
+      skipped: file name of each image that was left out, in this call or before -> why.
+    """
+
+    finished_before: int
+    written: int
+    images: int
+    skipped: dict[str, str]
+
+
+def build_shards(
+    folder: str | os.PathLike[str],
+    source: FolderSource,
+    *,
+    dataset: str,
+    part: str,
+    unseen: UnseenImages,
+    num_shards: int | None = None,
+    workers: int = 2,
+    skip_bad: bool = False,
+) -> BuildReport:
+    """Writes the shards of one part that are not there yet.
+
+    Images lie in the shards by ascending id, equally many in each. With `unseen` "drop" or "void"
+    the shards hold what training may see and nothing else, and the leak test is run on the source
+    before and on the finished shards after.
+
+    Args:
+      folder: for all parts of one data set; made if absent.
+      source: the part, as `layouts.open_source` gives it; it must be picklable if workers > 1.
+      dataset, part: names for the files: letters, digits and _.
+      unseen: see `source.treat_unseen`.
+      num_shards: files to write, at most one an image. None: as the folder was begun, or else one
+        for every 500 images.
+      workers: processes; 1 works in this one.
+      skip_bad: leave out images that cannot be used, count and name them, instead of raising.
+
+    Raises:
+      DataError: if an image cannot be used, training would see an unseen class, no image is left,
+        or the folder was begun with another data set or setting.
+      ValueError: for an argument out of range.
+    """
+    for name, value in (("data set", dataset), ("part", part)):
+        if not value.isidentifier():
+            raise ValueError(
+                f"The {name} {value!r} cannot be part of a shard's name; it must be letters, "
+                "digits and _, and begin with a letter."
+            )
+    for name, value in (("shards", num_shards), ("workers", workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"The number of {name} is {value} and must be at least 1.")
+    folder = Path(folder)
+    treated, positions = treat_unseen(source, unseen)
+    if unseen == "keep":  # for evaluations too, which count what a model finds where nothing is
+        positions = np.arange(len(source.records))
+    if not len(positions):
+        raise DataError(f"Of {part}, no image is left to write with unseen images {unseen!r}.")
+    if unseen != "keep":
+        check_no_leak(treated, positions)
+    identity = _claim(folder, source, len(positions), dataset, part, unseen, num_shards)
+    shard_files.remove_partials(folder, identity)
+    finished = _finished(folder, identity)
+    before = {name: why for index in finished.values() for name, why in index.skipped.items()}
+    if before and not skip_bad:
+        name, why = next(iter(before.items()))
+        raise DataError(
+            f"The finished shards in {folder} leave out {len(before)} bad images, the first is "
+            f"{name}: {why.rstrip('.')}; go on with --on_bad_example=skip or begin another folder."
+        )
+    jobs = [
+        (i, positions[identity.bounds[i] : identity.bounds[i + 1]])
+        for i in range(identity.num_shards)
+        if i not in finished
+    ]
+    print(
+        f"{part}: {len(finished)} of {identity.num_shards} shards are finished, {len(jobs)} to do.",
+        flush=True,
+    )
+    work = _Work(folder, identity, source, treated, skip_bad)
+    _run(work, jobs, min(workers, len(jobs)))
+    indices = [shard_files.read_index(folder, identity, i) for i in range(identity.num_shards)]
+    records = [record for index in indices for record in index.records]
+    if not records:
+        raise DataError(f"Not one of the {len(positions)} images of {part} can be used.")
+    if unseen != "keep":
+        check_no_leak(_Written(source.vocabulary, records), range(len(records)))
+    skipped = {name: why for index in indices for name, why in index.skipped.items()}
+    result = {
+        "shard_lengths": [len(index.records) for index in indices],
+        "shard_bytes": [index.shard_bytes for index in indices],
+        "skipped": skipped,
+    }
+    shard_files.write_manifest(folder, identity, result)
+    return BuildReport(len(finished), len(jobs), len(records), skipped)
+
+
+@dataclasses.dataclass
+class _Written:
+    """What the leak test looks at, as the finished shards have it."""
+
+    vocabulary: Vocabulary
+    records: Sequence[ImageRecord]
+
+
+def _claim(
+    folder: Path,
+    source: Source,
+    num_images: int,
+    dataset: str,
+    part: str,
+    unseen: str,
+    num_shards: int | None,
+) -> Identity:
+    # The identity of this build, written down in the folder or compared with what is there.
+    folder.mkdir(parents=True, exist_ok=True)
+    others = {identity.part: identity for identity, _ in shard_files.manifests(folder)}
+    begun = others.pop(part, None)
+    bits = 8 if max(len(record.labels) for record in source.records) <= 255 else 16
+    if num_shards is None:
+        num_shards = begun.num_shards if begun else -(-num_images // IMAGES_PER_SHARD)
+    identity = Identity(
+        dataset=dataset,
+        part=part,
+        unseen=unseen,
+        source=shard_files.fingerprint(source),
+        num_images=num_images,
+        num_shards=min(num_shards, num_images),
+        # TFDS decodes all parts of a folder alike.
+        id_bits=max([bits, *(other.id_bits for other in others.values())]),
+        vocabulary=shard_files.as_json(dataclasses.asdict(source.vocabulary)),
+    )
+    if begun is not None:
+        _check_same(manifest_path(folder, part), begun, identity, _FIELDS)
+    for other in others.values():
+        shared = {name: _FIELDS[name] for name in ("dataset", "vocabulary", "id_bits")}
+        _check_same(manifest_path(folder, other.part), other, identity, shared)
+    if begun is None:
+        shard_files.write_manifest(folder, identity, None)
+    return identity
+
+
+# Fields of an identity, and how to call them where the values are too long to show.
+_FIELDS = {
+    "dataset": "",
+    "part": "",
+    "unseen": "",
+    "vocabulary": "another split file",
+    "source": "other annotations",
+    "num_images": "",
+    "num_shards": "",
+    "id_bits": "",
+}
+
+
+def _check_same(path: Path, begun: Identity, now: Identity, fields: dict[str, str]) -> None:
+    for name, description in fields.items():
+        then, value = getattr(begun, name), getattr(now, name)
+        if then != value:
+            difference = description or f"{name} {then!r}, now it is {value!r}"
+            raise DataError(
+                f"The shards of {path} were begun with {difference}; use another folder for --out, "
+                "or the setting they were begun with."
+            )
+
+
+def _finished(folder: Path, identity: Identity) -> dict[int, ShardIndex]:
+    finished = {}
+    for index in range(identity.num_shards):
+        files = (shard_path(folder, identity, index), index_path(folder, identity, index))
+        try:
+            finished[index] = shard_files.read_index(folder, identity, index)
+        except DataError as error:
+            # Without its index a shard was not finished, which is no cause for alarm.
+            if files[1].exists():
+                logger.warning("%s; it is made anew.", str(error).partition("; delete")[0])
+    return finished
+
+
+@dataclasses.dataclass
+class _Work:
+    """What every process needs to write any shard."""
+
+    folder: Path
+    identity: Identity
+    source: FolderSource
+    treated: Source
+    skip_bad: bool
+
+    def write(self, index: int, positions: Sequence[int], on_record: Callable[[], None]) -> None:
+        shard_files.write_shard(
+            self.folder,
+            self.identity,
+            index,
+            [self.treated.records[position] for position in positions],
+            self._read,
+            skip_bad=self.skip_bad,
+            on_record=on_record,
+        )
+
+    def _read(self, record: ImageRecord) -> tuple[bytes, np.ndarray]:
+        _, ids = self.treated.read(record)
+        return (self.source.images_folder / record.file_name).read_bytes(), ids
+
+
+def _run(work: _Work, jobs: list[tuple[int, np.ndarray]], workers: int) -> None:
+    progress = _Progress(work.identity.part, sum(len(p) for _, p in jobs), len(jobs))
+    if workers <= 1:
+        for number, job in enumerate(jobs):
+            work.write(*job, on_record=functools.partial(progress.add, shards=number))
+    else:
+        _run_in_processes(work, jobs, workers, progress)
+    progress.finish()
+
+
+def _run_in_processes(
+    work: _Work, jobs: list[tuple[int, np.ndarray]], workers: int, progress: _Progress
+) -> None:
+    # A new interpreter for each: a fork would copy the locks of threads that do not come along.
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    arguments = (pickle.dumps(work), counter)
+    try:
+        with futures.ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
+            pending = {pool.submit(_write_in_worker, *job) for job in jobs}
+            try:
+                while pending:
+                    done, pending = futures.wait(pending, 0.5, futures.FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                    progress.show(counter.value, len(jobs) - len(pending))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A process that wrote shards was killed, perhaps for want of memory; finished shards "
+            "are kept: run the same command again, with fewer --workers."
+        ) from error
+
+
+class _Progress:
+    """Lines of progress: images, shards, images a second, the time left."""
+
+    def __init__(self, part: str, images: int, shards: int):
+        self._part, self._total, self._shards = part, images, shards
+        self._begin = self._last = time.monotonic()
+        self._images = 0
+
+    def add(self, *, shards: int) -> None:
+        """One image more, while so many shards are finished."""
+        self.show(self._images + 1, shards)
+
+    def show(self, images: int, shards: int) -> None:
+        """Prints a line if one is due."""
+        self._images, now = images, time.monotonic()
+        if images and now - self._last >= REPORT_EVERY:
+            self._last, rate = now, images / (now - self._begin)
+            left = datetime.timedelta(seconds=round((self._total - images) / rate))
+            print(
+                f"{self._part}: {images} of {self._total} images, {shards} of {self._shards} "
+                f"shards, {rate:.1f}/s, ETA {left}",
+                flush=True,
+            )
+
+    def finish(self) -> None:
+        """Prints the total."""
+        if self._total:
+            seconds = time.monotonic() - self._begin
+            print(
+                f"{self._part}: {self._total} images in {self._shards} shards, "
+                f"{self._total / seconds:.1f}/s",
+                flush=True,
+            )
+
+
+# What a worker process keeps from its start to its end: the work, and the count of images.
+_worker: tuple[_Work, Any]
+
+
+def _start_worker(content: bytes, counter: Any) -> None:
+    global _worker
+    # Ctrl-C reaches every process of a terminal; this one has nothing to tell.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    # A parent that is killed outright cannot end its workers, and they would write on.
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _worker = (pickle.loads(content), counter)
+
+
+def _write_in_worker(index: int, positions: np.ndarray) -> None:
+    work, counter = _worker
+
+    def on_record() -> None:
+        with counter.get_lock():
+            counter.value += 1
+
+    work.write(index, positions, on_record)

@@ -1,0 +1,292 @@
+"""Data sets by name: where their files lie and how to open them.
+
+    source = open_source("coco_stuff_zss", "/data/coco", "train2017")
+
+`DATASETS` is the one table of them. A folder of one's own in COCO's panoptic layout is opened as
+`panoptic_folder`, with a split file that lists its classes (see `zero_shot_split`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+from concat_jax.core.vocabulary import Vocabulary
+from data_pipelines.sources.coco_instances import CocoInstanceSource
+from data_pipelines.sources.coco_panoptic import Ade20kPanopticSource, CocoPanopticSource
+from data_pipelines.sources.semantic_maps import SemanticMapSource, read_list
+from data_pipelines.sources.source import DataError, FolderSource, UnseenImages
+from data_pipelines.zero_shot_split import load_label_space
+
+OnBadExample = Literal["raise", "skip"]
+
+
+class _Opener(Protocol):
+    def __call__(
+        self, root: pathlib.Path, part: str, split_file: str, on_bad_example: OnBadExample
+    ) -> FolderSource: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A kind of data set that `open_source` knows.
+
+    Attributes:
+      tree: the files below the root, {part} being one of the parts.
+      parts: those for training and for evaluation.
+      split_file: the label space unless another is given: a split or vocabulary that ships, or a
+        path below the root.
+      unseen_images: what its protocol does with training images that show unseen classes.
+      open: of a checked split and part.
+    """
+
+    tree: str
+    parts: tuple[str, str]
+    split_file: str
+    unseen_images: UnseenImages
+    open: _Opener
+
+
+def open_source(
+    dataset: str,
+    root: str | os.PathLike[str],
+    part: str,
+    split_file: str | os.PathLike[str] | None = None,
+    *,
+    on_bad_example: OnBadExample = "raise",
+) -> FolderSource:
+    """Opens one part of a data set.
+
+    Args:
+      dataset: a name in `DATASETS`.
+      root: its folder.
+      part: for example "train2017"; of `panoptic_folder`, any name.
+      split_file: instead of the data set's own label space: a split file, a vocabulary file, or the
+        name of one that ships. Of a vocabulary, which knows no split, all classes are unseen.
+      on_bad_example: "skip" leaves out label maps that cannot be used, which are read when the
+        source is made. Other files are read later, when they are needed.
+
+    Raises:
+      ValueError: for an unknown data set or a label space that is not valid.
+      DataError: for a layout that is not the data set's, with what was expected; for files that are
+        missing or damaged.
+    """
+    # A folder's name is an easy slip for a data set's, so all are listed.
+    if dataset not in DATASETS:
+        raise ValueError(
+            f"There is no data set {dataset!r}; the names are {', '.join(sorted(DATASETS))}."
+        )
+    known, root = DATASETS[dataset], pathlib.Path(root)
+    if not str(part) or pathlib.Path(part).name != str(part):
+        raise DataError(f"The part {part!r} of {dataset} must be a name such as {known.parts[0]}.")
+    split = str(split_file or known.split_file)
+    if (root / split).is_file() and not split_file:
+        split = str(root / split)
+    try:
+        return known.open(root, part, split, on_bad_example)
+    except DataError as error:
+        if root.is_dir() and _is_laid_out(root, part, known):
+            raise
+        message = str(error).partition("; expected ")[0].rstrip(".")
+        raise DataError(
+            f"{message}; {dataset} is expected as {root}/{{{known.tree.format(part=part)}}}."
+        ) from error
+
+
+def label_space(dataset: str, split_file: str | os.PathLike[str] | None = None) -> Vocabulary:
+    """The classes that `open_source` would find, where that needs no data.
+
+    Raises:
+      ValueError: as `open_source`, and where the label space lies in the data set's folder.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(
+            f"There is no data set {dataset!r}; the names are {', '.join(sorted(DATASETS))}."
+        )
+    return load_label_space(split_file or DATASETS[dataset].split_file)
+
+
+def _is_laid_out(root: pathlib.Path, part: str, dataset: Dataset) -> bool:
+    entries = dataset.tree.format(part=part).split(",")
+    return all(
+        any(any(True for _ in root.glob(pattern.strip())) for pattern in entry.split(" or "))
+        for entry in entries
+    )
+
+
+def _open_panoptic(root, part, split_file, on_bad_example) -> FolderSource:
+    return CocoPanopticSource(root, part=part, split_file=split_file)
+
+
+def _open_folder(root, part, split_file, on_bad_example) -> FolderSource:
+    if split_file == DATASETS["panoptic_folder"].split_file:
+        raise DataError(
+            f"There is no split file {root / split_file}, which lists the classes of a "
+            "panoptic_folder and says which are seen; write one, or give its path."
+        )
+    return CocoPanopticSource(root, part=part, split_file=split_file)
+
+
+def _open_ade20k_panoptic(root, part, split_file, on_bad_example) -> FolderSource:
+    own = split_file == DATASETS["ade20k_panoptic"].split_file
+    return Ade20kPanopticSource(root, part=part, split_file=None if own else split_file)
+
+
+def _open_maps(
+    root: pathlib.Path,
+    part: str,
+    split_file: str,
+    on_bad_example: OnBadExample,
+    *,
+    images: str,
+    maps: tuple[str, ...],
+    offset: int,
+    ignored: tuple[int, ...],
+    listed: str = "",
+) -> FolderSource:
+    """Images and maps as folders with {part} in them, of maps the first that there is."""
+    folders = [root / folder.format(part=part) for folder in maps]
+    return SemanticMapSource(
+        root / images.format(part=part),
+        next((folder for folder in folders if folder.is_dir()), folders[0]),
+        load_label_space(split_file),
+        offset=offset,
+        ignored=ignored,
+        stems=read_list(root / listed.format(part=part)) if listed else None,
+        on_bad_example=on_bad_example,
+    )
+
+
+def _open_zsi(root, part, split_file, on_bad_example, *, folds: str) -> FolderSource:
+    role = {"train2014": "seen", "val2014": "gzsi"}.get(part, "seen")
+    # ZSI's own files where they are; or the official ones, of which the same is made: categories
+    # beyond the split are left out, and images with unseen classes are for the treatment to drop.
+    choices = (
+        root / "annotations" / "ZSIS" / f"instances_{part}_{role}_{folds}.json",
+        root / "annotations" / f"instances_{part}.json",
+    )
+    path = next((path for path in choices if path.is_file()), choices[1])
+    if not (root / part).is_dir():
+        raise DataError(f"The images folder {root / part} does not exist.")
+    return CocoInstanceSource(root / part, path, load_label_space(split_file))
+
+
+def _maps(
+    tree: str,
+    parts: tuple[str, str],
+    split_file: str,
+    *,
+    unseen_images: UnseenImages = "keep",
+    **places,
+) -> Dataset:
+    opener = functools.partial(_open_maps, **places)
+    return Dataset(tree, parts, split_file, unseen_images, opener)
+
+
+def _zsi(folds: str) -> Dataset:
+    return Dataset(
+        tree="{part}/*.jpg, annotations/instances_{part}.json or annotations/ZSIS/"
+        f"instances_{{part}}_*_{folds}.json",
+        parts=("train2014", "val2014"),
+        split_file=f"coco_instance_{folds}",
+        unseen_images="drop",  # ZSI removes the images as well
+        open=functools.partial(_open_zsi, folds=folds),
+    )
+
+
+_PANOPTIC_TREE = (
+    "{part}/*.jpg, annotations/panoptic_{part}.json, "
+    "annotations/panoptic_{part}/*.png or panoptic_{part}/*.png"
+)
+
+DATASETS: Mapping[str, Dataset] = {
+    "coco_panoptic_zps": Dataset(
+        tree=_PANOPTIC_TREE,
+        parts=("train2017", "val2017"),
+        split_file="coco_panoptic_119_14",
+        unseen_images="drop",
+        open=_open_panoptic,
+    ),
+    "panoptic_folder": Dataset(
+        tree=_PANOPTIC_TREE + ", split.json",
+        parts=("train", "val"),
+        split_file="split.json",
+        unseen_images="drop",
+        open=_open_folder,
+    ),
+    "coco_zsi_48_17": _zsi("48_17"),
+    "coco_zsi_65_15": _zsi("65_15"),
+    # The values of the maps are COCO's ids minus 1, which are the split's ids.
+    "coco_stuff_zss": _maps(
+        "{part}/*.jpg, stuffthingmaps/{part}/*.png or coco_stuff/annotations/{part}/*.png",
+        ("train2017", "val2017"),
+        "coco_stuff_156_15",
+        unseen_images="void",  # ZegFormer, PADing
+        images="{part}",
+        maps=("stuffthingmaps/{part}", "coco_stuff/annotations/{part}"),
+        offset=0,
+        ignored=(255,),
+    ),
+    # ADEChallengeData2016, with what Mask2Former's prepare_ade20k_pan_seg.py adds to it.
+    "ade20k_panoptic": Dataset(
+        tree="images/{part}/*.jpg, ade20k_panoptic_train.json or ade20k_panoptic_val.json, "
+        "ade20k_panoptic_train/*.png or ade20k_panoptic_val/*.png",
+        parts=("training", "validation"),
+        split_file="ade20k_150",
+        unseen_images="keep",
+        open=_open_ade20k_panoptic,
+    ),
+    "ade20k_semantic": _maps(
+        "images/{part}/*.jpg, annotations/{part}/*.png",
+        ("training", "validation"),
+        "ade20k_150",
+        images="images/{part}",
+        maps=("annotations/{part}",),
+        offset=0,
+        ignored=(0,),
+    ),
+    # ADE20K_2021_17_01, with what MaskFormer's prepare_ade20k_full_sem_seg.py adds to it.
+    "ade20k_847": _maps(
+        "images_detectron2/{part}/*.jpg, annotations_detectron2/{part}/*.tif",
+        ("training", "validation"),
+        "ade20k_847",
+        images="images_detectron2/{part}",
+        maps=("annotations_detectron2/{part}",),
+        offset=1,
+        ignored=(65535,),
+    ),
+    # pascal_ctx_d2, made of VOC2010 by ODISE's prepare_pascal_ctx_sem_seg.py and _full_sem_seg.py.
+    "pascal_context_59": _maps(
+        "images/{part}/*.jpg, annotations_ctx59/{part}/*.png",
+        ("training", "validation"),
+        "pascal_context_59",
+        images="images/{part}",
+        maps=("annotations_ctx59/{part}",),
+        offset=1,
+        ignored=(255,),
+    ),
+    "pascal_context_459": _maps(
+        "images/{part}/*.jpg, annotations_ctx459/{part}/*.tif",
+        ("training", "validation"),
+        "pascal_context_459",
+        images="images/{part}",
+        maps=("annotations_ctx459/{part}",),
+        offset=1,
+        ignored=(65535,),
+    ),
+    # VOCdevkit/VOC2012. Background is void with 20 classes; pascal_voc_21 makes it one.
+    "pascal_voc": _maps(
+        "JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/{part}.txt",
+        ("train", "val"),
+        "pascal_voc_20",
+        images="JPEGImages",
+        maps=("SegmentationClass",),
+        offset=0,
+        ignored=(0, 255),
+        listed="ImageSets/Segmentation/{part}.txt",
+    ),
+}

@@ -1,0 +1,238 @@
+"""Data sets of label maps: a folder of images, and for each a picture whose pixels are classes.
+
+COCO-Stuff, ADE20K, Pascal Context and Pascal VOC come like this. A map does not tell one object
+from the next, so each class that occurs is one segment, and no class counts as a thing: what a
+model predicts is merged by class as well.
+
+No list says which classes an image shows, and the zero-shot rule must know. So all maps are read
+once when a source is made, in threads (COCO's 118,287 take minutes; `data_pipelines.prepare` keeps
+the answer in its shards), and the classes are kept in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent import futures
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from concat_jax.core.vocabulary import Vocabulary
+from data_pipelines.sources.coco_layout import open_picture
+from data_pipelines.sources.source import DataError, ImageRecord, image_number
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+MAP_SUFFIXES = (".png", ".tif", ".tiff")
+
+# Seconds between two lines of progress.
+_REPORT_EVERY = 5.0
+
+
+class SemanticMapSource:
+    """One part of a data set of label maps; a `FolderSource`.
+
+    A record's source ids are pixel values plus 1, because an id of 0 means void.
+
+    Attributes:
+      vocabulary: the label space, every class stuff.
+      records: every image that has a map, by ascending image id.
+      images_folder: folder of the images.
+      skipped: how many maps were left out because they cannot be used.
+    """
+
+    def __init__(
+        self,
+        images: pathlib.Path,
+        maps: pathlib.Path,
+        vocabulary: Vocabulary,
+        *,
+        offset: int = 0,
+        ignored: Collection[int] = (255,),
+        stems: Sequence[str] | None = None,
+        on_bad_example: Literal["raise", "skip"] = "raise",
+        num_threads: int = 8,
+    ):
+        """Pairs images with maps, and reads all maps for the classes they show.
+
+        Args:
+          images: folder of the images.
+          maps: folder of the maps; a map has its image's name up to the suffix.
+          vocabulary: its category ids are pixel values plus `offset`.
+          offset: see there.
+          ignored: pixel values that belong to no class: void.
+          stems: names of the images that are part of this, without suffixes; None takes all maps.
+          on_bad_example: what a map does that cannot be used: "raise", or "skip": it is left out,
+            logged and counted.
+          num_threads: that read maps.
+
+        Raises:
+          DataError: if a folder or a file is missing or empty, two images would have one id, or a
+            map cannot be read or holds a value that is no class.
+        """
+        self.vocabulary = dataclasses.replace(vocabulary, is_thing=(False,) * len(vocabulary))
+        self.images_folder, self._maps = images, maps
+        self._label_of_value = {
+            category - offset: label for category, label in vocabulary.index_of_category.items()
+        }
+        self._ignored = frozenset(ignored) - self._label_of_value.keys()
+        image_names, map_names = _by_stem(images, IMAGE_SUFFIXES), _by_stem(maps, MAP_SUFFIXES)
+        stems = sorted(map_names if stems is None else stems)
+        for stem in stems:
+            if stem not in map_names:
+                raise DataError(f"There is no map {stem}.png (or .tif) in {maps}.")
+            if stem not in image_names:
+                raise DataError(
+                    f"There is no image for the map {maps / map_names[stem]} in {images}."
+                )
+        if len(image_names) > len(map_names):
+            logger.warning("%s: %d images have no map", images, len(image_names) - len(map_names))
+        pairs = [(image_names[stem], map_names[stem]) for stem in stems]
+        skips = on_bad_example == "skip"
+        with futures.ThreadPoolExecutor(num_threads) as pool:
+            found = _with_progress(
+                pool.map(lambda pair: self._scan(*pair, skips=skips), pairs), len(pairs), maps
+            )
+        self.skipped = sum(record is None for record in found)
+        records: dict[int, ImageRecord] = {}
+        for record in found:
+            if record is None:
+                continue
+            other = records.setdefault(record.image_id, record)
+            if other is not record:
+                raise DataError(
+                    f"{other.file_name} and {record.file_name} in {images} both make the image id "
+                    f"{record.image_id}, which is the digits of a name; rename one."
+                )
+        if not records:
+            raise DataError(f"Not one map of {maps} can be used.")
+        self.records = [records[image_id] for image_id in sorted(records)]
+
+    def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
+        """As `Source.read`."""
+        path = self._maps / record.png_name
+        image_path = self.images_folder / record.file_name
+        image, values = open_picture(image_path, rgb=True), _read_map(path)
+        height, width = values.shape
+        if image.size != (width, height):
+            raise DataError(
+                f"The image {image_path} is {image.height}x{image.width} (height x width) and its "
+                f"map {path} {height}x{width}; both must agree."
+            )
+        rows = np.zeros(65536 if values.dtype == np.uint16 else 256, np.uint16)
+        rows[record.source_ids - 1] = np.arange(1, len(record.source_ids) + 1)
+        present = self._classes(values, path)
+        if present != (record.source_ids - 1).tolist() or values.shape != (
+            record.height,
+            record.width,
+        ):
+            raise DataError(f"The map {path} is not what it was when the data set was opened.")
+        return image, rows[values]
+
+    def _scan(self, image_name: str, map_name: str, *, skips: bool) -> ImageRecord | None:
+        path = self._maps / map_name
+        try:
+            values = _read_map(path)
+            present = self._classes(values, path)
+        except DataError as error:
+            if not skips:
+                raise
+            logger.warning("Left out an image: %s", error)
+            return None
+        return ImageRecord(
+            image_id=image_number(pathlib.Path(image_name).stem, str(self.images_folder)),
+            file_name=image_name,
+            png_name=map_name,
+            height=values.shape[0],
+            width=values.shape[1],
+            source_ids=np.array(present, np.int64) + 1,
+            labels=np.array([self._label_of_value[value] for value in present], np.int32),
+            is_crowd=np.zeros(len(present), bool),
+        )
+
+    def _classes(self, values: np.ndarray, path: pathlib.Path) -> list[int]:
+        # Pixel values that are classes, ascending.
+        present = np.flatnonzero(np.bincount(values.ravel())).tolist()
+        classes = [value for value in present if value not in self._ignored]
+        for value in classes:
+            if value not in self._label_of_value:
+                raise DataError(
+                    f"The map {path} holds the value {value}, which is neither a class nor one of "
+                    f"the ignored values {sorted(self._ignored)}."
+                )
+        return classes
+
+
+def read_list(path: str | os.PathLike[str]) -> list[str]:
+    """The names in a text file, one a line; of a line with several words, the first.
+
+    Raises:
+      DataError: if the file is missing, is not text or is empty.
+    """
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"The list of images {path} cannot be read: {error}.") from error
+    names = [line.split()[0] for line in lines if line.strip()]
+    if not names:
+        raise DataError(f"The list of images {path} is empty.")
+    return names
+
+
+def _by_stem(folder: pathlib.Path, suffixes: Collection[str]) -> Mapping[str, str]:
+    if not folder.is_dir():
+        raise DataError(f"The folder {folder} does not exist.")
+    names: dict[str, str] = {}
+    for name in sorted(os.listdir(folder)):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() not in suffixes or name.startswith("."):
+            continue
+        if stem in names:
+            raise DataError(f"{folder} holds both {names[stem]} and {name}; remove one.")
+        names[stem] = name
+    if not names:
+        raise DataError(f"The folder {folder} holds no file that ends in {', '.join(suffixes)}.")
+    return names
+
+
+def _read_map(path: pathlib.Path) -> np.ndarray:
+    picture = open_picture(path)
+    # A palette is only for the eye: the indices are the classes. Pillow reads 16-bit PNG as "I".
+    if picture.mode not in ("L", "P", "I", "I;16", "I;16B", "I;16L"):
+        raise DataError(
+            f"The map {path} has the mode {picture.mode} and must have one channel of 8 or 16 bits."
+        )
+    values = np.asarray(picture)
+    if values.dtype == np.uint8:
+        return values
+    if values.size and not 0 <= values.min() <= values.max() <= 65535:
+        raise DataError(f"The map {path} holds values beyond 0 to 65535.")
+    return values.astype(np.uint16)
+
+
+def _with_progress(
+    results: Iterable[ImageRecord | None], total: int, folder: pathlib.Path
+) -> list[ImageRecord | None]:
+    done, start = [], time.monotonic()
+    reported = start
+    for result in results:
+        done.append(result)
+        now = time.monotonic()
+        if now - reported >= _REPORT_EVERY:
+            reported = now
+            rate = len(done) / (now - start)
+            print(
+                f"Reading the maps of {folder}: {len(done):,} of {total:,}, {rate:.0f} a second, "
+                f"{(total - len(done)) / rate:.0f} s left.",
+                file=sys.stderr,
+                flush=True,
+            )
+    return done

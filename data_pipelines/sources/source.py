@@ -1,0 +1,169 @@
+"""What every data set on disk looks like to the loader: records of its images, and how to read one.
+
+A source is one part (training or evaluation) of a data set in some layout. The layouts are files
+beside this one (`coco_panoptic`, `semantic_maps`, `coco_instances`, `shards`); `layouts` opens one
+by name. What training does with images that show unseen classes is decided here, for all alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from concat_jax.core.vocabulary import Vocabulary
+
+UnseenImages = Literal["drop", "void", "keep"]
+UNSEEN_IMAGES: tuple[str, ...] = ("drop", "void", "keep")
+
+
+class DataError(ValueError):
+    """Something on disk is missing or inconsistent; the message names the file."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """What the annotation says of one image; the segment tables [n] are in the annotation's order.
+
+    Attributes:
+      image_id: unique within the part.
+      file_name, png_name: names of the image and of its map of segments, relative to their folders;
+        png_name is "" where a layout has no such file.
+      height, width: size in pixels.
+      source_ids: [n] int64, the segments' ids in the data set's own files, each once.
+      labels: [n] int32, class indices into the vocabulary.
+      is_crowd: [n] bool.
+    """
+
+    image_id: int
+    file_name: str
+    png_name: str
+    height: int
+    width: int
+    source_ids: np.ndarray
+    labels: np.ndarray
+    is_crowd: np.ndarray
+
+
+class Source(Protocol):
+    """One part (training or evaluation) of a data set on disk.
+
+    Attributes:
+      vocabulary: the label space.
+      records: every annotated image, by ascending image id.
+    """
+
+    vocabulary: Vocabulary
+    records: Sequence[ImageRecord]
+
+    def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
+        """Decodes one image; safe to call from several threads.
+
+        Returns:
+          The RGB image, with EXIF rotation applied, and the id map [H, W] uint8 or uint16: 0 void,
+          r + 1 where the segment of row r of the record's tables is. A segment that others
+          hide has a row and no pixel.
+
+        Raises:
+          DataError: if the files cannot be decoded or do not fit together or to the record.
+        """
+        ...
+
+
+class FolderSource(Source, Protocol):
+    """A source whose images are files, as all but shards are.
+
+    Attributes:
+      images_folder: what the records' file names are relative to.
+    """
+
+    images_folder: pathlib.Path
+
+
+def image_number(image_id: int | str, where: str) -> int:
+    """The number that stands for an image, of an annotation file's id or of a file's name.
+
+    Args:
+      image_id: a number, which stands for itself, or a text, whose digits are read as one:
+        "ADE_val_00000017" is 17 and "2007_000032" is 2007000032.
+      where: names the file in the error's sentence.
+
+    Raises:
+      DataError: if there is no such number in 0 to 2^63 - 1.
+    """
+    number = image_id
+    if isinstance(image_id, str):
+        digits = "".join(re.findall("[0-9]", image_id))
+        # Python reads no text of thousands of digits.
+        number = int(digits) if 0 < len(digits) < 20 else None
+    if type(number) is not int or not 0 <= number < 2**63:
+        raise DataError(
+            f"The image id {image_id!r} of {where} must be an integer of 0 to 2^63 - 1, or a text "
+            "with digits in it."
+        )
+    return number
+
+
+def treat_unseen(source: Source, treatment: UnseenImages) -> tuple[Source, np.ndarray]:
+    """What training may see of a source.
+
+    Args:
+      source: any.
+      treatment: "drop" leaves out every image with a segment, crowd included, of an unseen class
+        (PADing `datasets/get_zsp_json.py`). "void" keeps the image, but the pixels of its unseen
+        segments, crowd included, become void and their rows vanish (ZegFormer
+        `prepare_coco_stuff_sem_seg_seen.py`); an image of which nothing is left is left out. "keep"
+        takes all images and all classes: not zero-shot, but what supervised reference runs need.
+
+    Returns:
+      The source to train from, which is `source` itself unless segments vanish, and the positions
+      in its records that training may use, [M] int64 ascending. Positions are the same in both.
+      An image without any segment teaches nothing and is never among them.
+
+    Raises:
+      ValueError: for an unknown treatment.
+    """
+    if treatment not in UNSEEN_IMAGES:
+        raise ValueError(f"unseen_images is {treatment!r} and must be 'drop', 'void' or 'keep'.")
+    is_seen = np.array(source.vocabulary.is_seen)
+    if treatment == "void":
+        source = _WithoutUnseen(source)
+    usable = [
+        len(record.labels) > 0 and (treatment != "drop" or is_seen[record.labels].all())
+        for record in source.records
+    ]
+    return source, np.flatnonzero(usable)
+
+
+class _WithoutUnseen:
+    """A source whose segments of unseen classes have become void."""
+
+    def __init__(self, source: Source):
+        self.vocabulary = source.vocabulary
+        self._source = source
+        is_seen = np.array(source.vocabulary.is_seen)
+        self.records = [_select_rows(record, is_seen[record.labels]) for record in source.records]
+        self._originals = {record.image_id: record for record in source.records}
+
+    def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
+        """As `Source.read`, without the unseen segments."""
+        original = self._originals[record.image_id]
+        image, ids = self._source.read(original)
+        is_seen = np.array(self.vocabulary.is_seen)[original.labels]
+        if is_seen.all():
+            return image, ids
+        renumber = np.zeros(len(is_seen) + 1, ids.dtype)
+        renumber[1:][is_seen] = np.arange(1, is_seen.sum() + 1)
+        return image, renumber[ids]
+
+
+def _select_rows(record: ImageRecord, rows: np.ndarray) -> ImageRecord:
+    if rows.all():
+        return record
+    tables = ("source_ids", "labels", "is_crowd")
+    return dataclasses.replace(record, **{name: getattr(record, name)[rows] for name in tables})

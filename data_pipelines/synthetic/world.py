@@ -1,0 +1,424 @@
+"""The synthetic world: endless, seeded panoptic scenes and image-caption pairs, drawn on the spot.
+
+It needs no download. Class names are compositional ("red striped balloon"), so an unseen class is
+an unseen combination of attributes that seen classes show in other combinations. The presets are
+data in `synthetic_presets.py`:
+
+  texture  16 things (4 colours x 4 textures, any shape) and 12 stuff (3 hues x 4 patterns).
+  shape    harder: 20 things (4 colours x 5 shapes, any texture) and the same 12 stuff.
+  opaque   harder: the looks of texture, with an invented word for each name, so that what unseen
+           classes look like is known from captions alone.
+
+`python -m data_pipelines.synthetic.world --out=sheet.png` prints the class list and the measured
+speed and writes a contact sheet.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from concat_jax.core import cli
+from data_pipelines.synthetic import render
+from data_pipelines.synthetic.presets import (
+    PRESETS,
+    STUFF_TABLES,
+    THING_TABLES,
+    WorldClass,
+    WorldPreset,
+    caption,
+    get_preset,
+    require_one_of,
+    word_list,
+)
+
+__all__ = [
+    "PRESETS",
+    "CaptionWorld",
+    "SyntheticWorld",
+    "WorldClass",
+    "WorldPreset",
+    "caption",
+    "word_list",
+]
+
+# Textures of 5 to 7 pixels and radii of 8 to 15 are for this scene size; others scale with it.
+REFERENCE_SIZE = 64
+SPLITS = ("train", "validation", "test")
+# Random streams are keyed (seed, stream, index): scenes take 0.., caption images these and up.
+_CAPTION_STREAM = 16
+
+
+def _require_at_least(value: int, least: int, what: str) -> int:
+    if not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{what} must be an integer of at least {least}, got {value!r}.")
+    return int(value)
+
+
+def _require_seed(seed: int) -> int:
+    # One 32-bit word each keeps the keys (seed, stream, index) of different streams apart.
+    if _require_at_least(seed, 0, "seed") >= 2**32:
+        raise ValueError(f"seed must be below 2**32, got {seed}.")
+    return int(seed)
+
+
+def _allowed(preset: WorldPreset, which: str) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the thing and of the stuff classes that may be drawn: seen, unseen or all."""
+    require_one_of(which, ("seen", "all", "unseen"), "value of classes")
+    vocabulary = preset.vocabulary
+    chosen = {
+        "seen": vocabulary.seen,
+        "unseen": vocabulary.unseen,
+        "all": np.arange(len(vocabulary), dtype=np.int32),
+    }[which]
+    things, stuff = chosen[chosen < len(preset.things)], chosen[chosen >= len(preset.things)]
+    if not len(things) or not len(stuff):
+        raise ValueError(
+            f"The preset {preset.name!r} has no {which} thing or no {which} stuff class to draw; "
+            "choose other classes."
+        )
+    return things, stuff
+
+
+def _look(
+    rng: np.random.Generator, entry: WorldClass, tables: Mapping[str, Collection[str]]
+) -> render.Look:
+    """One instance's look: the class's attributes, with nuisance filled in at random."""
+    drawn = {}
+    for attribute, table in tables.items():
+        value = getattr(entry, attribute)
+        drawn[attribute] = value or tuple(table)[rng.integers(len(table))]
+    return render.Look(**drawn)
+
+
+class SyntheticWorld:
+    """Panoptic scenes with things and stuff; scene i of a split is a pure function of its key.
+
+    The key is (preset, image_size, seed, split, classes, i); batch size plays no part: step s of
+    batch size B holds scenes s * B to s * B + B - 1. A scene holds only classes that `classes`
+    allows, so with "seen" not a pixel of an unseen class exists.
+
+    Args:
+      preset: name in `PRESETS` or a `WorldPreset`.
+      image_size: height and width in pixels; the same scene is drawn at that resolution.
+      seed: in [0, 2**32).
+      split: train, validation or test; their random streams are disjoint.
+      batch_size: B.
+      classes: seen, unseen or all; None means seen for train and all for the other splits.
+      max_segments: G, the rows of the padded segment tables.
+      num_eval_images: how many scenes `eval_examples` gives.
+      num_stuff, num_things: range, both ends included, of regions and of things in a scene.
+      min_area: a segment smaller than this becomes void; pixels of the 64 x 64 scene, so it grows
+        with the image's area. Below it no texture can be told.
+      min_visible: a thing of which a smaller share is visible becomes void.
+
+    Raises:
+      ValueError: if an argument is unknown or out of range, or G cannot hold the largest scene.
+    """
+
+    def __init__(
+        self,
+        *,
+        preset: str | WorldPreset = "texture",
+        image_size: int = 64,
+        seed: int = 0,
+        split: str = "train",
+        batch_size: int = 8,
+        classes: str | None = None,
+        max_segments: int = 12,
+        num_eval_images: int = 200,
+        num_stuff: tuple[int, int] = (2, 4),
+        num_things: tuple[int, int] = (2, 5),
+        min_area: int = 40,
+        min_visible: float = 0.4,
+    ):
+        self.preset = get_preset(preset)
+        self.vocabulary = self.preset.vocabulary
+        # Below 16 pixels a thing has a radius of 2 to 4 and no texture is left.
+        self.image_size = _require_at_least(image_size, 16, "image_size")
+        self.seed = _require_seed(seed)
+        require_one_of(split, SPLITS, "split")
+        self.split = split
+        self.batch_size = _require_at_least(batch_size, 1, "batch_size")
+        if classes is None:
+            classes = "seen" if split == "train" else "all"
+        self.classes = classes
+        self._things, self._stuff = _allowed(self.preset, self.classes)
+        for what, (low, high), least in (
+            ("num_stuff", num_stuff, 1),
+            ("num_things", num_things, 0),
+        ):
+            if not least <= low <= high:
+                raise ValueError(f"{what} must be a range from {least} up, got {(low, high)}.")
+        if num_stuff[1] + num_things[1] > max_segments:
+            raise ValueError(
+                f"max_segments is {max_segments}, but a scene may hold {num_stuff[1]} stuff and "
+                f"{num_things[1]} thing segments; raise it to {num_stuff[1] + num_things[1]}."
+            )
+        if max_segments > 255:
+            raise ValueError(f"max_segments must be at most 255 for 8-bit ids, got {max_segments}.")
+        self.max_segments = max_segments
+        self.num_eval_images = _require_at_least(num_eval_images, 0, "num_eval_images")
+        self._num_stuff, self._num_things = num_stuff, num_things
+        self._scale = self.image_size / REFERENCE_SIZE
+        self._min_area = min_area * self._scale**2
+        self._min_visible = min_visible
+
+    def example(self, index: int) -> dict[str, np.ndarray]:
+        """Scene `index` of the split, one row of a batch.
+
+        Returns:
+          image [H, W, 3] uint8; segment_ids [H, W] uint8 (0 void, value g owns table row g - 1, ids
+          without gaps); segment_labels [G] int32 (-1 padded); segment_is_thing, segment_is_crowd
+          [G] bool; segment_source_ids [G] int64 (g, 0 padded); image_id [] int64, unique over the
+          splits; image_size [2] int32.
+
+        Raises:
+          ValueError: if `index` is negative.
+        """
+        index = _require_at_least(index, 0, "Scene index")
+        stream = SPLITS.index(self.split)
+        rng = np.random.default_rng([self.seed, stream, index])
+        image, segment_ids, labels = self._draw(rng)
+        count = len(labels)
+        row_labels = np.full(self.max_segments, -1, np.int32)
+        row_labels[:count] = labels
+        source_ids = np.zeros(self.max_segments, np.int64)
+        source_ids[:count] = np.arange(1, count + 1)
+        return {
+            "image": image,
+            "segment_ids": segment_ids,
+            "segment_labels": row_labels,
+            "segment_is_thing": (row_labels >= 0) & (row_labels < len(self.preset.things)),
+            "segment_is_crowd": np.zeros(self.max_segments, bool),
+            "image_id": np.int64((stream << 40) + index),
+            "segment_source_ids": source_ids,
+            "image_size": np.array([self.image_size, self.image_size], np.int32),
+        }
+
+    def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image [H, W, 3] uint8, segment ids [H, W] uint8 and labels [g], small segments voided."""
+        # Stuff is merged by class in panoptic ground truth, so one class is one region.
+        most = min(self._num_stuff[1], len(self._stuff))
+        fewest = min(self._num_stuff[0], most)
+        stuff = rng.permutation(self._stuff)[: rng.integers(fewest, most + 1)]
+        num_things = rng.integers(self._num_things[0], self._num_things[1] + 1)
+        things = rng.choice(self._things, num_things)
+        labels = np.concatenate([stuff, things])
+        entries = self.preset.classes
+        image, owner, full_areas = render.paint_scene(
+            rng,
+            [_look(rng, entries[k], STUFF_TABLES) for k in stuff],
+            [_look(rng, entries[k], THING_TABLES) for k in things],
+            size=self.image_size,
+            scale=self._scale,
+            radius=(8.0 * self._scale, 15.0 * self._scale),
+        )
+        areas = np.bincount(owner.ravel(), minlength=len(labels) + 1)[1:]
+        needed = np.full(len(labels), max(self._min_area, 1.0))
+        needed[len(stuff) :] = np.maximum(needed[len(stuff) :], self._min_visible * full_areas)
+        kept = areas >= needed
+        new_ids = np.zeros(len(labels) + 1, np.uint8)
+        new_ids[1:][kept] = np.arange(1, kept.sum() + 1)
+        return image, new_ids[owner], labels[kept]
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """Batch `step`: the fields of `example` stacked on a leading batch axis [B, ...].
+
+        Raises:
+          ValueError: if `step` is negative.
+        """
+        first = _require_at_least(step, 0, "step") * self.batch_size
+        examples = [self.example(first + b) for b in range(self.batch_size)]
+        return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
+
+    def eval_examples(self, process_index: int = 0, process_count: int = 1) -> Iterator[dict]:
+        """The first `num_eval_images` scenes one by one: `example` and "file_name" (str).
+
+        Of `process_count` hosts, each draws every process_count-th scene from its index on.
+        """
+        for index in range(process_index, self.num_eval_images, process_count):
+            yield self.example(index) | {"file_name": f"{self.split}_{index:06d}.png"}
+
+
+class CaptionWorld:
+    """Image-caption pairs that teach a small CLIP the words of a preset; its streams are its own.
+
+    Pictures are rendered apart from all panoptic scenes and never cut out by a mask. A batch mixes
+
+      crops   a picture of one class at native scale: a thing on a random ground, or a window filled
+              with a stuff pattern. The caption is the class name.
+      scenes  a whole small scene, captioned with the classes visible in it.
+
+    As on the web, captions name seen and unseen classes alike; no picture comes with a mask.
+
+    Args:
+      preset: name in `PRESETS` or a `WorldPreset`.
+      image_size: size of the scenes that the CLIP is for; sets the native scale.
+      seed: in [0, 2**32).
+      split: train, validation or test; disjoint random streams.
+      batch_size: B.
+      classes: seen, unseen or all (the default).
+      crop_size: height and width h of all pictures. Scenes are averaged down to it, which needs
+        image_size to be a multiple of it (equal: native scale).
+      scene_ratio: share of scenes in every batch, in [0, 1], rounded to whole pictures.
+      zoom: range of the random magnification of crops, texture included.
+
+    Raises:
+      ValueError: if an argument is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        preset: str | WorldPreset = "texture",
+        image_size: int = 64,
+        seed: int = 0,
+        split: str = "train",
+        batch_size: int = 64,
+        classes: str = "all",
+        crop_size: int = 32,
+        scene_ratio: float = 0.25,
+        zoom: tuple[float, float] = (0.8, 1.25),
+    ):
+        # The scene generator checks the arguments that both worlds share.
+        self._scenes = SyntheticWorld(
+            preset=preset, image_size=image_size, seed=seed, split=split, classes=classes
+        )
+        self.preset, self.vocabulary = self._scenes.preset, self._scenes.vocabulary
+        self.batch_size = _require_at_least(batch_size, 1, "batch_size")
+        self.crop_size = _require_at_least(crop_size, 8, "crop_size")
+        if not 0.0 <= scene_ratio <= 1.0:
+            raise ValueError(f"scene_ratio must lie in [0, 1], got {scene_ratio}.")
+        self._num_scenes = round(scene_ratio * batch_size)
+        if self._num_scenes and image_size % crop_size:
+            raise ValueError(
+                f"Scenes of {image_size} pixels cannot be averaged down to crop_size {crop_size}; "
+                "make image_size a multiple of it or set scene_ratio to 0."
+            )
+        if not 0.0 < zoom[0] <= zoom[1]:
+            raise ValueError(f"zoom must be a range of positive factors, got {zoom}.")
+        self._zoom = zoom
+        self._seed = self._scenes.seed
+        self._stream = _CAPTION_STREAM + SPLITS.index(split)
+        self._labels = np.concatenate(_allowed(self.preset, classes))
+        self._scale = image_size / REFERENCE_SIZE
+
+    def batch(self, step: int) -> dict[str, np.ndarray | list[str]]:
+        """Batch `step`, a pure function of (seed, split, step).
+
+        Returns:
+          image [B, h, w, 3] uint8; captions, a list of B strings; labels [B] int32, the class of a
+          crop and -1 for a scene. Crops of K allowed classes hold each class floor or ceil of
+          their number / K times, so up to K crops all differ.
+
+        Raises:
+          ValueError: if `step` is negative.
+        """
+        step = _require_at_least(step, 0, "step")
+        rng = np.random.default_rng([self._seed, self._stream, step])
+        num_crops = self.batch_size - self._num_scenes
+        rounds = 1 + num_crops // len(self._labels)
+        crops = np.concatenate([rng.permutation(self._labels) for _ in range(rounds)])[:num_crops]
+        labels = np.concatenate([crops, np.full(self._num_scenes, -1, np.int32)])
+        labels = rng.permutation(labels)
+        pairs = [self._scene(rng) if label < 0 else self._crop(rng, label) for label in labels]
+        return {
+            "image": np.stack([image for image, _ in pairs]),
+            "captions": [text for _, text in pairs],
+            "labels": labels,
+        }
+
+    def _crop(self, rng: np.random.Generator, label: int) -> tuple[np.ndarray, str]:
+        """Picture [h, w, 3] uint8 of one class and its name."""
+        entry, size = self.preset.classes[label], self.crop_size
+        scale = self._scale * rng.uniform(*self._zoom)
+        light = render.light_direction(rng)
+        if label >= len(self.preset.things):
+            ground = _look(rng, entry, STUFF_TABLES)
+            canvas, _ = render.paint_ground(rng, [ground], size, size, scale)
+            return render.finish(rng, canvas, light), entry.name
+        # Behind a thing may be any allowed ground, now and then the border of two.
+        stuff = self._labels[self._labels >= len(self.preset.things)]
+        behind = rng.permutation(stuff)[: 1 + (rng.random() < 0.3)]
+        grounds = [_look(rng, self.preset.classes[k], STUFF_TABLES) for k in behind]
+        canvas, _ = render.paint_ground(rng, grounds, size, size, scale)
+        centre = (size * (0.5 + rng.uniform(-0.1, 0.1, 2))).tolist()
+        render.paint_thing(
+            rng,
+            canvas,
+            _look(rng, entry, THING_TABLES),
+            centre=(centre[0], centre[1]),
+            radius=min(rng.uniform(8.0, 15.0) * scale, 0.5 * size),
+            scale=scale,
+            light=light,
+        )
+        return render.finish(rng, canvas, light), entry.name
+
+    def _scene(self, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        """Picture [h, w, 3] uint8 of a scene and a caption that lists its visible classes."""
+        image, _, labels = self._scenes._draw(rng)
+        factor = len(image) // self.crop_size
+        if factor > 1:
+            blocks = image.reshape(self.crop_size, factor, self.crop_size, factor, 3)
+            image = (blocks.mean(axis=(1, 3)) + 0.5).astype(np.uint8)
+        visible = rng.permutation(np.unique(labels))
+        return image, caption([self.vocabulary.names[k] for k in visible])
+
+
+def _pictures_per_second(world: SyntheticWorld | CaptionWorld, seconds: float = 2.0) -> float:
+    start = time.perf_counter()
+    for step in itertools.count():
+        world.batch(step)
+        elapsed = time.perf_counter() - start
+        if elapsed > seconds:
+            return (step + 1) * world.batch_size / elapsed
+
+
+def define_flags(flags: cli.Flags) -> None:
+    """The flags of this command."""
+    flags.choice("preset", "texture", sorted(PRESETS), "The label space.")
+    flags.choice("classes", "all", ("seen", "unseen", "all"), "What is drawn.")
+    flags.integer("image_size", REFERENCE_SIZE, "Side in pixels.")
+    flags.integer("seed", 0, "Of the drawing.")
+    flags.string("out", "", "A PNG file for the contact sheet.")
+
+
+def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+    """Prints the class list and the measured speed; writes a contact sheet where --out says."""
+    shared = {name: given[name].value for name in ("preset", "image_size", "seed", "classes")}
+    world = SyntheticWorld(**shared)
+    for entry, is_thing in zip(world.preset.classes, world.vocabulary.is_thing, strict=True):
+        kind = "thing" if is_thing else "stuff"
+        print(f"{kind}  {'seen  ' if entry.is_seen else 'unseen'}  {entry.name}")
+    crop_size = world.image_size // 2
+    print(f"{_pictures_per_second(world):.0f} scenes/s at {world.image_size} pixels on one core")
+    captions = CaptionWorld(crop_size=crop_size, **shared)
+    print(f"{_pictures_per_second(captions):.0f} caption images/s at {crop_size} pixels")
+    if given.out:
+        from PIL import Image
+
+        scenes = [world.example(index) for index in range(24)]
+        legend = CaptionWorld(
+            crop_size=crop_size, scene_ratio=0.0, batch_size=len(world.vocabulary), **shared
+        ).batch(0)
+        sheet = render.contact_sheet(
+            [scene["image"] for scene in scenes],
+            [scene["segment_ids"] for scene in scenes],
+            legend["image"][legend["labels"].argsort()],
+            zoom=max(1, 4 * REFERENCE_SIZE // world.image_size),
+        )
+        Image.fromarray(sheet).save(given.out)
+        print(f"wrote {given.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    cli.main(__doc__, define_flags, command, argv, computes=False)
+
+
+if __name__ == "__main__":
+    main()

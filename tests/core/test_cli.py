@@ -1,0 +1,97 @@
+"""Mistakes on a command line end in one sentence that says what to do."""
+
+import io
+import sys
+
+import pytest
+
+from concat_jax.core import cli
+
+
+def define_flags(flags):
+    flags.string("root", "", "A folder.")
+    flags.integer("size", 1, "A number.", 0)
+
+
+def ended(arguments, command=lambda given, rest: None, *, capsys, **settings):
+    """Exit code or sentence, and what was printed, of a call that ended the program."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main("Doc.", define_flags, command, ["x", *arguments], computes=False, **settings)
+    return stop.value.code, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rot=a"], "Error: there is no flag '--rot'; did you mean '--root'?"),
+        (["b"], "Error: unknown argument 'b'; flags look like --name=value."),
+        (["--size=x"], "Error: flag --size=x: "),
+        (["--size=-1"], "Error: flag --size=-1: "),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, sentence, capsys):
+    code, printed = ended(arguments, capsys=capsys)
+    assert code.startswith(sentence) and "\n" not in code
+    assert printed == ("", "")
+
+
+def test_the_command_gets_its_flags_and_arguments():
+    got = []
+    cli.main(
+        "Doc.",
+        define_flags,
+        lambda given, rest: got.append((given.root, given.size, rest)),
+        ["x", "--size=3", "a", "--root=r", "b"],
+        arguments="FILES",
+        computes=False,
+    )
+    assert got == [("r", 3, ["a", "b"])]
+
+
+def test_commands_do_not_see_each_others_flags():
+    cli.main("", lambda flags: flags.string("one", "", ""), lambda g, r: None, ["x", "--one=1"])
+    with pytest.raises(SystemExit, match="no flag"):
+        cli.main("", lambda flags: flags.string("two", "", ""), lambda g, r: None, ["x", "--one=1"])
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, cli.UserStop])
+def test_errors_end_in_one_line(error, capsys):
+    def fail(given, rest):
+        raise error("two\n  lines.")
+
+    assert ended([], fail, capsys=capsys)[0] == "Error: two lines."
+
+
+def test_bugs_are_not_hidden():
+    def fail(given, rest):
+        raise KeyError("k")
+
+    with pytest.raises(KeyError):
+        cli.main("", define_flags, fail, ["x"], computes=False)
+
+
+def test_ctrl_c_ends_in_a_sentence_and_code_130(capsys):
+    def stop(given, rest):
+        raise KeyboardInterrupt
+
+    code, printed = ended([], stop, interrupted="Half is written.", capsys=capsys)
+    assert code == 130 and printed.err == "\nHalf is written.\n"
+
+    def stop_with_words(given, rest):
+        raise KeyboardInterrupt("Step 3 is saved.")
+
+    assert ended([], stop_with_words, capsys=capsys)[1].err == "\nStep 3 is saved.\n"
+
+
+def test_a_terminal_without_the_letter_shows_a_question_mark(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+    cli.main("", define_flags, lambda g, r: print("γ is 0", flush=True), ["x"], computes=False)
+    assert raw.getvalue().strip() == b"? is 0"
+    monkeypatch.undo()
+
+
+def test_help_shows_doc_and_flags(capsys):
+    cli.main("What it does.", define_flags, lambda g, r: 1, ["x", "--help"], computes=False)
+    printed = capsys.readouterr().out
+    assert printed.startswith("What it does.") and "--root" in printed

@@ -1,0 +1,72 @@
+"""Config sections to dataclasses, nearest names, arguments of config files."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import pytest
+
+from concat_jax.core import config as configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    steps: int
+    rate: float = 0.1
+    sizes: tuple[int, ...] = (1,)
+    method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def test_build_takes_given_fields_and_defaults():
+    built = configuration.build(Settings, {"steps": 3, "rate": 0.5}, "config.x")
+    assert built == Settings(steps=3, rate=0.5)
+    assert built.method == {}
+
+
+def test_build_takes_config_dicts_and_turns_lists_into_tuples():
+    section = ml_collections.ConfigDict({"steps": 3, "sizes": [1, 2], "method": {"a": 1}})
+    built = configuration.build(Settings, section, "config.x")
+    assert built.sizes == (1, 2)
+    assert dict(built.method) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"steps": 3, "rat": 1.0}, "config.x has no key 'rat'; did you mean 'rate'?"),
+        ({"steps": 3, "zzz": 1.0}, "config.x has no key 'zzz'; did you mean "),
+        ({"rate": 1.0}, "config.x lacks the key 'steps'."),
+    ],
+)
+def test_build_names_what_is_wrong(section, message):
+    with pytest.raises(ValueError) as error:
+        configuration.build(Settings, section, "config.x")
+    assert str(error.value).startswith(message)
+
+
+def test_check_choice():
+    configuration.check_choice("con", ("con", "cat"), "kind is")
+    with pytest.raises(ValueError, match="^kind is 'cta'; did you mean 'cat'\\?$"):
+        configuration.check_choice("cta", ("con", "cat"), "kind is")
+    with pytest.raises(ValueError, match="^kind is 'cta'\\.$"):
+        configuration.check_choice("cta", (), "kind is")
+
+
+def test_parse_flags():
+    valid = ("smoke", "mini")
+    assert configuration.parse_flags("", valid) == frozenset()
+    assert configuration.parse_flags("mini,smoke", valid) == {"mini", "smoke"}
+    with pytest.raises(ValueError, match="no argument 'smok'; did you mean 'smoke'"):
+        configuration.parse_flags("mini,smok", valid)
+
+
+def test_flat_gives_dotted_keys_with_comparable_values():
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.train = dict(con=dict(takes=dict(clip="clip"), sizes=[1, 2]), empty={})
+    assert configuration.flat(config) == {
+        "seed": 0,
+        "train.con.takes.clip": "clip",
+        "train.con.sizes": (1, 2),
+    }

@@ -1,0 +1,122 @@
+"""The prefetcher: order, bounds, errors and a clean end, without clocks."""
+
+import threading
+from concurrent import futures
+
+import pytest
+
+from concat_jax.core.prefetch import prefetch
+
+
+def _threads():
+    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+def test_steps_come_in_order_whichever_finishes_first():
+    later_done = threading.Event()
+
+    def batch(step):
+        if step == 3:
+            assert later_done.wait(30)  # step 3 cannot finish before step 4 has
+        if step == 4:
+            later_done.set()
+        return step * 10
+
+    assert list(prefetch(batch, 3, 5, depth=3, num_threads=2)) == [30, 40, 50, 60, 70]
+    assert not _threads()
+
+
+def test_works_ahead_while_the_consumer_holds_a_batch_but_no_further_than_depth():
+    started, lock = [], threading.Lock()
+    reached = threading.Semaphore(0)
+
+    def batch(step):
+        with lock:
+            started.append(step)
+        reached.release()
+        return step
+
+    batches = prefetch(batch, 0, None, depth=3, num_threads=8)
+    for taken in range(1, 6):
+        assert next(batches) == taken - 1
+        # One batch is with the consumer and three are ahead of it: exactly one new one each time.
+        for _ in range(4 if taken == 1 else 1):
+            assert reached.acquire(timeout=30)
+        assert not reached.acquire(blocking=False)
+        assert sorted(started) == list(range(taken + 3))
+    batches.close()
+    assert not _threads()
+
+
+def test_an_error_keeps_its_type_and_its_place():
+    class Broken(Exception):
+        pass
+
+    error = Broken("step 2")
+
+    def batch(step):
+        if step == 2:
+            raise error
+        return step
+
+    batches = prefetch(batch, 0, 10, depth=4, num_threads=2)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(Broken) as caught:
+        next(batches)
+    assert caught.value is error
+    assert not _threads()
+    assert list(batches) == []
+
+
+def test_closing_early_cancels_what_has_not_begun_and_waits_for_what_has(monkeypatch):
+    entered, release, finished, started = threading.Event(), threading.Event(), [], []
+
+    def batch(step):
+        started.append(step)
+        if step == 1:
+            entered.set()
+            assert release.wait(30)
+            finished.append(step)
+        return step
+
+    shutdown = futures.ThreadPoolExecutor.shutdown
+
+    def shutdown_then_release(pool, wait, cancel_futures):
+        # Step 1 goes on only when the closing has begun, so that it cannot be a matter of luck
+        # whether step 2 starts before it is cancelled.
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        release.set()
+        shutdown(pool, wait=wait)
+
+    monkeypatch.setattr(futures.ThreadPoolExecutor, "shutdown", shutdown_then_release)
+    batches = prefetch(batch, 0, 100, depth=5, num_threads=1)
+    assert next(batches) == 0
+    assert entered.wait(30)
+    batches.close()
+    assert started == [0, 1] and finished == [1] and not _threads()
+
+
+def test_a_consumer_that_leaves_its_loop_leaves_no_thread():
+    for batch in prefetch(lambda step: step, 0, None, depth=2, num_threads=2):
+        if batch == 3:
+            break
+    assert not _threads()
+
+
+def test_zero_steps_and_any_start():
+    assert list(prefetch(lambda step: step, 7, 0)) == []
+    assert list(prefetch(lambda step: step, 7, 1)) == [7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 3, 1, 1), "start_step is -1"),
+        ((0, -3, 1, 1), "num_steps is -3"),
+        ((0, 3, 0, 1), "depth \\(0\\)"),
+        ((0, 3, 1, 0), "num_threads \\(0\\)"),
+    ],
+)
+def test_bad_numbers_raise_at_the_call(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prefetch(lambda step: step, *arguments)

@@ -1,0 +1,185 @@
+"""What a run refuses before it starts, what it evaluates, and how hosts share the query bank."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from concat_jax import main
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.experiment.experiment import Run
+from concat_jax.stages.query_bank import QueryBank
+from concat_jax.weights.model_folder import ModelCard, save_model
+from data_pipelines.datasets import Datasets, make_datasets
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def smoke_config():
+    spec = importlib.util.spec_from_file_location("demo_zps", ROOT / "configs" / "demo_zps.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config("smoke")
+
+
+def make_run(config, workdir):
+    """The config's run on data that is not there."""
+    vocabulary = Vocabulary(("cat", "sky"), (True, False), (True, False), (1, 2))
+    data = Datasets(
+        vocabulary=vocabulary,
+        train=lambda batch_size: None,
+        captions=lambda batch_size, side: None,
+        caption_words=vocabulary.names,
+        evaluation=lambda: (),
+    )
+    return Run(config, workdir, data)
+
+
+def finish(workdir, config, *stages):
+    for name in stages:
+        (workdir / name / "checkpoints" / str(config.train[name].steps)).mkdir(parents=True)
+
+
+def untrained(config):
+    del config.train.finetune.takes["generator"]
+
+
+def unknown_field(config):
+    config.train.finetune.method.deviaton = 1.0
+
+
+def unknown_optimizer_field(config):
+    config.train.control.optimizer.momentum = 0.9
+
+
+def unknown_choice(config):
+    config.train.cat.method.contrast_distance = "manhattan"
+
+
+def unknown_evaluation(config):
+    config.eval.stages.finetuned = "full"
+
+
+def unknown_network_field(config):
+    config.model.generator.noise = 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (untrained, "'finetune' reads 'generator'; say in config.train.finetune.takes"),
+        (unknown_field, "config.train.finetune.method has no key 'deviaton'.*'deviation'"),
+        (unknown_optimizer_field, "config.train.control.optimizer has no key 'momentum'"),
+        (unknown_choice, "CAT contrast_distance is 'manhattan'"),
+        (unknown_evaluation, "config.eval.stages names no stage of 'finetuned'.*'finetune'"),
+        (unknown_network_field, "config.model.generator has no key 'noise'.*'noise_width'"),
+    ],
+)
+def test_a_mistake_in_a_late_stage_is_refused_before_the_first(spoil, sentence, tmp_path):
+    config = smoke_config()
+    with config.unlocked():
+        spoil(config)
+    with pytest.raises(ValueError, match=sentence):
+        make_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_key_that_no_checkpoint_can_tell_is_held_fast(tmp_path):
+    make_run(smoke_config(), tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
+    config = smoke_config()
+    config.model.clip.text_heads = 2
+    with pytest.raises(ValueError, match=r"config\.model\.clip\.text_heads = 4, now it is 2"):
+        make_run(config, tmp_path)
+
+
+def test_only_finished_stages_are_evaluated_and_a_report_of_fewer_is_stale(tmp_path, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(Run, "evaluate", lambda self, name: evaluated.append(name))
+    monkeypatch.setattr(
+        "concat_jax.experiment.experiment.report.format_comparison", lambda results: str(results)
+    )
+    monkeypatch.setattr("concat_jax.experiment.experiment.report.format_table", str)
+    config = smoke_config()
+    finish(tmp_path, config, "clip", "con")
+    config.stages = ("clip", "con")
+    make_run(config, tmp_path).run()
+    make_run(config, tmp_path).run()
+    assert evaluated == ["con"]  # the second time the report stands
+    # The other stages finished, and the process died before it wrote their report.
+    config = smoke_config()
+    finish(tmp_path, config, "cat", "finetune", "control")
+    make_run(config, tmp_path).run()
+    assert evaluated == ["con", "con", "control", "finetune"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["results"]) == list(config.eval.stages.values())
+
+
+def test_hosts_share_a_batch_of_the_bank():
+    queries = np.arange(20, dtype=np.float32)[:, None, None]
+    labels = np.arange(20, dtype=np.int16)[:, None]
+    whole = QueryBank(queries, labels, batch_size=8, seed=3)
+    hosts = [
+        QueryBank(queries, labels, batch_size=8, seed=3, process_index=i, process_count=2)
+        for i in range(2)
+    ]
+    for name, value in whole.batch(5).items():
+        parts = [host.batch(5)[name] for host in hosts]
+        assert [len(part) for part in parts] == [4, 4]
+        np.testing.assert_array_equal(np.concatenate(parts), value)
+    with pytest.raises(ValueError, match="batch of 8 images' queries cannot be shared by 3 hosts"):
+        QueryBank(queries, labels, batch_size=8, seed=3, process_count=3)
+    with pytest.raises(ValueError, match="batch of 8 cannot be shared by 3 hosts"):
+        make_datasets(smoke_config().data, seed=0, process_count=3).train(8)
+
+
+def test_a_bucket_is_no_workdir(monkeypatch, tmp_path):
+    """`Path` would turn it into a folder called "gs:" here, which dies with the machine."""
+    monkeypatch.chdir(tmp_path)
+    # `main` sets the process's cache where none is set; the tests after this one must not have it.
+    monkeypatch.setattr(main.jax.config, "update", lambda *args: None)
+    main.flags.FLAGS.unparse_flags()
+    main.parse_flags(["main", f"--config={ROOT}/configs/demo_zps.py", "--workdir=gs://bucket/run"])
+    with pytest.raises(SystemExit, match="gs://bucket/run is not a local path"):
+        main.main(["main"])
+    assert not list(tmp_path.iterdir())
+
+
+def segmentor_from_init(folder):
+    config = smoke_config()
+    with config.unlocked():
+        config.init = {"segmentor": folder}
+        config.train.con.takes.segmentor = "init"
+    config.train.con.copies = {}
+    return config
+
+
+def test_segmentor_starts_from_a_folder_or_says_that_it_does_not(tmp_path, capsys):
+    run = make_run(segmentor_from_init(""), tmp_path / "fresh")
+    capsys.readouterr()
+    fresh = run.give("segmentor", "init")
+    printed = capsys.readouterr().out
+    assert "random numbers" in printed and printed.count("\n") == 1
+    backbone = jax.tree.map(lambda x: np.asarray(x) + 1, fresh["backbone"])
+    config = run.config.model.segmentor.to_dict()
+    card = ModelCard({"backbone": config["backbone"], "num_groups": config["num_groups"]})
+    save_model(tmp_path / "r50", {"segmentor": {"backbone": backbone}}, card)
+
+    run = make_run(segmentor_from_init(str(tmp_path / "r50")), tmp_path / "started")
+    started = run.give("segmentor", "init")
+    assert "newly initialised" in capsys.readouterr().out
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, started["backbone"], backbone)))
+    rest = [{k: v for k, v in tree.items() if k != "backbone"} for tree in (started, fresh)]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *rest)))
+
+
+def test_a_folder_without_a_model_is_refused_before_the_first_stage(tmp_path):
+    with pytest.raises(ValueError, match="absent holds no model.json"):
+        make_run(segmentor_from_init(str(tmp_path / "absent")), tmp_path / "run")
+    config = smoke_config()
+    config.train.cat.takes.projector = "init"
+    with pytest.raises(ValueError, match="config.init cannot hold 'projector'"):
+        make_run(config, tmp_path / "run")

@@ -1,0 +1,138 @@
+"""Overlays and comparison sheets: size, colours, borders, names that fit, errors."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from concat_jax.visualize import overlay as pictures
+
+NAMES = ("cat", "sky", "dog")
+IS_THING = (True, False, True)
+IS_SEEN = (True, True, False)
+
+
+def two_segments(size=64):
+    """Left half sky, a dog in the lower right, the rest void."""
+    ids = np.zeros((size, size), np.uint8)
+    ids[:, : size // 2] = 1
+    ids[size // 2 :, size // 2 :] = 2
+    image = np.full((size, size, 3), 128, np.uint8)
+    return image, ids, np.array([1, 2, -1], np.int32)
+
+
+def overlay(*arguments, **options):
+    picture = pictures.panoptic_overlay(*arguments, NAMES, IS_THING, **options)
+    return np.asarray(picture).astype(int)
+
+
+def test_small_maps_are_enlarged_and_segments_differ():
+    image, ids, labels = two_segments()
+    pixels = overlay(image, ids, labels)
+    assert pixels.shape == (320, 320, 3)
+    sky, dog, void = pixels[300, 80], pixels[310, 310], pixels[20, 300]
+    assert np.abs(sky - dog).max() > 60
+    assert void.max() < 90  # dark, whatever the hatch
+    assert (pixels[:, 160] < 40).all()  # a crisp dark border between the halves
+
+
+def test_without_colour_the_image_shows():
+    image, ids, labels = two_segments()
+    pixels = overlay(image, ids, labels, alpha=0.0)
+    assert pixels[300, 80].tolist() == [128, 128, 128]
+
+
+def test_void_only_and_mapping_tables():
+    image, ids, _ = two_segments()
+    assert overlay(image, np.zeros_like(ids), {}).shape == (320, 320, 3)
+    by_row, by_id = overlay(image, ids, [1, 2]), overlay(image, ids * 90, {90: 1, 180: 2})
+    np.testing.assert_array_equal(by_row, by_id)
+
+
+def test_names_are_drawn_where_they_fit_and_unseen_ones_stand_out():
+    image, ids, labels = two_segments()
+    plain = overlay(image, ids, labels)
+    marked = overlay(image, ids, labels, is_seen=IS_SEEN)
+    changed = np.argwhere((plain != marked).any(-1))
+    assert len(changed), "the unseen name must look different"
+    assert (changed >= 160).all(), "only the label inside the dog changes"
+    yellow = (marked[..., 0] > 220) & (marked[..., 1] > 190) & (marked[..., 2] < 120)
+    assert yellow.sum() > 100
+    assert not ((plain[..., 0] > 220) & (plain[..., 1] > 190) & (plain[..., 2] < 120)).any()
+    ids[:] = 1
+    ids[10:13, 10:13] = 2  # too small for any text
+    lone = overlay(image, ids, labels)
+    inside = lone[52:65, 52:65].reshape(-1, 3)
+    assert np.ptp(inside, axis=0).max() < 10
+
+
+def test_labels_do_not_overlap():
+    ids = np.repeat(np.repeat(np.arange(1, 10).reshape(3, 3), 24, 0), 24, 1)
+    blank = np.zeros((360, 360), bool)
+    names = [pictures._Label(i, "cat", (200, 100, 100), False) for i in range(1, 10)]
+    taken = blank.copy()
+    compact = ids.repeat(5, 0).repeat(5, 1)
+    for label in names:
+        corner = pictures._place(compact == label.row, taken, (60, 20), 0.97)
+        x, y = corner
+        assert (compact[y : y + 20, x : x + 60] == label.row).all()
+        assert not taken[y : y + 20, x : x + 60].any()
+        taken[y : y + 20, x : x + 60] = True
+    assert pictures._place(compact == 1, np.ones_like(blank), (60, 20), 0.5) is None
+
+
+def test_class_colours_are_stable_and_apart():
+    assert pictures.segment_colour(7, True) == pictures.segment_colour(7, True)
+    colours = [pictures.segment_colour(k, True) for k in range(24)]
+    distances = [np.abs(np.subtract(a, b)).sum() for a, b in itertools.combinations(colours, 2)]
+    assert min(distances) > 20
+    shades = {pictures.segment_colour(7, True, instance) for instance in range(5)}
+    assert len(shades) == 5
+    for label in range(133):
+        assert all(0 <= c <= 255 for c in pictures.segment_colour(label, label % 2 == 0, label))
+
+
+def test_sheet_holds_every_panel():
+    image, ids, labels = two_segments()
+    wide = np.full((100, 200, 3), 90, np.uint8)
+    wide_ids = np.ones((100, 200), int)
+    rows = [
+        pictures.comparison_row(
+            image, (ids, labels), (ids, labels), NAMES, IS_THING, IS_SEEN, caption="first"
+        ),
+        pictures.comparison_row(
+            wide, (wide_ids, [0]), (wide_ids * 0, []), NAMES, IS_THING, IS_SEEN
+        ),
+    ]
+    assert [p.size for p in rows[0].panels] == [(320, 320)] * 3
+    assert [p.size for p in rows[1].panels] == [(600, 300)] * 3
+    sheet = pictures.comparison_sheet(rows)
+    assert sheet.width > 3 * 600
+    assert sheet.height > 320 + 300
+    pixels = np.asarray(sheet)
+    assert (pixels.reshape(-1, 3) == (90, 90, 90)).all(-1).sum() == 600 * 300  # the plain image
+    header = pixels[:40]
+    assert (header < 100).any(), "headers are printed"
+    assert (pixels[:, -5:] == 255).all(), "the margin stays white"
+
+
+def test_sheet_refuses_nothing_and_uneven_rows():
+    with pytest.raises(ValueError, match="no row"):
+        pictures.comparison_sheet([])
+    row = pictures.ComparisonRow((pictures.enlarge(np.zeros((2, 2, 3), np.uint8), 1),))
+    with pytest.raises(ValueError, match="1 panels"):
+        pictures.comparison_sheet([row])
+
+
+@pytest.mark.parametrize(
+    ("image", "ids", "labels", "message"),
+    [
+        (np.zeros((4, 4), np.uint8), np.zeros((4, 4), int), [], "uint8"),
+        (np.zeros((4, 4, 3)), np.zeros((4, 4), int), [], "uint8"),
+        (np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5), int), [], "differ in size"),
+        (np.zeros((4, 4, 3), np.uint8), np.full((4, 4), 3), [0, 1], "id 3 has no label"),
+    ],
+)
+def test_bad_input_is_refused(image, ids, labels, message):
+    with pytest.raises(ValueError, match=message):
+        overlay(image, ids, labels)
