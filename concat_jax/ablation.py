@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
-from PIL import Image
+from matplotlib.figure import Figure
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
@@ -33,7 +33,7 @@ from concat_jax.evaluation.calibration import calibrate
 from concat_jax.evaluation.report import markdown_table
 from concat_jax.experiment.experiment import Run
 from concat_jax.query_space import PICTURE, draw
-from concat_jax.visualize.bar_chart import bar_chart
+from concat_jax.visualize import plots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +261,9 @@ def run_seed(
             }
             write_json(files[row], cell)
             if seed == 0:  # one picture of each stage tells what the others would
-                draw(run, row).save(folder / row / PICTURE)
+                plots.save_figure(draw(run, row), folder / row / PICTURE)
                 if generator := config.train[row].takes.get("generator"):
-                    draw(run, generator).save(folder / generator / PICTURE)
+                    plots.save_figure(draw(run, generator), folder / generator / PICTURE)
         cells[row] = json.loads(files[row].read_text())
         cells[row]["pseudo"] = pseudo_statistics(folder, config.train[row].takes.get("generator"))
     return cells
@@ -332,7 +332,7 @@ def format_ablation(cells: Mapping[str, Sequence[Mapping]]) -> str:
     return markdown_table(["row", *titles, "gap closed", "γ", *_STATISTICS, "time a seed"], lines)
 
 
-def chart(cells: Mapping[str, Sequence[Mapping]]) -> Image.Image:
+def chart(cells: Mapping[str, Sequence[Mapping]]) -> Figure:
     """The table's hPQ as bars with their deviations, without calibration and with it."""
 
     def bar(of_seeds: Sequence[Mapping], part: str) -> tuple[float | None, float | None]:
@@ -341,8 +341,8 @@ def chart(cells: Mapping[str, Sequence[Mapping]]) -> Image.Image:
             return None, None
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
-    groups = {"hPQ": "summary", "hPQ at the best gamma": "calibrated"}
-    return bar_chart(
+    groups = {"hPQ": "summary", "hPQ at the best γ": "calibrated"}
+    return plots.bar_chart(
         [ROWS[row].title for row in cells],
         {title: [bar(seeds, part) for seeds in cells.values()] for title, part in groups.items()},
         title="Harmonic mean of seen and unseen PQ",
@@ -366,7 +366,7 @@ def ablation(
             cells[row].append(cell)
         table = format_ablation(cells)
         print(f"\nAfter {seed + 1} of {seeds} seeds, mean ± deviation:\n{table}", flush=True)
-    chart(cells).save(workdir / "ablation.png")
+    plots.save_figure(chart(cells), workdir / "ablation.png")
     (workdir / "ablation.md").write_text(table + "\n", encoding="utf-8")
     write_json(workdir / "ablation.json", {"seeds": seeds, "rows": cells})
     return table

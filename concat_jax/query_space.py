@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from matplotlib.figure import Figure
 
 from concat_jax.core import cli
 from concat_jax.core.config import build
@@ -24,7 +24,7 @@ from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages.cat import generate
 from concat_jax.stages.finetune import FinetuneConfig, sample_deviations
 from concat_jax.stages.real_queries import IMAGE_FIELDS, extract_queries
-from concat_jax.visualize.query_space import query_space_picture
+from concat_jax.visualize import plots
 
 PICTURE = "query_space.png"
 KINDS = ("con", "cat", "finetune")
@@ -70,7 +70,7 @@ def real_queries(run: Run, source: str, num_images: int) -> tuple[np.ndarray, np
     return np.concatenate(queries)[matched], np.concatenate(labels)[matched]
 
 
-def draw(run: Run, name: str, *, num_images: int = 300, per_class: int = 60) -> Image.Image:
+def draw(run: Run, name: str, *, num_images: int = 300, per_class: int = 60) -> Figure:
     """The picture of one stage.
 
     After CON the real vision queries; after CAT the pseudo queries of its generator as well; after
@@ -84,7 +84,7 @@ def draw(run: Run, name: str, *, num_images: int = 300, per_class: int = 60) -> 
       per_class: pseudo queries of each class.
 
     Returns:
-      RGB picture, see `query_space_picture`.
+      See `plots.query_space`.
 
     Raises:
       ValueError: for another kind of stage, too few images, or a config that evaluates on another
@@ -129,7 +129,7 @@ def draw(run: Run, name: str, *, num_images: int = 300, per_class: int = 60) -> 
         real, pseudo = (
             q / np.maximum(np.linalg.norm(q, axis=-1, keepdims=True), 1e-9) for q in (real, pseudo)
         )
-    return query_space_picture(real, real_labels, np.asarray(pseudo), labels, run.vocabulary, title)
+    return plots.query_space(real, real_labels, np.asarray(pseudo), labels, run.vocabulary, title)
 
 
 def command(given: cli.Flags, arguments: Sequence[str]) -> None:
@@ -148,7 +148,7 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
         )
     for name in drawn:
         path = workdir / name / PICTURE
-        draw(run, name).save(path)
+        plots.save_figure(draw(run, name), path)
         print(path)
 
 

@@ -63,7 +63,7 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(query_space, "real_queries", lambda run, source, count: real)
     monkeypatch.setattr(query_space, "generate", generate)
-    monkeypatch.setattr(query_space, "query_space_picture", picture)
+    monkeypatch.setattr(query_space.plots, "query_space", picture)
 
     def draw(name):
         query_space.draw(FakeRun(), name, per_class=4)
