@@ -102,9 +102,9 @@ def convert(
 
 
 def _coco_classes() -> Vocabulary:
-    from data_pipelines.zero_shot_split import load_split
+    from data_pipelines.labels import load_label_space
 
-    split = load_split(COCO_SPLIT)
+    split = load_label_space(COCO_SPLIT)
     return dataclasses.replace(split, is_seen=(True,) * len(split))
 
 

@@ -113,9 +113,9 @@ def evaluate_files(given: cli.Flags) -> dict:
             raise ValueError(f"Scoring files needs --{name}.")
     vocabulary: Vocabulary | None = None
     if given.split:
-        from data_pipelines.zero_shot_split import load_split
+        from data_pipelines.labels import load_label_space
 
-        vocabulary = load_split(given.split)
+        vocabulary = load_label_space(given.split)
     files = given.annotations, given.predictions, vocabulary
     shared = dict(workers=given.workers or _cores(), on_progress=progress_line(given.task))
     folders = dict(

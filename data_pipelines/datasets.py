@@ -16,13 +16,12 @@ from data_pipelines.clip_target_cache import (
     check_manifest,
     dataset_identity,
 )
+from data_pipelines.labels import load_label_space, with_synonyms
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.shards.source import ShardSource
 from data_pipelines.sources.registry import DATASETS, open_source
 from data_pipelines.sources.source import DataError, Source
 from data_pipelines.synthetic import world as synthetic_world
-from data_pipelines.vocabulary_files import load_vocabulary, with_synonyms
-from data_pipelines.zero_shot_split import load_label_space
 
 KINDS = ("synthetic", *DATASETS, "shards")
 
@@ -184,7 +183,7 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
     elsewhere = bool(config.get("eval_kind", ""))
     vocabulary = source().vocabulary if elsewhere else test.vocabulary
     if config.get("synonyms", ""):
-        vocabulary = with_synonyms(vocabulary, load_vocabulary(config["synonyms"]))
+        vocabulary = with_synonyms(vocabulary, load_label_space(config["synonyms"]))
     texts = [*vocabulary.texts, *(test.vocabulary.texts if elsewhere else ())]
     names = [name for words in texts for name in words]
     words = sorted({word for name in names for word in name.replace("-", " ").split()})

@@ -1,7 +1,7 @@
 """Data sets in COCO's panoptic layout, from a local folder.
 
 The layout is COCO 2017's; any data set with the same three parts and a split file of its own (see
-`zero_shot_split`) works:
+`labels`) works:
 
     root/train2017/*.jpg
     root/annotations/panoptic_train2017.json
@@ -20,10 +20,9 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from data_pipelines.labels import load_label_space
 from data_pipelines.sources.coco_layout import Layout, find_layout, read_image, read_records
 from data_pipelines.sources.source import DataError, ImageRecord
-from data_pipelines.vocabulary_files import load_vocabulary
-from data_pipelines.zero_shot_split import load_label_space
 
 
 class CocoPanopticSource:
@@ -99,7 +98,7 @@ class Ade20kPanopticSource:
         if split_file:
             self.vocabulary = load_label_space(split_file)
         else:
-            shipped = load_vocabulary("ade20k_150")
+            shipped = load_label_space("ade20k_150")
             ids = tuple(category - 1 for category in shipped.category_ids)
             self.vocabulary = dataclasses.replace(shipped, category_ids=ids)
         self.layout = _find_ade20k(pathlib.Path(root), part)

@@ -3,7 +3,7 @@
     source = open_source("coco_stuff_zss", "/data/coco", "train2017")
 
 `DATASETS` is the one table of them. A folder of one's own in COCO's panoptic layout is opened as
-`panoptic_folder`, with a split file that lists its classes (see `zero_shot_split`).
+`panoptic_folder`, with a split file that lists its classes (see `labels`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from typing import Literal, Protocol
 
 from concat_jax.core.vocabulary import Vocabulary
+from data_pipelines.labels import load_label_space
 from data_pipelines.sources.coco_instances import CocoInstanceSource
 from data_pipelines.sources.coco_panoptic import Ade20kPanopticSource, CocoPanopticSource
 from data_pipelines.sources.semantic_maps import SemanticMapSource, read_list
 from data_pipelines.sources.source import DataError, FolderSource, UnseenImages
-from data_pipelines.zero_shot_split import load_label_space
 
 OnBadExample = Literal["raise", "skip"]
 

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from data_pipelines.datasets import KINDS, make_datasets, training_part
+from data_pipelines.labels import load_label_space
 from data_pipelines.shards.build import build_shards
 from data_pipelines.sources.registry import DATASETS, label_space, open_source
 from data_pipelines.sources.source import DataError, treat_unseen
-from data_pipelines.zero_shot_split import SPLITS_FOLDER, load_label_space, load_split
 
 RNG = np.random.default_rng(0)
 NAMES = {"ade": "ADE_{part}_0000000{i}", "pascal": "2008_00000{i}"}
@@ -379,31 +379,3 @@ def test_without_unseen_classes_every_treatment_is_the_same(tmp_path):
     config = shards_config(tmp_path, "drop")
     for wanted in TREATMENTS:
         make_datasets({**config, "unseen_images": wanted}, seed=0).train(1)
-
-
-# Splits that ship.
-
-
-@pytest.mark.parametrize(
-    ("name", "seen", "unseen"),
-    [
-        ("coco_panoptic_119_14", (73, 46), (7, 7)),
-        ("coco_panoptic_133_0", (80, 53), (0, 0)),
-        ("coco_stuff_156_15", (73, 83), (7, 8)),
-        ("coco_instance_48_17", (48, 0), (17, 0)),
-        ("coco_instance_65_15", (65, 0), (15, 0)),
-    ],
-)
-def test_shipped_splits_have_the_protocols_counts(name, seen, unseen):
-    vocabulary = load_split(name)
-    for indices, (things, stuff) in ((vocabulary.seen, seen), (vocabulary.unseen, unseen)):
-        flags = [vocabulary.is_thing[k] for k in indices]
-        assert (sum(flags), len(flags) - sum(flags)) == (things, stuff)
-    if name != "coco_panoptic_119_14":  # PADing's panoptic order is COCO's own
-        assert vocabulary.is_seen == tuple(sorted(vocabulary.is_seen, reverse=True))
-    content = json.loads((SPLITS_FOLDER / f"{name}.json").read_text())
-    assert content["name"] == name and content["description"] and content["source"]
-
-
-def test_every_shipped_split_is_tested():
-    assert len(list(SPLITS_FOLDER.iterdir())) == 5

@@ -13,7 +13,7 @@ from concat_jax.stages.clip_targets import CropConfig
 from concat_jax.training.optimizer import FROZEN, OptimizerConfig, label_params, make_optimizer
 from concat_jax.training.state import TrainState, make_train_step
 from configs import coco_zps
-from data_pipelines.zero_shot_split import load_split
+from data_pipelines.labels import load_label_space
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def test_one_step_of_the_full_size_model():
     """R50, 6 encoder and 9 decoder layers, 100 queries, D 256, 12,544 points, at 512 x 512."""
     config = coco_zps.get_config()
     networks = make_networks(config.model.to_dict())
-    vocabulary = load_split("coco_panoptic_119_14")
+    vocabulary = load_label_space("coco_panoptic_119_14")
     # Without alignment: CLIP ViT-B/16 on 12 crops would be most of the time and is tested apart.
     settings = con.ConConfig(global_weight=0.0, instance_weight=0.0)
     loss_config = build(SegmentationLossConfig, config.loss, "config.loss")

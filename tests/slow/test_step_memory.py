@@ -80,11 +80,11 @@ def our_step() -> dict:
     from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
     from concat_jax.training.state import TrainState, make_train_step
     from configs import coco_zps
-    from data_pipelines.zero_shot_split import load_split
+    from data_pipelines.labels import load_label_space
 
     config = coco_zps.get_config()
     networks = make_networks(config.model.to_dict())
-    vocabulary = load_split("coco_panoptic_119_14")
+    vocabulary = load_label_space("coco_panoptic_119_14")
     # Without alignment: the reference has no CLIP either.
     settings = con.ConConfig(global_weight=0.0, instance_weight=0.0)
     loss_config = build(SegmentationLossConfig, config.loss, "config.loss")

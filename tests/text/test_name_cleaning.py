@@ -10,7 +10,7 @@ from concat_jax.text.name_cleaning import (
     READABLE_NAMES,
     clean_name,
 )
-from data_pipelines.vocabulary_files import load_vocabulary
+from data_pipelines.labels import load_label_space
 
 
 def test_every_coco_panoptic_name_becomes_readable(shared_data):
@@ -27,7 +27,7 @@ def test_every_coco_panoptic_name_becomes_readable(shared_data):
 
 
 def test_every_coco_stuff_name_becomes_readable():
-    names = load_vocabulary("coco_stuff_171").names
+    names = load_label_space("coco_stuff_171").names
     clean = [clean_name(name) for name in names]
     assert len(set(clean)) == 171
     assert not any("-" in name for name in clean)
@@ -36,9 +36,9 @@ def test_every_coco_stuff_name_becomes_readable():
 
 
 def test_tables_hold_names_that_exist_and_agree_where_they_meet():
-    pascal = [load_vocabulary(name).names for name in ("pascal_voc_21", "pascal_context_459")]
+    pascal = [load_label_space(name).names for name in ("pascal_voc_21", "pascal_context_459")]
     assert set(PASCAL_NAMES) <= {name for names in pascal for name in names}
-    assert set(ADE20K_NAMES) <= set(load_vocabulary("ade20k_847").names)
+    assert set(ADE20K_NAMES) <= set(load_label_space("ade20k_847").names)
     for table in (COCO_PANOPTIC_NAMES, COCO_STUFF_NAMES, PASCAL_NAMES, ADE20K_NAMES):
         assert all(READABLE_NAMES[name] == readable for name, readable in table.items())
         assert all(clean_name(readable) == readable for readable in table.values())
