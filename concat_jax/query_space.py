@@ -8,128 +8,11 @@ of evaluation images, of unseen classes too: to be looked at, nothing learns fro
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from matplotlib.figure import Figure
-
 from concat_jax.core import cli
-from concat_jax.core.config import build
 from concat_jax.experiment.experiment import Run
-from concat_jax.models.semantic_projector import class_vectors
-from concat_jax.stages.cat import generate
-from concat_jax.stages.finetune import FinetuneConfig, sample_deviations
-from concat_jax.stages.real_queries import IMAGE_FIELDS, extract_queries
-from concat_jax.visualize import plots
-
-PICTURE = "query_space.png"
-KINDS = ("con", "cat", "finetune")
-
-
-def real_queries(run: Run, source: str, num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Vision queries of evaluation images that hold a segment, and the class of each.
-
-    Args:
-      run: of the config.
-      source: stage that trained the segmentor and the projector that queries are matched with.
-      num_images: at most so many.
-
-    Returns:
-      (queries [M, D] float32, labels [M] int32).
-    """
-    params = {s: run.give(s, source) for s in ("segmentor", "projector")}
-    text = jnp.asarray(run.text_embeddings(run.stages[source].takes["clip"]))
-    # Every class may be matched here: the picture shows the unseen ones.
-    vocabulary = dataclasses.replace(run.vocabulary, is_seen=(True,) * len(run.vocabulary))
-    extract = jax.jit(
-        lambda batch, rng: extract_queries(
-            run.networks, vocabulary, run.loss, params, text, batch, rng
-        )
-    )
-    size = run.eval.batch_size
-    examples = (boxed for _, boxed in run.datasets.evaluation())
-    queries, labels = [], []
-    for number in range(0, num_images, size):
-        chunk = list(itertools.islice(examples, size))
-        if len(chunk) < size:  # one shape, one program; a few images less in a picture
-            break
-        batch = {name: np.stack([example[name] for example in chunk]) for name in IMAGE_FIELDS}
-        found = jax.device_get(extract(batch, jax.random.key(number)))
-        queries.append(found[0].reshape(-1, found[0].shape[-1]))
-        labels.append(found[1].reshape(-1))
-    if not queries:
-        raise ValueError(
-            f"The evaluation data hold fewer images than config.eval.settings.batch_size = {size}; "
-            "make it smaller."
-        )
-    matched = np.concatenate(labels) >= 0
-    return np.concatenate(queries)[matched], np.concatenate(labels)[matched]
-
-
-def draw(run: Run, name: str, *, num_images: int = 300, per_class: int = 60) -> Figure:
-    """The picture of one stage.
-
-    After CON the real vision queries; after CAT the pseudo queries of its generator as well; after
-    the finetune both as semantic queries, which is where they are told apart, the pseudo queries
-    with the deviations that the finetune gave them.
-
-    Args:
-      run: of the config.
-      name: a finished stage of one of `KINDS`.
-      num_images: evaluation images whose queries are drawn.
-      per_class: pseudo queries of each class.
-
-    Returns:
-      See `plots.query_space`.
-
-    Raises:
-      ValueError: for another kind of stage, too few images, or a config that evaluates on another
-        data set than it trains on.
-    """
-    settings = run.stages[name]
-    if run.eval_vocabulary is not run.vocabulary:
-        raise ValueError(
-            "The picture names real queries of evaluation images by the classes of training, and "
-            "the config evaluates on others; set config.data.eval_kind to '' to draw it."
-        )
-    if settings.kind not in KINDS:
-        raise ValueError(f"Stage {name!r} is of kind {settings.kind!r}, which has no queries.")
-    source = name if settings.kind == "con" else settings.takes["segmentor"]
-    real, real_labels = real_queries(run, source, num_images)
-    pseudo, labels = real[:0], real_labels[:0]
-    generator = name if settings.kind == "cat" else settings.takes.get("generator")
-    if generator:
-        labels = np.repeat(np.arange(len(run.vocabulary), dtype=np.int32), per_class)
-        params = {
-            "generator": run.give("generator", generator),
-            "segmentor": run.give("segmentor", source),
-        }
-        vectors = class_vectors(jnp.asarray(run.text_embeddings(settings.takes["clip"])))
-        pseudo = generate(run.networks_of(generator), params, vectors[labels], jax.random.key(0))
-    what = {"con": "Real vision queries", "cat": "Real and pseudo vision queries"}
-    title = f"{what.get(settings.kind, 'Semantic queries')} after stage {name}"
-    if settings.kind == "finetune":
-        method = build(FinetuneConfig, settings.method, f"config.train.{name}.method")
-        if len(labels) and method.deviation:
-            seen = np.isin(real_labels, run.vocabulary.seen)
-            known = np.where(seen, real_labels, -1)
-            deviations = sample_deviations(
-                jax.random.key(1), real[None], known[None], len(run.vocabulary), len(labels)
-            )
-            pseudo = pseudo + method.deviation * deviations
-        projector = {"params": run.give("projector", name)}
-        real, pseudo = (
-            np.asarray(run.networks.projector.apply(projector, jnp.asarray(q)))
-            for q in (real, pseudo)
-        )
-        real, pseudo = (
-            q / np.maximum(np.linalg.norm(q, axis=-1, keepdims=True), 1e-9) for q in (real, pseudo)
-        )
-    return plots.query_space(real, real_labels, np.asarray(pseudo), labels, run.vocabulary, title)
+from concat_jax.experiment.query_pictures import KINDS, write_picture
 
 
 def command(given: cli.Flags, arguments: Sequence[str]) -> None:
@@ -147,9 +30,7 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
             "concat_jax.main` first."
         )
     for name in drawn:
-        path = workdir / name / PICTURE
-        plots.save_figure(draw(run, name), path)
-        print(path)
+        print(write_picture(run, name))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

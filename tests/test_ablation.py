@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from matplotlib.figure import Figure
 
 from concat_jax import ablation
 from concat_jax.core.config import build
+from concat_jax.experiment.ablation_rows import ROWS, SCORED, stages_before, with_rows
 from concat_jax.stages.cat import CatConfig
 from concat_jax.stages.con import ConConfig
 from concat_jax.stages.finetune import FinetuneConfig
@@ -24,7 +24,7 @@ def cell(plain, calibrated, gamma, seconds):
 
 def test_rows_change_what_they_name_and_nothing_else():
     base = demo_zps.get_config()
-    config = ablation.with_rows(base, seed=7)
+    config = with_rows(base, seed=7)
     assert config.seed == 7 and base.seed == 0 and "projection" not in base.train
     assert config.train.con_both == base.train.con
     projection = config.train.projection.to_dict()
@@ -40,15 +40,15 @@ def test_a_config_without_the_stage_is_refused():
     with config.unlocked():
         del config.train.con
     with pytest.raises(ValueError, match="copies a stage that is not there: 'con'"):
-        ablation.with_rows(config, seed=0)
+        with_rows(config, seed=0)
 
 
 def test_stages_before_come_in_order():
-    config = ablation.with_rows(demo_zps.get_config(), seed=0)
-    assert ablation.stages_before(config, "con_both") == ["clip"]
-    assert ablation.stages_before(config, "finetune") == ["clip", "con", "cat"]
-    assert ablation.stages_before(config, "no_mmd") == ["clip", "con_both", "cat_no_mmd"]
-    assert ablation.stages_before(config, "control") == ["clip", "con_both"]
+    config = with_rows(demo_zps.get_config(), seed=0)
+    assert stages_before(config, "con_both") == ["clip"]
+    assert stages_before(config, "finetune") == ["clip", "con", "cat"]
+    assert stages_before(config, "no_mmd") == ["clip", "con_both", "cat_no_mmd"]
+    assert stages_before(config, "control") == ["clip", "con_both"]
     assert config.train.cat_no_mmd.method.mmd_weight == 0
     assert config.train.cat.method.get("mmd_weight", 1) == 1
 
@@ -97,10 +97,10 @@ def test_how_pseudo_queries_lie_comes_from_the_last_metrics_of_their_stage(tmp_p
 
 
 def test_rows_that_take_another_stage_1_or_generator():
-    config = ablation.with_rows(demo_zps.get_config(), seed=0)
+    config = with_rows(demo_zps.get_config(), seed=0)
     assert config.train.cat_pading.generator.kind == "primitives"
-    assert ablation.stages_before(config, "pading") == ["clip", "projection", "cat_pading"]
-    assert ablation.stages_before(config, "oracle") == ["clip", "con_both"]
+    assert stages_before(config, "pading") == ["clip", "projection", "cat_pading"]
+    assert stages_before(config, "oracle") == ["clip", "con_both"]
     assert config.train.oracle.oracle and not config.train.control.get("oracle", False)
 
 
@@ -134,8 +134,7 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "Run", FakeRun)
     monkeypatch.setattr(FakeRun, "log", [])
     drawn = []
-    blank = Figure()
-    monkeypatch.setattr(ablation, "draw", lambda run, name: drawn.append(name) or blank)
+    monkeypatch.setattr(ablation, "write_picture", lambda run, name: drawn.append(name))
     config = demo_zps.get_config("smoke")
     ablation.ablation(config, ["projection"], 1, tmp_path)
     assert FakeRun.log == [
@@ -161,7 +160,6 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "ablation.json").read_text())
     assert len(saved["rows"]["projection"]) == 2
     assert drawn == ["projection", "con_both"]  # of the first seed
-    assert (tmp_path / "seed_0" / "con_both" / "query_space.png").exists()
     FakeRun.log.clear()
     assert ablation.ablation(config, ["projection", "con_both"], 2, tmp_path) == table
     assert FakeRun.log == []
@@ -169,14 +167,14 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
 
 def test_every_row_makes_a_stage_that_can_be_built():
     """Run checks every stage it is to run: what it takes, its optimizer and its method."""
-    config = ablation.with_rows(demo_zps.get_config("smoke"), seed=0)
-    for name, row in ablation.ROWS.items():
-        order = ablation.stages_before(config, name)
+    config = with_rows(demo_zps.get_config("smoke"), seed=0)
+    for name, row in ROWS.items():
+        order = stages_before(config, name)
         assert set(config.train[name].takes.values()) <= set(order)
         kind = config.train[name].kind
         settings = {"con": ConConfig, "cat": CatConfig, "finetune": FinetuneConfig}[kind]
         build(settings, config.train[name].method.to_dict(), name)
-        assert bool(row.title) == (name in ablation.SCORED)
+        assert bool(row.title) == (name in SCORED)
 
 
 def test_real_data_has_no_validation_world(tmp_path):

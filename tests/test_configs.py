@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from concat_jax.ablation import with_rows
 from concat_jax.core import config as configuration
 from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.experiment.ablation_rows import with_rows
 from concat_jax.experiment.experiment import Run, StageConfig
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks

@@ -5,9 +5,11 @@ import types
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from concat_jax import query_space
 from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.experiment import query_pictures
 from concat_jax.stages.stage import StageConfig
 
 VOCABULARY = Vocabulary(
@@ -61,12 +63,12 @@ def drawn(monkeypatch):
     def picture(real, real_labels, pseudo, labels, vocabulary, title):
         calls.append(dict(real=real, pseudo=pseudo, labels=labels, title=title))
 
-    monkeypatch.setattr(query_space, "real_queries", lambda run, source, count: real)
-    monkeypatch.setattr(query_space, "generate", generate)
-    monkeypatch.setattr(query_space.plots, "query_space", picture)
+    monkeypatch.setattr(query_pictures, "real_queries", lambda run, source, count: real)
+    monkeypatch.setattr(query_pictures, "generate", generate)
+    monkeypatch.setattr(query_pictures.plots, "query_space", picture)
 
     def draw(name):
-        query_space.draw(FakeRun(), name, per_class=4)
+        query_pictures.query_figure(FakeRun(), name, per_class=4)
         return calls[-1]
 
     return draw
@@ -114,19 +116,33 @@ def test_real_queries_are_the_matched_ones_of_evaluation_images(monkeypatch):
         labels = np.where(batch["image"][:, :1] == 2, -1, 1)
         return np.repeat(batch["image"][:, None, :], 1, axis=1), labels
 
-    monkeypatch.setattr(query_space, "extract_queries", extract)
-    monkeypatch.setattr(query_space.jax, "jit", lambda fn: fn)
+    monkeypatch.setattr(query_pictures, "extract_queries", extract)
+    monkeypatch.setattr(query_pictures.jax, "jit", lambda fn: fn)
     run = FakeRun()
     run.loss = None
     run.eval = types.SimpleNamespace(batch_size=2)
-    fields = {name: np.zeros(3) for name in query_space.IMAGE_FIELDS}
+    fields = {name: np.zeros(3) for name in query_pictures.IMAGE_FIELDS}
     examples = [(None, {**fields, "image": np.full(3, float(i))}) for i in range(7)]
     run.datasets = types.SimpleNamespace(evaluation=lambda: examples)
-    queries, labels = query_space.real_queries(run, "con", 100)
+    queries, labels = query_pictures.real_queries(run, "con", 100)
     assert queries[:, 0].tolist() == [0, 1, 3, 4, 5] and labels.tolist() == [1] * 5
     assert matched[0] == (True, True, True)
-    queries, _ = query_space.real_queries(run, "con", 2)
+    queries, _ = query_pictures.real_queries(run, "con", 2)
     assert len(queries) == 2
     run.eval.batch_size = 8
     with pytest.raises(ValueError, match="fewer images than config.eval.settings.batch_size = 8"):
-        query_space.real_queries(run, "con", 100)
+        query_pictures.real_queries(run, "con", 100)
+
+
+def test_a_workdir_without_a_finished_stage_is_refused(tmp_path):
+    flags = ["--config=configs/demo_zps.py:smoke", f"--workdir={tmp_path}"]
+    with pytest.raises(SystemExit, match="No stage of .* from CON on has finished; train it"):
+        query_space.main(["query_space", *flags])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_lies_in_the_folder_of_its_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(query_pictures, "query_figure", lambda run, name: Figure())
+    path = query_pictures.write_picture(types.SimpleNamespace(workdir=tmp_path), "con")
+    assert path == tmp_path / "con" / "query_space.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
