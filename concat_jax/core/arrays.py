@@ -1,8 +1,10 @@
-"""Small arrays that several rooms read alike: tables of segments."""
+"""What several rooms do with arrays: tables of segments, unit vectors, fingerprints."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -35,3 +37,33 @@ def table_rows(labels: Table) -> tuple[np.ndarray, np.ndarray]:
         ids = np.arange(1, len(values) + 1)
     present = values >= 0
     return ids[present], values[present]
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """[..., C] float vectors of norm 1; those of norm 0 stay zero."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def fingerprint(tree: Mapping[str, Any]) -> str:
+    """What tells two sets of parameters apart, wherever they were read from.
+
+    Args:
+      tree: nested mappings of arrays.
+
+    Returns:
+      sha256 in hex of names, shapes, types and numbers, in the order of the names.
+    """
+    digest = hashlib.sha256()
+    for name, leaf in sorted(_leaves(tree, ""), key=lambda item: item[0]):
+        array = np.asarray(leaf, order="C")
+        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -114,18 +115,35 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
     Yields:
       The path to write to, in the same folder. It is removed if the block raises.
+
+    Raises:
+      FileError: if the file cannot be written: a full disk, a folder that is read-only or a file.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # Not the process's number: hosts in containers share numbers, and may share the folder.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except OSError as error:
+        _remove(partial)
+        # An error that names another file is that file's, for example of one that is copied.
+        if error.filename in (None, str(partial), str(path.parent), str(path)):
+            no_folder = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "its folder is a file" if no_folder else error.strerror or error
+            raise FileError(f"{path} cannot be written: {reason}.") from error
         raise
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(path: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

@@ -4,34 +4,55 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
+
+Terms = Mapping[str, float | int]
+_NONE: Terms = MappingProxyType({})
 
 
 class Progress:
-    """One line each time it is told: step, loss terms, images/s and the time left."""
+    """Prints lines of what is done: count, terms, items a second and the time left."""
 
-    def __init__(self, stage: str, start: int, total: int, batch_size: int):
+    def __init__(
+        self, name: str, start: int, total: int, batch_size: int = 1, *, every: float = 30.0
+    ):
         """Args:
-        stage: name at the head of each line.
-        start: step the run starts or resumes at.
-        total: steps of the stage.
-        batch_size: images a step.
+        name: at the head of each line.
+        start: steps done before, by an earlier run.
+        total: steps in all.
+        batch_size: items a step.
+        every: seconds between two lines of `tick`.
         """
-        self._stage, self._total, self._batch_size = stage, total, batch_size
-        self._last_step, self._last_time = start, time.monotonic()
+        self._name, self._total, self._batch_size, self._every = name, total, batch_size, every
+        self._last, self._last_time = start, time.monotonic()
         self._rate: float | None = None
 
-    def report(self, step: int, metrics: Mapping[str, float]) -> float:
-        """Print a line; returns steps per second since the last one."""
+    def tick(self, done: int, terms: Terms = _NONE) -> None:
+        """`report`, where a line is due or all is done."""
+        if done >= self._total or time.monotonic() - self._last_time >= self._every:
+            self.report(done, terms)
+
+    def report(self, done: int, terms: Terms = _NONE) -> float:
+        """Prints a line; returns steps a second since the last one.
+
+        Args:
+          done: steps done, with those before.
+          terms: numbers to show, for example of the loss.
+        """
         now = time.monotonic()
-        rate = (step - self._last_step) / max(now - self._last_time, 1e-9)
+        rate = (done - self._last) / max(now - self._last_time, 1e-9)
         # The first interval holds the compilation, so later ones soon outweigh it.
         self._rate = rate if self._rate is None else 0.3 * self._rate + 0.7 * rate
-        self._last_step, self._last_time = step, now
-        left = (self._total - step) / self._rate
-        terms = "  ".join(f"{name.removeprefix('loss_')} {v:.3f}" for name, v in metrics.items())
+        self._last, self._last_time = done, now
+        left = format_seconds((self._total - done) / self._rate) if self._rate else "unknown"
+        shown = "".join(
+            f"{name.removeprefix('loss_')} {v if isinstance(v, int) else f'{v:.3f}'}  "
+            for name, v in terms.items()
+        )
+        speed = rate * self._batch_size
         print(
-            f"{self._stage:>10} {step:>{len(str(self._total))}}/{self._total}  {terms}  "
-            f"{rate * self._batch_size:.0f}/s  ETA {format_seconds(left)}",
+            f"{self._name:>10} {done:>{len(str(self._total))}}/{self._total}  {shown}"
+            f"{speed:.{0 if speed >= 10 else 1}f}/s  ETA {left}",
             flush=True,
         )
         return rate

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from concat_jax.core.arrays import fingerprint
 from concat_jax.core.config import flat
 from concat_jax.experiment.query_extraction import extract_bank
 from concat_jax.stages.query_bank import QueryBank, missing_classes
-from concat_jax.weights.clip import params_fingerprint
 
 if TYPE_CHECKING:
     from concat_jax.experiment.experiment import Run
@@ -88,7 +88,7 @@ def query_bank(run: Run, name: str, text: np.ndarray) -> QueryBank:
             "steps": run.stages[source].steps,
             "images": num_images,
             "model": str(sorted(item for item in model if not item[0].startswith("generator"))),
-            "weights": params_fingerprint(jax.device_get(params))[:16],
+            "weights": fingerprint(jax.device_get(params))[:16],
         },
         run.networks,
         vocabulary,

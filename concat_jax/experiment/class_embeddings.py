@@ -8,16 +8,17 @@ import jax
 import ml_collections
 import numpy as np
 
+from concat_jax.core.arrays import fingerprint
 from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.clip import CLIP
 from concat_jax.models.clip_images import l2_normalize
 from concat_jax.models.networks import Params
-from concat_jax.text.embeddings import cached_embed_classes
-from concat_jax.text.prompts import SYNONYM_MODES
+from concat_jax.text.embeddings import embed_classes
+from concat_jax.text.prompts import SYNONYM_MODES, make_prompts, tokenize
 from concat_jax.text.templates import find_templates
 from concat_jax.text.tokenizer import Tokenizer, WordTokenizer, make_clip_tokenizer
-from concat_jax.weights.clip import clip_tokenizer_folder, params_fingerprint
+from concat_jax.weights.clip import clip_tokenizer_folder
 
 
 def check_text(text: ml_collections.ConfigDict) -> None:
@@ -56,6 +57,23 @@ def make_tokenizer(config: ml_collections.ConfigDict, caption_words: Sequence[st
     return make_clip_tokenizer(path, text.context_length)
 
 
+def check_names(
+    text: ml_collections.ConfigDict, tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> None:
+    """Refuse names that `embed_vocabulary` would, without a text tower.
+
+    Raises:
+      ValueError: listing names that are empty, too long, or not to be told apart.
+    """
+    prompts = make_prompts(
+        vocabulary.texts,
+        find_templates(text.templates),
+        clean=text.clean_names,
+        synonyms=text.synonyms,
+    )
+    tokenize(tokenizer, prompts)
+
+
 def embed_vocabulary(
     text: ml_collections.ConfigDict,
     clip: CLIP,
@@ -74,6 +92,9 @@ def embed_vocabulary(
 
     Returns:
       [K, C] float32, L2-normalised; [K, S, C] where `synonyms` is "max".
+
+    Raises:
+      ValueError: as `check_names`.
     """
 
     # The parameters are an argument: as constants they would be compiled into the program.
@@ -83,14 +104,14 @@ def embed_vocabulary(
 
     # Several hosts run the text tower together: none may find its answer on a disk of its own.
     folder = text.cache if jax.process_count() == 1 else ""
-    return cached_embed_classes(
-        folder,
-        # The module's fields, heads for one, are not all told by the weights.
-        f"{params_fingerprint(params)} {clip}" if folder else "",
+    return embed_classes(
         lambda tokens: encode(params, tokens),
         tokenizer,
         vocabulary.texts,
         find_templates(text.templates),
         clean=text.clean_names,
         synonyms=text.synonyms,
+        folder=folder,
+        # The module's fields, heads for one, are not all told by the weights.
+        fingerprint=f"{fingerprint(params)} {clip}" if folder else "",
     )

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from concat_jax.core import config as configuration
+from concat_jax.core.arrays import fingerprint
 from concat_jax.core.files import write_json
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import format_seconds
@@ -25,7 +26,12 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation import calibration, report
 from concat_jax.evaluation.evaluate import PICTURES, EvalConfig, evaluate, make_predict
 from concat_jax.experiment.batches import stage_batches
-from concat_jax.experiment.class_embeddings import check_text, embed_vocabulary, make_tokenizer
+from concat_jax.experiment.class_embeddings import (
+    check_names,
+    check_text,
+    embed_vocabulary,
+    make_tokenizer,
+)
 from concat_jax.experiment.copy_parameters import copy_parameters
 from concat_jax.experiment.initial import initial_params, initial_path
 from concat_jax.experiment.workdir import claim_workdir, evaluation_settings
@@ -48,7 +54,6 @@ from concat_jax.training.sharding import (
     make_mesh,
     replicated,
 )
-from concat_jax.weights.clip import params_fingerprint
 
 if TYPE_CHECKING:
     from data_pipelines.datasets import Datasets
@@ -92,6 +97,8 @@ class Run:
         self.bank = configuration.build(BankConfig, config.get("bank", {}), "config.bank")
         check_text(config.text)
         self.tokenizer = make_tokenizer(config, datasets.caption_words)
+        for vocabulary in {self.vocabulary, self.eval_vocabulary}:
+            check_names(config.text, self.tokenizer, vocabulary)
         model = config.model.to_dict()
         model["clip"] |= {
             "vocab_size": self.tokenizer.vocab_size,
@@ -291,7 +298,7 @@ class Run:
         Args:
           source: stage whose CLIP makes them, or "init".
         """
-        weights = params_fingerprint(jax.device_get(self.give("clip", source)))
+        weights = fingerprint(jax.device_get(self.give("clip", source)))
         return {"weights": weights, **con.target_identity(self.networks.clip, self.crops)}
 
     def _check_clip_targets(self, name: str, *, with_weights: bool) -> None:

@@ -1,67 +1,29 @@
-"""Text embeddings on disk, one file for each combination of what they depend on."""
+"""Prompts to text embeddings, kept on disk for whoever asks for the same ones again."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import uuid
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from concat_jax.text.prompts import ClassPrompts, Names, embed_prompts, make_prompts
+from concat_jax.core.arrays import unit
+from concat_jax.core.shard_store import ShardStore, StoreError, StoreKind
+from concat_jax.text.prompts import ClassPrompts, Names, make_prompts, tokenize
 from concat_jax.text.tokenizer import Tokenizer
 
-# Part of every key: raised when the same prompts and weights come to other embeddings.
-_FORMAT = 1
-# What reading a cut, overwritten or foreign file raises.
-_DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+# Part of every manifest: raised when the same prompts and weights come to other embeddings.
+_FORMAT = 2
+_KIND = StoreKind("cached text embeddings", ("embeddings",), "start again: they are made anew")
+
+EncodeText = Callable[[np.ndarray], np.ndarray]
 
 
-def embedding_key(fingerprint: str, names: Names, prompts: ClassPrompts, tokens: np.ndarray) -> str:
-    """What an embedding depends on, as one hash.
-
-    Args:
-      fingerprint: of the text tower: its weights, and its config where weights do not show it.
-      names: as given to `cached_embed_classes`.
-      prompts: made of them.
-      tokens: [M, L] int32, of the prompts. They say which tokenizer made them better than its name.
-
-    Returns:
-      sha256 in hexadecimal.
-    """
-    content = {
-        "format": _FORMAT,
-        "fingerprint": fingerprint,
-        "names": [name if isinstance(name, str) else list(name) for name in names],
-        "texts": prompts.texts,
-        "templates": prompts.templates,
-        "synonyms": prompts.synonyms,
-        "tokens_shape": tokens.shape,
-    }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8"))
-    digest.update(np.ascontiguousarray(tokens, np.dtype("<i4")).tobytes())
-    return digest.hexdigest()
-
-
-def cached_embed_classes(
-    folder: str | os.PathLike[str],
-    fingerprint: str,
-    encode_text_fn: Callable[[np.ndarray], np.ndarray],
+def embed_classes(
+    encode_text_fn: EncodeText,
     tokenizer: Tokenizer,
     names: Names,
     templates: Sequence[str],
@@ -69,73 +31,79 @@ def cached_embed_classes(
     clean: bool = True,
     synonyms: str = "mean",
     batch_size: int = 256,
+    folder: str | os.PathLike[str] = "",
+    fingerprint: str = "",
 ) -> np.ndarray:
-    """`embed_classes`, whose answer is read from `folder` if it was asked before.
+    """Prompt ensemble of each class (Radford et al. 2021, section 3.1.4), as PADing averages it.
 
-    A file that cannot be read or written costs a warning and the time to embed again, never the
-    run.
+    A prompt's embedding is L2-normalised, the mean over the templates normalised again: that is a
+    text's embedding. A class has one text or several, which `synonyms` joins. With a folder, what
+    was asked before is read from it; a file that cannot be read or written costs a warning and the
+    time to embed again, never the run.
 
     Args:
+      encode_text_fn: tokens [batch_size, L] int32 -> [batch_size, C] float; always called with one
+        shape, so that a jitted function compiles once.
+      tokenizer: makes the tokens.
+      names, templates, clean, synonyms: as `make_prompts`.
+      batch_size: prompts a call; the last call is filled up with repeated prompts.
       folder: of the cache, made where it is missing; "" is no cache.
-      fingerprint: of the text tower, as `embedding_key` takes it.
-      encode_text_fn, tokenizer, names, templates, clean, synonyms, batch_size: as `embed_classes`.
+      fingerprint: of the text tower: its weights, and its config where weights do not show it.
 
     Returns:
-      As `embed_classes`.
+      [K, C] float32, L2-normalised; with "max" [K, S, C] with S the most texts of a class, where a
+      class of fewer repeats its first text, which changes no maximum.
 
     Raises:
-      ValueError: as `embed_classes`.
+      ValueError: as `make_prompts` and `tokenize`, or for an embedding that is not finite.
     """
     prompts = make_prompts(names, templates, clean=clean, synonyms=synonyms)
-    tokens = tokenizer(prompts.prompts())
+    tokens = tokenize(tokenizer, prompts)
     if not os.fspath(folder):
-        return embed_prompts(encode_text_fn, tokens, prompts, batch_size)
-    key = embedding_key(fingerprint, names, prompts, tokens)
-    path = Path(folder) / f"{key}.npz"
-    cached = _read(path, key, len(prompts.texts))
-    if cached is not None:
-        return cached
-    embeddings = embed_prompts(encode_text_fn, tokens, prompts, batch_size)
-    _write(path, key, embeddings)
-    return embeddings
-
-
-def _read(path: Path, key: str, num_classes: int) -> np.ndarray | None:
-    """The embeddings of a file; None where there is none, or with a warning none to be used."""
-    if not path.exists():
-        return None
-    try:
-        # Opened here, for numpy leaves a file open that it cannot make sense of.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            stored, embeddings = str(arrays["key"]), arrays["embeddings"]
-        if stored != key:
-            raise ValueError("it is another key's")
-        if embeddings.dtype != np.float32 or embeddings.ndim not in (2, 3):
-            raise ValueError(f"it holds {embeddings.dtype} of shape {embeddings.shape}")
-        if len(embeddings) != num_classes or not np.isfinite(embeddings).all():
-            raise ValueError("its embeddings are not finite or not of these classes")
-    except _DAMAGE as error:
-        warnings.warn(
-            f"The cached text embeddings {path} cannot be used ({error}); they are made anew.",
-            stacklevel=3,
-        )
-        return None
-    return embeddings
-
-
-def _write(path: Path, key: str, embeddings: np.ndarray) -> None:
-    """The file appears under its name complete or not at all, whoever else writes it as well."""
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        return _embed(encode_text_fn, tokens, prompts, batch_size)
+    manifest = {
+        "format": _FORMAT,
+        "fingerprint": fingerprint,
+        "names": names,
+        "texts": prompts.texts,
+        "templates": prompts.templates,
+        "synonyms": synonyms,
+        # They say which tokenizer made them better than its name.
+        "tokens": hashlib.sha256(np.ascontiguousarray(tokens, "<i4")).hexdigest(),
+        "shape": tokens.shape,
+    }
+    key = ShardStore(Path(), _KIND, manifest).stamp
+    store = ShardStore(Path(folder) / key, _KIND, manifest)
+    if not store.missing([0]):
         try:
-            with open(partial, "xb") as file:
-                np.savez(file, key=key, embeddings=embeddings)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        warnings.warn(
-            f"The text embeddings are not cached: {path} cannot be written ({error}).",
-            stacklevel=3,
-        )
+            return np.array(store.open(0)["embeddings"])
+        except StoreError as error:
+            warnings.warn(f"Text embeddings are made anew. {error}", stacklevel=2)
+    embeddings = _embed(encode_text_fn, tokens, prompts, batch_size)
+    try:
+        store.claim()
+        store.write(0, {"embeddings": embeddings})
+    except (OSError, ValueError) as error:
+        warnings.warn(f"Text embeddings are not cached. {error}", stacklevel=2)
+    return embeddings
+
+
+def _embed(
+    encode_text_fn: EncodeText, tokens: np.ndarray, prompts: ClassPrompts, batch_size: int
+) -> np.ndarray:
+    embeddings = []
+    for start in range(0, len(tokens), batch_size):
+        chunk = np.arange(start, start + batch_size).clip(max=len(tokens) - 1)
+        embeddings.append(np.asarray(encode_text_fn(tokens[chunk]), np.float64))
+    by_prompt = unit(np.concatenate(embeddings)[: len(tokens)])
+    by_text = unit(by_prompt.reshape(-1, len(prompts.templates), by_prompt.shape[-1]).mean(axis=1))
+    ends = np.cumsum([len(texts) for texts in prompts.texts])
+    rows = np.split(by_text, ends[:-1])
+    if prompts.synonyms == "max":
+        most = max(len(row) for row in rows)
+        classes = np.stack([row[[*range(len(row)), *[0] * (most - len(row))]] for row in rows])
+    else:
+        classes = unit(np.stack([row.mean(axis=0) for row in rows]))
+    if not np.isfinite(classes).all():
+        raise ValueError("The text encoder gave embeddings that are not finite; check its weights.")
+    return classes.astype(np.float32)

@@ -1,9 +1,9 @@
-"""Class names to text embeddings: synonyms, prompts, and their ensemble."""
+"""Class names to prompts and their tokens, and every reason why names cannot be told apart."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -45,75 +45,9 @@ class ClassPrompts:
 def make_prompts(
     names: Names, templates: Sequence[str], *, clean: bool = True, synonyms: str = "mean"
 ) -> ClassPrompts:
-    """What `embed_classes` embeds; arguments and errors as there."""
-    if synonyms not in SYNONYM_MODES:
-        raise ValueError(f"Synonyms are {synonyms!r}; use one of {', '.join(SYNONYM_MODES)}.")
-    if isinstance(names, str):
-        raise ValueError(f"embed_classes takes a sequence of names; wrap {names!r} in a list.")
-    texts = tuple(_texts(name, clean, synonyms) for name in names)
-    if not texts:
-        raise ValueError("embed_classes got no class names.")
-    _check_different(names, texts, clean)
-    return ClassPrompts(texts, check_templates(templates), synonyms)
-
-
-def _texts(name: str | Sequence[str], clean: bool, synonyms: str) -> tuple[str, ...]:
-    """The different texts of one class, the name's first."""
-    given = [name] if isinstance(name, str) else list(name)
-    if not given:
-        raise ValueError("A class has no name.")
-    if synonyms == "none":
-        given = given[:1]
-    parts = [part.strip() for text in given for part in text.split(_SYNONYM_SEPARATOR)]
-    if not all(parts):
-        raise ValueError(f"The class name {given[0]!r} is empty or holds an empty synonym.")
-    if clean:
-        parts = [clean_name(part) for part in parts]
-    # A text that comes twice would count twice; tokenizers do not tell cases apart.
-    different: dict[str, str] = {}
-    for part in parts:
-        different.setdefault(part.lower(), part)
-    return tuple(different.values())
-
-
-def _check_different(names: Names, texts: Sequence[Sequence[str]], clean: bool) -> None:
-    """Refuses classes that a lower-casing tokenizer cannot tell apart."""
-    first: dict[frozenset[str], str] = {}
-    for given, parts in zip(names, texts, strict=True):
-        name = given if isinstance(given, str) else given[0]
-        read = frozenset(part.lower() for part in parts)
-        if read in first:
-            raise ValueError(
-                f"The class names {first[read]!r} and {name!r} are the same text "
-                f"{_SYNONYM_SEPARATOR.join(parts).lower()!r}; rename one"
-                f"{' or pass clean=False' if clean else ''}."
-            )
-        first[read] = name
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def embed_classes(
-    encode_text_fn: Callable[[np.ndarray], np.ndarray],
-    tokenizer: Tokenizer,
-    names: Names,
-    templates: Sequence[str],
-    *,
-    clean: bool = True,
-    synonyms: str = "mean",
-    batch_size: int = 256,
-) -> np.ndarray:
-    """Prompt ensemble of each class (Radford et al. 2021, section 3.1.4), as PADing averages it.
-
-    A prompt's embedding is L2-normalised, the mean over the templates normalised again: that is a
-    text's embedding. A class has one text or several, which `synonyms` joins.
+    """What the text encoder is asked for K classes.
 
     Args:
-      encode_text_fn: tokens [batch_size, L] int32 -> [batch_size, C] float; always called with one
-        shape, so that a jitted function compiles once.
-      tokenizer: makes the tokens.
       names: K classes, each a name, or a name followed by its synonyms, as `Vocabulary.texts` has
         them. A name that lists synonyms itself, as "lamp, bulb", stands for all of them.
       templates: prompts with one "{}" each, for example `TEMPLATES["eight"]`.
@@ -121,41 +55,105 @@ def embed_classes(
       synonyms: "mean", a class is the normalised mean of its texts; "max", every text is kept and
         the classifier takes the best; "none", the mean of the name's own texts, listed synonyms
         left out.
-      batch_size: prompts a call; the last call is filled up with repeated prompts.
-
-    Returns:
-      [K, C] float32, L2-normalised; with "max" [K, S, C] with S the most texts of a class, where a
-      class of fewer repeats its first text, which changes no maximum.
 
     Raises:
-      ValueError: for no names or templates, an empty name, two classes that are one text, a
-        template without a place for the name, an unknown way to join synonyms, or an embedding
-        that is not finite.
+      ValueError: for no names or templates, empty names, classes that are one text, a template
+        without a place for the name, or an unknown way to join synonyms; all names at fault are
+        listed.
     """
-    prompts = make_prompts(names, templates, clean=clean, synonyms=synonyms)
-    return embed_prompts(encode_text_fn, tokenizer(prompts.prompts()), prompts, batch_size)
+    if synonyms not in SYNONYM_MODES:
+        raise ValueError(f"Synonyms are {synonyms!r}; use one of {', '.join(SYNONYM_MODES)}.")
+    if isinstance(names, str):
+        raise ValueError(f"Class names are a sequence; wrap {names!r} in a list.")
+    given = [[name] if isinstance(name, str) else list(name) for name in names]
+    if not given:
+        raise ValueError("There are no class names.")
+    if synonyms == "none":
+        given = [texts[:1] for texts in given]
+    parts = [
+        [part.strip() for text in texts for part in text.split(_SYNONYM_SEPARATOR)]
+        for texts in given
+    ]
+    empty = [i for i, texts in enumerate(parts) if not texts or not all(texts)]
+    if empty:
+        shown = _listed(f"number {i + 1} ({', '.join(map(repr, given[i]))})" for i in empty)
+        raise ValueError(
+            f"Class names must not be empty nor hold an empty synonym: {shown}; name these or "
+            "leave them out."
+        )
+    texts = tuple(_different(clean_name(t) if clean else t for t in group) for group in parts)
+    # Tokenizers do not tell cases apart.
+    read = [frozenset(t.lower() for t in group) for group in texts]
+    if same := _same(read):
+        shown = _listed(
+            f"{_listed((_short(given[i][0]) for i in group), ' and ')} "
+            f"(all {_short(_SYNONYM_SEPARATOR.join(texts[group[0]]).lower())})"
+            for group in same
+        )
+        raise ValueError(
+            f"Class names that are the same text: {shown}; rename all but one"
+            f"{', or set config.text.clean_names to False' if clean else ''}."
+        )
+    return ClassPrompts(texts, check_templates(templates), synonyms)
 
 
-def embed_prompts(
-    encode_text_fn: Callable[[np.ndarray], np.ndarray],
-    tokens: np.ndarray,
-    prompts: ClassPrompts,
-    batch_size: int,
-) -> np.ndarray:
-    """`embed_classes` of prompts that are tokens [M, L] int32 already, in their order."""
-    embeddings = []
-    for start in range(0, len(tokens), batch_size):
-        chunk = np.arange(start, start + batch_size).clip(max=len(tokens) - 1)
-        embeddings.append(np.asarray(encode_text_fn(tokens[chunk]), np.float64))
-    by_prompt = _unit(np.concatenate(embeddings)[: len(tokens)])
-    by_text = _unit(by_prompt.reshape(-1, len(prompts.templates), by_prompt.shape[-1]).mean(axis=1))
-    ends = np.cumsum([len(texts) for texts in prompts.texts])
-    rows = np.split(by_text, ends[:-1])
-    if prompts.synonyms == "max":
-        most = max(len(row) for row in rows)
-        classes = np.stack([row[[*range(len(row)), *[0] * (most - len(row))]] for row in rows])
-    else:
-        classes = _unit(np.stack([row.mean(axis=0) for row in rows]))
-    if not np.isfinite(classes).all():
-        raise ValueError("The text encoder gave embeddings that are not finite; check its weights.")
-    return classes.astype(np.float32)
+def tokenize(tokenizer: Tokenizer, prompts: ClassPrompts) -> np.ndarray:
+    """The tokens of all prompts, none of them cut; [M, L] int32.
+
+    Raises:
+      ValueError: for names of which the tokenizer reads nothing, which it would cut at its context
+        length, or of which it makes the same tokens; all of them are listed.
+    """
+    texts = [text for group in prompts.texts for text in group]
+    blank = [t for t, n in zip(texts, tokenizer.lengths(texts), strict=True) if n <= 2]
+    if blank:
+        raise ValueError(
+            f"The tokenizer reads nothing of class names: {_listed(map(_short, blank))}; rename "
+            "them with letters or digits."
+        )
+    written = prompts.prompts()
+    lengths = tokenizer.lengths(written).reshape(len(texts), -1)
+    too_long = np.flatnonzero(lengths.max(axis=1) > tokenizer.context_length)
+    if too_long.size:
+        template = prompts.templates[lengths.max(axis=0).argmax()]
+        shown = _listed(f"{_short(texts[i])} ({lengths[i].max()})" for i in too_long)
+        raise ValueError(
+            f"Class names take more than the {tokenizer.context_length} tokens that the text tower "
+            f"reads, with the template {template!r}: {shown}; shorten the names or the template."
+        )
+    tokens = tokenizer(written)
+    rows = iter(tokens.reshape(len(texts), -1))
+    read = [frozenset(next(rows).tobytes() for _ in group) for group in prompts.texts]
+    if same := _same(read):
+        groups = ([_short(prompts.texts[i][0]) for i in group] for group in same)
+        raise ValueError(
+            "Class names that are the same to the tokenizer: "
+            f"{_listed(_listed(group, ' and ') for group in groups)}; rename all but one."
+        )
+    return tokens
+
+
+def _different(texts: Iterable[str]) -> tuple[str, ...]:
+    # A text that comes twice would count twice.
+    different: dict[str, str] = {}
+    for text in texts:
+        different.setdefault(text.lower(), text)
+    return tuple(different.values())
+
+
+def _same(read: Sequence[frozenset]) -> list[list[int]]:
+    """Positions of classes of which the same is read, group by group."""
+    groups: dict[frozenset, list[int]] = {}
+    for i, content in enumerate(read):
+        groups.setdefault(content, []).append(i)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:59]}…")
+
+
+def _listed(items: Iterable[str], separator: str = ", ") -> str:
+    items = list(items)
+    more = [f"{len(items) - 10} more"] if len(items) > 10 else []
+    return separator.join([*items[:10], *more])

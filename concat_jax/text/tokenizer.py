@@ -47,6 +47,10 @@ class Tokenizer(Protocol):
         """`texts` -> [M, context_length] int32."""
         ...
 
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """[M] tokens of each text with its start and end, however many a row can hold."""
+        ...
+
 
 def _check_texts(texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str):
@@ -252,6 +256,11 @@ class ClipTokenizer:
             row[1 : 1 + len(ids)] = ids
         return rows
 
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """[M] tokens of each text with its start and end, before one too long is cut."""
+        encodings = self._bpe.encode_batch(_check_texts(texts), add_special_tokens=False)
+        return np.array([2 + len(encoding.ids) for encoding in encodings])
+
 
 class WordTokenizer:
     """One id a word, for captions over a closed set of words.
@@ -317,3 +326,7 @@ class WordTokenizer:
             ids = [self._start_id, *(self._ids[word] for word in words), self.eot_id]
             row[: len(ids)] = ids
         return rows
+
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """[M] words of each text, and two."""
+        return np.array([2 + len(self._split(text)) for text in _check_texts(texts)])

@@ -7,7 +7,6 @@ where there is none; see `clip_sizes.py`. The names are in `clip_names.py`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -321,21 +320,3 @@ def _misfit(weights: ClipWeights, different: Mapping[str, tuple[Any, Any]]) -> s
             "tells which it is"
         )
     return f"{weights.source} does not fit config.model.clip: {fields}; {advice}."
-
-
-def params_fingerprint(params: Params) -> str:
-    """What tells two sets of parameters apart, wherever they were read from.
-
-    Args:
-        params: nested dict of arrays.
-
-    Returns:
-        sha256 in hex of names, shapes, types and numbers, in the order of the names.
-    """
-    digest = hashlib.sha256()
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
-    for name in sorted(flat):
-        array = np.asarray(flat[name], order="C")
-        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-    return digest.hexdigest()

@@ -1,9 +1,19 @@
-"""Every fault of an image file is one exception whose sentence names the file."""
+"""One sentence names a file that cannot be read or written; what is written is there whole."""
+
+import errno
+import os
 
 import pytest
 from PIL import Image
 
-from concat_jax.core.files import UNREADABLE, ImageError, open_image
+from concat_jax.core.files import (
+    UNREADABLE,
+    FileError,
+    ImageError,
+    open_image,
+    replacing,
+    write_json,
+)
 
 
 def load(path):
@@ -62,3 +72,52 @@ def test_other_exceptions_and_ones_own_sentence_pass(tmp_path):
             raise KeyError
     # An image outlives the block once it is loaded.
     assert load(tmp_path / "a.png").getpixel((1, 1)) == 0
+
+
+def test_a_file_appears_whole_in_a_folder_that_is_made(tmp_path):
+    path = tmp_path / "not" / "there" / "a.txt"
+    with replacing(path) as partial:
+        partial.write_text("half")
+        assert not path.exists() and partial.parent == path.parent
+    assert path.read_text() == "half" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, ValueError("mine"), KeyError("k")])
+def test_what_stops_a_writer_passes_and_leaves_the_old_file(tmp_path, fault):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(type(fault) if isinstance(fault, Exception) else fault):
+        with replacing(path) as partial:
+            partial.write_text("new")
+            raise fault
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_of_one_file_do_not_write_into_each_others(tmp_path):
+    path = tmp_path / "a.txt"
+    with replacing(path) as one, replacing(path) as two:
+        assert one != two
+        one.write_text("one")
+        two.write_text("two")
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_and_a_folder_that_is_a_file_are_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.json", tmp_path / "file" / "b" / "a.json"):
+        with pytest.raises(FileError, match=r"a\.json cannot be written: its folder is a file\."):
+            write_json(path, {})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FileError, match=r"/c\.json cannot be written: No space left on device\.$"):
+        write_json(tmp_path / "c.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_another_files_fault_is_not_blamed_on_the_one_that_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source"):
+        with replacing(tmp_path / "copy") as partial:
+            partial.write_bytes((tmp_path / "source").read_bytes())

@@ -14,7 +14,7 @@ from concat_jax.experiment.experiment import Run
 from concat_jax.stages.real_queries import IMAGE_FIELDS
 from data_pipelines.datasets import Datasets
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 VOCABULARY = Vocabulary(
     ("cat", "dog", "sky"), (True, True, False), (True, True, False), category_ids=(1, 2, 3)
 )

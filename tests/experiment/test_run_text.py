@@ -12,7 +12,7 @@ from concat_jax.experiment.experiment import Run
 from concat_jax.models.networks import Networks
 from data_pipelines.datasets import Datasets
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 VOCABULARY = Vocabulary(
     names=("cat", "sky-other"),
     is_thing=(True, False),
@@ -107,6 +107,7 @@ def test_settings_reach_the_embeddings(tmp_path, clip_params):
         (dict(templates="ate"), "no template set 'ate'"),
         (dict(templates=["a photo"]), "'a photo' must hold '{}' once"),
         (dict(synonyms="best"), "config.text.synonyms is 'best'"),
+        (dict(templates=["a map of " * 20 + "{}"]), "Class names take more than the .* tokens"),
     ],
 )
 def test_a_mistake_is_refused_before_anything_is_written(tmp_path, settings, sentence):

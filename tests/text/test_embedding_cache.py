@@ -1,13 +1,13 @@
 """What is asked twice is encoded once; what differs in anything is encoded anew."""
 
+import json
 import os
 import warnings
 
 import numpy as np
 import pytest
 
-from concat_jax.text.embeddings import cached_embed_classes
-from concat_jax.text.prompts import embed_classes
+from concat_jax.text.embeddings import embed_classes
 
 TWO = ("a {}", "the {}")
 NAMES = [("cat", "kitty"), ("sky-other-merged",), "dog"]
@@ -20,6 +20,9 @@ class LetterTokenizer:
 
     def __init__(self, pad=0):
         self.pad = pad
+
+    def lengths(self, texts):
+        return np.array([2 + len(text) for text in texts])
 
     def __call__(self, texts):
         return np.array([[ord(c) for c in text.ljust(24, chr(self.pad))] for text in texts])
@@ -46,7 +49,7 @@ def embed(folder, encoder, **changes):
         synonyms="mean",
     )
     given |= changes
-    return cached_embed_classes(folder, given.pop("fingerprint"), encoder, **given)
+    return embed_classes(encoder, folder=folder, **given)
 
 
 @pytest.mark.parametrize("synonyms", ["mean", "max", "none"])
@@ -60,8 +63,9 @@ def test_a_hit_does_not_call_the_text_tower(tmp_path, synonyms):
     plain = embed_classes(encoder, LetterTokenizer(), NAMES, TWO, synonyms=synonyms)
     np.testing.assert_array_equal(first, plain)
     assert again.dtype == np.float32
-    (path,) = folder.iterdir()  # nothing half-written is left
-    assert path.suffix == ".npz" and len(path.stem) == 64
+    (entry,) = folder.iterdir()  # nothing half-written is left
+    assert sorted(path.name for path in entry.iterdir()) == ["00000.safetensors", "manifest.json"]
+    assert json.loads((entry / "manifest.json").read_text())["templates"] == list(TWO)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +108,8 @@ def test_no_folder_is_no_cache(tmp_path, monkeypatch):
 def test_a_damaged_file_is_made_anew_wherever_it_is_damaged(tmp_path):
     encoder = Encoder()
     expected = embed(tmp_path, encoder)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*/*.safetensors")
     whole = path.read_bytes()
-    spoilt = 0
     for place in range(0, len(whole), 7):
         for content in (whole[:place], whole[:place] + b"\xff\xff" + whole[place + 2 :]):
             path.write_bytes(content)
@@ -114,58 +117,30 @@ def test_a_damaged_file_is_made_anew_wherever_it_is_damaged(tmp_path):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 np.testing.assert_array_equal(embed(tmp_path, encoder), expected)
-            # Bytes that no reader looks at may change unnoticed.
-            assert [str(w.message) for w in caught if "cannot be used" not in str(w.message)] == []
-            assert len(caught) == encoder.calls - calls
-            spoilt += encoder.calls - calls
-    assert spoilt > len(whole) / 7  # every cut, and some of the overwritten ones
-    assert len(list(tmp_path.iterdir())) == 1
+            assert encoder.calls == calls + 1
+            (warning,) = caught
+            assert "made anew" in str(warning.message) and path.name in str(warning.message)
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(embed(tmp_path, encoder), expected)
+    assert encoder.calls == calls + 1
 
 
-def _other_key(path):
-    np.savez(path, key="another", embeddings=np.ones((3, 6), np.float32))
-
-
-def _other_classes(path):
-    np.savez(path, key=path.stem, embeddings=np.ones((2, 6), np.float32))
-
-
-def _not_finite(path):
-    np.savez(path, key=path.stem, embeddings=np.full((3, 6), np.nan, np.float32))
-
-
-def _other_type(path):
-    np.savez(path, key=path.stem, embeddings=np.ones((3, 6)))
-
-
-def _pickled(path):
-    np.savez(path, key=path.stem, embeddings=np.array([None] * 3))
-
-
-def _bare_array(path):
-    with open(path, "wb") as file:
-        np.save(file, np.ones(3))
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [_other_key, _other_classes, _not_finite, _other_type, _pickled, _bare_array],
-)
-def test_a_file_of_something_else_is_not_used(tmp_path, spoil):
+def test_a_damaged_manifest_spoils_no_embeddings(tmp_path):
     encoder = Encoder()
     expected = embed(tmp_path, encoder)
-    (path,) = tmp_path.iterdir()
-    spoil(path)
-    with pytest.warns(UserWarning, match=f"{path.name}.* cannot be used"):
-        np.testing.assert_array_equal(embed(tmp_path, encoder), expected)
-    assert encoder.calls == 2
+    (path,) = tmp_path.glob("*/manifest.json")
+    path.write_text("{")
+    np.testing.assert_array_equal(embed(tmp_path, encoder), expected)
+    assert encoder.calls == 1
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_no_more(tmp_path):
     encoder = Encoder()
     file = tmp_path / "file"
     file.touch()
-    with pytest.warns(UserWarning, match="are not cached: .*cannot be written"):
+    with pytest.warns(
+        UserWarning, match=r"are not cached\. .*cannot be written: its folder is a file"
+    ):
         embed(file, encoder)
     assert encoder.calls == 1
 
@@ -177,7 +152,7 @@ def test_a_killed_writer_leaves_nothing_under_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         embed(tmp_path, Encoder())
-    assert not list(tmp_path.glob("*.npz"))
+    assert not list(tmp_path.glob("*/*.safetensors"))
     monkeypatch.undo()
     encoder = Encoder()
     embed(tmp_path, encoder)

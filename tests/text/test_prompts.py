@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from concat_jax.models.semantic_projector import class_vectors
-from concat_jax.text.prompts import embed_classes, make_prompts
+from concat_jax.text.embeddings import embed_classes
+from concat_jax.text.prompts import make_prompts, tokenize
+from concat_jax.text.tokenizer import WordTokenizer
 
 # What the stub text encoder answers for each prompt; lengths differ so that normalisation shows.
 ANSWERS = {
@@ -26,11 +28,14 @@ class StubTokenizer:
     """Prompt i of a fixed list is the row [i]."""
 
     vocab_size = len(ANSWERS)
-    context_length = 1
+    context_length = 3
     eot_id = 0
 
     def __call__(self, texts):
         return np.array([[list(ANSWERS).index(text)] for text in texts], np.int32)
+
+    def lengths(self, texts):
+        return np.full(len(texts), 3)
 
 
 class StubEncoder:
@@ -110,9 +115,9 @@ def test_a_text_that_comes_twice_counts_once():
 
 def test_classes_may_share_a_synonym_but_not_all_texts():
     assert _embed([("dog", "cat"), ("kitty", "cat")]).shape == (2, 2)
-    with pytest.raises(ValueError, match="'dog' and 'cat' are the same text 'cat, dog'"):
+    with pytest.raises(ValueError, match=r"same text: 'dog' and 'cat' \(all 'dog, cat'\); rename"):
         _embed([("dog", "cat"), ("cat", "dog")])
-    with pytest.raises(ValueError, match="'cat' and 'cat' are the same text 'cat'"):
+    with pytest.raises(ValueError, match="'cat' and 'cat' "):
         _embed([("cat", "dog"), ("cat", "kitty")], synonyms="none")
 
 
@@ -135,14 +140,15 @@ def test_the_encoder_sees_one_shape_only(batch_size):
 @pytest.mark.parametrize(
     ("names", "templates", "message"),
     [
-        (["dog", "Dog"], TWO, "'dog' and 'Dog' are the same text 'dog'"),
-        (["sky", "sky-other-merged"], TWO, "or pass clean=False"),
-        (["dog", ""], TWO, "class name '' is empty"),
+        (["dog", "Dog"], TWO, r"'dog' and 'Dog' \(all 'dog'\); rename all but one"),
+        (["sky", "sky-other-merged"], TWO, "or set config.text.clean_names to False"),
+        (["a", "b", "A", "c", "B"], TWO, "'a' and 'A' .*, 'b' and 'B' "),
+        (["dog", "", "cat", " "], TWO, r"empty .*: number 2 \(''\), number 4 \(' '\); name these"),
         (["dog, "], TWO, "empty synonym"),
-        ([("dog", "")], TWO, "'dog' is empty or holds an empty synonym"),
-        ([("dog",), ()], TWO, "A class has no name"),
+        ([("dog", "")], TWO, r"number 1 \('dog', ''\)"),
+        ([("dog",), ()], TWO, r"number 2 \(\)"),
         ([], TWO, "no class names"),
-        ("dog", TWO, "sequence of names"),
+        ("dog", TWO, "names are a sequence; wrap"),
         (["dog"], ["a photo"], "'a photo' must hold '{}' once"),
         (["dog"], ["{} and {}"], "once"),
         (["dog"], [], "no templates"),
@@ -164,3 +170,38 @@ def test_a_broken_encoder_is_noticed():
         embed_classes(
             lambda tokens: np.full((len(tokens), 2), np.nan), StubTokenizer(), ["dog"], TWO
         )
+
+
+WORDS = WordTokenizer(["a", "an", "red", "dog", "cat", "t", "shirt", "very"], 5)
+
+
+def test_names_that_would_be_cut_are_all_listed():
+    names = ["dog", "very very red dog", ("cat", "very red red cat")]
+    # Start, end and two words fit beside "a"; the second template takes one word less.
+    message = (
+        r"more than the 5 tokens .*, with the template 'a red \{\}': 'very very red dog' \(8\), "
+        r"'very red red cat' \(8\); shorten the names or the template"
+    )
+    with pytest.raises(ValueError, match=message):
+        tokenize(WORDS, make_prompts(names, ("a {}", "a red {}")))
+    assert tokenize(WORDS, make_prompts(["red dog", "cat"], ("a {}",))).shape == (2, 5)
+    with pytest.raises(ValueError, match=r"'red dog' \(6\); shorten"):
+        tokenize(WORDS, make_prompts(["red dog", "cat"], ("a very {}",)))
+    many = [f"dog {'very ' * i}cat" for i in range(3, 20)]
+    with pytest.raises(ValueError, match="'dog very very very cat'.*, 7 more; shorten"):
+        tokenize(WORDS, make_prompts(many, ("{}",)))
+
+
+def test_names_with_the_same_tokens_are_listed():
+    names = ["t-shirt", "dog", "T shirt", "t. shirt!", "(dog)"]
+    message = "same to the tokenizer: 't-shirt' and 'T shirt' and 't. shirt!', 'dog' and '"
+    with pytest.raises(ValueError, match=message):
+        tokenize(WORDS, make_prompts(names, ("a {}",), clean=False))
+    # One text in common does not make them the same.
+    shared = [("t-shirt", "dog"), ("t shirt", "cat")]
+    assert tokenize(WORDS, make_prompts(shared, ("a {}",))).shape == (4, 5)
+
+
+def test_names_without_a_token_are_listed():
+    with pytest.raises(ValueError, match="reads nothing of class names: '!', '--'; rename"):
+        tokenize(WORDS, make_prompts(["!", "dog", "--"], ("a {}",)))

@@ -186,6 +186,14 @@ def test_long_and_empty_texts_end(clip_tokenizer, bpe_path):
     assert clip_tokenizer([]).shape == (0, 77)
 
 
+def test_lengths_are_those_before_a_text_is_cut(clip_tokenizer, bpe_path):
+    texts = ["", "a photo of a cat", "word " * 200]
+    assert clip_tokenizer.lengths(texts).tolist() == [2, 7, 202]
+    assert make_clip_tokenizer(bpe_path, 4).lengths(texts).tolist() == [2, 7, 202]
+    words = WordTokenizer(["red", "ball"], 3)
+    assert words.lengths(["", "Red ball, red!", "other"]).tolist() == [2, 5, 3]
+
+
 def test_missing_and_wrong_files_name_the_setting(tmp_path, bpe_path):
     with pytest.raises(ValueError, match=r"not at .*nowhere.* config\.text\.bpe_path"):
         make_clip_tokenizer(tmp_path / "nowhere.gz")

@@ -1,0 +1,282 @@
+"""Arrays on disk in shards that appear whole or not at all, and what they were made of.
+
+A store is a folder with a manifest, which says what its content depends on, and the shards
+`00000.safetensors`, `00001.safetensors`, ... Whoever was killed while filling it goes on with the
+shards that are missing, and several hosts that see one folder fill disjoint ones. A shard carries
+the hash of its manifest, its own number and a checksum. The format is safetensors and not npz
+because its arrays can be mapped into memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from concat_jax.core.config import flat
+from concat_jax.core.files import FileError, read_json, replacing, write_json
+
+_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+# Metadata that holds the manifest's hash; query banks called it so before they had checksums.
+_STAMPS = ("manifest", "bank")
+
+
+class StoreError(ValueError):
+    """A store that is missing, incomplete, damaged or made of something else, in one sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreKind:
+    """What is stored, for the file names and the sentences.
+
+    Attributes:
+      content: for example "the query bank".
+      arrays: names of a shard's arrays.
+      again: what brings back a shard or a store that was deleted.
+      manifest: name of the file that says what the content depends on.
+    """
+
+    content: str
+    arrays: tuple[str, ...]
+    again: str
+    manifest: str = "manifest.json"
+
+
+class ShardStore:
+    """The shards of one manifest in one folder.
+
+    Attributes:
+      manifest: what the content depends on, as JSON has it.
+      stamp: its sha256 in hex.
+    """
+
+    def __init__(self, folder: Path, kind: StoreKind, manifest: Mapping[str, Any]):
+        """Args:
+        folder: of the store; nothing in it is read or written here.
+        kind: what is stored.
+        manifest: names to JSON values or arrays of them, nested.
+        """
+        self._folder, self._kind = Path(folder), kind
+        self.manifest: dict[str, Any] = json.loads(json.dumps(manifest))
+        content = json.dumps(self.manifest, sort_keys=True)
+        self.stamp = hashlib.sha256(content.encode()).hexdigest()
+
+    @classmethod
+    def found(cls, folder: Path, kind: StoreKind, expected: Mapping[str, Any]) -> Self:
+        """The store that somebody filled.
+
+        Args:
+          folder: of the store.
+          kind: what is stored.
+          expected: fields that its manifest must hold, nested; others may be anything.
+
+        Raises:
+          StoreError: if there is none, its manifest is damaged, or a field differs.
+        """
+        store = cls(folder, kind, expected)
+        theirs = store._read_manifest()
+        if theirs is None:
+            raise StoreError(
+                f"{folder} does not hold {kind.content} (it has no {kind.manifest}); {kind.again}."
+            )
+        store._check(theirs, flat(store.manifest))
+        return cls(folder, kind, theirs)
+
+    def claim(self, *, leads: bool = True) -> None:
+        """Writes the manifest if there is none, or compares it.
+
+        Args:
+          leads: False on a host that leaves the writing to another one.
+
+        Raises:
+          StoreError: if the folder was begun with another manifest; the first field that differs is
+            named with both values.
+        """
+        theirs = self._read_manifest()
+        if theirs is not None:
+            self._check(theirs, flat(self.manifest) | flat(theirs))
+        elif leads:
+            write_json(self._folder / self._kind.manifest, self.manifest)
+
+    def path(self, index: int) -> Path:
+        """Where shard `index` lies once it is finished."""
+        return self._folder / f"{index:05}.safetensors"
+
+    def missing(self, shards: Iterable[int]) -> list[int]:
+        """Those of the shards that are not finished."""
+        return [index for index in shards if not self.path(index).is_file()]
+
+    def write(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes a shard.
+
+        Raises:
+          FileError: if the disk does not take it; then nothing of it is left.
+        """
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        metadata = {
+            "manifest": self.stamp,
+            "index": str(index),
+            "arrays": _described(arrays),
+            "crc32": _checksum(arrays),
+        }
+        for stale in self._folder.glob(f"{self.path(index).name}*.partial"):  # of a killed process
+            stale.unlink(missing_ok=True)
+        with replacing(self.path(index)) as partial:
+            partial.write_bytes(safetensors.numpy.save(arrays, metadata))
+
+    def open(self, index: int) -> dict[str, np.ndarray]:
+        """A shard's arrays, mapped into memory, after one pass over them for the checksum.
+
+        Raises:
+          StoreError: naming the file, if it is missing, damaged or another store's.
+        """
+        return self._open(index, verify=True)
+
+    def load(self, count: int) -> dict[str, np.ndarray]:
+        """The arrays of shards 0 .. count - 1 one after the other, in memory, and nothing twice.
+
+        Raises:
+          StoreError: if one is missing, saying how many, or as `open`.
+        """
+        if missing := self.missing(range(count)):
+            raise StoreError(
+                f"{len(missing)} of {count} shards of {self._kind.content} are missing in "
+                f"{self._folder}, the first is {self.path(missing[0]).name}; {self._kind.again}."
+            )
+        # First the sizes alone: a mapped shard holds its file open.
+        shapes = [
+            {
+                name: (array.shape, array.dtype)
+                for name, array in self._open(i, verify=False).items()
+            }
+            for i in range(count)
+        ]
+        whole, ends = {}, dict.fromkeys(self._kind.arrays, 0)
+        for name, (shape, dtype) in shapes[0].items():
+            whole[name] = np.empty((sum(part[name][0][0] for part in shapes), *shape[1:]), dtype)
+        for index in range(count):
+            for name, array in self.open(index).items():
+                begin, ends[name] = ends[name], ends[name] + len(array)
+                whole[name][begin : ends[name]] = array
+        return whole
+
+    def _open(self, index: int, *, verify: bool) -> dict[str, np.ndarray]:
+        path = self.path(index)
+        try:
+            # Refuses a file whose length is not what its header says.
+            with safetensors.safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+            with path.open("rb") as file:
+                begin = 8 + int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(begin - 8))
+            is_empty = path.stat().st_size == begin  # which cannot be mapped
+            content = np.zeros(0, np.uint8) if is_empty else np.memmap(path, np.uint8, "r", begin)
+            header.pop("__metadata__", None)
+            arrays = {
+                name: content[slice(*entry["data_offsets"])]
+                .view(_DTYPES[entry["dtype"]])
+                .reshape(entry["shape"])
+                for name, entry in header.items()
+            }
+        except OSError as error:
+            raise StoreError(
+                f"The shard {path} of {self._kind.content} cannot be read: "
+                f"{error.strerror or error}."
+            ) from error
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise self.damaged(index, str(error)) from error
+        if self.stamp not in (metadata.get(name) for name in _STAMPS):
+            raise self.damaged(index, f"it does not belong to {self._kind.manifest} beside it")
+        if metadata.get("index") != str(index):
+            raise self.damaged(index, f"it is shard {metadata.get('index')} under another name")
+        described = _described(arrays)
+        if set(arrays) != set(self._kind.arrays) or metadata.get("arrays", described) != described:
+            raise self.damaged(index, f"it holds {described}")
+        if verify and "crc32" in metadata and metadata["crc32"] != _checksum(arrays):
+            raise self.damaged(index, "its checksum differs")
+        return arrays
+
+    def damaged(self, index: int, why: str) -> StoreError:
+        """The error of a shard that is to be made anew."""
+        return StoreError(
+            f"The shard {self.path(index)} of {self._kind.content} is damaged "
+            f"({' '.join(why.split()).rstrip('.')}); delete it and {self._kind.again}."
+        )
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        path = self._folder / self._kind.manifest
+        if not path.exists():
+            return None
+        try:
+            return dict(read_json(path))
+        except (FileError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"{path} is damaged ({error}); delete the folder and {self._kind.again}."
+            ) from error
+
+    def _check(self, theirs: Mapping[str, Any], fields: Iterable[str]) -> None:
+        now, then = flat(self.manifest), flat(theirs)
+        for field in fields:
+            if then.get(field) != now.get(field):
+                raise StoreError(
+                    f"{self._folder} holds {self._kind.content} made with {field} = "
+                    f"{then.get(field)!r}, now it is {now.get(field)!r}; use another folder, or "
+                    f"delete this one and {self._kind.again}."
+                )
+
+
+class ShardedRows:
+    """Arrays one after the other along axis 0, each of which may lie on disk.
+
+    Indexed by an integer array of rows, or by a tuple of such arrays for the first axes, all of the
+    same shape; the answer is an ordinary array. Safe to read from several threads.
+
+    Attributes:
+      shape: of the whole.
+      dtype: of the parts.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        """Args:
+        parts: at least one, of the same dtype and the same shape but for axis 0.
+        """
+        self._parts = tuple(parts)
+        self._ends = np.cumsum([len(part) for part in self._parts])
+        self.shape = (int(self._ends[-1]), *self._parts[0].shape[1:])
+        self.dtype = self._parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
+        rows, *others = index if isinstance(index, tuple) else (index,)
+        rows = np.asarray(rows)
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"A row of {rows.min()} to {rows.max()} is not among {len(self)}.")
+        out = np.empty((*rows.shape, *self.shape[1 + len(others) :]), self.dtype)
+        owners = np.searchsorted(self._ends, rows, side="right")
+        for owner in np.unique(owners):
+            own, part = owners == owner, self._parts[owner]
+            begin = self._ends[owner] - len(part)
+            out[own] = part[(rows[own] - begin, *(np.asarray(axis)[own] for axis in others))]
+        return out
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    value = 0
+    for name in sorted(arrays):
+        value = zlib.crc32(arrays[name].reshape(-1).view(np.uint8), value)
+    return f"{value:08x}"
+
+
+def _described(arrays: Mapping[str, np.ndarray]) -> str:
+    parts = (f"{name} {a.dtype.name}{list(a.shape)}" for name, a in sorted(arrays.items()))
+    return ", ".join(parts)
