@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def extract_bank(
     def progress(done: int, total: int) -> Callable[[int], object]:
         if jax.process_index():
             return lambda done: None
-        return functools.partial(Progress("queries", done, total, 1).report, metrics={})
+        return Progress("queries", done, total).report
 
     return fill_bank(
         folder,
