@@ -302,7 +302,7 @@ def cache(
             f"Stage {source!r}, which gives CLIP, has not finished in {workdir}; train it first."
         )
     local = np.asarray(run.mesh.local_devices).reshape(-1, 1)
-    data = training_part(config.data, seed=config.seed, batch_size=1)
+    data = training_part(config.data, seed=config.seed)
     report = fill_cache(
         Path(folder),
         data,

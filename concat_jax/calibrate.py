@@ -117,7 +117,7 @@ def _coco_images(
     from data_pipelines.augment import resize_longest
     from data_pipelines.datasets import training_part
 
-    source = training_part({**data, "train_part": part}, 1, seed=seed)
+    source = training_part({**data, "train_part": part}, seed=seed)
     everything = range(len(source.records))
 
     def examples(indices: Sequence[int]) -> Iterator[tuple[Mapping, Mapping]]:

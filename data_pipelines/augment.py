@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from concat_jax.core.batch import SEGMENT_TABLES, pad_table
 from data_pipelines.colour import colour_jitter
 from data_pipelines.id_runs import run_starts
 from data_pipelines.placement import Placement, pad_ids, place, resize_then_cut
@@ -152,7 +153,6 @@ def augment_example(
     Raises:
       ValueError: for an unknown kind, or what `place` and the samplers raise.
     """
-    check_kind(kind)
     height, width = segment_ids.shape
     if kind == "lsj":
         placement = sample_jitter(rng, height, width, size, scale_range=scale_range)
@@ -175,12 +175,6 @@ def augment_example(
     return place(image, segment_ids, placement, size, max_segments=max_segments, canvas=canvas)
 
 
-def check_kind(kind: str) -> None:
-    """Raises ValueError, with the choices, unless `kind` is one of `KINDS`."""
-    if kind not in KINDS:
-        raise ValueError(f"augment is {kind!r} and must be one of {', '.join(KINDS)}.")
-
-
 def resize_longest(example: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Letterboxes an evaluation example to a fixed size, for batches of one shape.
 
@@ -200,25 +194,9 @@ def resize_longest(example: Mapping[str, Any], size: int) -> dict[str, Any]:
     )
     valid = np.array(ids.shape, np.int32)
     resized = dict(example, image=image, segment_ids=pad_ids(ids, size), image_size=valid)
-    for name, padding in TABLE_PADDING.items():
-        resized[name] = pad_table(example[name][rows], len(example[name]), padding)
+    for name in SEGMENT_TABLES:
+        resized[name] = pad_table(example[name][rows], name, number)
     return resized
-
-
-# The tables of an example, one row a segment, and what fills the rows without a segment.
-TABLE_PADDING: Mapping[str, int | bool] = {
-    "segment_labels": -1,
-    "segment_is_thing": False,
-    "segment_is_crowd": False,
-    "segment_source_ids": 0,
-}
-
-
-def pad_table(values: np.ndarray, length: int, padding: int | bool) -> np.ndarray:
-    """Lengthens `values` [n] to [length] with `padding`, type kept; n must not exceed length."""
-    padded = np.full(length, padding, values.dtype)
-    padded[: len(values)] = values
-    return padded
 
 
 def _fit(height: int, width: int, side: float) -> tuple[int, int]:

@@ -20,8 +20,8 @@ from data_pipelines.labels import load_label_space, with_synonyms
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.shards.source import ShardSource
 from data_pipelines.sources.registry import DATASETS, open_source
-from data_pipelines.sources.source import DataError, Source
-from data_pipelines.synthetic import world as synthetic_world
+from data_pipelines.sources.source import DataError, Source, UnseenImages
+from data_pipelines.synthetic.world import CaptionWorld, SyntheticWorld
 
 KINDS = ("synthetic", *DATASETS, "shards")
 
@@ -39,7 +39,7 @@ class Datasets:
         `clip_segment_targets` [B, G, C] float32, zeros where padded.
       captions: (batch size, side) -> batch function giving "image" [B, side, side, 3] uint8 and
         "captions", a list of B strings.
-      caption_words: every word a caption or a class name can hold.
+      caption_words: texts that hold every word of a caption or a class name.
       evaluation: () -> pairs (example at native size, the same fitted to the input size) of all
         images, or (process_index, process_count) -> those of this host's share of the images.
       check_clip_targets: what the targets must have been made with (fields of the cache's manifest)
@@ -76,55 +76,41 @@ def make_datasets(
       ValueError: for an unknown kind, or data that is missing or damaged.
     """
     check_choice(config["kind"], KINDS, "config.data.kind is unknown:")
-    if config["kind"] == "synthetic":
-        return _synthetic(config, seed, process_index, process_count)
-    return _on_disk(config, seed, process_index, process_count)
+    make = _synthetic if config["kind"] == "synthetic" else _on_disk
+    return make(config, seed, process_index, process_count)
 
 
 def _synthetic(config, seed: int, process_index: int, process_count: int) -> Datasets:
     shared = dict(preset=config["preset"], image_size=config["image_size"], seed=seed)
+    segments = dict(max_segments=config["max_segments"])
 
-    def of_this_host(make: Callable[[int], BatchFn], batch_size: int) -> BatchFn:
+    def of_this_host(world: type, batch_size: int, **options) -> BatchFn:
         if batch_size % process_count:
             raise ValueError(
                 f"A batch of {batch_size} cannot be shared by {process_count} hosts; make the "
                 "batch size a multiple of it."
             )
         # Scenes are endless, so hosts take different steps of one stream and stay disjoint.
-        batch = make(batch_size // process_count)
+        batch = world(**shared, **options, batch_size=batch_size // process_count).batch
         return lambda step: batch(step * process_count + process_index)
 
-    def scenes(batch_size: int, *, classes: str) -> BatchFn:
-        def make(size):
-            return synthetic_world.SyntheticWorld(
-                **shared, classes=classes, batch_size=size, max_segments=config["max_segments"]
-            ).batch
-
-        return of_this_host(make, batch_size)
-
     def captions(batch_size: int, side: int) -> BatchFn:
-        def make(size):
-            return synthetic_world.CaptionWorld(
-                **shared,
-                batch_size=size,
-                crop_size=side,
-                scene_ratio=config["caption_scene_ratio"],
-            ).batch
+        share = config["caption_scene_ratio"]
+        return of_this_host(CaptionWorld, batch_size, crop_size=side, scene_ratio=share)
 
-        return of_this_host(make, batch_size)
-
-    test = synthetic_world.SyntheticWorld(
+    scenes = functools.partial(of_this_host, SyntheticWorld, **segments)
+    test = SyntheticWorld(
         **shared,
+        **segments,
         split=config["eval_split"],
         classes="all",
-        max_segments=config["max_segments"],
         num_eval_images=config["num_eval_images"],
     )
     return Datasets(
         vocabulary=test.vocabulary,
         train=functools.partial(scenes, classes="seen"),
         captions=captions,
-        caption_words=synthetic_world.word_list(config["preset"]),
+        caption_words=(*test.vocabulary.names, "a an and"),
         oracle=functools.partial(scenes, classes="all"),
         evaluation=lambda *share: ((example, example) for example in test.eval_examples(*share)),
     )
@@ -132,48 +118,13 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
 
 def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datasets:
     # Every stage asks for its part, and COCO's JSON takes half a minute to read.
-    source = functools.cache(lambda: open_training_part(config))
-
-    def part(batch_size: int) -> SegmentationLoader:
-        return training_part(
-            config,
-            batch_size,
-            seed=seed,
-            process_index=process_index,
-            process_count=process_count,
-            source=source(),
+    training = functools.cache(
+        lambda: training_part(
+            config, seed=seed, process_index=process_index, process_count=process_count
         )
-
-    target_folder = config.get("clip_targets", "")
-
-    @functools.cache
-    def data_identity() -> dict[str, int | str]:
-        data = part(process_count)
-        records = [data.records[i] for i in data.training_indices]
-        return dataset_identity(records, data.vocabulary.category_ids)
-
-    @functools.cache
-    def targets() -> ClipTargetCache:
-        return ClipTargetCache(target_folder, data_identity())
-
-    def check_clip_targets(expected: Mapping[str, Any]) -> None:
-        check_manifest(Path(target_folder), {**expected, **data_identity()})
-        targets()
-
-    def train(batch_size: int) -> BatchFn:
-        batch = part(batch_size).batch
-        if not target_folder:
-            return batch
-        cache = targets()
-        return lambda step: cache.add_to(batch(step))
-
-    def captions(batch_size: int, side: int) -> BatchFn:
-        data = part(batch_size)
-        return lambda step: data.caption_batch(step, batch_size, side)
-
+    )
     test = SegmentationLoader(
-        _open_for_evaluation(config),
-        batch_size=1,
+        _open(config, "eval_" if config.get("eval_kind", "") else "", "eval_part", "keep"),
         image_size=config["eval_size"],
         num_eval_images=config["num_eval_images"] or None,
         unseen_images="keep",
@@ -181,24 +132,58 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
     )
     # Where evaluation is on another data set, the training part says which classes training knows.
     elsewhere = bool(config.get("eval_kind", ""))
-    vocabulary = source().vocabulary if elsewhere else test.vocabulary
+    vocabulary = training().vocabulary if elsewhere else test.vocabulary
     if config.get("synonyms", ""):
         vocabulary = with_synonyms(vocabulary, load_label_space(config["synonyms"]))
     texts = [*vocabulary.texts, *(test.vocabulary.texts if elsewhere else ())]
-    names = [name for words in texts for name in words]
-    words = sorted({word for name in names for word in name.replace("-", " ").split()})
+    folder = config.get("clip_targets", "")
+    targets = _ClipTargets(Path(folder), training) if folder else None
+
+    def train(batch_size: int) -> BatchFn:
+        batch = functools.partial(training().batch, batch_size=batch_size)
+        return targets.added_to(batch) if targets else batch
+
     return Datasets(
         vocabulary=vocabulary,
         train=train,
-        captions=captions,
-        caption_words=tuple(words),
+        captions=lambda batch_size, side: (
+            lambda step: training().caption_batch(step, batch_size, side)
+        ),
+        caption_words=tuple(word for words in texts for word in words),
         evaluation=lambda *share: (
             (example, resize_longest(example, config["eval_size"]))
             for example in test.eval_examples(*share)
         ),
-        check_clip_targets=check_clip_targets if target_folder else None,
+        check_clip_targets=targets.check if targets else None,
         eval_vocabulary=test.vocabulary if elsewhere else None,
     )
+
+
+class _ClipTargets:
+    """A cache of CLIP's targets, and the images that training asks it for."""
+
+    def __init__(self, folder: Path, training: Callable[[], SegmentationLoader]):
+        self._folder, self._training = folder, training
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, int | str]:
+        data = self._training()
+        records = [data.records[i] for i in data.training_indices]
+        return dataset_identity(records, data.vocabulary.category_ids)
+
+    @functools.cached_property
+    def _cache(self) -> ClipTargetCache:
+        return ClipTargetCache(self._folder, self._identity)
+
+    def check(self, expected: Mapping[str, Any]) -> None:
+        """As `Datasets.check_clip_targets`."""
+        check_manifest(self._folder, {**expected, **self._identity})
+        self._cache  # noqa: B018
+
+    def added_to(self, batch: BatchFn) -> BatchFn:
+        """The same batches with their targets."""
+        cache = self._cache
+        return lambda step: cache.add_to(batch(step))
 
 
 def _shared(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -210,27 +195,16 @@ def _shared(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
 
 
 def training_part(
-    config: Mapping[str, Any],
-    batch_size: int,
-    *,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    source: Source | None = None,
+    config: Mapping[str, Any], *, seed: int, process_index: int = 0, process_count: int = 1
 ) -> SegmentationLoader:
-    """The part that a config trains on.
-
-    Args:
-      config, seed, process_index, process_count: as `make_datasets`.
-      batch_size: of the global batch.
-      source: the part, where it has been opened before.
+    """The part that a config trains on; arguments as of `make_datasets`.
 
     Raises:
-      ValueError: if the data is missing or damaged, or an argument is out of range.
+      ValueError: if the data is missing or damaged, a setting is out of range, or shards were made
+        with another treatment of unseen images than the config's.
     """
     return SegmentationLoader(
-        source or open_training_part(config),
-        batch_size=batch_size,
+        _open(config, "", "train_part", config["unseen_images"]),
         image_size=config["image_size"],
         scale_range=tuple(config["scale_range"]),
         augment=config["augment"],
@@ -243,45 +217,28 @@ def training_part(
     )
 
 
-def open_training_part(config: Mapping[str, Any]) -> Source:
-    """The source of a config's training part.
-
-    Raises:
-      ValueError: if the data is missing or damaged, or shards were made with another treatment of
-        unseen images than the config's.
-    """
-    source = _open(config, "", config["train_part"], config["on_bad_example"])
-    if isinstance(source, ShardSource):
-        source.check_treatment(config["unseen_images"], "config.data.unseen_images")
-    return source
-
-
-def _open_for_evaluation(config: Mapping[str, Any]) -> Source:
-    other, part = config.get("eval_kind", ""), config["eval_part"]
-    if other:
-        check_choice(other, KINDS[1:], "config.data.eval_kind is unknown:")
-    prefix = "eval_" if other else ""
-    # Never skipped: a missing image would change the metric in silence.
-    source = _open(config, prefix, part, "raise")
-    if isinstance(source, ShardSource):
-        source.check_treatment("keep", "evaluation")
-    return source
-
-
-def _open(config: Mapping[str, Any], prefix: str, part: str, on_bad_example: str) -> Source:
+def _open(config: Mapping[str, Any], prefix: str, part_key: str, unseen: UnseenImages) -> Source:
+    # `prefix` is "eval_" where the part is another data set's; `unseen` is what is done with its
+    # images that show unseen classes.
     kind, root, split_file = (config[f"{prefix}{name}"] for name in ("kind", "root", "split_file"))
+    check_choice(kind, KINDS[1:], f"config.data.{prefix}kind is unknown:")
+    part = config[part_key]
     if not root:
         tree = DATASETS[kind].tree.format(part=part) if kind in DATASETS else "what prepare made"
         raise DataError(
             f"No data directory is configured: set config.data.{prefix}root to a {kind} directory "
             f"({tree})."
         )
-    if kind == "shards":
-        source = ShardSource(root, part)
-        if split_file:
-            _check_label_space(source.vocabulary, split_file, root)
-        return source
-    return open_source(kind, root, part, split_file or None, on_bad_example=on_bad_example)
+    trains = part_key == "train_part"
+    if kind != "shards":
+        # Evaluation never skips: a missing image would change the metric in silence.
+        on_bad = config["on_bad_example"] if trains else "raise"
+        return open_source(kind, root, part, split_file or None, on_bad_example=on_bad)
+    source = ShardSource(root, part)
+    if split_file:
+        _check_label_space(source.vocabulary, split_file, root)
+    source.check_treatment(unseen, "config.data.unseen_images" if trains else "evaluation")
+    return source
 
 
 def _check_label_space(vocabulary: Vocabulary, split_file: str, root: str) -> None:

@@ -6,6 +6,8 @@ import zlib
 
 import numpy as np
 
+from concat_jax.core.batch import id_dtype
+
 
 def run_starts(values: np.ndarray) -> np.ndarray:
     """Where runs of equal values begin: positions [R] int64 ascending in `values` [N], N >= 1."""
@@ -37,7 +39,7 @@ def keep_largest_segments(
     if len(rows) > max_segments:
         by_area = np.argsort(-counts[rows], kind="stable")
         rows = np.sort(rows[by_area[:max_segments]])
-    dtype = np.uint8 if max_segments <= 255 else np.uint16
+    dtype = id_dtype(max_segments)
     if len(rows) == len(counts):
         # Most often the crop leaves every segment, and every id.
         return segment_ids.astype(dtype, copy=False), rows

@@ -17,6 +17,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from concat_jax.core.batch import FIELDS, SEGMENT_TABLES, id_dtype, pad_table
+from concat_jax.core.config import check_choice
+from concat_jax.core.files import FileError
 from concat_jax.core.prefetch import prefetch
 from data_pipelines import augment as geometry
 from data_pipelines.id_runs import keep_largest_segments
@@ -49,7 +52,6 @@ class SegmentationLoader:
         source: Source,
         *,
         seed: int,
-        batch_size: int,
         image_size: int,
         max_segments: int = 100,
         unseen_images: UnseenImages = "drop",
@@ -67,8 +69,6 @@ class SegmentationLoader:
         Args:
           source: one part of a data set.
           seed: >= 0; decides order, jitter and captions.
-          batch_size: images of the *global* batch, a multiple of process_count. The global batch of
-            a step does not depend on how many processes share it.
           image_size: side S of training images.
           max_segments: rows G of the tables, 1..65535. Of an image with more segments after the
             crop, the G largest stay and the others become void. 100 is the number of queries:
@@ -76,7 +76,7 @@ class SegmentationLoader:
           unseen_images: what training does with images that show unseen classes: "drop", "void" or
             "keep"; see `source.treat_unseen`.
           on_bad_example: what a training image does that cannot be used (unreadable, or in conflict
-            with its record): "raise" a DataError, or "skip": the next good image in the epoch's
+            with its record): "raise" a FileError, or "skip": the next good image in the epoch's
             order takes its place, the file is logged once and counted in `skipped`. Evaluation
             always raises, because a skipped image would change the metric in silence.
           augment: "lsj" (large-scale jitter and flip), "semantic" (shortest edge, crop limited by
@@ -90,25 +90,24 @@ class SegmentationLoader:
         Raises:
           ValueError: if an argument is out of range.
         """
-        _check_arguments(
-            seed=(seed, 0),
-            batch_size=(batch_size, 1),
-            image_size=(image_size, 1),
-            max_segments=(max_segments, 1),
-            num_eval_images=(1 if num_eval_images is None else num_eval_images, 1),
-            process_index=(process_index, 0),
-            num_threads=(num_threads, 1),
-        )
+        for name, value, least in (
+            ("seed", seed, 0),
+            ("image_size", image_size, 1),
+            ("max_segments", max_segments, 1),
+            ("num_eval_images", 1 if num_eval_images is None else num_eval_images, 1),
+            ("process_index", process_index, 0),
+            ("num_threads", num_threads, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value} and must be at least {least}.")
         if max_segments > 65535:
             raise ValueError(f"max_segments is {max_segments}; id maps hold at most 65535.")
-        if process_index >= process_count or batch_size % process_count:
+        if process_index >= process_count:
             raise ValueError(
-                f"batch_size {batch_size} must be a multiple of process_count {process_count}, and "
-                f"process_index {process_index} below it."
+                f"process_index {process_index} must be below process_count {process_count}."
             )
-        if on_bad_example not in ("raise", "skip"):
-            raise ValueError(f"on_bad_example is {on_bad_example!r} and must be 'raise' or 'skip'.")
-        geometry.check_kind(augment)
+        check_choice(on_bad_example, ("raise", "skip"), "on_bad_example cannot be")
+        check_choice(augment, geometry.KINDS, "augment cannot be")
         if not 0 < scale_range[0] <= scale_range[1]:
             raise ValueError(f"scale_range is {scale_range} and must be 0 < low <= high.")
         self.source, self.vocabulary, self.records = source, source.vocabulary, source.records
@@ -116,7 +115,7 @@ class SegmentationLoader:
         if unseen_images != "keep":
             check_no_leak(self._training, self.training_indices)
         self.num_eval_images = min(num_eval_images or len(self.records), len(self.records))
-        self._seed, self._batch_size, self._size = seed, batch_size, image_size
+        self._seed, self._size = seed, image_size
         self._max_segments, self._augment = max_segments, augment
         self._scale_range, self._max_class_area = scale_range, max_class_area
         self._zero_shot, self._skip = unseen_images != "keep", on_bad_example == "skip"
@@ -126,54 +125,34 @@ class SegmentationLoader:
         self._pool = futures.ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
         self._skipped_files: set[str] = set()
         self._lock = threading.Lock()
-        logger.info("%s", self.counts)
-
-    @functools.cached_property
-    def counts(self) -> dict[str, int]:
-        """How many images and segments (crowd included) the part holds and training uses."""
-        is_seen = np.array(self.vocabulary.is_seen)
-        segments = sum(len(record.labels) for record in self.records)
-        unseen = sum(int((~is_seen[record.labels]).sum()) for record in self.records)
-        return {
-            "images": len(self.records),
-            "training_images": len(self.training_indices),
-            "segments": segments,
-            "unseen_segments": unseen,
-            "training_segments": sum(
-                len(self._training.records[i].labels) for i in self.training_indices
-            ),
-        }
 
     @property
     def skipped(self) -> int:
         """Number of different training images skipped so far because they could not be used."""
         return len(self._skipped_files)
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This process's share of the global batch of a step, a pure function of the step.
+    def batch(self, step: int, batch_size: int) -> dict[str, np.ndarray]:
+        """This process's share of the global batch of a step, a pure function of both.
 
         Every epoch visits each training image once, in an order of its own; the epochs follow one
         another without a gap, so a batch may hold the end of one and the beginning of the next.
 
         Args:
           step: >= 0.
+          batch_size: images of the *global* batch, a multiple of process_count. The global batch of
+            a step does not depend on how many processes share it.
 
         Returns:
-          With B = batch_size / process_count, S = image_size, G = max_segments: image [B, S, S, 3]
-          uint8 (padding 128), segment_ids [B, S, S] uint8 (uint16 where G > 255; 0 void and
-          padding, g owns row g-1), segment_labels [B, G] int32 (-1 padded), segment_is_thing and
-          segment_is_crowd [B, G] bool, segment_source_ids [B, G] int64 (0 padded), image_id [B]
-          int64, image_size [B, 2] int32 (height, width of the valid area). Segments that the crop
-          removed have no row.
+          A batch of `IMAGE_FIELDS`, see `core.batch`. Segments that the crop removed have no row.
 
         Raises:
-          DataError: if an image cannot be used (see on_bad_example), or none is left to train on.
+          FileError: if an image cannot be used (see on_bad_example), or none is left to train on.
         """
-        positions = self._positions(step, self._batch_size)
+        positions = self._positions(step, batch_size)
         # Examples are drawn where they stay: copying them together would cost as much as an id map.
         shape = (len(positions), self._size, self._size)
         images = np.empty((*shape, 3), np.uint8)
-        id_maps = np.zeros(shape, np.uint8 if self._max_segments <= 255 else np.uint16)
+        id_maps = np.zeros(shape, id_dtype(self._max_segments))
         tables = list(self._pool.map(self._training_example, positions, images, id_maps))
         rest = {name: np.stack([table[name] for table in tables]) for name in tables[0]}
         return {"image": images, "segment_ids": id_maps, **rest}
@@ -194,7 +173,7 @@ class SegmentationLoader:
           class names.
 
         Raises:
-          DataError: if an image cannot be used, or there is no seen segment to train on.
+          FileError: if an image cannot be used, or there is no seen segment to train on.
         """
         positions = self._positions(step, batch_size)
         if not len(self._caption_segments):
@@ -219,7 +198,7 @@ class SegmentationLoader:
 
         Raises:
           ValueError: at the call of `next`, if process_index is not below process_count.
-          DataError: if an image cannot be used.
+          FileError: if an image cannot be used.
         """
         if not 0 <= process_index < process_count:
             raise ValueError(
@@ -232,10 +211,7 @@ class SegmentationLoader:
             if index < self.num_eval_images:
                 return dict(self.eval_example(index), is_padding=np.bool_(False))
             last = self.eval_example(self.num_eval_images - 1)
-            tables = {
-                name: np.full_like(last[name], padding)
-                for name, padding in geometry.TABLE_PADDING.items()
-            }
+            tables = {k: np.full_like(last[k], FIELDS[k].padding) for k in SEGMENT_TABLES}
             empty = np.zeros_like(last["segment_ids"])
             return {**last, **tables, "segment_ids": empty, "is_padding": np.bool_(True)}
 
@@ -251,7 +227,7 @@ class SegmentationLoader:
           is ever left out: tables hold max_segments rows, or as many as the image has if more.
 
         Raises:
-          DataError: if the image cannot be used, also where training would skip it.
+          FileError: if the image cannot be used, also where training would skip it.
         """
         record = self.records[index]
         image, segment_ids = self.source.read(record)
@@ -349,7 +325,7 @@ class SegmentationLoader:
                 image, segment_ids = self._training.read(record)
                 if row is None or (segment_ids == row + 1).any():
                     return tried, image, segment_ids
-            except DataError as error:
+            except FileError as error:
                 if not self._skip:
                     raise
                 with self._lock:
@@ -373,10 +349,7 @@ class SegmentationLoader:
         return {
             "image_id": np.int64(record.image_id),
             "image_size": np.array(image_size, np.int32),
-            **{
-                name: geometry.pad_table(values, length, geometry.TABLE_PADDING[name])
-                for name, values in tables.items()
-            },
+            **{name: pad_table(values, name, length) for name, values in tables.items()},
         }
 
 
@@ -385,9 +358,3 @@ def _epoch_order(count: int, *key: int) -> np.ndarray:
     order = np.random.default_rng(key).permutation(count)
     order.setflags(write=False)
     return order
-
-
-def _check_arguments(**values_and_minima: tuple[int, int]) -> None:
-    for name, (value, minimum) in values_and_minima.items():
-        if value < minimum:
-            raise ValueError(f"{name} is {value} and must be at least {minimum}.")

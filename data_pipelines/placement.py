@@ -14,10 +14,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from concat_jax.core.batch import FIELDS
 from data_pipelines.id_runs import keep_largest_segments
 
-# detectron2's FixedSizeCrop pads images with 128, close to the mean that is subtracted later.
-IMAGE_PADDING = 128
+# 128, as detectron2's FixedSizeCrop: close to the mean that is subtracted later.
+_PADDING = FIELDS["image"].padding
 
 # Loaders have threads of their own.
 cv2.setNumThreads(1)
@@ -112,8 +113,8 @@ def place_image(
     height, width = placement.resized
     if canvas is None:
         canvas = np.empty((size, size, 3), np.uint8)
-    canvas[height:] = IMAGE_PADDING
-    canvas[:height, width:] = IMAGE_PADDING
+    canvas[height:] = _PADDING
+    canvas[:height, width:] = _PADDING
     window = _window(image, placement)
     factor = max(window.shape[0] / height, window.shape[1] / width)
     # Up to a tenth the bilinear resize alone is nearer to Pillow's, whose filter widens.

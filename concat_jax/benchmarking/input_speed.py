@@ -8,6 +8,7 @@ the machine down for a while slows all of them down.
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import os
 import pathlib
@@ -69,9 +70,7 @@ def measure_input_speed(
     # Of all of COCO, shards would take an hour to build.
     folder = copy.copy(open_source("coco_panoptic_zps", root, part))
     folder.records = folder.records[:num_images]
-    options = dict(
-        seed=0, batch_size=batch_size, image_size=size, unseen_images="keep", num_threads=1
-    )
+    options = dict(seed=0, image_size=size, unseen_images="keep", num_threads=1)
     steps = range(-(-len(folder.records) // batch_size))
     number = len(steps) * batch_size
     with tempfile.TemporaryDirectory() as temporary:
@@ -88,13 +87,16 @@ def measure_input_speed(
             FOLDER: SegmentationLoader(folder, **options),
             SHARDS: SegmentationLoader(ShardSource(temporary, part), **options),
         }
-        batches = [loaders[FOLDER].batch(step)["image_id"] for step in steps]
+        batches = [loaders[FOLDER].batch(step, batch_size)["image_id"] for step in steps]
         of_id = {record.image_id: record for record in folder.records}
         records = [of_id[image_id] for ids in batches for image_id in ids.tolist()]
         paths = [folder.images_folder / record.file_name for record in records]
         calls: dict[str, Callable[[], None]] = {
             RAW: lambda: _decode(paths),
-            **{name: lambda loader=loader: _run(loader, steps) for name, loader in loaders.items()},
+            **{
+                name: functools.partial(_run, loader, steps, batch_size)
+                for name, loader in loaders.items()
+            },
         }
         whole: dict[str, list[float]] = {name: [] for name in calls}
         parts: dict[str, list[float]] = defaultdict(list)
@@ -117,9 +119,9 @@ def _decode(paths: list[pathlib.Path]) -> None:
         np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _run(loader: SegmentationLoader, steps: range) -> None:
+def _run(loader: SegmentationLoader, steps: range, batch_size: int) -> None:
     for step in steps:
-        loader.batch(step)
+        loader.batch(step, batch_size)
 
 
 def _profile(

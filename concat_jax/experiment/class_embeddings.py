@@ -36,7 +36,7 @@ def make_tokenizer(config: ml_collections.ConfigDict, caption_words: Sequence[st
 
     Args:
       config: whole, for `text` and `init.clip`.
-      caption_words: what a tokenizer of words has to know.
+      caption_words: texts that hold what a tokenizer of words has to know.
 
     Raises:
       ValueError: if CLIP's vocabulary is configured nowhere or cannot be read.
@@ -44,7 +44,7 @@ def make_tokenizer(config: ml_collections.ConfigDict, caption_words: Sequence[st
     text = config.text
     check_choice(text.tokenizer, ("words", "clip"), "config.text.tokenizer is")
     if text.tokenizer == "words":
-        return WordTokenizer(caption_words, text.context_length)
+        return WordTokenizer.of_texts(caption_words, text.context_length)
     # The folder that the weights are from has a tokenizer, too, if it is a whole one.
     weights = config.get("init", {}).get("clip", "")
     path = text.bpe_path or (clip_tokenizer_folder(weights) if weights else None)

@@ -8,7 +8,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import tokenizers
@@ -297,6 +297,12 @@ class WordTokenizer:
         self._start_id = 1 + len(self._ids)
         self.eot_id = self._start_id + 1
         self.vocab_size = self.eot_id + 1
+
+    @classmethod
+    def of_texts(cls, texts: Sequence[str], context_length: int) -> Self:
+        """The tokenizer of all words in some texts, sorted, whatever stands between them."""
+        words = {word for text in _check_texts(texts) for word in cls._split(text)}
+        return cls(sorted(words), context_length)
 
     @staticmethod
     def _split(text: str) -> list[str]:

@@ -16,13 +16,14 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from concat_jax.core.files import FileError
 from concat_jax.core.vocabulary import Vocabulary
 
 UnseenImages = Literal["drop", "void", "keep"]
 UNSEEN_IMAGES: tuple[str, ...] = ("drop", "void", "keep")
 
 
-class DataError(ValueError):
+class DataError(FileError):
     """Something on disk is missing or inconsistent; the message names the file."""
 
 

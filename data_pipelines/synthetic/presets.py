@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 
+from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.synthetic import patterns
 
@@ -59,7 +59,7 @@ class WorldPreset:
             for entry, (attribute, table) in itertools.product(classes, tables.items()):
                 value = getattr(entry, attribute)
                 if value is not None:
-                    require_one_of(value, table, f"{what} {attribute} of class {entry.name!r}")
+                    check_choice(value, table, f"Class {entry.name!r}: no {what} {attribute}")
 
     @functools.cached_property
     def classes(self) -> tuple[WorldClass, ...]:
@@ -74,15 +74,6 @@ class WorldPreset:
             is_thing=tuple(k < len(self.things) for k in range(len(self.classes))),
             is_seen=tuple(entry.is_seen for entry in self.classes),
             category_ids=tuple(range(1, len(self.classes) + 1)),
-        )
-
-
-def require_one_of(value: str, options: Collection[str], what: str) -> None:
-    """Raises ValueError, naming the nearest option, unless `value` is one of `options`."""
-    if value not in options:
-        near = difflib.get_close_matches(str(value), list(options), n=1, cutoff=0.0)
-        raise ValueError(
-            f"Unknown {what} {value!r}; the nearest of {', '.join(options)} is {near[0]!r}."
         )
 
 
@@ -167,7 +158,7 @@ def get_preset(preset: str | WorldPreset) -> WorldPreset:
     """
     if isinstance(preset, WorldPreset):
         return preset
-    require_one_of(preset, PRESETS, "preset")
+    check_choice(preset, PRESETS, "There is no preset")
     return PRESETS[preset]
 
 
@@ -180,9 +171,3 @@ def caption(names: Sequence[str]) -> str:
     if not names:
         raise ValueError("A caption needs at least one class name; got none.")
     return " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names)
-
-
-def word_list(preset: str | WorldPreset) -> tuple[str, ...]:
-    """All words that the preset's names and captions can hold, sorted, each once."""
-    words = {word for entry in get_preset(preset).classes for word in entry.name.split()}
-    return tuple(sorted(words | {"a", "an", "and"}))

@@ -54,7 +54,7 @@ def ground_tone(
 
     Args:
       rng: drawn from in a fixed order.
-      texture: key of `synthetic_patterns.STUFF_TEXTURES`.
+      texture: key of `patterns.STUFF_TEXTURES`.
       height, width: size in pixels.
       scale: pixels per pixel of the reference scene.
     """
@@ -258,54 +258,3 @@ def paint_scene(
         )
         owner[window][mask] = len(stuff) + 1 + number
     return finish(rng, canvas, light), owner, full_areas
-
-
-def outline(image: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
-    """Pale copy of `image` [H, W, 3] uint8 with the borders of `segment_ids` [H, W], void black."""
-    pale = image // 2 + 96
-    pale[segment_ids == 0] = 0
-    # A border pixel differs from its neighbour below or to the right.
-    after = np.pad(segment_ids, ((0, 1), (0, 1)), "edge")
-    pale[(after[1:, :-1] != segment_ids) | (after[:-1, 1:] != segment_ids)] = (255, 0, 255)
-    return pale
-
-
-def tile(pictures: Sequence[np.ndarray], width: int, gap: int = 8) -> np.ndarray:
-    """Pictures [h, w, 3] uint8 of one size in rows on a white sheet of `width`, `gap` between."""
-    h, w, _ = pictures[0].shape
-    columns = max(1, (width - gap) // (w + gap))
-    rows = -(-len(pictures) // columns)
-    sheet = np.full((rows * (h + gap) + gap, width, 3), 255, np.uint8)
-    for number, picture in enumerate(pictures):
-        top, left = gap + number // columns * (h + gap), gap + number % columns * (w + gap)
-        sheet[top : top + h, left : left + w] = picture
-    return sheet
-
-
-def contact_sheet(
-    images: Sequence[np.ndarray],
-    segment_ids: Sequence[np.ndarray],
-    crops: Sequence[np.ndarray],
-    *,
-    columns: int = 6,
-    zoom: int = 4,
-) -> np.ndarray:
-    """Scenes with their segments outlined beside them, and the crops below.
-
-    Args:
-      images: scenes [H, W, 3] uint8.
-      segment_ids: one [H, W] of whole numbers for each.
-      crops: pictures [h, w, 3] uint8.
-      columns: scenes in a row.
-      zoom: whole-number magnification.
-
-    Returns:
-      [h, w, 3] uint8.
-    """
-    pixel = np.ones((zoom, zoom, 1), np.uint8)
-    pairs = []
-    for image, ids in zip(images, segment_ids, strict=True):
-        image, ids = np.kron(image, pixel), np.kron(ids, pixel[..., 0])
-        pairs.append(np.concatenate([image, outline(image, ids)], axis=1))
-    scenes = tile(pairs, 8 + columns * (pairs[0].shape[1] + 8))
-    return np.concatenate([scenes, tile([np.kron(c, pixel) for c in crops], scenes.shape[1])])

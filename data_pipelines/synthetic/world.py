@@ -2,48 +2,31 @@
 
 It needs no download. Class names are compositional ("red striped balloon"), so an unseen class is
 an unseen combination of attributes that seen classes show in other combinations. The presets are
-data in `synthetic_presets.py`:
+data in `presets.py`:
 
   texture  16 things (4 colours x 4 textures, any shape) and 12 stuff (3 hues x 4 patterns).
   shape    harder: 20 things (4 colours x 5 shapes, any texture) and the same 12 stuff.
   opaque   harder: the looks of texture, with an invented word for each name, so that what unseen
            classes look like is known from captions alone.
-
-`python -m data_pipelines.synthetic.world --out=sheet.png` prints the class list and the measured
-speed and writes a contact sheet.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
-from concat_jax.core import cli
+from concat_jax.core.batch import pad_table
+from concat_jax.core.config import check_choice
 from data_pipelines.synthetic import render
 from data_pipelines.synthetic.presets import (
-    PRESETS,
     STUFF_TABLES,
     THING_TABLES,
     WorldClass,
     WorldPreset,
     caption,
     get_preset,
-    require_one_of,
-    word_list,
 )
-
-__all__ = [
-    "PRESETS",
-    "CaptionWorld",
-    "SyntheticWorld",
-    "WorldClass",
-    "WorldPreset",
-    "caption",
-    "word_list",
-]
 
 # Textures of 5 to 7 pixels and radii of 8 to 15 are for this scene size; others scale with it.
 REFERENCE_SIZE = 64
@@ -67,7 +50,7 @@ def _require_seed(seed: int) -> int:
 
 def _allowed(preset: WorldPreset, which: str) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the thing and of the stuff classes that may be drawn: seen, unseen or all."""
-    require_one_of(which, ("seen", "all", "unseen"), "value of classes")
+    check_choice(which, ("seen", "all", "unseen"), "There is no set of classes")
     vocabulary = preset.vocabulary
     chosen = {
         "seen": vocabulary.seen,
@@ -140,7 +123,7 @@ class SyntheticWorld:
         # Below 16 pixels a thing has a radius of 2 to 4 and no texture is left.
         self.image_size = _require_at_least(image_size, 16, "image_size")
         self.seed = _require_seed(seed)
-        require_one_of(split, SPLITS, "split")
+        check_choice(split, SPLITS, "The synthetic world has no split")
         self.split = split
         self.batch_size = _require_at_least(batch_size, 1, "batch_size")
         if classes is None:
@@ -168,13 +151,9 @@ class SyntheticWorld:
         self._min_visible = min_visible
 
     def example(self, index: int) -> dict[str, np.ndarray]:
-        """Scene `index` of the split, one row of a batch.
+        """Scene `index` of the split: one row of a batch of `IMAGE_FIELDS`, [H, W] all valid.
 
-        Returns:
-          image [H, W, 3] uint8; segment_ids [H, W] uint8 (0 void, value g owns table row g - 1, ids
-          without gaps); segment_labels [G] int32 (-1 padded); segment_is_thing, segment_is_crowd
-          [G] bool; segment_source_ids [G] int64 (g, 0 padded); image_id [] int64, unique over the
-          splits; image_size [2] int32.
+        Segment ids are without gaps, source ids 1, 2, ...; image ids are unique over the splits.
 
         Raises:
           ValueError: if `index` is negative.
@@ -183,19 +162,18 @@ class SyntheticWorld:
         stream = SPLITS.index(self.split)
         rng = np.random.default_rng([self.seed, stream, index])
         image, segment_ids, labels = self._draw(rng)
-        count = len(labels)
-        row_labels = np.full(self.max_segments, -1, np.int32)
-        row_labels[:count] = labels
-        source_ids = np.zeros(self.max_segments, np.int64)
-        source_ids[:count] = np.arange(1, count + 1)
+        things = np.array(self.vocabulary.is_thing)
+        tables = {
+            "segment_labels": labels,
+            "segment_is_thing": things[labels],
+            "segment_is_crowd": np.zeros(len(labels), bool),
+            "segment_source_ids": np.arange(1, len(labels) + 1),
+        }
         return {
             "image": image,
             "segment_ids": segment_ids,
-            "segment_labels": row_labels,
-            "segment_is_thing": (row_labels >= 0) & (row_labels < len(self.preset.things)),
-            "segment_is_crowd": np.zeros(self.max_segments, bool),
+            **{k: pad_table(column, k, self.max_segments) for k, column in tables.items()},
             "image_id": np.int64((stream << 40) + index),
-            "segment_source_ids": source_ids,
             "image_size": np.array([self.image_size, self.image_size], np.int32),
         }
 
@@ -367,58 +345,3 @@ class CaptionWorld:
             image = (blocks.mean(axis=(1, 3)) + 0.5).astype(np.uint8)
         visible = rng.permutation(np.unique(labels))
         return image, caption([self.vocabulary.names[k] for k in visible])
-
-
-def _pictures_per_second(world: SyntheticWorld | CaptionWorld, seconds: float = 2.0) -> float:
-    start = time.perf_counter()
-    for step in itertools.count():
-        world.batch(step)
-        elapsed = time.perf_counter() - start
-        if elapsed > seconds:
-            return (step + 1) * world.batch_size / elapsed
-
-
-def define_flags(flags: cli.Flags) -> None:
-    """The flags of this command."""
-    flags.choice("preset", "texture", sorted(PRESETS), "The label space.")
-    flags.choice("classes", "all", ("seen", "unseen", "all"), "What is drawn.")
-    flags.integer("image_size", REFERENCE_SIZE, "Side in pixels.")
-    flags.integer("seed", 0, "Of the drawing.")
-    flags.string("out", "", "A PNG file for the contact sheet.")
-
-
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
-    """Prints the class list and the measured speed; writes a contact sheet where --out says."""
-    shared = {name: given[name].value for name in ("preset", "image_size", "seed", "classes")}
-    world = SyntheticWorld(**shared)
-    for entry, is_thing in zip(world.preset.classes, world.vocabulary.is_thing, strict=True):
-        kind = "thing" if is_thing else "stuff"
-        print(f"{kind}  {'seen  ' if entry.is_seen else 'unseen'}  {entry.name}")
-    crop_size = world.image_size // 2
-    print(f"{_pictures_per_second(world):.0f} scenes/s at {world.image_size} pixels on one core")
-    captions = CaptionWorld(crop_size=crop_size, **shared)
-    print(f"{_pictures_per_second(captions):.0f} caption images/s at {crop_size} pixels")
-    if given.out:
-        from PIL import Image
-
-        scenes = [world.example(index) for index in range(24)]
-        legend = CaptionWorld(
-            crop_size=crop_size, scene_ratio=0.0, batch_size=len(world.vocabulary), **shared
-        ).batch(0)
-        sheet = render.contact_sheet(
-            [scene["image"] for scene in scenes],
-            [scene["segment_ids"] for scene in scenes],
-            legend["image"][legend["labels"].argsort()],
-            zoom=max(1, 4 * REFERENCE_SIZE // world.image_size),
-        )
-        Image.fromarray(sheet).save(given.out)
-        print(f"wrote {given.out}")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    cli.main(__doc__, define_flags, command, argv, computes=False)
-
-
-if __name__ == "__main__":
-    main()

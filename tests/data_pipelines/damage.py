@@ -358,7 +358,6 @@ def load(world: World, on_bad_example: str) -> SegmentationLoader:
     return SegmentationLoader(
         source,
         seed=0,
-        batch_size=1,
         image_size=32,
         unseen_images="keep",
         on_bad_example=on_bad_example,
@@ -389,7 +388,7 @@ def check(world: World, names: list[str]) -> str:
         except DataError as error:
             assert str(error) == sentence
             return sentence
-        ids = [int(loader.batch(step)["image_id"][0]) for step in range(len(loader.records))]
+        ids = [int(loader.batch(step, 1)["image_id"][0]) for step in range(len(loader.records))]
         assert 1 <= loader.skipped <= 2
         good = len(loader.records) - loader.skipped
         assert len(set(ids)) == good

@@ -99,14 +99,14 @@ def test_smaller_instances_lie_on_top_and_crowd_below(tmp_path):
 def test_hidden_instances_are_counted_and_vanish_from_examples(tmp_path):
     source = load(tmp_path)
     assert source.count_hidden() == 1  # 16, under 17
-    options = dict(seed=0, batch_size=1, image_size=16, max_segments=4, num_threads=1)
+    options = dict(seed=0, image_size=16, max_segments=4, num_threads=1)
     data = SegmentationLoader(source, unseen_images="keep", **options)
     example = data.eval_example(1)
     assert example["segment_source_ids"].tolist() == [15, 17, 0, 0]
     assert data.training_indices.tolist() == [0, 1]
     assert SegmentationLoader(source, **options).training_indices.tolist() == [0]
     void = SegmentationLoader(source, unseen_images="void", augment="none", **options)
-    assert {tuple(void.batch(step)["segment_labels"][0]) for step in range(2)} == {
+    assert {tuple(void.batch(step, 1)["segment_labels"][0]) for step in range(2)} == {
         (0, 1, 0, -1),
         (0, -1, -1, -1),
     }

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from concat_jax.core import prefetch
+from concat_jax.core.batch import IMAGE_FIELDS, batch_shapes
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.coco_panoptic import CocoPanopticSource
 from data_pipelines.sources.source import DataError
@@ -93,7 +94,7 @@ def write_json(folder, content, part="train2017"):
 
 def load(folder, *, part="train2017", split_file=None, **options):
     source = CocoPanopticSource(folder, part=part, split_file=split_file or folder / "split.json")
-    defaults = dict(seed=3, batch_size=4, image_size=32, max_segments=6, num_threads=2)
+    defaults = dict(seed=3, image_size=32, max_segments=6, num_threads=2)
     return SegmentationLoader(source, **(defaults | options))
 
 
@@ -112,20 +113,11 @@ def _assert_equal(left, right):
 # What a batch is.
 
 
-def test_fields_shapes_and_types(world):
-    batch = load(world).batch(0)
-    found = {name: (value.shape, value.dtype.name) for name, value in batch.items()}
-    assert found == {
-        "image": ((4, 32, 32, 3), "uint8"),
-        "segment_ids": ((4, 32, 32), "uint8"),
-        "segment_labels": ((4, 6), "int32"),
-        "segment_is_thing": ((4, 6), "bool"),
-        "segment_is_crowd": ((4, 6), "bool"),
-        "segment_source_ids": ((4, 6), "int64"),
-        "image_id": ((4,), "int64"),
-        "image_size": ((4, 2), "int32"),
-    }
-    assert load(world, max_segments=256).batch(0)["segment_ids"].dtype == np.uint16
+def test_batches_keep_the_contract(world):
+    for rows in (6, 256):
+        batch = load(world, max_segments=rows).batch(0, 4)
+        found = {name: (value.shape, value.dtype) for name, value in batch.items()}
+        assert found == batch_shapes(IMAGE_FIELDS, B=4, S=32, G=rows)
 
 
 def test_tables_match_the_pixels_under_jitter(world):
@@ -133,7 +125,7 @@ def test_tables_match_the_pixels_under_jitter(world):
     names = data.vocabulary.names
     rows_seen, checked = [], 0
     for step in range(25):
-        batch = data.batch(step)
+        batch = data.batch(step, 4)
         for b in range(4):
             image_id, ids = int(batch["image_id"][b]), batch["segment_ids"][b]
             source = batch["segment_source_ids"][b]
@@ -169,7 +161,7 @@ def test_tables_match_the_pixels_under_jitter(world):
 
 
 def test_without_augmentation_the_whole_image_is_letterboxed(world):
-    batch = load(world, augment="none", image_size=40).batch(0)
+    batch = load(world, augment="none", image_size=40).batch(0, 4)
     assert (batch["image_size"] == [30, 40]).all()
     for image_id, ids in zip(batch["image_id"], batch["segment_ids"], strict=True):
         for row, (_, _, (left, top, *_)) in enumerate(IMAGES[int(image_id)]):
@@ -180,8 +172,8 @@ def test_without_augmentation_the_whole_image_is_letterboxed(world):
 
 
 def test_of_too_many_segments_the_largest_stay(world):
-    data = load(world, augment="none", image_size=40, max_segments=2, batch_size=6)
-    batch = data.batch(0)
+    data = load(world, augment="none", image_size=40, max_segments=2)
+    batch = data.batch(0, 6)
     b = batch["image_id"].tolist().index(17)  # sky, a cat of 4 pixels, a cat of 16
     assert batch["segment_source_ids"][b].tolist() == [_segment_id(17, 0), _segment_id(17, 2)]
     assert (batch["segment_ids"][b, 20:24, 20:24] == 2).all()
@@ -193,89 +185,80 @@ def test_of_too_many_segments_the_largest_stay(world):
 
 def test_a_batch_does_not_depend_on_what_came_before(world):
     walked, jumped = load(world), load(world, num_threads=1)
-    history = [walked.batch(step) for step in range(7)]
+    history = [walked.batch(step, 4) for step in range(7)]
     for step in (6, 2, 6):
-        _assert_equal(jumped.batch(step), history[step])
-    _assert_equal(walked.batch(2), history[2])
-    ahead = list(prefetch.prefetch(walked.batch, 3, 4, depth=3, num_threads=3))
+        _assert_equal(jumped.batch(step, 4), history[step])
+    _assert_equal(walked.batch(2, 4), history[2])
+    ahead = list(
+        prefetch.prefetch(lambda step: walked.batch(step, 4), 3, 4, depth=3, num_threads=3)
+    )
     for step, batch in enumerate(ahead, start=3):
         _assert_equal(batch, history[step])
 
 
 def test_seed_and_epoch_change_order_and_jitter(world):
-    data = load(world, batch_size=6)
-    first, second = data.batch(0), data.batch(1)
+    data = load(world)
+    first, second = data.batch(0, 6), data.batch(1, 6)
     assert first["image_id"].tolist() != second["image_id"].tolist()
-    assert (
-        load(world, batch_size=6, seed=4).batch(0)["image_id"].tolist()
-        != first["image_id"].tolist()
-    )
-    sizes = {tuple(size) for step in range(5) for size in data.batch(step)["image_size"]}
+    assert load(world, seed=4).batch(0, 6)["image_id"].tolist() != first["image_id"].tolist()
+    sizes = {tuple(size) for step in range(5) for size in data.batch(step, 6)["image_size"]}
     assert len(sizes) > 15  # the same image is not jittered the same way every epoch
 
 
 def test_order_is_the_documented_generator(world):
-    data = load(world, batch_size=6)
+    data = load(world)
     for epoch in (0, 1, 5):
         order = np.random.default_rng([3, epoch]).permutation(6)
         expected = np.array(sorted(ALLOWED))[order]
-        assert data.batch(epoch)["image_id"].tolist() == expected.tolist()
+        assert data.batch(epoch, 6)["image_id"].tolist() == expected.tolist()
 
 
 def test_every_epoch_visits_each_training_image_once_even_across_batches(world):
-    data = load(world, batch_size=4)  # 6 images: every other batch straddles two epochs
-    stream = np.concatenate([data.batch(step)["image_id"] for step in range(6)])
+    data = load(world)  # 6 images: every other batch straddles two epochs
+    stream = np.concatenate([data.batch(step, 4)["image_id"] for step in range(6)])
     for epoch in range(4):
         assert set(stream[epoch * 6 : epoch * 6 + 6].tolist()) == ALLOWED
 
 
 @pytest.mark.parametrize("process_count", [2, 3])
 def test_processes_share_the_global_batch(world, process_count):
-    whole = load(world, batch_size=6)
+    whole = load(world)
     shares = [
-        load(world, batch_size=6, process_index=i, process_count=process_count)
-        for i in range(process_count)
+        load(world, process_index=i, process_count=process_count) for i in range(process_count)
     ]
     for step in range(3):
-        parts = [share.batch(step) for share in shares]
+        parts = [share.batch(step, 6) for share in shares]
         ids = [set(part["image_id"].tolist()) for part in parts]
         assert sum(len(i) for i in ids) == len(set.union(*ids)) == 6  # disjoint, union the epoch
         assert set.union(*ids) == ALLOWED
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        _assert_equal(joined, whole.batch(step))
+        _assert_equal(joined, whole.batch(step, 6))
 
 
 # The zero-shot rule.
 
 
 def test_images_with_an_unseen_segment_never_train(world):
-    data = load(world, batch_size=6)
+    data = load(world)
     assert {data.records[i].image_id for i in data.training_indices} == ALLOWED
     for step in range(4):
-        labels = data.batch(step)["segment_labels"]
+        labels = data.batch(step, 6)["segment_labels"]
         assert not np.isin(labels, data.vocabulary.unseen).any()
-    assert data.counts == {
-        "images": 8,
-        "training_images": 6,
-        "segments": 17,
-        "unseen_segments": 2,
-        "training_segments": 13,
-    }
 
 
 def test_keep_trains_on_everything(world):
-    data = load(world, unseen_images="keep", batch_size=8)
-    batch = data.batch(0)
+    data = load(world, unseen_images="keep")
+    batch = data.batch(0, 8)
     assert set(batch["image_id"].tolist()) == set(IMAGES)
     assert (batch["segment_labels"] == 1).any()
 
 
 def test_a_leak_is_refused_with_the_image(world):
     for on_bad_example in ("raise", "skip"):
-        data = load(world, batch_size=8, on_bad_example=on_bad_example)
+        data = load(world, on_bad_example=on_bad_example)
         data.training_indices = np.arange(8)
         with pytest.raises(DataError, match="Image 1[35] .* is in training but holds .*'road'"):
-            data.batch(0)
+            data.batch(0, 8)
 
 
 def test_nothing_to_train_on(world):
@@ -286,7 +269,7 @@ def test_nothing_to_train_on(world):
     data = load(world)
     assert len(list(data.eval_examples())) == 8
     with pytest.raises(DataError, match="nothing to train on"):
-        data.batch(0)
+        data.batch(0, 4)
     with pytest.raises(DataError, match="no seen segment"):
         data.caption_batch(0, 4, 8)
 
@@ -324,7 +307,7 @@ def test_eval_limit_and_no_segment_left_out(world):
 
 def test_caption_pairs_are_boxes_of_seen_segments(world):
     data = load(world)
-    total = data.counts["training_segments"]
+    total = sum(len(IMAGES[image_id]) for image_id in ALLOWED)
     batch = data.caption_batch(0, total, 16)
     assert batch["image"].shape == (total, 16, 16, 3) and batch["image"].dtype == np.uint8
     expected = sorted(
@@ -363,7 +346,7 @@ def test_png_folder_beside_annotations_and_an_empty_one_within(tmp_path):
     make_world(tmp_path / "a")
     make_world(tmp_path / "b", pngs=".")
     (tmp_path / "b" / "annotations" / "panoptic_train2017").mkdir()
-    _assert_equal(load(tmp_path / "a").batch(1), load(tmp_path / "b").batch(1))
+    _assert_equal(load(tmp_path / "a").batch(1, 4), load(tmp_path / "b").batch(1, 4))
 
 
 def test_grey_palette_and_rotated_files_are_read(world):
@@ -581,10 +564,10 @@ BAD_FILES = [
 
 @pytest.mark.parametrize(("harm", "message"), BAD_FILES)
 def test_bad_files_raise_in_training_and_evaluation(world, harm, message):
-    data = load(world, batch_size=6)
+    data = load(world)
     harm(world)
     with pytest.raises(DataError, match=message):
-        data.batch(0)
+        data.batch(0, 6)
     with pytest.raises(DataError, match=message):
         list(load(world).eval_examples() if harm is not _vanish else data.eval_examples())
     with pytest.raises(DataError, match=message):
@@ -593,13 +576,13 @@ def test_bad_files_raise_in_training_and_evaluation(world, harm, message):
 
 @pytest.mark.parametrize(("harm", "message"), BAD_FILES)
 def test_bad_files_are_replaced_by_the_next_of_the_epoch(world, harm, message, caplog):
-    good = load(world, batch_size=6, augment="none")
-    data = load(world, batch_size=6, augment="none", on_bad_example="skip")
-    before = [good.batch(step) for step in range(3)]
+    good = load(world, augment="none")
+    data = load(world, augment="none", on_bad_example="skip")
+    before = [good.batch(step, 6) for step in range(3)]
     assert data.skipped == 0
     harm(world)
     with caplog.at_level(logging.WARNING):
-        after = [data.batch(step) for step in range(3)]
+        after = [data.batch(step, 6) for step in range(3)]
     for old, new in zip(before, after, strict=True):
         where = old["image_id"].tolist().index(16)
         next_one = (where + 1) % 6
@@ -611,12 +594,8 @@ def test_bad_files_are_replaced_by_the_next_of_the_epoch(world, harm, message, c
     assert len([r for r in caplog.records if "Skipped" in r.message]) == 1
     assert "16." in caplog.text
     # The same on a process that begins later, and evaluation does not skip.
-    resumed = (
-        load(world, batch_size=6, augment="none", on_bad_example="skip")
-        if (harm is not _vanish)
-        else data
-    )
-    _assert_equal(resumed.batch(2), after[2])
+    resumed = load(world, augment="none", on_bad_example="skip") if (harm is not _vanish) else data
+    _assert_equal(resumed.batch(2, 6), after[2])
     with pytest.raises(DataError, match=message):
         list(data.eval_examples())
 
@@ -633,7 +612,7 @@ def test_skipping_ends_when_nothing_is_left(world):
     for image_id in IMAGES:
         (world / "train2017" / f"{image_id}.jpg").write_bytes(b"")
     with pytest.raises(DataError, match="Not one of the training images can be used"):
-        data.batch(0)
+        data.batch(0, 4)
     assert data.skipped == 6
 
 
@@ -669,16 +648,15 @@ def test_damaged_files_never_raise_anything_but_data_error(world):
     ("options", "message"),
     [
         ({"seed": -1}, "seed is -1"),
-        ({"batch_size": 0}, "batch_size is 0"),
         ({"image_size": 0}, "image_size is 0"),
         ({"max_segments": 0}, "max_segments is 0"),
         ({"max_segments": 65536}, "max_segments is 65536"),
         ({"num_eval_images": 0}, "num_eval_images is 0"),
         ({"num_threads": 0}, "num_threads is 0"),
         ({"process_index": 2, "process_count": 2}, "process_index 2"),
-        ({"process_count": 3}, "batch_size 4 must be a multiple of process_count 3"),
+        ({"augment": "lsi"}, "augment cannot be 'lsi'; did you mean 'lsj'"),
         ({"unseen_images": "hide"}, "unseen_images is 'hide'"),
-        ({"on_bad_example": "ignore"}, "on_bad_example is 'ignore'"),
+        ({"on_bad_example": "ignore"}, "on_bad_example cannot be 'ignore'; did you mean"),
         ({"scale_range": (0, 1)}, "scale_range is"),
         ({"split_file": "none_such"}, "no split or vocabulary 'none_such'"),
     ],
@@ -691,7 +669,10 @@ def test_bad_arguments(world, options, message):
 def test_bad_steps(world):
     data = load(world, process_count=2)
     with pytest.raises(ValueError, match="step -1"):
-        data.batch(-1)
+        data.batch(-1, 4)
+    for batch_size in (0, 3):
+        with pytest.raises(ValueError, match=f"batch_size {batch_size} must be a positive multip"):
+            data.batch(0, batch_size)
     with pytest.raises(ValueError, match="batch_size 3"):
         data.caption_batch(0, 3, 8)
 
@@ -713,22 +694,6 @@ def mini(shared_data):
     return shared_data / "coco_panoptic_mini"
 
 
-def test_mini_counts(mini):
-    def counts(part):
-        source = CocoPanopticSource(mini, part=part)
-        return SegmentationLoader(source, seed=0, batch_size=1, image_size=64).counts
-
-    assert counts("train2017") == {
-        "images": 100,
-        "training_images": 31,
-        "segments": 1111,
-        "unseen_segments": 145,
-        "training_segments": 335,
-    }
-    val = counts("val2017")
-    assert (val["images"], val["segments"]) == (60, 622)
-
-
 def test_mini_epoch_holds_exactly_the_images_without_unseen_ids(mini):
     content = json.loads((mini / "annotations" / "panoptic_train2017.json").read_text())
     unseen = {21, 25, 33, 34, 41, 57, 87, 100, 145, 148, 149, 184, 187, 193}
@@ -737,8 +702,8 @@ def test_mini_epoch_holds_exactly_the_images_without_unseen_ids(mini):
         for a in content["annotations"]
         if not unseen & {s["category_id"] for s in a["segments_info"]}
     }
-    data = SegmentationLoader(CocoPanopticSource(mini), seed=1, batch_size=31, image_size=64)
-    batch = data.batch(0)
+    data = SegmentationLoader(CocoPanopticSource(mini), seed=1, image_size=64)
+    batch = data.batch(0, 31)
     assert len(expected) == 31 and set(batch["image_id"].tolist()) == expected
     assert set(data.caption_batch(0, 31, 16)["captions"]) <= {
         data.vocabulary.names[k] for k in data.vocabulary.seen
@@ -754,7 +719,7 @@ def test_mini_pixel_counts_are_the_areas_of_the_json(mini, part):
         for s in a["segments_info"]
     }
     source = CocoPanopticSource(mini, part=part)
-    data = SegmentationLoader(source, seed=0, batch_size=1, image_size=64, num_threads=2)
+    data = SegmentationLoader(source, seed=0, image_size=64, num_threads=2)
     found = {}
     for example in data.eval_examples():
         counts = np.bincount(example["segment_ids"].ravel(), minlength=101)

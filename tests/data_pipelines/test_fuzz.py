@@ -62,7 +62,7 @@ def _copy(clean, tmp_path):
 def test_the_undamaged_copy_loads(clean, tmp_path):
     loader = damage.load(_copy(clean, tmp_path), "raise")
     assert len(list(loader.eval_examples())) == 5
-    assert sorted(int(loader.batch(step)["image_id"][0]) for step in range(5)) == [1, 2, 3, 4, 5]
+    assert sorted(int(loader.batch(step, 1)["image_id"][0]) for step in range(5)) == [1, 2, 3, 4, 5]
 
 
 def test_a_fault_that_nobody_sees_fails_the_check(clean, tmp_path):

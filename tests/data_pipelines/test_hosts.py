@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from concat_jax.core.batch import FIELDS, SEGMENT_TABLES
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.vocabulary import Vocabulary
-from data_pipelines.augment import TABLE_PADDING, resize_longest
+from data_pipelines.augment import resize_longest
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.source import ImageRecord
 
@@ -33,7 +34,7 @@ class Stripes:
 
 
 def _loader(**options):
-    defaults = dict(seed=4, batch_size=6, image_size=16, max_segments=3, num_threads=2)
+    defaults = dict(seed=4, image_size=16, max_segments=3, num_threads=2)
     return SegmentationLoader(Stripes(), **(defaults | options))
 
 
@@ -52,15 +53,16 @@ def test_hosts_share_a_global_batch_that_does_not_depend_on_their_number(augment
         for i in range(process_count)
     ]
     for step in (0, 1, 5):
-        shares = [host.batch(step) for host in hosts]
+        shares = [host.batch(step, 6) for host in hosts]
         joined = {name: np.concatenate([share[name] for share in shares]) for name in shares[0]}
-        _assert_equal(joined, whole.batch(step))
+        _assert_equal(joined, whole.batch(step, 6))
 
 
 def test_two_hosts_see_disjoint_data_whose_union_is_the_epoch():
-    hosts = [_loader(batch_size=2, process_index=i, process_count=2) for i in range(2)]
+    hosts = [_loader(process_index=i, process_count=2) for i in range(2)]
     # 11 steps of 2 images are two epochs of 11; one epoch ends within a step.
-    seen = [[int(host.batch(step)["image_id"][0]) for step in range(NUM_IMAGES)] for host in hosts]
+    steps = range(NUM_IMAGES)
+    seen = [[int(host.batch(step, 2)["image_id"][0]) for step in steps] for host in hosts]
     stream = [image_id for pair in zip(*seen, strict=True) for image_id in pair]
     everything = list(range(100, 100 + NUM_IMAGES))
     assert sorted(stream[:NUM_IMAGES]) == sorted(stream[NUM_IMAGES:]) == everything
@@ -71,10 +73,14 @@ def test_two_hosts_see_disjoint_data_whose_union_is_the_epoch():
 @pytest.mark.parametrize("augment", ["lsj", "semantic", "none"])
 def test_stopping_and_resuming_gives_the_same_batches(augment):
     options = dict(augment=augment, process_index=1, process_count=2)
-    unbroken = list(prefetch(_loader(**options).batch, 0, 6))
-    before = list(prefetch(_loader(**options).batch, 0, 3))
+
+    def batches(first, count, **ahead):
+        loader = _loader(**options)
+        return list(prefetch(lambda step: loader.batch(step, 6), first, count, **ahead))
+
+    unbroken, before = batches(0, 6), batches(0, 3)
     # A new process: nothing is left of the first but the number of the step.
-    after = list(prefetch(_loader(**options).batch, 3, 3, depth=3, num_threads=2))
+    after = batches(3, 3, depth=3, num_threads=2)
     for left, right in zip(unbroken, before + after, strict=True):
         _assert_equal(left, right)
 
@@ -101,8 +107,8 @@ def test_padding_is_a_whole_example_without_segments():
         if name != "file_name":
             assert (last[name].shape, last[name].dtype) == (value.shape, value.dtype)
     assert not last["segment_ids"].any()
-    for name, padding in TABLE_PADDING.items():
-        assert (last[name] == padding).all()
+    for name in SEGMENT_TABLES:
+        assert (last[name] == FIELDS[name].padding).all()
     fitted = resize_longest(last, 8)
     assert fitted["is_padding"] and fitted["image"].shape == (8, 8, 3)
 

@@ -143,12 +143,15 @@ def test_bad_images_of_the_evaluation_part_are_never_left_out(tiny_panoptic, tmp
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("coco_panoptic_zps",), "Error: give --root=DIR"),
-        ((), "the following arguments are required: DATASET"),
+        (("coco_panoptic_zps",), "Error: give the data set's name and its folder"),
+        ((), "the names are coco_panoptic_zps, "),
         (("coco_panoptc_zps", "--root=ROOT"), "did you mean 'coco_panoptic_zps'"),
         (("coco_panoptic_zps", "--rot=ROOT"), "no flag '--rot'; did you mean '--root'"),
-        (("coco_panoptic_zps", "more", "--root=ROOT"), "unknown argument 'more'"),
-        (("coco_panoptic_zps", "--root=ROOT", "--unseen=hide"), "invalid choice: 'hide'"),
+        (("coco_panoptic_zps", "more", "--root=ROOT"), "give the data set's name"),
+        (
+            ("coco_panoptic_zps", "--root=ROOT", "--unseen=hide"),
+            "--unseen=hide: value should be one of",
+        ),
         (("coco_panoptic_zps", "--root=ROOT/none"), "none does not exist"),
         (("panoptic_folder", "--root=ROOT", "--part=test"), "test"),
         (

@@ -112,12 +112,12 @@ def test_the_zero_shot_rule_sees_the_scanned_classes(tmp_path):
     write(tmp_path, VALUES, "a1")
     write(tmp_path, np.full((4, 4), 7, np.uint8), "a2")
     write(tmp_path, np.full((4, 4), 2, np.uint8), "a3")
-    options = dict(seed=0, batch_size=2, image_size=8, max_segments=3, num_threads=1)
+    options = dict(seed=0, image_size=8, max_segments=3, num_threads=1)
     source = load(tmp_path)
     drop = SegmentationLoader(source, unseen_images="drop", **options)
     void = SegmentationLoader(source, unseen_images="void", augment="none", **options)
     assert drop.training_indices.tolist() == [1] and void.training_indices.tolist() == [0, 1]
-    batch = void.batch(0)
+    batch = void.batch(0, 2)
     assert set(batch["segment_labels"].ravel().tolist()) == {0, -1}
     b = batch["image_id"].tolist().index(1)
     np.testing.assert_array_equal(

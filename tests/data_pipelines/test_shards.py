@@ -32,7 +32,7 @@ def contents(folder):
 
 def assert_same_batches(left, right, steps=4):
     for step in range(steps):
-        expected, found = left.batch(step), right.batch(step)
+        expected, found = left.batch(step, 3), right.batch(step, 3)
         assert expected.keys() == found.keys()
         for name in expected:
             assert expected[name].dtype == found[name].dtype
@@ -51,7 +51,7 @@ def test_batches_are_those_of_the_folder(tiny_panoptic, tmp_path, treatment):
     assert report == building.BuildReport(0, 2, count, {})
     assert len(shards.records) == count and shards.unseen == treatment
     assert shards.vocabulary == source.vocabulary
-    options = dict(seed=4, batch_size=3, image_size=20, max_segments=5, num_threads=2)
+    options = dict(seed=4, image_size=20, max_segments=5, num_threads=2)
     options |= dict(unseen_images=treatment)
     assert_same_batches(
         SegmentationLoader(source, **options), SegmentationLoader(shards, **options)
@@ -91,7 +91,7 @@ def test_label_maps_are_packed_in_processes_as_well(tmp_path):
             Image.fromarray(pixels).save(folder / f"{number}.png")
     source = open_source("coco_stuff_zss", tmp_path, "train2017", tmp_path / "split.json")
     build(tmp_path / "out", source, unseen="void", num_shards=3, workers=2)
-    options = dict(seed=4, batch_size=3, image_size=8, unseen_images="void", num_threads=1)
+    options = dict(seed=4, image_size=8, unseen_images="void", num_threads=1)
     shards = ShardSource(tmp_path / "out", "train2017")
     assert [record.labels.tolist() for record in shards.records] == [[0, 2]] * 3
     assert_same_batches(
@@ -334,7 +334,7 @@ def test_kept_shards_hold_images_without_a_segment_and_training_leaves_them_out(
         assert report.images == count
     shards = ShardSource(tmp_path / "keep", "train2017")
     assert 5 in [record.image_id for record in shards.records]
-    loader = SegmentationLoader(shards, seed=0, batch_size=1, image_size=8, unseen_images="keep")
+    loader = SegmentationLoader(shards, seed=0, image_size=8, unseen_images="keep")
     assert 5 not in [shards.records[i].image_id for i in loader.training_indices]
     examples = loader.eval_examples()
     assert 5 in [int(example["image_id"]) for example in examples]

@@ -55,7 +55,7 @@ class Stripes:
 
 
 def loader(source, **options):
-    defaults = dict(seed=0, batch_size=4, image_size=20, max_segments=5, num_threads=2)
+    defaults = dict(seed=0, image_size=20, max_segments=5, num_threads=2)
     return SegmentationLoader(source, **(defaults | options))
 
 
@@ -95,15 +95,8 @@ def test_void_removes_rows_and_pixels_and_nothing_else():
 
 
 def test_a_loader_that_voids_trains_on_seen_segments_and_evaluates_on_all():
-    data = loader(Stripes(), unseen_images="void", augment="none", batch_size=3)
-    assert data.counts == {
-        "images": 5,
-        "training_images": 3,
-        "segments": 10,
-        "unseen_segments": 5,
-        "training_segments": 5,
-    }
-    batch = data.batch(0)
+    data = loader(Stripes(), unseen_images="void", augment="none")
+    batch = data.batch(0, 3)
     assert sorted(batch["image_id"].tolist()) == [3, 4, 6]
     b = batch["image_id"].tolist().index(4)
     assert batch["segment_labels"][b].tolist() == [SKY, DOG, -1, -1, -1]

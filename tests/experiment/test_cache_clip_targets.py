@@ -133,7 +133,7 @@ def small_canvas(monkeypatch):
 
 def load(root, **options):
     source = CocoPanopticSource(root, split_file=root / "split.json")
-    defaults = dict(seed=0, batch_size=1, image_size=48, max_segments=16, num_threads=2)
+    defaults = dict(seed=0, image_size=48, max_segments=16, num_threads=2)
     return SegmentationLoader(source, **(defaults | {"unseen_images": "keep"} | options))
 
 
@@ -518,7 +518,7 @@ def test_online_and_cached_targets_agree_on_real_images(mini, tmp_path, monkeypa
     monkeypatch.setattr(planning, "SMALLEST_SIDE", 640)
     options = dict(unseen_images="keep", image_size=640, max_segments=48, num_threads=4)
     source = CocoPanopticSource(mini)
-    data = SegmentationLoader(source, seed=0, batch_size=8, augment="none", **options)
+    data = SegmentationLoader(source, seed=0, augment="none", **options)
     fill(tmp_path, data, images_per_shard=64, pictures_per_device=64)
     cache = ClipTargetCache(tmp_path, IDENTITY)
     online = jax.jit(
@@ -529,7 +529,7 @@ def test_online_and_cached_targets_agree_on_real_images(mini, tmp_path, monkeypa
     kept = {r.image_id for r in data.records if max(r.height, r.width) == 640}
     distances, numbers = [], []
     for step in range(6):
-        batch = data.batch(step)
+        batch = data.batch(step, 8)
         cached = cache.lookup(batch["image_id"], batch["segment_source_ids"])
         whole, parts = online(batch["image"], batch["segment_ids"], batch["image_size"])
         rows = np.isin(batch["image_id"], list(kept))

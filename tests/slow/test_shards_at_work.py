@@ -51,7 +51,7 @@ def prepared(images, tmp_path_factory):
 
 
 def test_batches_and_native_examples_are_those_of_the_folder(images, prepared):
-    options = dict(seed=1, batch_size=8, image_size=512, num_threads=2)
+    options = dict(seed=1, image_size=512, num_threads=2)
     for part, count in PARTS.items():
         source, shards = CocoPanopticSource(images, part=part), ShardSource(prepared, part)
         assert len(shards.records) == count
@@ -63,7 +63,7 @@ def test_batches_and_native_examples_are_those_of_the_folder(images, prepared):
             batches = []
             for k, loader in enumerate((left, right)):
                 begin = time.perf_counter()
-                batches.append(loader.batch(step))
+                batches.append(loader.batch(step, 8))
                 seconds[k] += time.perf_counter() - begin
             for name, values in batches[0].items():
                 np.testing.assert_array_equal(values, batches[1][name], err_msg=name)

@@ -293,3 +293,14 @@ def test_texts_outside_the_world_are_refused(texts, message):
 def test_bad_word_lists_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         WordTokenizer(words, context_length=5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["person (standing)", "door/window", "children's toy", "car, cars", "Zoë's café", "t-shirt"]
+    + ["AC/DC", "snake_case", "no. 7", "人 walking"],
+)
+def test_a_tokenizer_of_texts_reads_all_of_them(name):
+    tokenizer = WordTokenizer.of_texts([name, "a an and"], 8)
+    (row,) = tokenizer([f"A {name}"])
+    assert (row[1:] > 0).sum() >= 3 and row.max() == tokenizer.eot_id
