@@ -13,11 +13,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 from __future__ import annotations
 
 import contextlib
+import logging as native_logging
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -25,6 +29,7 @@ from ml_collections import ConfigDict, config_flags
 from concat_jax.core.config import check_choice
 
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended: 128 + SIGINT
+BROKEN_PIPE = 141  # the same of SIGPIPE
 
 
 class Flags(flags.FlagValues):
@@ -82,6 +87,7 @@ def main(
       interrupted: the sentence for Ctrl-C, where what was interrupted has none of its own.
     """
     argv = list(sys.argv if argv is None else argv)
+    native_logging.getLogger("absl").addFilter(_is_no_echo)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a letter shows a question mark; the command goes on.
         with contextlib.suppress(AttributeError):
@@ -92,7 +98,7 @@ def main(
         _define_config(values, argv)
     define_flags(values)
     try:
-        with one_sentence():
+        with _first_interrupt_only(), one_sentence():
             rest = _parse(values, argv)
             if values.help:
                 print(f"{doc.strip()}\n\nFlags:\n{values.get_help()}")
@@ -118,8 +124,46 @@ def one_sentence() -> Iterator[None]:
     """Ends the program with the text of a user's mistake on one line, instead of a traceback."""
     try:
         yield
+    except BrokenPipeError:
+        # Nobody reads on, as of `| head`; what is still to be flushed goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
     except (ValueError, OSError, UserStop) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:
+            text = f"{os.fspath(error.filename)}: {error.strerror}."
+        sys.exit(f"Error: {' '.join(text.split())}")
+
+
+@contextlib.contextmanager
+def _first_interrupt_only() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt once, in the main thread; the second one ends the program."""
+    before = signal.getsignal(signal.SIGINT)
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or before in (signal.SIG_IGN, None):
+        yield
+        return
+
+    def first(number: int, frame: Any) -> None:
+        signal.signal(number, second)
+        raise KeyboardInterrupt
+
+    def second(number: int, frame: Any) -> None:
+        os.write(2, b"\nStopped at once.\n")
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is first:
+            signal.signal(signal.SIGINT, before)
+
+
+def _is_no_echo(record: native_logging.LogRecord) -> bool:
+    """False for an error that Orbax's threads log, each in full, before it is raised."""
+    is_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    return not is_orbax or record.levelno < native_logging.ERROR
 
 
 class UserStop(RuntimeError):

@@ -43,7 +43,7 @@ from concat_jax.stages.build import QUERY_KINDS, check_stage, make_stage
 from concat_jax.stages.clip_targets import CropConfig
 from concat_jax.stages.image_queries import MATCHING_PROJECTOR
 from concat_jax.stages.stage import Stage, StageConfig
-from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
+from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints, is_saved
 from concat_jax.training.loop import LoopConfig, train_stage
 from concat_jax.training.metrics import MetricWriter
 from concat_jax.training.optimizer import OptimizerConfig
@@ -152,9 +152,8 @@ class Run:
             before.append(name)
 
     def is_finished(self, name: str) -> bool:
-        """Whether the stage's last step is saved in the workdir."""
-        folder = self.workdir / name / "checkpoints" / str(self.stages[name].steps)
-        return folder.is_dir()
+        """Whether the stage's last step is saved in the workdir, and undamaged."""
+        return is_saved(self.workdir, name, self.stages[name].steps)
 
     def run(self) -> dict:
         """Train what is not finished, evaluate, write `report.json`; returns the report."""

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import errno
+import functools
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from concat_jax.training.checksums import damage, write_checksums
 from concat_jax.training.optimizer import path_name
 from concat_jax.training.state import TrainState
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, unfinished or of another architecture."""
+    """A checkpoint that is missing, damaged, of another architecture, or cannot be written."""
+
+
+PARAMS, OPTIMIZER = "params", "optimizer"
+_SET_ASIDE = "damaged"
+_passed_over: set[tuple[Path, str]] = set()
+
+
+def is_saved(workdir: Path, stage: str, step: int) -> bool:
+    """Whether a stage's parameters of a step are there and undamaged."""
+    return _is_whole(Path(workdir).absolute() / stage / "checkpoints" / str(step), (PARAMS,))
 
 
 class StageCheckpoints:
-    """Checkpoints of one stage in `workdir/stage/checkpoints`.
+    """Checkpoints of one stage in `workdir/stage/checkpoints`, to be closed: a `with` block does.
 
     Parameters and optimizer state are separate items, so that a later stage, or a user, reads
-    the parameters alone.
+    the parameters alone. A damaged checkpoint is passed over with a note, and moved to
+    `workdir/stage/damaged` when the next one is saved; none is deleted.
     """
 
     def __init__(self, workdir: Path, stage: str, *, keep: int = 2):
@@ -33,21 +52,42 @@ class StageCheckpoints:
         """
         self.stage = stage
         self.path = Path(workdir).absolute() / stage / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self.manager = ocp.CheckpointManager(
+        self._keep = keep
+        self._saving: int | None = None
+
+    @functools.cached_property
+    def manager(self) -> ocp.CheckpointManager:
+        """Orbax's; its folder is made."""
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep,
+            create=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+        )
+        return ocp.CheckpointManager(
             self.path,
             options=options,
             # Named handlers: a fresh process can then read the metadata before it restores.
             item_handlers={
-                "params": ocp.PyTreeCheckpointHandler(),
-                "optimizer": ocp.PyTreeCheckpointHandler(),
+                PARAMS: ocp.PyTreeCheckpointHandler(),
+                OPTIMIZER: ocp.PyTreeCheckpointHandler(),
             },
         )
 
     def save(self, state: TrainState, step: int) -> None:
-        """Save asynchronously; a step that exists is left alone."""
-        if step not in self.manager.all_steps():
-            self.manager.save(
+        """Save asynchronously; an undamaged step that exists is left alone.
+
+        Raises:
+          CheckpointError: if this one, or the one before, cannot be written.
+        """
+        manager = self.manager
+        if self._saving is None:
+            self._make_room()
+        with self._writing():
+            manager.wait_until_finished()
+            if step in manager.all_steps():
+                return
+            self._saving = step
+            manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.PyTreeSave(state.params),
@@ -59,8 +99,11 @@ class StageCheckpoints:
             )
 
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, None without one."""
-        return self.manager.latest_step()
+        """Step of the newest undamaged checkpoint, None without one."""
+        if self._saving is not None:
+            with self._writing():
+                self.manager.wait_until_finished()
+        return next(filter(self._is_whole, reversed(self._steps())), None)
 
     def restore(self, abstract: TrainState, sharding: Sharding) -> TrainState:
         """The newest state, placed as `sharding` says, whatever devices saved it.
@@ -70,24 +113,19 @@ class StageCheckpoints:
           sharding: of every leaf.
 
         Raises:
-          CheckpointError: if the checkpoint is of another architecture.
+          CheckpointError: if it is of another architecture.
         """
         step = self.latest_step()
         self._check(step, abstract.params)
         target = _placed(abstract, sharding)
         optimizer = {"step": target.step, "opt_state": target.opt_state}
-        try:
-            restored = self.manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=_restore_args(target.params), optimizer=_restore_args(optimizer)
-                ),
-            )
-        except ValueError as error:
-            raise CheckpointError(
-                f"The optimizer state of step {step} in {self.path} is that of another optimizer "
-                f"config; use another workdir or restore the config it was made with."
-            ) from error
+        restored = self._restore(
+            step,
+            "has the optimizer state of another optimizer config; use another workdir or restore "
+            "the config it was made with",
+            params=_restore_args(target.params),
+            optimizer=_restore_args(optimizer),
+        )
         return TrainState(params=restored["params"], **restored["optimizer"])
 
     def restore_params(self, names: Sequence[str], abstract: Any, sharding: Sharding) -> Any:
@@ -99,24 +137,49 @@ class StageCheckpoints:
           sharding: of every leaf.
 
         Raises:
-          CheckpointError: if there is none, or it is of another architecture.
+          CheckpointError: if there is none, or it is damaged or of another architecture.
         """
-        step = self.latest_step()
-        if step is None:
+        steps = self._steps()
+        if not steps:
             raise CheckpointError(
                 f"{self.path} holds no checkpoint; run stage {self.stage!r} first."
+            )
+        step = steps[-1]
+        # An older one is no substitute: what other stages learnt fits the last.
+        if wrong := damage(self.path / str(step), (PARAMS,)):
+            raise CheckpointError(
+                f"The checkpoint {self.path / str(step)} is damaged: {wrong}; train stage "
+                f"{self.stage!r} again with the command that trained it, which goes on from "
+                f"{self._last_good()}."
             )
         wanted = {name: abstract[name] for name in names}
         self._check(step, wanted)
         target = _placed(wanted, sharding)
-        restored = self.manager.restore(
-            step, args=ocp.args.Composite(params=_restore_args(target, partial_restore=True))
+        restored = self._restore(
+            step,
+            f"cannot be read; run stage {self.stage!r} again in another workdir",
+            params=_restore_args(target, partial_restore=True),
         )
         return restored["params"]
 
+    def _restore(self, step: int, otherwise: str, **items: ocp.args.PyTreeRestore) -> Any:
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise CheckpointError(f"The checkpoint {self.path / str(step)} {otherwise}.") from error
+
+    def _steps(self) -> list[int]:
+        if not self.path.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.path.iterdir() if path.name.isdecimal())
+
+    def _is_whole(self, step: int) -> bool:
+        return _is_whole(self.path / str(step), (PARAMS, OPTIMIZER))
+
     def _check(self, step: int, abstract: Any) -> None:
         """Name the first parameters of `abstract` that the checkpoint lacks or has otherwise."""
-        saved = self.manager.item_metadata(step)["params"]
+        with ocp.PyTreeCheckpointer() as reader:
+            saved = reader.metadata(self.path / str(step) / PARAMS).item_metadata
         saved = getattr(saved, "tree", saved)
         shapes = {path_name(p): tuple(x.shape) for p, x in _leaves(saved)}
         problems = []
@@ -141,10 +204,104 @@ class StageCheckpoints:
                 "made with, or another workdir."
             )
 
+    def _make_room(self) -> None:
+        """Take out of the way what a new save would meet: damaged steps, and halves of a kill."""
+        if jax.process_index() == 0:
+            self._remove_halves()
+            for step in self._steps():
+                if not self._is_whole(step):
+                    aside = self.path.parent / _SET_ASIDE / f"{step}_{time.time_ns()}"
+                    aside.parent.mkdir(exist_ok=True)
+                    (self.path / str(step)).rename(aside)
+                    print(f"The damaged checkpoint of step {step} is kept in {aside}.")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{self.path} has room")
+        self.manager.reload()
+
+    def _halves(self) -> list[Path]:
+        return sorted(self.path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
+
+    def _remove_halves(self) -> None:
+        for half in self._halves():
+            shutil.rmtree(half, ignore_errors=True)
+
+    def _seal(self) -> None:
+        # Orbax calls this when everything is written, before the folder gets its name.
+        if jax.process_index() == 0:
+            for half in self._halves():
+                write_checksums(half)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax's errors, which come late and from its threads, as one sentence."""
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            step, self._saving = self._saving, None
+            del self.manager  # it would raise the error again
+            if jax.process_index() == 0:
+                self._remove_halves()
+            raise CheckpointError(
+                f"The checkpoint {self.path / str(step)} could not be written "
+                f"({_reason(error)}); {self._what_is_saved()}"
+            ) from error
+
+    def _what_is_saved(self) -> str:
+        step = self.latest_step()
+        if step is None:
+            return "no step is saved, and the same command starts the stage again."
+        return f"step {step} is saved, and the same command goes on from there."
+
+    def _last_good(self) -> str:
+        step = self.latest_step()
+        return "its start" if step is None else f"step {step}"
+
     def close(self) -> None:
-        """Wait for pending saves."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Wait for pending saves.
+
+        Raises:
+          CheckpointError: if one cannot be written.
+        """
+        if "manager" in self.__dict__:
+            with self._writing():
+                self.manager.wait_until_finished()
+            self.manager.close()
+
+    def __enter__(self) -> StageCheckpoints:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Raises:
+        KeyboardInterrupt: for one within the block, saying what is saved.
+        """
+        try:
+            self.close()
+        except CheckpointError:
+            if error is None or isinstance(error, KeyboardInterrupt):
+                raise
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(
+                f"Stage {self.stage!r} was stopped; {self._what_is_saved()}"
+            ) from error
+
+
+def _is_whole(folder: Path, items: Sequence[str]) -> bool:
+    if not folder.is_dir():
+        return False
+    wrong = damage(folder, items)
+    if wrong and (folder, wrong) not in _passed_over:
+        _passed_over.add((folder, wrong))
+        print(f"The checkpoint {folder} is damaged and passed over: {wrong}.", flush=True)
+    return not wrong
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, out of the long story that TensorStore tells."""
+    text = " ".join(str(error).split())
+    known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES))
+    return next((reason for reason in known if reason in text), text[:200])
 
 
 def _restore_args(target: Any, **options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def train_stage(
       stage: what to train.
       params: initial values of the trained subtrees.
       frozen: what the loss reads besides, subtrees and "text".
-      batches: (first step, number of steps) -> iterator of numpy batches, one a step, the same
+      batches: (first step, number of steps) -> generator of numpy batches, one a step, the same
         for the same step whenever asked.
       workdir: of the whole run.
       mesh: devices.
@@ -87,7 +88,9 @@ def train_stage(
     Raises:
       NonFiniteLossError: naming the step, the images and the last checkpoint.
       Preempted: after saving, when the platform announces its end.
-      CheckpointError: if the workdir holds a checkpoint of another architecture.
+      CheckpointError: if the workdir holds a checkpoint of another architecture, or one cannot be
+        written.
+      KeyboardInterrupt: for one while training, after saving what was begun, saying what is saved.
     """
     labels = label_params(params, stage.rules)
     transform = make_optimizer(optimizer, loop.steps, labels)
@@ -120,36 +123,30 @@ def train_stage(
     pending: list[tuple[int, Any, Any]] = []  # (step, image ids, device metrics) since last look
     progress: Progress | None = None
     iterator = batches(start, loop.steps - start)
-    try:
-        with jax.set_mesh(mesh):
-            for step, batch in enumerate(iterator, start=start):
-                inputs = shard_batch({k: batch[k] for k in stage.batch_fields}, mesh)
-                state, metrics = step_fn(state, frozen, inputs)
-                pending.append((step, batch.get("image_id"), metrics))
-                done = step + 1
-                if progress is None:
-                    rows = len(next(iter(inputs.values())))
-                    progress = Progress(name, start, loop.steps, rows)
-                last = done == loop.steps
-                # Asked at every step: the hosts agree on one step, and the answer is yes then only.
-                preempted = checkpoints.manager.reached_preemption(done)
-                due = loop.save_every and done % loop.save_every == 0
-                saving = last or due or preempted
-                if saving or done % loop.log_every == 0:
-                    means = _look(pending, checkpoints)
-                    pending.clear()
-                    rate = progress.report(done, means)
-                    writer.scalars(done, {**means, "steps_per_second": rate})
-                if saving:
-                    checkpoints.save(state, done)
-                if preempted:
-                    raise Preempted(f"Stage {name!r} was preempted; step {done} is saved.")
-    finally:
-        close = getattr(iterator, "close", None)
-        if close:
-            close()
-        writer.close()
-        checkpoints.close()
+    # Left in reverse: nothing is computed any more when pending saves are waited for.
+    with checkpoints, closing(writer), closing(iterator), jax.set_mesh(mesh):
+        for step, batch in enumerate(iterator, start=start):
+            inputs = shard_batch({k: batch[k] for k in stage.batch_fields}, mesh)
+            state, metrics = step_fn(state, frozen, inputs)
+            pending.append((step, batch.get("image_id"), metrics))
+            done = step + 1
+            if progress is None:
+                rows = len(next(iter(inputs.values())))
+                progress = Progress(name, start, loop.steps, rows)
+            last = done == loop.steps
+            # Asked at every step: the hosts agree on one step, and the answer is yes then only.
+            preempted = checkpoints.manager.reached_preemption(done)
+            due = loop.save_every and done % loop.save_every == 0
+            saving = last or due or preempted
+            if saving or done % loop.log_every == 0:
+                means = _look(pending, checkpoints)
+                pending.clear()
+                rate = progress.report(done, means)
+                writer.scalars(done, {**means, "steps_per_second": rate})
+            if saving:
+                checkpoints.save(state, done)
+            if preempted:
+                raise Preempted(f"Stage {name!r} was preempted; step {done} is saved.")
     return state.params
 
 

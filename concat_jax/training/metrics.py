@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -25,14 +26,21 @@ class MetricWriter:
         leads = jax.process_index() == 0
         if leads:
             directory.mkdir(parents=True, exist_ok=True)
-        self._file = (directory / "metrics.jsonl").open("a") if leads else open(os.devnull, "w")
+        path = directory / "metrics.jsonl" if leads else Path(os.devnull)
+        self._file = path.open("ab", buffering=0)
         self._tensorboard = _tensorboard_writer(directory) if tensorboard and leads else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write one row."""
         finite = {k: v if np.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        row = json.dumps({"step": step, **finite}).encode() + b"\n"
+        end = self._file.tell()
+        try:
+            if self._file.write(row) < len(row):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(end)  # no half row for a later one to be appended to
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         if self._tensorboard:
             self._tensorboard.write_scalars(step, dict(values))
 

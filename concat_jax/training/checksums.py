@@ -1,0 +1,119 @@
+"""Whether the files of a checkpoint are those that were written.
+
+Orbax's manifests and trees carry checksums, its data does not: a flipped bit in a weight is read
+back as another weight. So each checkpoint keeps the size and CRC-32 of its files beside them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tensorstore
+
+from concat_jax.core.files import read_json, read_text, write_json
+
+NAME = "checksums.json"
+_CHUNK = 1 << 22
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes sizes and sums of all files in the subfolders of a checkpoint to its `NAME`."""
+    sums = {}
+    for item in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for path in _files(item):
+            sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc(path)]
+    write_json(folder / NAME, sums)
+
+
+def damage(folder: Path, items: Sequence[str]) -> str:
+    """What is wrong with a checkpoint, "" where nothing is. Asked again, it reads changes alone.
+
+    Args:
+      folder: of one step.
+      items: subfolders to look at.
+
+    Returns:
+      The file and what it has, as "params/_METADATA is missing". Without `NAME`, in a checkpoint
+      that an earlier version wrote, flipped bits of array data go unnoticed.
+    """
+    paths = [folder / NAME, *(path for item in items for path in _files(folder / item))]
+    stamps = [(str(path), *_stamp(path)) for path in paths if path.is_file()]
+    return _damage(folder, tuple(items), tuple(stamps))
+
+
+@functools.cache
+def _damage(folder: Path, items: tuple[str, ...], stamps: tuple) -> str:
+    del stamps  # part of the key alone
+    for item in items:
+        if not (folder / item).is_dir():
+            return f"{item} is missing"
+    if not (folder / NAME).is_file():
+        return next(filter(None, (_unreadable(folder, item) for item in items)), "")
+    try:
+        sums = {name: (size, crc) for name, (size, crc) in read_json(folder / NAME).items()}
+    except (ValueError, TypeError, AttributeError):
+        return f"{NAME} cannot be read"
+    for name, (size, crc) in sums.items():
+        path = folder / name
+        if name.split("/")[0] not in items:
+            continue
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _crc(path) != crc:
+            return f"{name} has another checksum than when it was written"
+    return ""
+
+
+def _unreadable(folder: Path, item: str) -> str:
+    """The first file of an item that Orbax could not read, and why."""
+    path = folder / item
+    shapes = [file.relative_to(path).as_posix() for file in _files(path / "array_metadatas")]
+    try:
+        for name in ("_METADATA", "_sharding", *shapes):
+            content = json.loads(read_text(path / name))
+            if name == "_METADATA":
+                entries = content["tree_metadata"].values()
+                named = {".".join(str(k["key"]) for k in e["key_metadata"]) for e in entries}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{item}/{name} {'cannot be read' if (path / name).exists() else 'is missing'}"
+    if not (path / "manifest.ocdbt").is_file():  # TensorStore would take it for an empty store
+        return f"{item}/manifest.ocdbt is missing"
+    key = b""
+    try:
+        spec = {"driver": "ocdbt", "base": f"file://{path}/"}
+        store = tensorstore.KvStore.open(spec, context=tensorstore.Context()).result()
+        keys = store.list().result()
+        for key, read in [(key, store.read(key)) for key in keys]:
+            if not read.result().value:  # so it reads what points into a file that is not there
+                return f"{item} lacks the file that holds {key.decode()}"
+    except Exception as error:  # TensorStore raises ValueError and Exception itself
+        found = re.search(rf'"{re.escape(str(path))}/([^"]*[^"/])"', str(error))
+        at = f"{item}/{found[1]}" if found else f"{item}: {key.decode() or 'manifest.ocdbt'}"
+        return f"{at} cannot be read"
+    if not {key.decode().rsplit("/", 1)[0] for key in keys} <= named:
+        return f"{item}/_METADATA names other arrays than there are"
+    return ""
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc
