@@ -28,6 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from concat_jax.core import cli
+from concat_jax.core.batch import TARGET_FIELDS
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
 from concat_jax.experiment.clip_target_batches import PlannedBatch, batch_rows, plan_batches
@@ -245,19 +246,20 @@ def _shard(rows: Mapping[int, tuple], clip: CLIP) -> storage.Shard:
     )
 
 
-def clip_source(config: ml_collections.ConfigDict) -> str:
-    """The stage that gives the config's CON stages their CLIP, or "init" for a file.
+def clip_source(run: Run) -> str:
+    """The stage that gives CLIP to the stages that learn from cached targets, or "init".
 
     Raises:
-      ValueError: if no CON stage takes CLIP, or they take different ones.
+      ValueError: if there is no such stage, or they take different ones.
     """
-    con = {name: section for name, section in config.train.items() if section.kind == "con"}
-    sources = {section.takes.get("clip") for section in con.values()} - {None}
+    stages = {name: run.make_stage(name) for name in run.stages}
+    learn = [name for name in stages if set(TARGET_FIELDS) <= set(stages[name].batch_fields)]
+    sources = {run.clip_source(name) for name in learn}
     if len(sources) != 1:
         found = " and ".join(sorted(sources)) or "nowhere"
         raise ValueError(
-            f"The config's stages of kind 'con' take CLIP from {found}; a cache holds the targets "
-            "of one CLIP."
+            f"The stages that learn from cached targets take CLIP from {found}; a cache holds the "
+            "targets of one CLIP."
         )
     return sources.pop()
 
@@ -289,14 +291,14 @@ def cache(
     folder = config.data.get("clip_targets", "")
     if not folder:
         raise ValueError("Nowhere to write: set config.data.clip_targets to the cache's folder.")
-    source = clip_source(config)
+    datasets = make_datasets(config.data, seed=config.seed)
+    run = Run(config, Path(workdir or folder), datasets, trains=False)
+    source = clip_source(run)
     if source != "init" and not workdir:
         raise ValueError(
             f"This config's CLIP is trained by its stage {source!r}; give --workdir=DIR of the run "
             "that did."
         )
-    datasets = make_datasets(config.data, seed=config.seed)
-    run = Run(config, Path(workdir or folder), datasets, trains=False)
     if source != "init" and not run.is_finished(source):
         raise ValueError(
             f"Stage {source!r}, which gives CLIP, has not finished in {workdir}; train it first."

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from concat_jax.core import cli
 from concat_jax.experiment.experiment import Run
-from concat_jax.experiment.query_pictures import KINDS, write_picture
+from concat_jax.experiment.query_pictures import has_queries, write_picture
 
 
 def command(given: cli.Flags, arguments: Sequence[str]) -> None:
@@ -21,9 +21,7 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
 
     config, workdir = cli.config_and_workdir(given)
     run = Run(config, workdir, make_datasets(config.data, seed=config.seed), trains=False)
-    drawn = [
-        name for name in config.stages if run.stages[name].kind in KINDS and run.is_finished(name)
-    ]
+    drawn = [name for name in config.stages if has_queries(run, name) and run.is_finished(name)]
     if not drawn:
         raise ValueError(
             f"No stage of {workdir} from CON on has finished; train it with `python -m "

@@ -28,9 +28,9 @@ from concat_jax.core.config import build, check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
-from concat_jax.stages import con
 from concat_jax.stages.clip_targets import CropConfig
-from concat_jax.stages.stage import Stage, StageConfig
+from concat_jax.stages.registry import make_stage
+from concat_jax.stages.stage import TEXT, Context, StageConfig
 from concat_jax.training.optimizer import (
     FROZEN,
     OptimizerConfig,
@@ -253,7 +253,7 @@ def abstract_step(
 
     Args:
         config: as the files in `configs/` make it.
-        name: of a stage of kind "con", the one whose step holds the segmentor.
+        name: of a stage that trains the segmentor.
         mesh: of `make_topology_mesh`.
 
     Returns:
@@ -261,16 +261,11 @@ def abstract_step(
         the bytes of the trained parameters' gradients.
 
     Raises:
-        ValueError: the stage is unknown or of another kind, the batch cannot be split over the
+        ValueError: the stage is unknown or another, the batch cannot be split over the
             chips, or the config has a key that does not exist.
     """
     check_choice(name, config.train.keys(), "--stage names no stage of the config:")
     settings = build(StageConfig, config.train[name], f"config.train.{name}")
-    if settings.kind != "con":
-        raise ValueError(
-            f"Stage {name!r} is of kind {settings.kind!r}, which trains no segmentor; give a stage "
-            "of kind 'con'."
-        )
     if settings.batch_size % mesh.size:
         raise ValueError(
             f"The batch of {settings.batch_size} images cannot be split over {mesh.size} chips; "
@@ -278,17 +273,16 @@ def abstract_step(
         )
     networks = make_networks(config.model.to_dict())
     vocabulary = vocabulary_of(config)
-    stage: Stage = con.make_stage(
+    context = Context(
         networks,
         vocabulary,
-        con.make_config(
-            settings.method,
-            has_cache=bool(config.data.get("clip_targets", "")),
-            where=f"config.train.{name}.method",
-        ),
         build(SegmentationLossConfig, config.loss, "config.loss"),
         build(CropConfig, config.crops, "config.crops"),
+        has_clip_targets=bool(config.data.get("clip_targets", "")),
     )
+    stage = make_stage(name, settings, context)
+    if "segmentor" not in stage.trains:
+        raise ValueError(f"Stage {name!r} trains no segmentor; give one that does, as 'con'.")
     everywhere, split = replicated(mesh), along_batch(mesh)
 
     def place(tree, sharding):
@@ -300,9 +294,9 @@ def abstract_step(
         return jax.eval_shape(lambda: networks.init(subtree, jax.random.key(0)))
 
     params = {subtree: shapes(subtree) for subtree in stage.trains}
-    frozen = {subtree: shapes(subtree) for subtree in stage.reads}
+    frozen = {subtree: shapes(subtree) for subtree in stage.reads if subtree != TEXT}
     text = (len(vocabulary), networks.clip.embed_dim)
-    frozen["text"] = jax.ShapeDtypeStruct(text, jnp.float32)
+    frozen[TEXT] = jax.ShapeDtypeStruct(text, jnp.float32)
     labels = label_params(params, stage.rules)
     optimizer = make_optimizer(
         build(OptimizerConfig, settings.optimizer, f"config.train.{name}.optimizer"),
@@ -384,7 +378,7 @@ def compile_error(message: str, topology: str) -> str:
 def define_flags(flags: cli.Flags) -> None:
     """The flags of this command, besides --config."""
     flags.string("topology", "v5e:4x4", "Chips, as v5e:16x16 or v4:2x2x1.")
-    flags.string("stage", "con", "Stage of the config, of kind con.")
+    flags.string("stage", "con", "Stage of the config that trains the segmentor.")
 
 
 def command(given: cli.Flags, arguments: Sequence[str]) -> None:

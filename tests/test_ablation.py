@@ -7,9 +7,7 @@ import pytest
 from concat_jax import ablation
 from concat_jax.core.config import build
 from concat_jax.experiment.ablation_rows import ROWS, SCORED, stages_before, with_rows
-from concat_jax.stages.cat import CatConfig
-from concat_jax.stages.con import ConConfig
-from concat_jax.stages.finetune import FinetuneConfig
+from concat_jax.stages.registry import STAGES
 from configs import coco_zps, demo_zps
 
 
@@ -172,7 +170,7 @@ def test_every_row_makes_a_stage_that_can_be_built():
         order = stages_before(config, name)
         assert set(config.train[name].takes.values()) <= set(order)
         kind = config.train[name].kind
-        settings = {"con": ConConfig, "cat": CatConfig, "finetune": FinetuneConfig}[kind]
+        settings = STAGES[kind].Config
         build(settings, config.train[name].method.to_dict(), name)
         assert bool(row.title) == (name in SCORED)
 

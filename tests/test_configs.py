@@ -11,10 +11,11 @@ import pytest
 from concat_jax.core import config as configuration
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.ablation_rows import with_rows
-from concat_jax.experiment.experiment import Run, StageConfig
+from concat_jax.experiment.experiment import Run
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
-from concat_jax.stages.build import KINDS
+from concat_jax.stages.registry import STAGES
+from concat_jax.stages.stage import COMES_WITH, TEXT, StageConfig
 from concat_jax.training.optimizer import (
     FROZEN,
     OptimizerConfig,
@@ -94,12 +95,12 @@ def test_a_config_makes_its_stages_and_every_parameter_has_a_rule(name, argument
     config = with_files(get_config(name, argument), tmp_path)
     assert config.data.kind in DATA_KINDS
     run = make_run(config, tmp_path)
-    assert {run.stages[stage].kind for stage in config.stages} <= set(KINDS)
+    assert {run.stages[stage].kind for stage in config.stages} <= set(STAGES)
     assert set(config.eval.stages) <= set(config.stages)
     for stage_name in config.stages:
         stage, settings = run.make_stage(stage_name), run.stages[stage_name]
         # What a stage reads must be handed to it.
-        assert set(stage.reads) <= set(settings.takes), stage_name
+        assert {COMES_WITH.get(r, r) for r in stage.reads} <= set(settings.takes), stage_name
         params = abstract_params(run.networks, stage.trains)
         labels = label_params(params, stage.rules)  # raises for a parameter without a rule
         leaves = jax.tree_util.tree_leaves_with_path(labels)
@@ -144,7 +145,7 @@ def test_the_full_size_con_loss_traces(tmp_path):
     }
     text = jax.ShapeDtypeStruct((len(VOCABULARY), run.networks.clip.embed_dim), jnp.float32)
     params = abstract_params(run.networks, stage.trains)
-    frozen = {**abstract_params(run.networks, stage.reads), "text": text}
+    frozen = {**abstract_params(run.networks, set(stage.reads) - {TEXT}), TEXT: text}
     loss, metrics = jax.eval_shape(stage.loss, params, frozen, batch, jax.random.key(0))
     assert loss.shape == () and loss.dtype == jnp.float32
     assert {"loss_class", "loss_mask", "loss_dice", "loss_global", "loss_instance"} <= set(metrics)

@@ -50,6 +50,7 @@ TRAIN = """
 import pathlib
 import jax, jax.numpy as jnp, numpy as np
 from concat_jax.stages import pretrain_clip
+from concat_jax.stages.stage import Context
 from concat_jax.models.networks import make_networks
 from concat_jax.training.loop import LoopConfig, train_stage
 from concat_jax.training.optimizer import OptimizerConfig
@@ -70,7 +71,7 @@ def batches(first, count):
 
 params = train_stage(
     "clip",
-    pretrain_clip.make_stage(networks, pretrain_clip.PretrainClipConfig()),
+    pretrain_clip.make_stage(Context(networks, None), pretrain_clip.Config()),
     params={"clip": jax.jit(networks.init, static_argnums=0)("clip", jax.random.key(0))},
     frozen={},
     batches=batches,

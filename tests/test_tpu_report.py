@@ -125,7 +125,7 @@ def small_config(**con):
     "stage, con, message",
     [
         ("cno", {}, "names no stage of the config: 'cno'; did you mean 'con'"),
-        ("cat", {}, "'cat' is of kind 'cat', which trains no segmentor"),
+        ("cat", {}, "'cat' trains no segmentor"),
         ("con", {"batch_size": 12}, "batch of 12 images cannot be split over 8 chips.*batch_size"),
     ],
 )

@@ -24,20 +24,19 @@ from concat_jax.benchmarking.ours import (
 )
 from concat_jax.core.runtime import step_compiler_options
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import Networks
 from concat_jax.stages import con
 from concat_jax.stages.clip_targets import CropConfig
-from concat_jax.stages.stage import Stage
+from concat_jax.stages.stage import Context, Stage
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
 from concat_jax.training.state import TrainState, make_train_step
 from concat_jax.weights.model_folder import load_model
 
 # By name; ratios are to the first.
 VARIANTS = {
-    "without alignment": con.ConConfig(global_weight=0.0, instance_weight=0.0),
-    "cached targets": con.ConConfig(targets="cached"),
-    "online targets": con.ConConfig(targets="online"),
+    "without alignment": con.Config(global_weight=0.0, instance_weight=0.0),
+    "cached targets": con.Config(targets="cached"),
+    "online targets": con.Config(targets="online"),
 }
 
 
@@ -74,7 +73,7 @@ def run(case: Case, model: Path, repeats: int) -> dict[str, Measurement]:
             donate_argnums=0,
             compiler_options=step_compiler_options(),
         )
-        read = {name: frozen[name] for name in ("text", *stage.reads)}
+        read = {name: frozen[name] for name in stage.reads}
         fields = {name: batch[name] for name in stage.batch_fields}
         program, seconds = compile_program(step, state, read, fields)
 
@@ -89,11 +88,11 @@ def run(case: Case, model: Path, repeats: int) -> dict[str, Measurement]:
 
 
 def make_stage(
-    networks: Networks, vocabulary: Vocabulary, settings: con.ConConfig, dtype: str
+    networks: Networks, vocabulary: Vocabulary, settings: con.Config, dtype: str
 ) -> Stage:
     """Stage 1 with CLIP in a compute type and everything else at its defaults."""
-    crops = CropConfig(dtype=dtype)
-    return con.make_stage(networks, vocabulary, settings, SegmentationLossConfig(), crops)
+    context = Context(networks, vocabulary, crops=CropConfig(dtype=dtype))
+    return con.make_stage(context, settings)
 
 
 def make_batch(case: Case, vocabulary: Vocabulary, embed_dim: int) -> dict[str, Any]:

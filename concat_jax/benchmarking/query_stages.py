@@ -24,11 +24,11 @@ from concat_jax.benchmarking.ours import (
     random_params,
 )
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.models.networks import make_generator
+from concat_jax.models.generators import make_generator
 from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.stages import cat, finetune
 from concat_jax.stages.query_bank import QueryBank
-from concat_jax.stages.stage import Stage
+from concat_jax.stages.stage import TEXT, Context, Stage
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
 from concat_jax.training.state import TrainState, make_train_step
 from concat_jax.weights.model_folder import load_model
@@ -65,15 +65,16 @@ def run(case: Case, model: Path, repeats: int) -> dict[str, Measurement]:
     params = {n: random_params(networks, n) for n in ("segmentor", "projector", "generator")}
     text = random_embeddings(len(vocabulary), networks.clip.embed_dim)
     queries, labels = random_bank(case, card.segmentor, vocabulary)
+    context = Context(networks, vocabulary)
     stages = {
-        "CAT": cat.make_stage(networks, vocabulary, cat.CatConfig()),
-        "union finetune": finetune.make_stage(networks, vocabulary, finetune.FinetuneConfig()),
+        "CAT": cat.make_stage(context, cat.Config()),
+        "union finetune": finetune.make_stage(context, finetune.Config()),
     }
 
     def make(name: str, stage: Stage) -> Turn:
         bank = QueryBank(queries, labels, batch_size=BATCHES[name], seed=0)
         trained = {n: params[n] for n in stage.trains}
-        frozen = jax.device_put({"text": text, **{n: params[n] for n in stage.reads}})
+        frozen = jax.device_put({n: text if n == TEXT else params[n] for n in stage.reads})
         optimizer = make_optimizer(OptimizerConfig(), 1000, label_params(trained, stage.rules))
         state = jax.jit(lambda p: TrainState.create(p, optimizer))(trained)
         step = jax.jit(make_train_step(stage.loss, optimizer, seed=0))

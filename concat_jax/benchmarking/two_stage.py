@@ -166,7 +166,7 @@ class Paths:
           num_masks: M, static.
         """
         _, masks = self._segment(params, images, sizes)
-        stride = self.networks.segmentor.backbone.stride
+        stride = self.networks.segmentor.stride
         chosen, windows = largest_masks(masks, num_masks)
         crops = cut_out(
             images,
@@ -208,7 +208,7 @@ class Paths:
             jnp.asarray(self.vocabulary.is_thing),
             jnp.asarray(self.vocabulary.is_seen),
             output_size=self.output_size,
-            source_size=sizes.image / self.networks.segmentor.backbone.stride,
+            source_size=sizes.image / self.networks.segmentor.stride,
             image_size=sizes.native,
             keep_rule=config.keep_rule,
             objectness_threshold=config.objectness_threshold,

@@ -33,6 +33,21 @@ def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})
 
 
+def check_fields(section: Collection[str], module: type, what: str, *decided: str) -> None:
+    """Raise a ValueError for a key that is no field of a linen module.
+
+    Args:
+      section: keys of a config section.
+      module: its class.
+      what: as "config.model.projector has no key".
+      decided: fields that are decided elsewhere.
+    """
+    own = {"parent", "name"}  # linen's
+    fields = {field.name for field in dataclasses.fields(module)} - {*own, *decided}
+    for key in section:
+        check_choice(key, sorted(fields), what)
+
+
 def check_choice(value: str, valid: Collection[str], what: str) -> None:
     """Raise a ValueError naming the nearest valid name unless `value` is one."""
     if value not in valid:

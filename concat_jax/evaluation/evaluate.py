@@ -137,7 +137,7 @@ def run_networks(
     return NetworkOutput(
         mask_logits=mask_logits(output.mask_embeddings[:, -1], output.mask_features),
         class_probs=jax.nn.softmax(logits, axis=-1),
-        source_size=sizes.image / networks.segmentor.backbone.stride,
+        source_size=sizes.image / networks.segmentor.stride,
     )
 
 

@@ -13,6 +13,7 @@ from concat_jax.core.arrays import fingerprint
 from concat_jax.core.config import flat
 from concat_jax.experiment.query_extraction import extract_bank
 from concat_jax.stages.query_bank import QueryBank, missing_classes
+from concat_jax.stages.registry import learns_from, method_of
 
 if TYPE_CHECKING:
     from concat_jax.experiment.experiment import Run
@@ -35,7 +36,8 @@ def stage_batches(run: Run, name: str, text: np.ndarray | None) -> BatchFn:
       ValueError: as `query_bank`.
     """
     settings = run.stages[name]
-    if settings.kind == "pretrain_clip":
+    source = learns_from(settings)
+    if source == "captions":
         pairs = run.datasets.captions(settings.batch_size, run.networks.clip.image_size)
 
         def batch_fn(step: int) -> Mapping[str, np.ndarray]:
@@ -43,7 +45,7 @@ def stage_batches(run: Run, name: str, text: np.ndarray | None) -> BatchFn:
             return {"image": batch["image"], "tokens": run.tokenizer(batch["captions"])}
 
         return batch_fn
-    if settings.kind == "con" or settings.queries == "images":
+    if source == "images":
         return run.datasets.train(settings.batch_size)
     return query_bank(run, name, text).batch
 
@@ -70,15 +72,15 @@ def query_bank(run: Run, name: str, text: np.ndarray) -> QueryBank:
     num_batches = -(-settings.bank_images // size)
     num_images = num_batches * size
     model = flat(run.config.model).items()
-    vocabulary, batches, kind = run.vocabulary, run.datasets.train, "query_bank"
+    context, batches, kind = run.context, run.datasets.train, "query_bank"
     if settings.oracle:
         if run.datasets.oracle is None:
             raise ValueError(
                 f"config.train.{name}.oracle needs images that show unseen classes, and data "
                 f"of kind {run.config.data.kind!r} offers none for training."
             )
-        every = (True,) * len(vocabulary)
-        vocabulary = dataclasses.replace(vocabulary, is_seen=every)
+        every = dataclasses.replace(run.vocabulary, is_seen=(True,) * len(run.vocabulary))
+        context = dataclasses.replace(context, vocabulary=every)
         batches, kind = run.datasets.oracle, "oracle_bank"
     queries, labels = extract_bank(
         run.workdir / source / f"{kind}_{num_images}",
@@ -90,9 +92,7 @@ def query_bank(run: Run, name: str, text: np.ndarray) -> QueryBank:
             "model": str(sorted(item for item in model if not item[0].startswith("generator"))),
             "weights": fingerprint(jax.device_get(params))[:16],
         },
-        run.networks,
-        vocabulary,
-        run.loss,
+        context,
         params,
         text,
         batches(size),
@@ -110,7 +110,7 @@ def query_bank(run: Run, name: str, text: np.ndarray) -> QueryBank:
         labels,
         batch_size=settings.batch_size,
         seed=run.config.seed,
-        memory_per_class=settings.method.get("memory_per_class", 0),
+        memory_per_class=getattr(method_of(name, settings), "memory_per_class", 0),
         num_classes=len(run.vocabulary),
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -36,13 +36,20 @@ from concat_jax.experiment.copy_parameters import copy_parameters
 from concat_jax.experiment.initial import initial_params, initial_path
 from concat_jax.experiment.workdir import claim_workdir, evaluation_settings
 from concat_jax.losses.segmentation import SegmentationLossConfig
-from concat_jax.models.networks import Networks, Params, make_generator, make_networks
+from concat_jax.models.generators import make_generator
+from concat_jax.models.networks import Networks, Params, make_networks
 from concat_jax.stages import con
 from concat_jax.stages.bank_files import BankConfig
-from concat_jax.stages.build import QUERY_KINDS, check_stage, make_stage
 from concat_jax.stages.clip_targets import CropConfig
-from concat_jax.stages.image_queries import MATCHING_PROJECTOR
-from concat_jax.stages.stage import Stage, StageConfig
+from concat_jax.stages.registry import make_stage
+from concat_jax.stages.stage import (
+    COMES_WITH,
+    MATCHING_PROJECTOR,
+    TEXT,
+    Context,
+    Stage,
+    StageConfig,
+)
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints, is_saved
 from concat_jax.training.loop import LoopConfig, train_stage
 from concat_jax.training.metrics import MetricWriter
@@ -106,6 +113,13 @@ class Run:
             "eot_id": self.tokenizer.eot_id,
         }
         self.networks: Networks = make_networks(model)
+        self.context = Context(
+            self.networks,
+            self.vocabulary,
+            self.loss,
+            self.crops,
+            has_clip_targets=bool(config.data.get("clip_targets", "")),
+        )
         self.mesh: Mesh = make_mesh(config.mesh.fsdp, config.mesh.devices or None)
         self._given: dict[tuple[str, str], Params] = {}
         self._text: dict[tuple[str, Vocabulary], np.ndarray] = {}
@@ -129,13 +143,7 @@ class Run:
             configuration.build(
                 OptimizerConfig, self.stages[name].optimizer, f"config.train.{name}.optimizer"
             )
-            check_stage(name, self.stages[name])
-            for subtree in self.make_stage(name).reads:
-                if subtree not in self.stages[name].takes:
-                    raise ValueError(
-                        f"Stage {name!r} reads {subtree!r}; say in config.train.{name}.takes which "
-                        "stage gives it."
-                    )
+            self.make_stage(name)
             for subtree, source in self.stages[name].takes.items():
                 if source == "init":
                     initial_path(self.config, subtree)
@@ -207,12 +215,8 @@ class Run:
         }
         for target, source in settings.copies.items():
             params = copy_parameters(params, target, taken, source)
-        frozen = {subtree: taken[subtree] for subtree in stage.reads}
-        if settings.kind != "pretrain_clip":
-            frozen["text"] = self.text_embeddings(self.clip_source(name))
-        if settings.kind in QUERY_KINDS and settings.queries == "images":
-            frozen[MATCHING_PROJECTOR] = self.give("projector", settings.takes["segmentor"])
-        batch_fn = stage_batches(self, name, frozen.get("text"))
+        frozen = {read: self._read(read, name) for read in stage.reads}
+        batch_fn = stage_batches(self, name, frozen.get(TEXT))
         trained = train_stage(
             name,
             stage,
@@ -234,6 +238,13 @@ class Run:
         )
         for subtree, tree in trained.items():
             self._given[subtree, name] = tree
+
+    def _read(self, read: str, name: str) -> Any:
+        # What stage `name` reads under the name `read`.
+        source = self.stages[name].takes[COMES_WITH.get(read, read)]
+        if read == TEXT:
+            return self.text_embeddings(source)
+        return self.give("projector" if read == MATCHING_PROJECTOR else read, source)
 
     def _init(self, subtree: str, rng: jax.Array, name: str) -> Params:
         index = [f.name for f in dataclasses.fields(Networks)].index(subtree)
@@ -261,15 +272,8 @@ class Run:
         Raises:
           ValueError: for settings that its kind does not have.
         """
-        return make_stage(
-            name,
-            self.stages[name],
-            self.networks_of(name),
-            self.vocabulary,
-            self.loss,
-            self.crops,
-            has_clip_targets=bool(self.config.data.get("clip_targets", "")),
-        )
+        context = dataclasses.replace(self.context, networks=self.networks_of(name))
+        return make_stage(name, self.stages[name], context)
 
     def give(self, subtree: str, source: str) -> Params:
         """Parameters that stage `source` gave: in memory, or from its last checkpoint."""

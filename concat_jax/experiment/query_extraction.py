@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,17 @@ from jax.sharding import Mesh
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
 from concat_jax.core.runtime import light_compiler_options
-from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.losses.segmentation import SegmentationLossConfig
-from concat_jax.models.networks import Networks, Params
+from concat_jax.models.networks import Params
 from concat_jax.stages.bank_files import BankConfig, ShardedRows, fill_bank
-from concat_jax.stages.real_queries import IMAGE_FIELDS, extract_queries
+from concat_jax.stages.queries import IMAGE_FIELDS, extract_queries
+from concat_jax.stages.stage import Context
 from concat_jax.training.sharding import shard_batch
 
 
 def extract_bank(
     folder: Path,
     identity: Mapping[str, Any],
-    networks: Networks,
-    vocabulary: Vocabulary,
-    loss: SegmentationLossConfig,
+    context: Context,
     params: Params,
     text: np.ndarray,
     batch_fn: Callable[[int], Mapping[str, np.ndarray]],
@@ -43,9 +41,7 @@ def extract_bank(
     Args:
       folder: of the bank, which all hosts see.
       identity: what the queries depend on, see `fill_bank`.
-      networks: for the segmentor and the projector.
-      vocabulary: the label space.
-      loss: weights of the matching cost.
+      context: for the networks, the label space and the weights of the matching cost.
       params: holds "segmentor" and "projector", trained together.
       text: [K, C] or [K, S, C] text embeddings.
       batch_fn: this host's rows of the batch of images of a step.
@@ -62,9 +58,7 @@ def extract_bank(
       ValueError: as `fill_bank`.
     """
     extract_fn = jax.jit(
-        lambda params, text, batch, rng: extract_queries(
-            networks, vocabulary, loss, params, text, batch, rng
-        ),
+        functools.partial(extract_queries, context),
         compiler_options=light_compiler_options(),
     )
     rng = jax.random.key(seed)

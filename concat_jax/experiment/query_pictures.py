@@ -7,6 +7,7 @@ from them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 
@@ -15,16 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from concat_jax.core.config import build
 from concat_jax.experiment.experiment import Run
 from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages.cat import generate
-from concat_jax.stages.finetune import FinetuneConfig, sample_deviations
-from concat_jax.stages.real_queries import IMAGE_FIELDS, extract_queries
+from concat_jax.stages.finetune import sample_deviations
+from concat_jax.stages.queries import IMAGE_FIELDS, extract_queries
+from concat_jax.stages.registry import method_of
 from concat_jax.visualize import plots
 
 PICTURE = "query_space.png"
-KINDS = ("con", "cat", "finetune")
+
+
+def has_queries(run: Run, name: str) -> bool:
+    """Whether the stage trains something that a picture of vision queries shows."""
+    return not {"segmentor", "projector", "generator"}.isdisjoint(run.make_stage(name).trains)
 
 
 def real_queries(run: Run, source: str, num_images: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,11 +47,8 @@ def real_queries(run: Run, source: str, num_images: int) -> tuple[np.ndarray, np
     text = jnp.asarray(run.text_embeddings(run.stages[source].takes["clip"]))
     # Every class may be matched here: the picture shows the unseen ones.
     vocabulary = dataclasses.replace(run.vocabulary, is_seen=(True,) * len(run.vocabulary))
-    extract = jax.jit(
-        lambda batch, rng: extract_queries(
-            run.networks, vocabulary, run.loss, params, text, batch, rng
-        )
-    )
+    context = dataclasses.replace(run.context, vocabulary=vocabulary)
+    extract = jax.jit(functools.partial(extract_queries, context, params, text))
     size = run.eval.batch_size
     examples = (boxed for _, boxed in run.datasets.evaluation())
     queries, labels = [], []
@@ -83,7 +85,7 @@ def query_figure(run: Run, name: str, *, num_images: int = 300, per_class: int =
 
     Args:
       run: of the config.
-      name: a finished stage of one of `KINDS`.
+      name: a finished stage that `has_queries`.
       num_images: evaluation images whose queries are drawn.
       per_class: pseudo queries of each class.
 
@@ -100,12 +102,13 @@ def query_figure(run: Run, name: str, *, num_images: int = 300, per_class: int =
             "The picture names real queries of evaluation images by the classes of training, and "
             "the config evaluates on others; set config.data.eval_kind to '' to draw it."
         )
-    if settings.kind not in KINDS:
+    if not has_queries(run, name):
         raise ValueError(f"Stage {name!r} is of kind {settings.kind!r}, which has no queries.")
-    source = name if settings.kind == "con" else settings.takes["segmentor"]
+    trains = run.make_stage(name).trains
+    source = name if "segmentor" in trains else settings.takes["segmentor"]
     real, real_labels = real_queries(run, source, num_images)
     pseudo, labels = real[:0], real_labels[:0]
-    generator = name if settings.kind == "cat" else settings.takes.get("generator")
+    generator = name if "generator" in trains else settings.takes.get("generator")
     if generator:
         labels = np.repeat(np.arange(len(run.vocabulary), dtype=np.int32), per_class)
         params = {
@@ -114,17 +117,17 @@ def query_figure(run: Run, name: str, *, num_images: int = 300, per_class: int =
         }
         vectors = class_vectors(jnp.asarray(run.text_embeddings(settings.takes["clip"])))
         pseudo = generate(run.networks_of(generator), params, vectors[labels], jax.random.key(0))
-    what = {"con": "Real vision queries", "cat": "Real and pseudo vision queries"}
-    title = f"{what.get(settings.kind, 'Semantic queries')} after stage {name}"
-    if settings.kind == "finetune":
-        method = build(FinetuneConfig, settings.method, f"config.train.{name}.method")
-        if len(labels) and method.deviation:
+    what = "Real and pseudo vision queries" if "generator" in trains else "Real vision queries"
+    if trains == ("projector",):
+        what = "Semantic queries"
+        deviation = getattr(method_of(name, settings), "deviation", 0.0)
+        if len(labels) and deviation:
             seen = np.isin(real_labels, run.vocabulary.seen)
             known = np.where(seen, real_labels, -1)
             deviations = sample_deviations(
                 jax.random.key(1), real[None], known[None], len(run.vocabulary), len(labels)
             )
-            pseudo = pseudo + method.deviation * deviations
+            pseudo = pseudo + deviation * deviations
         projector = {"params": run.give("projector", name)}
         real, pseudo = (
             np.asarray(run.networks.projector.apply(projector, jnp.asarray(q)))
@@ -133,4 +136,5 @@ def query_figure(run: Run, name: str, *, num_images: int = 300, per_class: int =
         real, pseudo = (
             q / np.maximum(np.linalg.norm(q, axis=-1, keepdims=True), 1e-9) for q in (real, pseudo)
         )
+    title = f"{what} after stage {name}"
     return plots.query_space(real, real_labels, np.asarray(pseudo), labels, run.vocabulary, title)

@@ -150,7 +150,7 @@ class Predictor:
         if config.dtype:
             settings["dtype"] = config.dtype
         self._segmentor = make_segmentor(settings)
-        self._stride = self._segmentor.backbone.stride
+        self._stride = self._segmentor.stride
         self._classifier = LinearClassifier(len(card.vocabulary))
         self._params = jax.device_put({k: params[k] for k in ("segmentor", "classifier")})
         self.programs: list[str] = []

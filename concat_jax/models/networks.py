@@ -7,23 +7,20 @@ these names what they take, train and give.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from concat_jax.core.config import check_choice
+from concat_jax.core.config import check_fields
 from concat_jax.models.clip import CLIP, make_clip
-from concat_jax.models.generator import QueryGenerator
-from concat_jax.models.primitive_generator import PrimitiveGenerator
+from concat_jax.models.generators import make_generator
 from concat_jax.models.segmentor import Segmentor, make_segmentor
 from concat_jax.models.semantic_projector import SemanticProjector
 
 Params = dict[str, Any]
-
-# Generators by the `kind` of the config.
-GENERATORS = {"mlp": QueryGenerator, "primitives": PrimitiveGenerator}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Networks:
     clip: CLIP
     segmentor: Segmentor
     projector: SemanticProjector
-    generator: QueryGenerator | PrimitiveGenerator
+    generator: nn.Module
     query_width: int
 
     def init(self, name: str, rng: jax.Array) -> Params:
@@ -79,7 +76,8 @@ def make_networks(config: Mapping[str, Any]) -> Networks:
     Raises:
       ValueError: for a field that a network does not have or a value it cannot take.
     """
-    _check_keys(config["projector"], SemanticProjector, "config.model.projector has no key")
+    what = "config.model.projector has no key"
+    check_fields(config["projector"], SemanticProjector, what, "joint_width")
     clip = make_clip(config["clip"])
     segmentor = make_segmentor(config["segmentor"])
     query_width = config["segmentor"]["width"]
@@ -90,30 +88,3 @@ def make_networks(config: Mapping[str, Any]) -> Networks:
         generator=make_generator(config["generator"], query_width),
         query_width=query_width,
     )
-
-
-def make_generator(
-    config: Mapping[str, Any], query_width: int, where: str = "config.model.generator"
-) -> QueryGenerator | PrimitiveGenerator:
-    """A generator from a section of a config.
-
-    Args:
-      config: `kind`, a key of `GENERATORS` and "mlp" where absent, and the fields of that kind.
-      query_width: D of the vision queries.
-      where: the section's name, for messages.
-
-    Raises:
-      ValueError: for a field that the kind does not have or a value it cannot take.
-    """
-    fields = dict(config)
-    kind = fields.pop("kind", "mlp")
-    check_choice(kind, GENERATORS, f"{where}.kind is")
-    _check_keys(fields, GENERATORS[kind], f"{where} has no key")
-    return GENERATORS[kind](width=query_width, **fields)
-
-
-def _check_keys(section: Collection[str], module: type, what: str) -> None:
-    elsewhere = {"parent", "name", "width", "joint_width"}  # linen's own, and what others decide
-    fields = {field.name for field in dataclasses.fields(module)} - elsewhere
-    for key in section:
-        check_choice(key, fields, what)

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.core.config import check_choice
-from concat_jax.models.backbones.resnet import ResNet
-from concat_jax.models.backbones.swin import Swin
+from concat_jax.core.config import check_choice, check_fields
+from concat_jax.models.backbones import BACKBONES
 from concat_jax.models.pixel_decoder import PixelDecoder
 from concat_jax.models.transformer_decoder import TransformerDecoder
 
@@ -24,8 +23,6 @@ from concat_jax.models.transformer_decoder import TransformerDecoder
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
-# Backbones by the `kind` of the config.
-BACKBONES = {"resnet": ResNet, "swin": Swin}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # Mask2Former R50, `configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml`.
@@ -113,6 +110,11 @@ class Segmentor(nn.Module):
     pixel_decoder: nn.Module
     transformer_decoder: nn.Module
 
+    @property
+    def stride(self) -> int:
+        """Pixels from one mask feature to the next."""
+        return self.backbone.stride
+
     def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> SegmentorOutput:
         """Segment a batch of images.
 
@@ -165,15 +167,11 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
     if kind not in BACKBONES:
         raise ValueError(f"Backbone kind is {kind!r}; use one of {', '.join(BACKBONES)}.")
     backbone_class = BACKBONES[kind]
-    fields = set(backbone_class.__dataclass_fields__) - {"parent", "name", "dtype"}
-    for key in backbone:
-        check_choice(key, sorted(fields), f"The backbone config of kind {kind!r} has no key")
-    for field in ("num_groups", "remat"):
-        if field in fields:
-            backbone.setdefault(field, settings[field])
-    for field in ("stage_sizes", "num_heads"):
-        if field in backbone:
-            backbone[field] = tuple(backbone[field])
+    what = f"The backbone config of kind {kind!r} has no key"
+    check_fields(backbone, backbone_class, what, "dtype")
+    for field in {"num_groups", "remat"}.intersection(backbone_class.__dataclass_fields__):
+        backbone.setdefault(field, settings[field])
+    backbone = {k: tuple(v) if isinstance(v, list) else v for k, v in backbone.items()}
 
     shared = {"width": settings["width"], "num_heads": settings["num_heads"]}
     shared |= {"remat": settings["remat"], "dtype": dtype}

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.core.batch import MEMORY_FIELDS, QUERY_FIELDS
 from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses import transition
@@ -21,13 +22,13 @@ from concat_jax.losses.alignment import cosine_alignment
 from concat_jax.losses.classification import weighted_cross_entropy
 from concat_jax.models.networks import Networks
 from concat_jax.models.semantic_projector import class_vectors
-from concat_jax.stages.query_bank import MEMORY_FIELDS
-from concat_jax.stages.real_queries import QUERY_FIELDS
-from concat_jax.stages.stage import NO_DECAY, Batch, Stage
+from concat_jax.stages.stage import PLAIN_RULES, TEXT, Batch, Context, Stage
+
+LEARNS_FROM = "queries"
 
 
 @dataclasses.dataclass(frozen=True)
-class CatConfig:
+class Config:
     """Constants of CAT. Contrast and cycle are the paper's terms, MMD is PADing's; values are ours.
 
     Attributes:
@@ -125,18 +126,19 @@ def require_unseen(vocabulary: Vocabulary, what: str) -> None:
         )
 
 
-def make_stage(networks: Networks, vocabulary: Vocabulary, config: CatConfig) -> Stage:
+def make_stage(context: Context, config: Config) -> Stage:
     """CAT as a `Stage` on query batches: trains the generator, reads segmentor and projector.
 
     Raises:
       ValueError: if unseen names are to be used and there are none.
     """
+    networks, vocabulary = context.networks, context.vocabulary
     num_classes = len(vocabulary)
     if config.unseen_names:
         require_unseen(vocabulary, "CAT")
 
     def loss(params, frozen, batch, rng):
-        text = known_text(frozen["text"], vocabulary, config.unseen_names)
+        text = known_text(frozen[TEXT], vocabulary, config.unseen_names)
         vectors = class_vectors(text)
         everything = {**frozen, **params}
         rng_seen, rng_unseen = jax.random.split(rng)
@@ -216,9 +218,8 @@ def make_stage(networks: Networks, vocabulary: Vocabulary, config: CatConfig) ->
             **_class_statistics(*sides, num_classes),
         }
 
-    rules = ((NO_DECAY, 1.0, 0.0), (r".*", 1.0, 1.0))
     fields = QUERY_FIELDS + (MEMORY_FIELDS if config.memory_per_class else ())
-    return Stage(("generator",), ("segmentor", "projector"), loss, rules, fields)
+    return Stage(("generator",), (TEXT, "segmentor", "projector"), loss, PLAIN_RULES, fields)
 
 
 def _real_queries(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -245,7 +246,7 @@ def _class_weighted_mmd(
     real: jax.Array,
     labels: jax.Array,
     num_classes: int,
-    config: CatConfig,
+    config: Config,
 ) -> jax.Array:
     """MMD in which a class weighs among the real queries what it weighs among the pseudo ones.
 

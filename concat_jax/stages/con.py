@@ -6,26 +6,27 @@ L = 2·CE + 5·BCE + 5·Dice + λ_g · L_global + λ_i · L_instance
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.core.config import build, check_choice
+from concat_jax.core.batch import TARGET_FIELDS
+from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses import alignment
-from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
+from concat_jax.losses.segmentation import segmentation_loss
 from concat_jax.models.clip import CLIP
-from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import normalize_images
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
-from concat_jax.stages.stage import NO_DECAY, Stage
+from concat_jax.stages.stage import NO_DECAY, TEXT, Context, Stage
+
+LEARNS_FROM = "images"
 
 
 @dataclasses.dataclass(frozen=True)
-class ConConfig:
+class Config:
     """Constants of CON. The two alignments are the paper's; each value here is ours.
 
     Attributes:
@@ -40,7 +41,7 @@ class ConConfig:
       pooling_temperature: of the softmax over queries.
       targets: "online" runs CLIP on every batch; "cached" takes the targets from the batch, where
         they were looked up: of un-augmented images at native size, so the same up to what jitter,
-        flip and crop change. The step then holds no CLIP.
+        flip and crop change. The step then holds no CLIP. "": cached where they are at hand.
       max_segments: the most segments of an image that online targets look at, the largest: CLIP
         runs for every row of the tables, padding included, and the crop of a tiny segment says
         little. 0 for all rows. The others are not aligned.
@@ -55,7 +56,7 @@ class ConConfig:
     aligned_sets: int = 1
     pooling: str = "objectness"
     pooling_temperature: float = 0.1
-    targets: str = "online"
+    targets: str = ""
     max_segments: int = 0
     backbone_multiplier: float = 0.1
 
@@ -63,23 +64,9 @@ class ConConfig:
         if self.alignment not in ("cosine", "infonce"):
             raise ValueError(f"CON alignment is {self.alignment!r}; choose 'cosine' or 'infonce'.")
         check_choice(self.pooling, alignment.POOLINGS, "CON pooling is")
-        check_choice(self.targets, ("online", "cached"), "CON targets are")
+        check_choice(self.targets, ("", "online", "cached"), "CON targets are")
         if self.aligned_sets < 0:
             raise ValueError(f"CON aligned_sets is {self.aligned_sets} and must be 0 or more.")
-
-
-def make_config(method: Mapping[str, Any], *, has_cache: bool, where: str) -> ConConfig:
-    """The stage's constants; targets that are at hand are used unless it says otherwise.
-
-    Args:
-      method: fields of `ConConfig`.
-      has_cache: cached CLIP targets are configured.
-      where: how to call the section in an error.
-
-    Raises:
-      ValueError: as `configuration.build`.
-    """
-    return build(ConConfig, {"targets": "cached" if has_cache else "online", **method}, where)
 
 
 # What of CLIP decides its image embeddings besides the parameters.
@@ -92,8 +79,6 @@ _IMAGE_FIELDS = (
     "stem",
     "position_interpolation",
 )
-# Batch fields of cached targets, [B, C] and [B, G, C].
-TARGET_FIELDS = ("clip_image_target", "clip_segment_targets")
 
 
 def target_identity(clip: CLIP, crops: CropConfig) -> dict[str, Any]:
@@ -126,16 +111,12 @@ def matched_accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return hit.sum() / jnp.maximum(matched.sum(), 1)
 
 
-def make_stage(
-    networks: Networks,
-    vocabulary: Vocabulary,
-    config: ConConfig,
-    loss_config: SegmentationLossConfig,
-    crop_config: CropConfig,
-) -> Stage:
+def make_stage(context: Context, config: Config) -> Stage:
     """CON as a `Stage`: trains segmentor and projector; reads CLIP unless targets are cached."""
     align = config.global_weight > 0 or config.instance_weight > 0
-    cached = align and config.targets == "cached"
+    at_hand = "cached" if context.has_clip_targets else "online"
+    cached = align and (config.targets or at_hand) == "cached"
+    networks, vocabulary = context.networks, context.vocabulary
 
     def pull(predictions, targets, valid):
         if config.alignment == "cosine":
@@ -165,7 +146,7 @@ def make_stage(
         )
         projector = {"params": params["projector"]}
         semantic = networks.projector.apply(projector, output.queries)  # [B, L, N, C]
-        text = frozen["text"][vocabulary.seen]
+        text = frozen[TEXT][vocabulary.seen]
         logits = networks.projector.apply(projector, semantic, text, method="classify")
         terms = segmentation_loss(
             rng,
@@ -174,7 +155,7 @@ def make_stage(
             output.mask_features,
             batch["segment_ids"],
             labels,
-            loss_config,
+            context.loss,
         )
         metrics = {
             "accuracy": matched_accuracy(logits[:, -1], terms.query_labels[:, -1]),
@@ -193,7 +174,7 @@ def make_stage(
                     batch["image"],
                     batch["segment_ids"],
                     labels.shape[1],
-                    crop_config,
+                    context.crops,
                     image_size=batch["image_size"],
                     max_segments=config.max_segments,
                 )
@@ -224,5 +205,5 @@ def make_stage(
     )
     fields = ("image", "segment_ids", "segment_labels", "segment_is_crowd")
     fields += TARGET_FIELDS if cached else ("image_size",)
-    reads = ("clip",) if align and not cached else ()
+    reads = (TEXT, "clip") if align and not cached else (TEXT,)
     return Stage(("segmentor", "projector"), reads, loss, rules, fields)

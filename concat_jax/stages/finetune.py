@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.core.batch import QUERY_FIELDS
 from concat_jax.losses.classification import weighted_cross_entropy
-from concat_jax.models.networks import Networks
 from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages.cat import generate, known_text, require_unseen
-from concat_jax.stages.real_queries import QUERY_FIELDS
-from concat_jax.stages.stage import NO_DECAY, Stage
+from concat_jax.stages.stage import PLAIN_RULES, TEXT, Context, Stage
+
+LEARNS_FROM = "queries"
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
+class Config:
     """Constants of the union finetune.
 
     Attributes:
@@ -79,12 +79,13 @@ def sample_deviations(
     return deviations[rows]
 
 
-def make_stage(networks: Networks, vocabulary: Vocabulary, config: FinetuneConfig) -> Stage:
+def make_stage(context: Context, config: Config) -> Stage:
     """Union finetune as a `Stage` on query batches: trains the projector only.
 
     Raises:
       ValueError: if pseudo queries of unseen classes are asked for and there is no such class.
     """
+    networks, vocabulary = context.networks, context.vocabulary
     if config.pseudo_per_class and config.unseen_names:
         require_unseen(vocabulary, "The finetune")
     pseudo_classes = np.concatenate(
@@ -97,7 +98,7 @@ def make_stage(networks: Networks, vocabulary: Vocabulary, config: FinetuneConfi
 
     def loss(params, frozen, batch, rng):
         num_classes = len(vocabulary)
-        text = known_text(frozen["text"], vocabulary, config.unseen_names)
+        text = known_text(frozen[TEXT], vocabulary, config.unseen_names)
         queries = batch["queries"]  # [B, N, D]
         labels = jnp.where(batch["query_labels"] >= 0, batch["query_labels"], num_classes)
         weights = jnp.ones(num_classes + 1).at[vocabulary.unseen].set(config.unseen_weight)
@@ -133,6 +134,5 @@ def make_stage(networks: Networks, vocabulary: Vocabulary, config: FinetuneConfi
         value = total / jnp.maximum(count, 1e-6)
         return value, {"loss": value, **metrics}
 
-    reads = ("segmentor", "generator") if with_pseudo else ()
-    rules = ((NO_DECAY, 1.0, 0.0), (r".*", 1.0, 1.0))
-    return Stage(("projector",), reads, loss, rules, QUERY_FIELDS)
+    reads = (TEXT, "segmentor", "generator") if with_pseudo else (TEXT,)
+    return Stage(("projector",), reads, loss, PLAIN_RULES, QUERY_FIELDS)

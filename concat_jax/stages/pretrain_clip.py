@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from concat_jax.losses.contrastive import contrastive_loss
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images
-from concat_jax.models.networks import Networks
-from concat_jax.stages.stage import NO_DECAY, Stage
+from concat_jax.stages.stage import PLAIN_RULES, Context, Stage
+
+LEARNS_FROM = "captions"
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainClipConfig:
+class Config:
     """Constants of the contrastive training; ours.
 
     Attributes:
@@ -27,7 +28,7 @@ class PretrainClipConfig:
     max_erased: float = 0.7
 
 
-def erase(rng: jax.Array, images: jax.Array, config: PretrainClipConfig) -> jax.Array:
+def erase(rng: jax.Array, images: jax.Array, config: Config) -> jax.Array:
     """Paint random smooth regions in the mean colour (random erasing, Zhong et al. 2017).
 
     The regions are level sets of smooth noise and know nothing of what the picture shows.
@@ -53,15 +54,14 @@ def erase(rng: jax.Array, images: jax.Array, config: PretrainClipConfig) -> jax.
     return jnp.where(keep[..., None], images, 0.0)
 
 
-def make_stage(networks: Networks, config: PretrainClipConfig) -> Stage:
+def make_stage(context: Context, config: Config) -> Stage:
     """Contrastive training of both CLIP towers (Radford et al. 2021, section 2.3)."""
+    clip = context.networks.clip
 
     def loss(params, frozen, batch, rng):
         del frozen
         images = erase(rng, normalize_clip_images(batch["image"]), config)
-        image, text, scale = networks.clip.apply(
-            {"params": params["clip"]}, images, batch["tokens"]
-        )
+        image, text, scale = clip.apply({"params": params["clip"]}, images, batch["tokens"])
         same = jnp.all(batch["tokens"][:, None] == batch["tokens"][None], axis=-1)
         value = contrastive_loss(image, text, scale, same_caption=same).mean()
         similarity = l2_normalize(image) @ l2_normalize(text).T
@@ -69,5 +69,4 @@ def make_stage(networks: Networks, config: PretrainClipConfig) -> Stage:
         hit = jnp.take_along_axis(same, best[:, None], axis=1)[:, 0]
         return value, {"loss": value, "accuracy": jnp.mean(hit.astype(jnp.float32))}
 
-    rules = ((NO_DECAY, 1.0, 0.0), (r".*", 1.0, 1.0))
-    return Stage(("clip",), (), loss, rules, ("image", "tokens"))
+    return Stage(("clip",), (), loss, PLAIN_RULES, ("image", "tokens"))

@@ -7,8 +7,6 @@ import numpy as np
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.stages.bank_files import ShardedRows
 
-MEMORY_FIELDS = ("memory_queries", "memory_valid")
-
 
 class QueryBank:
     """Vision queries and their classes, one row an image.

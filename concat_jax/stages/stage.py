@@ -1,4 +1,10 @@
-"""What a stage is: parameters it trains and reads, its loss, a rule for each; and its settings."""
+"""What a stage is: parameters it trains and reads, its loss, a rule for each; and its settings.
+
+A stage is a module of this folder, listed in `registry.STAGES`, that has
+  Config: dataclass of its constants, the `method` of its settings;
+  LEARNS_FROM: "captions", "images" or "queries";
+  make_stage: (Context, Config) -> Stage.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +14,22 @@ from typing import Any
 
 import jax
 
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.losses.segmentation import SegmentationLossConfig
+from concat_jax.models.networks import Networks
+from concat_jax.stages.clip_targets import CropConfig
+
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
+
+# What a stage may read that no stage gives under that name: text embeddings [K, C] or [K, S, C];
+# and the projector that was trained with the segmentor, which says which query holds which
+# segment, while a stage may train another one under "projector".
+TEXT = "text"
+MATCHING_PROJECTOR = "matching_projector"
+# The subtree whose `takes` entry decides where each of them comes from.
+COMES_WITH = {TEXT: "clip", MATCHING_PROJECTOR: "segmentor"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +38,9 @@ class Stage:
 
     Attributes:
       trains: names of the parameter subtrees that this stage updates and gives.
-      reads: names of the subtrees that it needs as they are.
-      loss: (params, frozen, batch, rng) -> (scalar loss, scalar metrics). `params` holds the
-        `trains` subtrees; `frozen` the `reads` subtrees and, under "text", the embeddings [K, C].
+      reads: names of what it needs as it is: subtrees, `TEXT`, `MATCHING_PROJECTOR`.
+      loss: (params, frozen, batch, rng) -> (scalar loss, scalar metrics). `params` holds what the
+        stage trains, `frozen` what it reads.
       rules: (regex, learning-rate multiplier, weight-decay multiplier); the first that matches
         "subtree/module/…/leaf" decides. A multiplier of 0 freezes the parameter.
       batch_fields: what of a batch the loss uses; the rest stays on the host.
@@ -35,21 +54,40 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Context:
+    """What all stages of a run are made with.
+
+    Attributes:
+      networks: their `generator` is the one that the stage trains or reads.
+      vocabulary: the label space.
+      loss: of the segmentor, and weights of the cost that matches queries and segments.
+      crops: what CLIP sees of a segment.
+      has_clip_targets: batches of images hold cached targets of CLIP.
+    """
+
+    networks: Networks
+    vocabulary: Vocabulary
+    loss: SegmentationLossConfig = SegmentationLossConfig()
+    crops: CropConfig = CropConfig()
+    has_clip_targets: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One entry of `config.train`.
 
     Attributes:
-      kind: "pretrain_clip", "con", "cat" or "finetune".
+      kind: a key of `registry.STAGES`.
       takes: subtree -> name of the stage that gave it, or "init" for a file of `config.init`.
       steps: batches.
       batch_size: images a step, over all hosts.
       optimizer: fields of `OptimizerConfig`.
-      method: fields of the kind's own config.
+      method: fields of the kind's own `Config`.
       log_every: steps between progress lines.
       save_every: steps between checkpoints, 0 for the last only.
-      bank_images: images whose vision queries stages 2 and 3 learn from.
-      queries: where stages 2 and 3 have their vision queries from: "bank", extracted once, or
-        "images", augmented anew in every step, at the price of the segmentor's forward pass.
+      bank_images: images whose vision queries a stage on queries learns from.
+      queries: where a stage has its vision queries from: "bank", extracted once, or "images",
+        augmented anew in every step, at the price of the segmentor's forward pass.
       oracle: the bank's images show unseen classes too: an upper bound, which is not zero-shot.
       generator: the network that this stage trains in place of `config.model.generator`, in the
         same form; stages that take its generator follow. {} for the config's.
@@ -74,3 +112,5 @@ class StageConfig:
 
 # Norms, biases, embeddings and scalars have no weight decay, as in CLIP; Mask2Former decays biases.
 NO_DECAY = r".*(scale|bias|embedding|bias_table)"
+# Of a stage that trains everything it trains alike.
+PLAIN_RULES = ((NO_DECAY, 1.0, 0.0), (r".*", 1.0, 1.0))

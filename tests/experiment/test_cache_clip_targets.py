@@ -388,7 +388,7 @@ def test_training_reads_the_cache_and_its_step_holds_no_clip(trained, monkeypatc
     monkeypatch.setattr(Run, "_init", lambda self, subtree, rng, name: {})
     run = make_run(config, workdir)
     run.train("con")
-    assert seen["stage"].reads == () and set(seen["frozen"]) == {"text"}
+    assert seen["stage"].reads == ("text",) and set(seen["frozen"]) == {"text"}
     assert set(con.TARGET_FIELDS) < set(seen["stage"].batch_fields) <= set(seen["batch"])
     batch = seen["batch"]
     expected = ClipTargetCache(config.data.clip_targets, {}).lookup(
@@ -402,7 +402,7 @@ def test_training_reads_the_cache_and_its_step_holds_no_clip(trained, monkeypatc
     np.testing.assert_allclose(norms, ~padded, atol=1e-5)
     # Without the folder the same config runs CLIP, in the same workdir.
     online = make_run(changed(config, data=dict(clip_targets="")), workdir)
-    assert online.make_stage("con").reads == ("clip",)
+    assert online.make_stage("con").reads == ("text", "clip")
     assert "clip_image_target" not in online.datasets.train(4)(0)
 
 

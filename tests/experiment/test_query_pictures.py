@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from concat_jax import query_space
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment import query_pictures
-from concat_jax.stages.stage import StageConfig
+from concat_jax.stages.registry import make_stage
+from concat_jax.stages.stage import Context, StageConfig
 
 VOCABULARY = Vocabulary(
     ("cat", "dog", "sky"), (True, True, False), (True, False, True), category_ids=(1, 2, 3)
@@ -24,19 +25,27 @@ def stage(kind, **fields):
 class FakeRun:
     vocabulary = eval_vocabulary = VOCABULARY
     networks = types.SimpleNamespace(
-        projector=types.SimpleNamespace(apply=lambda variables, queries: queries[..., :3])
+        clip=None,
+        projector=types.SimpleNamespace(apply=lambda variables, queries: queries[..., :3]),
     )
     stages = {
         "clip": stage("pretrain_clip", takes={}),
         "con": stage("con", takes={"clip": "clip"}),
-        "cat": stage("cat", takes={"clip": "clip", "segmentor": "con"}),
+        "cat": stage("cat", takes={"clip": "clip", "segmentor": "con", "projector": "con"}),
         "finetune": stage(
             "finetune",
             takes={"clip": "clip", "segmentor": "con", "generator": "cat"},
             method={"deviation": 2.0},
         ),
-        "control": stage("finetune", takes={"clip": "clip", "segmentor": "con"}),
+        "control": stage(
+            "finetune",
+            takes={"clip": "clip", "segmentor": "con"},
+            method={"pseudo_per_class": 0},
+        ),
     }
+
+    def make_stage(self, name):
+        return make_stage(name, self.stages[name], Context(self.networks, VOCABULARY))
 
     def give(self, subtree, source):
         return f"{subtree} of {source}"
@@ -111,15 +120,15 @@ def test_real_queries_are_the_matched_ones_of_evaluation_images(monkeypatch):
     """All classes may be matched; the last images, which fill no batch, are left out."""
     matched = []
 
-    def extract(networks, vocabulary, loss, params, text, batch, rng):
-        matched.append(vocabulary.is_seen)
+    def extract(context, params, text, batch, rng):
+        matched.append(context.vocabulary.is_seen)
         labels = np.where(batch["image"][:, :1] == 2, -1, 1)
         return np.repeat(batch["image"][:, None, :], 1, axis=1), labels
 
     monkeypatch.setattr(query_pictures, "extract_queries", extract)
     monkeypatch.setattr(query_pictures.jax, "jit", lambda fn: fn)
     run = FakeRun()
-    run.loss = None
+    run.context = Context(run.networks, VOCABULARY)
     run.eval = types.SimpleNamespace(batch_size=2)
     fields = {name: np.zeros(3) for name in query_pictures.IMAGE_FIELDS}
     examples = [(None, {**fields, "image": np.full(3, float(i))}) for i in range(7)]

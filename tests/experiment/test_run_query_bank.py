@@ -11,7 +11,7 @@ import pytest
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.batches import query_bank
 from concat_jax.experiment.experiment import Run
-from concat_jax.stages.real_queries import IMAGE_FIELDS
+from concat_jax.stages.queries import IMAGE_FIELDS
 from data_pipelines.datasets import Datasets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.models.generator import QueryGenerator
+from concat_jax.models.generators import QueryGenerator
 
 GENERATOR = QueryGenerator(width=8, hidden_width=16, noise_width=4)
 TEXT = jax.random.normal(jax.random.key(0), (5, 6))

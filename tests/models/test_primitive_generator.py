@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from concat_jax.models.generator import QueryGenerator
+from concat_jax.models.generators import PrimitiveGenerator, QueryGenerator
 from concat_jax.models.networks import make_networks
-from concat_jax.models.primitive_generator import PrimitiveGenerator
 
 SMALL = dict(num_primitives=5, num_layers=2, num_heads=2, ffn_width=12)
 GENERATOR = PrimitiveGenerator(width=8, **SMALL)

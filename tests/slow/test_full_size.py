@@ -9,7 +9,7 @@ from concat_jax.core.config import build
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
 from concat_jax.stages import con
-from concat_jax.stages.clip_targets import CropConfig
+from concat_jax.stages.stage import Context
 from concat_jax.training.optimizer import FROZEN, OptimizerConfig, label_params, make_optimizer
 from concat_jax.training.state import TrainState, make_train_step
 from configs import coco_zps
@@ -24,10 +24,10 @@ def test_one_step_of_the_full_size_model():
     networks = make_networks(config.model.to_dict())
     vocabulary = load_label_space("coco_panoptic_119_14")
     # Without alignment: CLIP ViT-B/16 on 12 crops would be most of the time and is tested apart.
-    settings = con.ConConfig(global_weight=0.0, instance_weight=0.0)
+    settings = con.Config(global_weight=0.0, instance_weight=0.0)
     loss_config = build(SegmentationLossConfig, config.loss, "config.loss")
     assert loss_config.num_points == 12544
-    stage = con.make_stage(networks, vocabulary, settings, loss_config, CropConfig())
+    stage = con.make_stage(Context(networks, vocabulary, loss_config), settings)
     params = {name: networks.init(name, jax.random.key(0)) for name in stage.trains}
     labels = label_params(params, stage.rules)
     optimizer = make_optimizer(

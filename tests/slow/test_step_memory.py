@@ -76,7 +76,7 @@ def our_step() -> dict:
     from concat_jax.losses.segmentation import SegmentationLossConfig
     from concat_jax.models.networks import make_networks
     from concat_jax.stages import con
-    from concat_jax.stages.clip_targets import CropConfig
+    from concat_jax.stages.stage import Context
     from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
     from concat_jax.training.state import TrainState, make_train_step
     from configs import coco_zps
@@ -86,9 +86,9 @@ def our_step() -> dict:
     networks = make_networks(config.model.to_dict())
     vocabulary = load_label_space("coco_panoptic_119_14")
     # Without alignment: the reference has no CLIP either.
-    settings = con.ConConfig(global_weight=0.0, instance_weight=0.0)
+    settings = con.Config(global_weight=0.0, instance_weight=0.0)
     loss_config = build(SegmentationLossConfig, config.loss, "config.loss")
-    stage = con.make_stage(networks, vocabulary, settings, loss_config, CropConfig())
+    stage = con.make_stage(Context(networks, vocabulary, loss_config), settings)
     params = {
         name: jax.jit(networks.init, static_argnums=0)(name, jax.random.key(0))
         for name in stage.trains

@@ -11,15 +11,21 @@ import pytest
 
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
-from concat_jax.models.generator import QueryGenerator
+from concat_jax.models.generators import QueryGenerator
 from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import SegmentorOutput
 from concat_jax.models.semantic_projector import SemanticProjector
 from concat_jax.stages import cat, finetune
 from concat_jax.stages.bank_files import BankConfig, fill_bank
-from concat_jax.stages.image_queries import MATCHING_PROJECTOR, matching_key, on_images
+from concat_jax.stages.queries import (
+    IMAGE_FIELDS,
+    QUERY_FIELDS,
+    extract_queries,
+    matching_key,
+    on_images,
+)
 from concat_jax.stages.query_bank import QueryBank
-from concat_jax.stages.real_queries import IMAGE_FIELDS, QUERY_FIELDS, extract_queries
+from concat_jax.stages.stage import MATCHING_PROJECTOR, Context
 from concat_jax.training.optimizer import path_name
 
 # The programs run once, so compiling them is what these tests cost.
@@ -101,25 +107,20 @@ def image_batch():
     }
 
 
+CONTEXT = Context(NETWORKS, VOCABULARY, LOSS)
 STAGES = {
-    "cat": cat.make_stage(NETWORKS, VOCABULARY, cat.CatConfig(unseen_names=False)),
-    "finetune": finetune.make_stage(
-        NETWORKS, VOCABULARY, finetune.FinetuneConfig(pseudo_per_class=2, deviation=0.7)
-    ),
-    "control": finetune.make_stage(
-        NETWORKS, VOCABULARY, finetune.FinetuneConfig(pseudo_per_class=0)
-    ),
+    "cat": cat.make_stage(CONTEXT, cat.Config(unseen_names=False)),
+    "finetune": finetune.make_stage(CONTEXT, finetune.Config(pseudo_per_class=2, deviation=0.7)),
+    "control": finetune.make_stage(CONTEXT, finetune.Config(pseudo_per_class=0)),
 }
-ON_IMAGES = {name: on_images(stage, NETWORKS, VOCABULARY, LOSS) for name, stage in STAGES.items()}
+ON_IMAGES = {name: on_images(stage, CONTEXT) for name, stage in STAGES.items()}
 
 
 @functools.cache
 def bank_queries():
     """Queries of the batch as the bank's extraction gives them."""
     extract = jax.jit(
-        lambda params, batch: extract_queries(
-            NETWORKS, VOCABULARY, LOSS, params, TEXT, batch, matching_key(KEY)
-        ),
+        lambda params, batch: extract_queries(CONTEXT, params, TEXT, batch, matching_key(KEY)),
         compiler_options=FAST_COMPILE,
     )
     params = {"segmentor": SEGMENTOR, "projector": PROJECTOR}
@@ -135,8 +136,8 @@ def gradient_of(stage):
 def evaluate(stage, batch):
     """((loss, metrics), (gradients of what is trained, gradients of what is frozen))."""
     subtrees = {"segmentor": SEGMENTOR, "projector": PROJECTOR, "generator": GENERATOR}
+    subtrees |= {"text": TEXT, MATCHING_PROJECTOR: PROJECTOR}
     frozen = {name: subtrees[name] for name in stage.reads}
-    frozen |= {"text": TEXT, MATCHING_PROJECTOR: PROJECTOR}
     params = {name: MOVED if name == "projector" else subtrees[name] for name in stage.trains}
     assert set(batch) == set(stage.batch_fields)
     return gradient_of(stage)(params, frozen, batch, KEY)
@@ -195,7 +196,10 @@ def test_the_batch_is_worth_a_test():
 
 def test_other_views_of_the_images_give_another_loss():
     stage = ON_IMAGES["control"]
-    assert stage.reads == ("segmentor",) and stage.batch_fields == IMAGE_FIELDS
+    assert (
+        stage.reads == ("text", "segmentor", MATCHING_PROJECTOR)
+        and stage.batch_fields == IMAGE_FIELDS
+    )
     batch = image_batch()
     flipped = {**batch, **{f: batch[f][:, :, ::-1] for f in ("image", "segment_ids")}}
     losses = [evaluate(stage, b)[0][0] for b in (batch, flipped)]
@@ -209,6 +213,6 @@ def test_no_unseen_name_reaches_an_inductive_stage_on_images():
 
 
 def test_a_memory_needs_the_bank():
-    stage = cat.make_stage(NETWORKS, VOCABULARY, cat.CatConfig(memory_per_class=4))
+    stage = cat.make_stage(CONTEXT, cat.Config(memory_per_class=4))
     with pytest.raises(ValueError, match="is drawn from a query bank.*set queries='bank', or"):
-        on_images(stage, NETWORKS, VOCABULARY, LOSS)
+        on_images(stage, CONTEXT)

@@ -3,14 +3,14 @@
 import jax
 import numpy as np
 
-from concat_jax.stages.pretrain_clip import PretrainClipConfig, erase
+from concat_jax.stages.pretrain_clip import Config, erase
 
 IMAGES = 1.0 + np.random.default_rng(0).random((400, 16, 16, 3), np.float32)  # no pixel is 0
 
 
 def erased_share(probability, max_erased, seed=0):
     """[B] share of each picture that is painted over, and the result."""
-    config = PretrainClipConfig(erase_probability=probability, max_erased=max_erased)
+    config = Config(erase_probability=probability, max_erased=max_erased)
     result = np.asarray(erase(jax.random.key(seed), IMAGES, config))
     painted = (result == 0).all(axis=-1)
     # A pixel is erased in all channels or in none, and what is left is left as it was.

@@ -15,6 +15,7 @@ from concat_jax.models.networks import make_networks
 from concat_jax.models.segmentor import normalize_images
 from concat_jax.stages import cat, con, finetune, pretrain_clip
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
+from concat_jax.stages.stage import Context
 from concat_jax.training.optimizer import (
     FROZEN,
     OptimizerConfig,
@@ -70,6 +71,7 @@ VOCABULARY = Vocabulary(
     is_seen=(False, True, True, False, True, True),
     category_ids=(1, 2, 3, 4, 5, 6),
 )
+CONTEXT = Context(NETWORKS, VOCABULARY, SegmentationLossConfig(num_points=32))
 SEEN, UNSEEN = [1, 2, 4, 5], [0, 3]
 
 
@@ -155,8 +157,7 @@ def trained(stage):
 
 def frozen(stage, text=TEXT):
     """What the loop hands over: the subtrees the stage says it reads, and nothing else."""
-    given = {name: PARAMS[name] for name in stage.reads}
-    return given if text is None else {**given, "text": text}
+    return {name: text if name == "text" else PARAMS[name] for name in stage.reads}
 
 
 def reached(gradients):
@@ -193,13 +194,7 @@ def assert_same(first, second):
 
 @pytest.fixture(scope="module")
 def con_run():
-    stage = con.make_stage(
-        NETWORKS,
-        VOCABULARY,
-        con.ConConfig(),
-        SegmentationLossConfig(num_points=32),
-        CropConfig(),
-    )
+    stage = con.make_stage(CONTEXT, con.Config())
     batch = image_batch()
     return stage, evaluate(stage, batch), batch
 
@@ -207,7 +202,7 @@ def con_run():
 def test_con_trains_segmentor_and_projector_and_leaves_clip_alone(con_run):
     stage, function, batch = con_run
     (value, metrics), (gradients, others) = function(trained(stage), frozen(stage), batch, KEY)
-    assert stage.trains == ("segmentor", "projector") and stage.reads == ("clip",)
+    assert stage.trains == ("segmentor", "projector") and stage.reads == ("text", "clip")
     assert_finite(value, metrics, gradients)
     parts = ("class", "mask", "dice", "global", "instance")
     np.testing.assert_allclose(value, sum(metrics[f"loss_{part}"] for part in parts), rtol=1e-5)
@@ -241,13 +236,7 @@ def test_con_ignores_segments_of_unseen_classes_and_crowds(con_run):
 
 def test_con_with_infonce_trains_the_projector_otherwise(con_run):
     stage, function, batch = con_run
-    variant = con.make_stage(
-        NETWORKS,
-        VOCABULARY,
-        con.ConConfig(alignment="infonce"),
-        SegmentationLossConfig(num_points=32),
-        CropConfig(),
-    )
+    variant = con.make_stage(CONTEXT, con.Config(alignment="infonce"))
 
     def loss(projector, frozen, batch, rng):
         params = {**trained(variant), "projector": projector}
@@ -266,14 +255,8 @@ def test_con_with_infonce_trains_the_projector_otherwise(con_run):
 
 
 def test_con_without_alignment_does_not_take_clip():
-    stage = con.make_stage(
-        NETWORKS,
-        VOCABULARY,
-        con.ConConfig(global_weight=0.0, instance_weight=0.0),
-        SegmentationLossConfig(num_points=32),
-        CropConfig(),
-    )
-    assert stage.reads == ()
+    stage = con.make_stage(CONTEXT, con.Config(global_weight=0.0, instance_weight=0.0))
+    assert stage.reads == ("text",)
     _, metrics = jax.eval_shape(stage.loss, trained(stage), frozen(stage), image_batch(), KEY)
     assert "loss_mask" in metrics and "loss_global" not in metrics
 
@@ -299,13 +282,7 @@ def with_targets(batch):
 
 @pytest.fixture(scope="module")
 def cached_con():
-    return con.make_stage(
-        NETWORKS,
-        VOCABULARY,
-        con.ConConfig(targets="cached"),
-        SegmentationLossConfig(num_points=32),
-        CropConfig(),
-    )
+    return con.make_stage(CONTEXT, con.Config(targets="cached"))
 
 
 def test_con_learns_the_same_from_cached_targets(con_run, cached_con):
@@ -335,13 +312,7 @@ def test_con_aligns_the_sets_that_it_is_told_to(con_run, aligned_sets):
     """The mean over prediction sets of the global term, written out."""
     _, _, batch = con_run
     cached_batch = with_targets(batch)
-    stage = con.make_stage(
-        NETWORKS,
-        VOCABULARY,
-        con.ConConfig(targets="cached", aligned_sets=aligned_sets),
-        SegmentationLossConfig(num_points=32),
-        CropConfig(),
-    )
+    stage = con.make_stage(CONTEXT, con.Config(targets="cached", aligned_sets=aligned_sets))
 
     def expected(params, text, batch):
         output = NETWORKS.segmentor.apply(
@@ -372,7 +343,7 @@ def test_con_with_cached_targets_holds_no_clip(con_run, cached_con):
     """Neither among what the step is given, nor as constants, nor in what it computes."""
     stage, _, batch = con_run
     cached_batch = {name: np.asarray(value) for name, value in with_targets(batch).items()}
-    assert cached_con.reads == ()
+    assert cached_con.reads == ("text",)
     optimizer = make_optimizer(
         OptimizerConfig(schedule="constant"), 10, label_params(trained(stage), stage.rules)
     )
@@ -405,7 +376,7 @@ def test_con_with_cached_targets_holds_no_clip(con_run, cached_con):
 
 def test_con_refuses_unknown_targets():
     with pytest.raises(ValueError, match="CON targets are 'cache'; did you mean 'cached'"):
-        con.ConConfig(targets="cache")
+        con.Config(targets="cache")
 
 
 def test_con_optimizer_leaves_frozen_statistics_and_moves_the_rest(con_run):
@@ -433,7 +404,7 @@ def test_con_optimizer_leaves_frozen_statistics_and_moves_the_rest(con_run):
 
 def test_con_refuses_an_unknown_alignment():
     with pytest.raises(ValueError, match="'l2'.*'cosine' or 'infonce'"):
-        con.ConConfig(alignment="l2")
+        con.Config(alignment="l2")
 
 
 def test_training_labels_by_hand():
@@ -453,10 +424,10 @@ def test_matched_accuracy_by_hand():
 
 
 CAT_VARIANTS = {
-    "default": cat.CatConfig(),
-    "inductive": cat.CatConfig(unseen_names=False),
-    "cosine by class": cat.CatConfig(contrast_distance="cosine", mmd_per_class=True),
-    "memory": cat.CatConfig(
+    "default": cat.Config(),
+    "inductive": cat.Config(unseen_names=False),
+    "cosine by class": cat.Config(contrast_distance="cosine", mmd_per_class=True),
+    "memory": cat.Config(
         class_contrast_weight=0.2,
         spread_weight=0.3,
         memory_per_class=3,
@@ -468,7 +439,7 @@ CAT_VARIANTS = {
 
 @pytest.fixture(scope="module", params=CAT_VARIANTS)
 def cat_run(request):
-    stage = cat.make_stage(NETWORKS, VOCABULARY, CAT_VARIANTS[request.param])
+    stage = cat.make_stage(CONTEXT, CAT_VARIANTS[request.param])
     batch = memory_batch() if request.param == "memory" else query_batch()
     return request.param, stage, evaluate(stage, batch), batch
 
@@ -477,7 +448,7 @@ def test_cat_trains_the_generator_and_knows_unseen_names_only_if_told(cat_run):
     variant, stage, function, batch = cat_run
     known = function(trained(stage), frozen(stage), batch, KEY)
     (value, metrics), (gradients, others) = known
-    assert stage.trains == ("generator",) and stage.reads == ("segmentor", "projector")
+    assert stage.trains == ("generator",) and stage.reads == ("text", "segmentor", "projector")
     assert_finite(value, metrics, gradients)
     parts = {"mmd": 1.0, "contrast": 0.3, "cycle": 0.03}  # the config's defaults
     if variant == "memory":
@@ -515,7 +486,7 @@ def test_cat_survives_a_batch_without_a_matched_query(cat_run):
 
 def test_cat_learns_from_the_memory_what_the_batch_does_not_hold():
     """With a memory of the batch's own queries the losses are those of the batch."""
-    config = cat.CatConfig(class_contrast_weight=1.0, spread_weight=1.0, class_negatives=False)
+    config = cat.Config(class_contrast_weight=1.0, spread_weight=1.0, class_negatives=False)
     rng = np.random.default_rng(16)
     batch = {
         "queries": rng.normal(size=(2, 4, 32)).astype(np.float32),
@@ -528,7 +499,7 @@ def test_cat_learns_from_the_memory_what_the_batch_does_not_hold():
     batch["memory_queries"][0] = np.nan  # never valid, never read
 
     def metrics(**changes):
-        stage = cat.make_stage(NETWORKS, VOCABULARY, dataclasses.replace(config, **changes))
+        stage = cat.make_stage(CONTEXT, dataclasses.replace(config, **changes))
         inputs = {name: batch[name] for name in stage.batch_fields}
         loss = jax.jit(stage.loss, compiler_options=FAST_COMPILE)
         return loss(trained(stage), frozen(stage), inputs, KEY)[1]
@@ -549,7 +520,7 @@ def test_cat_learns_from_the_memory_what_the_batch_does_not_hold():
 @pytest.mark.parametrize("name", ["memory_pseudo", "mmd_memory"])
 def test_cat_refuses_to_use_a_memory_that_is_off(name):
     with pytest.raises(ValueError, match=f"{name} needs a memory; set memory_per_class"):
-        cat.CatConfig(**{name: True})
+        cat.Config(**{name: True})
 
 
 ALL_SEEN = Vocabulary(("cat", "sky"), (True, False), (True, True), (1, 2))
@@ -557,18 +528,18 @@ ALL_SEEN = Vocabulary(("cat", "sky"), (True, False), (True, True), (1, 2))
 
 def test_unseen_names_are_refused_where_there_are_none():
     for make in (
-        lambda **fields: cat.make_stage(NETWORKS, ALL_SEEN, cat.CatConfig(**fields)),
+        lambda **fields: cat.make_stage(Context(NETWORKS, ALL_SEEN), cat.Config(**fields)),
         lambda **fields: finetune.make_stage(
-            NETWORKS, ALL_SEEN, finetune.FinetuneConfig(pseudo_seen=True, **fields)
+            Context(NETWORKS, ALL_SEEN), finetune.Config(pseudo_seen=True, **fields)
         ),
     ):
         with pytest.raises(ValueError, match="all 2 classes of the vocabulary are seen; set uns"):
             make()
         make(unseen_names=False)
     # The control generates nothing.
-    finetune.make_stage(NETWORKS, ALL_SEEN, finetune.FinetuneConfig(pseudo_per_class=0))
+    finetune.make_stage(Context(NETWORKS, ALL_SEEN), finetune.Config(pseudo_per_class=0))
     with pytest.raises(ValueError, match="neither unseen nor seen classes; set pseudo_seen=True"):
-        finetune.FinetuneConfig(unseen_names=False)
+        finetune.Config(unseen_names=False)
 
 
 def test_generated_queries_have_the_scale_of_the_last_layer_norm():
@@ -585,18 +556,16 @@ def test_generated_queries_have_the_scale_of_the_last_layer_norm():
 
 
 FINETUNE_VARIANTS = {
-    "union": finetune.FinetuneConfig(pseudo_per_class=2),
-    "seen and deviations": finetune.FinetuneConfig(
-        pseudo_per_class=2, pseudo_seen=True, deviation=0.7
-    ),
-    "control": finetune.FinetuneConfig(pseudo_per_class=0),
+    "union": finetune.Config(pseudo_per_class=2),
+    "seen and deviations": finetune.Config(pseudo_per_class=2, pseudo_seen=True, deviation=0.7),
+    "control": finetune.Config(pseudo_per_class=0),
 }
 
 
 @pytest.fixture(scope="module", params=FINETUNE_VARIANTS)
 def finetune_run(request):
     config = FINETUNE_VARIANTS[request.param]
-    stage = finetune.make_stage(NETWORKS, VOCABULARY, config)
+    stage = finetune.make_stage(CONTEXT, config)
     return config.pseudo_per_class, stage, evaluate(stage, query_batch())
 
 
@@ -610,7 +579,7 @@ def test_finetune_trains_the_projector_only(finetune_run):
     # Names of all classes compete, so both kinds of rows matter, with pseudo queries or without.
     assert np.abs(others["text"]).max(axis=1).all()
     if pseudo_per_class:
-        assert stage.reads == ("segmentor", "generator")
+        assert stage.reads == ("text", "segmentor", "generator")
         assert reached(others["segmentor"]) == set()
         assert "accuracy_pseudo" in metrics
         other = {**frozen(stage), "generator": random_params("generator", 77)}
@@ -625,7 +594,7 @@ def test_finetune_control_ignores_generator_and_noise(finetune_run):
     if pseudo_per_class:
         assert abs(first[0][0] - second[0][0]) > 1e-6
         return
-    assert stage.reads == ()  # it is not even handed a generator
+    assert stage.reads == ("text",)  # it is not even handed a generator
     assert_same(first, second)
     with_generator = {**frozen(stage), "generator": PARAMS["generator"]}
     offered = function(trained(stage), with_generator, query_batch(), KEY)
@@ -635,8 +604,8 @@ def test_finetune_control_ignores_generator_and_noise(finetune_run):
 
 
 def test_inductive_finetune_does_not_see_unseen_names():
-    config = finetune.FinetuneConfig(pseudo_per_class=2, pseudo_seen=True, unseen_names=False)
-    stage = finetune.make_stage(NETWORKS, VOCABULARY, config)
+    config = finetune.Config(pseudo_per_class=2, pseudo_seen=True, unseen_names=False)
+    stage = finetune.make_stage(CONTEXT, config)
     function = evaluate(stage, query_batch())
     before = function(trained(stage), frozen(stage), query_batch(), KEY)
     other = {**frozen(stage), "text": OTHER_UNSEEN}
@@ -649,11 +618,11 @@ def test_inductive_finetune_does_not_see_unseen_names():
 
 
 INDUCTIVE = {
-    "cat": cat.CatConfig(
+    "cat": cat.Config(
         unseen_names=False, class_contrast_weight=0.2, spread_weight=0.3, memory_per_class=3,
         memory_pseudo=True,
     ),
-    "finetune": finetune.FinetuneConfig(
+    "finetune": finetune.Config(
         pseudo_per_class=2, pseudo_seen=True, unseen_names=False, deviation=0.5
     ),
 }  # fmt: skip
@@ -668,7 +637,7 @@ def test_no_unseen_name_reaches_an_inductive_stage(name, con_run):
         stage, function, batch = con_run
     else:
         module = {"cat": cat, "finetune": finetune}[name]
-        stage = module.make_stage(NETWORKS, VOCABULARY, INDUCTIVE[name])
+        stage = module.make_stage(CONTEXT, INDUCTIVE[name])
         batch = memory_batch() if name == "cat" else query_batch()
         function = evaluate(stage, batch)
     known = function(trained(stage), frozen(stage, TEXT), batch, KEY)
@@ -678,7 +647,7 @@ def test_no_unseen_name_reaches_an_inductive_stage(name, con_run):
     assert_same(known[1], blind[1])
     if name != "con":
         config = dataclasses.replace(INDUCTIVE[name], unseen_names=True)
-        told = module.make_stage(NETWORKS, VOCABULARY, config)
+        told = module.make_stage(CONTEXT, config)
         # The same text where names are known: this test would see them.
         value, _ = jax.jit(told.loss, compiler_options=FAST_COMPILE)(
             trained(told), frozen(told, no_number), batch, KEY
@@ -702,12 +671,12 @@ def test_a_step_moves_exactly_what_the_stage_trains(name, con_run):
     stage, function, batch = con_run
     if name == "cat":
         batch = query_batch()
-        stage = cat.make_stage(NETWORKS, VOCABULARY, cat.CatConfig())
+        stage = cat.make_stage(CONTEXT, cat.Config())
         function = evaluate(stage, batch)
     elif name == "finetune":
         batch = query_batch()
-        config = finetune.FinetuneConfig(pseudo_per_class=2)
-        stage = finetune.make_stage(NETWORKS, VOCABULARY, config)
+        config = finetune.Config(pseudo_per_class=2)
+        stage = finetune.make_stage(CONTEXT, config)
         function = evaluate(stage, batch)
     optimizer = make_optimizer(
         OptimizerConfig(schedule="constant", weight_decay=0.0),
@@ -735,8 +704,8 @@ def test_a_step_moves_exactly_what_the_stage_trains(name, con_run):
 
 def test_finetune_cross_entropy_by_hand():
     """Two real queries, one of them without a segment, against a softmax written out."""
-    config = finetune.FinetuneConfig(pseudo_per_class=0, no_object_weight=0.25)
-    stage = finetune.make_stage(NETWORKS, VOCABULARY, config)
+    config = finetune.Config(pseudo_per_class=0, no_object_weight=0.25)
+    stage = finetune.make_stage(CONTEXT, config)
     batch = {
         "queries": np.random.default_rng(5).normal(size=(1, 2, 32)).astype(np.float32),
         "query_labels": np.array([[4, -1]], np.int32),
@@ -766,9 +735,7 @@ def test_sampled_deviations_by_hand():
 
 
 def test_pretrain_clip_trains_all_of_clip():
-    stage = pretrain_clip.make_stage(
-        NETWORKS, pretrain_clip.PretrainClipConfig(erase_probability=0.5)
-    )
+    stage = pretrain_clip.make_stage(CONTEXT, pretrain_clip.Config(erase_probability=0.5))
     batch = caption_batch()
     function = evaluate(stage, batch)
     (value, metrics), (gradients, _) = function(trained(stage), {}, batch, KEY)

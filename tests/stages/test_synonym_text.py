@@ -14,6 +14,7 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.networks import make_networks
 from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages import cat, finetune
+from concat_jax.stages.stage import Context
 
 # The programs run once, so compiling them is what these tests cost.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -72,19 +73,18 @@ def batch():
 
 
 def run(stage, text):
-    frozen = {**{name: params()[name] for name in stage.reads}, "text": text}
+    frozen = {name: text if name == "text" else params()[name] for name in stage.reads}
     trained = {name: params()[name] for name in stage.trains}
     _, metrics = jax.jit(stage.loss, compiler_options=FAST_COMPILE)(trained, frozen, batch(), KEY)
     return metrics
 
 
+CONTEXT = Context(NETWORKS, VOCABULARY)
 STAGES = {
-    "cat": lambda: cat.make_stage(NETWORKS, VOCABULARY, cat.CatConfig()),
-    "finetune": lambda: finetune.make_stage(
-        NETWORKS, VOCABULARY, finetune.FinetuneConfig(pseudo_seen=True)
-    ),
+    "cat": lambda: cat.make_stage(CONTEXT, cat.Config()),
+    "finetune": lambda: finetune.make_stage(CONTEXT, finetune.Config(pseudo_seen=True)),
     "inductive finetune": lambda: finetune.make_stage(
-        NETWORKS, VOCABULARY, finetune.FinetuneConfig(pseudo_seen=True, unseen_names=False)
+        CONTEXT, finetune.Config(pseudo_seen=True, unseen_names=False)
     ),
 }
 

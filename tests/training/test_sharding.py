@@ -10,7 +10,7 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
 from concat_jax.stages import con
-from concat_jax.stages.clip_targets import CropConfig
+from concat_jax.stages.stage import Context
 from concat_jax.training.optimizer import (
     OptimizerConfig,
     label_params,
@@ -110,9 +110,8 @@ def two_steps(devices):
     moments by name (a tenth of the clipped gradient) and the shardings of the state.
     """
     mesh = make_mesh(devices=devices)
-    stage = con.make_stage(
-        NETWORKS, VOCABULARY, con.ConConfig(), SegmentationLossConfig(num_points=64), CropConfig()
-    )
+    context = Context(NETWORKS, VOCABULARY, SegmentationLossConfig(num_points=64))
+    stage = con.make_stage(context, con.Config())
     params = {name: random_params(name, seed) for seed, name in enumerate(stage.trains)}
     text = np.random.default_rng(9).normal(size=(len(VOCABULARY), 16)).astype(np.float32)
     text /= np.linalg.norm(text, axis=-1, keepdims=True)

@@ -1,14 +1,59 @@
-"""G of PADing: class tokens that a transformer composes of learned primitives.
+"""G: text embedding and noise to a pseudo vision query.
 
-Source: PADing (CVPR 2023), `PADing/PADing_model.py` (`fc_projection`, `dict_feature`,
-`generator`) and `PADing/modeling/transformer_decoder/transformer.py`.
+A new generator is a module `(text, rng, norm_scale, norm_bias) -> queries` with a field `width`,
+and a line in `GENERATORS`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from concat_jax.core.config import check_choice, check_fields
+
+
+class QueryGenerator(nn.Module):
+    """MLP on [text embedding, Gaussian noise] (CONCAT, semantic to vision).
+
+    Real vision queries leave a LayerNorm. The output is normalised likewise and goes through the
+    same frozen scale and bias, so pseudo queries live where real ones can.
+
+    Attributes:
+      width: D of the vision queries.
+      hidden_width: of the MLP.
+      num_layers: hidden layers, at least 1.
+      noise_width: dimensions of z; the spread of a class comes from it.
+    """
+
+    width: int
+    hidden_width: int
+    num_layers: int = 2
+    noise_width: int = 64
+
+    @nn.compact
+    def __call__(
+        self, text: jax.Array, rng: jax.Array, norm_scale: jax.Array, norm_bias: jax.Array
+    ) -> jax.Array:
+        """Pseudo queries [..., D] float32.
+
+        Args:
+          text: [..., C] L2-normalised text embeddings, one pseudo query each.
+          rng: PRNG key of the noise.
+          norm_scale: [D] scale of the transformer decoder's last LayerNorm, frozen.
+          norm_bias: [D] its bias, frozen.
+        """
+        noise = jax.random.normal(rng, (*text.shape[:-1], self.noise_width))
+        # Unit text vectors have entries of order C^-1/2: raised to order 1, like the noise.
+        x = jnp.concatenate([text * text.shape[-1] ** 0.5, noise], axis=-1)
+        for i in range(self.num_layers):
+            x = nn.leaky_relu(nn.Dense(self.hidden_width, name=f"layer_{i}")(x), 0.2)
+        x = nn.Dense(self.width, name="output")(x)
+        x = nn.LayerNorm(use_scale=False, use_bias=False, name="norm")(x)
+        return x * norm_scale + norm_bias
 
 
 class PrimitiveLayer(nn.Module):
@@ -61,10 +106,11 @@ class PrimitiveLayer(nn.Module):
 
 
 class PrimitiveGenerator(nn.Module):
-    """Text embedding and noise to a pseudo vision query, by attention to learned primitives.
+    """Class tokens that a transformer composes of learned primitives (PADing, CVPR 2023).
 
-    As PADing's, but for the last LayerNorm: its scale and bias are those of the real queries,
-    frozen, where PADing learns its own. The defaults are PADing's.
+    As `PADing/PADing_model.py` (`fc_projection`, `dict_feature`, `generator`) has it, but for the
+    last LayerNorm: its scale and bias are those of the real queries, frozen, where PADing learns
+    its own. The defaults are PADing's.
 
     Attributes:
       width: D of the vision queries; PADing: 256.
@@ -101,14 +147,7 @@ class PrimitiveGenerator(nn.Module):
     def __call__(
         self, text: jax.Array, rng: jax.Array, norm_scale: jax.Array, norm_bias: jax.Array
     ) -> jax.Array:
-        """Pseudo queries [..., D] float32.
-
-        Args:
-          text: [..., C] L2-normalised text embeddings, one pseudo query each.
-          rng: PRNG key of noise and dropout.
-          norm_scale: [D] scale of the transformer decoder's last LayerNorm, frozen.
-          norm_bias: [D] its bias, frozen.
-        """
+        """Pseudo queries [..., D], as `QueryGenerator`."""
         primitives = self.param(
             "primitives", nn.initializers.normal(1.0), (self.num_primitives, self.width)
         )
@@ -125,3 +164,30 @@ class PrimitiveGenerator(nn.Module):
             )(x, primitives, key)
         x = nn.LayerNorm(use_scale=False, use_bias=False, name="norm")(x)
         return x * norm_scale + norm_bias
+
+
+# Generators by the `kind` of the config.
+GENERATORS: dict[str, type[nn.Module]] = {
+    "mlp": QueryGenerator,
+    "primitives": PrimitiveGenerator,
+}
+
+
+def make_generator(
+    config: Mapping[str, Any], query_width: int, where: str = "config.model.generator"
+) -> nn.Module:
+    """A generator from a section of a config.
+
+    Args:
+      config: `kind`, a key of `GENERATORS` and "mlp" where absent, and the fields of that kind.
+      query_width: D of the vision queries.
+      where: the section's name, for messages.
+
+    Raises:
+      ValueError: for a field that the kind does not have or a value it cannot take.
+    """
+    fields = dict(config)
+    kind = fields.pop("kind", "mlp")
+    check_choice(kind, GENERATORS, f"{where}.kind is")
+    check_fields(fields, GENERATORS[kind], f"{where} has no key", "width")
+    return GENERATORS[kind](width=query_width, **fields)

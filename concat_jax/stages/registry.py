@@ -1,0 +1,67 @@
+"""The stages by the `kind` of their settings, and from the settings to the stage."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from concat_jax.core.config import build, check_choice
+from concat_jax.stages import cat, con, finetune, pretrain_clip
+from concat_jax.stages.queries import on_images
+from concat_jax.stages.stage import COMES_WITH, Context, Stage, StageConfig
+
+# A new stage is a module, see `stage.py`, and a line here.
+STAGES: dict[str, ModuleType] = {
+    "pretrain_clip": pretrain_clip,
+    "con": con,
+    "cat": cat,
+    "finetune": finetune,
+}
+QUERY_SOURCES = ("bank", "images")
+
+
+def learns_from(settings: StageConfig) -> str:
+    """What the stage's batches hold: "captions", "images", or "queries" of a bank."""
+    module = STAGES[settings.kind]
+    on_images = module.LEARNS_FROM == "queries" and settings.queries == "images"
+    return "images" if on_images else module.LEARNS_FROM
+
+
+def method_of(name: str, settings: StageConfig) -> Any:
+    """The constants of stage `name`, a `Config` of its kind.
+
+    Raises:
+      ValueError: for an unknown kind, a field that the kind lacks, or a value it refuses.
+    """
+    check_choice(settings.kind, STAGES, f"config.train.{name}.kind is unknown:")
+    return build(STAGES[settings.kind].Config, settings.method, f"config.train.{name}.method")
+
+
+def make_stage(name: str, settings: StageConfig, context: Context) -> Stage:
+    """The stage that the settings describe.
+
+    Raises:
+      ValueError: as `method_of`; for a source of vision queries that the stage cannot have; or for
+        something it reads that the settings do not say where to take from.
+    """
+    where = f"config.train.{name}"
+    method = method_of(name, settings)
+    check_choice(settings.queries, QUERY_SOURCES, f"{where}.queries is")
+    module = STAGES[settings.kind]
+    if module.LEARNS_FROM == "queries" and settings.takes.get("segmentor", "init") == "init":
+        raise ValueError(
+            f"Stage {name!r} learns from vision queries; say in {where}.takes.segmentor which "
+            "stage trained the segmentor, and the projector that goes with it."
+        )
+    if settings.oracle and settings.queries != "bank":
+        raise ValueError(f"{where}.oracle needs a bank; set {where}.queries to 'bank'.")
+    stage = module.make_stage(context, method)
+    if module.LEARNS_FROM == "queries" and settings.queries == "images":
+        stage = on_images(stage, context)
+    for read in stage.reads:
+        subtree = COMES_WITH.get(read, read)
+        if subtree not in settings.takes:
+            raise ValueError(
+                f"Stage {name!r} reads {subtree!r}; say in {where}.takes which stage gives it."
+            )
+    return stage
