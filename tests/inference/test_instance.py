@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import torch
 
 from concat_jax.core.run_lengths import decode_rle, encode_rle
 from concat_jax.inference.instance import instance_inference
@@ -11,6 +10,7 @@ from concat_jax.inference.instance import instance_inference
 
 def reference(mask_logits, probs, size, top, is_thing):
     """`instance_inference` of Mask2Former, by hand in torch: (scores, labels, masks)."""
+    torch = pytest.importorskip("torch")
     masks = torch.nn.functional.interpolate(
         torch.tensor(mask_logits)[None], size=size, mode="bilinear", align_corners=False
     )[0]

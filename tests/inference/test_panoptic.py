@@ -5,7 +5,6 @@ import types
 import jax
 import numpy as np
 import pytest
-import torch
 
 from concat_jax.inference.assign_pixels import assign_pixels
 from concat_jax.inference.panoptic import (
@@ -19,6 +18,7 @@ from concat_jax.inference.segments import unpack_segments
 
 def reference(mask_logits, probs, is_thing, size, *, keep, labels, weights, overlap=0.8):
     """The reference's loop over kept queries of one image, in numpy; segments keep their query."""
+    torch = pytest.importorskip("torch")
     masks = torch.nn.functional.interpolate(
         torch.tensor(mask_logits)[None], size=size, mode="bilinear", align_corners=False
     )[0]
@@ -288,6 +288,7 @@ def test_equals_the_map_of_transformers(side):
     pixel to the best bidder also where its mask does not cover it, which is left out here; and
     after fusing stuff it gives out ids that are taken, so nothing is fused here.
     """
+    torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     rng = np.random.default_rng(side)
     num_queries, num_classes = 100, 8
@@ -423,6 +424,7 @@ def test_tiles_add_up_to_the_whole():
 
 def test_through_the_input_size_differs_by_border_pixels():
     """The reference blends twice, logits to input size to image size; ours once."""
+    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(8)
     probs = np.tile(np.array([0.95, 0.0, 0.05], np.float32), (12, 1))
     masks = blobs(rng, 12, 50, 67)

@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
-import torch
 
 from concat_jax.inference.semantic import semantic_inference
 
 
 def reference(mask_logits, probs, size):
     """`semantic_inference` of Mask2Former on resized logits, by hand in torch: [K, H, W]."""
+    torch = pytest.importorskip("torch")
     masks = torch.nn.functional.interpolate(
         torch.tensor(mask_logits)[None], size=size, mode="bilinear", align_corners=False
     )[0].sigmoid()
@@ -53,6 +53,7 @@ def test_a_tile_is_a_part_of_the_whole():
 
 def test_equals_transformers_at_its_own_size():
     """transformers works at 384x384 whatever comes in; there the formulas are the same."""
+    torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     rng = np.random.default_rng(2)
     logits, probs = random_case(rng, 1)

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
 from concat_jax.losses import masks
 
@@ -14,8 +12,9 @@ RNG = np.random.default_rng(0)
 
 def torch_point_sample(maps: np.ndarray, points: np.ndarray) -> np.ndarray:
     """detectron2's convention: [B, C, h, w] at [B, P, 2] in [0, 1]."""
+    torch = pytest.importorskip("torch")
     grid = torch.from_numpy(2.0 * points[:, :, None] - 1.0)
-    sampled = F.grid_sample(torch.from_numpy(maps), grid, align_corners=False)
+    sampled = torch.nn.functional.grid_sample(torch.from_numpy(maps), grid, align_corners=False)
     return sampled[..., 0].numpy()
 
 
