@@ -45,7 +45,7 @@ from concat_jax.experiment.experiment import Run
 
 HALVES = ("even", "odd")
 
-Examples = Callable[[], Iterable[tuple[Mapping, Mapping]]]
+Examples = Callable[[], Iterable[Mapping]]
 
 
 class HeldOut(NamedTuple):
@@ -114,20 +114,18 @@ def held_out_images(data: Mapping[str, Any], part: str, *, seed: int, num_images
 def _coco_images(
     data: Mapping[str, Any], part: str, half: str, *, seed: int, num_images: int
 ) -> HeldOut:
-    from data_pipelines.augment import resize_longest
     from data_pipelines.datasets import training_part
 
     source = training_part({**data, "train_part": part}, seed=seed)
     everything = range(len(source.records))
 
-    def examples(indices: Sequence[int]) -> Iterator[tuple[Mapping, Mapping]]:
+    def examples(indices: Sequence[int]) -> Iterator[Mapping]:
         if num_images and len(indices) > num_images:
             indices = [indices[i] for i in np.linspace(0, len(indices) - 1, num_images).astype(int)]
         threads = data["num_threads"]
-        for example in prefetch(
+        yield from prefetch(
             lambda step: source.eval_example(indices[step]), 0, len(indices), threads + 1, threads
-        ):
-            yield example, resize_longest(example, data["eval_size"])
+        )
 
     if half:
         halves = {

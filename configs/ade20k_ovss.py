@@ -8,7 +8,7 @@ Nothing is trained on ADE20K, and its names are not known before the evaluation.
 what Mask2Former's `datasets/prepare_ade20k_pan_seg.py` makes. After training, the same command with
 
     --config.data.eval_kind=ade20k_847 --config.data.eval_root=/path/to/ADE20K_2021_17_01 \\
-        --config.eval.settings.metrics="('semantic',)"
+        --config.eval.settings.tasks="('semantic',)"
 
 scores another data set: also pascal_context_59, pascal_context_459 and pascal_voc
 (`data_pipelines/sources/registry.py` tells their folders).
@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if not mini:
         config.train.con.steps = 368_750  # Mask2Former's 50 epochs of 118,287 images
     config.text.clean_names = True  # COCO's "tree-merged" must read as ADE20K's "tree"
-    config.eval.settings.metrics = ("panoptic", "semantic", "instance")
+    config.eval.settings.tasks = ("panoptic", "semantic", "instance")
     config.eval.stages = dict(
         con="stage 1 (CON)", finetune="full, open vocabulary (CON + CAT + union finetune)"
     )

@@ -40,5 +40,5 @@ def get_config(arg: str = "") -> ConfigDict:
         config.train.cat.steps = 2_000
         for name in ("cat", "finetune"):
             config.train[name].save_every = 1_000
-    config.eval.settings.metrics = ("semantic",)
+    config.eval.settings.tasks = ("semantic",)
     return config

@@ -179,7 +179,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.eval = dict(
         # stage -> its name in the table
         stages=dict(con="stage 1 (CON)", finetune="full (CON + CAT + union finetune)"),
-        settings=dict(batch_size=4, num_pictures=6, metrics=("panoptic",)),
+        settings=dict(batch_size=4, tasks=("panoptic",)),
+        num_pictures=6,
         write_coco=True,
     )
     return config

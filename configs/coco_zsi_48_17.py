@@ -34,5 +34,5 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.image_size = 960
         config.train.cat.steps = 4_000
         config.train.cat.save_every = 2_000
-    config.eval.settings.metrics = ("instance",)
+    config.eval.settings.tasks = ("instance",)
     return config

@@ -155,10 +155,10 @@ def get_config(arg: str = "") -> ConfigDict:
             finetune="full (CON + CAT + union finetune)",
         ),
         settings=dict(
-            metrics=("panoptic",),  # "semantic" and "instance" too, if wanted
+            tasks=("panoptic",),  # "semantic" and "instance" too, if wanted
             batch_size=8 if smoke else 25,
-            num_pictures=6,
         ),
+        num_pictures=6,
         write_coco=False,
     )
     return config

@@ -10,7 +10,6 @@ from typing import Any
 
 from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
-from data_pipelines.augment import resize_longest
 from data_pipelines.clip_target_cache import (
     ClipTargetCache,
     check_manifest,
@@ -40,8 +39,9 @@ class Datasets:
       captions: (batch size, side) -> batch function giving "image" [B, side, side, 3] uint8 and
         "captions", a list of B strings.
       caption_words: texts that hold every word of a caption or a class name.
-      evaluation: () -> pairs (example at native size, the same fitted to the input size) of all
-        images, or (process_index, process_count) -> those of this host's share of the images.
+      evaluation: () -> examples of all images at native size, or (process_index, process_count) ->
+        those of this host's share of the images.
+      eval_size: longer side of the network's input at evaluation.
       check_clip_targets: what the targets must have been made with (fields of the cache's manifest)
         -> None; raises ClipTargetError unless the configured cache is of that and of this data,
         complete and undamaged. None where no cache is configured.
@@ -55,7 +55,8 @@ class Datasets:
     train: Callable[[int], BatchFn]
     captions: Callable[[int, int], BatchFn]
     caption_words: tuple[str, ...]
-    evaluation: Callable[..., Iterable[tuple[Mapping, Mapping]]]
+    evaluation: Callable[..., Iterable[Mapping]]
+    eval_size: int
     check_clip_targets: Callable[[Mapping[str, Any]], None] | None = None
     eval_vocabulary: Vocabulary | None = None
     oracle: Callable[[int], BatchFn] | None = None
@@ -112,7 +113,8 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
         captions=captions,
         caption_words=(*test.vocabulary.names, "a an and"),
         oracle=functools.partial(scenes, classes="all"),
-        evaluation=lambda *share: ((example, example) for example in test.eval_examples(*share)),
+        evaluation=test.eval_examples,
+        eval_size=config["image_size"],
     )
 
 
@@ -150,10 +152,8 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
             lambda step: training().caption_batch(step, batch_size, side)
         ),
         caption_words=tuple(word for words in texts for word in words),
-        evaluation=lambda *share: (
-            (example, resize_longest(example, config["eval_size"]))
-            for example in test.eval_examples(*share)
-        ),
+        evaluation=test.eval_examples,
+        eval_size=config["eval_size"],
         check_clip_targets=targets.check if targets else None,
         eval_vocabulary=test.vocabulary if elsewhere else None,
     )

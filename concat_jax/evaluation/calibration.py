@@ -2,7 +2,7 @@
 
 γ is subtracted from the probabilities of seen classes before a query is named (calibrated
 stacking, Chao et al. 2016; ZegFormer's γ). It renames segments and leaves their geometry alone
-(`panoptic_inference`), so the networks and the competition for pixels run once a batch, and
+(`inference.panoptic`), so the networks and the competition for pixels run once a batch, and
 only names, merges of stuff and matches are made again for every γ.
 
 γ is chosen where PQ of unseen classes can be measured, and so with labels of unseen classes: on
@@ -13,109 +13,22 @@ their best γ and not beside uncalibrated ones.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import flax.struct
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Sharding
-
-from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.evaluation.evaluate import (
-    EvalConfig,
-    Sizes,
-    predict_batches,
-    program_of,
-    run_networks,
-    split_batch,
-)
+from concat_jax.evaluation.evaluate import predict_examples
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.report import markdown_table
-from concat_jax.inference.assign_pixels import assign_pixels
-from concat_jax.inference.panoptic import SegmentTables, rank_queries, settle_segments
-from concat_jax.models.networks import Networks
+from concat_jax.evaluation.score_images import quality_of
+from concat_jax.inference.predictor import Predictor
 
 # In a softmax over many classes the probabilities of seen and unseen names differ by anything from
 # nothing to nearly one.
 GAMMAS = tuple(round(0.05 * step, 2) for step in range(20))
 
-Examples = Iterable[tuple[Mapping, Mapping]]
+Examples = Iterable[Mapping]
 Summaries = dict[float, dict]
-
-
-@flax.struct.dataclass
-class CalibratedOutput:
-    """Panoptic maps of B images at R values of γ.
-
-    Attributes:
-      codes: [B, H, W] uint8 or uint16, the codes of `assign_pixels`, which are the same at every γ.
-      tables: SegmentTables with an axis of γ after that of the images: lookup [B, R, 2N + 2], the
-        others [B, R, N].
-    """
-
-    codes: jax.Array
-    tables: SegmentTables
-
-
-def make_calibrated_predict(
-    networks: Networks,
-    vocabulary: Vocabulary,
-    config: EvalConfig,
-    sharding: Sharding | None = None,
-) -> Callable[..., CalibratedOutput]:
-    """Makes (params, text, images, sizes, gammas) -> CalibratedOutput.
-
-    `gammas` is [R] float32; the rest, the programs that are compiled and the rules are those of
-    `make_predict`, as are the arguments, but for `config.gamma`, which has no part in it. Another γ
-    compiles nothing; another number of them only the small program behind the competition for
-    pixels.
-    """
-    is_thing = np.asarray(vocabulary.is_thing)
-    is_seen = np.asarray(vocabulary.is_seen)
-    rank = functools.partial(
-        rank_queries,
-        keep_rule=config.keep_rule,
-        score_threshold=config.score_threshold,
-        objectness_threshold=config.objectness_threshold,
-    )
-
-    @functools.partial(jax.jit, static_argnames=("output_size", "is_padded"))
-    def assign(params, text, images, sizes, *, output_size, is_padded):
-        found = run_networks(networks, params, text, images, sizes, is_padded=is_padded)
-        codes, counts = assign_pixels(
-            found.mask_logits,
-            rank(found.class_probs, jnp.asarray(is_seen)),
-            output_size=output_size,
-            source_size=found.source_size,
-            image_size=sizes.native,
-            mask_threshold=config.mask_threshold,
-        )
-        return found.class_probs, codes, counts
-
-    @jax.jit
-    def settle(class_probs, counts, gammas):
-        def at(gamma):
-            return settle_segments(
-                rank(class_probs, jnp.asarray(is_seen), gamma=gamma),
-                counts,
-                jnp.asarray(is_thing),
-                overlap_threshold=config.overlap_threshold,
-            )
-
-        return jax.vmap(at, out_axes=1)(gammas)
-
-    def predict(params, text, images, sizes: Sizes, gammas) -> CalibratedOutput:
-        program = program_of(images.shape, sizes)
-        class_probs, codes, counts = assign(
-            params, text, *split_batch((images, sizes), sharding), **program
-        )
-        return CalibratedOutput(codes, settle(class_probs, counts, gammas))
-
-    return predict
 
 
 def check_gammas(gammas: Iterable[float]) -> tuple[float, ...]:
@@ -135,80 +48,42 @@ def check_gammas(gammas: Iterable[float]) -> tuple[float, ...]:
     return values
 
 
-def sweep(
-    predict: Callable[[np.ndarray, Sizes, np.ndarray], CalibratedOutput],
-    examples: Examples,
-    vocabulary: Vocabulary,
-    config: EvalConfig,
-    gammas: Iterable[float],
-    *,
-    name: str,
-) -> Summaries:
+def sweep(predictor: Predictor, examples: Examples, *, name: str) -> Summaries:
     """Scores every γ as `evaluate` would at that γ, with one prediction an image.
 
     Args:
-      predict: (images [B, H, W, 3] uint8, `Sizes`, gammas [R] float32) -> CalibratedOutput.
+      predictor: whose config has several values of gamma.
       examples: as of `evaluate`.
-      vocabulary: the label space of the ground truth and the prediction.
-      config: for the batch size.
-      gammas: R values in [0, 1].
       name: for the progress line.
 
     Returns:
-      γ, ascending, to its `PanopticQuality.summarize` with "images".
+      γ to its `PanopticQuality.summarize` with "images".
 
     Raises:
-      ValueError: for a γ out of range, or if there is no image.
+      ValueError: if there is no image.
     """
-    values = check_gammas(gammas)
-    on_device = np.asarray(values, np.float32)
-    totals = [PanopticQuality(len(vocabulary)) for _ in values]
+    gammas, vocabulary = predictor.config.gammas, predictor.vocabulary
+    totals = [PanopticQuality(len(vocabulary)) for _ in gammas]
     count, start = 0, time.monotonic()
-    for natives, sizes, output in predict_batches(
-        lambda images, sizes: predict(images, sizes, on_device), examples, config.batch_size
-    ):
-        for row, native in enumerate(natives):
-            height, width = sizes.native[row]
-            codes = output.codes[row, :height, :width]
-            tables = output.tables.lookup[row], output.tables.labels[row]
-            for total, quality in zip(
-                totals, _score(native, codes, *tables, len(vocabulary)), strict=True
-            ):
-                total.merge(quality)
-            count += 1
+    for native, prediction in predict_examples(predictor, examples):
+        # Most values of gamma give the very segments that another gave.
+        known: dict[int, PanopticQuality] = {}
+        for total, segments in zip(totals, prediction.panoptic, strict=True):
+            if id(segments) not in known:
+                known[id(segments)] = quality_of(native, segments, len(vocabulary))
+            total.merge(known[id(segments)])
+        count += 1
     if not count:
         raise ValueError("There is no image to choose gamma on; check the held-out data.")
     speed = count / (time.monotonic() - start)
     print(
-        f"{name}: {count} images scored, values of gamma: {len(values)}, {speed:.1f} images/s",
+        f"{name}: {count} images scored, values of gamma: {len(gammas)}, {speed:.1f} images/s",
         flush=True,
     )
     return {
         gamma: {**total.summarize(vocabulary), "images": count}
-        for gamma, total in zip(values, totals, strict=True)
+        for gamma, total in zip(gammas, totals, strict=True)
     }
-
-
-def _score(
-    native: Mapping, codes: np.ndarray, lookup: np.ndarray, labels: np.ndarray, num_classes: int
-) -> list[PanopticQuality]:
-    """Counts of one image at every γ, from codes [h, w], lookup [R, 2N + 2] and labels [R, N]."""
-    # An image has few queries whose name a γ changes, so most γ give what their neighbour gave.
-    known: dict[bytes, PanopticQuality] = {}
-    scores = []
-    for ids_of_codes, classes in zip(lookup, labels, strict=True):
-        key = ids_of_codes.tobytes() + classes.tobytes()
-        if key not in known:
-            known[key] = PanopticQuality(num_classes)
-            known[key].update(
-                native["segment_ids"],
-                native["segment_labels"],
-                native["segment_is_crowd"],
-                ids_of_codes[codes],
-                classes,
-            )
-        scores.append(known[key])
-    return scores
 
 
 def best_gamma(summaries: Mapping[float, Mapping]) -> float:
@@ -253,7 +128,7 @@ def calibrate(
     """Chooses γ on held-out images, then scores the test images without γ and with the choice.
 
     Args:
-      sweep_of: (examples, gammas) -> `sweep` of one stage, as `Run.sweep` with its name.
+      sweep_of: (examples, gammas) -> `sweep` of one stage, as `Experiment.sweep` with its name.
       held_out: examples to choose on.
       test: examples to report on, none of which may be among the held-out ones.
       gammas: to choose from; 0 always is among them.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,13 +15,9 @@ from concat_jax.evaluation.average_precision import AveragePrecision
 from concat_jax.evaluation.coco_results import InstanceWriter, SemanticWriter
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.semantic_iou import SemanticIoU
-from concat_jax.inference.instance import Instance, instance_inference
-from concat_jax.inference.panoptic import PanopticOutput
-from concat_jax.inference.segments import ImageSegments, list_segments
+from concat_jax.inference.predictor import Prediction
+from concat_jax.inference.segments import ImageSegments
 from concat_jax.visualize import overlay as pictures
-
-if TYPE_CHECKING:
-    from concat_jax.evaluation.evaluate import NetworkOutput
 
 
 class PanopticScore(contextlib.ExitStack):
@@ -43,29 +38,13 @@ class PanopticScore(contextlib.ExitStack):
             self.enter_context(PanopticWriter(folder, vocabulary)) if folder is not None else None
         )
 
-    def add(self, native: Mapping, size: tuple[int, int], output: PanopticOutput) -> ImageSegments:
-        """Scores and writes one image.
-
-        Args:
-          native: the example at native size.
-          size: its (height, width).
-          output: of `panoptic_inference`, numpy arrays without the batch axis.
-
-        Returns:
-          The image's segments.
-        """
-        result = list_segments(output.segment_ids[: size[0], : size[1]], output)
-        self.counts.update(
-            native["segment_ids"],
-            native["segment_labels"],
-            native["segment_is_crowd"],
-            result.id_map,
-            result.labels_by_id(),
-        )
+    def add(self, native: Mapping, prediction: Prediction) -> None:
+        """Scores and writes one image, whose example at native size is given."""
+        result = prediction.panoptic
+        self.counts.merge(quality_of(native, result, self.counts.num_classes))
         if self._writer:
             image_id = int(native["image_id"])
             self._writer.add(image_id, native["file_name"], result.id_map, result.segments)
-        return result
 
 
 class SemanticScore(contextlib.ExitStack):
@@ -88,23 +67,12 @@ class SemanticScore(contextlib.ExitStack):
             else None
         )
 
-    def add(self, native: Mapping, size: tuple[int, int], labels: np.ndarray) -> np.ndarray:
-        """Scores and writes one image; crowds have their class, as in COCO's semantic maps.
-
-        Args:
-          native: the example at native size.
-          size: its (height, width).
-          labels: [H, W] class indices.
-
-        Returns:
-          [height, width], the image's part of `labels`.
-        """
-        labels = labels[: size[0], : size[1]]
+    def add(self, native: Mapping, prediction: Prediction) -> None:
+        """Scores and writes one image; crowds have their class, as in COCO's semantic maps."""
         label_of_id = np.append(-1, native["segment_labels"]).astype(np.int32)
-        self.counts.update(label_of_id[native["segment_ids"]], labels)
+        self.counts.update(label_of_id[native["segment_ids"]], prediction.semantic)
         if self._writer:
-            self._writer.add(native["file_name"], labels)
-        return labels
+            self._writer.add(native["file_name"], prediction.semantic)
 
 
 class InstanceScore(contextlib.ExitStack):
@@ -128,24 +96,9 @@ class InstanceScore(contextlib.ExitStack):
             else None
         )
 
-    def add(self, native: Mapping, size: tuple[int, int], output: NetworkOutput) -> list[Instance]:
-        """Scores and writes one image.
-
-        Args:
-          native: the example at native size.
-          size: its (height, width).
-          output: numpy arrays without the batch axis.
-
-        Returns:
-          The instances, all classes of things.
-        """
-        instances = instance_inference(
-            output.mask_logits,
-            output.class_probs,
-            image_size=size,
-            source_size=tuple(map(float, output.source_size)),
-            is_thing=self._is_thing,
-        )
+    def add(self, native: Mapping, prediction: Prediction) -> None:
+        """Scores and writes one image's instances of things."""
+        instances = prediction.instances
         labels = np.asarray(native["segment_labels"])
         rows = np.flatnonzero((labels >= 0) & self._is_thing[labels])
         self.counts.update(
@@ -159,7 +112,22 @@ class InstanceScore(contextlib.ExitStack):
         )
         if self._writer:
             self._writer.add(int(native["image_id"]), instances)
-        return instances
+
+
+SCORES = {"panoptic": PanopticScore, "semantic": SemanticScore, "instance": InstanceScore}
+
+
+def quality_of(native: Mapping, result: ImageSegments, num_classes: int) -> PanopticQuality:
+    """Counts of one image, whose example at native size is given."""
+    counts = PanopticQuality(num_classes)
+    counts.update(
+        native["segment_ids"],
+        native["segment_labels"],
+        native["segment_is_crowd"],
+        result.id_map,
+        result.labels_by_id(),
+    )
+    return counts
 
 
 def comparison_row(

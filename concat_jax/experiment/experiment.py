@@ -24,7 +24,7 @@ from concat_jax.core.progress import format_seconds
 from concat_jax.core.runtime import light_compiler_options
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation import calibration, report
-from concat_jax.evaluation.evaluate import PICTURES, EvalConfig, evaluate, make_predict
+from concat_jax.evaluation.evaluate import PICTURES, evaluate
 from concat_jax.experiment.batches import stage_batches
 from concat_jax.experiment.class_embeddings import (
     check_names,
@@ -35,6 +35,8 @@ from concat_jax.experiment.class_embeddings import (
 from concat_jax.experiment.copy_parameters import copy_parameters
 from concat_jax.experiment.initial import initial_params, initial_path
 from concat_jax.experiment.workdir import claim_workdir, evaluation_settings
+from concat_jax.inference.heads import TextHead
+from concat_jax.inference.predictor import Network, PredictConfig, Predictor
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.generators import make_generator
 from concat_jax.models.networks import Networks, Params, make_networks
@@ -98,7 +100,9 @@ class Run:
             configuration.check_choice(name, self.stages, "config.stages names no stage of")
         for name in config.eval.stages:
             configuration.check_choice(name, self.stages, "config.eval.stages names no stage of")
-        self.eval = configuration.build(EvalConfig, config.eval.settings, "config.eval.settings")
+        side = datasets.eval_size
+        settings = {"short_side": side, "long_side": side, **config.eval.settings}
+        self.eval = configuration.build(PredictConfig, settings, "config.eval.settings")
         self.loss = configuration.build(SegmentationLossConfig, config.loss, "config.loss")
         self.crops = configuration.build(CropConfig, config.crops, "config.crops")
         self.bank = configuration.build(BankConfig, config.get("bank", {}), "config.bank")
@@ -124,10 +128,6 @@ class Run:
         self._given: dict[tuple[str, str], Params] = {}
         self._text: dict[tuple[str, Vocabulary], np.ndarray] = {}
         self._inference_mesh = inference_mesh(self.mesh, self.eval.batch_size)
-        split = along_batch(self._inference_mesh)
-        inference = (self.networks, self.eval_vocabulary, self.eval, split)
-        self._predict = make_predict(*inference)
-        self._calibrated_predict = calibration.make_calibrated_predict(*inference)
         self._check_order()
         if trains:
             for name in config.stages:
@@ -355,53 +355,59 @@ class Run:
             )
         return self._text[source, vocabulary]
 
-    def _inference_inputs(self, name: str) -> tuple[Params, jax.Array]:
-        """Segmentor and projector that hold after stage `name`, and its text embeddings.
+    def predictor(self, name: str, **changes: Any) -> Predictor:
+        """The segmentor and projector that hold after stage `name`, on this host's devices alone.
 
-        They lie on this host's devices, which predict without those of other hosts.
+        Args:
+          name: of a finished stage.
+          **changes: fields of `PredictConfig`, instead of those of config.eval.settings.
         """
         sources = {**self.stages[name].takes}
         sources |= {subtree: name for subtree in self.make_stage(name).trains}
         params = {s: self.give(s, sources[s]) for s in ("segmentor", "projector")}
         text = self.text_embeddings(self.clip_source(name), self.eval_vocabulary)
-        return copy_to_host((params, text), self._inference_mesh)
+        training_text = None
+        if self.eval_vocabulary is not self.vocabulary:
+            training_text = self.text_embeddings(self.clip_source(name))
+        params, text, training_text = copy_to_host(
+            (params, text, training_text), self._inference_mesh
+        )
+        return Predictor(
+            Network(params["segmentor"], self.networks.segmentor),
+            TextHead(params["projector"], text, None, training_text, self.networks.projector),
+            self.eval_vocabulary,
+            dataclasses.replace(self.eval, **changes),
+            sharding=along_batch(self._inference_mesh),
+        )
 
     def sweep(
-        self, name: str, examples: Iterable[tuple[Mapping, Mapping]], gammas: Iterable[float]
+        self, name: str, examples: Iterable[Mapping], gammas: Iterable[float]
     ) -> dict[float, dict]:
         """Score what holds after stage `name` at many γ: `calibration.sweep` on the examples.
 
         Raises:
-          ValueError: if the config evaluates on another data set than it trains on.
+          ValueError: for a γ out of range, or if the config evaluates on another data set than it
+            trains on.
         """
         if self.eval_vocabulary is not self.vocabulary:
             raise ValueError(
                 "gamma weighs the seen classes of the training data against the unseen ones; set "
                 "config.data.eval_kind to '' to choose it."
             )
-        params, text = self._inference_inputs(name)
-        predict = self._calibrated_predict
-        return calibration.sweep(
-            lambda images, sizes, gammas: predict(params, text, images, sizes, gammas),
-            examples,
-            self.eval_vocabulary,
-            self.eval,
-            gammas,
-            name=name,
-        )
+        gammas = calibration.check_gammas(gammas)
+        predictor = self.predictor(name, gamma=gammas, tasks=("panoptic",))
+        return calibration.sweep(predictor, examples, name=name)
 
     def evaluate(self, name: str) -> dict:
         """Score the segmentor and projector that hold after stage `name`."""
-        params, text = self._inference_inputs(name)
-        predict = self._predict
         folder = self.workdir / name
         leads = jax.process_index() == 0  # shows pictures of the images that are its own
+        num_pictures = self.config.eval.num_pictures
         summary = evaluate(
-            lambda images, sizes: predict(params, text, images, sizes),
+            self.predictor(name),
             self.datasets.evaluation(jax.process_index(), jax.process_count()),
-            self.eval_vocabulary,
-            self.eval,
             name=name,
+            num_pictures=num_pictures,
             picture_folder=folder if leads else None,
             coco_folder=folder if self.config.eval.write_coco else None,
         )
@@ -409,7 +415,7 @@ class Run:
         step = self.stages[name].steps
         scalars = report.flatten_summary(summary)
         writer.scalars(step, {f"eval/{key}": value for key, value in scalars.items()})
-        if leads and self.eval.num_pictures and "panoptic" in self.eval.metrics:
+        if leads and num_pictures and "panoptic" in self.eval.tasks:
             writer.images(step, {"eval/pictures": np.asarray(Image.open(folder / PICTURES))})
         writer.close()
         return summary

@@ -50,7 +50,9 @@ def real_queries(run: Run, source: str, num_images: int) -> tuple[np.ndarray, np
     context = dataclasses.replace(run.context, vocabulary=vocabulary)
     extract = jax.jit(functools.partial(extract_queries, context, params, text))
     size = run.eval.batch_size
-    examples = (boxed for _, boxed in run.datasets.evaluation())
+    from data_pipelines.augment import resize_longest
+
+    examples = (resize_longest(e, run.datasets.eval_size) for e in run.datasets.evaluation())
     queries, labels = [], []
     for number in range(0, num_images, size):
         chunk = list(itertools.islice(examples, size))

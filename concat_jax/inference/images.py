@@ -148,6 +148,12 @@ class Buckets:
             shapes |= {(short, long), (long, short)}
         return tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape)))
 
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """(height, width) that no padded image exceeds."""
+        side = max(max(shape) for shape in self.shapes)
+        return side, side
+
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Size of the network's input for an image of a size, detectron2 `ResizeShortestEdge`."""
         scale = self.short_side / min(height, width)

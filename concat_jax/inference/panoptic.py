@@ -156,6 +156,7 @@ def panoptic_inference(
     _check_inputs(mask_logits, class_probs, is_thing, is_seen)
     queries = rank_queries(
         class_probs,
+        1.0 - class_probs[..., -1].astype(jnp.float32),
         is_seen,
         keep_rule=keep_rule,
         score_threshold=score_threshold,
@@ -185,6 +186,7 @@ def panoptic_inference(
 
 def rank_queries(
     class_probs: jax.Array,
+    objectness: jax.Array,
     is_seen: jax.Array,
     *,
     keep_rule: str,
@@ -193,6 +195,9 @@ def rank_queries(
     gamma: float = 0.0,
 ) -> RankedQueries:
     """Names the queries and decides which take part; arguments as in `panoptic_inference`.
+
+    Args:
+      objectness: [B, N] float32, what the keep rule "objectness" compares with its threshold.
 
     Raises:
       ValueError: if keep_rule is unknown.
@@ -207,7 +212,7 @@ def rank_queries(
         is_object = keep_scores >= no_object
         keep = is_object & (keep_scores > score_threshold)
     else:
-        keep_scores = 1.0 - no_object
+        keep_scores = objectness
         is_object = keep_scores > objectness_threshold
         keep = is_object
     return RankedQueries(

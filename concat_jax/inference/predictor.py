@@ -1,93 +1,116 @@
-"""Images in, segments out: a model's networks and post-processing behind one call."""
+"""Images in, segments out: the one way to a prediction."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from PIL import Image
 
 from concat_jax.core.config import check_choice
-from concat_jax.inference.assign_pixels import PixelCounts, RankedQueries, assign_pixels
-from concat_jax.inference.images import SIDE_MULTIPLE, Buckets, to_rgb
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.inference.assign_pixels import PixelCounts, assign_pixels
+from concat_jax.inference.heads import ClassScores, Head
+from concat_jax.inference.images import Buckets, to_rgb
 from concat_jax.inference.instance import Instance, instance_inference
-from concat_jax.inference.panoptic import KEEP_RULES, rank_queries, settle_segments
+from concat_jax.inference.panoptic import (
+    KEEP_RULES,
+    SegmentTables,
+    rank_queries,
+    settle_segments,
+)
 from concat_jax.inference.segments import ImageSegments, list_segments
 from concat_jax.inference.semantic import semantic_inference
-from concat_jax.models.segmentor import (
-    DTYPES,
-    LinearClassifier,
-    make_segmentor,
-    mask_logits,
-    normalize_images,
-)
-from concat_jax.weights.model_folder import TASKS, ModelCard, load_model
+from concat_jax.models.segmentor import Segmentor, mask_logits, normalize_images
 
+T = TypeVar("T")
+
+TASKS = ("panoptic", "semantic", "instance")
 # Sides of the square tiles that maps at native size are made in: an image takes the first that it
-# fits, or as many of the last as cover it. Two programs serve every size, at bounded memory.
-TILE_SIDES = (640, 1344)
-# Of score_threshold where the user names none: the reference's for panoptic maps; for instances it
-# keeps all, which nobody can look at.
-SCORE_THRESHOLDS = {"panoptic": 0.8, "instance": 0.5, "semantic": 0.0}
+# fits, or as many of the last as cover it. Few programs serve every size, at bounded memory.
+TILE_SIDES = (64, 320, 640, 1344)
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictConfig:
-    """How to predict.
+    """How to predict; the reference's values are Mask2Former's.
 
     Attributes:
-      task: "panoptic", "instance" or "semantic"; "" is the model's own, panoptic if it has none.
-      keep_rule: of panoptic maps, "score" (the reference) or "objectness" (for models that name
-        classes by text).
-      score_threshold: class probability above which a query (instance: its score above which an
-        instance) is kept; None takes `SCORE_THRESHOLDS`.
-      objectness_threshold: of the keep rule "objectness".
-      mask_threshold: mask probability from which a pixel is in the mask.
-      overlap_threshold: share of its mask that a panoptic segment must own.
+      tasks: any of `TASKS`; the networks run once for all of them.
+      keep_rule: of panoptic maps, "objectness" (a query is kept if it likely holds anything: a
+        threshold on the class score costs unseen classes most), "score" (the reference's) or "",
+        which takes the head's: objectness where text names the classes, else score.
+      score_threshold: of the rule "score", 0.8 in the reference.
+      objectness_threshold: of the rule "objectness": even odds of holding a segment.
+      mask_threshold: mask probability from which a pixel is in the mask, 0.5 in the reference.
+      overlap_threshold: share of its mask that a panoptic segment must own, 0.8 in the reference.
+      instance_threshold: score that an instance must exceed; 0 in the reference, for average
+        precision wants all.
+      gamma: subtracted from the probabilities of seen classes before anything is named; 0 is no
+        calibration. Several values give a panoptic map for each, from one run of the networks.
       short_side, long_side: of the network's input, see `Buckets`.
-      dtype: compute type, "float32" or "bfloat16"; "" is the model's own.
       batch_size: images that the network takes at once.
+
+    Raises:
+      ValueError: for a value out of range.
     """
 
-    task: str = ""
-    keep_rule: str = "score"
-    score_threshold: float | None = None
+    tasks: Sequence[str] = ("panoptic",)
+    keep_rule: str = ""
+    score_threshold: float = 0.8
     objectness_threshold: float = 0.5
     mask_threshold: float = 0.5
     overlap_threshold: float = 0.8
+    instance_threshold: float = 0.0
+    gamma: float | tuple[float, ...] = 0.0
     short_side: int = 800
     long_side: int = 1333
-    dtype: str = ""
     batch_size: int = 1
 
     def __post_init__(self):
-        if self.task:
-            check_choice(self.task, TASKS, "There is no task")
-        if self.dtype:
-            check_choice(self.dtype, DTYPES, "There is no dtype")
-        check_choice(self.keep_rule, KEEP_RULES, "There is no keep_rule")
+        if not self.tasks or isinstance(self.tasks, str):
+            raise ValueError(f"tasks is {self.tasks!r}; give a tuple of {', '.join(TASKS)}.")
+        for task in self.tasks:
+            check_choice(task, TASKS, "There is no task")
+        if self.keep_rule:
+            check_choice(self.keep_rule, KEEP_RULES, "There is no keep_rule")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size} and must be at least 1.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name.endswith("_threshold") and value is not None and not 0 <= value <= 1:
+            if field.name.endswith("_threshold") and not 0 <= value <= 1:
                 raise ValueError(f"{field.name} is {value} and must lie in 0..1.")
+        if isinstance(self.gamma, tuple) and tuple(self.tasks) != ("panoptic",):
+            raise ValueError("Several values of gamma are for the task panoptic alone.")
+
+    @property
+    def gammas(self) -> tuple[float, ...]:
+        """The values of gamma, one or several."""
+        return self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
+@flax.struct.dataclass
+class Network:
+    """A segmentor with its parameters, as one argument of a compiled program."""
+
+    params: Any
+    module: Segmentor = flax.struct.field(pytree_node=False)
+
+
+class Prepared(NamedTuple):
     """An image ready for the network.
 
     Attributes:
-      image: [h, w, 3] uint8, resized and padded into a bucket.
+      image: [h, w, 3] uint8, resized and padded.
       image_size: (height, width) of the image in it.
-      native_size: (height, width) of the image as it was given.
+      native_size: (height, width) of the image as it was given, which the results have.
     """
 
     image: np.ndarray
@@ -95,83 +118,71 @@ class Prepared:
     native_size: tuple[int, int]
 
 
-Result = ImageSegments | list[Instance] | np.ndarray
+class Prediction(NamedTuple):
+    """What was predicted of one image; None for a task that is not among the config's.
+
+    Attributes:
+      panoptic: segments, or a tuple of them, one for each of several values of gamma.
+      semantic: [H, W] class indices.
+      instances: by descending score, of things alone where the vocabulary has some.
+    """
+
+    panoptic: ImageSegments | tuple[ImageSegments, ...] | None = None
+    semantic: np.ndarray | None = None
+    instances: list[Instance] | None = None
+
+
+class _Sizes(NamedTuple):
+    """[B, 2] (height, width): of the valid part of the mask logits, and of the native image."""
+
+    source_size: jax.Array
+    image_size: jax.Array
 
 
 class Predictor:
-    """A converted model that segments images.
+    """A segmentor and a head that segment images.
 
-        predictor = Predictor.from_folder("mask2former-r50")
-        result = predictor(PIL.Image.open("cat.jpg"))
+        predictor = Predictor(Network(params, segmentor), head, vocabulary)
+        result = predictor(PIL.Image.open("cat.jpg")).panoptic
         [predictor.vocabulary.names[s["label"]] for s in result.segments]
 
-    The result is by task: `ImageSegments` (panoptic), a list of `Instance`, or a semantic map
-    [H, W] of class indices.
+    What is compiled depends on shapes alone: another head of as many names, another vocabulary or
+    another threshold compiles nothing.
 
     Attributes:
-      vocabulary: the classes of the model.
-      is_thing: [K] bool numpy, all True where the model does not know.
-      config: with task and score_threshold filled in.
-      notice: a sentence on what the model cannot do as asked, or "".
-      programs: names of the compiled programs so far, in order.
+      vocabulary: of the head's names; seen classes are those that gamma weighs down.
+      config: with keep_rule filled in.
+      programs: names of the programs that were used so far, in order.
     """
 
-    def __init__(self, params: Any, card: ModelCard, config: PredictConfig | None = None):
+    def __init__(
+        self,
+        segmentor: Network,
+        head: Head,
+        vocabulary: Vocabulary,
+        config: PredictConfig | None = None,
+        *,
+        sharding: Sharding | None = None,
+    ):
         """Args:
-          params, card: of `load_model`.
-          config: how to predict.
-
-        Raises:
-          ValueError: the weights have no class head, or the config has a value out of range.
+        segmentor: the network.
+        head: names its queries.
+        vocabulary: of at most head.num_classes classes, in the head's order.
+        config: how to predict.
+        sharding: of a batch over devices, on all of which the parameters lie. None leaves images
+          where JAX puts them.
         """
         config = PredictConfig() if config is None else config
-        if card.vocabulary is None or "classifier" not in params:
-            whose = f"The weights of {card.source}" if card.source else "These weights"
-            raise ValueError(
-                f"{whose} have no class head (a backbone alone?) and cannot name segments; convert "
-                "a whole Mask2Former."
-            )
-        task = config.task or card.task or "panoptic"
-        threshold = config.score_threshold
-        threshold = SCORE_THRESHOLDS[task] if threshold is None else threshold
-        self.config = dataclasses.replace(config, task=task, score_threshold=threshold)
-        self.vocabulary, self.notice = card.vocabulary, ""
-        self.is_thing = np.array(card.vocabulary.is_thing)
-        if not card.knows_things:
-            # Stuff flags that nobody set would merge every class into one segment.
-            self.is_thing[:] = True
-            if task == "panoptic":
-                self.notice = (
-                    "The model does not say which classes are things: all are treated as things, "
-                    "so no segments of one class are merged."
-                )
-        self.buckets = Buckets(config.short_side, config.long_side)
-        settings = dict(card.segmentor)
-        if config.dtype:
-            settings["dtype"] = config.dtype
-        self._segmentor = make_segmentor(settings)
-        self._stride = self._segmentor.stride
-        self._classifier = LinearClassifier(len(card.vocabulary))
-        self._params = jax.device_put({k: params[k] for k in ("segmentor", "classifier")})
+        rule = config.keep_rule or head.KEEP_RULE
+        self.config = dataclasses.replace(config, keep_rule=rule)
+        self.vocabulary, self.buckets = vocabulary, Buckets(config.short_side, config.long_side)
         self.programs: list[str] = []
-        self._network = jax.jit(self._run_network)
-        self._panoptic_tile = jax.jit(self._run_panoptic_tile, static_argnames="side")
-        self._semantic_tile = jax.jit(self._run_semantic_tile, static_argnames="side")
+        self._segmentor, self._head, self._sharding = segmentor, head, sharding
+        padding = (0, head.num_classes - len(vocabulary))
+        self._is_thing = np.pad(np.asarray(vocabulary.is_thing), padding)
+        self._is_seen = np.pad(np.asarray(vocabulary.is_seen), padding)
 
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str], **settings) -> Predictor:
-        """A predictor of a folder that `python -m concat_jax.convert` wrote.
-
-        Args:
-          folder: of the model.
-          **settings: fields of `PredictConfig`.
-
-        Raises:
-          ValueError: as `load_model` and `Predictor`.
-        """
-        return cls(*load_model(folder), PredictConfig(**settings))
-
-    def __call__(self, image: np.ndarray | Image.Image) -> Result:
+    def __call__(self, image: np.ndarray | Image.Image) -> Prediction:
         """Segments one image: a Pillow image of any mode, or an array [H, W, 3] uint8 RGB."""
         return self.predict([self.prepare(to_rgb(image))])[0]
 
@@ -180,11 +191,11 @@ class Predictor:
         padded, image_size = self.buckets.prepare(image)
         return Prepared(padded, image_size, image.shape[:2])
 
-    def predict(self, batch: Sequence[Prepared]) -> list[Result]:
-        """Segments up to batch_size images of one bucket.
+    def predict(self, batch: Sequence[Prepared]) -> list[Prediction]:
+        """Segments up to batch_size images of one padded shape.
 
         Raises:
-          ValueError: none or too many images, or of several buckets.
+          ValueError: none or too many images, or of several shapes.
         """
         size = self.config.batch_size
         if not 1 <= len(batch) <= size or len({item.image.shape for item in batch}) > 1:
@@ -194,109 +205,221 @@ class Predictor:
             )
         # Filled up with the last one: a batch of another size would be another program.
         filled = [*batch, *[batch[-1]] * (size - len(batch))]
+        images = np.stack([item.image for item in filled])
         image_size = np.array([item.image_size for item in filled], np.int32)
         native_size = np.array([item.native_size for item in filled], np.int32)
-        logits, probs, queries = self._network(
-            self._params, np.stack([item.image for item in filled]), image_size
+        stride = self._segmentor.module.stride
+        sizes = _Sizes((image_size / stride).astype(np.float32), native_size)
+        images, image_size, sizes = self._put((images, image_size, sizes))
+        # Where nothing is padded the network needs no masks: two programs, the lighter for most.
+        is_padded = any(item.image_size != item.image.shape[:2] for item in batch)
+        height, width = batch[0].image.shape[:2]
+        self._use(f"network {height}x{width}" + " with padding" * is_padded)
+        logits, scores = _run_networks(
+            self._segmentor,
+            self._head,
+            images,
+            image_size,
+            is_padded=is_padded,
+            canvas=self.buckets.canvas,
         )
-        sizes = {"source_size": (image_size / self._stride).astype(np.float32)}
-        if self.config.task == "instance":
-            return self._instances(logits, probs, sizes["source_size"], batch)
-        sizes["image_size"] = native_size
-        if self.config.task == "semantic":
-            return self._semantic_maps(logits, probs, sizes, batch)
-        return self._panoptic_maps(logits, queries, sizes, batch)
+        native = [item.native_size for item in batch]
+        panoptic = semantic = instances = (None,) * len(batch)
+        if "panoptic" in self.config.tasks:
+            panoptic = self._panoptic(logits, scores, sizes, native)
+        if "semantic" in self.config.tasks:
+            semantic = self._semantic(logits, scores, sizes, native)
+        if "instance" in self.config.tasks:
+            instances = self._instances(logits, scores, sizes, native)
+        return [Prediction(*row) for row in zip(panoptic, semantic, instances, strict=True)]
 
-    def _run_network(self, params, images, image_size):
-        self.programs.append(f"network {images.shape[1]}x{images.shape[2]}")
-        output = self._segmentor.apply(
-            {"params": params["segmentor"]}, normalize_images(images), image_size
-        )
-        logits = mask_logits(output.mask_embeddings[:, -1], output.mask_features)
-        # One shape for all buckets: the post-processing is compiled once, not once a bucket.
-        side = -(-self.buckets.long_side // SIDE_MULTIPLE) * SIDE_MULTIPLE // self._stride
-        height, width = logits.shape[2:]
-        logits = jnp.pad(logits, ((0, 0), (0, 0), (0, side - height), (0, side - width)))
-        probs = jax.nn.softmax(
-            self._classifier.apply({"params": params["classifier"]}, output.queries[:, -1])
-        )
+    def stream(self, items: Iterable[tuple[T, Prepared]]) -> Iterator[tuple[T, Prediction]]:
+        """Predicts any number of images, as batches of one padded shape fill up.
+
+        Args:
+          items: pairs of anything and the image that goes with it.
+
+        Yields:
+          Pairs of the same and what was predicted; the order is that of the batches.
+        """
+        waiting: dict[tuple[int, ...], list[tuple[T, Prepared]]] = {}
+
+        def flush(batch: list[tuple[T, Prepared]]) -> Iterator[tuple[T, Prediction]]:
+            names, images = zip(*batch, strict=True)
+            yield from zip(names, self.predict(images), strict=True)
+
+        for item in items:
+            shape = item[1].image.shape
+            waiting.setdefault(shape, []).append(item)
+            if len(waiting[shape]) == self.config.batch_size:
+                yield from flush(waiting.pop(shape))
+        for batch in waiting.values():
+            yield from flush(batch)
+
+    def _put(self, arrays: Any) -> Any:
+        return arrays if self._sharding is None else jax.device_put(arrays, self._sharding)
+
+    def _use(self, program: str) -> None:
+        if program not in self.programs:
+            self.programs.append(program)
+
+    def _panoptic(
+        self, logits, scores: ClassScores, sizes: _Sizes, native: Sequence[tuple[int, int]]
+    ) -> list:
         config = self.config
-        queries = rank_queries(
-            probs,
-            jnp.ones(len(self.vocabulary), bool),
-            keep_rule=config.keep_rule,
-            score_threshold=config.score_threshold,
-            objectness_threshold=config.objectness_threshold,
-        )
-        return logits, probs, queries
+        thresholds = {
+            "score_threshold": config.score_threshold,
+            "objectness_threshold": config.objectness_threshold,
+        }
+        zeros = self._put(np.zeros(scores.objectness.shape, np.int32))
+        counts = PixelCounts(zeros, zeros, zeros)
 
-    def _run_panoptic_tile(self, logits, queries: RankedQueries, counts, sizes, origin, *, side):
-        self.programs.append(f"panoptic map {side}x{side}")
-        codes, here = assign_pixels(
-            logits,
-            queries,
-            output_size=(side, side),
-            origin=origin,
-            mask_threshold=self.config.mask_threshold,
-            **sizes,
-        )
-        counts += here
-        # Of use after the last tile only, but far too little work for a program of its own.
-        tables = settle_segments(
-            queries,
-            counts,
-            jnp.asarray(self.is_thing),
-            overlap_threshold=self.config.overlap_threshold,
-        )
-        return codes, counts, tables
-
-    def _run_semantic_tile(self, logits, probs, sizes, origin, *, side):
-        self.programs.append(f"semantic map {side}x{side}")
-        return semantic_inference(logits, probs, output_size=(side, side), origin=origin, **sizes)
-
-    def _panoptic_maps(self, logits, queries, sizes, batch) -> list[ImageSegments]:
-        zeros = np.zeros(queries.labels.shape, np.int32)
-        counts, tables = PixelCounts(zeros, zeros, zeros), None
-
-        def make(origin, side):
-            nonlocal counts, tables
-            codes, counts, tables = self._panoptic_tile(
-                logits, queries, counts, sizes, origin, side=side
+        def tile(origin: np.ndarray, side: int) -> jax.Array:
+            nonlocal counts
+            self._use(f"panoptic map {side}x{side}")
+            codes, counts = _panoptic_tile(
+                logits,
+                scores,
+                counts,
+                sizes,
+                origin,
+                thresholds,
+                config.mask_threshold,
+                keep_rule=config.keep_rule,
+                side=side,
             )
             return codes
 
-        maps = _in_tiles(make, [item.native_size for item in batch])
-        tables = jax.device_get(tables)
-        results = []
-        for row, codes in enumerate(maps):
-            of_image = jax.tree.map(lambda table, r=row: table[r], tables)
-            results.append(list_segments(of_image.lookup[codes], of_image))
-        return results
-
-    def _semantic_maps(self, logits, probs, sizes, batch) -> list[np.ndarray]:
-        make = functools.partial(self._semantic_tile, logits, probs, sizes)
-        return _in_tiles(
-            lambda origin, side: make(origin, side=side), [item.native_size for item in batch]
+        maps = _in_tiles(tile, native)
+        tables = jax.device_get(
+            _settle(
+                scores,
+                counts,
+                self._is_thing,
+                self._is_seen,
+                np.asarray(config.gammas, np.float32),
+                thresholds,
+                config.overlap_threshold,
+                keep_rule=config.keep_rule,
+            )
         )
+        results = [
+            _at_each_gamma(codes, jax.tree.map(lambda table, r=row: table[r], tables))
+            for row, codes in enumerate(maps)
+        ]
+        return results if isinstance(config.gamma, tuple) else [one for (one,) in results]
 
-    def _instances(self, logits, probs, source_size, batch) -> list[list[Instance]]:
-        logits, probs = jax.device_get((logits, probs))
+    def _semantic(self, logits, scores, sizes, native) -> list[np.ndarray]:
+        shift = np.float32(self.config.gamma) * self._is_seen
+
+        def tile(origin: np.ndarray, side: int) -> jax.Array:
+            self._use(f"semantic map {side}x{side}")
+            return _semantic_tile(logits, scores, shift, sizes, origin, side=side)
+
+        return _in_tiles(tile, native)
+
+    def _instances(self, logits, scores, sizes, native) -> list[list[Instance]]:
+        logits, probs, source_size = jax.device_get((logits, scores.class_probs, sizes.source_size))
+        shift = np.append(np.float32(self.config.gamma) * self._is_seen, np.float32(0))
         # A panoptic model also has queries for stuff, which holds no instances.
-        things = self.is_thing if self.is_thing.any() else None
+        things = self._is_thing if self._is_thing.any() else None
         return [
             instance_inference(
                 logits[row],
-                probs[row],
-                image_size=item.native_size,
-                source_size=tuple(source_size[row]),
+                np.maximum(probs[row] - shift, 0),
+                image_size=size,
+                source_size=tuple(map(float, source_size[row])),
                 is_thing=things,
-                score_threshold=self.config.score_threshold,
+                score_threshold=self.config.instance_threshold,
             )
-            for row, item in enumerate(batch)
+            for row, size in enumerate(native)
         ]
 
 
-def _in_tiles(make, native_sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+@functools.partial(jax.jit, static_argnames=("is_padded", "canvas"))
+def _run_networks(
+    segmentor: Network,
+    head: Head,
+    images: jax.Array,
+    image_size: jax.Array,
+    *,
+    is_padded: bool,
+    canvas: tuple[int, int],
+) -> tuple[jax.Array, ClassScores]:
+    """Mask logits [B, N, h, w] and scores of images [B, H, W, 3] uint8.
+
+    Args:
+      is_padded: whether an image is smaller than the batch; then the network masks its padding.
+      canvas: (height, width) that no image exceeds. The logits are those of such an image, zero
+        beyond: post-processing is compiled once and not once a padded shape.
+    """
+    module = segmentor.module
+    output = module.apply(
+        {"params": segmentor.params}, normalize_images(images), image_size if is_padded else None
+    )
+    logits = mask_logits(output.mask_embeddings[:, -1], output.mask_features)
+    missing = (
+        (0, side // module.stride - have)
+        for side, have in zip(canvas, logits.shape[2:], strict=True)
+    )
+    return jnp.pad(logits, ((0, 0), (0, 0), *missing)), head(output.queries[:, -1])
+
+
+@functools.partial(jax.jit, static_argnames=("keep_rule", "side"))
+def _panoptic_tile(
+    logits, scores, counts, sizes, origin, thresholds, mask_threshold, *, keep_rule, side
+) -> tuple[jax.Array, PixelCounts]:
+    # gamma changes names and not who owns a pixel.
+    nobody = jnp.zeros(scores.class_probs.shape[-1] - 1, bool)
+    codes, here = assign_pixels(
+        logits,
+        rank_queries(*scores, nobody, keep_rule=keep_rule, **thresholds),
+        output_size=(side, side),
+        origin=origin,
+        mask_threshold=mask_threshold,
+        **sizes._asdict(),
+    )
+    return codes, counts + here
+
+
+@functools.partial(jax.jit, static_argnames="keep_rule")
+def _settle(
+    scores, counts, is_thing, is_seen, gammas, thresholds, overlap_threshold, *, keep_rule
+) -> SegmentTables:
+    """SegmentTables with an axis of gamma [R] after that of the images."""
+
+    def at(gamma: jax.Array) -> SegmentTables:
+        queries = rank_queries(*scores, is_seen, keep_rule=keep_rule, gamma=gamma, **thresholds)
+        return settle_segments(queries, counts, is_thing, overlap_threshold=overlap_threshold)
+
+    return jax.vmap(at, out_axes=1)(gammas)
+
+
+@functools.partial(jax.jit, static_argnames="side")
+def _semantic_tile(logits, scores, shift, sizes, origin, *, side) -> jax.Array:
+    probs = jnp.maximum(scores.class_probs - jnp.append(shift, 0.0), 0.0)
+    return semantic_inference(
+        logits, probs, output_size=(side, side), origin=origin, **sizes._asdict()
+    )
+
+
+def _at_each_gamma(codes: np.ndarray, tables: SegmentTables) -> tuple[ImageSegments, ...]:
+    """Segments of one image at R values of gamma, from codes [H, W] and tables [R, ...]."""
+    # An image has few queries whose name a gamma changes, so most give what another gave.
+    known: dict[bytes, ImageSegments] = {}
+    results = []
+    for number in range(len(tables.labels)):
+        here = jax.tree.map(lambda table, n=number: table[n], tables)
+        key = here.lookup.tobytes() + here.labels.tobytes()
+        if key not in known:
+            known[key] = list_segments(here.lookup[codes], here)
+        results.append(known[key])
+    return tuple(results)
+
+
+def _in_tiles(
+    make: Callable[[np.ndarray, int], jax.Array], native_sizes: Sequence[tuple[int, int]]
+) -> list[np.ndarray]:
     """Maps of a batch at native sizes from tiles of one static side.
 
     Args:
@@ -305,7 +428,7 @@ def _in_tiles(make, native_sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]
     """
     height, width = np.max(native_sizes, axis=0)
     side = next((s for s in TILE_SIDES if max(height, width) <= s), TILE_SIDES[-1])
-    maps = []
+    maps: list[np.ndarray] = []
     for top in range(0, height, side):
         for left in range(0, width, side):
             tile = np.asarray(make(np.array([top, left], np.int32), side))

@@ -1,0 +1,141 @@
+"""What names the queries: a linear head of converted weights, or text."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from concat_jax.models.segmentor import LinearClassifier
+from concat_jax.models.semantic_projector import SemanticProjector
+
+
+class ClassScores(NamedTuple):
+    """What a head says of N queries of B images.
+
+    Attributes:
+      class_probs: [B, N, K+1] float32, the last one no-object.
+      objectness: [B, N] float32, 1 - p(no-object).
+    """
+
+    class_probs: jax.Array
+    objectness: jax.Array
+
+
+class Head(Protocol):
+    """Queries to class probabilities. A pytree: other arrays of the same shapes compile nothing.
+
+    Attributes:
+      KEEP_RULE: the keep rule that suits its scores, see `panoptic.rank_queries`.
+      num_classes: K.
+    """
+
+    KEEP_RULE: ClassVar[str]
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def __call__(self, queries: jax.Array) -> ClassScores:
+        """Of vision queries [B, N, D]."""
+        ...
+
+
+@flax.struct.dataclass
+class LinearHead:
+    """Mask2Former's own class head.
+
+    Attributes:
+      params: of `LinearClassifier`.
+    """
+
+    params: Any
+    KEEP_RULE: ClassVar[str] = "score"
+
+    @property
+    def num_classes(self) -> int:
+        """K, the bias's length less no-object."""
+        return self.params["class_embed"]["bias"].shape[0] - 1
+
+    def __call__(self, queries: jax.Array) -> ClassScores:
+        """As `Head`."""
+        classifier = LinearClassifier(self.num_classes)
+        return _scores(classifier.apply({"params": self.params}, queries))
+
+
+@flax.struct.dataclass
+class TextHead:
+    """The semantic projector and the texts of the names that compete.
+
+    Attributes:
+      params: of the projector.
+      text: [K, C] L2-normalised text embeddings, or [K, S, C] with one of each synonym.
+      is_name: [K] bool, False for rows that only fill K up; None where there are none.
+      training_text: as `text`, of the names of training, against which a query is an object or not:
+        against all names asked for it would be one the likelier the more they are. None where the
+        names are those of training.
+      projector: the module.
+    """
+
+    params: Any
+    text: jax.Array
+    is_name: jax.Array | None
+    training_text: jax.Array | None
+    projector: SemanticProjector = flax.struct.field(pytree_node=False)
+    KEEP_RULE: ClassVar[str] = "objectness"
+
+    @property
+    def num_classes(self) -> int:
+        """K, filling included."""
+        return self.text.shape[0]
+
+    def __call__(self, queries: jax.Array) -> ClassScores:
+        """As `Head`; a name that only fills up has probability 0."""
+        variables = {"params": self.params}
+        semantic = self.projector.apply(variables, queries)
+
+        def classify(text: jax.Array) -> jax.Array:
+            return self.projector.apply(variables, semantic, text, method="classify")
+
+        logits = classify(self.text)
+        if self.is_name is not None:
+            is_column = jnp.append(self.is_name, True)  # no-object is always asked for
+            logits = jnp.where(is_column, logits, -jnp.inf)
+        scores = _scores(logits)
+        if self.training_text is None:
+            return scores
+        return scores._replace(objectness=_scores(classify(self.training_text)).objectness)
+
+
+def _scores(logits: jax.Array) -> ClassScores:
+    probs = jax.nn.softmax(logits, axis=-1)
+    return ClassScores(probs, 1.0 - probs[..., -1])
+
+
+# Names asked for are filled up to so many times a power of two, so that other names in another
+# number mostly meet a program that is there.
+FEWEST_NAMES = 32
+
+
+def text_head_for(head: TextHead, text: np.ndarray, training_text: np.ndarray) -> TextHead:
+    """A head for other names than those of training.
+
+    Args:
+      head: of the same projector.
+      text: [K, C] or [K, S, C] of the names.
+      training_text: of the names of training.
+
+    Returns:
+      A head whose K is filled up to the next of `FEWEST_NAMES` times a power of two.
+    """
+    count = FEWEST_NAMES
+    while count < len(text):
+        count *= 2
+    filled = np.concatenate([text, np.repeat(text[:1], count - len(text), axis=0)])
+    return head.replace(
+        text=jnp.asarray(filled),
+        is_name=jnp.arange(count) < len(text),
+        training_text=jnp.asarray(training_text),
+    )
