@@ -7,8 +7,8 @@ import json
 import pathlib
 import re
 import zlib
-from collections.abc import Sequence
-from typing import Protocol, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self
 
 import numpy as np
 import tokenizers
@@ -191,6 +191,39 @@ def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, ...]]) -> tokenizer
     return bpe
 
 
+def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> dict[str, Any]:
+    """Writes what of a tokenizer does not fit a few words.
+
+    Args:
+      tokenizer: of this module.
+      folder: made where the tokenizer needs a file.
+
+    Returns:
+      What `load_tokenizer` needs besides, for JSON.
+    """
+    about = {"kind": "words", "context_length": tokenizer.context_length}
+    if isinstance(tokenizer, WordTokenizer):
+        return {**about, "words": tokenizer.words}
+    folder.mkdir()
+    (folder / TOKENIZER_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
+    return {**about, "kind": "clip"}
+
+
+def load_tokenizer(folder: pathlib.Path, about: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that `save_tokenizer` wrote.
+
+    Raises:
+      ValueError: if its file is missing or broken, or `about` says nothing usable.
+    """
+    try:
+        kind, context_length = about["kind"], about["context_length"]
+        if kind == "words":
+            return WordTokenizer(about["words"], context_length)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"The tokenizer of {folder.parent} lacks {error}.") from error
+    return make_clip_tokenizer(folder, context_length)
+
+
 class ClipTokenizer:
     """CLIP's lower-cased byte-level BPE; ids equal to those of transformers' `CLIPTokenizer`.
 
@@ -240,6 +273,10 @@ class ClipTokenizer:
         self.eot_id = end
         self._start_id = start
         self._bpe = bpe
+
+    def to_json(self) -> str:
+        """All of it, as a `tokenizer.json`."""
+        return self._bpe.to_str()
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids, [M, context_length] int32: start, the text, end, and ends as padding.
@@ -303,6 +340,11 @@ class WordTokenizer:
         """The tokenizer of all words in some texts, sorted, whatever stands between them."""
         words = {word for text in _check_texts(texts) for word in cls._split(text)}
         return cls(sorted(words), context_length)
+
+    @property
+    def words(self) -> list[str]:
+        """Its words in their order."""
+        return list(self._ids)
 
     @staticmethod
     def _split(text: str) -> list[str]:

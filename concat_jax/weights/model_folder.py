@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -12,20 +13,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from concat_jax.core.files import read_json
 from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.models.clip import CLIP, make_clip
 from concat_jax.models.segmentor import DEFAULTS, LinearClassifier, make_segmentor
+from concat_jax.models.semantic_projector import SemanticProjector
+from concat_jax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 CARD_NAME = "model.json"
 PARAMS_NAME = "params"
+TOKENIZER_NAME = "tokenizer"
 TASKS = ("panoptic", "instance", "semantic")
 # Of the file's layout; raised when a reader of today could no longer read it.
-FORMAT = 1
+FORMAT = 2
 # Files that a folder this package writes has at its top: what `overwrite` may replace.
 MARKERS = (CARD_NAME, "config.json")
 
@@ -33,16 +40,39 @@ Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class TextCard:
+    """What names the classes of a model by text.
+
+    Attributes:
+      projector: fields of `SemanticProjector` besides its joint width.
+      clip: fields of `make_clip` that decide the text tower.
+      tokenizer: its `kind`, "words" or "clip", its `context_length` and for words the `words`;
+        CLIP's lies in the folder `TOKENIZER_NAME` beside the card.
+      templates, clean_names, synonyms: see `inference.text_tower.TextTower`.
+    """
+
+    projector: Mapping[str, Any]
+    clip: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
+    templates: tuple[str, ...]
+    clean_names: bool
+    synonyms: str
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelCard:
     """What a set of weights is.
 
     Attributes:
-        segmentor: config for `make_segmentor`.
-        vocabulary: the K classes of the linear class head, None without a head.
-        task: what the weights were trained for, one of `TASKS`, or "" where nothing said so.
-        source: name of the file the weights came from.
-        knows_things: False where nothing said which classes are things; the vocabulary's flags
-            are then all False and mean nothing.
+      segmentor: config for `make_segmentor`.
+      vocabulary: the K classes of a linear head, or of training where text names them; None without
+        either.
+      task: what the weights were trained for, one of `TASKS`, or "" where nothing said so.
+      source: name of the file the weights came from.
+      knows_things: False where nothing said which classes are things; the vocabulary's flags are
+        then all False and mean nothing.
+      text: what names classes by text, None where a linear head does.
+      short_side, long_side: of the network's input, see `inference.images.Buckets`.
     """
 
     segmentor: Mapping[str, Any]
@@ -50,33 +80,64 @@ class ModelCard:
     task: str = ""
     source: str = ""
     knows_things: bool = False
+    text: TextCard | None = None
+    short_side: int = 800
+    long_side: int = 1333
+
+
+def text_modules(card: TextCard) -> tuple[CLIP, SemanticProjector]:
+    """A CLIP whose text tower is the model's, and the projector."""
+    clip = make_clip(card.clip)
+    return clip, SemanticProjector(joint_width=clip.embed_dim, **card.projector)
 
 
 def parameter_shapes(
     config: Mapping[str, Any], num_classes: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of every parameter of a configured model, without making it.
+    """Shapes of the parameters of a segmentor and a linear head, without making them.
 
     Args:
-        config: for `make_segmentor`.
-        num_classes: K of the linear class head, None without one.
+      config: for `make_segmentor`.
+      num_classes: K of the linear class head, None without one.
 
     Returns:
-        Path joined by "/" -> shape; paths begin with "segmentor/" or "classifier/".
+      Path joined by "/" -> shape; paths begin with "segmentor/" or "classifier/".
 
     Raises:
-        ValueError: as `make_segmentor`.
+      ValueError: as `make_segmentor`.
     """
     # Parameter shapes do not depend on the image size; the smallest one traces fastest.
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    tree = {"segmentor": jax.eval_shape(make_segmentor(config).init, key, image)["params"]}
+    tree = {"segmentor": _shapes(make_segmentor(config), image)}
     if num_classes is not None:
-        width = {**DEFAULTS, **config}["width"]
-        queries = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
-        classifier = LinearClassifier(num_classes)
-        tree["classifier"] = jax.eval_shape(classifier.init, key, queries)["params"]
-    return {k: v.shape for k, v in traverse_util.flatten_dict(tree, sep="/").items()}
+        queries = jax.ShapeDtypeStruct((1, 1, _width(config)), jnp.float32)
+        tree["classifier"] = _shapes(LinearClassifier(num_classes), queries)
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    return {**DEFAULTS, **config}["width"]
+
+
+def _shapes(module: nn.Module, *inputs: jax.ShapeDtypeStruct, **options) -> Any:
+    init = functools.partial(module.init, **options)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(init, key, *inputs)["params"])
+
+
+def _text_shapes(card: ModelCard) -> dict[str, tuple[int, ...]]:
+    """As `parameter_shapes`, of "projector/", "text_tower/" and the array "training_text"."""
+    clip, projector = text_modules(card.text)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    row, text = (
+        jax.ShapeDtypeStruct((1, width), jnp.float32)
+        for width in (_width(card.segmentor), clip.embed_dim)
+    )
+    tree = {
+        "projector": _shapes(projector, row, text, method="predict"),
+        "text_tower": _shapes(clip, tokens, method="encode_text"),
+    }
+    return traverse_util.flatten_dict(tree, sep="/")
 
 
 @contextlib.contextmanager
@@ -145,35 +206,41 @@ def save_model(
     params: Params,
     card: ModelCard,
     *,
+    tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model's folder; it appears under its name complete or not at all.
 
     Args:
-        folder: to make.
-        params: `{"segmentor": tree, "classifier": {"class_embed": ...}}` of arrays, without
-            "classifier" where there is no head; `{"segmentor": {"backbone": ...}}` for the weights
-            of a backbone alone.
-        card: what it is.
-        overwrite: replace a model that is there.
+      folder: to make.
+      params: trees of arrays: "segmentor", and "classifier" where there is a linear head, or
+        "projector", "text_tower" and "training_text" [K, C] where text names the classes;
+        `{"segmentor": {"backbone": ...}}` for the weights of a backbone alone.
+      card: what it is.
+      tokenizer: of the text tower.
+      overwrite: replace a model that is there.
 
     Raises:
-        ValueError: the name is taken, or params and card do not belong together.
-        OSError: the disk refuses.
+      ValueError: the name is taken, or params and card do not belong together.
+      OSError: the disk refuses.
     """
     _check_together(params, card, "The parameters")
-    content = {
-        "format": FORMAT,
-        "segmentor": dict(card.segmentor),
-        "vocabulary": dataclasses.asdict(card.vocabulary) if card.vocabulary else None,
-        "task": card.task,
-        "source": card.source,
-        "knows_things": card.knows_things,
-    }
+    content = {"format": FORMAT, **dataclasses.asdict(card)}
     with new_folder(folder, overwrite=overwrite) as temporary:
+        if tokenizer is not None:
+            content["text"]["tokenizer"] = save_tokenizer(tokenizer, temporary / TOKENIZER_NAME)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(temporary / PARAMS_NAME, jax.tree.map(np.asarray, params))
         (temporary / CARD_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load_model_tokenizer(folder: str | os.PathLike[str], card: TextCard) -> Tokenizer:
+    """The tokenizer of a model's text tower.
+
+    Raises:
+      ValueError: as `load_tokenizer`.
+    """
+    return load_tokenizer(Path(folder) / TOKENIZER_NAME, card.tokenizer)
 
 
 def load_card(folder: str | os.PathLike[str]) -> ModelCard:
@@ -189,28 +256,31 @@ def load_card(folder: str | os.PathLike[str]) -> ModelCard:
             f"{folder} holds no {CARD_NAME}; make a model's folder with "
             "`python -m concat_jax.convert SOURCE DESTINATION`."
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    known = {"format", *(field.name for field in dataclasses.fields(ModelCard))}
-    if not isinstance(content, dict) or set(content) != known:
+    content = read_json(path)
+    fields = {field.name: field for field in dataclasses.fields(ModelCard)}
+    if not isinstance(content, dict) or not set(content) <= {"format", *fields}:
         raise ValueError(
-            f"{path} has other keys than {', '.join(sorted(known))}; convert the model again."
+            f"{path} has other keys than {', '.join(('format', *fields))}; convert the model again."
         )
-    if content.pop("format") != FORMAT:
-        raise ValueError(f"{path} is of another format than {FORMAT}; convert the model again.")
-    if content["task"] not in ("", *TASKS):
+    if content.pop("format", None) not in (1, FORMAT) or "segmentor" not in content:
+        raise ValueError(
+            f"{path} is no card of format 1 to {FORMAT}; convert the model again with this version."
+        )
+    if content.get("task", "") not in ("", *TASKS):
         raise ValueError(
             f"{path} names the task {content['task']!r}; use one of {', '.join(TASKS)}."
         )
-    if content["vocabulary"] is not None:
-        try:
-            columns = {name: tuple(column) for name, column in content["vocabulary"].items()}
-            content["vocabulary"] = Vocabulary(**columns)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no usable vocabulary: {error}") from error
+    for name, build in (("vocabulary", Vocabulary), ("text", TextCard)):
+        if content.get(name) is not None:
+            try:
+                content[name] = build(**{k: _tuples(v) for k, v in content[name].items()})
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(f"{path} holds no usable {name}: {error}") from error
     return ModelCard(**content)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Params, ModelCard]:
@@ -247,18 +317,26 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Params, ModelCard]:
 
 def _check_together(params: Params, card: ModelCard, what: str) -> None:
     """Every array of the parameters where the card's config has it, and with its shape."""
-    if ("classifier" in params) != (card.vocabulary is not None):
-        has = "a class head" if "classifier" in params else "no class head"
-        raise ValueError(
-            f"{what} have {has} but the vocabulary is "
-            f"{'absent' if card.vocabulary is None else 'there'}; the two go together."
-        )
-    wanted = parameter_shapes(card.segmentor, len(card.vocabulary) if card.vocabulary else None)
-    if set(params.get("segmentor", {})) == {"backbone"}:
-        wanted = {k: v for k, v in wanted.items() if k.startswith("segmentor/backbone/")}
     found = {
         k: tuple(np.shape(v)) for k, v in traverse_util.flatten_dict(dict(params), sep="/").items()
     }
+    classes = len(card.vocabulary) if card.vocabulary else None
+    if card.text is not None:
+        wanted = parameter_shapes(card.segmentor) | _text_shapes(card)
+        # One row a class, whatever the synonyms make of it.
+        rows = found.pop("training_text", (0,))[0]
+        if rows != classes:
+            raise ValueError(f"{what} have text for {rows} classes where the card has {classes}.")
+    else:
+        if ("classifier" in params) != (card.vocabulary is not None):
+            has = "a class head" if "classifier" in params else "no class head"
+            raise ValueError(
+                f"{what} have {has} but the vocabulary is "
+                f"{'absent' if card.vocabulary is None else 'there'}; the two go together."
+            )
+        wanted = parameter_shapes(card.segmentor, classes)
+    if set(params.get("segmentor", {})) == {"backbone"}:
+        wanted = {k: v for k, v in wanted.items() if k.startswith("segmentor/backbone/")}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise ValueError(

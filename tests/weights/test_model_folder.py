@@ -140,7 +140,7 @@ def test_damaged_folders(params, tmp_path):
         ("{", "not valid JSON"),
         ("[]", "other keys"),
         (json.dumps({**good, "extra": 1}), "other keys"),
-        (json.dumps({**good, "format": 99}), "another format"),
+        (json.dumps({**good, "format": 99}), "no card of format"),
         (json.dumps({**good, "task": "depth"}), "names the task 'depth'"),
         (json.dumps({**good, "vocabulary": {"names": ["a"]}}), "no usable vocabulary"),
         (json.dumps({**good, "segmentor": {"widht": 3}}), "did you mean 'width'"),
