@@ -19,10 +19,10 @@ from concat_jax.core.files import ImageError
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import format_seconds
 from concat_jax.inference.images import OVERLAY_SUFFIX, SUFFIXES, read_image
+from concat_jax.inference.model import Model
 from concat_jax.inference.outputs import ResultWriter, image_ids, output_names
 from concat_jax.inference.panoptic import KEEP_RULES
 from concat_jax.inference.predictor import PredictConfig, Predictor, Prepared
-from concat_jax.weights.model_folder import load_model
 
 # From so many images on, lines say how far it is and how long it will take.
 PROGRESS_FROM = 4
@@ -43,13 +43,13 @@ def define_flags(flags: cli.Flags) -> None:
     flags.string("model", "", "Folder that concat_jax.convert wrote.")
     flags.string("output", "", "Folder for the results; made if absent.")
     flags.string("task", "", "panoptic, instance or semantic; the model's own by default.")
-    flags.string("keep_rule", "score", f"Of panoptic maps: {' or '.join(KEEP_RULES)}.")
+    flags.string("keep_rule", "", f"Of panoptic maps: {' or '.join(KEEP_RULES)}.")
     flags.number("score_threshold", None, "0.8 for panoptic maps, 0.5 for instances.")
     flags.number("objectness_threshold", 0.5, "Of --keep_rule=objectness.")
     flags.number("mask_threshold", 0.5, "Mask probability of a panoptic pixel.")
     flags.number("overlap_threshold", 0.8, "Share of its mask that a segment owns.")
-    flags.integer("short_side", 800, "Of the network's input.")
-    flags.integer("long_side", 1333, "Bound on its longer side.")
+    flags.integer("short_side", None, "Of the network's input; the model's own by default.")
+    flags.integer("long_side", None, "Bound on its longer side.")
     flags.string("dtype", "", "float32 or bfloat16; the model's own by default.")
     flags.integer("batch_size", 1, "Images that the network takes at once.")
 
@@ -124,14 +124,13 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path) -> int:
         results = predictor.predict([item.prepared for item in waiting])
         for item, result in zip(waiting, results, strict=True):
             path = paths[item.index]
+            result = next(part for part in result if part is not None)
             found = writer.add(names[item.index], ids[item.index], path.name, item.image, result)
             num_written += 1
             report(item.index, found)
 
-    if predictor.notice:
-        print(predictor.notice)
-    task, vocabulary = predictor.config.task, predictor.vocabulary
-    with ResultWriter(output, task, vocabulary, predictor.is_thing) as writer:
+    (task,), vocabulary = predictor.config.tasks, predictor.vocabulary
+    with ResultWriter(output, task, vocabulary, vocabulary.is_thing) as writer:
         waiting: dict[tuple, list[Loaded]] = defaultdict(list)
         for item in prefetch(load, 0, len(paths), depth=2, num_threads=1):
             if item.error:
@@ -160,10 +159,25 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> int:
     """What the flags ask for; 1 if an image failed."""
     if not (given.model and given.output and arguments):
         raise ValueError("give --model=DIR, --output=DIR and the images to segment.")
-    fields = {field.name for field in dataclasses.fields(PredictConfig)}
-    config = PredictConfig(**{name: given[name].value for name in fields})
-    predictor = Predictor(*load_model(given.model), config)
-    return min(1, run(predictor, arguments, Path(given.output)))
+    model = Model.from_folder(given.model, dtype=given.dtype)
+    task = given.task or model.card.task or "panoptic"
+    threshold = given.score_threshold
+    config = PredictConfig(
+        tasks=(task,),
+        keep_rule=given.keep_rule,
+        score_threshold=0.8 if threshold is None else threshold,
+        # Average precision wants all instances; nobody can look at them.
+        instance_threshold=0.5 if threshold is None else threshold,
+        objectness_threshold=given.objectness_threshold,
+        mask_threshold=given.mask_threshold,
+        overlap_threshold=given.overlap_threshold,
+        short_side=given.short_side or model.card.short_side,
+        long_side=given.long_side or model.card.long_side,
+        batch_size=given.batch_size,
+    )
+    if model.notice and task == "panoptic":
+        print(model.notice)
+    return min(1, run(model.predictor(config), arguments, Path(given.output)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,8 +15,9 @@ from concat_jax.core.coco import read_panoptic
 from concat_jax.core.run_lengths import decode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference import predictor as predictor_module
+from concat_jax.inference.model import Model
 from concat_jax.inference.outputs import image_ids, output_names
-from concat_jax.inference.predictor import PredictConfig, Predictor
+from concat_jax.inference.predictor import PredictConfig
 from concat_jax.inference.segments import ImageSegments
 from concat_jax.models.segmentor import LinearClassifier, make_segmentor
 from concat_jax.weights.model_folder import ModelCard, save_model
@@ -81,7 +82,7 @@ def loose(model):
     """A predictor whose thresholds random weights pass."""
     settings = {"short_side": 64, "long_side": 64, "score_threshold": 0.05}
     settings |= {"mask_threshold": 0.3, "overlap_threshold": 0.05}
-    return Predictor.from_folder(model, **settings)
+    return Model.from_folder(model).predictor(PredictConfig(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +176,9 @@ def test_a_folder_of_everything(model, zoo, tmp_path, capsys):
 
 def test_tiles_of_any_side_give_the_same_map(loose, zoo, monkeypatch):
     image = Image.open(zoo / "rgb.png")
-    whole = loose(image)
+    whole = loose(image).panoptic
     monkeypatch.setattr(predictor_module, "TILE_SIDES", (32,))
-    tiled = loose(np.asarray(image))
+    tiled = loose(np.asarray(image)).panoptic
     assert loose.programs.count("panoptic map 32x32") == 1, "six tiles, one program"
     assert isinstance(whole, ImageSegments) and whole.segments
     np.testing.assert_array_equal(whole.id_map, tiled.id_map)
@@ -262,10 +263,9 @@ def test_without_thing_flags_nothing_merges(random_params):
     flags = (False,) * 5
     vocabulary = Vocabulary(NAMES, flags, (True,) * 5, VOCABULARY.category_ids)
     ignorant = ModelCard(card.segmentor, vocabulary, "panoptic", "", knows_things=False)
-    assert "all are treated as things" in Predictor(params, ignorant).notice
-    assert Predictor(params, ignorant).is_thing.all()
-    assert Predictor(params, ignorant, PredictConfig(task="semantic")).notice == ""
-    assert Predictor(params, card).notice == ""
+    assert "all are treated as things" in Model(params, ignorant).notice
+    assert all(Model(params, ignorant).predictor().vocabulary.is_thing)
+    assert Model(params, card).notice == ""
 
 
 def test_a_backbone_alone_is_refused(random_params, tmp_path):
@@ -288,7 +288,7 @@ def test_a_backbone_alone_is_refused(random_params, tmp_path):
         (["--task=panoramic", "--model=m", "--output=o", "a.png"], "did you mean 'panoptic'?"),
         (["--dtype=float16", "--model=m", "--output=o", "a.png"], "did you mean"),
         (["--mask_threshold=2", "--model=m", "--output=o", "a.png"], "mask_threshold is 2.0"),
-        (["--short_side=x", "--model=m", "--output=o", "a.png"], "invalid int value"),
+        (["--short_side=x", "--model=m", "--output=o", "a.png"], "flag --short_side=x"),
         (["--batch_size=0", "--model=m", "--output=o", "a.png"], "batch_size is 0"),
     ],
 )
@@ -321,7 +321,8 @@ def test_names_never_collide(tmp_path):
 
 
 def test_a_batch_of_two_buckets_is_refused(model):
-    predictor = Predictor.from_folder(model, short_side=32, long_side=64, batch_size=2)
+    config = PredictConfig(short_side=32, long_side=64, batch_size=2)
+    predictor = Model.from_folder(model).predictor(config)
     lying = predictor.prepare(np.zeros((30, 60, 3), np.uint8))
     standing = predictor.prepare(np.zeros((60, 30, 3), np.uint8))
     with pytest.raises(ValueError, match="of one padded shape"):
@@ -336,14 +337,14 @@ def test_fifty_sizes_compile_a_handful_of_programs(model, capsys):
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(seconds)
 
-    predictor = Predictor.from_folder(model)
+    predictor = Model.from_folder(model).predictor()
     rng = np.random.default_rng(0)
     sizes = {tuple(size) for size in rng.integers(1, 1500, (50, 2)).tolist()}
     assert len(sizes) == 50
     jax.monitoring.register_event_duration_secs_listener(listen)
     for height, width in sizes:
         result = predictor(rng.integers(0, 256, (height, width, 3), np.uint8))
-        assert result.id_map.shape == (height, width)
+        assert result.panoptic.id_map.shape == (height, width)
     with capsys.disabled():
         print(f"\n50 sizes: {len(compiled)} programs compiled, {predictor.programs}")
     assert len(compiled) == len(predictor.programs) <= 7

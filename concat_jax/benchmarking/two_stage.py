@@ -33,8 +33,9 @@ from concat_jax.benchmarking.ours import (
     random_params,
 )
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.evaluation.evaluate import EvalConfig, output_bucket
+from concat_jax.inference.heads import TextHead
 from concat_jax.inference.panoptic import Fate, PanopticOutput, panoptic_inference
+from concat_jax.inference.predictor import PredictConfig
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images, resize_windows
 from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import mask_logits, normalize_images
@@ -84,7 +85,7 @@ def run(case: Case, model: Path, repeats: int, inputs: Path) -> dict[str, Measur
         networks,
         card.vocabulary,
         is_padded=bool((source.image_size != source.images.shape[1:3]).any()),
-        output_size=output_bucket(source.images.shape[1:3], source.native_size.max(axis=0)),
+        output_size=tuple(source.native_size.max(axis=0).tolist()),
     )
     text = jnp.asarray(random_embeddings(len(card.vocabulary), networks.clip.embed_dim))
     segmentor = jax.device_put(params["segmentor"])
@@ -142,7 +143,7 @@ class Paths:
     output_size: tuple[int, int]
 
     def ours(self, params: Any, text: jax.Array, images: jax.Array, sizes: Sizes) -> Result:
-        """As `concat_jax.evaluation.evaluate.make_predict`: the projector names the queries.
+        """As `Predictor` with a `TextHead`: the projector names the queries.
 
         Args:
           params: "segmentor" and "projector".
@@ -201,7 +202,7 @@ class Paths:
         return output.queries[:, -1], masks
 
     def _finish(self, masks: jax.Array, probs: jax.Array, sizes: Sizes) -> Result:
-        config = EvalConfig()
+        config = PredictConfig()
         maps = panoptic_inference(
             masks,
             probs,
@@ -210,7 +211,7 @@ class Paths:
             output_size=self.output_size,
             source_size=sizes.image / self.networks.segmentor.stride,
             image_size=sizes.native,
-            keep_rule=config.keep_rule,
+            keep_rule=TextHead.KEEP_RULE,
             objectness_threshold=config.objectness_threshold,
             mask_threshold=config.mask_threshold,
             overlap_threshold=config.overlap_threshold,

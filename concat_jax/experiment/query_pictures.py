@@ -23,6 +23,7 @@ from concat_jax.stages.finetune import sample_deviations
 from concat_jax.stages.queries import IMAGE_FIELDS, extract_queries
 from concat_jax.stages.registry import method_of
 from concat_jax.visualize import plots
+from data_pipelines.augment import resize_longest
 
 PICTURE = "query_space.png"
 
@@ -50,8 +51,6 @@ def real_queries(run: Run, source: str, num_images: int) -> tuple[np.ndarray, np
     context = dataclasses.replace(run.context, vocabulary=vocabulary)
     extract = jax.jit(functools.partial(extract_queries, context, params, text))
     size = run.eval.batch_size
-    from data_pipelines.augment import resize_longest
-
     examples = (resize_longest(e, run.datasets.eval_size) for e in run.datasets.evaluation())
     queries, labels = [], []
     for number in range(0, num_images, size):

@@ -42,7 +42,7 @@ def parse_classes(text: str, training: Vocabulary) -> tuple[Vocabulary, bool]:
             raise ValueError(f"Name {number} of --classes={text} is empty; take a comma out.")
         if name.casefold() in {other.casefold() for other in names[: number - 1]}:
             raise ValueError(f"--classes holds the name {name!r} more than once; take one out.")
-    seen = {name.casefold() for name, seen in zip(training.names, training.is_seen) if seen}
+    seen = {training.names[k].casefold() for k in training.seen}
     vocabulary = Vocabulary(
         names=names,
         is_thing=is_thing,

@@ -215,7 +215,7 @@ class Predictor:
         is_padded = any(item.image_size != item.image.shape[:2] for item in batch)
         height, width = batch[0].image.shape[:2]
         self._use(f"network {height}x{width}" + " with padding" * is_padded)
-        logits, scores = _run_networks(
+        logits, scores = run_networks(
             self._segmentor,
             self._head,
             images,
@@ -337,7 +337,7 @@ class Predictor:
 
 
 @functools.partial(jax.jit, static_argnames=("is_padded", "canvas"))
-def _run_networks(
+def run_networks(
     segmentor: Network,
     head: Head,
     images: jax.Array,

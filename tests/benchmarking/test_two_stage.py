@@ -10,8 +10,7 @@ import pytest
 from concat_jax.benchmarking.cases import Case, letterbox, pictures
 from concat_jax.benchmarking.two_stage import Paths, Sizes, cut_out, largest_masks
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.evaluation.evaluate import EvalConfig, make_predict
-from concat_jax.evaluation.evaluate import Sizes as EvalSizes
+from concat_jax.inference.heads import TextHead
 from concat_jax.inference.panoptic import Fate
 from concat_jax.models.clip_images import normalize_clip_images
 from concat_jax.models.networks import make_networks
@@ -87,15 +86,21 @@ def make_paths():
     return Paths(NETWORKS, VOCABULARY, is_padded=True, output_size=(SIZE, SIZE))
 
 
-def test_our_path_is_that_of_evaluation(inputs):
+def test_our_path_is_that_of_prediction(inputs):
     params, text, images, sizes = inputs
     ours = run(make_paths().ours, params, text, images, sizes).maps
-    predict = make_predict(NETWORKS, VOCABULARY, EvalConfig())
-    theirs = run(lambda *args: predict(*args, EvalSizes(*sizes)).panoptic, params, text, images)
-    np.testing.assert_allclose(ours.keep_scores, theirs.keep_scores, atol=1e-5)
-    for field in ("segment_ids", "labels", "fates", "areas"):
-        same = np.asarray(getattr(ours, field)) == np.asarray(getattr(theirs, field))
-        assert same.mean() > 0.999, field
+    head = TextHead(params["projector"], text, None, None, NETWORKS.projector)
+    network = Network(params["segmentor"], NETWORKS.segmentor)
+    config = PredictConfig(short_side=SIZE, long_side=SIZE, batch_size=2)
+    predictor = Predictor(network, head, VOCABULARY, config)
+    pairs = zip(images, sizes.image.tolist(), sizes.native.tolist(), strict=True)
+    theirs = predictor.predict(
+        [Prepared(i, tuple(size), tuple(native)) for i, size, native in pairs]
+    )
+    for ids, prediction in zip(np.asarray(ours.segment_ids), theirs, strict=True):
+        id_map = prediction.panoptic.id_map
+        same = ids[: id_map.shape[0], : id_map.shape[1]] == id_map
+        assert same.mean() > 0.999
 
 
 def test_clip_names_the_largest_masks_and_no_other(inputs):

@@ -1,15 +1,13 @@
 """A sweep over gamma beside evaluation at each gamma, and which gamma is chosen."""
 
-import types
-
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation import calibration
-from concat_jax.evaluation.evaluate import EvalConfig, evaluate, make_predict
-from concat_jax.models.segmentor import SegmentorOutput
+from concat_jax.evaluation.evaluate import evaluate
+from concat_jax.inference.predictor import PredictConfig, Predictor
+from tests.inference import fakes
 
 VOCABULARY = Vocabulary(
     ("cat", "lynx", "sky", "fog"),
@@ -17,68 +15,33 @@ VOCABULARY = Vocabulary(
     (True, False, True, False),
     (1, 2, 3, 4),
 )
-STRIDE = 2
-PARAMS = {"segmentor": {}, "projector": {}}
 # Probabilities of cat, lynx, sky, fog, no-object. At gamma = 0 the queries are cat, cat and sky;
 # from 0.2 on the second is a lynx, from 0.6 on the first is one, too.
 PROBS = np.array(
-    [[0.7, 0.1, 0.05, 0.05, 0.1], [0.45, 0.25, 0.1, 0.1, 0.1], [0.02, 0.02, 0.9, 0.01, 0.05]]
+    [[0.7, 0.1, 0.05, 0.05, 0.1], [0.45, 0.25, 0.1, 0.1, 0.1], [0.02, 0.02, 0.9, 0.01, 0.05]],
+    np.float32,
 )
 
 
-def fake_networks(probs, calls):
-    """Query n is where channel n of the image is bright."""
-
-    def segment(variables, images, image_size):
-        calls.append(images.shape)
-        features = images[:, ::STRIDE, ::STRIDE] * 8.0
-        embeddings = jnp.broadcast_to(2 * jnp.eye(3) - 1, (len(images), 1, 3, 3))
-        return SegmentorOutput(embeddings, embeddings, features)
-
-    def classify(variables, queries, text, method):
-        return jnp.broadcast_to(jnp.log(probs), (len(queries), *probs.shape))
-
-    return types.SimpleNamespace(
-        segmentor=types.SimpleNamespace(
-            apply=segment, backbone=types.SimpleNamespace(stride=STRIDE)
-        ),
-        projector=types.SimpleNamespace(apply=classify),
-    )
-
-
-def example(number, size=32):
+def examples(count=3, size=32):
     """A cat at the upper left, a lynx at the upper right, sky below."""
-    ids = np.full((size, size), 3, np.uint8)
-    middle = size // 2 + 4 * (number % 2)
-    ids[: size // 2, :middle], ids[: size // 2, middle:] = 1, 2
-    native = {
-        "image": np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)[ids],
-        "segment_ids": ids,
-        "segment_labels": np.array([0, 1, 2]),
-        "segment_is_crowd": np.zeros(3, bool),
-        "image_size": np.array(ids.shape, np.int32),
-        "image_id": number,
-        "file_name": f"{number}.png",
-    }
-    return native, native
+    found = []
+    for number in range(count):
+        ids = np.full((size, size), 3, np.uint8)
+        middle = size // 2 + 4 * (number % 2)
+        ids[: size // 2, :middle], ids[: size // 2, middle:] = 1, 2
+        found.append(fakes.example(number, ids, [0, 1, 2]))
+    return found
 
 
-def examples(count=3):
-    return [example(number) for number in range(count)]
+def make_predictor(gamma, *, probs=PROBS, traced=None, **settings):
+    config = PredictConfig(batch_size=2, short_side=32, long_side=32, gamma=gamma, **settings)
+    return Predictor(fakes.network(traced), fakes.FakeHead(probs), VOCABULARY, config)
 
 
-def sweep(gammas, *, probs=PROBS, calls=None, **settings):
-    config = EvalConfig(batch_size=2, **settings)
-    calls = [] if calls is None else calls
-    predict = calibration.make_calibrated_predict(fake_networks(probs, calls), VOCABULARY, config)
-    return calibration.sweep(
-        lambda *arguments: predict(PARAMS, None, *arguments),
-        examples(),
-        VOCABULARY,
-        config,
-        gammas,
-        name="test",
-    )
+def sweep(gammas, **settings):
+    predictor = make_predictor(calibration.check_gammas(gammas), **settings)
+    return calibration.sweep(predictor, examples(), name="test")
 
 
 def pq(summary):
@@ -113,41 +76,28 @@ def same(found, expected):
 def test_every_gamma_as_evaluation_at_that_gamma(keep_rule):
     """Also where gamma merges stuff: sky and sky, then fog and sky, then fog and fog."""
     probs = np.array(
-        [[0.7, 0.1, 0.05, 0.05, 0.1], [0.05, 0.1, 0.4, 0.35, 0.1], [0.02, 0.02, 0.6, 0.31, 0.05]]
+        [[0.7, 0.1, 0.05, 0.05, 0.1], [0.05, 0.1, 0.4, 0.35, 0.1], [0.02, 0.02, 0.6, 0.31, 0.05]],
+        np.float32,
     )
     settings = dict(keep_rule=keep_rule, score_threshold=0.3)
     gammas = [0.0, 0.1, 0.35, 0.8]
     summaries = sweep(gammas, probs=probs, **settings)
     distinct = set()
     for gamma in gammas:
-        config = EvalConfig(batch_size=2, gamma=gamma, **settings)
-        predict = make_predict(fake_networks(probs, []), VOCABULARY, config)
-        expected = evaluate(
-            lambda *arguments, predict=predict: predict(PARAMS, None, *arguments),
-            examples(),
-            VOCABULARY,
-            config,
-            name="test",
-        )
+        predictor = make_predictor(gamma, probs=probs, **settings)
+        expected = evaluate(predictor, examples(), name="test")
         same(summaries[gamma], expected)
         distinct.add(tuple(np.nan_to_num([*pq(expected).values()])))
     assert len(distinct) >= 3, "gamma must change something for this to be a test"
 
 
 def test_another_gamma_compiles_no_network():
-    calls = []
-    config = EvalConfig(batch_size=2)
-    predict = calibration.make_calibrated_predict(fake_networks(PROBS, calls), VOCABULARY, config)
-    for gammas in ([0.0, 0.1], [0.2, 0.3], [0.0, 0.1, 0.2]):
-        calibration.sweep(
-            lambda *arguments: predict(PARAMS, None, *arguments),
-            examples(),
-            VOCABULARY,
-            config,
-            gammas,
-            name="test",
-        )
-    assert len(calls) == 1  # fake networks are called where a program is traced
+    network, head = fakes.network(), fakes.FakeHead(PROBS)
+    for gammas in ((0.0, 0.1), (0.2, 0.3), (0.0, 0.1, 0.2)):
+        config = PredictConfig(batch_size=2, short_side=32, long_side=32, gamma=gammas)
+        predictor = Predictor(network, head, VOCABULARY, config)
+        calibration.sweep(predictor, examples(), name="test")
+    assert len(network.module.traced) == 1
 
 
 def summary(harmonic, seen=50.0, unseen=20.0):
@@ -198,4 +148,4 @@ def test_bad_gammas_are_refused(gammas, sentence):
 
 def test_no_image_is_refused():
     with pytest.raises(ValueError, match="no image to choose gamma on"):
-        calibration.sweep(None, [], VOCABULARY, EvalConfig(), [0.0], name="test")
+        calibration.sweep(make_predictor((0.0,)), [], name="test")

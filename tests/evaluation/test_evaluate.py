@@ -1,138 +1,70 @@
 """Evaluation at native size, with networks that answer with a known picture."""
 
 import json
-import types
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.core.coco import read_panoptic
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.evaluation.evaluate import EvalConfig, Sizes, evaluate, make_predict, output_bucket
-from concat_jax.models.segmentor import SegmentorOutput
+from concat_jax.evaluation.evaluate import PICTURES, evaluate
+from concat_jax.inference.predictor import PredictConfig, Predictor
 from concat_jax.training.sharding import along_batch, inference_mesh, make_mesh
+from tests.inference import fakes
 
 VOCABULARY = Vocabulary(("cat", "sky"), (True, False), (True, True), (1, 2))
-STRIDE = 2
+# Query 0 is a cat, query 1 sky, query 2 nothing.
+PROBS = np.array([[0.98, 0.01, 0.01], [0.01, 0.98, 0.01], [0.01, 0.01, 0.98]], np.float32)
+SIZES = ((48, 96), (60, 30), (20, 40))
 
 
-def fake_networks(calls):
-    """Query 0 is where the image is red, query 1 where it is green; padding is anything."""
-
-    def segment(variables, images, image_size):
-        calls.append((images.shape, image_size is None))
-        features = images[:, ::STRIDE, ::STRIDE, :2] * 8.0
-        embeddings = jnp.broadcast_to(jnp.array([[1.0, -1.0], [-1.0, 1.0]]), (len(images), 1, 2, 2))
-        return SegmentorOutput(embeddings, embeddings, features)
-
-    def classify(variables, queries, text, method):
-        return jnp.broadcast_to(jnp.array([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]), (len(queries), 2, 3))
-
-    backbone = types.SimpleNamespace(stride=STRIDE)
-    return types.SimpleNamespace(
-        segmentor=types.SimpleNamespace(apply=segment, backbone=backbone),
-        projector=types.SimpleNamespace(apply=classify),
-    )
-
-
-def example(number, height, width, boxed_size, valid):
-    """Left half cat, right half sky, at native size and fitted into a padded square."""
+def example(number, height, width):
+    """Left half cat, right half sky."""
     ids = np.full((height, width), 2, np.uint8)
     ids[:, : width // 2] = 1
-    colours = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]], np.uint8)
-    native = {
-        "image": colours[ids],
-        "segment_ids": ids,
-        "segment_labels": np.array([0, 1]),
-        "segment_is_crowd": np.zeros(2, bool),
-        "image_id": number,
-        "file_name": f"{number}.png",
-    }
-    # The padding would be sky, if anything read it.
-    image = np.tile(colours[2], (boxed_size, boxed_size, 1))
-    image[: valid[0], : valid[1]] = colours[2]
-    image[: valid[0], : valid[1] // 2] = colours[1]
-    return native, {"image": image, "image_size": np.array(valid, np.int32)}
+    return fakes.example(number, ids, [0, 1])
 
 
-def run(examples, tmp_path, batch_size, *, sharding=None, **settings):
-    calls = []
-    config = EvalConfig(batch_size=batch_size, num_pictures=1, **settings)
-    predict = make_predict(fake_networks(calls), VOCABULARY, config, sharding)
-    params = {"segmentor": {}, "projector": {}}
-    summary = evaluate(
-        lambda images, sizes: predict(params, None, images, sizes),
-        examples,
-        VOCABULARY,
-        config,
-        name="test",
-        coco_folder=tmp_path,
-    )
-    return summary, calls
+def examples(sizes=SIZES):
+    return [example(number, *size) for number, size in enumerate(sizes)]
+
+
+def run(examples, folder=None, *, traced=None, sharding=None, **settings):
+    config = PredictConfig(short_side=32, long_side=32, **settings)
+    head = fakes.FakeHead(PROBS)
+    predictor = Predictor(fakes.network(traced), head, VOCABULARY, config, sharding=sharding)
+    folders = dict(coco_folder=folder, picture_folder=folder)
+    return evaluate(predictor, examples, name="test", num_pictures=1, **folders)
 
 
 def test_padded_images_are_scored_at_their_own_size(tmp_path):
-    sizes = [((48, 96), (16, 32)), ((60, 30), (32, 16)), ((20, 40), (16, 32))]
-    examples = [example(k, *native, 32, valid) for k, (native, valid) in enumerate(sizes)]
-    summary, calls = run(examples, tmp_path, batch_size=2)
+    traced = []
+    summary = run(examples(), tmp_path, traced=traced, batch_size=2)
     assert summary["images"] == 3
     assert summary["all"]["pq"] > 95, "only the border between the halves is blurred"
-    for annotation, (native, _) in zip(
-        read_panoptic(tmp_path / "panoptic_predictions.json"), sizes, strict=True
-    ):
-        assert annotation.id_map.shape == native
-        assert set(np.unique(annotation.id_map)) == {1, 2}
-    # Two programs, of the buckets 64x128 and 32x64; the padding is made known to the network.
-    assert calls == [((2, 32, 32, 3), False)] * 2
+    for number, size in enumerate(SIZES):
+        with Image.open(tmp_path / "panoptic_predictions" / f"{number}.png") as png:
+            assert png.size == size[::-1]
+            assert set(np.unique(np.asarray(png)[..., 0])) == {1, 2}
+    # One program: all shapes are padded into one, and the padding is made known to the network.
+    assert traced == [((2, 32, 32, 3), True)]
+    assert (tmp_path / PICTURES).exists()
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(4, 4), (6, 2), (1, 1)])
-def test_a_batch_is_split_over_the_devices_that_divide_it(batch_size, devices, tmp_path):
-    sharding = along_batch(inference_mesh(make_mesh(devices=4), batch_size))
-    predict = make_predict(fake_networks([]), VOCABULARY, EvalConfig(), sharding)
-    sizes = Sizes(*[np.full((batch_size, 2), 32, np.int32)] * 2)
-    images = np.zeros((batch_size, 32, 32, 3), np.uint8)
-    output = predict({"segmentor": {}, "projector": {}}, None, images, sizes)
-    placed = output.panoptic.segment_ids.sharding
-    assert len(placed.device_set) == devices
-    assert placed.shard_shape((batch_size, 32, 32)) == (batch_size // devices, 32, 32)
-
-    shapes = [((48, 96), (16, 32)), ((60, 30), (32, 16)), ((20, 40), (16, 32))]
-    examples = [example(k, *native, 32, valid) for k, (native, valid) in enumerate(shapes)]
-    split, _ = run(examples, tmp_path, batch_size, sharding=sharding)
-    whole, _ = run(examples, tmp_path, batch_size)
+def test_a_batch_is_split_over_the_devices_that_divide_it(batch_size, devices):
+    mesh = inference_mesh(make_mesh(devices=4), batch_size)
+    assert mesh.size == devices
+    split = run(examples(), sharding=along_batch(mesh), batch_size=batch_size)
+    whole = run(examples(), batch_size=batch_size)
     # As NaN is equal to NaN here.
     np.testing.assert_equal({**split, "images_per_second": 0}, {**whole, "images_per_second": 0})
 
 
-def test_unpadded_images_take_the_program_without_padding(tmp_path):
-    examples = [example(k, 32, 32, 32, (32, 32)) for k in range(3)]
-    summary, calls = run(examples, tmp_path, batch_size=1)
-    assert summary["all"]["pq"] == pytest.approx(100)
-    assert calls == [((1, 32, 32, 3), True)]
-
-
-def test_buckets_double_until_the_image_fits():
-    assert output_bucket((64, 64), (64, 64)) == (64, 64)
-    assert output_bucket((64, 64), (10, 65)) == (64, 128)
-    assert output_bucket((800, 600), (3300, 1201)) == (6400, 2400)
-
-
-def test_maps_take_the_native_size():
-    predict = make_predict(fake_networks([]), VOCABULARY, EvalConfig())
-    sizes = Sizes(np.array([[32, 32]], np.int32), np.array([[40, 20]], np.int32))
-    output = predict({"segmentor": {}, "projector": {}}, None, np.zeros((1, 32, 32, 3)), sizes)
-    assert output.panoptic.segment_ids.shape == (1, 64, 32)
-    assert output.semantic is output.instance is None
-
-
 def test_all_metrics_come_from_one_pass_of_the_networks(tmp_path):
-    examples = [example(k, 32, 32, 32, (32, 32)) for k in range(3)]
-    metrics = ("panoptic", "semantic", "instance")
-    summary, calls = run(examples, tmp_path, batch_size=1, metrics=metrics)
-    assert calls == [((1, 32, 32, 3), True)]
+    traced, tasks = [], ("panoptic", "semantic", "instance")
+    summary = run(examples([(32, 32)] * 3), tmp_path, traced=traced, tasks=tasks)
+    assert traced == [((1, 32, 32, 3), False)], "nothing is padded, so the lighter program"
     assert summary["all"]["pq"] == pytest.approx(100)
     assert summary["semantic"]["all"]["miou"] == pytest.approx(100)
     # The cat is found in all images; the sky is no thing.
@@ -145,31 +77,37 @@ def test_all_metrics_come_from_one_pass_of_the_networks(tmp_path):
     assert {entry["image_id"] for entry in results} == {0, 1, 2}
 
 
-def test_metrics_do_without_panoptic_maps_and_skip_padding(tmp_path):
-    examples = [example(k, 32, 32, 32, (32, 32)) for k in range(3)]
-    examples[2][0]["is_padding"] = True
-    summary, _ = run(examples, tmp_path, batch_size=1, metrics=("semantic",))
+def test_tasks_do_without_panoptic_maps_and_skip_padding(tmp_path):
+    given = examples([(32, 32)] * 3)
+    given[2]["is_padding"] = True
+    summary = run(given, tmp_path, tasks=("semantic",))
     assert summary["images"] == 2 and "all" not in summary
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["0.png", "1.png"]
 
 
-def test_gamma_lowers_seen_classes_in_every_metric(tmp_path):
+def test_gamma_lowers_seen_classes_in_every_metric():
     """Both classes are seen: with all probability gone, neither metric finds what it found."""
-    examples = [example(0, 32, 32, 32, (32, 32))]
-    metrics = ("semantic", "instance")
-    summary, _ = run(examples, tmp_path, batch_size=1, metrics=metrics, gamma=1.0)
+    summary = run(examples([(32, 32)]), tasks=("semantic", "instance"), gamma=1.0)
     assert summary["instance"]["all"]["ap"] == 0.0
     assert summary["semantic"]["all"]["miou"] < 60
 
 
+def test_no_image_is_an_error():
+    with pytest.raises(ValueError, match="no image to evaluate"):
+        run([])
+
+
 @pytest.mark.parametrize(
-    ("metrics", "message"),
+    ("settings", "message"),
     [
-        (("panoptics",), "did you mean 'panoptic'"),
-        ((), "give a tuple"),
-        ("semantic", "give a tuple"),
+        ({"tasks": ("panoptics",)}, "did you mean 'panoptic'"),
+        ({"tasks": ()}, "give a tuple"),
+        ({"tasks": "semantic"}, "give a tuple"),
+        ({"keep_rule": "scores"}, "did you mean 'score'"),
+        ({"mask_threshold": 2.0}, "mask_threshold is 2.0"),
+        ({"tasks": ("semantic",), "gamma": (0.0, 0.1)}, "for the task panoptic alone"),
     ],
 )
-def test_wrong_metrics_are_refused(metrics, message):
+def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        EvalConfig(metrics=metrics)
+        PredictConfig(**settings)

@@ -4,16 +4,14 @@ The towers of the CLIP here have widths that are no other size of the program (p
 array of theirs would be seen in it. Its joint space is the projector's too and has another width.
 """
 
-import functools
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.evaluation.evaluate import EvalConfig, Sizes, make_predict
+from concat_jax.inference.heads import TextHead
+from concat_jax.inference.predictor import Network, run_networks
 from concat_jax.models.networks import make_networks
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
 
@@ -53,13 +51,10 @@ NETWORKS = make_networks(
         "generator": dict(hidden_width=16, num_layers=1, noise_width=4),
     }
 )
-VOCABULARY = Vocabulary(
-    ("cat", "sky", "tree"), (True, False, False), (True, True, False), (1, 2, 3)
-)
+NAMES = ("cat", "sky", "tree")
 SIZE = 64
 # Nothing is run, so machine code need not be good; the passes on the program itself all run.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-NEEDED = ("segmentor", "projector")
 IMAGES = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
 
 
@@ -73,35 +68,18 @@ def shapes_of(name):
     return jax.eval_shape(lambda key: NETWORKS.init(name, key), jax.random.key(0))
 
 
-@functools.cache
-def compile_prediction(names, image_size):
-    """`make_predict` as evaluation calls it, compiled for parameters of the networks named."""
-    params = {name: shapes_of(name) for name in names}
-    predict = make_predict(NETWORKS, VOCABULARY, EvalConfig())
-    sizes = Sizes(np.array([image_size], np.int32), np.array([[SIZE, SIZE]], np.int32))
-    text = jax.ShapeDtypeStruct((len(VOCABULARY), JOINT_WIDTH), jnp.float32)
-    program = jax.jit(lambda params, text, images: predict(params, text, images, sizes))
-    return program.lower(params, text, IMAGES).compile(FAST_COMPILE)
-
-
-@pytest.mark.parametrize("image_size", [(SIZE, SIZE), (SIZE, 40)], ids=["whole", "padded"])
-def test_inference_compiles_without_clip(image_size):
-    """CLIP's parameters are offered to it, and none becomes an argument of the program."""
-    hlo = compile_prediction((*NEEDED, "clip"), image_size).as_text()
-    found = dimensions(hlo)
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
+def test_inference_compiles_without_clip(is_padded):
+    network = Network(shapes_of("segmentor"), NETWORKS.segmentor)
+    text = jax.ShapeDtypeStruct((len(NAMES), JOINT_WIDTH), jnp.float32)
+    head = TextHead(shapes_of("projector"), text, None, None, NETWORKS.projector)
+    image_size = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    lowered = run_networks.lower(
+        network, head, IMAGES, image_size, is_padded=is_padded, canvas=(SIZE, SIZE)
+    )
+    found = dimensions(lowered.compile(FAST_COMPILE).as_text())
     assert {JOINT_WIDTH, SIZE} < found, "the search reads no shapes"
     assert not WIDTHS & found
-
-    num_arguments = len(re.findall(r"= \S+ parameter\(\d+\)", hlo[hlo.index("ENTRY") :]))
-    needed = len(jax.tree.leaves([shapes_of(name) for name in NEEDED]))
-    # With text and images; fewer where inference has no use for a parameter of training.
-    assert 0.8 * needed < num_arguments <= needed + 2
-
-
-def test_inference_costs_the_same_with_and_without_clip_at_hand():
-    programs = [compile_prediction(names, (SIZE, SIZE)) for names in (NEEDED, (*NEEDED, "clip"))]
-    without, offered = (program.cost_analysis()["flops"] for program in programs)
-    assert without == offered > 0
 
 
 def test_the_search_finds_clip_where_it_is():

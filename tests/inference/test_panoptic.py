@@ -401,9 +401,8 @@ def test_tiles_add_up_to_the_whole():
     flags = np.array([True, False, True, False])
     native = np.array([[37, 50]])
     whole = panoptic_inference(masks, probs, flags, flags, output_size=(37, 50))
-    queries = rank_queries(
-        probs, flags, keep_rule="objectness", score_threshold=0.8, objectness_threshold=0.5
-    )
+    rule = dict(keep_rule="objectness", score_threshold=0.8, objectness_threshold=0.5)
+    queries = rank_queries(probs, 1 - probs[..., -1], flags, **rule)
     tile = jax.jit(
         lambda origin: assign_pixels(
             masks, queries, output_size=(20, 20), image_size=native, origin=origin
