@@ -177,6 +177,7 @@ class Predictor:
         self.config = dataclasses.replace(config, keep_rule=rule)
         self.vocabulary, self.buckets = vocabulary, Buckets(config.short_side, config.long_side)
         self.programs: list[str] = []
+        self._pads = False
         self._segmentor, self._head, self._sharding = segmentor, head, sharding
         padding = (0, head.num_classes - len(vocabulary))
         self._is_thing = np.pad(np.asarray(vocabulary.is_thing), padding)
@@ -211,16 +212,17 @@ class Predictor:
         stride = self._segmentor.module.stride
         sizes = _Sizes((image_size / stride).astype(np.float32), native_size)
         images, image_size, sizes = self._put((images, image_size, sizes))
-        # Where nothing is padded the network needs no masks: two programs, the lighter for most.
-        is_padded = any(item.image_size != item.image.shape[:2] for item in batch)
+        # While nothing is padded the network needs no masks. Once something was, the program that
+        # masks serves every image: another one would cost its compilation.
+        self._pads |= any(item.image_size != item.image.shape[:2] for item in batch)
         height, width = batch[0].image.shape[:2]
-        self._use(f"network {height}x{width}" + " with padding" * is_padded)
+        self._use(f"network {height}x{width}")
         logits, scores = run_networks(
             self._segmentor,
             self._head,
             images,
             image_size,
-            is_padded=is_padded,
+            is_padded=self._pads,
             canvas=self.buckets.canvas,
         )
         native = [item.native_size for item in batch]
