@@ -8,13 +8,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from concat_jax.core.arrays import fingerprint
 from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.inference.text_tower import SUBTREES, TextTower
 from concat_jax.models.clip import CLIP
-from concat_jax.models.clip_images import l2_normalize
 from concat_jax.models.networks import Params
-from concat_jax.text.embeddings import embed_classes
 from concat_jax.text.prompts import SYNONYM_MODES, make_prompts, tokenize
 from concat_jax.text.templates import find_templates
 from concat_jax.text.tokenizer import Tokenizer, WordTokenizer, make_clip_tokenizer
@@ -81,7 +79,7 @@ def embed_vocabulary(
     tokenizer: Tokenizer,
     vocabulary: Vocabulary,
 ) -> np.ndarray:
-    """Text embeddings of a vocabulary.
+    """Text embeddings of a vocabulary, [K, C] or [K, S, C], see `TextTower.embed`.
 
     Args:
       text: a config's `text` section: templates, synonyms, cleaning and cache.
@@ -90,28 +88,16 @@ def embed_vocabulary(
       tokenizer: of its text tower.
       vocabulary: K classes.
 
-    Returns:
-      [K, C] float32, L2-normalised; [K, S, C] where `synonyms` is "max".
-
     Raises:
       ValueError: as `check_names`.
     """
-
-    # The parameters are an argument: as constants they would be compiled into the program.
-    @jax.jit
-    def encode(params: Params, tokens: jax.Array) -> jax.Array:
-        return l2_normalize(clip.apply({"params": params}, tokens, method="encode_text"))
-
-    # Several hosts run the text tower together: none may find its answer on a disk of its own.
-    folder = text.cache if jax.process_count() == 1 else ""
-    return embed_classes(
-        lambda tokens: encode(params, tokens),
+    tower = TextTower(
+        clip,
+        {name: params[name] for name in SUBTREES},
         tokenizer,
-        vocabulary.texts,
-        find_templates(text.templates),
-        clean=text.clean_names,
-        synonyms=text.synonyms,
-        folder=folder,
-        # The module's fields, heads for one, are not all told by the weights.
-        fingerprint=f"{fingerprint(params)} {clip}" if folder else "",
+        text.templates,
+        text.clean_names,
+        text.synonyms,
     )
+    # Several hosts run the text tower together: none may find its answer on a disk of its own.
+    return tower.embed(vocabulary, cache=text.cache if jax.process_count() == 1 else "")

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from concat_jax.core.arrays import fingerprint
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.clip import CLIP
 from concat_jax.models.clip_images import l2_normalize
-from concat_jax.text.embeddings import cached_embed_classes
+from concat_jax.text.embeddings import embed_classes
 from concat_jax.text.templates import find_templates
 from concat_jax.text.tokenizer import Tokenizer
-from concat_jax.weights.clip import params_fingerprint
 
 # What of CLIP's parameters the text tower needs.
 SUBTREES = ("text_model", "text_projection", "logit_scale")
@@ -57,10 +57,7 @@ class TextTower:
         Raises:
           ValueError: for names that the tokenizer cannot read or tell apart.
         """
-        return cached_embed_classes(
-            cache,
-            # The module's fields, heads for one, are not all told by the weights.
-            f"{params_fingerprint(self.params)} {self.clip}" if cache else "",
+        return embed_classes(
             functools.partial(_encode, self.clip, self.params),
             self.tokenizer,
             vocabulary.texts,
@@ -68,6 +65,9 @@ class TextTower:
             clean=self.clean_names,
             synonyms=self.synonyms,
             batch_size=batch_size,
+            folder=cache,
+            # The module's fields, heads for one, are not all told by the weights.
+            fingerprint=f"{fingerprint(self.params)} {self.clip}" if cache else "",
         )
 
 
