@@ -10,11 +10,7 @@ from typing import Any
 
 from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
-from data_pipelines.clip_target_cache import (
-    ClipTargetCache,
-    check_manifest,
-    dataset_identity,
-)
+from data_pipelines.clip_target_cache import ClipTargetCache, dataset_identity, find_targets
 from data_pipelines.labels import load_label_space, with_synonyms
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.shards.source import ShardSource
@@ -43,7 +39,7 @@ class Datasets:
         those of this host's share of the images.
       eval_size: longer side of the network's input at evaluation.
       check_clip_targets: what the targets must have been made with (fields of the cache's manifest)
-        -> None; raises ClipTargetError unless the configured cache is of that and of this data,
+        -> None; raises StoreError unless the configured cache is of that and of this data,
         complete and undamaged. None where no cache is configured.
       oracle: as `train`, of images that show unseen classes too: for an upper bound that is not
         zero-shot. None where there are none.
@@ -177,7 +173,7 @@ class _ClipTargets:
 
     def check(self, expected: Mapping[str, Any]) -> None:
         """As `Datasets.check_clip_targets`."""
-        check_manifest(self._folder, {**expected, **self._identity})
+        find_targets(self._folder, {**expected, **self._identity})
         self._cache  # noqa: B018
 
     def added_to(self, batch: BatchFn) -> BatchFn:

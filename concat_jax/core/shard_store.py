@@ -211,6 +211,13 @@ class ShardStore:
             f"({' '.join(why.split()).rstrip('.')}); delete it and {self._kind.again}."
         )
 
+    def damaged_manifest(self, why: str) -> StoreError:
+        """The error of a manifest that says nothing of use."""
+        return StoreError(
+            f"{self._folder / self._kind.manifest} is damaged ({why.rstrip('.')}); delete the "
+            f"folder and {self._kind.again}."
+        )
+
     def _read_manifest(self) -> dict[str, Any] | None:
         path = self._folder / self._kind.manifest
         if not path.exists():
@@ -218,9 +225,7 @@ class ShardStore:
         try:
             return dict(read_json(path))
         except (FileError, TypeError, ValueError) as error:
-            raise StoreError(
-                f"{path} is damaged ({error}); delete the folder and {self._kind.again}."
-            ) from error
+            raise self.damaged_manifest(str(error)) from error
 
     def _check(self, theirs: Mapping[str, Any], fields: Iterable[str]) -> None:
         now, then = flat(self.manifest), flat(theirs)

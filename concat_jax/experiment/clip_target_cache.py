@@ -1,0 +1,313 @@
+"""CLIP's targets of all training images, computed once into the folder that training reads."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from concat_jax.core.batch import TARGET_FIELDS
+from concat_jax.core.prefetch import prefetch
+from concat_jax.core.progress import Progress
+from concat_jax.experiment.clip_target_batches import PlannedBatch, batch_rows, plan_batches
+from concat_jax.experiment.experiment import Run
+from concat_jax.models.clip import CLIP
+from concat_jax.stages.clip_targets import CropConfig, clip_targets
+from concat_jax.training.sharding import AXES, along_batch, replicated
+from data_pipelines.clip_target_cache import DTYPE, dataset_identity, target_store
+from data_pipelines.datasets import make_datasets, training_part
+from data_pipelines.loader import SegmentationLoader
+from data_pipelines.sources.source import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class FillReport:
+    """What a call did.
+
+    Attributes:
+      skipped: shards that were finished before.
+      written: shards that it finished.
+      bad_images: images left out because they cannot be read, as training leaves them out.
+    """
+
+    skipped: int
+    written: int
+    bad_images: int
+
+
+# An image's id, its segments' ids [n], and its targets [C] and [n, C].
+_Targets = tuple[int, np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """A batch on the host: of each image its id and its segments' ids, or None; padded arrays."""
+
+    ids: tuple[tuple[int, np.ndarray] | None, ...]
+    num_segments: int
+    images: np.ndarray
+    segment_ids: np.ndarray
+    image_size: np.ndarray
+
+
+def fill_cache(
+    folder: Path,
+    data: SegmentationLoader,
+    clip: CLIP,
+    params: Any,
+    crops: CropConfig,
+    identity: Mapping[str, Any],
+    *,
+    images_per_shard: int = 256,
+    pictures_per_device: int = 128,
+    mesh: Mesh,
+    num_threads: int = 8,
+    skip_bad: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> FillReport:
+    """Write the shards that this host owns and that are not there yet.
+
+    Args:
+      folder: of the cache; made if absent, refused if it holds another cache.
+      data: the part of the data set; its training images are embedded.
+      clip: the CLIP module.
+      params: its parameters.
+      crops: how a segment becomes a picture.
+      identity: `weights`, `clip` and `crops`, as `Run.clip_target_identity` gives them.
+      images_per_shard: a killed command loses at most the shards it was working on.
+      pictures_per_device: segments CLIP takes at once, on each device.
+      mesh: this host's devices; hosts do not talk to each other.
+      num_threads: threads that decode images.
+      skip_bad: leave out an image that cannot be read instead of raising.
+      process_index: shards whose index leaves this remainder by `process_count` are this host's.
+      process_count: number of hosts.
+
+    Raises:
+      StoreError: if the folder holds another cache.
+      DataError: for an image that cannot be read.
+      FileError: if a shard cannot be written.
+    """
+    records = [data.records[i] for i in data.training_indices]
+    described = dataset_identity(records, data.vocabulary.category_ids)
+    store = target_store(folder, {**identity, **described}, images_per_shard)
+    if pictures_per_device < 1:
+        raise ValueError(f"pictures_per_device is {pictures_per_device} and must be at least 1.")
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index is {process_index} and must be 0 to process_count - 1, which is "
+            f"{process_count - 1}."
+        )
+    store.claim()
+    own = range(process_index, store.manifest["num_shards"], process_count)
+    todo = store.missing(own)
+    print(
+        f"{folder}: {len(own) - len(todo)} of {len(own)} shards of this host are finished and "
+        f"skipped, {len(todo)} to do.",
+        flush=True,
+    )
+    sizes = {index: min(images_per_shard, len(records) - index * images_per_shard) for index in own}
+    left = {index: sizes[index] for index in todo}
+    done = sum(sizes.values()) - sum(left.values())
+    progress = Progress("images", done, sum(sizes.values()))
+    pictures = pictures_per_device * mesh.size
+    plan = plan_batches(records, todo, images_per_shard, pictures, mesh.size)
+    finished: dict[int, dict[int, _Targets]] = {index: {} for index in todo}
+    bad = 0
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(futures.ThreadPoolExecutor(num_threads, "cache_clip_targets"))
+        batches = prefetch(
+            lambda step: _load(
+                data,
+                pool,
+                skip_bad,
+                plan[step],
+                batch_rows(plan[step].bucket, pictures=pictures, multiple=mesh.size),
+            ),
+            0,
+            len(plan),
+            depth=2,
+            num_threads=1,
+        )
+        # Closed before the pool: what stops this loop stops the loading, too.
+        stack.enter_context(contextlib.closing(batches))
+        for planned, targets in zip(plan, _embed(clip, params, crops, batches, mesh), strict=True):
+            for position, target in zip(planned.positions, targets, strict=True):
+                index = position // images_per_shard
+                left[index] -= 1
+                if target is None:
+                    bad += 1
+                else:
+                    finished[index][position] = target
+            for index in [index for index in finished if not left[index]]:
+                store.write(index, _shard(finished.pop(index), clip.embed_dim))
+            done += len(planned.positions)
+            progress.tick(done)
+    return FillReport(len(own) - len(todo), len(todo), bad)
+
+
+def _load(
+    data: SegmentationLoader,
+    pool: futures.Executor,
+    skip_bad: bool,
+    planned: PlannedBatch,
+    num_rows: int,
+) -> _Loaded:
+    def read(position: int) -> Mapping[str, Any] | None:
+        try:
+            return data.eval_example(data.training_indices[position])
+        except DataError as error:
+            if not skip_bad:
+                raise
+            logger.warning("Left out a training image: %s", error)
+            return None
+
+    side, ids = planned.bucket.side, []
+    images = np.zeros((num_rows, side, side, 3), np.uint8)
+    segment_ids = np.zeros((num_rows, side, side), np.uint16)
+    image_size = np.ones((num_rows, 2), np.int32)  # an empty row is a picture of one pixel
+    for row, example in enumerate(pool.map(read, planned.positions)):
+        if example is None:
+            ids.append(None)
+            continue
+        height, width = image_size[row] = example["image_size"]
+        images[row, :height, :width] = example["image"]
+        segment_ids[row, :height, :width] = example["segment_ids"]
+        sources = example["segment_source_ids"][example["segment_labels"] >= 0]
+        ids.append((int(example["image_id"]), sources))
+    return _Loaded(tuple(ids), planned.bucket.num_segments, images, segment_ids, image_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _embed_batch(clip: CLIP, crops: CropConfig, num_segments: int, params, images, ids, image_size):
+    return clip_targets(clip, params, images, ids, num_segments, crops, image_size=image_size)
+
+
+def _embed(
+    clip: CLIP, params: Any, crops: CropConfig, batches: Iterator[_Loaded], mesh: Mesh
+) -> Iterator[list[_Targets | None]]:
+    def fetch(loaded: _Loaded, outputs) -> list[_Targets | None]:
+        image_targets, segment_targets = jax.device_get(outputs)
+        return [
+            ids and (*ids, image_targets[i], segment_targets[i, : len(ids[1])])
+            for i, ids in enumerate(loaded.ids)
+        ]
+
+    params = jax.device_put(params, replicated(mesh))
+    waiting: deque[tuple[_Loaded, Any]] = deque()
+    with jax.set_mesh(mesh):
+        for loaded in batches:
+            arrays = (loaded.images, loaded.segment_ids, loaded.image_size)
+            inputs = jax.device_put(arrays, along_batch(mesh))
+            waiting.append(
+                (loaded, _embed_batch(clip, crops, loaded.num_segments, params, *inputs))
+            )
+            if len(waiting) > 1:  # the devices work on one batch while the last is fetched
+                yield fetch(*waiting.popleft())
+        while waiting:
+            yield fetch(*waiting.popleft())
+
+
+def _shard(targets: Mapping[int, _Targets], width: int) -> dict[str, np.ndarray]:
+    """A shard's arrays, of image position -> targets."""
+    ordered = [targets[position] for position in sorted(targets)]
+    counts = [len(ids) for _, ids, _, _ in ordered]
+    image_ids = np.array([image_id for image_id, *_ in ordered], np.int64)
+    nothing = np.zeros((0, width), DTYPE)
+    return {
+        "image_ids": image_ids,
+        "images": np.concatenate(
+            [nothing, *(image[None] for _, _, image, _ in ordered)], dtype=DTYPE
+        ),
+        "segment_image_ids": np.repeat(image_ids, counts),
+        "segment_source_ids": np.concatenate([image_ids[:0], *(ids for _, ids, _, _ in ordered)]),
+        "segments": np.concatenate([nothing, *(rows for *_, rows in ordered)], dtype=DTYPE),
+    }
+
+
+def clip_source(run: Run) -> str:
+    """The stage that gives CLIP to the stages that learn from cached targets, or "init".
+
+    Raises:
+      ValueError: if there is no such stage, or they take different ones.
+    """
+    stages = {name: run.make_stage(name) for name in run.stages}
+    learn = [name for name in stages if set(TARGET_FIELDS) <= set(stages[name].batch_fields)]
+    sources = {run.clip_source(name) for name in learn}
+    if len(sources) != 1:
+        found = " and ".join(sorted(sources)) or "nowhere"
+        raise ValueError(
+            f"The stages that learn from cached targets take CLIP from {found}; a cache holds the "
+            "targets of one CLIP."
+        )
+    return sources.pop()
+
+
+def cache(
+    config: ml_collections.ConfigDict,
+    workdir: str = "",
+    *,
+    images_per_shard: int = 256,
+    pictures_per_device: int = 128,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> FillReport:
+    """Fill `config.data.clip_targets` with what the config's CON stage would compute.
+
+    Args:
+      config: of the training run.
+      workdir: of the run that trained CLIP, where it is not a file.
+      images_per_shard, pictures_per_device, process_index, process_count: as `fill_cache`.
+
+    Raises:
+      ValueError: for a config with nothing to cache, and as `fill_cache` and `Run`.
+    """
+    if config.data.kind == "synthetic":
+        raise ValueError(
+            "config.data.kind is 'synthetic': its pictures are drawn without end, so there is "
+            "nothing to cache; their targets are computed online."
+        )
+    folder = config.data.get("clip_targets", "")
+    if not folder:
+        raise ValueError("Nowhere to write: set config.data.clip_targets to the cache's folder.")
+    datasets = make_datasets(config.data, seed=config.seed)
+    run = Run(config, Path(workdir or folder), datasets, trains=False)
+    source = clip_source(run)
+    if source != "init" and not workdir:
+        raise ValueError(
+            f"This config's CLIP is trained by its stage {source!r}; give --workdir=DIR of the run "
+            "that did."
+        )
+    if source != "init" and not run.is_finished(source):
+        raise ValueError(
+            f"Stage {source!r}, which gives CLIP, has not finished in {workdir}; train it first."
+        )
+    local = np.asarray(run.mesh.local_devices).reshape(-1, 1)
+    return fill_cache(
+        Path(folder),
+        training_part(config.data, seed=config.seed),
+        run.networks.clip,
+        jax.device_get(run.give("clip", source)),
+        run.crops,
+        run.clip_target_identity(source),
+        images_per_shard=images_per_shard,
+        pictures_per_device=pictures_per_device,
+        mesh=Mesh(local, AXES, axis_types=run.mesh.axis_types),
+        num_threads=config.data.num_threads,
+        skip_bad=config.data.on_bad_example == "skip",
+        process_index=process_index,
+        process_count=process_count,
+    )
