@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ class Datasets:
         zero-shot. None where there are none.
       eval_vocabulary: the classes of the evaluation images, where they are of another data set, as
         in open-vocabulary evaluation; None where they are those of `vocabulary`.
+      identity: () -> fingerprint of the training images' records and of the classes, wherever the
+        files lie. None where images are drawn.
     """
 
     vocabulary: Vocabulary
@@ -56,6 +60,7 @@ class Datasets:
     check_clip_targets: Callable[[Mapping[str, Any]], None] | None = None
     eval_vocabulary: Vocabulary | None = None
     oracle: Callable[[int], BatchFn] | None = None
+    identity: Callable[[], str] | None = None
 
 
 def make_datasets(
@@ -152,7 +157,15 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
         eval_size=config["eval_size"],
         check_clip_targets=targets.check if targets else None,
         eval_vocabulary=test.vocabulary if elsewhere else None,
+        identity=functools.cache(lambda: _identity(training())),
     )
+
+
+def _identity(data: SegmentationLoader) -> str:
+    records = (data.records[i] for i in data.training_indices)
+    described = dataset_identity(records, data.vocabulary.category_ids)
+    text = json.dumps([described, dataclasses.asdict(data.vocabulary)])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _ClipTargets:

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -326,32 +325,3 @@ def make_cwd(tmp_path):
     cwd.mkdir()
     (cwd / "configs").symlink_to(ROOT / "configs")
     return cwd
-
-
-def test_hosts_that_cannot_be_found(monkeypatch):
-    def initialize(**given):
-        raise ValueError("Number of processes must be defined.")
-
-    monkeypatch.setattr(main, "_DISTRIBUTED", types.SimpleNamespace(value=True))
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    message = r"the other hosts \(Number of processes must be defined\): set JAX_COORDINATOR_ADDR"
-    with pytest.raises(ValueError, match=message):
-        main.join_hosts()
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-    with pytest.raises(ValueError, match=r"invalid literal .*'two'.*JAX_PROCESS_ID on every host"):
-        main.join_hosts()
-
-
-def test_hosts_are_told_by_the_environment(monkeypatch):
-    given = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **numbers: given.append(numbers))
-    for is_asked in (False, True):
-        monkeypatch.setattr(main, "_DISTRIBUTED", types.SimpleNamespace(value=is_asked))
-        main.join_hosts()
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
-    monkeypatch.setenv("JAX_PROCESS_ID", "0")
-    main.join_hosts()
-    assert given == [
-        {"num_processes": None, "process_id": None},
-        {"num_processes": 4, "process_id": 0},
-    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,7 +33,7 @@ from concat_jax.experiment.class_embeddings import (
 )
 from concat_jax.experiment.copy_parameters import copy_parameters
 from concat_jax.experiment.initial import initial_params, initial_path
-from concat_jax.experiment.workdir import claim_workdir, evaluation_settings
+from concat_jax.experiment.workdir import claim_workdir, evaluation_settings, read_report
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.predictor import Network, PredictConfig, Predictor
 from concat_jax.losses.segmentation import SegmentationLossConfig
@@ -133,7 +132,7 @@ class Run:
             for name in config.stages:
                 if not self.is_finished(name):
                     self._check_clip_targets(name, with_weights=False)
-        claim_workdir(workdir, config, write=trains)
+        claim_workdir(workdir, config, write=trains, data_identity=datasets.identity)
 
     def _check_order(self) -> None:
         """Every subtree a stage takes must come from an earlier stage, of this run or before."""
@@ -179,10 +178,9 @@ class Run:
         # Another model or other evaluation settings than the report's are looked at anew.
         shown = evaluation_settings(self.config)
         evaluated = {n: t for n, t in self.config.eval.stages.items() if self.is_finished(n)}
-        if not stages and report_path.exists():
-            saved = json.loads(report_path.read_text())
+        if not stages and (saved := read_report(report_path)):
             # A run of fewer stages may have left a report of fewer.
-            if saved.get("config") == shown and set(saved["results"]) == set(evaluated.values()):
+            if saved["config"] == shown and set(saved["results"]) == set(evaluated.values()):
                 print(f"This run is finished; its report is {report_path}.\n")
                 print(saved["table"])
                 return saved

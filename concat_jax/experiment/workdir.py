@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,27 @@ import jax
 import ml_collections
 
 from concat_jax.core import config as configuration
-from concat_jax.core.files import write_json
+from concat_jax.core.files import read_json, write_json
 
 # Config keys that may differ when a run is started again in its workdir: they change what is
 # shown or run next, not what was trained. The model is judged by the checkpoints themselves.
 EVALUATION_KEYS = ("eval.", "model.", "data.eval_", "data.num_eval_images")
 # Cached targets are those that the run would compute, up to augmentation.
-FREE_KEYS = (*EVALUATION_KEYS, "stages", "tensorboard", "mesh.", "text.cache", "data.clip_targets")
+FREE_KEYS = (
+    *EVALUATION_KEYS,
+    "stages",
+    "tensorboard",
+    "mesh.",
+    "text.cache",
+    "data.clip_targets",
+    "data.num_threads",
+    "data.on_bad_example",
+)
+# Keys of a stage that are about its files.
+LOGGING_KEYS = ("log_every", "save_every")
+# Where the training data lies.
+DATA_KEYS = ("data.root", "data.split_file")
+_SHOWN_CHANGES = 8
 # Keys of the model that change no parameter's shape, so that no checkpoint can tell them.
 _SHAPELESS_KEYS = ("_heads", "num_groups", "activation", "position_interpolation")
 
@@ -27,24 +43,112 @@ def evaluation_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in keys if k.startswith(EVALUATION_KEYS)}))
 
 
-def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, *, write: bool) -> None:
-    """Write the config if told to, or refuse a workdir that was trained with another one.
+def claim_workdir(
+    workdir: Path,
+    config: ml_collections.ConfigDict,
+    *,
+    write: bool,
+    data_identity: Callable[[], str] | None = None,
+) -> None:
+    """Make a workdir that of a config, or refuse one in which something else was learnt.
+
+    Before the first checkpoint any key may change; then only what changes nothing that was learnt,
+    which includes where the data lies as long as it is the same. What changes is printed and noted
+    in `changes.jsonl`, and `config.json` follows.
+
+    Args:
+      workdir: made if absent and `write`.
+      config: whole.
+      write: False where nothing is trained; then nothing is written.
+      data_identity: fingerprint of the training data, None where it is drawn.
 
     Raises:
-      ValueError: naming the first key that differs, with both values.
+      ValueError: naming the first key that must not differ, with both values; or if the workdir is
+        a file, or its config cannot be read.
     """
-    path = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"The workdir {workdir} is a file; name a folder.")
+    path, data_path = workdir / "config.json", workdir / "data.json"
+    write = write and jax.process_index() == 0
     mine = json.loads(json.dumps(configuration.flat(config)))
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        for key in sorted(mine.keys() | theirs.keys()):
-            old, new = theirs.get(key), mine.get(key)
-            free = key.startswith(FREE_KEYS) and not key.endswith(_SHAPELESS_KEYS)
-            if old != new and not free:
-                raise ValueError(
-                    f"The workdir {workdir} was made with config.{key} = {old!r}, now it is "
-                    f"{new!r}; use another workdir or the config it was made with."
-                )
+    theirs = _read_config(path) if path.exists() else mine
+    changed = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
+    trained = _trained_stages(workdir)
+    if trained:
+        for key in changed:
+            if _is_free(key, trained):
+                continue
+            if key in DATA_KEYS and data_identity and _is_of_data(data_path, data_identity()):
+                continue
+            raise ValueError(
+                f"The workdir {workdir} was made with config.{key} = {theirs.get(key)!r}, now it "
+                f"is {mine.get(key)!r}; use another workdir or the config it was made with."
+            )
+        # What is shown and run next is said by each command anew.
+        changed = [key for key in changed if not key.startswith((*EVALUATION_KEYS, "stages"))]
+    if not write:
         return
-    if write and jax.process_index() == 0:
-        write_json(path, mine)
+    if changed:
+        _note_changes(workdir, {key: [theirs.get(key), mine.get(key)] for key in changed})
+    if changed or not path.exists():
+        settled = {k: mine.get(k) if k in changed else v for k, v in {**mine, **theirs}.items()}
+        write_json(path, {k: v for k, v in settled.items() if k in mine or k not in changed})
+    if data_identity and (not trained or not data_path.exists()):
+        write_json(data_path, {"training": data_identity()})
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """A run's report; None where there is none that can be read, as it can be made anew."""
+    if not path.exists():
+        return None
+    try:
+        report = read_json(path)
+        if isinstance(report, dict) and {"config", "results", "table"} <= report.keys():
+            return report
+        reason = f"{path} is no report."
+    except ValueError as error:
+        reason = str(error)
+    print(f"{reason} It is made anew.")
+    return None
+
+
+def _is_free(key: str, trained: Collection[str]) -> bool:
+    if key.startswith("train."):
+        _, stage, *rest = key.split(".")
+        return stage not in trained or rest[-1] in LOGGING_KEYS
+    return key.startswith(FREE_KEYS) and not key.endswith(_SHAPELESS_KEYS)
+
+
+def _is_of_data(path: Path, identity: str) -> bool:
+    try:
+        return read_json(path) == {"training": identity}
+    except ValueError:
+        return False
+
+
+def _trained_stages(workdir: Path) -> set[str]:
+    return {path.parent.parent.name for path in workdir.glob("*/checkpoints/[0-9]*")}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path)
+        if isinstance(content, dict):
+            return content
+        reason = f"{path} holds no JSON object."
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(
+        f"{reason.rstrip('.')}; remove it to go on in this workdir with the config given."
+    )
+
+
+def _note_changes(workdir: Path, changes: Mapping[str, list]) -> None:
+    for key, (old, new) in list(changes.items())[:_SHOWN_CHANGES]:
+        print(f"config.{key} was {old!r} in {workdir} and is {new!r} from now on.")
+    if len(changes) > _SHOWN_CHANGES:
+        more = len(changes) - _SHOWN_CHANGES
+        print(f"{more} more keys differ; {workdir / 'changes.jsonl'} lists them.")
+    row = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changes": changes}
+    with (workdir / "changes.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

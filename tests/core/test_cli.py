@@ -2,7 +2,9 @@
 
 import io
 import sys
+import types
 
+import jax
 import pytest
 
 from concat_jax.core import cli
@@ -95,3 +97,31 @@ def test_help_shows_doc_and_flags(capsys):
     cli.main("What it does.", define_flags, lambda g, r: 1, ["x", "--help"], computes=False)
     printed = capsys.readouterr().out
     assert printed.startswith("What it does.") and "--root" in printed
+
+
+def test_hosts_that_cannot_be_found(monkeypatch):
+    def initialize(**given):
+        raise ValueError("Number of processes must be defined.")
+
+    given = types.SimpleNamespace(distributed=True)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    message = r"the other hosts \(Number of processes must be defined\): set JAX_COORDINATOR_ADDR"
+    with pytest.raises(ValueError, match=message):
+        cli.join_hosts(given)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match=r"invalid literal .*'two'.*JAX_PROCESS_ID on every host"):
+        cli.join_hosts(given)
+
+
+def test_hosts_are_told_by_the_environment(monkeypatch):
+    told = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **numbers: told.append(numbers))
+    for is_asked in (False, True):
+        cli.join_hosts(types.SimpleNamespace(distributed=is_asked))
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    cli.join_hosts(types.SimpleNamespace(distributed=True))
+    assert told == [
+        {"num_processes": None, "process_id": None},
+        {"num_processes": 4, "process_id": 0},
+    ]

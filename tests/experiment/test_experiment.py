@@ -15,7 +15,7 @@ from concat_jax.stages.query_bank import QueryBank
 from concat_jax.weights.model_folder import ModelCard, save_model
 from data_pipelines.datasets import Datasets, make_datasets
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def smoke_config():
@@ -41,6 +41,14 @@ def make_run(config, workdir):
 def finish(workdir, config, *stages):
     for name in stages:
         (workdir / name / "checkpoints" / str(config.train[name].steps)).mkdir(parents=True)
+
+
+@pytest.fixture(autouse=True)
+def folders_stand_for_checkpoints(monkeypatch):
+    monkeypatch.setattr(
+        "concat_jax.experiment.experiment.is_saved",
+        lambda workdir, name, step: (workdir / name / "checkpoints" / str(step)).is_dir(),
+    )
 
 
 def untrained(config):
@@ -91,6 +99,7 @@ def test_a_model_key_that_no_checkpoint_can_tell_is_held_fast(tmp_path):
     make_run(smoke_config(), tmp_path)
     assert not list(tmp_path.glob("*.partial"))
     config = smoke_config()
+    finish(tmp_path, config, "clip")
     config.model.clip.text_heads = 2
     with pytest.raises(ValueError, match=r"config\.model\.clip\.text_heads = 4, now it is 2"):
         make_run(config, tmp_path)
@@ -140,11 +149,10 @@ def test_a_bucket_is_no_workdir(monkeypatch, tmp_path):
     """`Path` would turn it into a folder called "gs:" here, which dies with the machine."""
     monkeypatch.chdir(tmp_path)
     # `main` sets the process's cache where none is set; the tests after this one must not have it.
-    monkeypatch.setattr(main.jax.config, "update", lambda *args: None)
-    main.flags.FLAGS.unparse_flags()
-    main.parse_flags(["main", f"--config={ROOT}/configs/demo_zps.py", "--workdir=gs://bucket/run"])
+    monkeypatch.setattr(jax.config, "update", lambda *args: None)
+    arguments = [f"--config={ROOT}/configs/demo_zps.py", "--workdir=gs://bucket/run"]
     with pytest.raises(SystemExit, match="gs://bucket/run is not a local path"):
-        main.main(["main"])
+        main.main(["main", *arguments])
     assert not list(tmp_path.iterdir())
 
 

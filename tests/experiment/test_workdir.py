@@ -1,0 +1,175 @@
+"""Which configs may go on in a workdir, and what is noted of a change."""
+
+import codecs
+import json
+
+import ml_collections
+import pytest
+
+from concat_jax.experiment.workdir import claim_workdir, read_report
+
+
+def config(**changes):
+    made = ml_collections.ConfigDict(
+        dict(
+            seed=0,
+            tensorboard=True,
+            stages=("con", "cat"),
+            mesh=dict(devices=0),
+            data=dict(root="a", split_file="s", num_threads=4, on_bad_example="raise", side=64),
+            model=dict(width=32, num_heads=4, decoder_heads=4),
+            eval=dict(settings=dict(gamma=0.0)),
+            train=dict(
+                con=dict(steps=4, batch_size=8, log_every=1, save_every=0, takes=dict(clip="init")),
+                cat=dict(steps=4, batch_size=8, log_every=1, save_every=0, takes={}),
+            ),
+        )
+    )
+    made.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return made
+
+
+def claim(workdir, made=None, *, write=True, data="photos"):
+    claim_workdir(workdir, made or config(), write=write, data_identity=lambda: data)
+
+
+def written(workdir):
+    return json.loads((workdir / "config.json").read_text())
+
+
+def changes(workdir):
+    lines = (workdir / "changes.jsonl").read_text().splitlines()
+    return [json.loads(line)["changes"] for line in lines]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A workdir whose stage con has a checkpoint, and cat has none."""
+    claim(tmp_path)
+    (tmp_path / "con/checkpoints/2").mkdir(parents=True)
+    return tmp_path
+
+
+CORRECTIONS = {
+    "data__on_bad_example": "skip",
+    "train__con__batch_size": 16,
+    "data__num_threads": 2,
+    "seed": 1,
+    "model__num_heads": 8,
+    "data__root": "b",
+}
+
+
+def test_before_anything_is_trained_all_may_change(tmp_path, capsys):
+    claim(tmp_path)
+    assert not (tmp_path / "changes.jsonl").exists() and capsys.readouterr().out == ""
+    claim(tmp_path, config(**CORRECTIONS), data="other photos")
+    now = written(tmp_path)
+    assert (now["train.con.batch_size"], now["seed"], now["data.on_bad_example"]) == (16, 1, "skip")
+    (noted,) = changes(tmp_path)
+    assert set(noted) == {key.replace("__", ".") for key in CORRECTIONS}
+    assert noted["train.con.batch_size"] == [8, 16]
+    printed = capsys.readouterr().out
+    assert f"config.train.con.batch_size was 8 in {tmp_path} and is 16 from now on." in printed
+    claim(tmp_path, config(**CORRECTIONS), data="other photos")
+    assert len(changes(tmp_path)) == 1  # once
+
+
+FREE = {
+    "data__num_threads": 2,
+    "data__on_bad_example": "skip",
+    "tensorboard": False,
+    "mesh__devices": 2,
+    "train__con__log_every": 5,
+    "train__con__save_every": 2,
+    "train__cat__batch_size": 16,  # of a stage that has learnt nothing yet
+}
+
+
+@pytest.mark.parametrize("key", FREE)
+def test_what_changes_nothing_that_was_learnt_is_noted(trained, key):
+    made = config(**{key: FREE[key]})
+    claim(trained, made)
+    name = key.replace("__", ".")
+    assert [list(noted) for noted in changes(trained)] == [[name]]
+    assert written(trained)[name] == FREE[key]
+
+
+@pytest.mark.parametrize(
+    "key", ["train__con__batch_size", "train__con__steps", "seed", "data__side"]
+)
+def test_what_was_learnt_from_is_refused(trained, key):
+    before = {p: p.read_bytes() for p in trained.rglob("*.json")}
+    name = key.replace("__", ".")
+    message = rf"made with config\.{name} = \d+, now it is 77; use another workdir"
+    with pytest.raises(ValueError, match=message):
+        claim(trained, config(**{key: 77, "data__num_threads": 1}))
+    assert {p: p.read_bytes() for p in trained.rglob("*.json*")} == before
+
+
+def test_heads_that_no_checkpoint_tells_are_refused(trained):
+    with pytest.raises(ValueError, match=r"config\.model\.decoder_heads = 4, now it is 8"):
+        claim(trained, config(model__decoder_heads=8))
+
+
+def test_what_a_command_says_anew_is_not_noted(trained):
+    before = written(trained)
+    claim(trained, config(eval__settings__gamma=1.0, stages=("con",), model__width=64))
+    assert written(trained) == before and not (trained / "changes.jsonl").exists()
+
+
+def test_the_same_data_may_lie_elsewhere(trained):
+    claim(trained, config(data__root="moved"))
+    assert changes(trained) == [{"data.root": ["a", "moved"]}]
+    with pytest.raises(ValueError, match="config.data.root = 'moved', now it is 'c'"):
+        claim(trained, config(data__root="c"), data="other photos")
+
+
+def test_workdirs_without_a_fingerprint_get_one(trained):
+    (trained / "data.json").write_text("{")
+    with pytest.raises(ValueError, match="config.data.root = 'a', now it is 'moved'"):
+        claim(trained, config(data__root="moved"))
+    (trained / "data.json").unlink()
+    claim(trained)
+    claim(trained, config(data__root="moved"))
+    assert written(trained)["data.root"] == "moved"
+
+
+def test_reading_writes_nothing(trained):
+    before = written(trained)
+    claim(trained, config(data__num_threads=2), write=False)
+    assert written(trained) == before and not (trained / "changes.jsonl").exists()
+
+
+def test_a_file_is_no_workdir(tmp_path):
+    (tmp_path / "w").write_text("")
+    with pytest.raises(ValueError, match="w is a file; name a folder"):
+        claim(tmp_path / "w")
+
+
+def test_a_config_with_a_byte_order_mark_is_read(trained):
+    path = trained / "config.json"
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    claim(trained)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed": 0', b"[1]", b"\xff\xfe", b"null"])
+def test_a_damaged_config_is_named_with_the_way_on(trained, content):
+    (trained / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json .*; remove it to go on in this workdir"):
+        claim(trained)
+    (trained / "config.json").unlink()
+    claim(trained)
+    assert written(trained)["seed"] == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff"])
+def test_a_damaged_report_is_made_anew(tmp_path, content, capsys):
+    path = tmp_path / "report.json"
+    assert read_report(path) is None and capsys.readouterr().out == ""
+    path.write_bytes(content)
+    assert read_report(path) is None
+    assert capsys.readouterr().out.endswith(". It is made anew.\n")
+    report = {"config": {}, "results": {}, "table": ""}
+    path.write_text(json.dumps(report))
+    assert read_report(path) == report
