@@ -4,16 +4,19 @@
       --annotations=coco/annotations/panoptic_val2017.json --predictions=panoptic_predictions.json
 
 prints PQ, SQ and RQ for all, seen and unseen classes and their harmonic means; --classes adds
-every class and --output=report.json writes it all. Without --split every class is seen.
+every class and --output=report.json writes it all. --split is a split file, a vocabulary, whose
+classes are all unseen, or the name of one that ships; without it every class is seen.
 
 - panoptic: COCO panoptic jsons, each with a folder of PNGs that has its name or is given by
   --annotation_pngs and --png_folder. What the official panopticapi refuses is refused, and so are
   predictions for images that have no annotation.
-- semantic: folders of label maps (mIoU, hIoU, accuracies), whose pixels are the split's ids, or
-  positions in it with --annotation_values=indices and --prediction_values=indices; or panoptic
-  jsons.
+- semantic: folders of label maps (mIoU, hIoU, accuracies) or panoptic jsons. Pixels are what the
+  json beside the folder says (concat_jax.predict writes one), or else the split's ids, or positions
+  in it with --annotation_values=indices and --prediction_values=indices.
 - instance: a COCO results list against a COCO instances json (mask AP). --protocol=zsi takes the
   IoUs 0.4, 0.5 and 0.6 of the 48/17 and 65/15 splits, whose papers quote AP50 and recall50.
+
+Images and classes that the two sides number differently are told by their names.
 
     python -m concat_jax.evaluate --config=configs/demo_zps.py --workdir=runs/demo --stage=finetune
 
@@ -22,23 +25,18 @@ scores a finished stage as the training command does, by config.eval.settings.me
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 
-# What needs JAX is imported where it is used: the processes that share the images of the files
-# import this module, and would each start with it.
 from concat_jax.core import cli
+from concat_jax.core.config import check_choice
 from concat_jax.core.files import write_json
-from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, ZSI_THRESHOLDS
 from concat_jax.evaluation.report import format_table
-from concat_jax.evaluation.score_files import (
-    IGNORED_VALUES,
-    score_instances,
-    score_panoptic,
-    score_semantic,
-)
+from concat_jax.evaluation.score_files import score_instances, score_panoptic
+from concat_jax.evaluation.score_label_maps import IGNORED_VALUES, score_semantic
+from data_pipelines.labels import load_label_space
 
 TASKS = ("panoptic", "semantic", "instance")
 PROTOCOLS = {"coco": COCO_THRESHOLDS, "zsi": ZSI_THRESHOLDS}
@@ -54,7 +52,6 @@ FILE_FLAGS = (
     "prediction_values",
     "ignore",
     "protocol",
-    "workers",
 )
 # Seconds between lines of progress.
 PROGRESS_EVERY = 5.0
@@ -62,19 +59,18 @@ PROGRESS_EVERY = 5.0
 
 def define_flags(flags: cli.Flags) -> None:
     """The flags of this command, besides --config and --workdir."""
-    values = ("ids", "indices")
+    values = ("", "ids", "indices")
     flags.string("task", "", f"Of files: one of {', '.join(TASKS)}.")
     flags.string("annotations", "", "Ground truth: a json, or a folder of label maps.")
     flags.string("predictions", "", "Predictions: a json, or a folder of label maps.")
-    flags.string("split", "", "Name or path of a split file: which classes are seen.")
+    flags.string("split", "", "Split file or vocabulary, or the name of one that ships.")
     flags.string("annotation_pngs", "", "PNGs of --annotations, if not beside it.")
     flags.string("png_folder", "", "PNGs of --predictions, if not beside it.")
-    flags.choice("annotation_values", "ids", values, "Pixels of --annotations' label maps.")
-    flags.choice("prediction_values", "ids", values, "Pixels of --predictions' label maps.")
+    flags.choice("annotation_values", "", values, "Pixels of --annotations' label maps.")
+    flags.choice("prediction_values", "", values, "Pixels of --predictions' label maps.")
     ignored = ",".join(map(str, IGNORED_VALUES))
     flags.string("ignore", ignored, "Pixels of label maps that are no class.")
     flags.choice("protocol", "coco", list(PROTOCOLS), "IoUs of the instance task.")
-    flags.integer("workers", 0, "Processes; 0 is one a core.", 0)
     flags.string("stage", "finetune", "Of a config: the stage to score.")
     flags.switch("classes", "Also print every class.")
     flags.string("output", "", "A json file for the report.")
@@ -82,8 +78,6 @@ def define_flags(flags: cli.Flags) -> None:
 
 def progress_line(name: str) -> Callable[[int, int], None]:
     """A function of (done, total) that prints a line now and then, with the time left."""
-    from concat_jax.core.progress import format_seconds
-
     start = shown = time.monotonic()
 
     def show(done: int, total: int) -> None:
@@ -105,27 +99,19 @@ def evaluate_files(given: cli.Flags) -> dict:
     Raises:
       ValueError: for a flag that is missing or has no meaning, or files at fault.
     """
-    from concat_jax.core.config import check_choice
-
     check_choice(given.task, TASKS, "--task names no task:")
     for name in ("annotations", "predictions"):
         if not getattr(given, name):
             raise ValueError(f"Scoring files needs --{name}.")
-    vocabulary: Vocabulary | None = None
-    if given.split:
-        from data_pipelines.labels import load_label_space
-
-        vocabulary = load_label_space(given.split)
+    vocabulary = load_label_space(given.split) if given.split else None
     files = given.annotations, given.predictions, vocabulary
-    shared = dict(workers=given.workers or _cores(), on_progress=progress_line(given.task))
     folders = dict(
         annotation_folder=given.annotation_pngs or None, prediction_folder=given.png_folder or None
     )
     if given.task == "panoptic":
-        return score_panoptic(*files, **folders, **shared)[0]
+        return score_panoptic(*files, **folders)[0]
     if given.task == "instance":
-        thresholds = PROTOCOLS[given.protocol]
-        return {"instance": score_instances(*files, thresholds=thresholds, **shared)[0]}
+        return {"instance": score_instances(*files, thresholds=PROTOCOLS[given.protocol])[0]}
     ignored = [value.strip() for value in given.ignore.split(",") if value.strip()]
     if not all(value.isdecimal() for value in ignored):
         raise ValueError(f"--ignore={given.ignore} is not like --ignore=0,255.")
@@ -135,13 +121,9 @@ def evaluate_files(given: cli.Flags) -> dict:
         annotation_values=given.annotation_values,
         prediction_values=given.prediction_values,
         ignored_values=tuple(map(int, ignored)),
-        **shared,
+        on_progress=progress_line(given.task),
     )
     return {"semantic": summary}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def evaluate_stage(given: cli.Flags) -> dict:
@@ -154,7 +136,6 @@ def evaluate_stage(given: cli.Flags) -> dict:
     """
     import jax
 
-    from concat_jax.core.config import check_choice
     from concat_jax.experiment.experiment import Run
     from data_pipelines.datasets import make_datasets
 
@@ -195,6 +176,9 @@ def evaluate_flags(given: cli.Flags) -> dict:
         )
     else:
         summary = evaluate_files(given)
+    for inner in (summary, *(summary.get(task, {}) for task in TASKS)):
+        for note in inner.get("notes", ()):
+            print(f"Note: {note}")
     print(f"\n{format_table(summary, classes=given.classes)}")
     if given.output:
         write_json(given.output, summary)

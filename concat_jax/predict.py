@@ -6,7 +6,6 @@ python -m concat_jax.predict --model=MODEL_FOLDER --output=DIR IMAGES...
 from __future__ import annotations
 
 import dataclasses
-import glob
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,12 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from concat_jax.core import cli
+from concat_jax.core.coco_writers import result_names
 from concat_jax.core.files import ImageError
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import format_seconds
-from concat_jax.inference.images import OVERLAY_SUFFIX, SUFFIXES, read_image
+from concat_jax.inference.images import read_image
+from concat_jax.inference.inputs import data_set_names, find_images, image_ids, source_names
 from concat_jax.inference.model import Model
-from concat_jax.inference.outputs import ResultWriter, image_ids, output_names
+from concat_jax.inference.outputs import ResultWriter
 from concat_jax.inference.panoptic import KEEP_RULES
 from concat_jax.inference.predictor import PredictConfig, Predictor, Prepared
 
@@ -42,6 +43,9 @@ def define_flags(flags: cli.Flags) -> None:
     """The flags of this command; those of `PredictConfig` keep its names and defaults."""
     flags.string("model", "", "Folder that concat_jax.convert wrote.")
     flags.string("output", "", "Folder for the results; made if absent.")
+    flags.string(
+        "annotations", "", "COCO json of the images' data set: its names and ids are used."
+    )
     flags.string("task", "", "panoptic, instance or semantic; the model's own by default.")
     flags.string("keep_rule", "", f"Of panoptic maps: {' or '.join(KEEP_RULES)}.")
     flags.number("score_threshold", None, "0.8 for panoptic maps, 0.5 for instances.")
@@ -54,52 +58,33 @@ def define_flags(flags: cli.Flags) -> None:
     flags.integer("batch_size", 1, "Images that the network takes at once.")
 
 
-def find_images(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Files of the command line's inputs, each once, in order.
-
-    A folder stands for the images directly in it, without the overlay pictures of earlier runs.
-
-    Returns:
-      (paths, a sentence for every input that stands for no file).
-    """
-    paths: dict[Path, Path] = {}
-    errors = []
-    for given in inputs:
-        path = Path(given)
-        found = [path]
-        if path.is_dir():
-            found = sorted(
-                child
-                for child in path.iterdir()
-                if child.suffix.lower() in SUFFIXES and not child.name.endswith(OVERLAY_SUFFIX)
-            )
-            if not found:
-                errors.append(f"{given} holds no image.")
-        elif not path.exists():
-            is_pattern = glob.has_magic(given)
-            found = sorted(map(Path, glob.glob(given, recursive=True))) if is_pattern else []
-            if not found:
-                errors.append(f"{given} {'matches no file' if is_pattern else 'does not exist'}.")
-        for file in found:
-            paths.setdefault(file.resolve(), file)
-    return list(paths.values()), errors
-
-
-def run(predictor: Predictor, inputs: Sequence[str], output: Path) -> int:
+def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: str = "") -> int:
     """Segments what the inputs stand for and writes the results; prints a line an image.
 
     Args:
       predictor: of the model.
       inputs: files, folders and globs.
       output: folder of the results.
+      annotations: a COCO json that names and numbers the images; "" does so by their files.
 
     Returns:
-      How many inputs failed; the others are written.
+      How many inputs failed; the others are written, or passed over with a word.
+
+    Raises:
+      ValueError: if `annotations` does not list an image.
     """
     start = time.monotonic()
-    paths, failures = find_images(inputs)
-    names = output_names(paths)
-    ids = image_ids(names)
+    found = find_images(inputs)
+    paths, failures = found.paths, found.failures
+    if annotations:
+        sources, ids = data_set_names(paths, annotations)
+        names = result_names(sources)
+    else:
+        sources = source_names(paths)
+        names = result_names(sources)
+        ids = image_ids(names)
+    for sentence, _ in found.skipped:
+        print(f"Passed over: {sentence}")
 
     def load(index: int) -> Loaded:
         try:
@@ -123,11 +108,11 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path) -> int:
         nonlocal num_written
         results = predictor.predict([item.prepared for item in waiting])
         for item, result in zip(waiting, results, strict=True):
-            path = paths[item.index]
-            result = next(part for part in result if part is not None)
-            found = writer.add(names[item.index], ids[item.index], path.name, item.image, result)
+            of_image = names[item.index], ids[item.index], sources[item.index]
+            part = next(part for part in result if part is not None)
+            said = writer.add(*of_image, item.image, part)
             num_written += 1
-            report(item.index, found)
+            report(item.index, said)
 
     (task,), vocabulary = predictor.config.tasks, predictor.vocabulary
     with ResultWriter(output, task, vocabulary, vocabulary.is_thing) as writer:
@@ -144,8 +129,10 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path) -> int:
         for rest in waiting.values():
             flush(rest)
 
+    total = num_written + found.num_skipped + len(failures)
     print(
-        f"{num_written} of {len(paths)} images in {format_seconds(time.monotonic() - start)}, "
+        f"{num_written} of {total} inputs in {format_seconds(time.monotonic() - start)}, "
+        f"{found.num_skipped} passed over, {len(failures)} failed; "
         f"written to {output}; {len(predictor.programs)} programs compiled: "
         f"{', '.join(predictor.programs) or 'none'}.",
         flush=True,
@@ -177,7 +164,7 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> int:
     )
     if model.notice and task == "panoptic":
         print(model.notice)
-    return min(1, run(model.predictor(config), arguments, Path(given.output)))
+    return min(1, run(model.predictor(config), arguments, Path(given.output), given.annotations))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

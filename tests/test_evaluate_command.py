@@ -1,22 +1,17 @@
 """`python -m concat_jax.evaluate`: tables, report and sentences."""
 
 import json
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 
 from concat_jax import evaluate
-from concat_jax.core.coco import PanopticWriter
+from concat_jax.core import cli
+from concat_jax.core.coco_writers import PanopticWriter
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.semantic_iou import SemanticIoU
 
-ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = Vocabulary(("cat", "sky"), (True, False), (True, False), (17, 187))
 SPLIT = {
     "name": "two",
@@ -45,7 +40,7 @@ def files(tmp_path):
 
 def run(*arguments):
     """The command in this process, with flags of its own."""
-    values = flags.FlagValues()
+    values = cli.Flags()
     evaluate.define_flags(values)
     values(["evaluate", *arguments])
     return evaluate.evaluate_flags(values)
@@ -53,7 +48,7 @@ def run(*arguments):
 
 def of_files(folder, *more):
     files = f"--annotations={folder / 'truth.json'}", f"--predictions={folder / 'found.json'}"
-    return ("--task=panoptic", *files, "--workers=1", *more)
+    return ("--task=panoptic", *files, *more)
 
 
 def test_files_become_tables_and_a_report(files, capsys):
@@ -64,7 +59,6 @@ def test_files_become_tables_and_a_report(files, capsys):
     assert summary["seen"]["pq"] == pytest.approx(80)
     assert summary["unseen"]["pq"] == pytest.approx(100 * 40 / 48)
     text = capsys.readouterr().out
-    assert "panoptic: 1/1 images" in text and "ETA 0:00" in text
     assert "SQ matched" in text and "harmonic  81.6" in text
     assert [line.split()[0] for line in text.splitlines() if " seen " in line or "unseen " in line]
     saved = json.loads(output.read_text())
@@ -74,7 +68,8 @@ def test_files_become_tables_and_a_report(files, capsys):
 def test_label_maps_of_panoptic_files(files, capsys):
     summary = run(*of_files(files, "--task=semantic"))
     assert summary["semantic"]["all"]["miou"] == pytest.approx(50 * (32 / 40 + 40 / 48))
-    assert "mIoU" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "mIoU" in text and "semantic: 1/1 images" in text and "ETA 0:00" in text
 
 
 @pytest.mark.parametrize(
@@ -96,18 +91,10 @@ def test_values_to_ignore_are_numbers(files):
         run(*of_files(files, "--task=semantic", "--ignore=0,void"))
 
 
-def test_a_mistake_ends_in_one_sentence_and_code_1(files):
-    """The whole command, which also says which files it cannot score with a config."""
-    result = subprocess.run(
-        [sys.executable, "-m", "concat_jax.evaluate", *of_files(files), "--workdir=somewhere"],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 1
-    assert result.stderr.strip().endswith(
+def test_flags_of_files_and_of_a_config_do_not_mix(files, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["evaluate", *of_files(files), "--workdir=somewhere"])
+    assert stop.value.code == (
         "Error: --task is for predictions in files and --config for a trained stage; give one or "
         "the other."
     )
@@ -135,14 +122,14 @@ class FakeRun:
 def stage_of(monkeypatch, tmp_path):
     config = types.SimpleNamespace(data={}, seed=0)
     monkeypatch.setattr("concat_jax.experiment.experiment.Run", FakeRun)
-    monkeypatch.setattr("concat_jax.main.config_and_workdir", lambda: (config, str(tmp_path)))
-    monkeypatch.setattr("concat_jax.main.join_hosts", lambda: None)
+    monkeypatch.setattr(cli, "config_and_workdir", lambda given: (config, tmp_path))
+    monkeypatch.setattr(cli, "join_hosts", lambda given: None)
     monkeypatch.setattr("data_pipelines.datasets.make_datasets", lambda *_, **__: None)
 
     def score(*arguments):
-        values = flags.FlagValues()
+        values = cli.Flags()
         evaluate.define_flags(values)
-        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        values.string("workdir", None, "")
         values(["evaluate", f"--workdir={tmp_path}", *arguments])
         return evaluate.evaluate_flags(values)
 

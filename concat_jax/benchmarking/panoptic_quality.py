@@ -17,9 +17,9 @@ from concat_jax.benchmarking import cases
 from concat_jax.benchmarking.cases import NUM_CLASSES, Case
 from concat_jax.benchmarking.measure import Measurement, Turn, measure_in_turns
 from concat_jax.benchmarking.official_panoptic_quality import OfficialPanopticQuality
-from concat_jax.core.coco import ids_to_rgb
+from concat_jax.core.coco import read_panoptic
+from concat_jax.core.mask_codes import ids_to_rgb, read_id_map
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
-from concat_jax.evaluation.result_files import read_id_map, read_panoptic_file
 
 # Rows and columns that a prediction is the ground truth moved by.
 SHIFT = (4, 8)
@@ -100,18 +100,18 @@ def _read_pairs(json_path: Path, number: int) -> list[Pair]:
     Raises:
       ValueError: if there are fewer.
     """
-    file = read_panoptic_file(json_path)
+    file = read_panoptic(json_path)
     if len(file.annotations) < number:
         raise ValueError(
             f"{json_path} has {len(file.annotations)} images where {number} are wanted."
         )
-    index_of = {c["id"]: k for k, c in enumerate(file.categories or ())}
+    index_of = {category: k for k, category in enumerate(file.categories or ())}
     pairs = []
     for annotation in list(file.annotations.values())[:number]:
-        gt_ids = read_id_map(file.folder / annotation["file_name"], json_path)
-        segments = annotation["segments_info"]
-        labels = {s["id"]: index_of[s["category_id"]] for s in segments}
-        crowd = {s["id"]: bool(s.get("iscrowd", 0)) for s in segments}
+        gt_ids = read_id_map(json_path.with_suffix("") / annotation.file_name, json_path)
+        classes = [index_of[category] for category in annotation.category_ids]
+        labels = dict(zip(annotation.ids, classes, strict=True))
+        crowd = dict(zip(annotation.ids, annotation.is_crowd, strict=True))
         pairs.append(_moved(gt_ids, labels, crowd, labels))
     return pairs
 

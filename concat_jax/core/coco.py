@@ -1,235 +1,404 @@
-"""COCO's panoptic format: PNGs whose colour is the segment id, and one json that describes them.
+"""COCO's annotation files, read by one rule for training, preparing and scoring.
 
-Format: https://cocodataset.org/#format-data, panoptic segmentation. What `PanopticWriter` writes is
-what panopticapi's `evaluation.py --pred_json_file --pred_folder` takes.
+Format: https://cocodataset.org/#format-data and #format-results. Whatever is wrong is one sentence
+that names the file and the entry; a file that passes can be used without another check.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from concat_jax.core.streamed_json import StreamedJson
+from concat_jax.core.files import FileError, read_json
+from concat_jax.core.mask_codes import MAX_ID, checked_rle, polygons_to_rle
 from concat_jax.core.vocabulary import Vocabulary
 
-MAX_ID = 256**3 - 1  # three bytes a pixel
+ImageId = int | str
 
 
-def ids_to_rgb(id_map: np.ndarray) -> np.ndarray:
-    """Id map [H, W] of ints in 0..MAX_ID to COCO's colours [H, W, 3] uint8, id = R + 256G + 65536B.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Category:
+    """A class; `is_thing` is None where a file does not say."""
 
-    Raises:
-      ValueError: if an id does not fit.
-    """
-    ids = np.asarray(id_map).astype(np.int64)
-    if ids.size and (ids.min() < 0 or ids.max() > MAX_ID):
-        raise ValueError(
-            f"Segment ids from {ids.min()} to {ids.max()} do not fit a COCO panoptic PNG; they "
-            f"must lie in 0..{MAX_ID}."
-        )
-    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
+    id: int
+    name: str
+    is_thing: bool | None
 
 
-def rgb_to_ids(rgb: np.ndarray) -> np.ndarray:
-    """COCO's colours [H, W, 3] uint8 to the id map [H, W] int32.
+@dataclasses.dataclass(frozen=True, slots=True)
+class CocoImage:
+    """An entry of "images", of `height` by `width` pixels."""
 
-    Raises:
-      ValueError: if the array is not [H, W, 3] (a palette or greyscale PNG, for example).
-    """
-    rgb = np.asarray(rgb)
-    if rgb.ndim != 3 or rgb.shape[-1] != 3:
-        raise ValueError(
-            f"A COCO panoptic PNG decodes to [H, W, 3], got {rgb.shape}; open it as RGB."
-        )
-    channels = rgb.astype(np.int32)
-    return channels[..., 0] + (channels[..., 1] << 8) + (channels[..., 2] << 16)
+    id: ImageId
+    file_name: str
+    height: int
+    width: int
 
 
-def bounding_box(mask: np.ndarray) -> list[int]:
-    """COCO box [x, y, width, height] of a non-empty [H, W] bool mask, in pixels."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    x, y = int(columns[0]), int(rows[0])
-    return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]
+@dataclasses.dataclass(frozen=True, slots=True)
+class PanopticAnnotation:
+    """The segments of an image, in the file's order; ids in 1..MAX_ID, the name is the PNG's."""
 
-
-class PanopticWriter(StreamedJson):
-    """Writes predictions image by image: `<out_dir>/<name>/*.png`, then `<out_dir>/<name>.json`.
-
-    Attributes:
-      png_folder: of the PNGs.
-    """
-
-    def __init__(
-        self,
-        out_dir: str | os.PathLike,
-        vocabulary: Vocabulary,
-        *,
-        name: str = "panoptic_predictions",
-    ):
-        """Creates the folders and opens the partial json.
-
-        Args:
-          out_dir: folder that gets the json and the folder of PNGs.
-          vocabulary: maps class indices to the data set's category ids.
-          name: of the json and of the PNG folder beside it (panopticapi's default layout).
-        """
-        categories = [
-            {"id": int(i), "name": n, "isthing": int(t)}
-            for i, n, t in zip(
-                vocabulary.category_ids, vocabulary.names, vocabulary.is_thing, strict=True
-            )
-        ]
-        self.png_folder = pathlib.Path(out_dir) / name
-        self.png_folder.mkdir(parents=True, exist_ok=True)
-        start = f'{{"categories": {json.dumps(categories)},\n"annotations": ['
-        super().__init__(f"{self.png_folder}.json", start)
-        self._vocabulary = vocabulary
-        self._written: set[str] = set()
-        self._images: list[dict] = []
-
-    def add(
-        self,
-        image_id: int,
-        file_name: str,
-        id_map: np.ndarray,
-        segments: Sequence[dict],
-        *,
-        source: str = "",
-    ) -> None:
-        """Writes one image.
-
-        Args:
-          image_id: as in the ground truth json.
-          file_name: of the image; the PNG takes its stem.
-          id_map: [H, W] int, 0 void.
-          segments: dicts with "id" and "label" (class index), optionally "score" and "iscrowd";
-            `ImageSegments.segments` is of this form. Areas and boxes are measured on the map.
-          source: name of the image's own file, which "images" of the json then holds.
-
-        Raises:
-          ValueError: if ids of map and list differ (the official tool refuses such files), a label
-            is outside the vocabulary, or the PNG name was written before.
-        """
-        png_name = pathlib.PurePath(file_name).stem + ".png"
-        if png_name in self._written:
-            raise ValueError(
-                f"{png_name} was already written by this writer; image {image_id} needs another "
-                "file name."
-            )
-        listed = [int(segment["id"]) for segment in segments]
-        ids, areas = np.unique(id_map, return_counts=True)
-        area_of = {int(i): int(a) for i, a in zip(ids, areas, strict=True) if i != 0}
-        if sorted(listed) != sorted(area_of):
-            raise ValueError(
-                f"Image {image_id}: the map holds the ids {sorted(area_of)[:8]} but {listed[:8]} "
-                "are listed; list every non-zero id of the map exactly once."
-            )
-        infos = []
-        for segment in segments:
-            label = int(segment["label"])
-            if not 0 <= label < len(self._vocabulary):
-                raise ValueError(
-                    f"Image {image_id}: class index {label} of segment {segment['id']} is outside "
-                    f"the vocabulary of {len(self._vocabulary)}."
-                )
-            info = {
-                "id": int(segment["id"]),
-                "category_id": int(self._vocabulary.category_ids[label]),
-                "area": area_of[int(segment["id"])],
-                "bbox": bounding_box(id_map == segment["id"]),
-                "iscrowd": int(segment.get("iscrowd", 0)),
-            }
-            if "score" in segment:
-                info["score"] = round(float(segment["score"]), 5)
-            infos.append(info)
-        Image.fromarray(ids_to_rgb(id_map)).save(self.png_folder / png_name)
-        self._append({"image_id": int(image_id), "file_name": png_name, "segments_info": infos})
-        self._written.add(png_name)
-        if source:
-            height, width = np.shape(id_map)
-            self._images.append(
-                {"id": int(image_id), "file_name": source, "height": height, "width": width}
-            )
-
-    def _ending(self) -> str:
-        images = f',\n"images": {json.dumps(self._images)}' if self._images else ""
-        return f"{images}}}"
+    image_id: ImageId
+    file_name: str
+    ids: tuple[int, ...]
+    category_ids: tuple[int, ...]
+    is_crowd: tuple[bool, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class PanopticAnnotation:
-    """One annotated image.
+class PanopticFile:
+    """A COCO panoptic json, ground truth or prediction.
 
     Attributes:
-      image_id: of the json.
-      file_name: of the PNG.
-      id_map: [H, W] int32, 0 void.
-      segments: the json's segments_info: dicts with "id", "category_id" and more.
+      categories: by id; None where a prediction lists none.
+      images: by id; empty where a prediction lists none.
+      annotations: by image id, in the file's order.
     """
 
-    image_id: int
-    file_name: str
-    id_map: np.ndarray
-    segments: list[dict]
-
-    def labels_by_id(self, vocabulary: Vocabulary) -> dict[int, int]:
-        """Class index of every segment id, in the json's order.
-
-        Raises:
-          ValueError: if a category id is not in the vocabulary.
-        """
-        index_of = vocabulary.index_of_category
-        for segment in self.segments:
-            if segment["category_id"] not in index_of:
-                raise ValueError(
-                    f"{self.file_name}: segment {segment['id']} has category "
-                    f"{segment['category_id']}, which the vocabulary lacks; use the vocabulary "
-                    "of this annotation file."
-                )
-        return {s["id"]: index_of[s["category_id"]] for s in self.segments}
-
-    def crowd_by_id(self) -> dict[int, bool]:
-        """Crowd flag of every segment id; False where the json has none."""
-        return {s["id"]: bool(s.get("iscrowd", 0)) for s in self.segments}
+    path: pathlib.Path
+    categories: dict[int, Category] | None
+    images: dict[ImageId, CocoImage]
+    annotations: dict[ImageId, PanopticAnnotation]
 
 
-def read_panoptic(
-    json_path: str | os.PathLike, png_folder: str | os.PathLike | None = None
-) -> Iterator[PanopticAnnotation]:
-    """Reads a COCO panoptic json, ground truth or prediction, in the order of its annotations.
+@dataclasses.dataclass(frozen=True, slots=True)
+class InstanceAnnotation:
+    """One annotated object.
+
+    Attributes:
+      rle: compressed run-length code of its mask, at the image's size.
+      area: pixels as the file says; None where it does not.
+    """
+
+    id: int
+    category_id: int
+    is_crowd: bool
+    rle: dict
+    area: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class InstanceFile:
+    """A COCO instances json: ground truth.
+
+    Attributes:
+      annotations: by image id; images without one have an empty list.
+    """
+
+    path: pathlib.Path
+    categories: dict[int, Category]
+    images: dict[ImageId, CocoImage]
+    annotations: dict[ImageId, list[InstanceAnnotation]]
+
+
+def read_panoptic(path: str | os.PathLike[str], *, prediction: bool = False) -> PanopticFile:
+    """Reads a COCO panoptic json; its PNGs are not touched.
 
     Args:
-      json_path: of the json.
-      png_folder: of its PNGs; by default the folder beside the json with its name, as panopticapi.
-
-    Yields:
-      PanopticAnnotation; PNGs are decoded one by one.
+      path: of the json.
+      prediction: it need not list categories and images, as panopticapi's need not.
 
     Raises:
-      ValueError: if the json or a PNG is missing or the json has no "annotations".
+      FileError: if it is a json of another kind, an entry lacks or misuses something, an id occurs
+        twice, or a reference leads nowhere.
     """
-    json_path = pathlib.Path(json_path)
-    png_folder = pathlib.Path(png_folder) if png_folder else json_path.with_suffix("")
-    if not json_path.is_file():
-        raise ValueError(f"There is no panoptic json at {json_path}; check the path.")
-    content = json.loads(json_path.read_text(encoding="utf-8"))
-    if "annotations" not in content:
-        raise ValueError(f"{json_path} has no 'annotations'; is it a COCO panoptic json?")
-    for annotation in content["annotations"]:
-        path = png_folder / annotation["file_name"]
-        if not path.is_file():
-            raise ValueError(f"{json_path} names {path}, which does not exist; give png_folder.")
-        with Image.open(path) as image:
-            id_map = rgb_to_ids(np.asarray(image.convert("RGB")))
-        yield PanopticAnnotation(
-            int(annotation["image_id"]),
-            annotation["file_name"],
-            id_map,
-            annotation["segments_info"],
+    path = pathlib.Path(path)
+    content = _content(path, "a COCO panoptic json")
+    categories = None
+    if content.get("categories") is not None or not prediction:
+        categories = read_categories(path, content, must_say_things=not prediction)
+    images: dict[ImageId, CocoImage] = {}
+    if content.get("images") is not None:
+        images = read_images(path, content)
+    annotations: dict[ImageId, PanopticAnnotation] = {}
+    for position, entry in enumerate(_list(content, "annotations", path)):
+        annotation = _panoptic_annotation(entry, f"annotation {position} of {path}", categories)
+        if annotation.image_id in annotations:
+            raise FileError(f"{path} annotates the image {annotation.image_id} more than once.")
+        if images and annotation.image_id not in images:
+            raise FileError(
+                f"{path} annotates the image {annotation.image_id!r}, which its 'images' lack."
+            )
+        annotations[annotation.image_id] = annotation
+    return PanopticFile(path, categories, images, annotations)
+
+
+def read_instances(
+    path: str | os.PathLike[str],
+    *,
+    on_fault: Callable[[ImageId, FileError], None] | None = None,
+) -> InstanceFile:
+    """Reads a COCO instances json; polygons become run-length codes.
+
+    Args:
+      path: of the json.
+      on_fault: called with the image and what is wrong with an annotation's outline or area, which
+        is then left out; None raises it.
+
+    Raises:
+      FileError: as `read_panoptic`, or for an outline that is malformed or of another size.
+    """
+    path = pathlib.Path(path)
+    content = _content(path, "a COCO instances json")
+    categories = read_categories(path, content, must_say_things=False)
+    images = read_images(path, content)
+    annotations: dict[ImageId, list[InstanceAnnotation]] = {image_id: [] for image_id in images}
+    seen: set[int] = set()
+    for position, entry in enumerate(_list(content, "annotations", path)):
+        where = f"annotation {position} of {path}"
+        number = _whole(_object(entry, where), "id", where)
+        where = f"annotation {number} of {path}"
+        if number in seen:
+            raise FileError(f"{path} lists the annotation id {number} more than once.")
+        seen.add(number)
+        image_id = _image_id(entry, "image_id", where)
+        if image_id not in images:
+            raise FileError(f"{_upper(where)} is of image {image_id!r}, which 'images' lack.")
+        category = _known_category(entry, where, categories)
+        image = images[image_id]
+        is_crowd = bool(_whole(entry, "iscrowd", where, high=1, default=0))
+        try:
+            rle = outline(entry.get("segmentation"), (image.height, image.width), where)
+            area = entry.get("area")
+            if area is not None and not _is_number(area, 0):
+                raise FileError(f"The area of {where} is {area!r:.50} and must be a number.")
+        except FileError as error:
+            if on_fault is None:
+                raise
+            on_fault(image_id, error)
+            continue
+        annotations[image_id].append(InstanceAnnotation(number, category, is_crowd, rle, area))
+    return InstanceFile(path, categories, images, annotations)
+
+
+def outline(segmentation: Any, size: Sequence[int], where: str) -> dict:
+    """An object's "segmentation", polygons or run lengths, as a compressed run-length code.
+
+    Args:
+      segmentation: of the json.
+      size: (height, width) of the image.
+      where: names the annotation in the error's sentence.
+
+    Raises:
+      FileError: if it is neither, malformed or of another size.
+    """
+    try:
+        if isinstance(segmentation, Mapping):
+            return checked_rle(segmentation, size)
+        if segmentation is None:
+            raise ValueError("it is missing.")
+        if not isinstance(segmentation, list):
+            raise ValueError("it is neither a list of polygons nor run lengths.")
+        if not segmentation:
+            raise ValueError("it is empty.")
+        if not isinstance(segmentation[0], list):
+            raise ValueError("it is a flat list of numbers; polygons are lists in a list.")
+        return polygons_to_rle(segmentation, size)
+    except ValueError as error:
+        raise FileError(f"The segmentation of {where} cannot be used: {error}") from error
+
+
+def vocabulary_of(path: pathlib.Path, categories: Mapping[int, Category] | None) -> Vocabulary:
+    """The label space of an annotation file, in which every class is seen.
+
+    Raises:
+      FileError: if it lists no category, or a name twice.
+    """
+    if not categories:
+        raise FileError(f"{path} lists no 'categories'; give --split.")
+    try:
+        return Vocabulary(
+            names=tuple(category.name for category in categories.values()),
+            is_thing=tuple(category.is_thing is not False for category in categories.values()),
+            is_seen=(True,) * len(categories),
+            category_ids=tuple(categories),
         )
+    except ValueError as error:
+        raise FileError(f"The categories of {path} are no label space: {error}") from error
+
+
+def check_categories(
+    path: pathlib.Path,
+    categories: Mapping[int, Category],
+    vocabulary: Vocabulary,
+    *,
+    must_have_all: bool = True,
+    may_have_more: bool = False,
+    own_names: bool = False,
+) -> None:
+    """Refuses a file whose categories are not those of the label space.
+
+    Args:
+      path: of the file.
+      categories: of the file; what they say of things must agree where they say it.
+      vocabulary: the label space.
+      must_have_all: a class that the file lacks is a fault, too.
+      may_have_more: categories that the label space lacks are none.
+      own_names: the file may call the classes by other names.
+
+    Raises:
+      FileError: naming the first category that differs.
+    """
+    kind = {True: "a thing", False: "stuff", None: "either"}
+    rows = zip(vocabulary.category_ids, vocabulary.names, vocabulary.is_thing, strict=True)
+    ours = {number: (name, thing) for number, name, thing in rows}
+    advice = "use a split made for this file."
+    for number, category in categories.items():
+        if number not in ours:
+            if may_have_more:
+                continue
+            raise FileError(
+                f"{path} lists category {number} ({category.name!r}), which is absent in the "
+                f"split; {advice}"
+            )
+        name, thing = ours[number]
+        if category.name != name and not own_names:
+            raise FileError(
+                f"{path} calls category {number} {category.name!r}, the split {name!r}; {advice}"
+            )
+        if category.is_thing not in (None, thing):
+            raise FileError(
+                f"Category {number} ({name!r}) is {kind[category.is_thing]} in {path} and "
+                f"{kind[thing]} in the split; {advice}"
+            )
+    missing = [number for number in ours if number not in categories]
+    if missing and (must_have_all or len(missing) == len(ours)):
+        raise FileError(
+            f"{path} lacks category {missing[0]} ({ours[missing[0]][0]!r}) of the split; {advice}"
+        )
+
+
+def _content(path: pathlib.Path, kind: str) -> dict:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise FileError(f"{path} is a {type(content).__name__}, not {kind}, which is an object.")
+    return content
+
+
+def _list(content: Mapping, key: str, where: Any) -> list:
+    if not isinstance(content.get(key), list):
+        raise FileError(f"{where} has no list of {key!r}; is it of COCO's format?")
+    return content[key]
+
+
+def _object(entry: Any, where: str) -> Mapping:
+    if not isinstance(entry, Mapping):
+        raise FileError(f"{_upper(where)} is {ascii(entry):.50} and must be an object.")
+    return entry
+
+
+def _upper(where: str) -> str:
+    return where[0].upper() + where[1:]
+
+
+def _is_number(value: Any, low: float) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= low
+
+
+def _whole(
+    entry: Mapping,
+    key: str,
+    where: Any,
+    *,
+    low: int = 0,
+    high: int = 2**63 - 1,
+    default: int | None = None,
+) -> int:
+    # Converters write true and false, integers to Python, for 1 and 0.
+    value = entry.get(key, default)
+    if isinstance(value, int) and low <= value <= high and (high == 1 or value is not True):
+        return int(value)
+    wanted = "0 or 1" if high == 1 else f"a whole number from {low} on"
+    raise FileError(f"The {key!r} of {where} {_has(entry, key)}; it must be {wanted}.")
+
+
+def _has(entry: Mapping, key: str) -> str:
+    return f"is {ascii(entry[key]):.50}" if key in entry else "is missing"
+
+
+def _image_id(entry: Mapping, key: str, where: str) -> ImageId:
+    value = entry.get(key)
+    return value if isinstance(value, str) and value else _whole(entry, key, where)
+
+
+def _file_name(entry: Mapping, where: str) -> str:
+    name = entry.get("file_name")
+    # Of other characters, no file system has a name, and no terminal can show it.
+    if not isinstance(name, str) or not name or not name.replace(" ", "_").isprintable():
+        has = _has(entry, "file_name")
+        raise FileError(f"The 'file_name' of {where} {has}; it must be a file's name.")
+    return name
+
+
+def _known_category(entry: Mapping, where: str, categories: Mapping | None) -> int:
+    number = _whole(entry, "category_id", where)
+    if categories is not None and number not in categories:
+        raise FileError(f"{_upper(where)} has the category {number}, which the file does not list.")
+    return number
+
+
+def read_categories(
+    path: pathlib.Path, content: Mapping, *, must_say_things: bool
+) -> dict[int, Category]:
+    """The list "categories" of a json's content, by id; faults as of `read_panoptic`."""
+    categories: dict[int, Category] = {}
+    for position, entry in enumerate(_list(content, "categories", path)):
+        where = f"category {position} of {path}"
+        number = _whole(_object(entry, where), "id", where)
+        name = entry.get("name")
+        where = f"category {number} ({ascii(name):.50}) of {path}"
+        if not isinstance(name, str) or not name.strip():
+            raise FileError(f"The 'name' of {where} must be a text.")
+        if number in categories:
+            raise FileError(f"{path} lists the category id {number} more than once.")
+        is_thing = None
+        if must_say_things or "isthing" in entry:
+            is_thing = bool(_whole(entry, "isthing", where, high=1))
+        categories[number] = Category(number, name, is_thing)
+    return categories
+
+
+def read_images(path: pathlib.Path, content: Mapping) -> dict[ImageId, CocoImage]:
+    """The list "images" of a json's content, by id; faults as of `read_panoptic`."""
+    images: dict[ImageId, CocoImage] = {}
+    for position, entry in enumerate(_list(content, "images", path)):
+        where = f"image {position} of {path}"
+        image_id = _image_id(_object(entry, where), "id", where)
+        where = f"image {image_id!r} of {path}"
+        if image_id in images:
+            raise FileError(f"{path} lists the image id {image_id!r} more than once.")
+        height, width = (_whole(entry, side, where, low=1) for side in ("height", "width"))
+        images[image_id] = CocoImage(image_id, _file_name(entry, where), height, width)
+    return images
+
+
+def _panoptic_annotation(
+    entry: Any, where: str, categories: Mapping[int, Category] | None
+) -> PanopticAnnotation:
+    name = _file_name(_object(entry, where), where)
+    where = where.replace("annotation ", f"annotation {ascii(name)}, number ", 1)
+    image_id = _image_id(entry, "image_id", where)
+    segments = entry.get("segments_info")
+    if not isinstance(segments, list):
+        raise FileError(f"{_upper(where)} has no list of 'segments_info'.")
+    ids, labels, crowd = [], [], []
+    for segment in segments:
+        of_segment = f"a segment of {where}"
+        number = _whole(_object(segment, of_segment), "id", of_segment)
+        of_segment = f"segment {number} of {where}"
+        if not 1 <= number <= MAX_ID:
+            why = "0 is void; number segments from 1" if number == 0 else f"ids end at {MAX_ID}"
+            raise FileError(f"{_upper(of_segment)} cannot be told in a PNG: {why}.")
+        ids.append(number)
+        labels.append(_known_category(segment, of_segment, categories))
+        crowd.append(bool(_whole(segment, "iscrowd", of_segment, high=1, default=0)))
+    if len(set(ids)) < len(ids):
+        double = next(number for number in ids if ids.count(number) > 1)
+        raise FileError(f"{_upper(where)} lists the segment id {double} more than once.")
+    return PanopticAnnotation(image_id, name, tuple(ids), tuple(labels), tuple(crowd))

@@ -71,11 +71,15 @@ def _reason(path: pathlib.Path, error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or "it is damaged"
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], *, constants: bool = False) -> Any:
     """The content of a JSON file in UTF-8, with or without a byte order mark.
 
+    Args:
+      path: of the file.
+      constants: let NaN and Infinity pass, for a reader that can say where they are.
+
     Raises:
-      ValueError: if the file is missing, cannot be read, or is not JSON; NaN and Infinity are not.
+      ValueError: if the file is missing, cannot be read, or is not JSON.
     """
     path = pathlib.Path(path)
 
@@ -83,7 +87,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{constant} is no JSON number")
 
     try:
-        return json.loads(read_text(path), parse_constant=refuse)
+        return json.loads(read_text(path), parse_constant=None if constants else refuse)
     except (ValueError, RecursionError) as error:
         if isinstance(error, FileError):
             raise

@@ -1,322 +1,256 @@
-"""Annotation and prediction files as they are scored: read whole, checked, one sentence a fault."""
+"""What prediction files are of: which image is which, which category is which class.
+
+Ids are a data set's own business, and whoever makes predictions may number images and classes in
+another way. Names say what is meant where both sides have them: the manifest beside a result
+(`coco_writers`) and COCO's "images" and "categories".
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
-import numpy as np
-from PIL import Image
-
-from concat_jax.core.files import open_image
+from concat_jax.core.coco import (
+    Category,
+    CocoImage,
+    ImageId,
+    check_categories,
+    read_categories,
+    read_images,
+)
+from concat_jax.core.files import FileError, read_json
+from concat_jax.core.mask_codes import checked_rle
 from concat_jax.core.vocabulary import Vocabulary
 
-VOID = -1
+One = TypeVar("One", bound=Hashable)
+Other = TypeVar("Other", bound=Hashable)
+# The remedy where numbers and names of images contradict each other.
+NUMBER_ALIKE = (
+    "make the predictions with --annotations of that file (concat_jax.predict), which numbers "
+    "images as it does"
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class PanopticFile:
-    """A COCO panoptic json, ground truth or prediction.
+class Manifest:
+    """What lies beside a result of ours, see `coco_writers`.
 
     Attributes:
       path: of the json.
-      folder: of its PNGs.
-      categories: its category list; None where it has none, as predictions may.
-      annotations: image id to its annotation, in the json's order.
+      pixels: what a label map's pixels are: "category_ids" or "indices" into the categories.
+      void: the pixel that is no class; None where there are no label maps.
+      categories: by id.
+      images: by id.
+      maps: label map, relative to its folder, to the id of its image.
     """
 
     path: pathlib.Path
-    folder: pathlib.Path
-    categories: list[dict] | None
-    annotations: dict[int, dict]
+    pixels: str
+    void: int | None
+    categories: dict[int, Category]
+    images: dict[ImageId, CocoImage]
+    maps: dict[str, ImageId]
 
 
-@dataclasses.dataclass(frozen=True)
-class InstanceFile:
-    """A COCO instances json: ground truth.
-
-    Attributes:
-      path: of the json.
-      categories: its category list.
-      images: image id to (height, width).
-      annotations: image id to its annotations; images without one have an empty list.
-    """
-
-    path: pathlib.Path
-    categories: list[dict]
-    images: dict[int, tuple[int, int]]
-    annotations: dict[int, list[dict]]
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """A json file's content.
-
-    Raises:
-      ValueError: if it is missing or not valid.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}; check the path.")
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-
-
-def read_panoptic_file(
-    path: str | os.PathLike, folder: str | os.PathLike | None = None
-) -> PanopticFile:
-    """Reads a COCO panoptic json; its PNGs are not touched.
+def read_manifest(result: str | os.PathLike[str], task: str) -> Manifest | None:
+    """The manifest beside a result, a folder of label maps or a list of instances.
 
     Args:
-      path: of the json.
-      folder: of its PNGs; by default the folder beside the json with its name, as panopticapi.
+      result: the folder or the json.
+      task: "semantic" or "instance".
+
+    Returns:
+      None where there is none of that task: others' results have none.
 
     Raises:
-      ValueError: if it is a json of another kind, an image id or a segment id occurs twice, or the
-        folder is missing.
+      FileError: if it is damaged.
     """
-    path = pathlib.Path(path)
+    result = pathlib.Path(result)
+    name = f"{result.name}.json" if task == "semantic" else f"{result.stem}.manifest.json"
+    path = result.absolute().with_name(name)
+    if not path.is_file():
+        return None
     content = read_json(path)
-    wanted = "--task=panoptic needs a COCO panoptic json, with 'segments_info'"
-    if isinstance(content, list):
-        raise ValueError(f"{path} is a list, as instance results are; {wanted}.")
-    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
-        raise ValueError(f"{path} has no list of 'annotations'; {wanted}.")
-    annotations: dict[int, dict] = {}
-    for annotation in content["annotations"]:
-        try:
-            image_id, segments = annotation["image_id"], annotation["segments_info"]
-            ids = [(segment["id"], segment["category_id"])[0] for segment in segments]
-            pathlib.PurePath(annotation["file_name"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"An annotation of {path} lacks or misuses {error}; {wanted}."
-            ) from error
-        if image_id in annotations:
-            raise ValueError(f"{path} annotates the image {image_id} more than once.")
-        if len(set(ids)) < len(ids):
-            double = next(i for i in ids if ids.count(i) > 1)
-            raise ValueError(
-                f"{path} lists the segment id {double} of image {image_id} more than once."
+    if not isinstance(content, dict) or content.get("task") != task:
+        return None
+    images = read_images(path, content)
+    maps = {entry.get("map", ""): entry["id"] for entry in content["images"]}
+    pixels, void = content.get("pixels"), content.get("void")
+    if task == "semantic" and (
+        pixels not in ("category_ids", "indices") or type(void) is not int or "" in maps
+    ):
+        raise FileError(f"{path} does not say what the label maps of {result} hold.")
+    categories = read_categories(path, content, must_say_things=False)
+    return Manifest(path, str(pixels), void, categories, images, maps)
+
+
+def classes_of(
+    path: pathlib.Path, categories: Mapping[int, Category] | None, vocabulary: Vocabulary
+) -> tuple[dict[int, int], str]:
+    """The class of every category id of predictions.
+
+    Args:
+      path: of the file that lists the categories.
+      categories: what it lists; None takes the ids for the label space's own.
+      vocabulary: the label space.
+
+    Returns:
+      (category id to class index, a sentence if categories were told by their names).
+
+    Raises:
+      FileError: if a category is not of the label space.
+    """
+    index_of = vocabulary.index_of_category
+    if categories is None:
+        return index_of, ""
+    known = {name: k for k, name in enumerate(vocabulary.names)}
+    names = [category.name for category in categories.values()]
+    same = all(index_of.get(i) == known.get(c.name, -1) for i, c in categories.items())
+    if same or len(set(names)) < len(names) or not known.keys() >= set(names):
+        bare = {i: dataclasses.replace(c, is_thing=None) for i, c in categories.items()}
+        check_categories(path, bare, vocabulary, must_have_all=False)
+        return index_of, ""
+    note = f"{path} numbers its categories in another way; they were told by their names."
+    return {number: known[category.name] for number, category in categories.items()}, note
+
+
+def pair_images(
+    truth: Mapping[One, str | None],
+    found: Mapping[Other, str | None],
+    truth_path: str | os.PathLike[str],
+    found_path: str | os.PathLike[str],
+    *,
+    may_miss: bool = False,
+) -> tuple[dict[Other, One], str]:
+    """Which image of the annotations each image of the predictions is.
+
+    By id, unless names contradict the ids; then by name.
+
+    Args:
+      truth, found: id to file name, None where it is not known.
+      truth_path, found_path: for sentences.
+      may_miss: images without a prediction are no fault.
+
+    Returns:
+      (id in the predictions to id in the annotations, a sentence if they were told by name).
+
+    Raises:
+      FileError: if both do not hold the same images, or neither ids nor names tell them apart.
+    """
+    if not truth:
+        raise FileError(f"{truth_path} holds no image; there is nothing to score.")
+    missing, extra = truth.keys() - found.keys(), found.keys() - truth.keys()
+    fits = not extra and (may_miss or not missing)
+    clash = [
+        i
+        for i in found
+        if i in truth and truth[i] and found[i] and _stem(truth[i]) != _stem(found[i])
+    ]
+    if fits and not clash:
+        return {i: i for i in found}, ""
+    for key in (_path, _stem):
+        by_name = _pair_by(key, truth, found, may_miss)
+        if by_name is not None:
+            return by_name, (
+                f"{found_path} numbers its images in another way; they were told by their names."
             )
-        annotations[image_id] = annotation
-    folder = pathlib.Path(folder) if folder else path.with_suffix("")
-    if not folder.is_dir():
-        raise ValueError(
-            f"There is no folder {folder} with the PNGs of {path}; say where they are."
+    if clash:
+        image_id = clash[0]
+        raise FileError(
+            f"{found_path} calls its image {image_id} {found[image_id]!r} and {truth_path} "
+            f"{truth[image_id]!r}; {NUMBER_ALIKE}."
         )
-    return PanopticFile(path, folder, content.get("categories"), annotations)
+    for keys, has, lacks in ((missing, truth_path, found_path), (extra, found_path, truth_path)):
+        if keys and not (may_miss and keys is missing):
+            raise FileError(
+                f"{lacks} has no image {min(keys, key=str)}, which {has} has ({len(keys)} of "
+                f"{max(len(truth), len(found))} are missing); both must hold the same images."
+            )
+    raise AssertionError("unreachable")
 
 
-def read_instance_file(path: str | os.PathLike) -> InstanceFile:
-    """Reads a COCO instances json.
+def _path(name: str) -> str:
+    return pathlib.PurePath(name).with_suffix("").as_posix()
 
-    Raises:
-      ValueError: if it is a json of another kind, or an annotation's image is not listed.
-    """
-    path = pathlib.Path(path)
-    content = read_json(path)
-    wanted = "--task=instance needs a COCO instances json as annotations"
-    if isinstance(content, list):
-        raise ValueError(f"{path} is a list, as predictions are; {wanted}.")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ValueError(f"{path} has no list of {key!r}; {wanted}.")
-    try:
-        images = {
-            image["id"]: (int(image["height"]), int(image["width"])) for image in content["images"]
-        }
-        annotations: dict[int, list[dict]] = {image_id: [] for image_id in images}
-        for annotation in content["annotations"]:
-            if annotation["image_id"] not in images:
-                raise ValueError(
-                    f"{path} annotates the image {annotation['image_id']}, which its 'images' lack."
-                )
-            area = annotation.get("area", 0.0)
-            if not math.isfinite(area):
-                raise ValueError(f"{path}: annotation {annotation.get('id')} has the area {area}.")
-            annotation["segmentation"], annotation["category_id"]
-            annotations[annotation["image_id"]].append(annotation)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"An entry of {path} lacks or misuses {error}; {wanted}.") from error
-    return InstanceFile(path, content["categories"], images, annotations)
+
+def _stem(name: str) -> str:
+    return pathlib.PurePath(name).stem
+
+
+def _pair_by(
+    key: Callable[[str], str],
+    truth: Mapping[One, str | None],
+    found: Mapping[Other, str | None],
+    may_miss: bool,
+) -> dict[Other, One] | None:
+    if None in truth.values() or None in found.values():
+        return None
+    truth_of = {key(name): number for number, name in truth.items()}
+    found_of = {key(name): number for number, name in found.items()}
+    if len(truth_of) < len(truth) or len(found_of) < len(found):
+        return None
+    fits = truth_of.keys() >= found_of.keys() if may_miss else truth_of.keys() == found_of.keys()
+    return {number: truth_of[name] for name, number in found_of.items()} if fits else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InstanceResult:
+    """One detection of a results file; `rle` is of any size yet."""
+
+    category_id: int
+    score: float
+    rle: dict
 
 
 def read_instance_results(
-    path: str | os.PathLike, truth: InstanceFile, index_of_category: Mapping[int, int]
-) -> dict[int, list[dict]]:
-    """Reads COCO instance results and groups them by image.
-
-    Args:
-      path: of the json.
-      truth: whose images they are for.
-      index_of_category: the known category ids.
+    path: str | os.PathLike[str],
+) -> tuple[dict[ImageId, list[InstanceResult]], dict[ImageId, str | None]]:
+    """Reads COCO instance results, a list of {image_id, category_id, segmentation, score}.
 
     Returns:
-      image id to its entries; images without one are absent.
+      (detections by image id; file name by image id, None where entries have none).
 
     Raises:
-      ValueError: if it is a json of another kind or an entry has an unknown image or category, no
-        mask, or a score that is no finite number.
+      FileError: if it is a json of another kind, or an entry lacks or misuses something.
     """
     path = pathlib.Path(path)
-    content = read_json(path)
+    content = read_json(path, constants=True)
     wanted = "--task=instance needs a list of {image_id, category_id, segmentation, score}"
     if not isinstance(content, list):
-        raise ValueError(f"{path} is not a list; {wanted}.")
-    by_image: dict[int, list[dict]] = {}
+        raise FileError(f"{path} is not a list; {wanted}.")
+    results: dict[ImageId, list[InstanceResult]] = {}
+    names: dict[ImageId, str | None] = {}
     for position, entry in enumerate(content):
-        try:
-            image_id, category, score = entry["image_id"], entry["category_id"], entry["score"]
-            entry["segmentation"]["size"], entry["segmentation"]["counts"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"Entry {position} of {path} lacks or misuses {error}; {wanted}, masks run-length "
-                "encoded."
-            ) from error
-        if image_id not in truth.images:
-            raise ValueError(
-                f"Entry {position} of {path} is for the image {image_id}, which {truth.path} lacks."
-            )
-        if category not in index_of_category:
-            raise ValueError(
-                f"Entry {position} of {path} has the category {category}, which is not among the "
-                f"{len(index_of_category)} classes that are scored."
-            )
-        if not isinstance(score, int | float) or not math.isfinite(score):
-            raise ValueError(
-                f"Entry {position} of {path}, of image {image_id}, has the score {score}; it must "
-                "be a finite number."
-            )
-        by_image.setdefault(image_id, []).append(entry)
-    return by_image
+        where = f"Entry {position} of {path}"
+        result = _instance_result(entry, where, wanted)
+        image_id = entry["image_id"]
+        results.setdefault(image_id, []).append(result)
+        name = entry.get("file_name")
+        names[image_id] = name if isinstance(name, str) and name else None
+    return results, names
 
 
-def vocabulary_of(path: pathlib.Path, categories: Sequence[Mapping] | None) -> Vocabulary:
-    """The label space of an annotation file, in which every class is seen.
-
-    Raises:
-      ValueError: if it lists no category, or one without id or name.
-    """
-    if not categories:
-        raise ValueError(f"{path} lists no 'categories'; give --split.")
+def _instance_result(entry: Any, where: str, wanted: str) -> InstanceResult:
+    if not isinstance(entry, dict):
+        raise FileError(f"{where} is {ascii(entry):.50}; {wanted}.")
+    for key in ("image_id", "category_id", "segmentation", "score"):
+        if key not in entry:
+            raise FileError(f"{where} lacks {key!r}; {wanted}.")
+    image_id, category, score = entry["image_id"], entry["category_id"], entry["score"]
+    if type(category) is not int or not (type(image_id) is int or isinstance(image_id, str)):
+        raise FileError(
+            f"{where} has the image_id {image_id!r:.30} and category_id {category!r:.30}, which "
+            "must be whole numbers."
+        )
+    if type(score) not in (int, float) or not math.isfinite(score):
+        raise FileError(f"{where} has the score {score!r:.30}; it must be a finite number.")
+    if not isinstance(entry["segmentation"], dict):
+        raise FileError(f"{where} has a segmentation without run lengths; {wanted}.")
     try:
-        return Vocabulary(
-            names=tuple(str(category["name"]) for category in categories),
-            is_thing=tuple(bool(category.get("isthing", 1)) for category in categories),
-            is_seen=(True,) * len(categories),
-            category_ids=tuple(int(category["id"]) for category in categories),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"A category of {path} lacks or misuses {error}.") from error
-
-
-def check_categories(
-    path: pathlib.Path,
-    categories: Sequence[Mapping] | None,
-    vocabulary: Vocabulary,
-    *,
-    must_have_all: bool,
-) -> None:
-    """Refuses a file whose category list is not that of the label space.
-
-    Args:
-      path: of the file.
-      categories: its list; None, as predictions may have, passes.
-      vocabulary: the label space.
-      must_have_all: whether a class that the file lacks is a fault, too.
-
-    Raises:
-      ValueError: naming the first category that differs.
-    """
-    if categories is None:
-        return
-    theirs = vocabulary_of(path, categories) if categories else None
-    listed = dict(zip(theirs.category_ids, theirs.names, strict=True)) if theirs else {}
-    ours = dict(zip(vocabulary.category_ids, vocabulary.names, strict=True))
-    for category, name in listed.items():
-        if ours.get(category) != name:
-            raise ValueError(
-                f"{path} calls category {category} {name!r}; in the split it is "
-                f"{ours.get(category, 'absent')!r}: use the split of these files."
-            )
-    missing = [category for category in ours if category not in listed]
-    if missing and must_have_all:
-        raise ValueError(
-            f"{path} lacks category {missing[0]} ({ours[missing[0]]!r}) of the split; use the "
-            "split of this file."
-        )
-
-
-def read_id_map(path: pathlib.Path, json_path: pathlib.Path) -> np.ndarray:
-    """Decodes a COCO panoptic PNG to its ids, [H, W] uint32.
-
-    Raises:
-      ValueError: if it is missing or damaged, or has no colours.
-    """
-    image = _open(path, f"{json_path} names {path}, which does not exist; say where the PNGs are.")
-    if image.mode not in ("RGB", "RGBA", "P"):
-        raise ValueError(
-            f"{path} has the mode {image.mode}; a panoptic PNG is RGB, with segment ids as "
-            "R + 256 G + 65536 B."
-        )
-    # Four bytes a pixel are the number itself; channel by channel it takes ten times as long.
-    rgba = np.array(image.convert("RGBA"))
-    ids = rgba.view("<u4")[..., 0]
-    ids &= 0xFFFFFF
-    return ids
-
-
-def read_label_map(path: pathlib.Path) -> np.ndarray:
-    """Decodes a map of labels, 8 or 16 bits a pixel (a palette's indices, not its colours).
-
-    Returns:
-      [H, W] integers.
-
-    Raises:
-      ValueError: if it is missing or damaged, or has colours.
-    """
-    image = _open(path, f"The label map {path} does not exist.")
-    labels = np.asarray(image)
-    if labels.ndim != 2 or not (labels.dtype == bool or np.issubdtype(labels.dtype, np.integer)):
-        raise ValueError(
-            f"{path} has the mode {image.mode}; a label map has one channel of 8 or 16 bits."
-        )
-    return labels.astype(np.uint8) if labels.dtype == bool else labels
-
-
-def check_ids(
-    id_map: np.ndarray, segments: Sequence[Mapping], png: pathlib.Path, json_path
-) -> None:
-    """Refuses a PNG and a json that do not hold the same segment ids, as panopticapi does.
-
-    Raises:
-      ValueError: naming the id and both files.
-    """
-    flat = id_map.ravel()
-    runs = flat[np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))]
-    present = set(np.unique(runs).tolist()) - {0}
-    listed = {segment["id"] for segment in segments}
-    if present - listed:
-        raise ValueError(
-            f"{png} holds the segment id {min(present - listed)}, which {json_path} lacks."
-        )
-    if listed - present:
-        raise ValueError(
-            f"{json_path} lists the segment id {min(listed - present)}, which has no pixel in "
-            f"{png}."
-        )
-
-
-def _open(path: pathlib.Path, if_missing: str) -> Image.Image:
-    if not path.is_file():
-        raise ValueError(if_missing)
-    with open_image(path) as image:
-        image.load()
-        return image
+        return InstanceResult(category, float(score), checked_rle(entry["segmentation"]))
+    except ValueError as error:
+        raise FileError(f"The segmentation of {where} cannot be used: {error}") from error

@@ -1,44 +1,38 @@
-"""Scores of prediction files against annotation files, several processes sharing the images.
-
-Every process counts a chunk of images and hands back the counts alone: memory does not grow with
-the images beyond the parsed json.
-"""
+"""Scores of prediction files against annotation files; PQ and AP of files are hotcoco's counts."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from hotcoco.panoptic import PanopticEval
 
-from concat_jax.core.run_lengths import mask_runs
+from concat_jax.core.coco import (
+    ImageId,
+    PanopticAnnotation,
+    PanopticFile,
+    check_categories,
+    read_instances,
+    read_panoptic,
+    vocabulary_of,
+)
+from concat_jax.core.files import FileError
+from concat_jax.core.mask_codes import read_id_map, segment_rows
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, AveragePrecision
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.result_files import (
-    VOID,
-    PanopticFile,
-    check_categories,
-    check_ids,
-    read_id_map,
-    read_instance_file,
+    classes_of,
+    pair_images,
     read_instance_results,
-    read_label_map,
-    read_panoptic_file,
-    vocabulary_of,
+    read_manifest,
 )
-from concat_jax.evaluation.semantic_iou import SemanticIoU
-from concat_jax.evaluation.shared_counting import accumulate
 
-LABEL_FILES = (".png", ".tif", ".tiff", ".bmp")
-# What label maps hold for "no class" when nothing else is said: the last value of 8 and 16 bits.
-IGNORED_VALUES = (255, 65535)
-
-Path = str | os.PathLike
-Progress = Callable[[int, int], None]
+Path = str | os.PathLike[str]
 
 
 def score_panoptic(
@@ -48,8 +42,6 @@ def score_panoptic(
     *,
     annotation_folder: Path | None = None,
     prediction_folder: Path | None = None,
-    workers: int = 1,
-    on_progress: Progress | None = None,
 ) -> tuple[dict, Vocabulary]:
     """Panoptic quality of files in COCO's panoptic format.
 
@@ -58,199 +50,124 @@ def score_panoptic(
         for no other; panopticapi refuses the former and does not notice the latter.
       vocabulary: the label space; None takes the annotations', all of it seen.
       annotation_folder, prediction_folder: of the PNGs; by default beside each json, by its name.
-      workers: processes; 1 works in this one.
-      on_progress: called with (images done, images in all).
 
     Returns:
-      `PanopticQuality.summarize` with "images", and the vocabulary.
+      `PanopticQuality.summarize` with "images" and "notes", sentences on how the files were read;
+      and the vocabulary.
 
     Raises:
       ValueError: if files are missing, damaged, of another kind or do not fit together.
     """
-    truth = read_panoptic_file(annotations, annotation_folder)
-    found = read_panoptic_file(predictions, prediction_folder)
-    vocabulary = _panoptic_vocabulary(truth, vocabulary)
-    check_categories(found.path, found.categories, vocabulary, must_have_all=False)
-    _same_keys(truth.annotations, found.annotations, "image", truth.path, found.path)
-    jobs = [(truth.annotations[i], found.annotations[i]) for i in truth.annotations]
-    paths = (truth.path, truth.folder), (found.path, found.folder)
-    score = functools.partial(_score_panoptic, vocabulary.index_of_category, paths)
-    total = PanopticQuality(len(vocabulary))
-    accumulate(total, score, jobs, workers=workers, on_progress=on_progress)
-    return {**total.summarize(vocabulary), "images": len(jobs)}, vocabulary
+    truth = read_panoptic(annotations)
+    found = read_panoptic(predictions, prediction=True)
+    folders = png_folder(truth, annotation_folder), png_folder(found, prediction_folder)
+    vocabulary = panoptic_vocabulary(truth, vocabulary)
+    class_of, *notes = classes_of(found.path, found.categories, vocabulary)
+    pairs, note = pair_images(*_names(truth, found), truth.path, found.path)
+    sides = (
+        [(truth.annotations[i], truth.path) for i in pairs.values()],
+        [(found.annotations[i], found.path) for i in pairs],
+    )
+    classes = vocabulary.index_of_category, class_of
+    quality = _count_panoptic(sides, folders, classes, len(vocabulary))
+    summary = quality.summarize(vocabulary)
+    return {**summary, "images": len(pairs), "notes": [*filter(None, [*notes, note])]}, vocabulary
 
 
-def _panoptic_vocabulary(truth: PanopticFile, vocabulary: Vocabulary | None) -> Vocabulary:
+def png_folder(file: PanopticFile, given: Path | None) -> pathlib.Path:
+    """The folder of a json's PNGs, given or beside it; a FileError if there is none."""
+    folder = pathlib.Path(given) if given else file.path.with_suffix("")
+    if not folder.is_dir():
+        raise FileError(
+            f"There is no folder {folder} with the PNGs of {file.path}; say where they are."
+        )
+    return folder
+
+
+def panoptic_vocabulary(truth: PanopticFile, vocabulary: Vocabulary | None) -> Vocabulary:
+    """The annotations' label space, or the given one, a FileError if it is not theirs."""
     if vocabulary is None:
         return vocabulary_of(truth.path, truth.categories)
-    check_categories(truth.path, truth.categories, vocabulary, must_have_all=True)
+    check_categories(truth.path, truth.categories or {}, vocabulary)
     return vocabulary
 
 
-def _score_panoptic(index_of: Mapping, paths: tuple, chunk: Sequence[tuple]) -> PanopticQuality:
-    counts = PanopticQuality(len(index_of))
-    for pair in chunk:
-        maps, tables, files = [], [], []
-        for annotation, (json_path, folder) in zip(pair, paths, strict=True):
-            png = folder / annotation["file_name"]
-            id_map = read_id_map(png, json_path)
-            check_ids(id_map, annotation["segments_info"], png, json_path)
-            maps.append(id_map)
-            tables.append(_labels_by_id(annotation["segments_info"], index_of, png, json_path))
-            files.append(png)
-        _check_sizes(*maps, *files)
-        crowd = {s["id"]: bool(s.get("iscrowd", 0)) for s in pair[0]["segments_info"]}
-        counts.update(maps[0], tables[0], crowd, maps[1], tables[1])
-    return counts
+def _names(*files: PanopticFile) -> list[dict[ImageId, str | None]]:
+    """File names of the annotated images, of each of two files; None where they cannot be told."""
+    if all(file.images for file in files):
+        return [{i: file.images[i].file_name for i in file.annotations} for file in files]
+    # The PNGs may be called alike on both sides, or have nothing to do with each other.
+    names = [{i: a.file_name for i, a in file.annotations.items()} for file in files]
+    if len({frozenset(pathlib.PurePath(name).stem for name in n.values()) for n in names}) == 1:
+        return names
+    return [dict.fromkeys(n) for n in names]
 
 
-def _labels_by_id(segments: Sequence[Mapping], index_of: Mapping[int, int], png, json_path) -> dict:
-    for segment in segments:
-        if segment["category_id"] not in index_of:
-            raise ValueError(
-                f"Segment {segment['id']} of {png} has the category {segment['category_id']} in "
-                f"{json_path}, which is not among the {len(index_of)} classes that are scored."
+def _count_panoptic(
+    sides: Sequence[Sequence[tuple[PanopticAnnotation, pathlib.Path]]],
+    folders: Sequence[pathlib.Path],
+    classes: Sequence[Mapping[int, int]],
+    num_classes: int,
+) -> PanopticQuality:
+    """Counts of pairs of annotations, ground truth first, each with the json it is of."""
+    quality = PanopticQuality(num_classes)
+    truth, found = (_as_dict(*side, num_classes) for side in zip(sides, classes, strict=True))
+    with contextlib.suppress(ValueError, OSError):
+        # panopticapi's checks are of predictions; against itself, the ground truth passes them.
+        PanopticEval(truth, truth, gt_folder=folders[0], pred_folder=folders[0]).evaluate()
+        counted = PanopticEval(truth, found, gt_folder=folders[0], pred_folder=folders[1])
+        counted.evaluate()
+        for k, row in counted.results()["per_class"].items():
+            quality.iou_sum[k], quality.tp[k] = row["iou"], row["tp"]
+            quality.fp[k], quality.fn[k] = row["fp"], row["fn"]
+        return quality
+    # Something is at fault, or in a form that hotcoco does not read: image by image it is told.
+    for pair in zip(*sides, strict=True):
+        maps, labels, pngs = [], [], []
+        for (annotation, json_path), folder, class_of in zip(pair, folders, classes, strict=True):
+            pngs.append(folder / annotation.file_name)
+            id_map = read_id_map(pngs[-1], json_path)
+            maps.append(segment_rows(id_map, annotation.ids, pngs[-1], json_path))
+            labels.append([class_of[category] for category in annotation.category_ids])
+        check_sizes(*maps, *pngs)
+        quality.update(maps[0], labels[0], list(pair[0][0].is_crowd), maps[1], labels[1])
+    return quality
+
+
+def _as_dict(
+    side: Sequence[tuple[PanopticAnnotation, pathlib.Path]],
+    class_of: Mapping[int, int],
+    num_classes: int,
+) -> dict[str, Any]:
+    """Annotations as hotcoco takes them: images by their position, categories by their class."""
+    annotations = []
+    for position, (one, json_path) in enumerate(side):
+        unknown = [category for category in one.category_ids if category not in class_of]
+        if unknown:
+            raise FileError(
+                f"A segment of {one.file_name} has the category {unknown[0]} in {json_path}, which "
+                f"is not among the {num_classes} classes that are scored."
             )
-    return {segment["id"]: index_of[segment["category_id"]] for segment in segments}
+        rows = zip(one.ids, one.category_ids, one.is_crowd, strict=True)
+        infos = [
+            {"id": number, "category_id": class_of[category], "iscrowd": int(crowd), "area": 0}
+            for number, category, crowd in rows
+        ]
+        entry = {"image_id": position, "file_name": one.file_name, "segments_info": infos}
+        annotations.append(entry)
+    images = [{"id": position, "height": 1, "width": 1} for position in range(len(side))]
+    categories = [{"id": k, "name": str(k), "isthing": 1} for k in range(num_classes)]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _check_sizes(truth: np.ndarray, found: np.ndarray, truth_path, found_path) -> None:
+def check_sizes(truth: np.ndarray, found: np.ndarray, truth_path, found_path) -> None:
+    """Refuses maps of different sizes with a FileError."""
     if truth.shape != found.shape:
         sizes = (f"{height}x{width}" for height, width in (found.shape, truth.shape))
-        raise ValueError(
+        raise FileError(
             f"{found_path} is {next(sizes)} (height x width) and its ground truth {truth_path} "
             f"{next(sizes)}; predictions must have the images' own size."
         )
-
-
-def score_semantic(
-    annotations: Path,
-    predictions: Path,
-    vocabulary: Vocabulary | None = None,
-    *,
-    annotation_folder: Path | None = None,
-    prediction_folder: Path | None = None,
-    annotation_values: str = "ids",
-    prediction_values: str = "ids",
-    ignored_values: Sequence[int] = IGNORED_VALUES,
-    workers: int = 1,
-    on_progress: Progress | None = None,
-) -> tuple[dict, Vocabulary]:
-    """Semantic IoU of label maps, or of what panoptic files say of each pixel's class.
-
-    Args:
-      annotations, predictions: each a folder of label maps, whose stems are the images', or a COCO
-        panoptic json. Both must hold the same images.
-      vocabulary: the label space; may be None where the annotations are a panoptic json.
-      annotation_folder, prediction_folder: of a panoptic json's PNGs.
-      annotation_values, prediction_values: whether a folder's pixels are category ids ("ids") or
-        positions in the vocabulary ("indices").
-      ignored_values: pixel values that are no class: ignored in annotations, nothing predicted in
-        predictions. A class of that value remains a class.
-      workers, on_progress: as of `score_panoptic`.
-
-    Returns:
-      `SemanticIoU.summarize` with "images", and the vocabulary.
-
-    Raises:
-      ValueError: as `score_panoptic`, or if a pixel is neither a class nor ignored.
-    """
-    truth = _read_maps(annotations, annotation_folder)
-    found = _read_maps(predictions, prediction_folder)
-    if isinstance(truth, PanopticFile):
-        vocabulary = _panoptic_vocabulary(truth, vocabulary)
-    if vocabulary is None:
-        raise ValueError(f"Label maps as those in {annotations} name no classes; give --split.")
-    if isinstance(found, PanopticFile):
-        check_categories(found.path, found.categories, vocabulary, must_have_all=False)
-    sides = []
-    for side, values in ((truth, annotation_values), (found, prediction_values)):
-        lookup = _lookup(vocabulary, values, ignored_values)
-        sides.append((side, lookup) if isinstance(side, dict) else (side, None))
-    by_stem = [_by_stem(truth), _by_stem(found)]
-    _same_keys(*by_stem, "image", annotations, predictions)
-    jobs = [(by_stem[0][stem], by_stem[1][stem]) for stem in sorted(by_stem[0])]
-    readers = tuple(
-        functools.partial(_read_labels_of_segments, vocabulary.index_of_category, side.path)
-        if lookup is None
-        else functools.partial(_read_labels, lookup)
-        for side, lookup in sides
-    )
-    total = SemanticIoU(len(vocabulary))
-    score = functools.partial(_score_semantic, len(vocabulary), readers)
-    accumulate(total, score, jobs, workers=workers, on_progress=on_progress)
-    return {**total.summarize(vocabulary), "images": len(jobs)}, vocabulary
-
-
-def _read_maps(path: Path, folder: Path | None) -> PanopticFile | dict[str, tuple]:
-    path = pathlib.Path(path)
-    if not path.is_dir():
-        return read_panoptic_file(path, folder)
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in LABEL_FILES)
-    if not files:
-        raise ValueError(f"The folder {path} holds no label map ({', '.join(LABEL_FILES)}).")
-    maps = {file.stem: (file,) for file in files}
-    if len(maps) < len(files):
-        raise ValueError(f"Two label maps in {path} differ in their extension only.")
-    return maps
-
-
-def _by_stem(maps: PanopticFile | dict[str, tuple]) -> dict[str, tuple]:
-    if isinstance(maps, dict):
-        return maps
-    return {
-        pathlib.PurePath(annotation["file_name"]).stem: (
-            maps.folder / annotation["file_name"],
-            annotation["segments_info"],
-        )
-        for annotation in maps.annotations.values()
-    }
-
-
-def _lookup(vocabulary: Vocabulary, values: str, ignored: Sequence[int]) -> np.ndarray:
-    """Pixel value to class index or `VOID`; -2 where a value means nothing."""
-    if values not in ("ids", "indices"):
-        raise ValueError(f"Pixels of label maps are 'ids' or 'indices', not {values!r}.")
-    known = vocabulary.category_ids if values == "ids" else range(len(vocabulary))
-    lookup = np.full(max(*known, *ignored, 0) + 1, -2, np.int32)
-    lookup[list(ignored)] = VOID
-    lookup[list(known)] = np.arange(len(vocabulary))
-    return lookup
-
-
-def _read_labels(lookup: np.ndarray, path: pathlib.Path) -> np.ndarray:
-    values = read_label_map(path)
-    inside = (values >= 0) & (values < len(lookup))
-    labels = lookup[np.where(inside, values, 0)]
-    wrong = ~inside | (labels < VOID)
-    if wrong.any():
-        raise ValueError(
-            f"{path} holds the value {values[wrong][0]}, which is neither a class of the split nor "
-            "ignored; check the split, or add it to --ignore."
-        )
-    return labels
-
-
-def _read_labels_of_segments(
-    index_of: Mapping[int, int], json_path: pathlib.Path, png: pathlib.Path, segments: Sequence
-) -> np.ndarray:
-    id_map = read_id_map(png, json_path)
-    check_ids(id_map, segments, png, json_path)
-    labels = {0: VOID} | _labels_by_id(segments, index_of, png, json_path)
-    ids = np.array(sorted(labels), np.int64)
-    flat = id_map.ravel()
-    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
-    classes = np.array([labels[i] for i in ids.tolist()])[np.searchsorted(ids, flat[starts])]
-    return np.repeat(classes, np.diff(starts, append=flat.size)).reshape(id_map.shape)
-
-
-def _score_semantic(num_classes: int, readers: tuple, chunk: Sequence[tuple]) -> SemanticIoU:
-    counts = SemanticIoU(num_classes)
-    for pair in chunk:
-        truth, found = (read(*job) for read, job in zip(readers, pair, strict=True))
-        _check_sizes(truth, found, pair[0][0], pair[1][0])
-        counts.update(truth, found, void=VOID)
-    return counts
 
 
 def score_instances(
@@ -259,13 +176,8 @@ def score_instances(
     vocabulary: Vocabulary | None = None,
     *,
     thresholds: Sequence[float] = COCO_THRESHOLDS,
-    workers: int = 1,
-    on_progress: Progress | None = None,
 ) -> tuple[dict, Vocabulary]:
     """Mask AP of COCO instance results against a COCO instances json.
-
-    Polygons of the annotations are rasterised by pycocotools, whose pixels the published numbers
-    rest on; it is needed for them only.
 
     Args:
       annotations: instances json.
@@ -274,91 +186,57 @@ def score_instances(
       vocabulary: the label space, of which the annotations may lack classes (stuff); None takes
         the annotations', all of it seen.
       thresholds: as of `AveragePrecision`.
-      workers, on_progress: as of `score_panoptic`.
 
     Returns:
-      `AveragePrecision.summarize` with "images", and the vocabulary.
+      `AveragePrecision.summarize` with "images" and "notes", and the vocabulary.
 
     Raises:
-      ValueError: as `score_panoptic`, or if polygons are met and pycocotools is not installed.
+      ValueError: as `score_panoptic`.
     """
-    truth = read_instance_file(annotations)
+    truth = read_instances(annotations)
     if vocabulary is None:
         vocabulary = vocabulary_of(truth.path, truth.categories)
     check_categories(truth.path, truth.categories, vocabulary, must_have_all=False)
-    index_of = vocabulary.index_of_category
-    found = read_instance_results(predictions, truth, index_of)
-    total = AveragePrecision(len(vocabulary), thresholds=thresholds)
-    jobs = [(i, truth.images[i], truth.annotations[i], found.get(i, [])) for i in truth.images]
-    score = functools.partial(
-        _score_instances, index_of, total.thresholds, (truth.path, pathlib.Path(predictions))
+    predictions = pathlib.Path(predictions)
+    found, names = read_instance_results(predictions)
+    manifest = read_manifest(predictions, "instance")
+    if manifest is not None:
+        names = {i: image.file_name for i, image in manifest.images.items()}
+    class_of, note = classes_of(predictions, manifest.categories if manifest else None, vocabulary)
+    own_names = {i: image.file_name for i, image in truth.images.items()}
+    pairs, other_note = pair_images(
+        own_names, names, truth.path, predictions, may_miss=manifest is None
     )
-    accumulate(total, score, jobs, workers=workers, on_progress=on_progress)
-    return {**total.summarize(vocabulary), "images": len(jobs)}, vocabulary
-
-
-def _score_instances(
-    index_of: Mapping[int, int], thresholds: Sequence[float], paths: tuple, chunk: Sequence[tuple]
-) -> AveragePrecision:
-    counts = AveragePrecision(len(index_of), thresholds=thresholds)
-    for image_id, size, annotated, results in chunk:
-        for annotation in annotated:
-            if annotation["category_id"] not in index_of:
-                raise ValueError(
-                    f"Annotation {annotation.get('id')} of {paths[0]} has the category "
-                    f"{annotation['category_id']}, which is not among the {len(index_of)} classes "
-                    "that are scored."
-                )
+    found_of = {own: found.get(other, []) for other, own in pairs.items()}
+    counts = AveragePrecision(len(vocabulary), thresholds=thresholds)
+    # Ids may be texts; what breaks ties between images is their order.
+    for number, image_id in enumerate(sorted(truth.images, key=lambda i: (str(type(i)), i))):
+        image, results = truth.images[image_id], found_of.get(image_id, [])
         for result in results:
-            if tuple(result["segmentation"]["size"]) != size:
-                raise ValueError(
-                    f"A mask of image {image_id} in {paths[1]} is "
-                    f"{'x'.join(map(str, result['segmentation']['size']))} (height x width) and "
-                    f"the image in {paths[0]} {size[0]}x{size[1]}; predictions must have the "
-                    "images' own size."
+            if result.category_id not in class_of:
+                raise FileError(
+                    f"A mask of image {image_id} in {predictions} has the category "
+                    f"{result.category_id}, which is not among the {len(class_of)} classes that "
+                    "are scored."
                 )
-        try:
-            masks = [_annotated_mask(one["segmentation"], size, paths[0]) for one in annotated]
-            areas = [
-                one.get("area", mask_runs(mask).area)
-                for one, mask in zip(annotated, masks, strict=True)
-            ]
-            counts.update(
-                image_id,
-                masks,
-                [index_of[one["category_id"]] for one in annotated],
-                [bool(one.get("iscrowd", 0)) for one in annotated],
-                [one["segmentation"] for one in results],
-                [index_of[one["category_id"]] for one in results],
-                [one["score"] for one in results],
-                gt_areas=areas,
-            )
-        except ValueError as error:
-            raise ValueError(f"{paths[1]} against {paths[0]}, image {image_id}: {error}") from error
-    return counts
-
-
-def _annotated_mask(segmentation: Any, size: tuple[int, int], path: pathlib.Path) -> Mapping:
-    if isinstance(segmentation, Mapping):
-        return segmentation
-    if not segmentation or not all(isinstance(p, list) and len(p) >= 6 for p in segmentation):
-        raise ValueError("an annotation is neither polygons of three points or more nor a mask.")
-    try:
-        from pycocotools import mask as coco_mask
-    except ImportError as error:
-        raise ValueError(
-            f"{path} holds polygons, which pycocotools must rasterise: pip install pycocotools."
-        ) from error
-    return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
-
-
-def _same_keys(truth: Mapping, found: Mapping, what: str, truth_path: Path, found_path: Path):
-    missing, extra = truth.keys() - found.keys(), found.keys() - truth.keys()
-    for keys, has, lacks in ((missing, truth_path, found_path), (extra, found_path, truth_path)):
-        if keys:
-            raise ValueError(
-                f"{lacks} has no {what} {min(keys)}, which {has} has ({len(keys)} of "
-                f"{max(len(truth), len(found))} are missing); both must hold the same images."
-            )
-    if not truth:
-        raise ValueError(f"{truth_path} holds no image; there is nothing to score.")
+            if result.rle["size"] != [image.height, image.width]:
+                height, width = result.rle["size"]
+                raise FileError(
+                    f"A mask of image {image_id} in {predictions} is {height}x{width} (height x "
+                    f"width) and the image in {truth.path} {image.height}x{image.width}; "
+                    "predictions must have the images' own size."
+                )
+        annotated = truth.annotations[image_id]
+        counts.update(
+            number,
+            [one.rle for one in annotated],
+            [vocabulary.index_of_category[one.category_id] for one in annotated],
+            [one.is_crowd for one in annotated],
+            [one.rle for one in results],
+            [class_of[one.category_id] for one in results],
+            [one.score for one in results],
+            gt_areas=[one.area for one in annotated],
+        )
+    summary = counts.summarize(vocabulary)
+    notes = [*filter(None, (note, other_note))]
+    return {**summary, "images": len(truth.images), "notes": notes}, vocabulary

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from concat_jax.core.coco import PanopticWriter
-from concat_jax.core.run_lengths import encode_segments
+from concat_jax.core.coco_writers import InstanceWriter, PanopticWriter, SemanticWriter
+from concat_jax.core.mask_codes import encode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import AveragePrecision
-from concat_jax.evaluation.coco_results import InstanceWriter, SemanticWriter
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.semantic_iou import SemanticIoU
 from concat_jax.inference.predictor import Prediction
@@ -62,7 +61,7 @@ class SemanticScore(contextlib.ExitStack):
         super().__init__()
         self.counts = SemanticIoU(len(vocabulary))
         self._writer = (
-            SemanticWriter(folder / "semantic_predictions", vocabulary)
+            self.enter_context(SemanticWriter(folder / "semantic_predictions", vocabulary))
             if folder is not None
             else None
         )
@@ -72,7 +71,7 @@ class SemanticScore(contextlib.ExitStack):
         label_of_id = np.append(-1, native["segment_labels"]).astype(np.int32)
         self.counts.update(label_of_id[native["segment_ids"]], prediction.semantic)
         if self._writer:
-            self._writer.add(native["file_name"], prediction.semantic)
+            self._writer.add(int(native["image_id"]), native["file_name"], prediction.semantic)
 
 
 class InstanceScore(contextlib.ExitStack):
@@ -101,17 +100,22 @@ class InstanceScore(contextlib.ExitStack):
         instances = prediction.instances
         labels = np.asarray(native["segment_labels"])
         rows = np.flatnonzero((labels >= 0) & self._is_thing[labels])
-        self.counts.update(
-            int(native["image_id"]),
-            encode_segments(native["segment_ids"], rows + 1),
-            labels[rows],
-            np.asarray(native["segment_is_crowd"])[rows],
-            [instance.rle for instance in instances],
+        found = (
             [instance.label for instance in instances],
             [instance.score for instance in instances],
         )
+        codes = [instance.rle for instance in instances]
+        self.counts.update(
+            int(native["image_id"]),
+            [encode_rle(native["segment_ids"] == row + 1) for row in rows],
+            labels[rows],
+            np.asarray(native["segment_is_crowd"])[rows],
+            codes,
+            *found,
+        )
         if self._writer:
-            self._writer.add(int(native["image_id"]), instances)
+            size = np.shape(native["segment_ids"])
+            self._writer.add(int(native["image_id"]), native["file_name"], size, *found, codes)
 
 
 SCORES = {"panoptic": PanopticScore, "semantic": SemanticScore, "instance": InstanceScore}

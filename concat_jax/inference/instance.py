@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from concat_jax.core.run_lengths import decode_rle, encode_rle
+from concat_jax.core.mask_codes import decode_rle, encode_rle
 from concat_jax.inference.resize import resize_on_host
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from concat_jax.core.run_lengths import decode_rle, mask_runs
+from concat_jax.core.mask_codes import checked_rle, decode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.sources.coco_layout import check_presence, open_picture
 from data_pipelines.sources.source import DataError, ImageRecord, image_number
@@ -236,16 +236,10 @@ def _outline(segmentation: Any, size: tuple[int, int], where: str) -> Outline:
             polygons.append(np.clip(points, -4 * max(size), 4 * max(size)))
         return polygons
     if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list | str):
-        code = {"size": list(size), "counts": segmentation["counts"]}
         try:
-            if tuple(segmentation["size"]) != size:
-                raise ValueError(f"their size is {segmentation['size']}, not the image's {size}.")
-            mask_runs(code)
+            return checked_rle(segmentation, size)
         except ValueError as error:
             raise DataError(f"The run lengths of {where} are wrong: {error}") from error
-        if isinstance(code["counts"], list):
-            code["counts"] = np.array(code["counts"], np.int64)
-        return code
     raise DataError(f"{where[0].upper()}{where[1:]} has neither polygons nor run lengths.")
 
 

@@ -8,7 +8,7 @@ from concat_jax.benchmarking import panoptic_quality
 from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.official_panoptic_quality import OfficialPanopticQuality
 from concat_jax.benchmarking.report import to_markdown
-from concat_jax.core.coco import PanopticWriter
+from concat_jax.core.coco_writers import PanopticWriter
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from concat_jax.core import hosts, streamed_json
-from concat_jax.core.run_lengths import encode_segments
-from concat_jax.core.streamed_json import StreamedJson
+from concat_jax.core import coco_writers, hosts
+from concat_jax.core.coco_writers import StreamedJson
+from concat_jax.core.mask_codes import encode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import AveragePrecision
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
@@ -30,7 +30,7 @@ def add_image(counts, seed):
     elif isinstance(counts, SemanticIoU):
         counts.update(np.append(-1, labels)[truth], np.append(-1, names)[found])
     else:
-        masks = [encode_segments(m.astype(np.uint8), [1, 2, 3]) for m in (truth, found)]
+        masks = [[encode_rle(m == i) for i in (1, 2, 3)] for m in (truth, found)]
         counts.update(seed, masks[0], labels, None, masks[1], names, rng.random(3))
 
 
@@ -82,18 +82,21 @@ def test_one_host_gets_its_own_counts_back():
 
 @pytest.mark.parametrize("sizes", [(2, 1, 3), (0, 2, 0), (0, 0, 0), (1, 0, 1)])
 def test_hosts_make_one_json(sizes, tmp_path, monkeypatch):
-    path = tmp_path / "predictions.json"
-    monkeypatch.setattr(streamed_json, "wait_for_hosts", lambda what: None)
-    monkeypatch.setattr(streamed_json.jax, "process_count", lambda: len(sizes))
-    writers = []
-    for host, size in enumerate(sizes):
-        monkeypatch.setattr(streamed_json.jax, "process_index", lambda host=host: host)
-        writers.append(StreamedJson(path, start='{"entries": ['))
-        writers[-1]._ending = lambda: "}"
-        for number in range(size):
-            writers[-1]._append({"host": host, "number": number})
-    for writer in reversed(writers):  # the first puts them together
-        writer.close()
+    monkeypatch.setattr(coco_writers, "wait_for_hosts", lambda what: None)
+    monkeypatch.setattr(coco_writers.jax, "process_count", lambda: len(sizes))
     expected = [{"host": h, "number": n} for h, size in enumerate(sizes) for n in range(size)]
-    assert json.loads(path.read_text()) == {"entries": expected}
-    assert list(tmp_path.iterdir()) == [path]
+    for head, lists in ((None, ("",)), ({"a": [1]}, ("entries",)), ({}, ("entries", "more"))):
+        path = tmp_path / "predictions.json"
+        writers = []
+        for host, size in enumerate(sizes):
+            monkeypatch.setattr(coco_writers.jax, "process_index", lambda host=host: host)
+            writers.append(StreamedJson(path, head, lists))
+            for number in range(size):
+                for key in lists:
+                    writers[-1].append({"host": host, "number": number}, key)
+        for host in reversed(range(len(sizes))):  # the first puts them together
+            monkeypatch.setattr(coco_writers.jax, "process_index", lambda host=host: host)
+            writers[host].close()
+        content = json.loads(path.read_text())
+        assert content == (expected if head is None else {**head, **dict.fromkeys(lists, expected)})
+        assert list(tmp_path.iterdir()) == [path]

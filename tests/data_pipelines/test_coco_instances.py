@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.core.run_lengths import encode_rle
+from concat_jax.core.mask_codes import encode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.coco_instances import CocoInstanceSource, paint
@@ -168,7 +168,7 @@ def changed(edit):
         ),
         (
             lambda c: c["annotations"][2]["segmentation"].update(size=[WIDTH, HEIGHT]),
-            r"run lengths of the annotation 13 .* size is \[30, 20\]",
+            r"run lengths of the annotation 13 .* 30x20 .* image 20x30",
         ),
         (
             lambda c: c["annotations"][2]["segmentation"].update(counts=[5, 5]),

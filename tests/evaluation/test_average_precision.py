@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 
-from concat_jax.core.run_lengths import encode_rle
+from concat_jax.core.mask_codes import encode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import (
     COCO_THRESHOLDS,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.core import coco as coco_format
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.counts import harmonic_mean
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
+from tests.coco_maps import crowd_of, labels_of, panoptic_maps
 
 UNSEEN = (21, 25, 33, 34, 41, 57, 87, 100, 145, 148, 149, 184, 187, 193)
 TEAM = {0: 0, 47: 1, 97: 1, 133: 1, 150: 1, 174: 1, 198: 2, 215: 1, 244: 1, 255: 1}
@@ -51,16 +51,16 @@ def test_coco_panoptic_equals_the_official_evaluator(shared_data, split):
     annotations = shared_data / f"coco_panoptic_mini/annotations/panoptic_{split}.json"
     vocabulary = coco_vocabulary(annotations)
     quality = {name: PanopticQuality(133) for name in ("identity", "roll_rows4_cols8")}
-    for image in coco_format.read_panoptic(annotations):
-        labels, crowd = image.labels_by_id(vocabulary), image.crowd_by_id()
+    for image, id_map in panoptic_maps(annotations):
+        labels, crowd = labels_of(image, vocabulary), crowd_of(image)
         exact = np.where(
-            np.isin(image.id_map, [i for i, is_crowd in crowd.items() if is_crowd]),
+            np.isin(id_map, [i for i, is_crowd in crowd.items() if is_crowd]),
             0,
-            image.id_map,
+            id_map,
         )
         predictions = {"identity": exact, "roll_rows4_cols8": np.roll(exact, (4, 8), (0, 1))}
         for name, predicted in predictions.items():
-            quality[name].update(image.id_map, labels, crowd, predicted, labels)
+            quality[name].update(id_map, labels, crowd, predicted, labels)
     for name, counts in quality.items():
         summary = counts.summarize(vocabulary)
         for group, numbers in expected["coco_panoptic_mini"][split][name].items():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from concat_jax.core.files import write_json
-from concat_jax.core.run_lengths import encode_rle
+from concat_jax.core.mask_codes import encode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation import report
 from concat_jax.evaluation.average_precision import AveragePrecision

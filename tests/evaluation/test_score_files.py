@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.core.coco import PanopticWriter, ids_to_rgb, read_panoptic
-from concat_jax.core.run_lengths import encode_rle
+from concat_jax.core.coco_writers import PanopticWriter
+from concat_jax.core.mask_codes import encode_rle, ids_to_rgb
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import AveragePrecision
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
-from concat_jax.evaluation.score_files import score_instances, score_panoptic, score_semantic
+from concat_jax.evaluation.score_files import score_instances, score_panoptic
+from concat_jax.evaluation.score_label_maps import score_semantic
 from concat_jax.evaluation.semantic_iou import SemanticIoU
+from tests.coco_maps import crowd_of, labels_of, panoptic_maps
 
 VOCABULARY = Vocabulary(("cat", "sky", "cow"), (True, False, True), (True, True, False), (17, 2, 5))
 SHAPE = (12, 16)
-NUM_IMAGES = 40  # more than two chunks
+NUM_IMAGES = 12
 
 
 def draw(rng, num_segments=3):
@@ -79,14 +81,10 @@ def test_panoptic_files_equal_maps_in_memory(images, panoptic_files):
     quality = PanopticQuality(3)
     for number, ((ids, labels), (pred, pred_labels)) in enumerate(zip(truth, found, strict=True)):
         quality.update(ids, labels, {i: (number, i) in crowd for i in labels}, pred, pred_labels)
-    expected = {**quality.summarize(VOCABULARY), "images": NUM_IMAGES}
-    seen = []
-    summary, _ = score_panoptic(
-        *panoptic_files, VOCABULARY, on_progress=lambda *progress: seen.append(progress)
-    )
+    expected = {**quality.summarize(VOCABULARY), "images": NUM_IMAGES, "notes": []}
+    summary, _ = score_panoptic(*panoptic_files, VOCABULARY)
     assert summary["harmonic"]["pq"] > 0
     assert_close(summary, expected)
-    assert seen == [(16, 40), (32, 40), (40, 40)]
     # Without a split all classes of the annotations are seen.
     summary, vocabulary = score_panoptic(*panoptic_files)
     assert summary["seen"] == summary["all"] and vocabulary.names == VOCABULARY.names
@@ -99,8 +97,13 @@ def test_semantic_files_equal_maps_in_memory(images, panoptic_files, tmp_path):
         iou.update(
             *(np.vectorize({0: -1, **m}.get)(i) for i, m in ((ids, labels), (pred, pred_labels)))
         )
-    expected = {**iou.summarize(VOCABULARY), "images": NUM_IMAGES}
-    np.testing.assert_equal(score_semantic(*panoptic_files, VOCABULARY)[0], expected)
+    expected = {**iou.summarize(VOCABULARY), "images": NUM_IMAGES, "notes": []}
+    seen = []
+    summary, _ = score_semantic(
+        *panoptic_files, VOCABULARY, on_progress=lambda *progress: seen.append(progress)
+    )
+    np.testing.assert_equal(summary, expected)
+    assert seen == [(n, NUM_IMAGES) for n in range(1, NUM_IMAGES + 1)]
     # As label maps: ids of the split in one folder, positions in the other.
     for name, values, maps in (("ids", (255, 17, 2, 5), truth), ("places", (9, 0, 1, 2), found)):
         (tmp_path / name).mkdir()
@@ -139,7 +142,10 @@ def instance_content(images):
             results.append(entry)
     height, width = SHAPE
     truth_json = {
-        "images": [{"id": n, "height": height, "width": width} for n in range(NUM_IMAGES)],
+        "images": [
+            {"id": n, "file_name": f"{n}.jpg", "height": height, "width": width}
+            for n in range(NUM_IMAGES)
+        ],
         "annotations": annotations,
         "categories": [
             {"id": i, "name": n}
@@ -172,7 +178,7 @@ def test_instance_files_equal_masks_in_memory(images, tmp_path):
             [index_of[r["category_id"]] for r in found],
             [r["score"] for r in found],
         )
-    expected = {**precision.summarize(VOCABULARY), "images": NUM_IMAGES}
+    expected = {**precision.summarize(VOCABULARY), "images": NUM_IMAGES, "notes": []}
     assert expected["harmonic"]["ap"] > 0
     summary, _ = score_instances(*write_instances(tmp_path, truth, results), VOCABULARY)
     np.testing.assert_equal(summary, expected)
@@ -183,7 +189,7 @@ def test_polygons_are_pycocotools(tmp_path):
     polygons = [[1.0, 1.0, 9.0, 2.0, 5.0, 9.0], [11.0, 8.0, 14.5, 8.0, 14.5, 11.0, 11.0, 11.0]]
     mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *SHAPE))).astype(bool)
     truth = {
-        "images": [{"id": 1, "height": SHAPE[0], "width": SHAPE[1]}],
+        "images": [{"id": 1, "file_name": "1.jpg", "height": SHAPE[0], "width": SHAPE[1]}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 17, "segmentation": polygons}],
         "categories": [{"id": 17, "name": "cat"}],
     }
@@ -191,17 +197,8 @@ def test_polygons_are_pycocotools(tmp_path):
     summary, _ = score_instances(*write_instances(tmp_path, truth, [result]))
     assert summary["all"]["ap"] == pytest.approx(100)
     truth["annotations"][0]["segmentation"] = [[1.0, 1.0]]
-    with pytest.raises(ValueError, match=r"instances.json, image 1: .*three points"):
+    with pytest.raises(ValueError, match=r"annotation 1 of .*instances.json .*three points"):
         score_instances(*write_instances(tmp_path, truth, [result]))
-
-
-def test_processes_give_the_same_numbers_and_the_same_sentence(panoptic_files, tmp_path):
-    alone, _ = score_panoptic(*panoptic_files, VOCABULARY)
-    shared, _ = score_panoptic(*panoptic_files, VOCABULARY, workers=2)
-    np.testing.assert_equal(shared, alone)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty/0.png, which does not exist"):
-        score_panoptic(*panoptic_files, VOCABULARY, prediction_folder=tmp_path / "empty", workers=2)
 
 
 def damaged_panoptic(folder, damage):
@@ -247,19 +244,19 @@ def damaged_panoptic(folder, damage):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("another kind", r"found.json is a list, as instance results are"),
-        ("instances", r"annotation of .*found.json lacks or misuses 'segments_info'"),
+        ("another kind", r"found.json is a list, not a COCO panoptic json"),
+        ("instances", r"'file_name' of annotation 0 of .*found.json is missing"),
         ("missing image", r"found.json has no image 1, which .*truth.json has"),
-        ("extra image", r"truth.json has no image 9, which .*found.json has"),
+        ("extra image", r"found.json annotates the image 9, which its 'images' lack"),
         ("missing png", r"found.json names .*found/1.png, which does not exist"),
         ("cut png", r"found/1.png cannot be read as an image"),
         ("grey png", r"found/1.png has the mode L"),
         ("id not in json", r"found/1.png holds the segment id \d+, which .*found.json lacks"),
         ("id not in png", r"found.json lists the segment id 7, which has no pixel in .*1.png"),
-        ("id twice", r"found.json lists the segment id \d+ of image 1 more than once"),
+        ("id twice", r"found.json lists the segment id \d+ more than once"),
         ("size", r"found/1.png is 14x18 \(height x width\) and its ground truth .* 12x16"),
-        ("category", r"found/1.png has the category 99 in .*found.json"),
-        ("categories", r"found.json calls category 17 'dog'; in the split it is 'cat'"),
+        ("category", r"found.json has the category 99, which the file does not list"),
+        ("categories", r"found.json calls category 17 'dog', the split 'cat'"),
         ("no json", r"found.json is not valid JSON"),
     ],
 )
@@ -270,32 +267,48 @@ def test_damaged_panoptic_files_are_one_sentence(tmp_path, damage, message):
 
 
 def test_annotations_of_other_classes_are_refused(panoptic_files):
-    other = Vocabulary((*VOCABULARY.names, "fog"), (True,) * 4, (True,) * 4, (17, 2, 5, 6))
+    things = (*VOCABULARY.is_thing, False)
+    other = Vocabulary((*VOCABULARY.names, "fog"), things, (True,) * 4, (17, 2, 5, 6))
     with pytest.raises(ValueError, match=r"truth.json lacks category 6 \('fog'\)"):
         score_panoptic(*panoptic_files, other)
     fewer = Vocabulary(("cat",), (True,), (True,), (17,))
-    with pytest.raises(ValueError, match=r"truth.json calls category 2 'sky'.*'absent'"):
+    with pytest.raises(ValueError, match=r"truth.json lists category 2 .'sky'., which is absent"):
         score_panoptic(*panoptic_files, fewer)
-    with pytest.raises(ValueError, match="no file"):
+    with pytest.raises(ValueError, match="nowhere.json cannot be read"):
         score_panoptic("/nowhere.json", panoptic_files[1])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, r: r[3].update(score=float("nan")), r"Entry 3 of .*results.json.*score nan"),
+        (
+            lambda t, r: r[3].update(score=float("nan")),
+            r"Entry 3 of .*results.json has the score nan",
+        ),
         (lambda t, r: r[3].update(category_id=99), r"results.json has the category 99"),
-        (lambda t, r: r[3].update(image_id=99), r"the image 99, which .*instances.json lacks"),
-        (lambda t, r: r[3].pop("segmentation"), r"Entry 3 .*lacks or misuses 'segmentation'"),
+        (
+            lambda t, r: r[3].update(image_id=99),
+            r"instances.json has no image 99, which .*results.json has",
+        ),
+        (lambda t, r: r[3].pop("segmentation"), r"Entry 3 .*lacks 'segmentation'"),
         (lambda t, r: r[0].update(segmentation=encode_rle(np.ones((3, 3), bool))), "is 3x3"),
         (
             lambda t, r: r[0].update(segmentation={"size": list(SHAPE), "counts": "05"}),
-            r"results.json against .*instances.json, image 0: A run-length",
+            r"segmentation of Entry 0 of .*results.json .*counts",
         ),
-        (lambda t, r: t["annotations"][0].update(image_id=99), r"annotates the image 99"),
-        (lambda t, r: t["annotations"][0].update(category_id=99), r"has the category 99"),
+        (
+            lambda t, r: t["annotations"][0].update(image_id=99),
+            r"Annotation 1 of .* is of image 99, which 'images' lack",
+        ),
+        (
+            lambda t, r: t["annotations"][0].update(category_id=99),
+            r"has the category 99, which the file does not list",
+        ),
         (lambda t, r: t.pop("images"), r"instances.json has no list of 'images'"),
-        (lambda t, r: t["categories"][0].update(name="dog"), r"calls category 17 'dog'"),
+        (
+            lambda t, r: t["categories"][0].update(name="dog"),
+            r"calls category 17 'dog', the split 'cat'",
+        ),
     ],
 )
 def test_damaged_instance_files_are_one_sentence(images, tmp_path, change, message):
@@ -318,10 +331,10 @@ def test_golden_predictions_from_files(shared_data, tmp_path):
         tuple(c["id"] for c in categories),
     )
     with PanopticWriter(tmp_path, vocabulary, name="moved") as writer:
-        for image in read_panoptic(annotations):
-            crowd = [i for i, flag in image.crowd_by_id().items() if flag]
-            moved = np.roll(np.where(np.isin(image.id_map, crowd), 0, image.id_map), (4, 8), (0, 1))
-            labels = image.labels_by_id(vocabulary)
+        for image, id_map in panoptic_maps(annotations):
+            crowd = [i for i, flag in crowd_of(image).items() if flag]
+            moved = np.roll(np.where(np.isin(id_map, crowd), 0, id_map), (4, 8), (0, 1))
+            labels = labels_of(image, vocabulary)
             segments = [{"id": i, "label": labels[i]} for i in labels if (moved == i).any()]
             writer.add(image.image_id, image.file_name, moved, segments)
     summary, _ = score_panoptic(annotations, tmp_path / "moved.json")

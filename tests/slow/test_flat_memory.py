@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from concat_jax.core.run_lengths import encode_segments
+from concat_jax.core.mask_codes import encode_rle
 from concat_jax.evaluation.average_precision import AveragePrecision
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.semantic_iou import SemanticIoU
@@ -58,11 +58,11 @@ def test_average_precision_keeps_no_masks():
     detections = 0
     for index, (ids, labels, pred, pred_labels) in enumerate(pairs(200)):
         rows = np.unique(pred)[1:]
-        masks = encode_segments(pred, rows)
+        masks = [encode_rle(pred == row) for row in rows]
         truth = np.unique(ids)[1:]
         precision.update(
             index,
-            encode_segments(ids, truth),
+            [encode_rle(ids == row) for row in truth],
             labels[truth - 1],
             None,
             masks,

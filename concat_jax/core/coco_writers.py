@@ -1,0 +1,379 @@
+"""Predictions in COCO's formats, image by image, each with what a reader must know beside it.
+
+Beside a result lies its manifest, the json object that says what the result holds: the task, what
+the pixels mean, the categories, and which image has which id and file. `panoptic.json` is its own,
+`semantic.json` lies beside the folder `semantic/`, `instances.manifest.json` beside
+`instances.json`, which must be a bare list. `coco.read_manifest` reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+from PIL import Image
+
+from concat_jax.core.coco import ImageId
+from concat_jax.core.files import replacing
+from concat_jax.core.hosts import wait_for_hosts
+from concat_jax.core.mask_codes import bounding_box, ids_to_rgb
+from concat_jax.core.vocabulary import Vocabulary
+
+
+class StreamedJson:
+    """A json of long lists, written entry by entry, that appears when it is complete.
+
+    A context manager. Entries go to files beside it, so memory does not grow with their number;
+    these are removed when the block ends, and the json is not written when it raises. Several hosts
+    with one such writer each, of one path that all of them see, make one json: the first puts the
+    entries of all together.
+
+    Attributes:
+      json_path: of the json.
+    """
+
+    def __init__(
+        self,
+        json_path: str | os.PathLike[str],
+        head: Mapping[str, Any] | None = None,
+        lists: Sequence[str] = ("",),
+    ):
+        """Opens the files; their folder is made.
+
+        Args:
+          json_path: of the json.
+          head: what stands before the lists; None makes a json that is one list.
+          lists: keys of the lists.
+        """
+        self.json_path = pathlib.Path(json_path)
+        self._head, self._lists = head, tuple(lists)
+        self.json_path.parent.mkdir(parents=True, exist_ok=True)
+        host = jax.process_index()
+        self._files = {
+            key: self._part(key, host).open("w", encoding="utf-8") for key in self._lists
+        }
+
+    def _part(self, key: str, host: int) -> pathlib.Path:
+        return self.json_path.with_name(f"{self.json_path.name}.{key}{host}.partial")
+
+    def append(self, entry: Mapping[str, Any], key: str = "") -> None:
+        """Adds an entry to the list of that key."""
+        file = self._files[key]
+        file.write((",\n" if file.tell() else "\n") + json.dumps(entry))
+
+    def close(self) -> pathlib.Path:
+        """Puts the json together and returns its path.
+
+        Of several hosts, each must call it and waits until the json is there.
+        """
+        for file in self._files.values():
+            file.close()
+        wait_for_hosts(f"entries of {self.json_path}")
+        if jax.process_index() == 0:
+            with replacing(self.json_path) as partial, partial.open("w", encoding="utf-8") as out:
+                self._write(out)
+            for key in self._lists:
+                for host in range(jax.process_count()):
+                    self._part(key, host).unlink()
+        wait_for_hosts(f"{self.json_path} is there")
+        return self.json_path
+
+    def _write(self, out) -> None:
+        items = () if self._head is None else self._head.items()
+        start = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in items)
+        out.write("" if self._head is None else f"{{{start}")
+        for number, key in enumerate(self._lists):
+            name = "" if self._head is None else f"{json.dumps(key)}: "
+            out.write(f"{',' * (number > 0)}{name}[")
+            is_first = True
+            for host in range(jax.process_count()):
+                with self._part(key, host).open(encoding="utf-8") as entries:
+                    first = entries.read(1)
+                    out.write(("" if is_first else ",") + first if first else "")
+                    is_first = is_first and not first
+                    shutil.copyfileobj(entries, out)
+            out.write("\n]\n")
+        out.write("" if self._head is None else "}\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is None:
+            self.close()
+            return
+        for key, file in self._files.items():
+            file.close()
+            self._part(key, jax.process_index()).unlink(missing_ok=True)
+
+
+def result_names(file_names: Sequence[str]) -> list[str]:
+    """A name for the result of each image that no other shares: its path without the extension.
+
+    Of paths that differ in nothing else, or in case only, which some file systems do not tell
+    apart, the later get -2, -3 and so on.
+    """
+    stems = [pathlib.PurePath(name).with_suffix("").as_posix() for name in file_names]
+    reserved = {stem.casefold() for stem in stems}
+    taken: set[str] = set()
+    names = []
+    for stem in stems:
+        name, number = stem, 1
+        while name.casefold() in taken or (number > 1 and name.casefold() in reserved):
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+class _Writer(contextlib.ExitStack):
+    """What the writers share: the label space, the names taken, the images of the manifest."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        super().__init__()
+        self._vocabulary = vocabulary
+        self._taken: set[str] = set()
+
+    def _head(self, task: str, pixels: str) -> dict[str, Any]:
+        rows = zip(
+            self._vocabulary.category_ids,
+            self._vocabulary.names,
+            self._vocabulary.is_thing,
+            strict=True,
+        )
+        categories = [{"id": int(i), "name": n, "isthing": int(t)} for i, n, t in rows]
+        return {"task": task, "pixels": pixels, "categories": categories}
+
+    def _open(self, json_path: pathlib.Path, head: dict | None, *lists: str) -> StreamedJson:
+        return self.enter_context(StreamedJson(json_path, head, lists or ("",)))
+
+    def _png(self, folder: pathlib.Path, file_name: str) -> str:
+        """Takes the name of an image's PNG, relative to the folder, and makes its folder."""
+        parts = [part for part in pathlib.PurePath(file_name).parts if part not in ("..", "/")]
+        path = pathlib.PurePosixPath(*parts)
+        name = path.with_suffix(".png").as_posix()
+        # Two images may differ in their extension only.
+        name = f"{path.as_posix()}.png" if name in self._taken else name
+        if name in self._taken:
+            raise ValueError(f"{name} was already written by this writer; rename {file_name}.")
+        self._taken.add(name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        return name
+
+    def _checked(self, label: int, image_id: ImageId) -> int:
+        if not 0 <= label < len(self._vocabulary):
+            raise ValueError(
+                f"Image {image_id}: class index {label} is outside the vocabulary of "
+                f"{len(self._vocabulary)}."
+            )
+        return int(self._vocabulary.category_ids[label])
+
+
+def _id(image_id: ImageId) -> ImageId:
+    return image_id if isinstance(image_id, str) else int(image_id)
+
+
+def _image(image_id: ImageId, file_name: str, size: Sequence[int]) -> dict[str, Any]:
+    height, width = (int(side) for side in size)
+    return {"id": _id(image_id), "file_name": str(file_name), "height": height, "width": width}
+
+
+class PanopticWriter(_Writer):
+    """`<folder>/<name>/*.png` in COCO's colours and `<folder>/<name>.json`, as panopticapi takes.
+
+    Attributes:
+      png_folder: of the PNGs.
+      json_path: of the json.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        vocabulary: Vocabulary,
+        *,
+        name: str = "panoptic_predictions",
+    ):
+        """Makes the folders.
+
+        Args:
+          folder: gets the json and the folder of PNGs.
+          vocabulary: maps class indices to the data set's category ids.
+          name: of the json and of the PNG folder beside it (panopticapi's default layout).
+        """
+        super().__init__(vocabulary)
+        self.png_folder = pathlib.Path(folder) / name
+        self.json_path = self.png_folder.with_name(f"{name}.json")
+        self.png_folder.mkdir(parents=True, exist_ok=True)
+        head = self._head("panoptic", "segment_ids")
+        self._json = self._open(self.json_path, head, "annotations", "images")
+
+    def add(
+        self,
+        image_id: ImageId,
+        file_name: str,
+        id_map: np.ndarray,
+        segments: Sequence[Mapping[str, Any]],
+        *,
+        result: str = "",
+    ) -> None:
+        """Writes one image.
+
+        Args:
+          image_id: as in the ground truth json.
+          file_name: of the image; the PNG takes its folders and stem.
+          id_map: [H, W] int, 0 void.
+          segments: mappings with "id" and "label" (class index), optionally "score" and "iscrowd".
+            Areas and boxes are measured on the map.
+          result: name of the PNG without its extension, if not the image's.
+
+        Raises:
+          ValueError: if ids of map and list differ (the official tool refuses such files), a label
+            is outside the vocabulary, or the PNG name was written before.
+        """
+        listed = [int(segment["id"]) for segment in segments]
+        ids, areas = np.unique(id_map, return_counts=True)
+        area_of = {int(i): int(a) for i, a in zip(ids, areas, strict=True) if i != 0}
+        if sorted(listed) != sorted(area_of):
+            raise ValueError(
+                f"Image {image_id}: the map holds the ids {sorted(area_of)[:8]} but {listed[:8]} "
+                "are listed; list every non-zero id of the map exactly once."
+            )
+        infos = []
+        for segment in segments:
+            info = {
+                "id": int(segment["id"]),
+                "category_id": self._checked(int(segment["label"]), image_id),
+                "area": area_of[int(segment["id"])],
+                "bbox": bounding_box(id_map == segment["id"]),
+                "iscrowd": int(segment.get("iscrowd", 0)),
+            }
+            if "score" in segment:
+                info["score"] = round(float(segment["score"]), 5)
+            infos.append(info)
+        png = self._png(self.png_folder, f"{result}.png" if result else file_name)
+        Image.fromarray(ids_to_rgb(id_map)).save(self.png_folder / png)
+        entry = {"image_id": _id(image_id), "file_name": png, "segments_info": infos}
+        self._json.append(entry, "annotations")
+        self._json.append(_image(image_id, file_name, np.shape(id_map)), "images")
+
+
+class InstanceWriter(_Writer):
+    """A list of {image_id, file_name, category_id, segmentation, score}, and its manifest.
+
+    Without boxes: pycocotools' `loadRes` would take their areas for those of the masks.
+
+    Attributes:
+      json_path: of the list.
+    """
+
+    def __init__(self, json_path: str | os.PathLike[str], vocabulary: Vocabulary):
+        """Opens the files; their folder is made.
+
+        Args:
+          json_path: of the list.
+          vocabulary: maps class indices to the data set's category ids.
+        """
+        super().__init__(vocabulary)
+        self.json_path = pathlib.Path(json_path)
+        manifest = self.json_path.with_suffix(".manifest.json")
+        self._manifest = self._open(manifest, self._head("instance", "run_lengths"), "images")
+        self._json = self._open(self.json_path, None)
+
+    def add(
+        self,
+        image_id: ImageId,
+        file_name: str,
+        size: Sequence[int],
+        labels: Sequence[int],
+        scores: Sequence[float],
+        codes: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Writes the n instances of one image; scores keep all digits, as ties decide AP.
+
+        Args:
+          image_id: as in the ground truth json.
+          file_name: of the image.
+          size: its (height, width).
+          labels: n class indices.
+          scores: n finite numbers.
+          codes: n masks, as `encode_rle` has them.
+
+        Raises:
+          ValueError: if a label is outside the vocabulary or a score is not finite.
+        """
+        for label, score, code in zip(labels, scores, codes, strict=True):
+            category = self._checked(int(label), image_id)
+            if not math.isfinite(score):
+                raise ValueError(f"Image {image_id} has an instance of score {score}.")
+            entry = {"image_id": _id(image_id), "file_name": file_name, "category_id": category}
+            self._json.append(entry | {"segmentation": dict(code), "score": float(score)})
+        self._manifest.append(_image(image_id, file_name, size), "images")
+
+
+class SemanticWriter(_Writer):
+    """Label maps `<folder>/*.png` of one channel, and the manifest `<folder>.json`.
+
+    Pixels are the data set's category ids, uint8 with 255 for void where every id is below 255,
+    else uint16 with 65535; of ids that do not fit, positions in the list of categories.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], vocabulary: Vocabulary):
+        """Makes the folder.
+
+        Args:
+          folder: of the maps.
+          vocabulary: maps class indices to category ids.
+        """
+        super().__init__(vocabulary)
+        self.folder = pathlib.Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        values: Sequence[int] = vocabulary.category_ids
+        fits = min(values) >= 0 and max(values) < 65535
+        values = values if fits else range(len(vocabulary))
+        dtype = np.uint8 if max(values) < 255 else np.uint16
+        # The last entry is void, which index -1 reads.
+        self._values = np.array([*values, np.iinfo(dtype).max], dtype)
+        head = self._head("semantic", "category_ids" if fits else "indices")
+        manifest = self.folder.with_name(f"{self.folder.name}.json")
+        self._json = self._open(manifest, {**head, "void": int(self._values[-1])}, "images")
+
+    def add(
+        self, image_id: ImageId, file_name: str, labels: np.ndarray, *, result: str = ""
+    ) -> None:
+        """Writes one image.
+
+        Args:
+          image_id: as in the ground truth.
+          file_name: of the image; the PNG takes its folders and stem.
+          labels: [H, W] ints, class indices or -1 for void.
+          result: name of the PNG without its extension, if not the image's.
+
+        Raises:
+          ValueError: if a label is no class, or the PNG name was written before.
+        """
+        labels = np.asarray(labels)
+        present, areas = np.unique(labels, return_counts=True)
+        if labels.size and not -1 <= present[0] <= present[-1] < len(self._vocabulary):
+            raise ValueError(
+                f"{file_name} has labels from {present[0]} to {present[-1]}; they must be class "
+                f"indices of the vocabulary of {len(self._vocabulary)}, or -1."
+            )
+        png = self._png(self.folder, f"{result}.png" if result else file_name)
+        Image.fromarray(self._values[labels]).save(self.folder / png)
+        classes = [
+            {"id": int(self._vocabulary.category_ids[k]), "name": self._vocabulary.names[k]}
+            | {"area": int(area)}
+            for k, area in zip(present.tolist(), areas, strict=True)
+            if k >= 0
+        ]
+        entry = _image(image_id, file_name, labels.shape) | {"map": png, "classes": classes}
+        self._json.append(entry, "images")

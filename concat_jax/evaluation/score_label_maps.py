@@ -1,0 +1,308 @@
+"""Semantic IoU of label maps in folders, or of what panoptic files say of each pixel's class.
+
+Whether a map's pixels are category ids or positions no map says: the manifest beside ours does, a
+flag may, and where neither does the pixels themselves are asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from concat_jax.core.coco import ImageId, PanopticFile, read_panoptic
+from concat_jax.core.files import FileError, open_image
+from concat_jax.core.mask_codes import read_id_map, segment_rows
+from concat_jax.core.prefetch import prefetch
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.evaluation.result_files import classes_of, pair_images, read_manifest
+from concat_jax.evaluation.score_files import (
+    Path,
+    check_sizes,
+    panoptic_vocabulary,
+    png_folder,
+)
+from concat_jax.evaluation.semantic_iou import SemanticIoU
+
+LABEL_FILES = (".png", ".tif", ".tiff", ".bmp")
+# What label maps hold for "no class" when nothing else is said: the last value of 8 and 16 bits.
+IGNORED_VALUES = (255, 65535)
+VOID = -1
+_UNKNOWN = -2
+
+
+@dataclasses.dataclass
+class _Maps:
+    """Label maps of one side.
+
+    Attributes:
+      path: for sentences.
+      names: map to the name it is paired by.
+      read: map to its labels [H, W]: classes, `VOID`, or `_UNKNOWN` where a pixel means nothing.
+      reread: the same read in the other way, ids as positions or positions as ids; None where it
+        is said how they are meant.
+      flag: of the other reading.
+      png: map to its file.
+    """
+
+    path: pathlib.Path
+    names: dict[Any, str]
+    read: Callable[[Any], np.ndarray]
+    png: Callable[[Any], pathlib.Path]
+    reread: Callable[[Any], np.ndarray] | None = None
+    flag: str = ""
+
+
+def score_semantic(
+    annotations: Path,
+    predictions: Path,
+    vocabulary: Vocabulary | None = None,
+    *,
+    annotation_folder: Path | None = None,
+    prediction_folder: Path | None = None,
+    annotation_values: str = "",
+    prediction_values: str = "",
+    ignored_values: Sequence[int] = IGNORED_VALUES,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict, Vocabulary]:
+    """Semantic IoU of label maps, or of what panoptic files say of each pixel's class.
+
+    Args:
+      annotations, predictions: each a folder of label maps, whose names are the images', or a COCO
+        panoptic json. Both must hold the same images.
+      vocabulary: the label space; may be None where the annotations are a panoptic json.
+      annotation_folder, prediction_folder: of a panoptic json's PNGs.
+      annotation_values, prediction_values: whether a folder's pixels are category ids ("ids") or
+        positions in the vocabulary ("indices"). "" reads the manifest beside the folder, and
+        without one takes them for ids, unless they agree better as positions: that is refused.
+      ignored_values: pixel values that are no class: ignored in annotations, nothing predicted in
+        predictions. A class of that value remains a class.
+      on_progress: called with (images done, images in all).
+
+    Returns:
+      `SemanticIoU.summarize` with "images" and "notes", and the vocabulary.
+
+    Raises:
+      ValueError: as `score_panoptic`, or if a pixel is neither a class nor ignored.
+    """
+    notes: list[str] = []
+    if not pathlib.Path(annotations).is_dir():
+        file = read_panoptic(annotations)
+        vocabulary = panoptic_vocabulary(file, vocabulary)
+        truth = _panoptic_maps(file, annotation_folder, vocabulary.index_of_category)
+    elif vocabulary is None:
+        raise FileError(f"Label maps as those in {annotations} name no classes; give --split.")
+    else:
+        truth = _folder_maps(
+            annotations, "annotation", annotation_values, vocabulary, ignored_values, notes
+        )
+    if pathlib.Path(predictions).is_dir():
+        found = _folder_maps(
+            predictions, "prediction", prediction_values, vocabulary, ignored_values, notes
+        )
+    else:
+        file = read_panoptic(predictions, prediction=True)
+        class_of, note = classes_of(file.path, file.categories, vocabulary)
+        notes.append(note)
+        found = _panoptic_maps(file, prediction_folder, class_of)
+    pairs = _pair_maps(truth, found)
+    counts, agreement = SemanticIoU(len(vocabulary)), _Agreement()
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+
+    def score(number: int) -> tuple[SemanticIoU, dict[str, int]]:
+        one, other = pairs[number]
+        labels = truth.read(one), found.read(other)
+        check_sizes(*labels, truth.png(one), found.png(other))
+        own = SemanticIoU(len(vocabulary))
+        own.update(*labels, void=VOID)
+        agree = {"": int(np.trace(own.confusion))}
+        for side, key, fixed in ((truth, one, labels[1]), (found, other, labels[0])):
+            if side.reread:
+                again = side.reread(key)
+                agree[side.flag] = int(((again == fixed) & (fixed >= 0)).sum())
+        return own, agree
+
+    for done, (own, agree) in enumerate(
+        prefetch(score, 0, len(pairs), depth=2 * workers, num_threads=workers), start=1
+    ):
+        counts.merge(own)
+        agreement.add(agree)
+        if on_progress:
+            on_progress(done, len(pairs))
+    agreement.check(int(counts.confusion.sum() + counts.unnamed.sum()), (truth, found))
+    summary = counts.summarize(vocabulary)
+    return {**summary, "images": len(pairs), "notes": [*filter(None, notes)]}, vocabulary
+
+
+class _Agreement:
+    """Pixels that agree as the maps were read, and would in another reading."""
+
+    def __init__(self):
+        self._pixels: dict[str, int] = {}
+
+    def add(self, pixels: Mapping[str, int]) -> None:
+        """Adds one image's."""
+        for flag, number in pixels.items():
+            self._pixels[flag] = self._pixels.get(flag, 0) + number
+
+    def check(self, annotated: int, sides: Sequence[_Maps]) -> None:
+        """Refuses a reading where another one, that nobody has ruled out, agrees better."""
+        for side in sides:
+            other = self._pixels.get(side.flag, 0)
+            if side.reread and other > self._pixels[""]:
+                shares = (100 * n / max(annotated, 1) for n in (self._pixels[""], other))
+                raise FileError(
+                    f"Read as category ids, the pixels of {side.path} agree at {next(shares):.1f} "
+                    f"%, as positions in the split at {next(shares):.1f} %: give {side.flag}, or "
+                    f"{side.flag.replace('indices', 'ids')} if they are ids."
+                )
+
+
+def _pair_maps(truth: _Maps, found: _Maps) -> list[tuple[Any, Any]]:
+    sides = []
+    for side in (truth, found):
+        by_name = {_bare(name): key for key, name in side.names.items()}
+        if len(by_name) < len(side.names):
+            raise FileError(f"Two label maps in {side.path} differ in their extension only.")
+        sides.append(by_name)
+    names = [dict.fromkeys(side) for side in sides]
+    for side in names:
+        side.update((name, name) for name in side)
+    paired, _ = pair_images(*names, truth.path, found.path)
+    return sorted(((sides[0][one], sides[1][other]) for other, one in paired.items()), key=str)
+
+
+def _bare(name: str) -> str:
+    return pathlib.PurePath(name).with_suffix("").as_posix()
+
+
+def _panoptic_maps(file: PanopticFile, folder: Path | None, class_of: Mapping[int, int]) -> _Maps:
+    pngs = png_folder(file, folder)
+
+    def png(image_id: ImageId) -> pathlib.Path:
+        return pngs / file.annotations[image_id].file_name
+
+    def read(image_id: ImageId) -> np.ndarray:
+        one, path = file.annotations[image_id], png(image_id)
+        rows = segment_rows(read_id_map(path, file.path), one.ids, path, file.path)
+        unknown = [category for category in one.category_ids if category not in class_of]
+        if unknown:
+            raise FileError(
+                f"A segment of {path} has the category {unknown[0]} in {file.path}, which is not "
+                "among the classes that are scored."
+            )
+        return np.array([VOID, *(class_of[category] for category in one.category_ids)])[rows]
+
+    return _Maps(file.path, {i: a.file_name for i, a in file.annotations.items()}, read, png)
+
+
+def _folder_maps(
+    folder: Path,
+    side: str,
+    values: str,
+    vocabulary: Vocabulary,
+    ignored: Sequence[int],
+    notes: list[str],
+) -> _Maps:
+    """Label maps of a folder and the folders in it.
+
+    Args:
+      folder: of the maps.
+      side: "annotation" or "prediction", as the flags say.
+      values: "ids", "indices", or "" where nobody says.
+      vocabulary: the label space.
+      ignored: values of no class.
+      notes: gets a sentence where the manifest's categories are told by name.
+    """
+    folder = pathlib.Path(folder)
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in LABEL_FILES and not file.name.startswith("._")
+    )
+    if not files:
+        raise FileError(f"The folder {folder} holds no label map ({', '.join(LABEL_FILES)}).")
+    names = {file: file.relative_to(folder).as_posix() for file in files}
+    flag = f"--{side}_values=indices"
+    positions = dict(enumerate(range(len(vocabulary))))
+    ids = vocabulary.index_of_category
+    manifest = None if values else read_manifest(folder, "semantic")
+    if manifest is not None:
+        class_of, note = classes_of(manifest.path, manifest.categories, vocabulary)
+        notes.append(note)
+        if manifest.pixels == "indices":
+            class_of = {k: class_of[i] for k, i in enumerate(manifest.categories)}
+        lookup = _lookup(class_of, [manifest.void])
+        unlisted = [file for file, name in names.items() if name not in manifest.maps]
+        if unlisted:
+            raise FileError(
+                f"{manifest.path} does not list {unlisted[0]}; remove what earlier runs left."
+            )
+        sources = {f: manifest.images[manifest.maps[n]].file_name for f, n in names.items()}
+        if len({_bare(name) for name in sources.values()}) == len(files):
+            names = sources
+        flag = ""
+    else:
+        lookup = _lookup(positions if values == "indices" else ids, ignored)
+    other = _lookup(positions, ignored)
+
+    def read(file: pathlib.Path) -> np.ndarray:
+        pixels = read_label_map(file)
+        labels = _look_up(lookup, pixels)
+        wrong = labels == _UNKNOWN
+        if wrong.any():
+            value = int(pixels[wrong][0])
+            fits = not values and flag and not (_look_up(other, pixels) == _UNKNOWN).any()
+            hint = (
+                f"give {flag} if pixels are positions in the split"
+                if fits
+                else (f"check the split, or give --ignore={','.join(map(str, [value, *ignored]))}")
+            )
+            what = "a position in" if values == "indices" else "a category id of"
+            raise FileError(
+                f"{file} holds the value {value}, which is neither {what} the split nor ignored; "
+                f"{hint}."
+            )
+        return labels
+
+    def reread(file: pathlib.Path) -> np.ndarray:
+        return _look_up(other, read_label_map(file))
+
+    asks = not values and manifest is None
+    return _Maps(folder, names, read, lambda file: file, reread if asks else None, flag)
+
+
+def _lookup(class_of: Mapping[int, int], ignored: Sequence[int | None]) -> np.ndarray:
+    """Pixel value to class index or `VOID`; `_UNKNOWN` where a value means nothing."""
+    lookup = np.full(max(*class_of, *ignored, 0) + 2, _UNKNOWN, np.int32)
+    lookup[list(ignored)] = VOID
+    lookup[list(class_of)] = list(class_of.values())
+    return lookup
+
+
+def _look_up(lookup: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    # The last entry is unknown.
+    return lookup[np.where((pixels >= 0) & (pixels < len(lookup)), pixels, len(lookup) - 1)]
+
+
+def read_label_map(path: pathlib.Path) -> np.ndarray:
+    """Decodes a map of labels, 8 or 16 bits a pixel (a palette's indices, not its colours).
+
+    Returns:
+      [H, W] integers.
+
+    Raises:
+      FileError: if it is missing or damaged, or has colours.
+    """
+    with open_image(path) as image:
+        image.load()
+        labels = np.asarray(image)
+    if labels.ndim != 2 or not (labels.dtype == bool or np.issubdtype(labels.dtype, np.integer)):
+        raise FileError(
+            f"{path} has the mode {image.mode}; a label map has one channel of 8 or 16 bits."
+        )
+    return labels.astype(np.uint8) if labels.dtype == bool else labels

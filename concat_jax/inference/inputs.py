@@ -1,0 +1,159 @@
+"""Inputs of a command as files: every one is an image to take, passed over with a word, or failed.
+
+Of images that lie in several folders the names keep the folders below the one they share, so that
+`cam1/1.jpg` and `cam2/1.jpg` stay apart; a data set's annotations give names and ids of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
+
+from concat_jax.core.coco import ImageId, read_images
+from concat_jax.core.files import FileError, read_json
+from concat_jax.inference.images import OVERLAY_SUFFIX, SUFFIXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the arguments of a command stand for.
+
+    Attributes:
+      paths: images to take, each file once, in order.
+      skipped: a sentence for each group of files that are passed over, and how many they are.
+      failures: a sentence for every argument or link that stands for no file.
+    """
+
+    paths: list[Path]
+    skipped: list[tuple[str, int]]
+    failures: list[str]
+
+    @property
+    def num_skipped(self) -> int:
+        """Files that are passed over."""
+        return sum(number for _, number in self.skipped)
+
+
+def find_images(arguments: Sequence[str]) -> Inputs:
+    """Files of the command line's arguments: files, folders and globs.
+
+    A folder stands for the images directly in it. Pictures of earlier runs, and the `._` files that
+    macOS leaves on foreign disks, are passed over unless they are named.
+    """
+    taken: dict[Path, Path] = {}
+    skipped: list[tuple[str, int]] = []
+    failures: list[str] = []
+    for argument in arguments:
+        path, is_pattern = Path(argument), False
+        if path.is_dir():
+            found = [child for child in sorted(path.iterdir()) if _is_image(child)]
+            inner = [(folder, n) for folder, n in _folders_of_images(path) if n]
+            skipped += [
+                (f"{folder} is a folder in {path}; name it, or give {path}/**/*.jpg.", number)
+                for folder, number in inner
+            ]
+            if not found and not inner:
+                failures.append(f"{argument} holds no image.")
+        elif os.path.lexists(path):
+            found = [path]
+        else:
+            is_pattern = glob.has_magic(argument)
+            found = sorted(map(Path, glob.glob(argument, recursive=True))) if is_pattern else []
+            found = [file for file in found if not file.is_dir()]
+            if not found:
+                what = "matches no file" if is_pattern else "does not exist"
+                failures.append(f"{argument} {what}.")
+        if path.is_dir() or is_pattern:
+            for files, what in (
+                ([f for f in found if f.name.startswith("._")], "a file of macOS, no image"),
+                ([f for f in found if f.name.endswith(OVERLAY_SUFFIX)], "of an earlier run"),
+            ):
+                skipped += [(f"{file} is {what}.", 1) for file in files]
+                found = [file for file in found if file not in files]
+        for file in found:
+            if not file.exists():
+                failures.append(f"{file} is a link to nothing.")
+                continue
+            first = taken.setdefault(file.resolve(), file)
+            if first is not file:
+                skipped.append((f"{file} is the same file as {first}.", 1))
+    return Inputs(list(taken.values()), skipped, failures)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+
+
+def _folders_of_images(folder: Path) -> Iterator[tuple[Path, int]]:
+    for child in sorted(folder.iterdir()):
+        if child.is_dir():
+            names = (PurePath(name) for _, _, files in os.walk(child) for name in files)
+            yield (
+                child,
+                sum(
+                    name.suffix.lower() in SUFFIXES
+                    and not name.name.startswith("._")
+                    and not name.name.endswith(OVERLAY_SUFFIX)
+                    for name in names
+                ),
+            )
+
+
+def source_names(paths: Sequence[Path]) -> list[str]:
+    """File names of images as results quote them, below the folder that all of them share."""
+    parents = {path.absolute().parent for path in paths}
+    if len(parents) < 2:
+        return [path.name for path in paths]
+    root = os.path.commonpath(parents)
+    return [path.absolute().relative_to(root).as_posix() for path in paths]
+
+
+def image_ids(names: Sequence[str]) -> list[int]:
+    """Ids for COCO json: the numbers that all the names are, as COCO's files', or 1, 2, 3..."""
+    if all(name.isascii() and name.isdigit() for name in names):
+        ids = [int(name) for name in names]
+        if len(set(ids)) == len(ids):
+            return ids
+    return list(range(1, len(names) + 1))
+
+
+def data_set_names(
+    paths: Sequence[Path], annotations: str | os.PathLike[str]
+) -> tuple[list[str], list[ImageId]]:
+    """File names and ids of images in a data set.
+
+    Args:
+      paths: of the images.
+      annotations: a COCO json with "images", whose file names end the paths.
+
+    Raises:
+      FileError: if an image is not listed, or cannot be told from another.
+    """
+    content = read_json(annotations)
+    if not isinstance(content, dict):
+        raise FileError(f"{annotations} is no COCO json with 'images'.")
+    images = read_images(Path(annotations), content)
+    by_end: dict[str, list[tuple[str, ImageId]]] = {}
+    for image in images.values():
+        by_end.setdefault(PurePath(image.file_name).name, []).append((image.file_name, image.id))
+    names, ids = [], []
+    for path in paths:
+        parts = path.absolute().parts
+        found = [
+            (name, number)
+            for name, number in by_end.get(path.name, [])
+            if parts[-len(PurePath(name).parts) :] == PurePath(name).parts
+        ]
+        if len(found) != 1:
+            what = f"{len(found)} images" if found else "no image"
+            raise FileError(f"{path} fits {what} of {annotations}, by the file names there.")
+        names.append(found[0][0])
+        ids.append(found[0][1])
+    if len(set(ids)) < len(ids):
+        double = next(number for number in ids if ids.count(number) > 1)
+        first, second = (p for p, number in zip(paths, ids, strict=True) if number == double)
+        raise FileError(f"{first} and {second} both fit the image {double} of {annotations}.")
+    return names, ids
