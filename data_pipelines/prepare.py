@@ -3,11 +3,11 @@
     python -m data_pipelines.prepare coco_panoptic_zps --root=/path/to/coco
     python -m data_pipelines.prepare coco_panoptic_zps --root=/path/to/coco --out=SHARDS --workers=8
 
-The first checks the layout, prints a count table by part, split and class, and runs the leak test
-on what training would use. The second also decodes every image and writes TFRecord shards, in
-parallel; a command that was stopped goes on where it stood when it is given again. Training reads
-them with --config.data.kind=shards --config.data.root=SHARDS, and anybody's tf.data program with
-`tfds.builder_from_directory(SHARDS).as_dataset()`.
+The first checks the layout and every image's size, prints a count table by part, split and class,
+and runs the leak test on what training would use. The second decodes every image and writes
+TFRecord shards, in parallel; a command that was stopped goes on where it stood when it is given
+again. Training reads them with --config.data.kind=shards --config.data.root=SHARDS, and anybody's
+tf.data program with `tfds.builder_from_directory(SHARDS).as_dataset()`.
 
 A training part is packed as training may see it (--unseen), an evaluation part whole.
 """
@@ -21,12 +21,21 @@ from pathlib import Path
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
+from concat_jax.core.files import FileError
 from data_pipelines.count_table import PartCounts, count_part, format_classes, format_parts
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.shards.build import IMAGES_PER_SHARD, build_shards
 from data_pipelines.shards.tfds_metadata import is_tfds_installed, write_tfds_metadata
+from data_pipelines.sources.pictures import check_headers
 from data_pipelines.sources.registry import DATASETS, open_source
-from data_pipelines.sources.source import UNSEEN_IMAGES, Source, UnseenImages, treat_unseen
+from data_pipelines.sources.source import (
+    UNSEEN_IMAGES,
+    DataError,
+    FolderSource,
+    Source,
+    UnseenImages,
+    treat_unseen,
+)
 
 
 def prepare(
@@ -60,8 +69,8 @@ def prepare(
       Part to its counts.
 
     Raises:
-      DataError: for a wrong layout, files that are missing or damaged, a leak, or shards in `out`
-        that were begun with something else.
+      FileError: for a wrong layout, files that are missing or damaged, a part of which nothing is
+        left, a leak, or shards in `out` that were begun with something else.
       ValueError: for an argument out of range.
     """
     treatments = _treatments(dataset, parts, unseen)
@@ -77,7 +86,13 @@ def prepare(
     vocabulary = next(iter(sources.values())).vocabulary
     print(format_classes(vocabulary, counts), format_parts(vocabulary, counts), sep="\n\n")
     for part, source in sources.items():
+        _check_something_is_left(part, counts[part])
         print(_test_leak(part, source, treatments[part]), flush=True)
+        left_out = getattr(source, "skipped", 0)
+        if out is None:
+            left_out += _check_images(part, source, skips[part])
+        if left_out:
+            print(f"{part}: {left_out} images cannot be used and are left out of training.")
     if out is None:
         return counts
     for part, source in sources.items():
@@ -107,6 +122,36 @@ def prepare(
             "again."
         )
     return counts
+
+
+def _check_something_is_left(part: str, counts: PartCounts) -> None:
+    if counts.kept_images:
+        return
+    if not counts.class_segments.any():
+        raise DataError(
+            f"Not one of the {counts.images} images of {part} has a segment, so there is nothing "
+            "to learn or score; check that the annotation lists segments."
+        )
+    raise DataError(
+        f"Every one of the {counts.images} images of {part} shows unseen classes"
+        f"{' alone' if counts.unseen == 'void' else ''}, so none is left to train on with "
+        f"--unseen={counts.unseen}; give {'--unseen=void, or ' if counts.unseen == 'drop' else ''}"
+        "another --split."
+    )
+
+
+def _check_images(part: str, source: FolderSource, skips: bool) -> int:
+    # How many cannot be used.
+    faults: list[FileError] = []
+
+    def on_fault(error: FileError) -> None:
+        if not skips:
+            raise error
+        print(f"Left out: {error}")
+        faults.append(error)
+
+    check_headers(source, part, on_fault)
+    return len(faults)
 
 
 def _test_leak(part: str, source: Source, treatment: UnseenImages) -> str:

@@ -25,7 +25,7 @@ def coco(monkeypatch):
     """Ten images, of which training uses the first four; remembers the part that is read."""
     read = []
 
-    def training_part(data, batch_size, *, seed):
+    def training_part(data, *, seed):
         read.append(data["train_part"])
         return types.SimpleNamespace(
             records=[types.SimpleNamespace(image_id=10 + i) for i in range(10)],

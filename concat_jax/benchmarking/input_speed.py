@@ -25,7 +25,7 @@ from data_pipelines import augment, placement
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.shards.build import build_shards
 from data_pipelines.shards.source import ShardSource
-from data_pipelines.sources.coco_layout import open_picture
+from data_pipelines.sources.pictures import open_picture
 from data_pipelines.sources.registry import open_source
 from data_pipelines.sources.source import ImageRecord, Source
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import functools
+import itertools
 import logging
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from concat_jax.core.progress import Progress
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.shards import files as shard_files
@@ -37,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 # Of a shard by default: 100 MB of COCO, as TFDS advises; half a minute's work to lose to a kill.
 IMAGES_PER_SHARD = 500
-# Seconds between two lines of progress.
-REPORT_EVERY = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +124,10 @@ def build_shards(
         flush=True,
     )
     work = _Work(folder, identity, source, treated, skip_bad)
-    _run(work, jobs, min(workers, len(jobs)))
+    try:
+        _run(work, jobs, min(workers, len(jobs)))
+    finally:
+        shard_files.remove_partials(folder, identity)  # of workers that were interrupted
     indices = [shard_files.read_index(folder, identity, i) for i in range(identity.num_shards)]
     records = [record for index in indices for record in index.records]
     if not records:
@@ -253,17 +253,17 @@ class _Work:
 
 
 def _run(work: _Work, jobs: list[tuple[int, np.ndarray]], workers: int) -> None:
-    progress = _Progress(work.identity.part, sum(len(p) for _, p in jobs), len(jobs))
-    if workers <= 1:
-        for number, job in enumerate(jobs):
-            work.write(*job, on_record=functools.partial(progress.add, shards=number))
-    else:
+    progress = Progress(work.identity.part, 0, sum(len(p) for _, p in jobs), every=5.0)
+    if workers > 1:
         _run_in_processes(work, jobs, workers, progress)
-    progress.finish()
+        return
+    done = itertools.count(1)
+    for number, job in enumerate(jobs):
+        work.write(*job, lambda shards=number: progress.tick(next(done), {"shards": shards}))
 
 
 def _run_in_processes(
-    work: _Work, jobs: list[tuple[int, np.ndarray]], workers: int, progress: _Progress
+    work: _Work, jobs: list[tuple[int, np.ndarray]], workers: int, progress: Progress
 ) -> None:
     # A new interpreter for each: a fork would copy the locks of threads that do not come along.
     context = multiprocessing.get_context("spawn")
@@ -277,7 +277,7 @@ def _run_in_processes(
                     done, pending = futures.wait(pending, 0.5, futures.FIRST_COMPLETED)
                     for future in done:
                         future.result()
-                    progress.show(counter.value, len(jobs) - len(pending))
+                    progress.tick(counter.value, {"shards": len(jobs) - len(pending)})
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -286,41 +286,6 @@ def _run_in_processes(
             "A process that wrote shards was killed, perhaps for want of memory; finished shards "
             "are kept: run the same command again, with fewer --workers."
         ) from error
-
-
-class _Progress:
-    """Lines of progress: images, shards, images a second, the time left."""
-
-    def __init__(self, part: str, images: int, shards: int):
-        self._part, self._total, self._shards = part, images, shards
-        self._begin = self._last = time.monotonic()
-        self._images = 0
-
-    def add(self, *, shards: int) -> None:
-        """One image more, while so many shards are finished."""
-        self.show(self._images + 1, shards)
-
-    def show(self, images: int, shards: int) -> None:
-        """Prints a line if one is due."""
-        self._images, now = images, time.monotonic()
-        if images and now - self._last >= REPORT_EVERY:
-            self._last, rate = now, images / (now - self._begin)
-            left = datetime.timedelta(seconds=round((self._total - images) / rate))
-            print(
-                f"{self._part}: {images} of {self._total} images, {shards} of {self._shards} "
-                f"shards, {rate:.1f}/s, ETA {left}",
-                flush=True,
-            )
-
-    def finish(self) -> None:
-        """Prints the total."""
-        if self._total:
-            seconds = time.monotonic() - self._begin
-            print(
-                f"{self._part}: {self._total} images in {self._shards} shards, "
-                f"{self._total / seconds:.1f}/s",
-                flush=True,
-            )
 
 
 # What a worker process keeps from its start to its end: the work, and the count of images.

@@ -12,22 +12,21 @@ without parsing records. Every file appears under its name only when it is whole
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import json
-import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 from PIL import Image
 
+from concat_jax.core.files import FileError, replacing
 from data_pipelines.id_runs import encode_runs
 from data_pipelines.shards import tfrecord
 from data_pipelines.sources.source import DataError, ImageRecord, Source
@@ -158,8 +157,8 @@ def manifests(folder: Path) -> list[tuple[Identity, dict[str, Any] | None]]:
 def write_manifest(folder: Path, identity: Identity, result: Mapping[str, Any] | None) -> None:
     """Writes what `read_manifest` returns, whole or not at all."""
     content = {"format": FORMAT, "identity": dataclasses.asdict(identity), "result": result}
-    with _replacing(manifest_path(folder, identity.part)) as file:
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
+    with replacing(manifest_path(folder, identity.part)) as partial:
+        partial.write_bytes(json.dumps(content, indent=1).encode() + b"\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,11 +207,12 @@ def write_shard(
       DataError: from `read`.
     """
     kept, payloads, images, id_maps, skipped = [], [], [], [], {}
-    with _replacing(shard_path(folder, identity, index)) as file:
+    path = shard_path(folder, identity, index)
+    with replacing(path) as partial, partial.open("wb") as file:
         for record in records:
             try:
                 image, ids = read(record)
-            except DataError as error:
+            except FileError as error:
                 if not skip_bad:
                     raise
                 skipped[record.file_name] = str(error)
@@ -257,8 +257,8 @@ def write_shard(
         "skipped": skipped,
         "crc32": _checksum(arrays),
     }
-    with _replacing(index_path(folder, identity, index)) as file:
-        file.write(safetensors.numpy.save(arrays, {"shard": _json(metadata)}))
+    with replacing(index_path(folder, identity, index)) as partial:
+        partial.write_bytes(safetensors.numpy.save(arrays, {"shard": _json(metadata)}))
 
 
 def read_index(folder: Path, identity: Identity, index: int) -> ShardIndex:
@@ -353,20 +353,6 @@ def remove_partials(folder: Path, identity: Identity) -> None:
     for path in folder.glob("*.partial"):
         if path.name.startswith((f"{part}.", f"{part}-", f"{identity.dataset}-{part}.")):
             path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    # The process's number keeps two commands in one folder from writing into the same file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:

@@ -100,7 +100,7 @@ class ShardSource:
         (first, last), (first_id, last_id) = index.images[row], index.id_maps[row]
         image = Image.open(io.BytesIO(payload[first:last]))
         image.load()
-        # As `coco_layout.read_image` treats the file itself.
+        # As `pictures.open_picture` treats the file itself.
         ImageOps.exif_transpose(image, in_place=True)
         dtype = np.uint8 if self._identity.id_bits == 8 else np.uint16
         try:

@@ -8,118 +8,164 @@ The layout is COCO 2017's; any data set with the same three parts and a split fi
     root/annotations/panoptic_train2017/*.png    or    root/panoptic_train2017/*.png
 
 ADE20K's panoptic files, as Mask2Former's `datasets/prepare_ade20k_pan_seg.py` makes them, hold the
-same in other places.
+same in other places. Every file is checked against the others, so that a broken download or a slip
+in a converter is one sentence with a file name in it.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import logging
 import os
 import pathlib
 
 import numpy as np
 from PIL import Image
 
-from data_pipelines.labels import load_label_space
-from data_pipelines.sources.coco_layout import Layout, find_layout, read_image, read_records
-from data_pipelines.sources.source import DataError, ImageRecord
+from concat_jax.core.coco import PanopticFile, check_categories, read_panoptic
+from concat_jax.core.mask_codes import read_id_map, segment_rows
+from concat_jax.core.vocabulary import Vocabulary
+from data_pipelines.sources.pictures import check_end, check_presence, read_picture
+from data_pipelines.sources.source import DataError, ImageRecord, image_number
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where one part of a data set lies: images folder, panoptic PNG folder, annotation file."""
+
+    images: pathlib.Path
+    pngs: pathlib.Path
+    json_path: pathlib.Path
 
 
 class CocoPanopticSource:
-    """One part (train2017, val2017) of a data set in COCO's panoptic layout; a `FolderSource`.
+    """One part of a data set in COCO's panoptic format; a `FolderSource`.
 
     Attributes:
-      vocabulary: the split's label space.
-      records: every annotated image, by ascending image id; source_ids are the segments' ids, R +
-        256 G + 65536 B of their pixels in the PNG.
+      vocabulary: the label space.
+      records: every annotated image, by ascending image id: the JSON's integers, or `image_number`
+        of its texts. source_ids are the segments' ids, R + 256 G + 65536 B of their pixels.
       layout, images_folder: where the files are.
     """
 
     def __init__(
         self,
-        root: str | os.PathLike[str],
+        layout: Layout,
+        vocabulary: Vocabulary,
         *,
-        part: str = "train2017",
-        split_file: str | os.PathLike[str] = "coco_panoptic_119_14",
+        own_names: bool = False,
+        hidden_segments: bool = False,
     ):
-        """Reads the JSON and checks it, the layout and the presence of every file.
+        """Reads the JSON and checks it and the presence of every file.
 
         Args:
-          root: the folder with the layout of the module's docstring.
-          part: name of the images folder; the other two names follow from it.
-          split_file: a split or vocabulary file's path, or the name of one that ships.
+          layout: where the files are.
+          vocabulary: its ids, names and things must be those of the JSON's categories.
+          own_names: the JSON may call categories by other names.
+          hidden_segments: segments of the JSON without a pixel in the PNG are not a fault: what
+            made the files painted others over them.
 
         Raises:
-          DataError: if a part of the layout or a file is missing, or the JSON is inconsistent, in
-            itself or with the split.
-          ValueError: if the split file is not valid.
+          FileError: if the JSON is inconsistent, in itself or with the vocabulary, or names a file
+            that is not on disk.
         """
-        self.vocabulary = load_label_space(split_file)
-        self.layout = find_layout(root, part)
-        self.images_folder = self.layout.images
-        self.records = read_records(self.layout, self.vocabulary)
+        self.vocabulary, self.layout, self.images_folder = vocabulary, layout, layout.images
+        self._hidden_segments = hidden_segments
+        content = read_panoptic(layout.json_path)
+        check_categories(layout.json_path, content.categories, vocabulary, own_names=own_names)
+        self.records = _records(content, vocabulary)
+        for what, folder, field in (
+            ("image", layout.images, "file_name"),
+            ("panoptic PNG", layout.pngs, "png_name"),
+        ):
+            names = [getattr(record, field) for record in self.records]
+            name, count = collections.Counter(names).most_common(1)[0]
+            if count > 1:
+                raise DataError(f"{layout.json_path} names the file {name} for {count} images.")
+            check_presence(what, folder, names)
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
         """As `Source.read`."""
-        return read_image(self.layout, record)
+        png, json_path = self.layout.pngs / record.png_name, self.layout.json_path
+        image = read_picture(self.images_folder, record, json_path)
+        id_map = read_id_map(png, json_path)
+        check_end(png)
+        if id_map.shape != (record.height, record.width):
+            height, width = id_map.shape
+            raise DataError(
+                f"The panoptic PNG {png} is {height}x{width} (height x width) and {json_path} says "
+                f"{record.height}x{record.width}; both must agree."
+            )
+        ids = record.source_ids.tolist()
+        return image, segment_rows(id_map, ids, png, json_path, may_hide=self._hidden_segments)
 
 
-class Ade20kPanopticSource:
-    """ADE20K's training or validation images with panoptic segments; a `FolderSource`.
+def find_layout(root: str | os.PathLike[str], part: str) -> Layout:
+    """Finds the three places of a part; the PNG folder may lie in `annotations/` or beside it.
 
-    The script paints things over stuff and lists also the stuff that is hidden altogether, so a
-    segment of a record may have no pixel. Its JSON names images by texts, which become numbers
-    (`source.image_number`), numbers classes from 0, and has names of its own for them.
-
-    Attributes:
-      vocabulary: ADE20K's 150 classes with the JSON's category ids, 0 to 149.
-      records: every annotated image, by ascending image id.
-      layout, images_folder: where the files are.
+    Raises:
+      DataError: naming the place that is missing.
     """
-
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        *,
-        part: str = "validation",
-        split_file: str | os.PathLike[str] | None = None,
-    ):
-        """Reads the JSON and checks it, the layout and the presence of every file.
-
-        Args:
-          root: the folder ADEChallengeData2016.
-          part: "training" or "validation".
-          split_file: a split whose ids are 0 to 149; None takes ADE20K's 150 classes, all unseen.
-
-        Raises:
-          DataError: if a file is missing or the JSON is inconsistent.
-          ValueError: if the split file is not valid.
-        """
-        if split_file:
-            self.vocabulary = load_label_space(split_file)
-        else:
-            shipped = load_label_space("ade20k_150")
-            ids = tuple(category - 1 for category in shipped.category_ids)
-            self.vocabulary = dataclasses.replace(shipped, category_ids=ids)
-        self.layout = _find_ade20k(pathlib.Path(root), part)
-        self.images_folder = self.layout.images
-        self.records = read_records(self.layout, self.vocabulary, own_names=True)
-
-    def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
-        """As `Source.read`."""
-        return read_image(self.layout, record, hidden_segments=True)
+    root, name = pathlib.Path(root), f"panoptic_{part}"
+    images, json_path = root / part, root / "annotations" / f"{name}.json"
+    if not root.is_dir():
+        raise DataError(f"The data set's folder {root} does not exist.")
+    if not images.is_dir():
+        raise DataError(f"The images folder {images} does not exist.")
+    if not json_path.is_file():
+        raise DataError(f"The annotation file {json_path} does not exist.")
+    for pngs in (root / "annotations" / name, root / name):
+        # An unpacker may leave an empty folder at one place and the files at the other.
+        if pngs.is_dir() and any(e.name.endswith(".png") or e.is_dir() for e in os.scandir(pngs)):
+            return Layout(images, pngs, json_path)
+    raise DataError(f"The folder {root / name} with the panoptic PNGs is missing or empty.")
 
 
-def _find_ade20k(root: pathlib.Path, part: str) -> Layout:
+def find_ade20k(root: str | os.PathLike[str], part: str) -> Layout:
+    """Finds the places of ADEChallengeData2016's "training" or "validation".
+
+    The script paints things over stuff and lists also the stuff that is hidden altogether. Its JSON
+    numbers classes from 0 and has names of its own for them.
+
+    Raises:
+      DataError: naming the place that is missing.
+    """
     name = {"training": "train", "validation": "val"}.get(part)
     if name is None:
         raise DataError(f"ADE20K has no part {part!r}; give training or validation.")
-    pngs = root / f"ade20k_panoptic_{name}"
-    layout = Layout(root / "images" / part, pngs, pngs.with_suffix(".json"))
+    pngs = pathlib.Path(root) / f"ade20k_panoptic_{name}"
+    layout = Layout(pathlib.Path(root) / "images" / part, pngs, pngs.with_suffix(".json"))
     for place in dataclasses.astuple(layout):
         if not place.exists():
-            raise DataError(
-                f"{place} does not exist; expected {root}/{{images/{part}/*.jpg, {pngs.name}.json, "
-                f"{pngs.name}/*.png}} as Mask2Former's datasets/prepare_ade20k_pan_seg.py makes it."
-            )
+            raise DataError(f"{place} does not exist.")
     return layout
+
+
+def _records(content: PanopticFile, vocabulary: Vocabulary) -> list[ImageRecord]:
+    path, index_of = content.path, vocabulary.index_of_category
+    records: dict[int, ImageRecord] = {}
+    for annotation in content.annotations.values():
+        image = content.images.get(annotation.image_id)
+        if image is None:
+            raise DataError(f"{path} annotates the image {annotation.image_id!r} and lists none.")
+        record = ImageRecord(
+            image_id=image_number(image.id, str(path)),
+            file_name=image.file_name,
+            png_name=annotation.file_name,
+            height=image.height,
+            width=image.width,
+            source_ids=np.array(annotation.ids, np.int64),
+            labels=np.array([index_of[k] for k in annotation.category_ids], np.int32),
+            is_crowd=np.array(annotation.is_crowd, bool),
+        )
+        if records.setdefault(record.image_id, record) is not record:
+            raise DataError(f"{path} has two images with the number {record.image_id}.")
+    if not records:
+        raise DataError(f"{path} annotates no image.")
+    if len(content.images) > len(records):
+        missing = len(content.images) - len(records)
+        logger.warning("%s: %d images have no annotation", path, missing)
+    return [records[image_id] for image_id in sorted(records)]

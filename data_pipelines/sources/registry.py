@@ -15,10 +15,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
+from concat_jax.core.files import FileError
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.labels import load_label_space
 from data_pipelines.sources.coco_instances import CocoInstanceSource
-from data_pipelines.sources.coco_panoptic import Ade20kPanopticSource, CocoPanopticSource
+from data_pipelines.sources.coco_panoptic import CocoPanopticSource, find_ade20k, find_layout
 from data_pipelines.sources.semantic_maps import SemanticMapSource, read_list
 from data_pipelines.sources.source import DataError, FolderSource, UnseenImages
 
@@ -67,19 +68,15 @@ def open_source(
       part: for example "train2017"; of `panoptic_folder`, any name.
       split_file: instead of the data set's own label space: a split file, a vocabulary file, or the
         name of one that ships. Of a vocabulary, which knows no split, all classes are unseen.
-      on_bad_example: "skip" leaves out label maps that cannot be used, which are read when the
-        source is made. Other files are read later, when they are needed.
+      on_bad_example: "skip" leaves out what cannot be used of label maps and of COCO's outlines,
+        which are read when the source is made. Other files are read later, when they are needed.
 
     Raises:
       ValueError: for an unknown data set or a label space that is not valid.
       DataError: for a layout that is not the data set's, with what was expected; for files that are
         missing or damaged.
     """
-    # A folder's name is an easy slip for a data set's, so all are listed.
-    if dataset not in DATASETS:
-        raise ValueError(
-            f"There is no data set {dataset!r}; the names are {', '.join(sorted(DATASETS))}."
-        )
+    _check_name(dataset)
     known, root = DATASETS[dataset], pathlib.Path(root)
     if not str(part) or pathlib.Path(part).name != str(part):
         raise DataError(f"The part {part!r} of {dataset} must be a name such as {known.parts[0]}.")
@@ -88,12 +85,12 @@ def open_source(
         split = str(root / split)
     try:
         return known.open(root, part, split, on_bad_example)
-    except DataError as error:
+    except FileError as error:
         if root.is_dir() and _is_laid_out(root, part, known):
             raise
-        message = str(error).partition("; expected ")[0].rstrip(".")
+        tree = known.tree.format(part=part)
         raise DataError(
-            f"{message}; {dataset} is expected as {root}/{{{known.tree.format(part=part)}}}."
+            f"{str(error).rstrip('.')}; {dataset} is expected as {root}/{{{tree}}}."
         ) from error
 
 
@@ -103,15 +100,21 @@ def label_space(dataset: str, split_file: str | os.PathLike[str] | None = None) 
     Raises:
       ValueError: as `open_source`, and where the label space lies in the data set's folder.
     """
+    _check_name(dataset)
+    return load_label_space(split_file or DATASETS[dataset].split_file)
+
+
+def _check_name(dataset: str) -> None:
+    # A folder's name is an easy slip for a data set's, so all are listed.
     if dataset not in DATASETS:
         raise ValueError(
             f"There is no data set {dataset!r}; the names are {', '.join(sorted(DATASETS))}."
         )
-    return load_label_space(split_file or DATASETS[dataset].split_file)
 
 
 def _is_laid_out(root: pathlib.Path, part: str, dataset: Dataset) -> bool:
-    entries = dataset.tree.format(part=part).split(",")
+    # Files may lie in folders of their own.
+    entries = dataset.tree.format(part=part).replace("/*.", "/**/*.").split(",")
     return all(
         any(any(True for _ in root.glob(pattern.strip())) for pattern in entry.split(" or "))
         for entry in entries
@@ -119,7 +122,7 @@ def _is_laid_out(root: pathlib.Path, part: str, dataset: Dataset) -> bool:
 
 
 def _open_panoptic(root, part, split_file, on_bad_example) -> FolderSource:
-    return CocoPanopticSource(root, part=part, split_file=split_file)
+    return CocoPanopticSource(find_layout(root, part), load_label_space(split_file))
 
 
 def _open_folder(root, part, split_file, on_bad_example) -> FolderSource:
@@ -128,12 +131,18 @@ def _open_folder(root, part, split_file, on_bad_example) -> FolderSource:
             f"There is no split file {root / split_file}, which lists the classes of a "
             "panoptic_folder and says which are seen; write one, or give its path."
         )
-    return CocoPanopticSource(root, part=part, split_file=split_file)
+    return _open_panoptic(root, part, split_file, on_bad_example)
 
 
 def _open_ade20k_panoptic(root, part, split_file, on_bad_example) -> FolderSource:
-    own = split_file == DATASETS["ade20k_panoptic"].split_file
-    return Ade20kPanopticSource(root, part=part, split_file=None if own else split_file)
+    vocabulary = load_label_space(split_file)
+    if split_file == DATASETS["ade20k_panoptic"].split_file:
+        # Its JSON numbers classes from 0, the vocabulary as ADE20K does.
+        ids = tuple(category - 1 for category in vocabulary.category_ids)
+        vocabulary = dataclasses.replace(vocabulary, category_ids=ids)
+    return CocoPanopticSource(
+        find_ade20k(root, part), vocabulary, own_names=True, hidden_segments=True
+    )
 
 
 def _open_maps(
@@ -172,7 +181,8 @@ def _open_zsi(root, part, split_file, on_bad_example, *, folds: str) -> FolderSo
     path = next((path for path in choices if path.is_file()), choices[1])
     if not (root / part).is_dir():
         raise DataError(f"The images folder {root / part} does not exist.")
-    return CocoInstanceSource(root / part, path, load_label_space(split_file))
+    vocabulary = load_label_space(split_file)
+    return CocoInstanceSource(root / part, path, vocabulary, on_bad_example=on_bad_example)
 
 
 def _maps(

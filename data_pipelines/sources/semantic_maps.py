@@ -15,26 +15,23 @@ import dataclasses
 import logging
 import os
 import pathlib
-import sys
-import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent import futures
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
+from concat_jax.core.files import FileError, read_text
+from concat_jax.core.progress import Progress
 from concat_jax.core.vocabulary import Vocabulary
-from data_pipelines.sources.coco_layout import open_picture
+from data_pipelines.sources.pictures import open_picture, read_picture
 from data_pipelines.sources.source import DataError, ImageRecord, image_number
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 MAP_SUFFIXES = (".png", ".tif", ".tiff")
-
-# Seconds between two lines of progress.
-_REPORT_EVERY = 5.0
 
 
 class SemanticMapSource:
@@ -98,9 +95,11 @@ class SemanticMapSource:
         pairs = [(image_names[stem], map_names[stem]) for stem in stems]
         skips = on_bad_example == "skip"
         with futures.ThreadPoolExecutor(num_threads) as pool:
-            found = _with_progress(
-                pool.map(lambda pair: self._scan(*pair, skips=skips), pairs), len(pairs), maps
-            )
+            progress, found = Progress(f"Maps of {maps}", 0, len(pairs), every=5.0), []
+            for record in pool.map(lambda pair: self._scan(*pair, skips=skips), pairs):
+                found.append(record)
+                if len(found) < len(pairs):
+                    progress.tick(len(found))
         self.skipped = sum(record is None for record in found)
         records: dict[int, ImageRecord] = {}
         for record in found:
@@ -119,30 +118,21 @@ class SemanticMapSource:
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
         """As `Source.read`."""
         path = self._maps / record.png_name
-        image_path = self.images_folder / record.file_name
-        image, values = open_picture(image_path, rgb=True), _read_map(path)
-        height, width = values.shape
-        if image.size != (width, height):
-            raise DataError(
-                f"The image {image_path} is {image.height}x{image.width} (height x width) and its "
-                f"map {path} {height}x{width}; both must agree."
-            )
+        values = _read_map(path)
         rows = np.zeros(65536 if values.dtype == np.uint16 else 256, np.uint16)
         rows[record.source_ids - 1] = np.arange(1, len(record.source_ids) + 1)
         present = self._classes(values, path)
-        if present != (record.source_ids - 1).tolist() or values.shape != (
-            record.height,
-            record.width,
-        ):
+        same = values.shape == (record.height, record.width)
+        if present != (record.source_ids - 1).tolist() or not same:
             raise DataError(f"The map {path} is not what it was when the data set was opened.")
-        return image, rows[values]
+        return read_picture(self.images_folder, record, path), rows[values]
 
     def _scan(self, image_name: str, map_name: str, *, skips: bool) -> ImageRecord | None:
         path = self._maps / map_name
         try:
             values = _read_map(path)
             present = self._classes(values, path)
-        except DataError as error:
+        except FileError as error:
             if not skips:
                 raise
             logger.warning("Left out an image: %s", error)
@@ -175,12 +165,9 @@ def read_list(path: str | os.PathLike[str]) -> list[str]:
     """The names in a text file, one a line; of a line with several words, the first.
 
     Raises:
-      DataError: if the file is missing, is not text or is empty.
+      FileError: if the file is missing, is not text or is empty.
     """
-    try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise DataError(f"The list of images {path} cannot be read: {error}.") from error
+    lines = read_text(path).splitlines()
     names = [line.split()[0] for line in lines if line.strip()]
     if not names:
         raise DataError(f"The list of images {path} is empty.")
@@ -216,23 +203,3 @@ def _read_map(path: pathlib.Path) -> np.ndarray:
     if values.size and not 0 <= values.min() <= values.max() <= 65535:
         raise DataError(f"The map {path} holds values beyond 0 to 65535.")
     return values.astype(np.uint16)
-
-
-def _with_progress(
-    results: Iterable[ImageRecord | None], total: int, folder: pathlib.Path
-) -> list[ImageRecord | None]:
-    done, start = [], time.monotonic()
-    reported = start
-    for result in results:
-        done.append(result)
-        now = time.monotonic()
-        if now - reported >= _REPORT_EVERY:
-            reported = now
-            rate = len(done) / (now - start)
-            print(
-                f"Reading the maps of {folder}: {len(done):,} of {total:,}, {rate:.0f} a second, "
-                f"{(total - len(done)) / rate:.0f} s left.",
-                file=sys.stderr,
-                flush=True,
-            )
-    return done

@@ -1,4 +1,4 @@
-"""COCO's instance files: overlaps, crowd, outlines as pycocotools draws them, and broken JSON."""
+"""COCO's instance files: overlaps, crowd, bad outlines and broken JSON."""
 
 import copy
 import json
@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from concat_jax.core.files import FileError
 from concat_jax.core.mask_codes import encode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.coco_instances import CocoInstanceSource, paint
-from data_pipelines.sources.source import DataError
-
-mask_functions = pytest.importorskip("pycocotools.mask")
 
 VOCABULARY = Vocabulary(
     names=("cup", "table", "dog"),
@@ -69,13 +67,13 @@ CONTENT = {
 }
 
 
-def load(root, content=CONTENT):
+def load(root, content=CONTENT, **options):
     (root / "images").mkdir(exist_ok=True)
     for image_id in (4, 5, 9):
         Image.new("RGB", (WIDTH, HEIGHT)).save(root / "images" / f"{image_id}.jpg")
     path = root / "instances.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return CocoInstanceSource(root / "images", path, VOCABULARY)
+    return CocoInstanceSource(root / "images", path, VOCABULARY, **options)
 
 
 def test_smaller_instances_lie_on_top_and_crowd_below(tmp_path):
@@ -96,9 +94,8 @@ def test_smaller_instances_lie_on_top_and_crowd_below(tmp_path):
     np.testing.assert_array_equal(again.read(record)[1], ids)
 
 
-def test_hidden_instances_are_counted_and_vanish_from_examples(tmp_path):
-    source = load(tmp_path)
-    assert source.count_hidden() == 1  # 16, under 17
+def test_hidden_instances_vanish_from_examples(tmp_path):
+    source = load(tmp_path)  # 16 is under 17
     options = dict(seed=0, image_size=16, max_segments=4, num_threads=1)
     data = SegmentationLoader(source, unseen_images="keep", **options)
     example = data.eval_example(1)
@@ -112,19 +109,10 @@ def test_hidden_instances_are_counted_and_vanish_from_examples(tmp_path):
     }
 
 
-def test_outlines_are_those_of_pycocotools():
-    rng = np.random.default_rng(3)
-    for _ in range(20):
-        polygons = [rng.uniform(0, 30, 2 * rng.integers(3, 9)).tolist() for _ in range(2)]
-        code = mask_functions.merge(mask_functions.frPyObjects(polygons, HEIGHT, WIDTH))
-        expected = mask_functions.decode(code)
-        arrays = [np.array(p) for p in polygons]
-        np.testing.assert_array_equal(paint([arrays], np.zeros(1, bool), HEIGHT, WIDTH), expected)
-        compressed = encode_rle(expected.astype(bool))
-        np.testing.assert_array_equal(
-            paint([compressed], np.ones(1, bool), HEIGHT, WIDTH), expected
-        )
+def test_painting_nothing_is_void():
     assert not paint([], np.zeros(0, bool), 3, 4).any()
+    mask = np.eye(3, dtype=bool)
+    np.testing.assert_array_equal(paint([encode_rle(mask)], np.ones(1, bool), 3, 3), mask)
 
 
 def changed(edit):
@@ -133,60 +121,66 @@ def changed(edit):
     return content
 
 
+# What else a JSON may lack or misuse is told by the tests of `core.coco`.
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.pop("images"), "instances.json is not in COCO's instance format: .*'images'"),
-        (lambda c: c.update(annotations={}), "lacks a list 'annotations'"),
-        (lambda c: c.update(images=[]), "instances.json lists no image"),
-        (lambda c: c["images"].append(c["images"][0]), "image id 9 more than once"),
-        (lambda c: c["images"][0].update(height=-3), r"image 9 the height and width \(-3, 30\)"),
-        (lambda c: c["images"][0].update(width=3.5), "must be positive integers"),
-        (lambda c: c["images"][0].pop("width"), "lacks or misuses 'width'"),
-        (lambda c: c["images"][0].update(id="a9"), "two images with the number|no image"),
+        (lambda c: c.pop("images"), "no list of 'images'"),
+        (lambda c: c.update(images=[], annotations=[]), "lists no image"),
+        (lambda c: c["images"][0].update(id="a9"), "two images with the number 9"),
         (lambda c: c["images"][0].update(file_name="8.jpg"), "8.jpg is in the JSON but not on"),
-        (lambda c: c["categories"][1].update(name="mug"), "Category 47 is 'mug' in .*'cup'"),
-        (lambda c: c.update(categories=c["categories"][3:]), "no category of the split file"),
-        (lambda c: c["annotations"][0].update(image_id=77), "no image 77 for the annotation 11"),
-        (lambda c: c["annotations"][0].update(id=12), "annotation id 12 .* occurs once"),
-        (lambda c: c["annotations"][0].update(id=0), "annotation id 0 .* positive integer"),
+        (lambda c: c["categories"][1].update(name="mug"), "category 47 'mug', the split 'cup'"),
+        (
+            lambda c: c.update(categories=c["categories"][3:], annotations=[]),
+            "lacks category 47 .*of the split",
+        ),
+        (lambda c: c["annotations"][0].update(id=0), "annotation id 0; number from 1"),
         (lambda c: c["annotations"][0].update(category_id=5), "11 .* category 5, which the file"),
-        (lambda c: c["annotations"][0].pop("segmentation"), "lacks or misuses 'segmentation'"),
-        (lambda c: c["annotations"][0].update(segmentation=[]), "annotation 11 .* has neither"),
-        (lambda c: c["annotations"][0].update(segmentation=7), "annotation 11 .* has neither"),
-        (
-            lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4]]),
-            "polygon of the annotation 11 .* three points",
-        ),
-        (
-            lambda c: c["annotations"][0].update(segmentation=[[1, 2, "x", 4, 5, 6]]),
-            "polygon of the annotation 11 .* three points",
-        ),
-        (
-            lambda c: c["annotations"][0].update(segmentation=[[1, 2, float("nan"), 4, 5, 6]]),
-            "polygon of the annotation 11 .* not finite",
-        ),
-        (
-            lambda c: c["annotations"][2]["segmentation"].update(size=[WIDTH, HEIGHT]),
-            r"run lengths of the annotation 13 .* 30x20 .* image 20x30",
-        ),
-        (
-            lambda c: c["annotations"][2]["segmentation"].update(counts=[5, 5]),
-            "run lengths of the annotation 13 .*10 pixels",
-        ),
-        (
-            lambda c: c["annotations"][2]["segmentation"].update(counts="]]~"),
-            "run lengths of the annotation 13",
-        ),
     ],
 )
 def test_inconsistent_json(tmp_path, edit, message):
-    if "number|" in message:  # two texts with the same digits
-        content = changed(lambda c: (edit(c), c["images"].append(dict(c["images"][0], id="b9"))))
-    else:
-        content = changed(edit)
-    with pytest.raises(DataError, match=message):
+    content = changed(edit)
+    if "number 9" in message:  # another text with the same digits
+        content["images"].append(dict(content["images"][0], id="b9"))
+    with pytest.raises(FileError, match=message):
         load(tmp_path, content)
+
+
+# The outline of annotation 11 of image 4, and what is said of it.
+BAD_OUTLINES = [
+    (None, "is missing"),
+    ([], "is empty"),
+    (7, "is neither a list of polygons nor run lengths"),
+    ([1, 2, 3, 4, 5, 6], "is a flat list of numbers"),
+    ([[1, 2, 3, 4]], "at least three points"),
+    ([[1, 2, "x", 4, 5, 6]], "at least three points"),
+    ({"size": [WIDTH, HEIGHT], "counts": [600]}, "it is 30x20 .* its image 20x30"),
+    ({"size": [HEIGHT, WIDTH], "counts": [5, 5]}, "10 pixels"),
+    ({"size": [HEIGHT, WIDTH], "counts": "]]~"}, "counts"),
+    ({"size": "20x30", "counts": [600]}, "its size is"),
+]
+
+
+@pytest.mark.parametrize(("segmentation", "message"), BAD_OUTLINES)
+def test_bad_outlines_are_one_sentence_or_their_image_is_left_out(
+    tmp_path, segmentation, message, caplog
+):
+    content = changed(lambda c: c["annotations"][0].update(segmentation=segmentation))
+    with pytest.raises(FileError, match=message) as caught:
+        load(tmp_path, content)
+    assert "annotation 11 of" in str(caught.value) and "instances.json" in str(caught.value)
+    for word in ("None", "NoneType", "ndarray", "Error"):
+        assert word not in str(caught.value)
+    source = load(tmp_path, content, on_bad_example="skip")
+    assert [record.image_id for record in source.records] == [5, 9] and source.skipped == 1
+    assert str(caught.value) in caplog.text
+
+
+def test_skipping_every_image_is_told(tmp_path):
+    content = changed(lambda c: [a.update(segmentation=None) for a in c["annotations"]])
+    content["images"] = content["images"][1:]
+    with pytest.raises(FileError, match="instances.json lists no image that can be used"):
+        load(tmp_path, content, on_bad_example="skip")
 
 
 def test_far_away_points_do_not_take_for_ever(tmp_path):
@@ -196,13 +190,13 @@ def test_far_away_points_do_not_take_for_ever(tmp_path):
 
 
 def test_broken_files(tmp_path):
-    with pytest.raises(DataError, match="instances.json is not valid JSON"):
+    with pytest.raises(FileError, match="instances.json is not valid JSON"):
         load(tmp_path, "{")
-    with pytest.raises(DataError, match="instances.json is not in COCO's instance format"):
+    with pytest.raises(FileError, match="instances.json is a list, not a COCO instances json"):
         load(tmp_path, "[]")
-    with pytest.raises(DataError, match="annotation file .*none.json cannot be read"):
+    with pytest.raises(FileError, match="none.json cannot be read"):
         CocoInstanceSource(tmp_path, tmp_path / "none.json", VOCABULARY)
     source = load(tmp_path)
     Image.new("RGB", (WIDTH, 7)).save(tmp_path / "images" / "4.jpg")
-    with pytest.raises(DataError, match=r"4.jpg is 7x30 .* says 20x30"):
+    with pytest.raises(FileError, match=r"^The image .*4.jpg is 7x30 .* says 20x30"):
         source.read(source.records[0])

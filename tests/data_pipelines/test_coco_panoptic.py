@@ -11,9 +11,9 @@ from PIL import Image
 
 from concat_jax.core import prefetch
 from concat_jax.core.batch import IMAGE_FIELDS, batch_shapes
+from concat_jax.core.files import FileError
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.sources.coco_panoptic import CocoPanopticSource
-from data_pipelines.sources.source import DataError
+from data_pipelines.sources.registry import open_source
 
 CATEGORIES = [
     {"id": 10, "name": "sky", "isthing": 0, "split": "seen"},
@@ -93,7 +93,7 @@ def write_json(folder, content, part="train2017"):
 
 
 def load(folder, *, part="train2017", split_file=None, **options):
-    source = CocoPanopticSource(folder, part=part, split_file=split_file or folder / "split.json")
+    source = open_source("coco_panoptic_zps", folder, part, split_file or folder / "split.json")
     defaults = dict(seed=3, image_size=32, max_segments=6, num_threads=2)
     return SegmentationLoader(source, **(defaults | options))
 
@@ -257,7 +257,7 @@ def test_a_leak_is_refused_with_the_image(world):
     for on_bad_example in ("raise", "skip"):
         data = load(world, on_bad_example=on_bad_example)
         data.training_indices = np.arange(8)
-        with pytest.raises(DataError, match="Image 1[35] .* is in training but holds .*'road'"):
+        with pytest.raises(FileError, match="Image 1[35] .* is in training but holds .*'road'"):
             data.batch(0, 8)
 
 
@@ -268,9 +268,9 @@ def test_nothing_to_train_on(world):
     write_json(world, content)
     data = load(world)
     assert len(list(data.eval_examples())) == 8
-    with pytest.raises(DataError, match="nothing to train on"):
+    with pytest.raises(FileError, match="nothing to train on"):
         data.batch(0, 4)
-    with pytest.raises(DataError, match="no seen segment"):
+    with pytest.raises(FileError, match="no seen segment"):
         data.caption_batch(0, 4, 8)
 
 
@@ -389,12 +389,12 @@ def _remove(path):
     [
         ("train2017", "images folder .*train2017 does not exist"),
         ("annotations/panoptic_train2017.json", "annotation file .*panoptic_train2017.json does"),
-        ("annotations/panoptic_train2017", "folder panoptic_train2017 with the panoptic PNGs"),
+        ("annotations/panoptic_train2017", "folder .*/panoptic_train2017 with the panoptic PNGs"),
     ],
 )
 def test_missing_places_name_themselves_and_the_layout(world, place, message):
     _remove(world / place)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(FileError, match=message) as caught:
         load(world)
     assert "expected" in str(caught.value) and "*.png or panoptic_train2017/*.png" in str(
         caught.value
@@ -402,9 +402,9 @@ def test_missing_places_name_themselves_and_the_layout(world, place, message):
 
 
 def test_missing_root_and_part(world):
-    with pytest.raises(DataError, match="folder .*nowhere does not exist; expected"):
-        CocoPanopticSource(world / "nowhere")
-    with pytest.raises(DataError, match="val2017 does not exist"):
+    with pytest.raises(FileError, match="folder .*nowhere does not exist; coco_pan.* is expected"):
+        open_source("coco_panoptic_zps", world / "nowhere", "train2017")
+    with pytest.raises(FileError, match="val2017 does not exist"):
         load(world, part="val2017")
 
 
@@ -417,7 +417,7 @@ def test_missing_root_and_part(world):
 )
 def test_missing_files(world, place, message):
     (world / place).unlink()
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(FileError, match=message):
         load(world)
 
 
@@ -438,36 +438,26 @@ def _duplicate(key):
     return lambda content: content[key].append(content[key][0])
 
 
-# Entry 0 of images and annotations is image 18.
+# What else a JSON may lack or misuse is told by the tests of `core.coco`. Entry 0 of images and
+# annotations is image 18.
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_duplicate("images"), "lists the image id 18 more than once"),
         (_duplicate("annotations"), "annotates the image 18 more than once"),
-        (
-            _change(["annotations", 0, "segments_info", 1, "id"], _segment_id(18, 0)),
-            f"segment id {_segment_id(18, 0)} occurs more than once in the annotation '18.png'",
-        ),
-        (
-            _change(["annotations", 0, "segments_info", 1, "category_id"], 77),
-            "'18.png' of .* has the category 77, which is not in the split file",
-        ),
-        (
-            _change(["annotations", 0, "segments_info", 1, "id"], 0),
-            "The id in a segment of the annotation '18.png' .* integer from 1 to 16777215",
-        ),
-        (_change(["annotations", 0, "image_id"], 99), "no image 99 for the annotation '18.png'"),
-        (_change(["annotations", 0, "segments_info"], None), "lacks or misuses 'segments_info'"),
-        (_change(["annotations", 0, "segments_info"], [3]), "not in COCO's panoptic format"),
-        (_change(["images", 0, "height"], None), "lacks or misuses 'height'"),
-        (_change(["annotations"], None), "lacks a non-empty list under 'annotations'"),
-        (_change(["images"], []), "lacks a non-empty list under 'images'"),
-        (_change(["categories", 0, "name"], "heaven"), "Category 10 .*heaven.*sky.*split file"),
-        (_change(["categories", 2, "isthing"], 0), "Category 7 .*False.*True"),
-        (_change(["categories", 3], None), "Category 9 .* is absent in .*cat"),
+        (_change(["annotations", 0, "segments_info", 1, "category_id"], 77), "category 77, which"),
+        (_change(["annotations", 0, "segments_info", 1, "id"], 0), "'18.png'.* 0 is void; number"),
+        (_change(["annotations", 0, "segments_info"], None), "no list of 'segments_info'"),
+        (_change(["images", 1, "file_name"], "18.jpg"), "names the file 18.jpg for 2 images"),
+        (_change(["annotations", 1, "file_name"], "18.png"), "names the file 18.png for 2 images"),
+        (lambda content: content.update(images=[]), "annotates the image 18 and lists none"),
+        (lambda content: content.update(annotations=[]), "annotates no image"),
+        (_change(["images", 0, "id"], "beach"), "which its 'images' lack"),
+        (_change(["categories", 0, "name"], "heaven"), "category 10 'heaven', the split 'sky'"),
+        (_change(["categories", 2, "isthing"], 0), "Category 7 .*stuff .* a thing in the split"),
+        (_change(["categories", 3], None), "which the file does not list"),
         (
             lambda content: content["categories"].append({"id": 1, "name": "x", "isthing": 0}),
-            "Category 1 .*'x'.* and absent in the split file",
+            "category 1 .*'x'.*, which is absent in the split",
         ),
     ],
 )
@@ -475,18 +465,65 @@ def test_inconsistent_json(world, change, message):
     content = json.loads((world / "annotations" / "panoptic_train2017.json").read_text())
     change(content)
     write_json(world, content)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(FileError, match=message) as caught:
         load(world)
     assert "panoptic_train2017.json" in str(caught.value)
 
 
-def test_broken_json(world):
-    path = world / "annotations" / "panoptic_train2017.json"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DataError, match="panoptic_train2017.json is not valid JSON"):
+def test_texts_with_the_same_digits_are_one_number(world):
+    content = json.loads((world / "annotations" / "panoptic_train2017.json").read_text())
+    for entry, number in zip(content["images"], ("a_18", "b_18"), strict=False):
+        (one,) = (a for a in content["annotations"] if a["image_id"] == entry["id"])
+        entry["id"] = one["image_id"] = number
+    write_json(world, content)
+    with pytest.raises(FileError, match="two images with the number 18"):
         load(world)
-    path.write_text("[]")
-    with pytest.raises(DataError, match="must hold a JSON object"):
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"images": [', "is not valid JSON"),
+        (b"[]", "is a list, not a COCO panoptic json"),
+        (b"\x1f\x8b\x08\x00", "is compressed with gzip"),
+        (b'{"a": "caf\xe9"}', "is no text in UTF-8"),
+    ],
+)
+def test_broken_json(world, content, message):
+    path = world / "annotations" / "panoptic_train2017.json"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=f"panoptic_train2017.json {message}"):
+        load(world)
+
+
+def test_a_byte_order_mark_is_no_fault(world):
+    path = world / "annotations" / "panoptic_train2017.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(load(world).records) == 8
+
+
+def test_files_may_lie_in_folders_and_differ_in_their_extension_only(world):
+    """As `file_name` of the JSON says, of images and of PNGs."""
+    content = json.loads((world / "annotations" / "panoptic_train2017.json").read_text())
+    before = load(world).batch(0, 6)
+    pngs = world / "annotations" / "panoptic_train2017"
+    for entry in content["images"]:
+        camera = f"cam {entry['id'] % 2}/day"
+        (annotation,) = (a for a in content["annotations"] if a["image_id"] == entry["id"])
+        for folder, place, suffix in (
+            (world / "train2017", entry, ".jpeg" if entry["id"] % 2 else ".jpg"),
+            (pngs, annotation, ".png"),
+        ):
+            (folder / camera).mkdir(parents=True, exist_ok=True)
+            name = f"{camera}/{entry['id'] // 2}{suffix}"
+            (folder / place["file_name"]).rename(folder / name)
+            place["file_name"] = name
+    write_json(world, content)
+    data = load(world)
+    _assert_equal(data.batch(0, 6), before)
+    assert len({record.file_name for record in data.records}) == 8
+    (pngs / data.records[3].png_name).unlink()
+    with pytest.raises(FileError, match=f"{data.records[3].png_name} is in the JSON but not on"):
         load(world)
 
 
@@ -549,16 +586,28 @@ def _grey_png(world):
     _repaint_png(world, lambda pixels: pixels, mode="L")
 
 
+def _turned(world):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (40, 30)).save(world / "train2017" / "16.jpg", exif=exif)
+
+
+def _smaller(world):
+    Image.new("RGB", (40, 15)).save(world / "train2017" / "16.jpg")
+
+
 BAD_FILES = [
     (_truncate_jpeg, "16.jpg cannot be read as an image: .*truncated"),
     (_not_a_picture, "16.jpg cannot be read as an image"),
     (_empty, "16.jpg cannot be read as an image"),
     (_vanish, "16.jpg cannot be read as an image"),
     (_truncate_png, "16.png cannot be read as an image"),
-    (_foreign_id, "16.png holds the segment id 261, which the JSON lacks"),
-    (_absent_id, f"segment id {_segment_id(16, 0)} has no pixel in .*16.png"),
-    (_other_size, "16.jpg is 30x40 .* PNG .*16.png 20x40 and the JSON says 30x40"),
-    (_grey_png, "16.png has the mode L and must be RGB"),
+    (_foreign_id, "16.png holds the segment id 261, which .*2017.json lacks"),
+    (_absent_id, f"segment id {_segment_id(16, 0)}, which has no pixel in .*16.png"),
+    (_other_size, r"PNG .*16.png is 20x40 \(height x width\) and .*2017.json says 30x40"),
+    (_grey_png, "16.png has the mode L; a panoptic PNG is RGB"),
+    (_turned, "^The image .*16.jpg is stored as 30x40 .* EXIF orientation turns it to 40x30; save"),
+    (_smaller, r"^The image .*16.jpg is 15x40 \(height x width\) and .*2017.json says 30x40; both"),
 ]
 
 
@@ -566,11 +615,11 @@ BAD_FILES = [
 def test_bad_files_raise_in_training_and_evaluation(world, harm, message):
     data = load(world)
     harm(world)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(FileError, match=message):
         data.batch(0, 6)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(FileError, match=message):
         list(load(world).eval_examples() if harm is not _vanish else data.eval_examples())
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(FileError, match=message):
         data.caption_batch(0, 13, 8)
 
 
@@ -596,7 +645,7 @@ def test_bad_files_are_replaced_by_the_next_of_the_epoch(world, harm, message, c
     # The same on a process that begins later, and evaluation does not skip.
     resumed = load(world, augment="none", on_bad_example="skip") if (harm is not _vanish) else data
     _assert_equal(resumed.batch(2, 6), after[2])
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(FileError, match=message):
         list(data.eval_examples())
 
 
@@ -611,7 +660,7 @@ def test_skipping_ends_when_nothing_is_left(world):
     data = load(world, on_bad_example="skip")
     for image_id in IMAGES:
         (world / "train2017" / f"{image_id}.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match="Not one of the training images can be used"):
+    with pytest.raises(FileError, match="Not one of the training images can be used"):
         data.batch(0, 4)
     assert data.skipped == 6
 
@@ -637,7 +686,7 @@ def test_damaged_files_never_raise_anything_but_data_error(world):
             path.write_bytes(bad[: rng.integers(1, len(bad) + 1)] if rng.random() < 0.5 else bad)
             try:
                 data.source.read(record)
-            except DataError as error:
+            except FileError as error:
                 refused += 1
                 assert path.name in str(error)
         path.write_bytes(good)
@@ -702,7 +751,8 @@ def test_mini_epoch_holds_exactly_the_images_without_unseen_ids(mini):
         for a in content["annotations"]
         if not unseen & {s["category_id"] for s in a["segments_info"]}
     }
-    data = SegmentationLoader(CocoPanopticSource(mini), seed=1, image_size=64)
+    source = open_source("coco_panoptic_zps", mini, "train2017")
+    data = SegmentationLoader(source, seed=1, image_size=64)
     batch = data.batch(0, 31)
     assert len(expected) == 31 and set(batch["image_id"].tolist()) == expected
     assert set(data.caption_batch(0, 31, 16)["captions"]) <= {
@@ -718,7 +768,7 @@ def test_mini_pixel_counts_are_the_areas_of_the_json(mini, part):
         for a in content["annotations"]
         for s in a["segments_info"]
     }
-    source = CocoPanopticSource(mini, part=part)
+    source = open_source("coco_panoptic_zps", mini, part)
     data = SegmentationLoader(source, seed=0, image_size=64, num_threads=2)
     found = {}
     for example in data.eval_examples():

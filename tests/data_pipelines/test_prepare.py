@@ -1,19 +1,25 @@
 """The command `prepare`: its counts, its leak test, and what it says of mistakes."""
 
+import json
+import re
+import resource
+
 import numpy as np
 import pytest
+from PIL import Image
 
+from concat_jax.core.files import FileError
 from data_pipelines import prepare as command
 from data_pipelines.count_table import count_part, format_classes, format_parts
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.shards import build as building
 from data_pipelines.shards.source import ShardSource
-from data_pipelines.sources.coco_panoptic import CocoPanopticSource
+from data_pipelines.sources.registry import open_source
 from data_pipelines.sources.source import DataError, treat_unseen
 
 
 def source_of(root, part="train2017"):
-    return CocoPanopticSource(root, part=part, split_file=root / "split.json")
+    return open_source("coco_panoptic_zps", root, part, root / "split.json")
 
 
 # Counts.
@@ -136,8 +142,120 @@ def test_bad_images_of_the_evaluation_part_are_never_left_out(tiny_panoptic, tmp
         path.rename(path.with_name(path.name.replace("val2017", "val")))
     (tiny_panoptic / "val" / "20.jpg").write_bytes(b"")
     options = dict(parts=["val"], out=tmp_path, workers=1, skip_bad=True)
-    with pytest.raises(DataError, match="20.jpg cannot be read as an image"):
+    with pytest.raises(FileError, match="20.jpg cannot be read as an image"):
         command.prepare("panoptic_folder", tiny_panoptic, **options)
+
+
+def _edit(root, change, part="train2017"):
+    path = root / "annotations" / f"panoptic_{part}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def empty_all(content):
+    for annotation in content["annotations"]:
+        annotation["segments_info"] = []
+
+
+def all_unseen(content):
+    for annotation in content["annotations"]:
+        for segment in annotation["segments_info"]:
+            segment["category_id"] = 4
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "sentence"),
+    [
+        (empty_all, ("--unseen=drop",), "Not one of the 6 images of train2017 has a segment"),
+        (empty_all, ("--unseen=keep",), "Not one of the 6 images of train2017 has a segment"),
+        (all_unseen, ("--unseen=drop",), "6 images of train2017 shows unseen classes, so none"),
+        (all_unseen, ("--unseen=void",), "shows unseen classes alone, .* give another --split"),
+        (lambda content: content.update(annotations=[]), ("--unseen=drop",), "annotates no image"),
+        (lambda content: content.update(images=[]), ("--unseen=drop",), "lists none"),
+    ],
+)
+def test_a_part_of_which_nothing_is_left_is_refused(tiny_panoptic, change, flags, sentence):
+    _edit(tiny_panoptic, change)
+    with pytest.raises(SystemExit, match=sentence):
+        run("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", *flags)
+
+
+def _turn(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (24, 16)).save(path, "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (_turn, "5.jpg is stored as 16x24 .* EXIF orientation turns it to 24x16"),
+        (lambda path: Image.new("RGB", (24, 15)).save(path), "5.jpg is 15x24 .* says 16x24"),
+        (lambda path: path.write_bytes(b""), "5.jpg cannot be read as an image: it is empty"),
+        (lambda path: path.write_text("<html>"), "5.jpg cannot be read as an image: it is in no"),
+        (lambda path: (path.unlink(), path.mkdir()), "5.jpg cannot be read as an image: it is a f"),
+    ],
+)
+def test_files_of_another_size_or_kind_are_found_without_packing(
+    tiny_panoptic, harm, sentence, capsys
+):
+    harm(tiny_panoptic / "train2017" / "5.jpg")
+    flags = ("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=drop")
+    with pytest.raises(SystemExit, match=sentence):
+        run(*flags)
+    capsys.readouterr()
+    run(*flags, "--on_bad_example=skip")
+    printed = capsys.readouterr().out
+    assert re.search(f"Left out: .*{sentence}", printed)
+    assert "train2017: 1 images cannot be used and are left out of training." in printed
+
+
+def test_bad_outlines_are_counted(tmp_path, capsys):
+    (tmp_path / "train2014").mkdir()
+    (tmp_path / "annotations").mkdir()
+    square = [[0, 0, 2, 0, 2, 2, 0, 2]]
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 4, "width": 6} for i in (1, 2)]
+    annotations = [
+        {"id": i, "image_id": i, "category_id": 1, "segmentation": s}
+        for i, s in ((1, square), (2, None))
+    ]
+    for image in images:
+        Image.new("RGB", (6, 4)).save(tmp_path / "train2014" / image["file_name"])
+    categories = [{"id": 1, "name": "person"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "annotations" / "instances_train2014.json").write_text(json.dumps(content))
+    flags = ("coco_zsi_48_17", f"--root={tmp_path}", "--part=train2014", "--unseen=drop")
+    with pytest.raises(SystemExit, match="segmentation of annotation 2 of .* it is missing"):
+        run(*flags)
+    run(*flags, "--on_bad_example=skip")
+    assert "train2014: 1 images cannot be used and are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_made(tiny_panoptic, tmp_path, workers):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = ("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=keep")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
+    try:
+        with pytest.raises(SystemExit, match="^Error: .*tfrecord.* cannot be written: File too"):
+            run(*flags, f"--out={tmp_path}", f"--workers={workers}", "--shards=2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["train2017.manifest.json"]
+
+
+def test_ctrl_c_is_one_sentence(tiny_panoptic, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_pipelines.shards.files.encode_runs", interrupted)
+    flags = ("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=keep")
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, f"--out={tmp_path}", "--workers=1")
+    assert stop.value.code == 130
+    assert "Stopped; finished shards are kept" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["train2017.manifest.json"]
 
 
 @pytest.mark.parametrize(

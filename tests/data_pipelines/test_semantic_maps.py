@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from concat_jax.core.files import FileError
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.semantic_maps import SemanticMapSource, read_list
-from data_pipelines.sources.source import DataError
 
 VOCABULARY = Vocabulary(
     names=("sky", "dog", "cat"),
@@ -92,12 +92,12 @@ def test_a_list_chooses_images(tmp_path):
     names = read_list(tmp_path / "train.txt")
     assert names == ["a3", "a1"]
     assert [r.image_id for r in load(tmp_path, stems=names).records] == [1, 3]
-    with pytest.raises(DataError, match="no map a9.png"):
+    with pytest.raises(FileError, match="no map a9.png"):
         load(tmp_path, stems=["a9"])
-    with pytest.raises(DataError, match="list of images .*val.txt cannot be read"):
+    with pytest.raises(FileError, match="val.txt cannot be read"):
         read_list(tmp_path / "val.txt")
     (tmp_path / "val.txt").write_text("\n")
-    with pytest.raises(DataError, match="val.txt is empty"):
+    with pytest.raises(FileError, match="val.txt is empty"):
         read_list(tmp_path / "val.txt")
 
 
@@ -157,7 +157,7 @@ BAD_MAPS = [
 def test_bad_maps_are_refused_or_left_out_when_opened(tmp_path, harm, message, caplog):
     write(tmp_path, VALUES)
     harm(tmp_path)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(FileError, match=message):
         load(tmp_path)
     with caplog.at_level(logging.WARNING):
         source = load(tmp_path, on_bad_example="skip")
@@ -165,27 +165,27 @@ def test_bad_maps_are_refused_or_left_out_when_opened(tmp_path, harm, message, c
     assert "img_2.png" in caplog.text
     for path in (tmp_path / "maps").glob("img_05*"):
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="Not one map of .*maps can be used"):
+    with pytest.raises(FileError, match="Not one map of .*maps can be used"):
         load(tmp_path, on_bad_example="skip")
 
 
 def test_bad_folders_and_names(tmp_path):
-    with pytest.raises(DataError, match="folder .*images does not exist"):
+    with pytest.raises(FileError, match="folder .*images does not exist"):
         load(tmp_path)
     write(tmp_path, VALUES)
     (tmp_path / "images" / "img_05.jpg").rename(tmp_path / "images" / "img_05.txt")
-    with pytest.raises(DataError, match="images holds no file that ends in .jpg"):
+    with pytest.raises(FileError, match="images holds no file that ends in .jpg"):
         load(tmp_path)
     write(tmp_path, VALUES, "img_06")
-    with pytest.raises(DataError, match="no image for the map .*img_05.png"):
+    with pytest.raises(FileError, match="no image for the map .*img_05.png"):
         load(tmp_path)
     write(tmp_path, VALUES)
     write(tmp_path, VALUES, suffix=".tif")
-    with pytest.raises(DataError, match="both img_05.png and img_05.tif"):
+    with pytest.raises(FileError, match="both img_05.png and img_05.tif"):
         load(tmp_path)
     (tmp_path / "maps" / "img_05.tif").unlink()
     write(tmp_path, VALUES, "jpg_5")
-    with pytest.raises(DataError, match="img_05.jpg and jpg_5.jpg .*image id 5"):
+    with pytest.raises(FileError, match="img_05.jpg and jpg_5.jpg .*image id 5"):
         load(tmp_path)
 
 
@@ -194,12 +194,12 @@ def test_files_that_change_after_the_scan(tmp_path):
     source = load(tmp_path)
     record = source.records[0]
     write(tmp_path, VALUES.T.copy())
-    with pytest.raises(DataError, match="img_05.png is not what it was"):
+    with pytest.raises(FileError, match="img_05.png is not what it was"):
         source.read(record)
     write(tmp_path, np.full((2, 4), 7, np.uint8))
-    with pytest.raises(DataError, match="img_05.png is not what it was"):
+    with pytest.raises(FileError, match="img_05.png is not what it was"):
         source.read(record)
     write(tmp_path, VALUES)
     Image.new("RGB", (5, 2)).save(tmp_path / "images" / "img_05.jpg")
-    with pytest.raises(DataError, match="img_05.jpg is 2x5 .* map .*img_05.png 2x4"):
+    with pytest.raises(FileError, match="^The image .*img_05.jpg is 2x5 .*img_05.png says 2x4"):
         source.read(record)

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from concat_jax.core.files import FileError
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.shards import build as building
 from data_pipelines.shards import files as shard_files
 from data_pipelines.shards.source import ShardSource
-from data_pipelines.sources.coco_panoptic import CocoPanopticSource
 from data_pipelines.sources.registry import open_source
 from data_pipelines.sources.source import DataError
 
 
 def source_of(root, part="train2017"):
-    return CocoPanopticSource(root, part=part, split_file=root / "split.json")
+    return open_source("coco_panoptic_zps", root, part, root / "split.json")
 
 
 def build(out, source, **options):
@@ -279,7 +279,7 @@ def test_other_annotations_or_another_split_are_refused(tiny_panoptic, tmp_path)
 def test_bad_images_stop_the_build_or_are_left_out_by_name(tiny_panoptic, tmp_path):
     (tiny_panoptic / "train2017" / "5.jpg").write_bytes(b"no picture")
     source = source_of(tiny_panoptic)
-    with pytest.raises(DataError, match="5.jpg cannot be read as an image"):
+    with pytest.raises(FileError, match="5.jpg cannot be read as an image"):
         build(tmp_path / "out", source)
     report = build(tmp_path / "out", source, skip_bad=True)
     assert list(report.skipped) == ["5.jpg"] and report.images == 3

@@ -18,7 +18,7 @@ import pytest
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.shards import tfrecord
 from data_pipelines.shards.source import ShardSource
-from data_pipelines.sources.coco_panoptic import CocoPanopticSource
+from data_pipelines.sources.registry import open_source
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def prepared(images, tmp_path_factory):
 def test_batches_and_native_examples_are_those_of_the_folder(images, prepared):
     options = dict(seed=1, image_size=512, num_threads=2)
     for part, count in PARTS.items():
-        source, shards = CocoPanopticSource(images, part=part), ShardSource(prepared, part)
+        source, shards = open_source("coco_panoptic_zps", images, part), ShardSource(prepared, part)
         assert len(shards.records) == count
         unseen = dict(unseen_images=shards.unseen)
         left = SegmentationLoader(source, **options, **unseen)
