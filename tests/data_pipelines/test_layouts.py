@@ -309,8 +309,8 @@ def test_a_config_opens_its_folder(tmp_path):
     data = make_datasets(data_config(tmp_path), seed=0)
     assert data.eval_vocabulary is None and set(data.caption_words) == {"lawn", "ball", "gnome"}
     assert data.train(2)(0)["segment_labels"].shape == (2, 3)
-    ((native, fitted),) = data.evaluation()
-    assert native["image"].shape == (4, 6, 3) and fitted["image"].shape == (12, 12, 3)
+    (native,) = data.evaluation()
+    assert native["image"].shape == (4, 6, 3) and data.eval_size == 12
     assert training_part(data_config(tmp_path), seed=0).training_indices.tolist() == [0]
 
 
@@ -327,7 +327,7 @@ def test_a_config_evaluates_on_another_data_set(tmp_path):
     assert data.vocabulary.names == ("lawn", "ball", "gnome")
     assert len(data.eval_vocabulary) == 150 and len(data.eval_vocabulary.unseen) == 150
     assert {"lawn", "sky"} <= set(data.caption_words)
-    ((native, _),) = data.evaluation()
+    (native,) = data.evaluation()
     assert data.eval_vocabulary.names[native["segment_labels"][0]] == "sky"
     with pytest.raises(ValueError, match="eval_kind is unknown: 'ade'"):
         make_datasets({**config, "eval_kind": "ade"}, seed=0)

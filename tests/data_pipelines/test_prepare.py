@@ -232,14 +232,13 @@ def test_bad_outlines_are_counted(tmp_path, capsys):
     assert "train2014: 1 images cannot be used and are left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_made(tiny_panoptic, tmp_path, workers):
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_made(tiny_panoptic, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     flags = ("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=keep")
     resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
     try:
         with pytest.raises(SystemExit, match="^Error: .*tfrecord.* cannot be written: File too"):
-            run(*flags, f"--out={tmp_path}", f"--workers={workers}", "--shards=2")
+            run(*flags, f"--out={tmp_path}", "--workers=1", "--shards=2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["train2017.manifest.json"]

@@ -3,11 +3,8 @@
 import functools
 import importlib.util
 import json
-import os
 import pathlib
-import signal
-import subprocess
-import sys
+import threading
 
 import jax
 import numpy as np
@@ -16,7 +13,10 @@ import pytest
 from PIL import Image
 
 from concat_jax import cache_clip_targets as command
+from concat_jax.core.files import FileError
+from concat_jax.core.shard_store import ShardStore, StoreError
 from concat_jax.experiment import clip_target_batches as planning
+from concat_jax.experiment import clip_target_cache as filling
 from concat_jax.experiment import experiment as run_module
 from concat_jax.experiment.experiment import Run
 from concat_jax.models.clip import make_clip
@@ -26,8 +26,7 @@ from concat_jax.training.checkpoints import StageCheckpoints
 from concat_jax.training.optimizer import path_name
 from concat_jax.training.sharding import make_mesh
 from concat_jax.training.state import TrainState
-from data_pipelines import clip_target_cache as storage
-from data_pipelines.clip_target_cache import ClipTargetCache, ClipTargetError
+from data_pipelines.clip_target_cache import ClipTargetCache, find_targets
 from data_pipelines.datasets import make_datasets
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.registry import open_source
@@ -140,12 +139,12 @@ def load(root, **options):
 def fill(folder, data, devices=1, params=PARAMS, **options):
     options = {"images_per_shard": 3, "pictures_per_device": 16, **options}
     mesh = make_mesh(devices=devices)
-    return command.fill_cache(folder, data, CLIP, params, CROPS, IDENTITY, mesh=mesh, **options)
+    return filling.fill_cache(folder, data, CLIP, params, CROPS, IDENTITY, mesh=mesh, **options)
 
 
-def targets_of(folder, data):
+def targets_of(folder, data, identity=IDENTITY):
     """Everything in a cache, by (image id, segment id); 0 for the image itself."""
-    cache, found = ClipTargetCache(folder, IDENTITY), {}
+    cache, found = ClipTargetCache(folder, identity), {}
     for index in data.training_indices:
         record = data.records[index]
         one = cache.lookup(np.array([record.image_id]), record.source_ids[None])
@@ -167,7 +166,7 @@ def filled(world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "SMALLEST_SIDE", 48)
         report = fill(folder, load(world))
-    assert report == command.FillReport(skipped=0, written=4, bad_images=0)
+    assert report == filling.FillReport(skipped=0, written=4, bad_images=0)
     return folder
 
 
@@ -266,10 +265,10 @@ def test_two_hosts_fill_disjoint_shards_that_are_whole_together(world, filled, t
     fill(tmp_path, data, process_index=0, process_count=2)
     first = states(tmp_path)
     assert set(first) == {"00000.safetensors", "00002.safetensors"}
-    with pytest.raises(ClipTargetError, match="2 of 4 shards .* missing"):
+    with pytest.raises(StoreError, match="2 of 4 shards .* missing"):
         ClipTargetCache(tmp_path, IDENTITY)
     report = fill(tmp_path, data, process_index=1, process_count=2)
-    assert report == command.FillReport(skipped=0, written=2, bad_images=0)
+    assert report == filling.FillReport(skipped=0, written=2, bad_images=0)
     assert first.items() < states(tmp_path).items()
     assert largest_distance(targets_of(tmp_path, data), targets_of(filled, data)) < 1e-6
 
@@ -277,16 +276,16 @@ def test_two_hosts_fill_disjoint_shards_that_are_whole_together(world, filled, t
 def test_what_is_finished_is_not_touched_again(world, tmp_path, capsys):
     data = load(world)
     fill(tmp_path, data)
-    storage.shard_path(tmp_path, 2).unlink()
+    (tmp_path / "00002.safetensors").unlink()
     stale = tmp_path / "00002.safetensors.partial"
     stale.write_bytes(b"half")
     before = states(tmp_path)
     capsys.readouterr()
-    assert fill(tmp_path, data) == command.FillReport(skipped=3, written=1, bad_images=0)
+    assert fill(tmp_path, data) == filling.FillReport(skipped=3, written=1, bad_images=0)
     assert "3 of 4 shards of this host are finished and skipped, 1 to do" in capsys.readouterr().out
     assert before.items() < states(tmp_path).items() and not stale.exists()
     # A complete cache needs no CLIP any more.
-    assert fill(tmp_path, data, params=None) == command.FillReport(4, 0, 0)
+    assert fill(tmp_path, data, params=None) == filling.FillReport(4, 0, 0)
 
 
 def test_a_folder_of_something_else_is_refused(world, filled):
@@ -295,11 +294,11 @@ def test_a_folder_of_something_else_is_refused(world, filled):
         ({**IDENTITY, "weights": "others"}, "weights"),
         ({**IDENTITY, **con.target_identity(CLIP, CropConfig(margin=0.3))}, "crops.margin"),
     ):
-        with pytest.raises(ClipTargetError, match=f"made with {field} = .*, now it is"):
-            command.fill_cache(filled, data, CLIP, PARAMS, CROPS, identity, mesh=mesh)
-    with pytest.raises(ClipTargetError, match="with num_images = 11, now it is 10"):
+        with pytest.raises(StoreError, match=f"made with {field} = .*, now it is"):
+            filling.fill_cache(filled, data, CLIP, PARAMS, CROPS, identity, mesh=mesh)
+    with pytest.raises(StoreError, match="with num_images = 11, now it is 10"):
         fill(filled, load(world, unseen_images="drop"))
-    with pytest.raises(ClipTargetError, match="with images_per_shard = 3, now it is 4"):
+    with pytest.raises(StoreError, match="with images_per_shard = 3, now it is 4"):
         fill(filled, data, images_per_shard=4)
     assert states(filled) == before
 
@@ -313,7 +312,7 @@ def test_an_unreadable_image_stops_the_command_or_is_left_out(tmp_path):
     assert report.bad_images == 1
     cache = ClipTargetCache(tmp_path / "cache", IDENTITY)
     cache.lookup(np.array([6]), np.zeros((1, 1)))
-    with pytest.raises(ClipTargetError, match="nothing of image 5"):
+    with pytest.raises(StoreError, match="nothing of image 5"):
         cache.lookup(np.array([5]), np.zeros((1, 1)))
 
 
@@ -356,7 +355,7 @@ def trained(world, tmp_path_factory):
     finish_clip(config, folder / "workdir")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "SMALLEST_SIDE", 48)
-        report = command.cache(
+        report = filling.cache(
             config, str(folder / "workdir"), images_per_shard=4, pictures_per_device=16
         )
     assert report.written == 3
@@ -388,7 +387,7 @@ def test_training_reads_the_cache_and_its_step_holds_no_clip(trained, monkeypatc
     monkeypatch.setattr(Run, "_init", lambda self, subtree, rng, name: {})
     run = make_run(config, workdir)
     run.train("con")
-    assert seen["stage"].reads == () and set(seen["frozen"]) == {"text"}
+    assert seen["stage"].reads == ("text",) and set(seen["frozen"]) == {"text"}
     assert set(con.TARGET_FIELDS) < set(seen["stage"].batch_fields) <= set(seen["batch"])
     batch = seen["batch"]
     expected = ClipTargetCache(config.data.clip_targets, {}).lookup(
@@ -402,7 +401,7 @@ def test_training_reads_the_cache_and_its_step_holds_no_clip(trained, monkeypatc
     np.testing.assert_allclose(norms, ~padded, atol=1e-5)
     # Without the folder the same config runs CLIP, in the same workdir.
     online = make_run(changed(config, data=dict(clip_targets="")), workdir)
-    assert online.make_stage("con").reads == ("clip",)
+    assert online.make_stage("con").reads == ("text", "clip")
     assert "clip_image_target" not in online.datasets.train(4)(0)
 
 
@@ -421,10 +420,10 @@ def test_training_refuses_other_crops_and_other_data_at_once(trained, world, tmp
     finish = functools.partial(finish_clip, workdir=tmp_path / "other")
     other = changed(config, crops=dict(margin=0.25))
     finish(other)
-    with pytest.raises(ClipTargetError, match=r"crops\.margin = 0\.1, now it is 0\.25"):
+    with pytest.raises(StoreError, match=r"crops\.margin = 0\.1, now it is 0\.25"):
         make_run(other, tmp_path / "other")
     other = changed(config, data=dict(unseen_images="drop"))
-    with pytest.raises(ClipTargetError, match="num_images = 11, now it is 10"):
+    with pytest.raises(StoreError, match="num_images = 11, now it is 10"):
         make_run(other, finish_clip(other, tmp_path / "dropped"))
     root = make_world(tmp_path / "world")
     path = root / "annotations" / "panoptic_train2017.json"
@@ -432,7 +431,7 @@ def test_training_refuses_other_crops_and_other_data_at_once(trained, world, tmp
     content["annotations"][2]["segments_info"][0]["category_id"] = 7
     path.write_text(json.dumps(content))
     other = changed(config, data=dict(root=str(root), split_file=str(root / "split.json")))
-    with pytest.raises(ClipTargetError, match="dataset = '.*', now it is"):
+    with pytest.raises(StoreError, match="dataset = '.*', now it is"):
         make_run(other, finish_clip(other, tmp_path / "edited"))
 
 
@@ -441,20 +440,20 @@ def test_training_refuses_other_weights_before_it_compiles(trained, tmp_path, mo
     run = make_run(config, workdir)
     nothing_may_compile(monkeypatch)
     run._given["clip", "clip"] = random_params(run.networks.clip, seed=1)
-    with pytest.raises(ClipTargetError, match="made with weights = '.*', now it is"):
+    with pytest.raises(StoreError, match="made with weights = '.*', now it is"):
         run.train("con")
 
 
 def test_training_refuses_an_incomplete_or_damaged_cache(trained, tmp_path, monkeypatch):
     config, workdir = trained
-    path = storage.shard_path(pathlib.Path(config.data.clip_targets), 1)
+    path = find_targets(config.data.clip_targets, {}).path(1)
     content = path.read_bytes()
     try:
         path.unlink()
-        with pytest.raises(ClipTargetError, match="1 of 3 shards .*missing.*again"):
+        with pytest.raises(StoreError, match="1 of 3 shards .*missing.*again"):
             make_run(config, workdir)
         path.write_bytes(content[:-3])
-        with pytest.raises(ClipTargetError, match="00001.safetensors .*damaged.*delete it"):
+        with pytest.raises(StoreError, match="00001.safetensors .*damaged.*delete it"):
             make_run(config, workdir)
     finally:
         path.write_bytes(content)
@@ -492,17 +491,67 @@ def test_numbers_out_of_range_are_refused_before_anything_is_written(
 def test_what_the_command_refuses(world, trained, tmp_path):
     config, workdir = trained
     with pytest.raises(ValueError, match="set config.data.clip_targets"):
-        command.cache(changed(config, data=dict(clip_targets="")), str(workdir))
+        filling.cache(changed(config, data=dict(clip_targets="")), str(workdir))
     with pytest.raises(ValueError, match="trained by its stage 'clip'; give --workdir=DIR"):
-        command.cache(config)
+        filling.cache(config)
     with pytest.raises(ValueError, match="'clip', which gives CLIP, has not finished in"):
-        command.cache(config, str(tmp_path / "nowhere"))
+        filling.cache(config, str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
     spec = importlib.util.spec_from_file_location("demo_zps", ROOT / "configs" / "demo_zps.py")
     demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
     with pytest.raises(ValueError, match="'synthetic'.*nothing to cache"):
-        command.cache(demo.get_config("smoke"), str(workdir))
+        filling.cache(demo.get_config("smoke"), str(workdir))
+
+
+def test_an_interrupted_command_goes_on_where_it_stood(trained, tmp_path, monkeypatch, capsys):
+    config, workdir = trained
+    flags = [
+        f"--config={ROOT / 'configs' / 'coco_zps.py'}:mini",
+        f"--workdir={workdir}",
+        f"--config.data.clip_targets={tmp_path}",
+        "--config.tensorboard=False",
+        "--images_per_shard=4",
+        "--pictures_per_device=16",
+    ]
+    for name in ("root", "split_file", "eval_part", "unseen_images", "num_threads"):
+        flags.append(f"--config.data.{name}={config.data[name]}")
+    write, written = ShardStore.write, []
+
+    def interrupt(store, index, arrays):
+        if written:
+            raise KeyboardInterrupt
+        written.append(index)
+        write(store, index, arrays)
+
+    monkeypatch.setattr(ShardStore, "write", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["cache_clip_targets", *flags])
+    assert stopped.value.code == 130
+    assert "finished shards are kept, and the same command goes on" in capsys.readouterr().err
+    threads = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in threads if name.startswith(("prefetch", "cache_clip"))]
+    before = states(tmp_path)
+    assert len(before) == 1
+
+    def full(store, index, arrays):
+        raise FileError("The disk is full.")
+
+    monkeypatch.setattr(ShardStore, "write", full)
+    with pytest.raises(SystemExit, match="^Error: The disk is full.$"):
+        command.main(["cache_clip_targets", *flags])
+    monkeypatch.undo()
+    monkeypatch.setattr(planning, "SMALLEST_SIDE", 48)
+    command.main(["cache_clip_targets", *flags])
+    printed = capsys.readouterr().out
+    assert "1 of 3 shards of this host are finished and skipped, 2 to do" in printed
+    assert "2 shards written, 1 skipped" in printed
+    after = states(tmp_path)
+    assert len(after) == 3 and before.items() <= after.items()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*sorted(after), "manifest.json"]
+    data = load(pathlib.Path(config.data.root))
+    folders = (tmp_path, config.data.clip_targets)
+    assert largest_distance(*(targets_of(folder, data, {}) for folder in folders)) < 1e-6
 
 
 # Real images.
@@ -518,6 +567,7 @@ def test_online_and_cached_targets_agree_on_real_images(mini, tmp_path, monkeypa
     monkeypatch.setattr(planning, "SMALLEST_SIDE", 640)
     options = dict(unseen_images="keep", image_size=640, max_segments=48, num_threads=4)
     source = open_source("coco_panoptic_zps", mini, "train2017")
+    source.records = source.records[:32]
     data = SegmentationLoader(source, seed=0, augment="none", **options)
     fill(tmp_path, data, images_per_shard=64, pictures_per_device=64)
     cache = ClipTargetCache(tmp_path, IDENTITY)
@@ -528,7 +578,7 @@ def test_online_and_cached_targets_agree_on_real_images(mini, tmp_path, monkeypa
     )
     kept = {r.image_id for r in data.records if max(r.height, r.width) == 640}
     distances, numbers = [], []
-    for step in range(6):
+    for step in range(4):
         batch = data.batch(step, 8)
         cached = cache.lookup(batch["image_id"], batch["segment_source_ids"])
         whole, parts = online(batch["image"], batch["segment_ids"], batch["image_size"])
@@ -543,61 +593,5 @@ def test_online_and_cached_targets_agree_on_real_images(mini, tmp_path, monkeypa
         f"{len(distances)} targets of real images: cosine distance at most {max(distances):.1e}, "
         f"between different segments {between:.1e}"
     )
-    assert len(numbers) > 300 and between > 1e-2
+    assert len(numbers) > 150 and between > 1e-2
     assert max(distances) < 1e-3
-
-
-def start(config_file, workdir, *flags):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(workdir / "xla"),
-    }
-    arguments = [f"--config={config_file}", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(
-        [sys.executable, "-m", "concat_jax.cache_clip_targets", *arguments],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def test_a_killed_command_goes_on_where_it_stood(mini, tmp_path):
-    targets, workdir = tmp_path / "targets", tmp_path / "workdir"
-    config = mini_config(mini, targets, unseen_images="keep")
-    finish_clip(config, workdir)
-    flags = (
-        f"--config.data.root={mini}",
-        f"--config.data.clip_targets={targets}",
-        "--config.data.unseen_images=keep",
-        "--config.data.num_threads=2",
-        "--config.tensorboard=False",
-        "--images_per_shard=10",
-        "--pictures_per_device=32",
-    )
-    killed = start("configs/coco_zps.py:mini", workdir, *flags)
-    said = []
-    for line in killed.stdout:
-        said.append(line)
-        if states(targets):
-            killed.send_signal(signal.SIGKILL)
-            break
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL, "".join(said)
-    before = states(targets)
-    assert 0 < len(before) < 10
-    (targets / "00009.safetensors.partial").write_bytes(b"half")
-
-    again = start("configs/coco_zps.py:mini", workdir, *flags)
-    output, _ = again.communicate()
-    assert again.returncode == 0, output
-    assert f"{len(before)} of 10 shards of this host are finished and skipped" in output
-    assert f"{10 - len(before)} shards written, {len(before)} skipped" in output
-    after = states(targets)
-    assert len(after) == 10 and before.items() <= after.items()
-    assert sorted(p.name for p in targets.iterdir()) == [*sorted(after), storage.MANIFEST]
-    cache = ClipTargetCache(targets, {"num_images": 100})
-    assert cache.embed_dim == config.model.clip.embed_dim
