@@ -29,7 +29,7 @@ from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation.calibration import calibrate
 from concat_jax.evaluation.report import markdown_table
 from concat_jax.experiment.ablation_rows import GAP, ROWS, SCORED, stages_before, with_rows
-from concat_jax.experiment.experiment import Run
+from concat_jax.experiment.experiment import Experiment
 from concat_jax.experiment.query_pictures import write_picture
 from concat_jax.visualize import plots
 
@@ -75,13 +75,13 @@ def run_seed(
     files = {row: folder / row / "cell.json" for row in rows}
     cells: dict[str, dict] = {}
     if not all(file.exists() for file in files.values()):
-        run = Run(config, folder, make_datasets(config.data, seed=seed))
+        run = Experiment(config, folder, make_datasets(config.data, seed=seed))
         held_out = make_datasets({**config.data, "eval_split": "validation"}, seed=seed)
     for row in rows:
         if not files[row].exists():
             for stage in (*stages_before(config, row), row):
                 began = time.monotonic()
-                if not run.is_finished(stage):
+                if not run.parameters.is_finished(stage):
                     print(f"\n[seed {seed}]", end=" ")
                     run.train(stage)
             found = calibrate(

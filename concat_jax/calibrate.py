@@ -41,7 +41,7 @@ from concat_jax.evaluation.calibration import (
     check_gammas,
     format_sweep,
 )
-from concat_jax.experiment.experiment import Run
+from concat_jax.experiment.experiment import Experiment
 
 HALVES = ("even", "odd")
 
@@ -175,9 +175,9 @@ def calibrate_stage(
 
     values = check_gammas((0.0, *gammas))
     images = held_out_images(config.data, part, seed=config.seed, num_images=num_images)
-    run = Run(config, workdir, make_datasets(config.data, seed=config.seed), trains=False)
-    check_choice(stage, run.stages, "--stage names no stage of config.train:")
-    if not run.is_finished(stage):
+    run = Experiment(config, workdir, make_datasets(config.data, seed=config.seed), trains=False)
+    check_choice(stage, run.setup.stages, "--stage names no stage of config.train:")
+    if not run.parameters.is_finished(stage):
         raise ValueError(f"Stage {stage!r} has not finished in {workdir}; train it first.")
 
     print(f"Stage {stage}, {images.name}:", flush=True)

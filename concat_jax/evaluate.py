@@ -136,7 +136,7 @@ def evaluate_stage(given: cli.Flags) -> dict:
     """
     import jax
 
-    from concat_jax.experiment.experiment import Run
+    from concat_jax.experiment.experiment import Experiment
     from data_pipelines.datasets import make_datasets
 
     stage = given.stage
@@ -148,9 +148,9 @@ def evaluate_stage(given: cli.Flags) -> dict:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    run = Run(config, workdir, datasets, trains=False)
-    check_choice(stage, run.stages, "--stage names no stage of config.train:")
-    if not run.is_finished(stage):
+    run = Experiment(config, workdir, datasets, trains=False)
+    check_choice(stage, run.setup.stages, "--stage names no stage of config.train:")
+    if not run.parameters.is_finished(stage):
         raise ValueError(f"Stage {stage!r} has not finished in {workdir}; train it first.")
     return run.evaluate(stage)
 

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 
 from concat_jax.core import cli
-from concat_jax.experiment.experiment import Run
+from concat_jax.experiment.experiment import Experiment
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict:
@@ -25,7 +25,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return Run(config, Path(workdir), datasets).run()
+    return Experiment(config, Path(workdir), datasets).run()
 
 
 def command(given: cli.Flags, arguments: Sequence[str]) -> None:

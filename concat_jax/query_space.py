@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from concat_jax.core import cli
-from concat_jax.experiment.experiment import Run
+from concat_jax.experiment.experiment import Experiment
 from concat_jax.experiment.query_pictures import has_queries, write_picture
 
 
@@ -20,8 +20,12 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
     from data_pipelines.datasets import make_datasets
 
     config, workdir = cli.config_and_workdir(given)
-    run = Run(config, workdir, make_datasets(config.data, seed=config.seed), trains=False)
-    drawn = [name for name in config.stages if has_queries(run, name) and run.is_finished(name)]
+    run = Experiment(config, workdir, make_datasets(config.data, seed=config.seed), trains=False)
+    drawn = [
+        name
+        for name in config.stages
+        if has_queries(run, name) and run.parameters.is_finished(name)
+    ]
     if not drawn:
         raise ValueError(
             f"No stage of {workdir} from CON on has finished; train it with `python -m "

@@ -1,6 +1,7 @@
 """The ablation's rows, its table, and that nothing is run twice."""
 
 import json
+import types
 
 import pytest
 
@@ -109,9 +110,9 @@ class FakeRun:
 
     def __init__(self, config, workdir, datasets):
         self.workdir, self.seed, self.datasets = workdir, config.seed, datasets
-
-    def is_finished(self, name):
-        return (self.workdir / name / "done").exists()
+        self.parameters = types.SimpleNamespace(
+            is_finished=lambda name: (workdir / name / "done").exists()
+        )
 
     def train(self, name):
         self.log.append((self.seed, "train", name))
@@ -129,7 +130,7 @@ class FakeRun:
 
 
 def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "Run", FakeRun)
+    monkeypatch.setattr(ablation, "Experiment", FakeRun)
     monkeypatch.setattr(FakeRun, "log", [])
     drawn = []
     monkeypatch.setattr(ablation, "write_picture", lambda run, name: drawn.append(name))

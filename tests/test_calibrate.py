@@ -97,10 +97,9 @@ class FakeRun:
 
     def __init__(self, config, workdir, datasets, *, trains):
         assert not trains
-        self.workdir, self.stages = workdir, {"con": None, "finetune": None}
-
-    def is_finished(self, name):
-        return name == "finetune"
+        self.workdir = workdir
+        self.setup = types.SimpleNamespace(stages={"con": None, "finetune": None})
+        self.parameters = types.SimpleNamespace(is_finished=lambda name: name == "finetune")
 
     def sweep(self, name, examples, gammas):
         self.asked.append((name, examples, gammas))
@@ -115,7 +114,7 @@ class FakeRun:
 
 @pytest.fixture
 def fake_run(monkeypatch):
-    monkeypatch.setattr(calibrate, "Run", FakeRun)
+    monkeypatch.setattr(calibrate, "Experiment", FakeRun)
     monkeypatch.setattr(FakeRun, "asked", [])
     monkeypatch.setattr("data_pipelines.datasets.make_datasets", lambda *args, **kwargs: None)
     images = calibrate.HeldOut("some images", lambda: "held out", lambda: "other half")

@@ -11,7 +11,7 @@ import pytest
 from concat_jax.core import config as configuration
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.ablation_rows import with_rows
-from concat_jax.experiment.experiment import Run
+from concat_jax.experiment.experiment import Experiment
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
 from concat_jax.stages.registry import STAGES
@@ -50,18 +50,19 @@ def get_config(name, argument=""):
 def make_run(config, tmp_path):
     """The config's run on data that is not there."""
     data = Datasets(
+        eval_size=64,
         vocabulary=VOCABULARY,
         train=lambda batch_size: None,
         captions=lambda batch_size, side: None,
         caption_words=VOCABULARY.names,
         evaluation=lambda: (),
     )
-    return Run(config, tmp_path / "run", data)
+    return Experiment(config, tmp_path / "run", data)
 
 
 def with_files(config, tmp_path):
     """The config with stand-ins for the files that it leaves to the user to give."""
-    config.text.update(tokenizer="words", bpe_path="")
+    config.text.update(tokenizer="words", bpe_path="", templates="name")
     if "init" in config:
         weights = tmp_path / "model.safetensors"
         weights.touch()
@@ -95,13 +96,13 @@ def test_a_config_makes_its_stages_and_every_parameter_has_a_rule(name, argument
     config = with_files(get_config(name, argument), tmp_path)
     assert config.data.kind in DATA_KINDS
     run = make_run(config, tmp_path)
-    assert {run.stages[stage].kind for stage in config.stages} <= set(STAGES)
+    assert {run.setup.stages[stage].kind for stage in config.stages} <= set(STAGES)
     assert set(config.eval.stages) <= set(config.stages)
     for stage_name in config.stages:
-        stage, settings = run.make_stage(stage_name), run.stages[stage_name]
+        stage, settings = run.setup.make_stage(stage_name), run.setup.stages[stage_name]
         # What a stage reads must be handed to it.
         assert {COMES_WITH.get(r, r) for r in stage.reads} <= set(settings.takes), stage_name
-        params = abstract_params(run.networks, stage.trains)
+        params = abstract_params(run.setup.networks, stage.trains)
         labels = label_params(params, stage.rules)  # raises for a parameter without a rule
         leaves = jax.tree_util.tree_leaves_with_path(labels)
         frozen = [path_name(path) for path, label in leaves if label == FROZEN]
@@ -134,8 +135,11 @@ def test_the_full_size_con_loss_traces(tmp_path):
     config = with_files(get_config("coco_zps"), tmp_path)
     size, rows = config.data.image_size, config.data.max_segments
     run = make_run(config, tmp_path)
-    assert run.loss == SegmentationLossConfig() and run.loss.num_points == 12544
-    stage = run.make_stage("con")
+    assert (
+        run.setup.context.loss == SegmentationLossConfig()
+        and run.setup.context.loss.num_points == 12544
+    )
+    stage = run.setup.make_stage("con")
     batch = {
         "image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8),
         "segment_ids": jax.ShapeDtypeStruct((1, size, size), jnp.uint8),
@@ -143,9 +147,9 @@ def test_the_full_size_con_loss_traces(tmp_path):
         "segment_is_crowd": jax.ShapeDtypeStruct((1, rows), jnp.bool_),
         "image_size": jax.ShapeDtypeStruct((1, 2), jnp.int32),
     }
-    text = jax.ShapeDtypeStruct((len(VOCABULARY), run.networks.clip.embed_dim), jnp.float32)
-    params = abstract_params(run.networks, stage.trains)
-    frozen = {**abstract_params(run.networks, set(stage.reads) - {TEXT}), TEXT: text}
+    text = jax.ShapeDtypeStruct((len(VOCABULARY), run.setup.networks.clip.embed_dim), jnp.float32)
+    params = abstract_params(run.setup.networks, stage.trains)
+    frozen = {**abstract_params(run.setup.networks, set(stage.reads) - {TEXT}), TEXT: text}
     loss, metrics = jax.eval_shape(stage.loss, params, frozen, batch, jax.random.key(0))
     assert loss.shape == () and loss.dtype == jnp.float32
     assert {"loss_class", "loss_mask", "loss_dice", "loss_global", "loss_instance"} <= set(metrics)

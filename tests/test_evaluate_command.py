@@ -103,14 +103,12 @@ def test_flags_of_files_and_of_a_config_do_not_mix(files, capsys):
 class FakeRun:
     """Stages of one config, of which the finetune has finished."""
 
-    stages = {"con": None, "finetune": None}
+    setup = types.SimpleNamespace(stages={"con": None, "finetune": None})
+    parameters = types.SimpleNamespace(is_finished=lambda name: name == "finetune")
 
     def __init__(self, config, workdir, datasets, *, trains):
         assert not trains
         self.workdir = workdir
-
-    def is_finished(self, name):
-        return name == "finetune"
 
     def evaluate(self, name):
         counts = SemanticIoU(2)
@@ -121,7 +119,7 @@ class FakeRun:
 @pytest.fixture
 def stage_of(monkeypatch, tmp_path):
     config = types.SimpleNamespace(data={}, seed=0)
-    monkeypatch.setattr("concat_jax.experiment.experiment.Run", FakeRun)
+    monkeypatch.setattr("concat_jax.experiment.experiment.Experiment", FakeRun)
     monkeypatch.setattr(cli, "config_and_workdir", lambda given: (config, tmp_path))
     monkeypatch.setattr(cli, "join_hosts", lambda given: None)
     monkeypatch.setattr("data_pipelines.datasets.make_datasets", lambda *_, **__: None)

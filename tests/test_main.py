@@ -99,7 +99,9 @@ def contents(folder):
 
 
 def saved_params(workdir, stage, *subtrees):
-    networks = concat_jax.experiment.experiment.Run(tiny_config(), workdir, make_data()).networks
+    networks = concat_jax.experiment.experiment.Experiment(
+        tiny_config(), workdir, make_data()
+    ).networks
     key = jax.random.key(0)
     abstract = {name: jax.eval_shape(lambda n=name: networks.init(n, key)) for name in subtrees}
     checkpoints = StageCheckpoints(workdir, stage)

@@ -16,16 +16,16 @@ from concat_jax.stages.query_bank import QueryBank, missing_classes
 from concat_jax.stages.registry import learns_from, method_of
 
 if TYPE_CHECKING:
-    from concat_jax.experiment.experiment import Run
+    from concat_jax.experiment.experiment import Experiment
 
 BatchFn = Callable[[int], Mapping[str, np.ndarray]]
 
 
-def stage_batches(run: Run, name: str, text: np.ndarray | None) -> BatchFn:
+def stage_batches(experiment: Experiment, name: str, text: np.ndarray | None) -> BatchFn:
     """The batches of a stage, each a pure function of its step.
 
     Args:
-      run: of the config.
+      experiment: of the config.
       name: of the stage.
       text: [K, C] or [K, S, C] text embeddings, which only a query bank needs.
 
@@ -35,28 +35,28 @@ def stage_batches(run: Run, name: str, text: np.ndarray | None) -> BatchFn:
     Raises:
       ValueError: as `query_bank`.
     """
-    settings = run.stages[name]
+    setup, settings = experiment.setup, experiment.setup.stages[name]
     source = learns_from(settings)
-    if source == "captions":
-        pairs = run.datasets.captions(settings.batch_size, run.networks.clip.image_size)
-
-        def batch_fn(step: int) -> Mapping[str, np.ndarray]:
-            batch = pairs(step)
-            return {"image": batch["image"], "tokens": run.tokenizer(batch["captions"])}
-
-        return batch_fn
     if source == "images":
-        return run.datasets.train(settings.batch_size)
-    return query_bank(run, name, text).batch
+        return experiment.datasets.train(settings.batch_size)
+    if source == "queries":
+        return query_bank(experiment, name, text).batch
+    pairs = experiment.datasets.captions(settings.batch_size, setup.networks.clip.image_size)
+
+    def caption_batch(step: int) -> Mapping[str, np.ndarray]:
+        batch = pairs(step)
+        return {"image": batch["image"], "tokens": setup.tokenizer(batch["captions"])}
+
+    return caption_batch
 
 
-def query_bank(run: Run, name: str, text: np.ndarray) -> QueryBank:
+def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank:
     """The bank that a stage learns from, extracted into the folder of the stage of its segmentor.
 
     A bank belongs to the weights that made it; for an oracle it also shows unseen classes.
 
     Args:
-      run: of the config.
+      experiment: of the config.
       name: of a stage that learns from vision queries.
       text: [K, C] or [K, S, C] text embeddings.
 
@@ -64,30 +64,31 @@ def query_bank(run: Run, name: str, text: np.ndarray) -> QueryBank:
       ValueError: if the bank there is of other weights or settings, holds no seen class, or is
         smaller than a batch; or if an oracle's images are not to be had.
     """
-    settings = run.stages[name]
+    setup, datasets = experiment.setup, experiment.datasets
+    config, settings = setup.config, setup.stages[name]
     source = settings.takes["segmentor"]
-    size = run.stages[source].batch_size
+    size = setup.stages[source].batch_size
     # The projector that stage 1 trained names the queries, whatever this stage starts from.
-    params = {s: run.give(s, source) for s in ("segmentor", "projector")}
+    params = {s: experiment.parameters.get(s, source) for s in ("segmentor", "projector")}
     num_batches = -(-settings.bank_images // size)
     num_images = num_batches * size
-    model = flat(run.config.model).items()
-    context, batches, kind = run.context, run.datasets.train, "query_bank"
+    model = flat(config.model).items()
+    context, batches, kind = setup.context, datasets.train, "query_bank"
     if settings.oracle:
-        if run.datasets.oracle is None:
+        if datasets.oracle is None:
             raise ValueError(
                 f"config.train.{name}.oracle needs images that show unseen classes, and data "
-                f"of kind {run.config.data.kind!r} offers none for training."
+                f"of kind {config.data.kind!r} offers none for training."
             )
-        every = dataclasses.replace(run.vocabulary, is_seen=(True,) * len(run.vocabulary))
+        every = dataclasses.replace(setup.vocabulary, is_seen=(True,) * len(setup.vocabulary))
         context = dataclasses.replace(context, vocabulary=every)
-        batches, kind = run.datasets.oracle, "oracle_bank"
+        batches, kind = datasets.oracle, "oracle_bank"
     queries, labels = extract_bank(
-        run.workdir / source / f"{kind}_{num_images}",
+        experiment.workdir / source / f"{kind}_{num_images}",
         {
             "kind": kind,
             "stage": source,
-            "steps": run.stages[source].steps,
+            "steps": setup.stages[source].steps,
             "images": num_images,
             "model": str(sorted(item for item in model if not item[0].startswith("generator"))),
             "weights": fingerprint(jax.device_get(params))[:16],
@@ -98,20 +99,20 @@ def query_bank(run: Run, name: str, text: np.ndarray) -> QueryBank:
         batches(size),
         num_batches=num_batches,
         batch_size=size,
-        seed=run.config.seed,
-        config=run.bank,
-        mesh=run.mesh,
+        seed=config.seed,
+        config=setup.bank,
+        mesh=experiment.mesh,
     )
-    warning = missing_classes(labels, run.vocabulary)
+    warning = missing_classes(labels, setup.vocabulary)
     if warning and jax.process_index() == 0:
         print(f"Warning: {warning}")
     return QueryBank(
         queries,
         labels,
         batch_size=settings.batch_size,
-        seed=run.config.seed,
+        seed=config.seed,
         memory_per_class=getattr(method_of(name, settings), "memory_per_class", 0),
-        num_classes=len(run.vocabulary),
+        num_classes=len(setup.vocabulary),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
@@ -58,7 +58,7 @@ def make_tokenizer(config: ml_collections.ConfigDict, caption_words: Sequence[st
 def check_names(
     text: ml_collections.ConfigDict, tokenizer: Tokenizer, vocabulary: Vocabulary
 ) -> None:
-    """Refuse names that `embed_vocabulary` would, without a text tower.
+    """Refuse names that `ClassEmbeddings` would, without a text tower.
 
     Raises:
       ValueError: listing names that are empty, too long, or not to be told apart.
@@ -72,32 +72,50 @@ def check_names(
     tokenize(tokenizer, prompts)
 
 
-def embed_vocabulary(
-    text: ml_collections.ConfigDict,
-    clip: CLIP,
-    params: Params,
-    tokenizer: Tokenizer,
-    vocabulary: Vocabulary,
-) -> np.ndarray:
-    """Text embeddings of a vocabulary, [K, C] or [K, S, C], see `TextTower.embed`.
+class ClassEmbeddings:
+    """Text embeddings of a run's vocabularies, each made once."""
 
-    Args:
-      text: a config's `text` section: templates, synonyms, cleaning and cache.
-      clip: the CLIP module.
-      params: its parameters.
-      tokenizer: of its text tower.
-      vocabulary: K classes.
+    def __init__(
+        self,
+        text: ml_collections.ConfigDict,
+        clip: CLIP,
+        tokenizer: Tokenizer,
+        clip_params: Callable[[str], Params],
+    ):
+        """Args:
+        text: a config's `text` section: templates, synonyms, cleaning and cache.
+        clip: the CLIP module.
+        tokenizer: of its text tower.
+        clip_params: source -> CLIP's parameters as a stage, or "init", gave them.
+        """
+        self._text, self._clip, self._tokenizer = text, clip, tokenizer
+        self._clip_params = clip_params
+        self._made: dict[tuple[str, Vocabulary], np.ndarray] = {}
 
-    Raises:
-      ValueError: as `check_names`.
-    """
-    tower = TextTower(
-        clip,
-        {name: params[name] for name in SUBTREES},
-        tokenizer,
-        text.templates,
-        text.clean_names,
-        text.synonyms,
-    )
-    # Several hosts run the text tower together: none may find its answer on a disk of its own.
-    return tower.embed(vocabulary, cache=text.cache if jax.process_count() == 1 else "")
+    def tower(self, source: str) -> TextTower:
+        """The text tower of a source."""
+        params, text = self._clip_params(source), self._text
+        return TextTower(
+            self._clip,
+            {name: params[name] for name in SUBTREES},
+            self._tokenizer,
+            text.templates,
+            text.clean_names,
+            text.synonyms,
+        )
+
+    def get(self, source: str, vocabulary: Vocabulary) -> np.ndarray:
+        """Embeddings of a vocabulary, [K, C] or [K, S, C], see `TextTower.embed`.
+
+        Args:
+          source: stage whose CLIP embeds the names, or "init".
+          vocabulary: K classes.
+
+        Raises:
+          ValueError: as `check_names`.
+        """
+        if (source, vocabulary) not in self._made:
+            # Several hosts run the tower together: none may find its answer on a disk of its own.
+            cache = self._text.cache if jax.process_count() == 1 else ""
+            self._made[source, vocabulary] = self.tower(source).embed(vocabulary, cache=cache)
+        return self._made[source, vocabulary]

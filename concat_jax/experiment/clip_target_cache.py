@@ -21,7 +21,8 @@ from concat_jax.core.batch import TARGET_FIELDS
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
 from concat_jax.experiment.clip_target_batches import PlannedBatch, batch_rows, plan_batches
-from concat_jax.experiment.experiment import Run
+from concat_jax.experiment.clip_targets import clip_target_identity
+from concat_jax.experiment.experiment import Experiment
 from concat_jax.models.clip import CLIP
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
 from concat_jax.training.sharding import AXES, along_batch, replicated
@@ -87,7 +88,7 @@ def fill_cache(
       clip: the CLIP module.
       params: its parameters.
       crops: how a segment becomes a picture.
-      identity: `weights`, `clip` and `crops`, as `Run.clip_target_identity` gives them.
+      identity: `weights`, `clip` and `crops`, as `clip_target_identity` gives them.
       images_per_shard: a killed command loses at most the shards it was working on.
       pictures_per_device: segments CLIP takes at once, on each device.
       mesh: this host's devices; hosts do not talk to each other.
@@ -238,15 +239,15 @@ def _shard(targets: Mapping[int, _Targets], width: int) -> dict[str, np.ndarray]
     }
 
 
-def clip_source(run: Run) -> str:
+def clip_source(run: Experiment) -> str:
     """The stage that gives CLIP to the stages that learn from cached targets, or "init".
 
     Raises:
       ValueError: if there is no such stage, or they take different ones.
     """
-    stages = {name: run.make_stage(name) for name in run.stages}
+    stages = {name: run.setup.make_stage(name) for name in run.setup.stages}
     learn = [name for name in stages if set(TARGET_FIELDS) <= set(stages[name].batch_fields)]
-    sources = {run.clip_source(name) for name in learn}
+    sources = {run.setup.stages[name].takes["clip"] for name in learn}
     if len(sources) != 1:
         found = " and ".join(sorted(sources)) or "nowhere"
         raise ValueError(
@@ -273,7 +274,7 @@ def cache(
       images_per_shard, pictures_per_device, process_index, process_count: as `fill_cache`.
 
     Raises:
-      ValueError: for a config with nothing to cache, and as `fill_cache` and `Run`.
+      ValueError: for a config with nothing to cache, and as `fill_cache` and `Experiment`.
     """
     if config.data.kind == "synthetic":
         raise ValueError(
@@ -284,14 +285,14 @@ def cache(
     if not folder:
         raise ValueError("Nowhere to write: set config.data.clip_targets to the cache's folder.")
     datasets = make_datasets(config.data, seed=config.seed)
-    run = Run(config, Path(workdir or folder), datasets, trains=False)
+    run = Experiment(config, Path(workdir or folder), datasets, trains=False)
     source = clip_source(run)
     if source != "init" and not workdir:
         raise ValueError(
             f"This config's CLIP is trained by its stage {source!r}; give --workdir=DIR of the run "
             "that did."
         )
-    if source != "init" and not run.is_finished(source):
+    if source != "init" and not run.parameters.is_finished(source):
         raise ValueError(
             f"Stage {source!r}, which gives CLIP, has not finished in {workdir}; train it first."
         )
@@ -299,10 +300,10 @@ def cache(
     return fill_cache(
         Path(folder),
         training_part(config.data, seed=config.seed),
-        run.networks.clip,
-        jax.device_get(run.give("clip", source)),
-        run.crops,
-        run.clip_target_identity(source),
+        run.setup.networks.clip,
+        jax.device_get(run.parameters.get("clip", source)),
+        run.setup.context.crops,
+        clip_target_identity(run, source),
         images_per_shard=images_per_shard,
         pictures_per_device=pictures_per_device,
         mesh=Mesh(local, AXES, axis_types=run.mesh.axis_types),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from concat_jax.experiment.experiment import Run
+from concat_jax.experiment.experiment import Experiment
 from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages.cat import generate
 from concat_jax.stages.finetune import sample_deviations
@@ -28,12 +28,16 @@ from data_pipelines.augment import resize_longest
 PICTURE = "query_space.png"
 
 
-def has_queries(run: Run, name: str) -> bool:
+def has_queries(run: Experiment, name: str) -> bool:
     """Whether the stage trains something that a picture of vision queries shows."""
-    return not {"segmentor", "projector", "generator"}.isdisjoint(run.make_stage(name).trains)
+    return not {"segmentor", "projector", "generator"}.isdisjoint(run.setup.make_stage(name).trains)
 
 
-def real_queries(run: Run, source: str, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+def _text(run: Experiment, name: str) -> np.ndarray:
+    return run.embeddings.get(run.setup.stages[name].takes["clip"], run.setup.vocabulary)
+
+
+def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndarray, np.ndarray]:
     """Vision queries of evaluation images that hold a segment, and the class of each.
 
     Args:
@@ -44,13 +48,15 @@ def real_queries(run: Run, source: str, num_images: int) -> tuple[np.ndarray, np
     Returns:
       (queries [M, D] float32, labels [M] int32).
     """
-    params = {s: run.give(s, source) for s in ("segmentor", "projector")}
-    text = jnp.asarray(run.text_embeddings(run.stages[source].takes["clip"]))
+    params = {s: run.parameters.get(s, source) for s in ("segmentor", "projector")}
+    text = jnp.asarray(_text(run, source))
     # Every class may be matched here: the picture shows the unseen ones.
-    vocabulary = dataclasses.replace(run.vocabulary, is_seen=(True,) * len(run.vocabulary))
-    context = dataclasses.replace(run.context, vocabulary=vocabulary)
+    vocabulary = dataclasses.replace(
+        run.setup.vocabulary, is_seen=(True,) * len(run.setup.vocabulary)
+    )
+    context = dataclasses.replace(run.setup.context, vocabulary=vocabulary)
     extract = jax.jit(functools.partial(extract_queries, context, params, text))
-    size = run.eval.batch_size
+    size = run.setup.predict.batch_size
     examples = (resize_longest(e, run.datasets.eval_size) for e in run.datasets.evaluation())
     queries, labels = [], []
     for number in range(0, num_images, size):
@@ -70,14 +76,16 @@ def real_queries(run: Run, source: str, num_images: int) -> tuple[np.ndarray, np
     return np.concatenate(queries)[matched], np.concatenate(labels)[matched]
 
 
-def write_picture(run: Run, name: str) -> Path:
+def write_picture(run: Experiment, name: str) -> Path:
     """Draws a stage's picture into its folder; arguments and errors as `query_figure`."""
     path = run.workdir / name / PICTURE
     plots.save_figure(query_figure(run, name), path)
     return path
 
 
-def query_figure(run: Run, name: str, *, num_images: int = 300, per_class: int = 60) -> Figure:
+def query_figure(
+    run: Experiment, name: str, *, num_images: int = 300, per_class: int = 60
+) -> Figure:
     """The figure of one stage.
 
     After CON the real vision queries; after CAT the pseudo queries of its generator as well; after
@@ -97,45 +105,49 @@ def query_figure(run: Run, name: str, *, num_images: int = 300, per_class: int =
       ValueError: for another kind of stage, too few images, or a config that evaluates on another
         data set than it trains on.
     """
-    settings = run.stages[name]
-    if run.eval_vocabulary is not run.vocabulary:
+    settings = run.setup.stages[name]
+    if run.setup.eval_vocabulary is not run.setup.vocabulary:
         raise ValueError(
             "The picture names real queries of evaluation images by the classes of training, and "
             "the config evaluates on others; set config.data.eval_kind to '' to draw it."
         )
     if not has_queries(run, name):
         raise ValueError(f"Stage {name!r} is of kind {settings.kind!r}, which has no queries.")
-    trains = run.make_stage(name).trains
+    trains = run.setup.make_stage(name).trains
     source = name if "segmentor" in trains else settings.takes["segmentor"]
     real, real_labels = real_queries(run, source, num_images)
     pseudo, labels = real[:0], real_labels[:0]
     generator = name if "generator" in trains else settings.takes.get("generator")
     if generator:
-        labels = np.repeat(np.arange(len(run.vocabulary), dtype=np.int32), per_class)
+        labels = np.repeat(np.arange(len(run.setup.vocabulary), dtype=np.int32), per_class)
         params = {
-            "generator": run.give("generator", generator),
-            "segmentor": run.give("segmentor", source),
+            "generator": run.parameters.get("generator", generator),
+            "segmentor": run.parameters.get("segmentor", source),
         }
-        vectors = class_vectors(jnp.asarray(run.text_embeddings(settings.takes["clip"])))
-        pseudo = generate(run.networks_of(generator), params, vectors[labels], jax.random.key(0))
+        vectors = class_vectors(jnp.asarray(_text(run, name)))
+        pseudo = generate(
+            run.setup.networks_of(generator), params, vectors[labels], jax.random.key(0)
+        )
     what = "Real and pseudo vision queries" if "generator" in trains else "Real vision queries"
     if trains == ("projector",):
         what = "Semantic queries"
         deviation = getattr(method_of(name, settings), "deviation", 0.0)
         if len(labels) and deviation:
-            seen = np.isin(real_labels, run.vocabulary.seen)
+            seen = np.isin(real_labels, run.setup.vocabulary.seen)
             known = np.where(seen, real_labels, -1)
             deviations = sample_deviations(
-                jax.random.key(1), real[None], known[None], len(run.vocabulary), len(labels)
+                jax.random.key(1), real[None], known[None], len(run.setup.vocabulary), len(labels)
             )
             pseudo = pseudo + deviation * deviations
-        projector = {"params": run.give("projector", name)}
+        projector = {"params": run.parameters.get("projector", name)}
         real, pseudo = (
-            np.asarray(run.networks.projector.apply(projector, jnp.asarray(q)))
+            np.asarray(run.setup.networks.projector.apply(projector, jnp.asarray(q)))
             for q in (real, pseudo)
         )
         real, pseudo = (
             q / np.maximum(np.linalg.norm(q, axis=-1, keepdims=True), 1e-9) for q in (real, pseudo)
         )
     title = f"{what} after stage {name}"
-    return plots.query_space(real, real_labels, np.asarray(pseudo), labels, run.vocabulary, title)
+    return plots.query_space(
+        real, real_labels, np.asarray(pseudo), labels, run.setup.vocabulary, title
+    )

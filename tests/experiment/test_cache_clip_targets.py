@@ -18,7 +18,9 @@ from concat_jax.core.shard_store import ShardStore, StoreError
 from concat_jax.experiment import clip_target_batches as planning
 from concat_jax.experiment import clip_target_cache as filling
 from concat_jax.experiment import experiment as run_module
-from concat_jax.experiment.experiment import Run
+from concat_jax.experiment.class_embeddings import ClassEmbeddings
+from concat_jax.experiment.experiment import Experiment
+from concat_jax.experiment.parameters import Parameters
 from concat_jax.models.clip import make_clip
 from concat_jax.stages import con
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
@@ -333,8 +335,8 @@ def finish_clip(config, workdir):
     """A workdir whose CLIP stage is finished, with random parameters."""
     config = config.copy_and_resolve_references()
     config.data.clip_targets = ""
-    run = Run(config, workdir, make_datasets(config.data, seed=0))
-    state = TrainState.create({"clip": random_params(run.networks.clip)}, optax.sgd(0.1))
+    run = Experiment(config, workdir, make_datasets(config.data, seed=0))
+    state = TrainState.create({"clip": random_params(run.setup.networks.clip)}, optax.sgd(0.1))
     checkpoints = StageCheckpoints(workdir, "clip")
     checkpoints.save(state, config.train.clip.steps)
     checkpoints.close()
@@ -364,7 +366,7 @@ def trained(world, tmp_path_factory):
 
 
 def make_run(config, workdir):
-    return Run(config, workdir, make_datasets(config.data, seed=config.seed))
+    return Experiment(config, workdir, make_datasets(config.data, seed=config.seed))
 
 
 def changed(config, **fields):
@@ -384,7 +386,7 @@ def test_training_reads_the_cache_and_its_step_holds_no_clip(trained, monkeypatc
         return {}
 
     monkeypatch.setattr(run_module, "train_stage", train_stage)
-    monkeypatch.setattr(Run, "_init", lambda self, subtree, rng, name: {})
+    monkeypatch.setattr(Parameters, "fresh", lambda self, subtree, name: {})
     run = make_run(config, workdir)
     run.train("con")
     assert seen["stage"].reads == ("text",) and set(seen["frozen"]) == {"text"}
@@ -410,8 +412,8 @@ def nothing_may_compile(monkeypatch):
         raise AssertionError("reached what compiles")
 
     monkeypatch.setattr(run_module, "train_stage", fail)
-    monkeypatch.setattr(Run, "_init", fail)
-    monkeypatch.setattr(Run, "text_embeddings", fail)
+    monkeypatch.setattr(Parameters, "fresh", fail)
+    monkeypatch.setattr(ClassEmbeddings, "get", fail)
 
 
 def test_training_refuses_other_crops_and_other_data_at_once(trained, world, tmp_path):
@@ -439,7 +441,7 @@ def test_training_refuses_other_weights_before_it_compiles(trained, tmp_path, mo
     config, workdir = trained
     run = make_run(config, workdir)
     nothing_may_compile(monkeypatch)
-    run._given["clip", "clip"] = random_params(run.networks.clip, seed=1)
+    run.parameters.keep("clip", "clip", random_params(run.setup.networks.clip, seed=1))
     with pytest.raises(StoreError, match="made with weights = '.*', now it is"):
         run.train("con")
 

@@ -10,7 +10,7 @@ import pytest
 
 from concat_jax import main
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.experiment.experiment import Run
+from concat_jax.experiment.experiment import Experiment
 from concat_jax.stages.query_bank import QueryBank
 from concat_jax.weights.model_folder import ModelCard, save_model
 from data_pipelines.datasets import Datasets, make_datasets
@@ -29,13 +29,14 @@ def make_run(config, workdir):
     """The config's run on data that is not there."""
     vocabulary = Vocabulary(("cat", "sky"), (True, False), (True, False), (1, 2))
     data = Datasets(
+        eval_size=64,
         vocabulary=vocabulary,
         train=lambda batch_size: None,
         captions=lambda batch_size, side: None,
         caption_words=vocabulary.names,
         evaluation=lambda: (),
     )
-    return Run(config, workdir, data)
+    return Experiment(config, workdir, data)
 
 
 def finish(workdir, config, *stages):
@@ -46,7 +47,7 @@ def finish(workdir, config, *stages):
 @pytest.fixture(autouse=True)
 def folders_stand_for_checkpoints(monkeypatch):
     monkeypatch.setattr(
-        "concat_jax.experiment.experiment.is_saved",
+        "concat_jax.experiment.parameters.is_saved",
         lambda workdir, name, step: (workdir / name / "checkpoints" / str(step)).is_dir(),
     )
 
@@ -107,7 +108,7 @@ def test_a_model_key_that_no_checkpoint_can_tell_is_held_fast(tmp_path):
 
 def test_only_finished_stages_are_evaluated_and_a_report_of_fewer_is_stale(tmp_path, monkeypatch):
     evaluated = []
-    monkeypatch.setattr(Run, "evaluate", lambda self, name: evaluated.append(name))
+    monkeypatch.setattr(Experiment, "evaluate", lambda self, name: evaluated.append(name))
     monkeypatch.setattr(
         "concat_jax.experiment.experiment.report.format_comparison", lambda results: str(results)
     )
@@ -168,16 +169,16 @@ def segmentor_from_init(folder):
 def test_segmentor_starts_from_a_folder_or_says_that_it_does_not(tmp_path, capsys):
     run = make_run(segmentor_from_init(""), tmp_path / "fresh")
     capsys.readouterr()
-    fresh = run.give("segmentor", "init")
+    fresh = run.parameters.get("segmentor", "init")
     printed = capsys.readouterr().out
     assert "random numbers" in printed and printed.count("\n") == 1
     backbone = jax.tree.map(lambda x: np.asarray(x) + 1, fresh["backbone"])
-    config = run.config.model.segmentor.to_dict()
+    config = run.setup.config.model.segmentor.to_dict()
     card = ModelCard({"backbone": config["backbone"], "num_groups": config["num_groups"]})
     save_model(tmp_path / "r50", {"segmentor": {"backbone": backbone}}, card)
 
     run = make_run(segmentor_from_init(str(tmp_path / "r50")), tmp_path / "started")
-    started = run.give("segmentor", "init")
+    started = run.parameters.get("segmentor", "init")
     assert "newly initialised" in capsys.readouterr().out
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, started["backbone"], backbone)))
     rest = [{k: v for k, v in tree.items() if k != "backbone"} for tree in (started, fresh)]

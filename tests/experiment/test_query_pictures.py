@@ -22,7 +22,7 @@ def stage(kind, **fields):
     return StageConfig(kind=kind, steps=1, batch_size=1, optimizer={}, **fields)
 
 
-class FakeRun:
+class FakeSetup:
     vocabulary = eval_vocabulary = VOCABULARY
     networks = types.SimpleNamespace(
         clip=None,
@@ -47,14 +47,16 @@ class FakeRun:
     def make_stage(self, name):
         return make_stage(name, self.stages[name], Context(self.networks, VOCABULARY))
 
-    def give(self, subtree, source):
-        return f"{subtree} of {source}"
-
-    def text_embeddings(self, source):
-        return np.eye(3, 4, dtype=np.float32)
-
     def networks_of(self, name):
         return f"networks of {name}"
+
+
+class FakeExperiment:
+    setup = FakeSetup()
+    parameters = types.SimpleNamespace(get=lambda subtree, source: f"{subtree} of {source}")
+    embeddings = types.SimpleNamespace(
+        get=lambda source, vocabulary: np.eye(3, 4, dtype=np.float32)
+    )
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def drawn(monkeypatch):
     monkeypatch.setattr(query_pictures.plots, "query_space", picture)
 
     def draw(name):
-        query_pictures.query_figure(FakeRun(), name, per_class=4)
+        query_pictures.query_figure(FakeExperiment(), name, per_class=4)
         return calls[-1]
 
     return draw
@@ -111,7 +113,7 @@ def test_a_stage_without_queries_is_refused(drawn):
 def test_evaluation_images_of_other_classes_are_refused(drawn, monkeypatch):
     """Their labels count another list of names, which the picture would pass off as this one's."""
     other = dataclasses.replace(VOCABULARY, names=tuple(f"{n}!" for n in VOCABULARY.names))
-    monkeypatch.setattr(FakeRun, "eval_vocabulary", other)
+    monkeypatch.setattr(FakeSetup, "eval_vocabulary", other)
     with pytest.raises(ValueError, match="evaluates on others; set config.data.eval_kind to ''"):
         drawn("con")
 
@@ -127,18 +129,19 @@ def test_real_queries_are_the_matched_ones_of_evaluation_images(monkeypatch):
 
     monkeypatch.setattr(query_pictures, "extract_queries", extract)
     monkeypatch.setattr(query_pictures.jax, "jit", lambda fn: fn)
-    run = FakeRun()
-    run.context = Context(run.networks, VOCABULARY)
-    run.eval = types.SimpleNamespace(batch_size=2)
+    run = FakeExperiment()
+    run.setup.context = Context(run.setup.networks, VOCABULARY)
+    run.setup.predict = types.SimpleNamespace(batch_size=2)
     fields = {name: np.zeros(3) for name in query_pictures.IMAGE_FIELDS}
-    examples = [(None, {**fields, "image": np.full(3, float(i))}) for i in range(7)]
-    run.datasets = types.SimpleNamespace(evaluation=lambda: examples)
+    examples = [{**fields, "image": np.full(3, float(i))} for i in range(7)]
+    run.datasets = types.SimpleNamespace(evaluation=lambda: examples, eval_size=3)
+    monkeypatch.setattr(query_pictures, "resize_longest", lambda example, size: example)
     queries, labels = query_pictures.real_queries(run, "con", 100)
     assert queries[:, 0].tolist() == [0, 1, 3, 4, 5] and labels.tolist() == [1] * 5
     assert matched[0] == (True, True, True)
     queries, _ = query_pictures.real_queries(run, "con", 2)
     assert len(queries) == 2
-    run.eval.batch_size = 8
+    run.setup.predict.batch_size = 8
     with pytest.raises(ValueError, match="fewer images than config.eval.settings.batch_size = 8"):
         query_pictures.real_queries(run, "con", 100)
 

@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.experiment.experiment import Run
+from concat_jax.experiment.experiment import Experiment
 from data_pipelines.datasets import Datasets
 
 transformers = pytest.importorskip("transformers")
@@ -51,21 +51,22 @@ def make_run(folder, tmp_path, **clip):
         config.model.clip = FIELDS | clip
     vocabulary = Vocabulary(("cat", "act"), (True, True), (True, False), (1, 2))
     data = Datasets(
+        eval_size=64,
         vocabulary=vocabulary,
         train=lambda batch_size: None,
         captions=lambda batch_size, side: None,
         caption_words=(),
         evaluation=lambda: (),
     )
-    return Run(config, tmp_path / "run", data)
+    return Experiment(config, tmp_path / "run", data)
 
 
 def test_weights_and_tokenizer_come_from_one_folder(folder, tmp_path, capsys):
     run = make_run(folder, tmp_path)
-    np.testing.assert_array_equal(run.tokenizer(["cat"])[0, :4], [7, 6, 5, 8])
-    clip = run.networks.clip
+    np.testing.assert_array_equal(run.setup.tokenizer(["cat"])[0, :4], [7, 6, 5, 8])
+    clip = run.setup.networks.clip
     assert (clip.vocab_size, clip.context_length, clip.eot_id) == (9, 8, 8)
-    params = run.give("clip", "init")
+    params = run.parameters.get("clip", "init")
     flat = traverse_util.flatten_dict(params, sep="/")
     assert flat["text_model/token_embedding/embedding"].shape == (9, 16)
     line = capsys.readouterr().out.strip().splitlines()[-1]
@@ -81,7 +82,7 @@ def test_a_folder_without_a_tokenizer_and_one_of_another_size(folder, tmp_path):
         match=r"does not fit config\.model\.clip: text_width is 16 not 32; "
         r"set config\.model\.clip to have text_width=16",
     ):
-        run.give("clip", "init")
+        run.parameters.get("clip", "init")
     (folder / "merges.txt").unlink()
     with pytest.raises(ValueError, match=r"none lies beside config\.init\.clip: set config\.text"):
         make_run(folder, tmp_path)

@@ -10,7 +10,7 @@ import pytest
 
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.batches import query_bank
-from concat_jax.experiment.experiment import Run
+from concat_jax.experiment.experiment import Experiment
 from concat_jax.stages.queries import IMAGE_FIELDS
 from data_pipelines.datasets import Datasets
 
@@ -31,6 +31,7 @@ def make_bank(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     picture = {name: np.zeros(1) for name in IMAGE_FIELDS}
     data = Datasets(
+        eval_size=64,
         vocabulary=VOCABULARY,
         train=lambda batch_size: lambda step: picture,
         captions=lambda batch_size, side: None,
@@ -47,9 +48,9 @@ def make_bank(tmp_path, monkeypatch):
         config.model.generator.update(generator)
         with config.unlocked():
             config.train.cat.method.memory_per_class = memory
-        run = Run(config, tmp_path, data, trains=False)
+        run = Experiment(config, tmp_path, data, trains=False)
         for subtree in ("segmentor", "projector"):
-            run._given[subtree, "con"] = {"kernel": np.float32(weights)}
+            run.parameters.keep(subtree, "con", {"kernel": np.float32(weights)})
         monkeypatch.setattr(
             "concat_jax.experiment.query_extraction.extract_queries",
             lambda *args: (jnp.ones((1, 2, 4)), jnp.asarray([labels])),
@@ -100,6 +101,7 @@ def run_with(tmp_path, monkeypatch, change):
     for name in ("clip", "con", "cat"):
         (tmp_path / name / "checkpoints" / str(config.train[name].steps)).mkdir(parents=True)
     data = Datasets(
+        eval_size=64,
         vocabulary=VOCABULARY,
         train=lambda batch_size: lambda step: (batch_size, step),
         captions=lambda batch_size, side: None,
@@ -113,7 +115,7 @@ def run_with(tmp_path, monkeypatch, change):
         return {}
 
     monkeypatch.setattr("concat_jax.experiment.experiment.train_stage", train_stage)
-    run = Run(config, tmp_path, data)
+    run = Experiment(config, tmp_path, data)
     monkeypatch.setattr(run, "text_embeddings", lambda source: np.zeros((3, 4), np.float32))
     monkeypatch.setattr(run, "give", lambda subtree, source: f"{subtree} of {source}")
     run.train("finetune")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.experiment.experiment import Run
+from concat_jax.experiment.experiment import Experiment
 from concat_jax.models.networks import Networks
 from data_pipelines.datasets import Datasets
 
@@ -32,13 +32,14 @@ def make_run(workdir, model=(), **text):
         config.text.update(text)
         config.model.clip.update(dict(model))
     data = Datasets(
+        eval_size=64,
         vocabulary=VOCABULARY,
         train=lambda batch_size: None,
         captions=lambda batch_size, side: None,
         caption_words=("cat", "kitty", "tomcat", "sky", "other", "a", "map", "of"),
         evaluation=lambda: (),
     )
-    return Run(config, workdir, data)
+    return Experiment(config, workdir, data)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,9 @@ def clip_params(tmp_path_factory):
 def embed(workdir, params, **settings):
     """Text embeddings of a new run, and whether its text tower was run for them."""
     run = make_run(workdir, **settings)
-    run._given["clip", "clip"] = params
+    run.parameters.keep("clip", "clip", params)
     ran = []
-    module = run.networks.clip
+    module = run.setup.networks.clip
 
     class Clip:
         def apply(self, *args, **kwargs):
@@ -64,10 +65,12 @@ def embed(workdir, params, **settings):
         def __repr__(self):
             return repr(module)
 
-    fields = {name: getattr(run.networks, name) for name in run.networks.__dataclass_fields__}
-    run.networks = Networks(**{**fields, "clip": Clip()})
-    text = run.text_embeddings("clip")
-    assert run.text_embeddings("clip") is text
+    fields = {
+        name: getattr(run.setup.networks, name) for name in run.setup.networks.__dataclass_fields__
+    }
+    run.setup.networks = Networks(**{**fields, "clip": Clip()})
+    text = run.embeddings.get("clip", run.setup.vocabulary)
+    assert run.embeddings.get("clip", run.setup.vocabulary) is text
     return text, bool(ran)
 
 

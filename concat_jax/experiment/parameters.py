@@ -1,0 +1,119 @@
+"""Parameters by the stage that gave them: checkpoints, model folders and CLIP's files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from concat_jax.core.config import check_choice
+from concat_jax.core.runtime import light_compiler_options
+from concat_jax.experiment.setup import Setup
+from concat_jax.models.networks import Networks, Params
+from concat_jax.training.checkpoints import StageCheckpoints, is_saved
+from concat_jax.training.sharding import replicated
+from concat_jax.weights.clip import clip_params_for, read_clip
+from concat_jax.weights.model_folder import load_card
+from concat_jax.weights.warm_start import segmentor_from_folder
+
+INIT = "init"  # the source of what no stage gives
+
+
+class Parameters:
+    """The parameters of one workdir, read when they are first asked for."""
+
+    def __init__(self, setup: Setup, workdir: Path, mesh: Mesh):
+        """Args:
+        setup: says which stage gives what.
+        workdir: with the stages' checkpoints.
+        mesh: on all of whose devices parameters lie.
+        """
+        self._setup, self._workdir, self._mesh = setup, workdir, mesh
+        self._given: dict[tuple[str, str], Params] = {}
+
+    def is_finished(self, name: str) -> bool:
+        """Whether a stage's last step is saved in the workdir, and undamaged."""
+        return is_saved(self._workdir, name, self._setup.stages[name].steps)
+
+    def get(self, subtree: str, source: str) -> Params:
+        """Parameters of a subtree.
+
+        Args:
+          subtree: of `Networks`.
+          source: the stage that gave it, or `INIT` for what a file of `config.init` holds.
+
+        Raises:
+          ValueError: if the stage has no checkpoint, or what is there does not fit the config.
+        """
+        if (subtree, source) not in self._given:
+            networks = self._setup.networks_of(source)
+            abstract = jax.eval_shape(lambda: networks.init(subtree, jax.random.key(0)))
+            everywhere = replicated(self._mesh)
+            if source == INIT:
+                params = jax.device_put(self._initial(subtree, abstract), everywhere)
+            else:
+                checkpoints = StageCheckpoints(self._workdir, source)
+                params = checkpoints.restore_params([subtree], {subtree: abstract}, everywhere)
+                params = params[subtree]
+                checkpoints.close()
+            self._given[subtree, source] = params
+        return self._given[subtree, source]
+
+    def keep(self, subtree: str, source: str, params: Params) -> None:
+        """Remembers what a stage has just given."""
+        self._given[subtree, source] = params
+
+    def fresh(self, subtree: str, name: str) -> Params:
+        """Random parameters of a subtree as stage `name` has it; its key is the subtree's own."""
+        index = [f.name for f in dataclasses.fields(Networks)].index(subtree)
+        rng = jax.random.fold_in(jax.random.key(self._setup.config.seed), index)
+        options = light_compiler_options()
+        init = self._setup.networks_of(name).init
+        return jax.jit(init, static_argnums=0, compiler_options=options)(subtree, rng)
+
+    def _initial(self, subtree: str, abstract: Params) -> Params:
+        config = self._setup.config
+        path = initial_path(config, subtree)
+        if subtree == "clip":
+            weights = read_clip(path)
+            print(f"CLIP: {weights}.")
+            return clip_params_for(weights, abstract, self._setup.networks.clip)
+        fresh = self.fresh(subtree, INIT)
+        if path is None:
+            print(
+                "Warning: the segmentor starts from random numbers (config.init.segmentor is "
+                "empty); the published recipe starts from ImageNet weights of the backbone."
+            )
+            return fresh
+        params, loaded = segmentor_from_folder(path, config.model.segmentor, fresh)
+        print(f"The segmentor starts from {path}: {loaded}")
+        return params
+
+
+def initial_path(config: ml_collections.ConfigDict, subtree: str) -> Path | None:
+    """Where the weights of a subtree that no stage gives are; None for random numbers.
+
+    Args:
+      config: whole, for `init`.
+      subtree: "clip" or "segmentor".
+
+    Raises:
+      ValueError: for another subtree, or if nothing usable is there.
+    """
+    check_choice(subtree, ("clip", "segmentor"), "config.init cannot hold")
+    path = config.get("init", {}).get(subtree, "")
+    if subtree == "segmentor":
+        if path:
+            load_card(path)
+        return Path(path) if path else None
+    if not path:
+        raise ValueError(
+            "No CLIP weights are configured: set config.init.clip to a Hugging Face folder, an "
+            "OpenAI .pt or an open_clip file, or use a config that trains its own."
+        )
+    if not Path(path).exists():
+        raise ValueError(f"config.init.clip names {path}, which is not a file or folder.")
+    return Path(path)

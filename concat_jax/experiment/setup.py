@@ -1,0 +1,167 @@
+"""A config made into objects, once: stages, networks, label spaces, and how to predict."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import ml_collections
+
+from concat_jax.core.config import build, check_choice
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.experiment.class_embeddings import check_names, check_text, make_tokenizer
+from concat_jax.inference.predictor import PredictConfig
+from concat_jax.losses.segmentation import SegmentationLossConfig
+from concat_jax.models.generators import make_generator
+from concat_jax.models.networks import Networks, make_networks
+from concat_jax.stages.bank_files import BankConfig
+from concat_jax.stages.clip_targets import CropConfig
+from concat_jax.stages.registry import make_stage
+from concat_jax.stages.stage import COMES_WITH, Context, Stage, StageConfig
+from concat_jax.text.tokenizer import Tokenizer
+from concat_jax.training.optimizer import OptimizerConfig
+
+
+class Labels(Protocol):
+    """What of the data decides a run's networks; `data_pipelines.datasets.Datasets` has it.
+
+    Attributes:
+      vocabulary: all classes that training knows of, seen and unseen.
+      eval_vocabulary: those of the evaluation images where they are of another data set, else None.
+      caption_words: texts that hold every word of a caption or a class name.
+      eval_size: longer side of the network's input at evaluation.
+    """
+
+    vocabulary: Vocabulary
+    eval_vocabulary: Vocabulary | None
+    caption_words: tuple[str, ...]
+    eval_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a config says, checked. `make_setup` makes it.
+
+    Attributes:
+      config: as the files in `configs/` make it.
+      stages: name to settings, in the order of `config.train`.
+      vocabulary: of training.
+      eval_vocabulary: of evaluation, the same object where it is the same.
+      tokenizer: of the text tower.
+      predict: how to predict at evaluation.
+      bank: how query banks lie on disk.
+      context: what every stage is made with, but for its generator.
+    """
+
+    config: ml_collections.ConfigDict
+    stages: Mapping[str, StageConfig]
+    vocabulary: Vocabulary
+    eval_vocabulary: Vocabulary
+    tokenizer: Tokenizer
+    predict: PredictConfig
+    bank: BankConfig
+    context: Context
+
+    @property
+    def networks(self) -> Networks:
+        """With the config's own generator."""
+        return self.context.networks
+
+    def networks_of(self, name: str) -> Networks:
+        """The networks of stage `name`; its generator is that of the stage that it takes it from.
+
+        Raises:
+          ValueError: if a generator that the stage names cannot be made.
+        """
+        source = self.stages[name].takes.get("generator", name) if name in self.stages else name
+        fields = self.stages[source].generator if source in self.stages else {}
+        if not fields:
+            return self.networks
+        where = f"config.train.{source}.generator"
+        generator = make_generator(fields, self.networks.query_width, where)
+        return dataclasses.replace(self.networks, generator=generator)
+
+    def make_stage(self, name: str) -> Stage:
+        """The parameters that stage `name` trains and reads, and its loss.
+
+        Raises:
+          ValueError: for settings that its kind does not have.
+        """
+        context = dataclasses.replace(self.context, networks=self.networks_of(name))
+        return make_stage(name, self.stages[name], context)
+
+    def source_of(self, read: str, name: str) -> str:
+        """The stage, or "init", that gives what stage `name` reads."""
+        return self.stages[name].takes[COMES_WITH.get(read, read)]
+
+    def holds_after(self, name: str) -> dict[str, str]:
+        """Subtree to the stage that gave it, of all that holds once stage `name` has finished."""
+        return {**self.stages[name].takes, **{s: name for s in self.make_stage(name).trains}}
+
+    def optimizer(self, name: str) -> OptimizerConfig:
+        """Constants of a stage's optimizer.
+
+        Raises:
+          ValueError: for a field that there is not.
+        """
+        where = f"config.train.{name}.optimizer"
+        return build(OptimizerConfig, self.stages[name].optimizer, where)
+
+
+def make_setup(config: ml_collections.ConfigDict, labels: Labels) -> Setup:
+    """What a config says.
+
+    Args:
+      config: as the files in `configs/` make it.
+      labels: of its data.
+
+    Raises:
+      ValueError: for a key that there is not, or a value that cannot be.
+    """
+    stages = {
+        name: build(StageConfig, section, f"config.train.{name}")
+        for name, section in config.train.items()
+    }
+    for where, names in (("stages", config.stages), ("eval.stages", config.eval.stages)):
+        for name in names:
+            check_choice(name, stages, f"config.{where} names no stage of")
+    check_text(config.text)
+    tokenizer = make_tokenizer(config, labels.caption_words)
+    evaluated = labels.eval_vocabulary or labels.vocabulary
+    for vocabulary in {labels.vocabulary, evaluated}:
+        check_names(config.text, tokenizer, vocabulary)
+    section = functools.partial(_section, config)
+    sides = {"short_side": labels.eval_size, "long_side": labels.eval_size}
+    context = Context(
+        make_networks(_model_section(config, tokenizer)),
+        labels.vocabulary,
+        section(SegmentationLossConfig, "loss"),
+        section(CropConfig, "crops"),
+        has_clip_targets=bool(config.data.get("clip_targets", "")),
+    )
+    return Setup(
+        config,
+        stages,
+        labels.vocabulary,
+        evaluated,
+        tokenizer,
+        build(PredictConfig, {**sides, **config.eval.settings}, "config.eval.settings"),
+        section(BankConfig, "bank"),
+        context,
+    )
+
+
+def _section(config: ml_collections.ConfigDict, cls: type, name: str) -> Any:
+    return build(cls, config.get(name, {}), f"config.{name}")
+
+
+def _model_section(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
+    model = config.model.to_dict()
+    model["clip"] |= {
+        "vocab_size": tokenizer.vocab_size,
+        "context_length": tokenizer.context_length,
+        "eot_id": tokenizer.eot_id,
+    }
+    return model
