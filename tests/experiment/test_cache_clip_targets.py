@@ -403,7 +403,7 @@ def test_training_reads_the_cache_and_its_step_holds_no_clip(trained, monkeypatc
     np.testing.assert_allclose(norms, ~padded, atol=1e-5)
     # Without the folder the same config runs CLIP, in the same workdir.
     online = make_run(changed(config, data=dict(clip_targets="")), workdir)
-    assert online.make_stage("con").reads == ("text", "clip")
+    assert online.setup.make_stage("con").reads == ("text", "clip")
     assert "clip_image_target" not in online.datasets.train(4)(0)
 
 

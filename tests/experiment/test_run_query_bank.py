@@ -98,8 +98,7 @@ def run_with(tmp_path, monkeypatch, change):
     with config.unlocked():
         change(config)
     config.stages = ("finetune",)
-    for name in ("clip", "con", "cat"):
-        (tmp_path / name / "checkpoints" / str(config.train[name].steps)).mkdir(parents=True)
+    monkeypatch.setattr("concat_jax.experiment.parameters.is_saved", lambda *arguments: True)
     data = Datasets(
         eval_size=64,
         vocabulary=VOCABULARY,
@@ -116,8 +115,9 @@ def run_with(tmp_path, monkeypatch, change):
 
     monkeypatch.setattr("concat_jax.experiment.experiment.train_stage", train_stage)
     run = Experiment(config, tmp_path, data)
-    monkeypatch.setattr(run, "text_embeddings", lambda source: np.zeros((3, 4), np.float32))
-    monkeypatch.setattr(run, "give", lambda subtree, source: f"{subtree} of {source}")
+    zeros = np.zeros((3, 4), np.float32)
+    monkeypatch.setattr(run.embeddings, "get", lambda source, vocabulary: zeros)
+    monkeypatch.setattr(run.parameters, "get", lambda subtree, source: f"{subtree} of {source}")
     run.train("finetune")
     return called
 

@@ -9,7 +9,7 @@ import pytest
 
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.experiment import Experiment
-from concat_jax.models.networks import Networks
+from concat_jax.inference import text_tower
 from data_pipelines.datasets import Datasets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ def make_run(workdir, model=(), **text):
 
 @pytest.fixture(scope="module")
 def clip_params(tmp_path_factory):
-    networks = make_run(tmp_path_factory.mktemp("run") / "run").networks
+    networks = make_run(tmp_path_factory.mktemp("run") / "run").setup.networks
     shapes = jax.eval_shape(lambda: networks.init("clip", jax.random.key(0)))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
@@ -55,21 +55,10 @@ def embed(workdir, params, **settings):
     run = make_run(workdir, **settings)
     run.parameters.keep("clip", "clip", params)
     ran = []
-    module = run.setup.networks.clip
-
-    class Clip:
-        def apply(self, *args, **kwargs):
-            ran.append(kwargs["method"])
-            return module.apply(*args, **kwargs)
-
-        def __repr__(self):
-            return repr(module)
-
-    fields = {
-        name: getattr(run.setup.networks, name) for name in run.setup.networks.__dataclass_fields__
-    }
-    run.setup.networks = Networks(**{**fields, "clip": Clip()})
-    text = run.embeddings.get("clip", run.setup.vocabulary)
+    encode = text_tower._encode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_tower, "_encode", lambda *given: ran.append(given) or encode(*given))
+        text = run.embeddings.get("clip", run.setup.vocabulary)
     assert run.embeddings.get("clip", run.setup.vocabulary) is text
     return text, bool(ran)
 
