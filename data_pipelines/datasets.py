@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from concat_jax.core.config import check_choice
+from concat_jax.core.files import FileError
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.clip_target_cache import ClipTargetCache, dataset_identity, find_targets
 from data_pipelines.labels import load_label_space, with_synonyms
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.shards.source import ShardSource
 from data_pipelines.sources.registry import DATASETS, open_source
-from data_pipelines.sources.source import DataError, Source, UnseenImages
+from data_pipelines.sources.source import Source, UnseenImages
 from data_pipelines.synthetic.world import CaptionWorld, SyntheticWorld
 
 KINDS = ("synthetic", *DATASETS, "shards")
@@ -234,7 +235,7 @@ def _open(config: Mapping[str, Any], prefix: str, part_key: str, unseen: UnseenI
     part = config[part_key]
     if not root:
         tree = DATASETS[kind].tree.format(part=part) if kind in DATASETS else "what prepare made"
-        raise DataError(
+        raise FileError(
             f"No data directory is configured: set config.data.{prefix}root to a {kind} directory "
             f"({tree})."
         )
@@ -253,7 +254,7 @@ def _open(config: Mapping[str, Any], prefix: str, part_key: str, unseen: UnseenI
 def _check_label_space(vocabulary: Vocabulary, split_file: str, root: str) -> None:
     asked = load_label_space(split_file)
     if (vocabulary.names, vocabulary.is_seen) != (asked.names, asked.is_seen):
-        raise DataError(
+        raise FileError(
             f"The shards in {root} were made with other classes than those of {split_file}; make "
             "them anew, or set the split file to that they were made with."
         )

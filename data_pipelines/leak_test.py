@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data_pipelines.sources.source import DataError, Source
+from concat_jax.core.files import FileError
+from data_pipelines.sources.source import Source
 
 
 def check_no_leak(source: Source, indices: Iterable[int]) -> None:
@@ -23,7 +24,7 @@ def check_no_leak(source: Source, indices: Iterable[int]) -> None:
       indices: the positions in `source.records` that training uses, or those to check of them.
 
     Raises:
-      DataError: naming the first such image by its id, its class, and how many images there are.
+      FileError: naming the first such image by its id, its class, and how many images there are.
     """
     records = [source.records[index] for index in indices]
     if not records:
@@ -35,7 +36,7 @@ def check_no_leak(source: Source, indices: Iterable[int]) -> None:
         return
     first = records[owners[leaks[0]]]
     count = len(np.unique(owners[leaks]))
-    raise DataError(
+    raise FileError(
         f"Image {first.image_id} ({first.file_name}) is in training but holds the unseen class "
         f"{source.vocabulary.names[labels[leaks[0]]]!r}: its pixels must not be seen; "
         f"{count} of {len(records)} checked images do."

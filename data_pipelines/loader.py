@@ -24,7 +24,7 @@ from concat_jax.core.prefetch import prefetch
 from data_pipelines import augment as geometry
 from data_pipelines.id_runs import keep_largest_segments
 from data_pipelines.leak_test import check_no_leak
-from data_pipelines.sources.source import DataError, ImageRecord, Source, UnseenImages, treat_unseen
+from data_pipelines.sources.source import ImageRecord, Source, UnseenImages, treat_unseen
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class SegmentationLoader:
         """
         positions = self._positions(step, batch_size)
         if not len(self._caption_segments):
-            raise DataError("There is no seen segment in any image that training may use.")
+            raise FileError("There is no seen segment in any image that training may use.")
         load = functools.partial(self._caption_pair, size=size)
         images, captions = zip(*self._pool.map(load, positions), strict=True)
         return {"image": np.stack(images), "captions": list(captions)}
@@ -258,7 +258,7 @@ class SegmentationLoader:
         # Draws onto [S, S, 3] and void [S, S]; returns the tables.
         count = len(self.training_indices)
         if not count:
-            raise DataError(
+            raise FileError(
                 "No image is left for training without its unseen classes: nothing to train on."
             )
         epoch, start = divmod(position, count)
@@ -333,7 +333,7 @@ class SegmentationLoader:
                     self._skipped_files.add(record.file_name)
                 if is_new:
                     logger.warning("Skipped a training image: %s", error)
-        raise DataError("Not one of the training images can be used.")
+        raise FileError("Not one of the training images can be used.")
 
     def _tables(
         self, record: ImageRecord, rows: np.ndarray, image_size: tuple[int, int], length: int

@@ -30,7 +30,6 @@ from data_pipelines.sources.pictures import check_headers
 from data_pipelines.sources.registry import DATASETS, open_source
 from data_pipelines.sources.source import (
     UNSEEN_IMAGES,
-    DataError,
     FolderSource,
     Source,
     UnseenImages,
@@ -128,11 +127,11 @@ def _check_something_is_left(part: str, counts: PartCounts) -> None:
     if counts.kept_images:
         return
     if not counts.class_segments.any():
-        raise DataError(
+        raise FileError(
             f"Not one of the {counts.images} images of {part} has a segment, so there is nothing "
             "to learn or score; check that the annotation lists segments."
         )
-    raise DataError(
+    raise FileError(
         f"Every one of the {counts.images} images of {part} shows unseen classes"
         f"{' alone' if counts.unseen == 'void' else ''}, so none is left to train on with "
         f"--unseen={counts.unseen}; give {'--unseen=void, or ' if counts.unseen == 'drop' else ''}"

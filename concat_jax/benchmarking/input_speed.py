@@ -61,7 +61,7 @@ def measure_input_speed(
       part of the work -> likewise, of batches from the folder, one after the other.
 
     Raises:
-      DataError: for a folder of another layout.
+      FileError: for a folder of another layout.
       ValueError: for a number out of range.
     """
     for name, value in (("num_images", num_images), ("rounds", rounds)):

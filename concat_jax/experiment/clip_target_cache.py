@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from concat_jax.core.batch import TARGET_FIELDS
+from concat_jax.core.files import FileError
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
 from concat_jax.experiment.clip_target_batches import PlannedBatch, batch_rows, plan_batches
@@ -29,7 +30,6 @@ from concat_jax.training.sharding import AXES, along_batch, replicated
 from data_pipelines.clip_target_cache import DTYPE, dataset_identity, target_store
 from data_pipelines.datasets import make_datasets, training_part
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.sources.source import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def fill_cache(
 
     Raises:
       StoreError: if the folder holds another cache.
-      DataError: for an image that cannot be read.
+      FileError: for an image that cannot be read.
       FileError: if a shard cannot be written.
     """
     records = [data.records[i] for i in data.training_indices]
@@ -170,7 +170,7 @@ def _load(
     def read(position: int) -> Mapping[str, Any] | None:
         try:
             return data.eval_example(data.training_indices[position])
-        except DataError as error:
+        except FileError as error:
             if not skip_bad:
                 raise
             logger.warning("Left out a training image: %s", error)

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from concat_jax.core.files import FileError
 from concat_jax.core.progress import Progress
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.shards import files as shard_files
 from data_pipelines.shards.files import Identity, ShardIndex, index_path, manifest_path, shard_path
 from data_pipelines.sources.source import (
-    DataError,
     FolderSource,
     ImageRecord,
     Source,
@@ -83,7 +83,7 @@ def build_shards(
       skip_bad: leave out images that cannot be used, count and name them, instead of raising.
 
     Raises:
-      DataError: if an image cannot be used, training would see an unseen class, no image is left,
+      FileError: if an image cannot be used, training would see an unseen class, no image is left,
         or the folder was begun with another data set or setting.
       ValueError: for an argument out of range.
     """
@@ -101,7 +101,7 @@ def build_shards(
     if unseen == "keep":  # for evaluations too, which count what a model finds where nothing is
         positions = np.arange(len(source.records))
     if not len(positions):
-        raise DataError(f"Of {part}, no image is left to write with unseen images {unseen!r}.")
+        raise FileError(f"Of {part}, no image is left to write with unseen images {unseen!r}.")
     if unseen != "keep":
         check_no_leak(treated, positions)
     identity = _claim(folder, source, len(positions), dataset, part, unseen, num_shards)
@@ -110,7 +110,7 @@ def build_shards(
     before = {name: why for index in finished.values() for name, why in index.skipped.items()}
     if before and not skip_bad:
         name, why = next(iter(before.items()))
-        raise DataError(
+        raise FileError(
             f"The finished shards in {folder} leave out {len(before)} bad images, the first is "
             f"{name}: {why.rstrip('.')}; go on with --on_bad_example=skip or begin another folder."
         )
@@ -131,7 +131,7 @@ def build_shards(
     indices = [shard_files.read_index(folder, identity, i) for i in range(identity.num_shards)]
     records = [record for index in indices for record in index.records]
     if not records:
-        raise DataError(f"Not one of the {len(positions)} images of {part} can be used.")
+        raise FileError(f"Not one of the {len(positions)} images of {part} can be used.")
     if unseen != "keep":
         check_no_leak(_Written(source.vocabulary, records), range(len(records)))
     skipped = {name: why for index in indices for name, why in index.skipped.items()}
@@ -207,7 +207,7 @@ def _check_same(path: Path, begun: Identity, now: Identity, fields: dict[str, st
         then, value = getattr(begun, name), getattr(now, name)
         if then != value:
             difference = description or f"{name} {then!r}, now it is {value!r}"
-            raise DataError(
+            raise FileError(
                 f"The shards of {path} were begun with {difference}; use another folder for --out, "
                 "or the setting they were begun with."
             )
@@ -219,7 +219,7 @@ def _finished(folder: Path, identity: Identity) -> dict[int, ShardIndex]:
         files = (shard_path(folder, identity, index), index_path(folder, identity, index))
         try:
             finished[index] = shard_files.read_index(folder, identity, index)
-        except DataError as error:
+        except FileError as error:
             # Without its index a shard was not finished, which is no cause for alarm.
             if files[1].exists():
                 logger.warning("%s; it is made anew.", str(error).partition("; delete")[0])
@@ -282,7 +282,7 @@ def _run_in_processes(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     except BrokenProcessPool as error:
-        raise DataError(
+        raise FileError(
             "A process that wrote shards was killed, perhaps for want of memory; finished shards "
             "are kept: run the same command again, with fewer --workers."
         ) from error

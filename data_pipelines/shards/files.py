@@ -29,7 +29,7 @@ from PIL import Image
 from concat_jax.core.files import FileError, replacing
 from data_pipelines.id_runs import encode_runs
 from data_pipelines.shards import tfrecord
-from data_pipelines.sources.source import DataError, ImageRecord, Source
+from data_pipelines.sources.source import ImageRecord, Source
 
 FORMAT = 2
 COMMAND = "python -m data_pipelines.prepare"
@@ -122,26 +122,26 @@ def read_manifest(folder: Path, part: str) -> tuple[Identity, dict[str, Any] | N
       number a shard) and `skipped` (file name -> why); None before.
 
     Raises:
-      DataError: if there is no manifest, or it cannot be understood.
+      FileError: if there is no manifest, or it cannot be understood.
     """
     path = manifest_path(folder, part)
     if not path.is_file():
-        raise DataError(
+        raise FileError(
             f"{folder} holds no shards of the part {part!r} (there is no {path.name}); make them "
             f"with `{COMMAND} DATASET --root=... --part={part} --out={folder}`."
         )
     try:
         content = json.loads(path.read_bytes())
         if content["format"] != FORMAT:
-            raise DataError(
+            raise FileError(
                 f"{path} has the format {content['format']}, and this version reads {FORMAT}; make "
                 f"the shards again with `{COMMAND}`."
             )
         return Identity(**content["identity"]), content["result"]
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, FileError):
             raise
-        raise DataError(
+        raise FileError(
             f"{path} is not a manifest of shards ({type(error).__name__}: {error}); delete the "
             f"folder and run `{COMMAND}` again."
         ) from error
@@ -199,12 +199,12 @@ def write_shard(
       identity: of the build.
       index: of the shard.
       records: of its images.
-      read: record -> (image file's bytes, id map [H, W] of rows + 1); raises DataError.
+      read: record -> (image file's bytes, id map [H, W] of rows + 1); raises FileError.
       skip_bad: leave out an image for which `read` raises, and note it in the index.
       on_record: called after each image.
 
     Raises:
-      DataError: from `read`.
+      FileError: from `read`.
     """
     kept, payloads, images, id_maps, skipped = [], [], [], [], {}
     path = shard_path(folder, identity, index)
@@ -265,7 +265,7 @@ def read_index(folder: Path, identity: Identity, index: int) -> ShardIndex:
     """Reads the index of a finished shard and compares it with the shard's size.
 
     Raises:
-      DataError: naming the file that is missing, damaged, or of another build.
+      FileError: naming the file that is missing, damaged, or of another build.
     """
     path, shard = index_path(folder, identity, index), shard_path(folder, identity, index)
     try:
@@ -339,9 +339,9 @@ def _span(payload: bytes, content: bytes) -> tuple[int, int]:
     return begin, begin + len(content)
 
 
-def damaged(path: Path, why: str) -> DataError:
+def damaged(path: Path, why: str) -> FileError:
     """The error of a file that a new run of the command replaces."""
-    return DataError(
+    return FileError(
         f"{path} is damaged ({why.rstrip('.')}); delete it and run the same `{COMMAND}` again: it "
         "makes what is missing."
     )

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from concat_jax.core.files import FileError
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.id_runs import decode_runs
 from data_pipelines.shards.files import COMMAND, damaged, read_index, read_manifest, shard_path
-from data_pipelines.sources.source import DataError, ImageRecord, UnseenImages
+from data_pipelines.sources.source import ImageRecord, UnseenImages
 
 
 class ShardSource:
@@ -39,12 +40,12 @@ class ShardSource:
         """Reads the indices; of COCO's 118,287 images they would hold 31 MB.
 
         Raises:
-          DataError: if the part is not there or not finished, or a file is damaged.
+          FileError: if the part is not there or not finished, or a file is damaged.
         """
         self._folder = Path(folder)
         self._identity, result = read_manifest(self._folder, part)
         if result is None:
-            raise DataError(
+            raise FileError(
                 f"The shards of {part} in {folder} are not finished; run the same `{COMMAND}` "
                 "again: it goes on where it stopped."
             )
@@ -74,12 +75,12 @@ class ShardSource:
           by: what asks for it, for the message.
 
         Raises:
-          DataError: if the shards were made with another treatment; it names both and the command.
+          FileError: if the shards were made with another treatment; it names both and the command.
         """
         if self.unseen in ("keep", wanted) or not len(self.vocabulary.unseen):
             return
         part = self._identity.part
-        raise DataError(
+        raise FileError(
             f"The shards of {part} in {self._folder} were made with --unseen={self.unseen}, and "
             f"{by} asks for {wanted!r}; make them in another folder with `{COMMAND} "
             f"{self._identity.dataset} --root=... --part={part} --unseen={wanted} --out=...`."
@@ -93,7 +94,7 @@ class ShardSource:
         offset, length, crc = index.payloads[row].tolist()
         payload = _read_at(path, offset, length)
         if len(payload) != length or zlib.crc32(payload) != crc:
-            raise DataError(
+            raise FileError(
                 f"Record {row} (image {record.image_id}) of {path} is damaged; delete this file "
                 f"and run `{COMMAND}` again: it makes it anew."
             )

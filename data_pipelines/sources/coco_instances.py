@@ -20,7 +20,7 @@ from concat_jax.core.files import FileError
 from concat_jax.core.mask_codes import decode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.sources.pictures import check_presence, read_picture
-from data_pipelines.sources.source import DataError, ImageRecord, image_number
+from data_pipelines.sources.source import ImageRecord, image_number
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class CocoInstanceSource:
             rows = []
             for annotation in content.annotations[image.id]:
                 if annotation.id < 1:
-                    raise DataError(f"{json_path} has the annotation id 0; number from 1.")
+                    raise FileError(f"{json_path} has the annotation id 0; number from 1.")
                 label = vocabulary.index_of_category.get(annotation.category_id)
                 if label is None:
                     self.left_out += 1
@@ -88,7 +88,7 @@ class CocoInstanceSource:
                     rows.append((annotation, label))
             number = image_number(image.id, str(json_path))
             if number in self._masks:
-                raise DataError(f"{json_path} has two images with the number {number}.")
+                raise FileError(f"{json_path} has two images with the number {number}.")
             self._masks[number] = [annotation.rle for annotation, _ in rows]
             record = ImageRecord(
                 image_id=number,
@@ -102,7 +102,7 @@ class CocoInstanceSource:
             )
             records.append(record)
         if not records:
-            raise DataError(f"{json_path} lists no image that can be used.")
+            raise FileError(f"{json_path} lists no image that can be used.")
         if self.left_out:
             logger.warning(
                 "%s: %d annotations are of categories that the split lacks",

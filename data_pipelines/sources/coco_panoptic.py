@@ -24,10 +24,11 @@ import numpy as np
 from PIL import Image
 
 from concat_jax.core.coco import PanopticFile, check_categories, read_panoptic
+from concat_jax.core.files import FileError
 from concat_jax.core.mask_codes import read_id_map, segment_rows
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.sources.pictures import check_end, check_presence, read_picture
-from data_pipelines.sources.source import DataError, ImageRecord, image_number
+from data_pipelines.sources.source import ImageRecord, image_number
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class CocoPanopticSource:
             names = [getattr(record, field) for record in self.records]
             name, count = collections.Counter(names).most_common(1)[0]
             if count > 1:
-                raise DataError(f"{layout.json_path} names the file {name} for {count} images.")
+                raise FileError(f"{layout.json_path} names the file {name} for {count} images.")
             check_presence(what, folder, names)
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
@@ -95,7 +96,7 @@ class CocoPanopticSource:
         check_end(png)
         if id_map.shape != (record.height, record.width):
             height, width = id_map.shape
-            raise DataError(
+            raise FileError(
                 f"The panoptic PNG {png} is {height}x{width} (height x width) and {json_path} says "
                 f"{record.height}x{record.width}; both must agree."
             )
@@ -107,21 +108,21 @@ def find_layout(root: str | os.PathLike[str], part: str) -> Layout:
     """Finds the three places of a part; the PNG folder may lie in `annotations/` or beside it.
 
     Raises:
-      DataError: naming the place that is missing.
+      FileError: naming the place that is missing.
     """
     root, name = pathlib.Path(root), f"panoptic_{part}"
     images, json_path = root / part, root / "annotations" / f"{name}.json"
     if not root.is_dir():
-        raise DataError(f"The data set's folder {root} does not exist.")
+        raise FileError(f"The data set's folder {root} does not exist.")
     if not images.is_dir():
-        raise DataError(f"The images folder {images} does not exist.")
+        raise FileError(f"The images folder {images} does not exist.")
     if not json_path.is_file():
-        raise DataError(f"The annotation file {json_path} does not exist.")
+        raise FileError(f"The annotation file {json_path} does not exist.")
     for pngs in (root / "annotations" / name, root / name):
         # An unpacker may leave an empty folder at one place and the files at the other.
         if pngs.is_dir() and any(e.name.endswith(".png") or e.is_dir() for e in os.scandir(pngs)):
             return Layout(images, pngs, json_path)
-    raise DataError(f"The folder {root / name} with the panoptic PNGs is missing or empty.")
+    raise FileError(f"The folder {root / name} with the panoptic PNGs is missing or empty.")
 
 
 def find_ade20k(root: str | os.PathLike[str], part: str) -> Layout:
@@ -131,16 +132,16 @@ def find_ade20k(root: str | os.PathLike[str], part: str) -> Layout:
     numbers classes from 0 and has names of its own for them.
 
     Raises:
-      DataError: naming the place that is missing.
+      FileError: naming the place that is missing.
     """
     name = {"training": "train", "validation": "val"}.get(part)
     if name is None:
-        raise DataError(f"ADE20K has no part {part!r}; give training or validation.")
+        raise FileError(f"ADE20K has no part {part!r}; give training or validation.")
     pngs = pathlib.Path(root) / f"ade20k_panoptic_{name}"
     layout = Layout(pathlib.Path(root) / "images" / part, pngs, pngs.with_suffix(".json"))
     for place in dataclasses.astuple(layout):
         if not place.exists():
-            raise DataError(f"{place} does not exist.")
+            raise FileError(f"{place} does not exist.")
     return layout
 
 
@@ -150,7 +151,7 @@ def _records(content: PanopticFile, vocabulary: Vocabulary) -> list[ImageRecord]
     for annotation in content.annotations.values():
         image = content.images.get(annotation.image_id)
         if image is None:
-            raise DataError(f"{path} annotates the image {annotation.image_id!r} and lists none.")
+            raise FileError(f"{path} annotates the image {annotation.image_id!r} and lists none.")
         record = ImageRecord(
             image_id=image_number(image.id, str(path)),
             file_name=image.file_name,
@@ -162,9 +163,9 @@ def _records(content: PanopticFile, vocabulary: Vocabulary) -> list[ImageRecord]
             is_crowd=np.array(annotation.is_crowd, bool),
         )
         if records.setdefault(record.image_id, record) is not record:
-            raise DataError(f"{path} has two images with the number {record.image_id}.")
+            raise FileError(f"{path} has two images with the number {record.image_id}.")
     if not records:
-        raise DataError(f"{path} annotates no image.")
+        raise FileError(f"{path} annotates no image.")
     if len(content.images) > len(records):
         missing = len(content.images) - len(records)
         logger.warning("%s: %d images have no annotation", path, missing)

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from concat_jax.core.files import FileError, ImageError, open_image
 from concat_jax.core.progress import Progress
-from data_pipelines.sources.source import DataError, FolderSource, ImageRecord
+from data_pipelines.sources.source import FolderSource, ImageRecord
 
 _ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 exchange height and width
 
@@ -83,7 +83,7 @@ def check_headers(source: FolderSource, part: str, on_fault: Callable[[FileError
 
 
 def check_presence(what: str, folder: pathlib.Path, names: Sequence[str]) -> None:
-    """Raises a DataError that names the first of `names` that is not in `folder` or below it."""
+    """Raises a FileError that names the first of `names` that is not in `folder` or below it."""
     # A listing of each folder: asking for each of COCO's 240,000 files takes minutes on a network
     # disk.
     listed: dict[str, set[str]] = {}
@@ -93,7 +93,7 @@ def check_presence(what: str, folder: pathlib.Path, names: Sequence[str]) -> Non
             place = folder / parent
             listed[parent] = set(os.listdir(place)) if place.is_dir() else set()
         if base not in listed[parent] and not (folder / name).is_file():
-            raise DataError(f"The {what} {folder / name} is in the JSON but not on disk.")
+            raise FileError(f"The {what} {folder / name} is in the JSON but not on disk.")
 
 
 def check_end(path: pathlib.Path) -> None:
@@ -118,11 +118,11 @@ def _check_size(
         return
     found, said = (f"{height}x{width}" for width, height in (upright, wanted))
     if stored == wanted:
-        raise DataError(
+        raise FileError(
             f"The image {path} is stored as {said} (height x width), as {source} says, but its "
             f"EXIF orientation turns it to {found}; save it upright without the orientation, or "
             "annotate it as it is shown."
         )
-    raise DataError(
+    raise FileError(
         f"The image {path} is {found} (height x width) and {source} says {said}; both must agree."
     )

@@ -21,7 +21,7 @@ from data_pipelines.labels import load_label_space
 from data_pipelines.sources.coco_instances import CocoInstanceSource
 from data_pipelines.sources.coco_panoptic import CocoPanopticSource, find_ade20k, find_layout
 from data_pipelines.sources.semantic_maps import SemanticMapSource, read_list
-from data_pipelines.sources.source import DataError, FolderSource, UnseenImages
+from data_pipelines.sources.source import FolderSource, UnseenImages
 
 OnBadExample = Literal["raise", "skip"]
 
@@ -73,13 +73,13 @@ def open_source(
 
     Raises:
       ValueError: for an unknown data set or a label space that is not valid.
-      DataError: for a layout that is not the data set's, with what was expected; for files that are
+      FileError: for a layout that is not the data set's, with what was expected; for files that are
         missing or damaged.
     """
     _check_name(dataset)
     known, root = DATASETS[dataset], pathlib.Path(root)
     if not str(part) or pathlib.Path(part).name != str(part):
-        raise DataError(f"The part {part!r} of {dataset} must be a name such as {known.parts[0]}.")
+        raise FileError(f"The part {part!r} of {dataset} must be a name such as {known.parts[0]}.")
     split = str(split_file or known.split_file)
     if (root / split).is_file() and not split_file:
         split = str(root / split)
@@ -89,7 +89,7 @@ def open_source(
         if root.is_dir() and _is_laid_out(root, part, known):
             raise
         tree = known.tree.format(part=part)
-        raise DataError(
+        raise FileError(
             f"{str(error).rstrip('.')}; {dataset} is expected as {root}/{{{tree}}}."
         ) from error
 
@@ -127,7 +127,7 @@ def _open_panoptic(root, part, split_file, on_bad_example) -> FolderSource:
 
 def _open_folder(root, part, split_file, on_bad_example) -> FolderSource:
     if split_file == DATASETS["panoptic_folder"].split_file:
-        raise DataError(
+        raise FileError(
             f"There is no split file {root / split_file}, which lists the classes of a "
             "panoptic_folder and says which are seen; write one, or give its path."
         )
@@ -180,7 +180,7 @@ def _open_zsi(root, part, split_file, on_bad_example, *, folds: str) -> FolderSo
     )
     path = next((path for path in choices if path.is_file()), choices[1])
     if not (root / part).is_dir():
-        raise DataError(f"The images folder {root / part} does not exist.")
+        raise FileError(f"The images folder {root / part} does not exist.")
     vocabulary = load_label_space(split_file)
     return CocoInstanceSource(root / part, path, vocabulary, on_bad_example=on_bad_example)
 

@@ -26,7 +26,7 @@ from concat_jax.core.files import FileError, read_text
 from concat_jax.core.progress import Progress
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.sources.pictures import open_picture, read_picture
-from data_pipelines.sources.source import DataError, ImageRecord, image_number
+from data_pipelines.sources.source import ImageRecord, image_number
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class SemanticMapSource:
           num_threads: that read maps.
 
         Raises:
-          DataError: if a folder or a file is missing or empty, two images would have one id, or a
+          FileError: if a folder or a file is missing or empty, two images would have one id, or a
             map cannot be read or holds a value that is no class.
         """
         self.vocabulary = dataclasses.replace(vocabulary, is_thing=(False,) * len(vocabulary))
@@ -85,9 +85,9 @@ class SemanticMapSource:
         stems = sorted(map_names if stems is None else stems)
         for stem in stems:
             if stem not in map_names:
-                raise DataError(f"There is no map {stem}.png (or .tif) in {maps}.")
+                raise FileError(f"There is no map {stem}.png (or .tif) in {maps}.")
             if stem not in image_names:
-                raise DataError(
+                raise FileError(
                     f"There is no image for the map {maps / map_names[stem]} in {images}."
                 )
         if len(image_names) > len(map_names):
@@ -107,12 +107,12 @@ class SemanticMapSource:
                 continue
             other = records.setdefault(record.image_id, record)
             if other is not record:
-                raise DataError(
+                raise FileError(
                     f"{other.file_name} and {record.file_name} in {images} both make the image id "
                     f"{record.image_id}, which is the digits of a name; rename one."
                 )
         if not records:
-            raise DataError(f"Not one map of {maps} can be used.")
+            raise FileError(f"Not one map of {maps} can be used.")
         self.records = [records[image_id] for image_id in sorted(records)]
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
@@ -124,7 +124,7 @@ class SemanticMapSource:
         present = self._classes(values, path)
         same = values.shape == (record.height, record.width)
         if present != (record.source_ids - 1).tolist() or not same:
-            raise DataError(f"The map {path} is not what it was when the data set was opened.")
+            raise FileError(f"The map {path} is not what it was when the data set was opened.")
         return read_picture(self.images_folder, record, path), rows[values]
 
     def _scan(self, image_name: str, map_name: str, *, skips: bool) -> ImageRecord | None:
@@ -154,7 +154,7 @@ class SemanticMapSource:
         classes = [value for value in present if value not in self._ignored]
         for value in classes:
             if value not in self._label_of_value:
-                raise DataError(
+                raise FileError(
                     f"The map {path} holds the value {value}, which is neither a class nor one of "
                     f"the ignored values {sorted(self._ignored)}."
                 )
@@ -170,23 +170,23 @@ def read_list(path: str | os.PathLike[str]) -> list[str]:
     lines = read_text(path).splitlines()
     names = [line.split()[0] for line in lines if line.strip()]
     if not names:
-        raise DataError(f"The list of images {path} is empty.")
+        raise FileError(f"The list of images {path} is empty.")
     return names
 
 
 def _by_stem(folder: pathlib.Path, suffixes: Collection[str]) -> Mapping[str, str]:
     if not folder.is_dir():
-        raise DataError(f"The folder {folder} does not exist.")
+        raise FileError(f"The folder {folder} does not exist.")
     names: dict[str, str] = {}
     for name in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(name)
         if suffix.lower() not in suffixes or name.startswith("."):
             continue
         if stem in names:
-            raise DataError(f"{folder} holds both {names[stem]} and {name}; remove one.")
+            raise FileError(f"{folder} holds both {names[stem]} and {name}; remove one.")
         names[stem] = name
     if not names:
-        raise DataError(f"The folder {folder} holds no file that ends in {', '.join(suffixes)}.")
+        raise FileError(f"The folder {folder} holds no file that ends in {', '.join(suffixes)}.")
     return names
 
 
@@ -194,12 +194,12 @@ def _read_map(path: pathlib.Path) -> np.ndarray:
     picture = open_picture(path)
     # A palette is only for the eye: the indices are the classes. Pillow reads 16-bit PNG as "I".
     if picture.mode not in ("L", "P", "I", "I;16", "I;16B", "I;16L"):
-        raise DataError(
+        raise FileError(
             f"The map {path} has the mode {picture.mode} and must have one channel of 8 or 16 bits."
         )
     values = np.asarray(picture)
     if values.dtype == np.uint8:
         return values
     if values.size and not 0 <= values.min() <= values.max() <= 65535:
-        raise DataError(f"The map {path} holds values beyond 0 to 65535.")
+        raise FileError(f"The map {path} holds values beyond 0 to 65535.")
     return values.astype(np.uint16)

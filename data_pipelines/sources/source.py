@@ -23,10 +23,6 @@ UnseenImages = Literal["drop", "void", "keep"]
 UNSEEN_IMAGES: tuple[str, ...] = ("drop", "void", "keep")
 
 
-class DataError(FileError):
-    """Something on disk is missing or inconsistent; the message names the file."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageRecord:
     """What the annotation says of one image; the segment tables [n] are in the annotation's order.
@@ -71,7 +67,7 @@ class Source(Protocol):
           hide has a row and no pixel.
 
         Raises:
-          DataError: if the files cannot be decoded or do not fit together or to the record.
+          FileError: if the files cannot be decoded or do not fit together or to the record.
         """
         ...
 
@@ -95,7 +91,7 @@ def image_number(image_id: int | str, where: str) -> int:
       where: names the file in the error's sentence.
 
     Raises:
-      DataError: if there is no such number in 0 to 2^63 - 1.
+      FileError: if there is no such number in 0 to 2^63 - 1.
     """
     number = image_id
     if isinstance(image_id, str):
@@ -103,7 +99,7 @@ def image_number(image_id: int | str, where: str) -> int:
         # Python reads no text of thousands of digits.
         number = int(digits) if 0 < len(digits) < 20 else None
     if type(number) is not int or not 0 <= number < 2**63:
-        raise DataError(
+        raise FileError(
             f"The image id {image_id!r} of {where} must be an integer of 0 to 2^63 - 1, or a text "
             "with digits in it."
         )

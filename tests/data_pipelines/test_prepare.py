@@ -15,7 +15,7 @@ from data_pipelines.leak_test import check_no_leak
 from data_pipelines.shards import build as building
 from data_pipelines.shards.source import ShardSource
 from data_pipelines.sources.registry import open_source
-from data_pipelines.sources.source import DataError, treat_unseen
+from data_pipelines.sources.source import treat_unseen
 
 
 def source_of(root, part="train2017"):
@@ -73,10 +73,10 @@ def test_treated_sources_pass_the_leak_test(tiny_panoptic, treatment):
 
 def test_a_leak_is_named_by_image_id(tiny_panoptic):
     source = source_of(tiny_panoptic)
-    with pytest.raises(DataError, match=r"Image 8 \(8.jpg\).* 'road'.* 2 of 6 checked images do"):
+    with pytest.raises(FileError, match=r"Image 8 \(8.jpg\).* 'road'.* 2 of 6 checked images do"):
         check_no_leak(source, range(6))
     # Crowd counts as well, and images that training does not use do not.
-    with pytest.raises(DataError, match=r"Image 9 .* 1 of 2 "):
+    with pytest.raises(FileError, match=r"Image 9 .* 1 of 2 "):
         check_no_leak(source, [0, 3])
     check_no_leak(source, [0, 1, 4, 5])
     check_no_leak(source, [])
@@ -85,7 +85,7 @@ def test_a_leak_is_named_by_image_id(tiny_panoptic):
 def test_a_leak_stops_the_build_before_a_file_is_written(tiny_panoptic, tmp_path, monkeypatch):
     source = source_of(tiny_panoptic)
     monkeypatch.setattr(building, "treat_unseen", lambda s, _: (s, np.arange(len(s.records))))
-    with pytest.raises(DataError, match="Image 8 "):
+    with pytest.raises(FileError, match="Image 8 "):
         building.build_shards(
             tmp_path / "out", source, dataset="tiny", part="train2017", unseen="drop", workers=1
         )

@@ -14,7 +14,6 @@ from data_pipelines.shards import build as building
 from data_pipelines.shards import files as shard_files
 from data_pipelines.shards.source import ShardSource
 from data_pipelines.sources.registry import open_source
-from data_pipelines.sources.source import DataError
 
 
 def source_of(root, part="train2017"):
@@ -144,13 +143,13 @@ def test_a_leak_in_the_shards_leaves_them_unfinished(tiny_panoptic, tmp_path, mo
     def fails_second_time(source, indices):
         checks.append(len(source.records))
         if len(checks) == 2:
-            raise DataError("Image 8 leaks.")
+            raise FileError("Image 8 leaks.")
 
     monkeypatch.setattr(building, "check_no_leak", fails_second_time)
-    with pytest.raises(DataError, match="Image 8 leaks"):
+    with pytest.raises(FileError, match="Image 8 leaks"):
         build(tmp_path, source)
     assert checks == [6, 4]  # all records of the source, then those of the shards
-    with pytest.raises(DataError, match="not finished"):
+    with pytest.raises(FileError, match="not finished"):
         ShardSource(tmp_path, "train2017")
 
 
@@ -169,7 +168,7 @@ def test_finished_shards_stay_and_missing_ones_come_back_the_same(tiny_panoptic,
     shard_files.index_path(tmp_path, identity, 2).unlink()
     shard_files.write_manifest(tmp_path, identity, None)
     (tmp_path / "tiny-train2017.tfrecord-00001-of-00003.77.partial").write_bytes(b"half")
-    with pytest.raises(DataError, match="not finished"):
+    with pytest.raises(FileError, match="not finished"):
         ShardSource(tmp_path, "train2017")
     report = build(tmp_path, source, unseen="keep", num_shards=None)
     assert (report.finished_before, report.written) == (1, 2)
@@ -203,7 +202,7 @@ def test_a_truncated_shard_is_made_anew(tiny_panoptic, tmp_path):
     whole = contents(tmp_path)
     path = tmp_path / "tiny-train2017.tfrecord-00001-of-00002"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(DataError, match=f"{path.name} is damaged .*bytes instead of"):
+    with pytest.raises(FileError, match=f"{path.name} is damaged .*bytes instead of"):
         ShardSource(tmp_path, "train2017")
     assert build(tmp_path, source_of(tiny_panoptic)).written == 1
     assert contents(tmp_path) == whole
@@ -220,12 +219,12 @@ def test_a_damaged_record_is_named(tiny_panoptic, tmp_path):
     for record in shards.records:
         try:
             shards.read(record)
-        except DataError as error:
+        except FileError as error:
             bad.append(str(error))
     (sentence,) = bad
     assert "Record 1 (image 11) of" in sentence and str(path) in sentence
     path.unlink()
-    with pytest.raises(DataError, match=path.name):
+    with pytest.raises(FileError, match=path.name):
         shards.read(shards.records[-1])
 
 
@@ -238,7 +237,7 @@ def test_no_damage_to_an_index_passes(tiny_panoptic, tmp_path):
         broken = bytearray(whole)
         broken[position] ^= 1
         path.write_bytes(broken)
-        with pytest.raises(DataError, match="index.safetensors|tfrecord"):
+        with pytest.raises(FileError, match="index.safetensors|tfrecord"):
             shard_files.read_index(tmp_path, identity, 0)
 
 
@@ -253,7 +252,7 @@ def test_no_damage_to_an_index_passes(tiny_panoptic, tmp_path):
 def test_a_folder_of_other_shards_is_refused(tiny_panoptic, tmp_path, changes, sentence):
     build(tmp_path, source_of(tiny_panoptic))
     before = contents(tmp_path)
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(FileError, match=sentence):
         build(tmp_path, source_of(tiny_panoptic), **changes)
     assert contents(tmp_path) == before
 
@@ -265,14 +264,14 @@ def test_other_annotations_or_another_split_are_refused(tiny_panoptic, tmp_path)
     content = json.loads(json_path.read_text())
     content["annotations"][0]["segments_info"][0]["iscrowd"] = 1
     json_path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="begun with other annotations"):
+    with pytest.raises(FileError, match="begun with other annotations"):
         build(out, source_of(tiny_panoptic))
     # A second part of the same data set may come in, but not with another split.
     build(out, source_of(tiny_panoptic, "val2017"), part="val2017", unseen="keep")
     split = json.loads((tiny_panoptic / "split.json").read_text())
     split["categories"][2]["split"] = "unseen"
     (tiny_panoptic / "split.json").write_text(json.dumps(split))
-    with pytest.raises(DataError, match="begun with another split file"):
+    with pytest.raises(FileError, match="begun with another split file"):
         build(out, source_of(tiny_panoptic, "val2017"), part="val2", unseen="keep")
 
 
@@ -286,26 +285,26 @@ def test_bad_images_stop_the_build_or_are_left_out_by_name(tiny_panoptic, tmp_pa
     shards = ShardSource(tmp_path / "out", "train2017")
     assert [record.image_id for record in shards.records] == [3, 11, 12]
     assert shards.skipped == report.skipped
-    with pytest.raises(DataError, match="leave out 1 bad images, the first is 5.jpg"):
+    with pytest.raises(FileError, match="leave out 1 bad images, the first is 5.jpg"):
         build(tmp_path / "out", source)
     for name in ("3.jpg", "11.jpg", "12.jpg"):
         shutil.copy(tiny_panoptic / "train2017" / "5.jpg", tiny_panoptic / "train2017" / name)
-    with pytest.raises(DataError, match="Not one of the 4 images"):
+    with pytest.raises(FileError, match="Not one of the 4 images"):
         build(tmp_path / "none", source, skip_bad=True)
 
 
 def test_nothing_left_and_bad_arguments_are_one_sentence(tiny_panoptic, tmp_path):
     source = source_of(tiny_panoptic)
     source.records = source.records[3:4]  # the road alone
-    with pytest.raises(DataError, match="no image is left"):
+    with pytest.raises(FileError, match="no image is left"):
         build(tmp_path, source)
     for options in (dict(workers=0), dict(num_shards=0), dict(part="../train"), dict(dataset="")):
         with pytest.raises(ValueError, match="must be"):
             build(tmp_path, source_of(tiny_panoptic), **options)
-    with pytest.raises(DataError, match="holds no shards of the part 'val2017'"):
+    with pytest.raises(FileError, match="holds no shards of the part 'val2017'"):
         ShardSource(tmp_path, "val2017")
     (tmp_path / "val2017.manifest.json").write_text("{}")
-    with pytest.raises(DataError, match="not a manifest of shards"):
+    with pytest.raises(FileError, match="not a manifest of shards"):
         ShardSource(tmp_path, "val2017")
 
 

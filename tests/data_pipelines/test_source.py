@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from concat_jax.core.files import FileError
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.sources.source import DataError, ImageRecord, image_number, treat_unseen
+from data_pipelines.sources.source import ImageRecord, image_number, treat_unseen
 
 VOCABULARY = Vocabulary(
     names=("sky", "road", "dog", "cat"),
@@ -130,12 +131,12 @@ def test_captions_pass_over_segments_that_others_hide():
 def test_a_leak_stops_the_loader_before_the_first_step(monkeypatch):
     source = Stripes()
     check_no_leak(source, [0, 4])
-    with pytest.raises(DataError, match=r"Image 5 .*'road'.*1 of 2 checked images"):
+    with pytest.raises(FileError, match=r"Image 5 .*'road'.*1 of 2 checked images"):
         check_no_leak(source, [0, 2])
     monkeypatch.setattr(
         "data_pipelines.loader.treat_unseen", lambda source, treatment: (source, np.arange(2))
     )
-    with pytest.raises(DataError, match="Image 4 .*'cat'"):
+    with pytest.raises(FileError, match="Image 4 .*'cat'"):
         loader(source)
     loader(source, unseen_images="keep")
 
@@ -150,5 +151,5 @@ def test_numbers_of_images(image_id, number):
 
 @pytest.mark.parametrize("image_id", [-1, 2**63, True, 1.0, None, "beach", "9" * 5000, "²"])
 def test_what_is_no_number_of_an_image(image_id):
-    with pytest.raises(DataError, match="of a.json must be an integer"):
+    with pytest.raises(FileError, match="of a.json must be an integer"):
         image_number(image_id, "a.json")

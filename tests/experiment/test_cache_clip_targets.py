@@ -32,7 +32,7 @@ from data_pipelines.clip_target_cache import ClipTargetCache, find_targets
 from data_pipelines.datasets import make_datasets
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.registry import open_source
-from data_pipelines.sources.source import DataError, ImageRecord
+from data_pipelines.sources.source import ImageRecord
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLIP = make_clip(
@@ -308,7 +308,7 @@ def test_a_folder_of_something_else_is_refused(world, filled):
 def test_an_unreadable_image_stops_the_command_or_is_left_out(tmp_path):
     root = make_world(tmp_path / "world")
     (root / "train2017" / "5.jpg").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="5.jpg"):
+    with pytest.raises(FileError, match="5.jpg"):
         fill(tmp_path / "cache", load(root))
     report = fill(tmp_path / "cache", load(root), skip_bad=True)
     assert report.bad_images == 1
