@@ -1,7 +1,5 @@
 """Post-processing against a loop that follows the reference, and its corner cases."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -14,104 +12,38 @@ from concat_jax.inference.panoptic import (
     settle_segments,
 )
 from concat_jax.inference.segments import unpack_segments
+from tests.golden import cases
 
 
-def reference(mask_logits, probs, is_thing, size, *, keep, labels, weights, overlap=0.8):
-    """The reference's loop over kept queries of one image, in numpy; segments keep their query."""
-    torch = pytest.importorskip("torch")
-    masks = torch.nn.functional.interpolate(
-        torch.tensor(mask_logits)[None], size=size, mode="bilinear", align_corners=False
-    )[0]
-    masks = masks.sigmoid().numpy()
-    ids = np.zeros(size, int)
-    found = {}
-    queries = np.flatnonzero(keep)
-    if not len(queries):
-        return ids, found
-    owner = (weights[queries, None, None] * masks[queries]).argmax(0)
-    first_of_stuff = {}
-    for k, n in enumerate(queries):
-        mask_area = (owner == k).sum()
-        original_area = (masks[n] >= 0.5).sum()
-        mask = (owner == k) & (masks[n] >= 0.5)
-        if not (mask_area > 0 and original_area > 0 and mask.sum() > 0):
-            continue
-        if mask_area / original_area < overlap:
-            continue
-        target = n
-        if not is_thing[labels[n]]:
-            target = first_of_stuff.setdefault(labels[n], n)
-        ids[mask] = target + 1
-        if target == n:
-            found[n] = labels[n]
-    return ids, found
-
-
-def blobs(rng, num_queries, height, width):
-    """Smooth logits with real regions, so that overlap and stuff rules all fire."""
-    y, x = np.mgrid[0:height, 0:width]
-    centre = rng.uniform(0, 1, (num_queries, 2)) * (height, width)
-    radius = rng.uniform(0.15, 0.4, num_queries) * height
-    distance = np.hypot(
-        y - centre[:, 0, None, None], (x - centre[:, 1, None, None]) * height / width
-    )
-    logits = (radius[:, None, None] - distance) * rng.uniform(0.3, 3, (num_queries, 1, 1))
-    return (logits + rng.normal(0, 0.3, logits.shape)).astype(np.float32)
-
-
-def peaked_probs(rng, batch, num_queries, num_classes):
-    logits = rng.normal(0, 1, (batch, num_queries, num_classes + 1))
-    best = rng.integers(0, num_classes + 1, (batch, num_queries))
-    peak = rng.uniform(2, 7, (batch, num_queries, 1))
-    np.put_along_axis(logits, best[..., None], peak, axis=-1)
-    return np.asarray(jax.nn.softmax(logits), np.float32)
-
-
-@pytest.mark.parametrize("keep_rule", ["score", "objectness"])
+@pytest.mark.parametrize("keep_rule", cases.KEEP_RULES)
 @pytest.mark.parametrize(
-    ("size", "strip_rows"), [((37, 50), 8), ((12, 16), 32), ((9, 10), 4)], ids=str
+    ("size", "strip_rows"), list(zip(cases.PANOPTIC_SIZES, (8, 32, 4), strict=True)), ids=str
 )
 def test_equals_the_reference_loop(keep_rule, size, strip_rows):
-    rng = np.random.default_rng(size[0])
-    batch, num_queries, num_classes = 16, 10, 5
-    mask_logits = np.stack([blobs(rng, num_queries, 12, 16) for _ in range(batch)])
-    probs = peaked_probs(rng, batch, num_queries, num_classes)
-    is_thing = np.array([True, False, True, False, False])
-    is_seen = np.array([True, True, False, False, True])
+    """Mask2Former's loop over kept queries, whose results tests/golden holds."""
+    mask_logits, probs = cases.panoptic_inputs()
     output = jax.device_get(
         panoptic_inference(
             mask_logits,
             probs,
-            is_thing,
-            is_seen,
+            cases.PANOPTIC_IS_THING,
+            cases.PANOPTIC_IS_SEEN,
             output_size=size,
             keep_rule=keep_rule,
             strip_rows=strip_rows,
         )
     )
-    seen_fates = set(output.fates.ravel().tolist())
-    for b in range(batch):
-        p = probs[b]
-        labels = p[:, :-1].argmax(-1)
-        if keep_rule == "score":
-            weights = p.max(-1)
-            keep = (p.argmax(-1) != num_classes) & (weights > 0.8)
-        else:
-            weights = 1 - p[:, -1]
-            keep = weights > 0.5
-        ids, found = reference(
-            mask_logits[b], p, is_thing, size, keep=keep, labels=labels, weights=weights
-        )
-        # Torch and XLA round the resize differently: a near tie may fall the other way.
-        assert (ids != output.segment_ids[b]).mean() < 0.002
-        got = {n: label for n, label in enumerate(output.labels[b]) if label >= 0}
-        assert got == found
-        chosen = p[np.arange(num_queries), labels]
-        np.testing.assert_allclose(
-            output.scores[b], np.where(output.labels[b] >= 0, chosen, 0), rtol=1e-6
-        )
-    assert {Fate.SEGMENT, Fate.MERGED, Fate.NO_OBJECT, Fate.OVERLAPPED} <= seen_fates
-    assert (Fate.LOW_SCORE in seen_fates) == (keep_rule == "score")
+    golden = cases.load("panoptic")
+    key = f"{keep_rule}_{size[0]}x{size[1]}"
+    np.testing.assert_array_equal(output.labels, golden[f"{key}_labels"])
+    # Torch and XLA round the resize differently: a near tie may fall the other way.
+    assert ((golden[f"{key}_ids"] != output.segment_ids).mean(axis=(1, 2)) < 0.002).all()
+    labels = probs[..., :-1].argmax(-1)
+    chosen = np.take_along_axis(probs, labels[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(output.scores, np.where(output.labels >= 0, chosen, 0), rtol=1e-6)
+    fates = set(output.fates.ravel().tolist())
+    assert {Fate.SEGMENT, Fate.MERGED, Fate.NO_OBJECT, Fate.OVERLAPPED} <= fates
+    assert (Fate.LOW_SCORE in fates) == (keep_rule == "score")
 
 
 def masks_of(rows):
@@ -243,9 +175,9 @@ def test_padding_counts_in_no_area():
 
 
 def test_images_of_a_batch_do_not_touch():
-    rng = np.random.default_rng(3)
-    masks = np.stack([blobs(rng, 6, 8, 8) for _ in range(3)])
-    probs = peaked_probs(rng, 3, 6, 4)
+    rng = np.random.RandomState(3)
+    masks = np.stack([cases.blobs(rng, 6, 8, 8) for _ in range(3)])
+    probs = cases.peaked_probs(rng, 3, 6, 4)
     flags = np.array([True, False, True, False])
     together = panoptic_inference(masks, probs, flags, flags, output_size=(16, 16))
     for b in range(3):
@@ -279,7 +211,7 @@ def test_bad_input_is_refused(changes, message):
         panoptic_inference(**(arguments | changes))
 
 
-@pytest.mark.parametrize("side", [96, 24])
+@pytest.mark.parametrize("side", cases.TRANSFORMERS_SIDES)
 def test_equals_the_map_of_transformers(side):
     """The same segments, where transformers' rules are the reference's.
 
@@ -288,27 +220,9 @@ def test_equals_the_map_of_transformers(side):
     pixel to the best bidder also where its mask does not cover it, which is left out here; and
     after fusing stuff it gives out ids that are taken, so nothing is fused here.
     """
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    rng = np.random.default_rng(side)
-    num_queries, num_classes = 100, 8
-    # A dozen kept, as in images, of which some are hidden under others.
-    logits = np.stack([blobs(rng, num_queries, side, side)])
-    class_logits = np.zeros((1, num_queries, num_classes + 1), np.float32)
-    best = np.where(rng.uniform(size=num_queries) < 0.12, rng.integers(0, num_classes, 100), 8)
-    class_logits[0, np.arange(num_queries), best] = 25
-    is_thing = np.ones(num_classes, bool)
-    processor = transformers.Mask2FormerImageProcessorPil()
-    outputs = types.SimpleNamespace(
-        class_queries_logits=torch.tensor(class_logits), masks_queries_logits=torch.tensor(logits)
-    )
-    (theirs,) = processor.post_process_panoptic_segmentation(
-        outputs,
-        threshold=0.8,
-        overlap_mask_area_threshold=0.2,
-        label_ids_to_fuse=set(),
-        target_sizes=[(384, 384)],
-    )
+    logits, class_logits = cases.transformers_inputs(side)
+    golden = cases.load("panoptic")
+    is_thing = np.ones(8, bool)
     ours = jax.device_get(
         panoptic_inference(
             logits,
@@ -320,9 +234,9 @@ def test_equals_the_map_of_transformers(side):
             overlap_threshold=0.2,
         )
     )
-    labels = {s["id"]: s["label_id"] for s in theirs["segments_info"]}
-    assert 2 < len(labels) < (best < 8).sum()
-    their_map = theirs["segmentation"].numpy()
+    labels = dict(golden[f"transformers_{side}_labels"].tolist())
+    assert 2 < len(labels) < (class_logits.argmax(-1) < 8).sum()
+    their_map = golden[f"transformers_{side}_map"]
     mine = ours.segment_ids[0]
     pairs, counts = np.unique(
         np.stack([mine[mine > 0], their_map[mine > 0]]), axis=1, return_counts=True
@@ -336,13 +250,13 @@ def test_equals_the_map_of_transformers(side):
 
 def test_sizes_in_buckets_give_what_exact_sizes_give():
     """Padded logits and a padded map, in one program, against each image alone."""
-    rng = np.random.default_rng(5)
+    rng = np.random.RandomState(5)
     sources, natives = [(12, 16), (20, 7)], [(37, 50), (64, 13)]
     padded = rng.normal(0, 9, (2, 6, 20, 20)).astype(np.float32)  # garbage where nothing is valid
-    masks = [blobs(rng, 6, *source) for source in sources]
+    masks = [cases.blobs(rng, 6, *source) for source in sources]
     for row, mask in enumerate(masks):
         padded[row, :, : mask.shape[1], : mask.shape[2]] = mask
-    probs = peaked_probs(rng, 2, 6, 4)
+    probs = cases.peaked_probs(rng, 2, 6, 4)
     flags = np.array([True, False, True, False])
     together = panoptic_inference(
         padded,
@@ -384,8 +298,8 @@ def test_fractional_extents_keep_the_scale_of_the_image():
 
 
 def test_neither_strips_nor_groups_show():
-    rng = np.random.default_rng(6)
-    masks, probs = blobs(rng, 10, 12, 16)[None], peaked_probs(rng, 1, 10, 4)
+    rng = np.random.RandomState(10)
+    masks, probs = cases.blobs(rng, 10, 12, 16)[None], cases.peaked_probs(rng, 1, 10, 4)
     flags = np.array([True, False, True, False])
     sizes = {"output_size": (37, 50)}
     plain = panoptic_inference(masks, probs, flags, flags, **sizes, strip_rows=37)
@@ -396,8 +310,8 @@ def test_neither_strips_nor_groups_show():
 
 
 def test_tiles_add_up_to_the_whole():
-    rng = np.random.default_rng(7)
-    masks, probs = blobs(rng, 10, 12, 16)[None], peaked_probs(rng, 1, 10, 4)
+    rng = np.random.RandomState(7)
+    masks, probs = cases.blobs(rng, 10, 12, 16)[None], cases.peaked_probs(rng, 1, 10, 4)
     flags = np.array([True, False, True, False])
     native = np.array([[37, 50]])
     whole = panoptic_inference(masks, probs, flags, flags, output_size=(37, 50))
@@ -424,9 +338,9 @@ def test_tiles_add_up_to_the_whole():
 def test_through_the_input_size_differs_by_border_pixels():
     """The reference blends twice, logits to input size to image size; ours once."""
     torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(8)
+    rng = np.random.RandomState(8)
     probs = np.tile(np.array([0.95, 0.0, 0.05], np.float32), (12, 1))
-    masks = blobs(rng, 12, 50, 67)
+    masks = cases.blobs(rng, 12, 50, 67)
     direct = infer(
         masks[None], probs, [True, True], output_size=(96, 128), source_size=np.array([[50, 66.75]])
     )

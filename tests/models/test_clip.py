@@ -1,15 +1,19 @@
 """CLIP beside transformers' CLIPModel, and the properties of its parts."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 
 from concat_jax.losses.contrastive import contrastive_loss
 from concat_jax.models.clip import interpolate_positions, make_clip
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images
 from concat_jax.weights.clip import read_clip
+from tests.golden import cases
 
 TINY = dict(
     embed_dim=12,
@@ -129,8 +133,25 @@ def _tokens(rows: int, length: int, vocab_size: int, pad: int) -> np.ndarray:
     return tokens
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize("eos", ["first occurrence", "legacy argmax"])
+def test_says_what_transformers_said_at_the_published_widths(tmp_path):
+    golden = cases.load("clip")
+    weights = cases.draw_weights(cases.unpack_text(golden.pop("layout")))
+    (tmp_path / "config.json").write_text(json.dumps(cases.CLIP))
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+    ours = read_clip(tmp_path)
+    images, tokens = cases.clip_inputs()
+    image, text, scale = _apply(make_clip(ours.config), {"params": ours.params}, images, tokens)
+    image, text = l2_normalize(image), l2_normalize(text)
+    logits = scale * jnp.einsum("bc,mc->bm", image, text)
+    for key, array in {"image": image, "text": text, "logits": logits}.items():
+        assert cases.relative_error(array, golden[key]) < 1e-4, key
+    # The comparison says nothing if every picture or text looks alike.
+    assert min(golden["logits"].std(axis=axis).min() for axis in (0, 1)) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "activation, eos", [("quick_gelu", "first occurrence"), ("gelu", "legacy argmax")]
+)
 def test_equals_transformers_at_small_size(activation, eos, tmp_path):
     config = {k: dict(v) if isinstance(v, dict) else v for k, v in SMALL_HF.items()}
     config["vision_config"]["hidden_act"] = config["text_config"]["hidden_act"] = activation

@@ -17,6 +17,7 @@ from concat_jax.models.ops.valid_area import resize_within, valid_mask, valid_si
 from concat_jax.models.pixel_decoder import reference_grid, valid_reference_grid
 from concat_jax.models.segmentor import make_segmentor, mask_logits, normalize_images
 from concat_jax.models.transformer_decoder import attention_block_mask
+from tests.golden.cases import relative_error
 
 # These programs run once; without LLVM's optimisations they compile in half the time.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -103,12 +104,6 @@ def into_bucket(images, fill):
     for row, image in zip(padded, images, strict=True):
         row[: image.shape[0], : image.shape[1]] = image
     return padded
-
-
-def relative_error(ours, expected) -> float:
-    ours, expected = np.asarray(ours, np.float64), np.asarray(expected, np.float64)
-    assert ours.shape == expected.shape
-    return float(np.abs(ours - expected).max() / np.abs(expected).max())
 
 
 # Each size run alone is a program of its own to compile.

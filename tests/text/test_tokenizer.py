@@ -2,13 +2,13 @@
 
 import gzip
 import json
-import random
 
 import numpy as np
 import pytest
 import tokenizers
 
 from concat_jax.text.tokenizer import WordTokenizer, make_clip_tokenizer
+from tests.golden import cases, make
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +24,8 @@ def clip_tokenizer(bpe_path):
 @pytest.fixture(scope="module")
 def tables(bpe_path, tmp_path_factory):
     """Folder with vocab.json and merges.txt, made of OpenAI's file as its own code does."""
-    convert = pytest.importorskip("transformers.convert_slow_tokenizer")
-    merges = gzip.open(bpe_path).read().decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    symbols = list(convert.bytes_to_unicode().values())
-    tokens = symbols + [s + "</w>" for s in symbols] + ["".join(m.split()) for m in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    folder = tmp_path_factory.mktemp("clip_tables")
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return folder
+    pytest.importorskip("transformers")
+    return make.clip_tables(bpe_path, tmp_path_factory.mktemp("clip_tables"))
 
 
 @pytest.fixture(scope="module")
@@ -52,73 +44,10 @@ def whole(reference, tmp_path_factory):
     return folder
 
 
-HARD = [
-    "",
-    " ",
-    "\n\t  \r\n",
-    "a photo of a cat",
-    "A Photo  of\ta CAT.",
-    "it's they're I've we'll I'd don't O'Neill 's",
-    "&amp; &lt;b&gt; &#39;x&#39; &eacute; &nbsp;",
-    "naïve café Ångström ÀÉÎÕÜ ß İstanbul ﬁ ① Ⅷ",
-    "cafe\u0301 n\u0303 \u1e9b\u0323",  # combining marks
-    "你好世界 熊貓 こんにちは カタカナ 한국어 ไทย العربية עברית हिन्दी",
-    "😀👍🏽👩‍👩‍👧‍👦🇫🇷 ✨ ™ €",
-    "3.14 1,000,000 ２０２４ ½ x²",
-    "snake_case kebab-case a/b\\c #tag @user http://x.y/z?q=1&r=2",
-    "zero\u200bwidth nbsp\u00a0space ideographic\u3000space line\u2028sep",
-    "control \x00 \x07 \x1b[0m \x7f \ufffd \ufeff",
-    "<|startoftext|> literal <|endoftext|> tokens",
-    "a<|endoftext|>b",
-    "<|ENDOFTEXT|>",
-    "!!! ... ??? ((())) --- '''",
-    "supercalifragilisticexpialidocious" * 20,
-    "word " * 200,
-    "😀" * 100,
-    "a" * 5000,
-]
-
-
-def _random_texts(count: int) -> list[str]:
-    rng = random.Random(0)
-    ranges = [
-        (0x20, 0x7E),
-        (0x20, 0x7E),
-        (0xA0, 0x17F),
-        (0x300, 0x36F),
-        (0x370, 0x5FF),
-        (0x600, 0xDFF),
-        (0x1E00, 0x206F),
-        (0x2100, 0x27BF),
-        (0x3000, 0x30FF),
-        (0x4E00, 0x9FFF),
-        (0xAC00, 0xD7A3),
-        (0xF900, 0xFFFD),
-        (0x1F300, 0x1FAFF),
-        (0x0, 0x1F),
-    ]
-    pieces = ["'s", "'LL", "&amp;", "  ", "<|endoftext|>", "the", "Photo", "dog-like", "1st"]
-
-    def text() -> str:
-        mix = rng.sample(ranges, rng.randint(1, 3))
-        out = []
-        for _ in range(rng.randint(0, 60)):
-            kind = rng.random()
-            if kind < 0.15:
-                out.append(" ")
-            elif kind < 0.25:
-                out.append(rng.choice(pieces))
-            else:
-                out.append(chr(rng.randint(*rng.choice(mix))))
-        return "".join(out)
-
-    return [text() for _ in range(count)]
-
-
 @pytest.fixture(scope="module")
 def texts(shared_data):
     """Over 15,000: hard ones, random ones of many scripts, and class names in a template."""
-    out = HARD + _random_texts(10_000)
+    out = cases.HARD_TEXTS + cases.random_texts(10_000)
     for path in sorted((shared_data / "vocabularies").glob("*_with_prompt_eng.txt")):
         for line in path.read_text().split("\n"):
             out.append(line)
@@ -127,15 +56,14 @@ def texts(shared_data):
     return out
 
 
-def _ids(tokenizer, texts):
-    return tokenizer(
-        texts, padding="max_length", truncation=True, max_length=77, return_tensors="np"
-    )["input_ids"]
-
-
 @pytest.fixture(scope="module")
 def expected(reference, texts):
-    return _ids(reference, texts)
+    return make.clip_ids(reference, texts)
+
+
+def test_ids_are_what_transformers_said(clip_tokenizer):
+    golden = cases.load("tokens")
+    np.testing.assert_array_equal(clip_tokenizer(cases.unpack_text(golden["texts"])), golden["ids"])
 
 
 @pytest.mark.parametrize("files", ["bpe_path", "tables", "whole"])
@@ -162,7 +90,7 @@ def test_a_file_as_the_hub_has_it(whole, texts, expected, tmp_path):
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_text((whole / "tokenizer_config.json").read_text())
-    theirs = _ids(transformers.CLIPTokenizer.from_pretrained(tmp_path), texts[:2000])
+    theirs = make.clip_ids(transformers.CLIPTokenizer.from_pretrained(tmp_path), texts[:2000])
     np.testing.assert_array_equal(theirs, expected[:2000])
     ours = make_clip_tokenizer(tmp_path / "tokenizer.json")(texts[:2000])
     np.testing.assert_array_equal(ours, theirs)
