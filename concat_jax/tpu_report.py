@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from concat_jax.core import cli
 from concat_jax.core.config import build, check_choice
@@ -37,7 +37,7 @@ from concat_jax.training.optimizer import (
     label_params,
     make_optimizer,
 )
-from concat_jax.training.sharding import AXES, along_batch, replicated
+from concat_jax.training.sharding import along_batch, mesh_of, replicated
 from concat_jax.training.state import TrainState, make_train_step
 
 # Memory of a chip in bytes, by the platform part of a topology's name (Google Cloud's TPU pages).
@@ -202,15 +202,14 @@ def platform_of(topology: str) -> str:
     return topology.split(":")[0]
 
 
-def make_topology_mesh(topology: str, fsdp: int) -> Mesh:
+def make_topology_mesh(topology: str) -> Mesh:
     """The training mesh over the chips of a topology that need not exist.
 
     Args:
         topology: such as "v5e:16x16".
-        fsdp: size of the second axis, as in `config.mesh`.
 
     Raises:
-        ValueError: libtpu is not installed, does not know the topology, or fsdp does not divide it.
+        ValueError: libtpu is not installed or does not know the topology.
     """
     for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -227,13 +226,7 @@ def make_topology_mesh(topology: str, fsdp: int) -> Mesh:
             f"libtpu knows no topology {topology!r}; use one such as v5e:4x4 or v4:2x2x1. It says: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    if len(devices) % fsdp:
-        raise ValueError(
-            f"The {len(devices)} chips of {topology} cannot be split by config.mesh.fsdp = {fsdp}; "
-            "make it a divisor."
-        )
-    grid = np.asarray(devices).reshape(len(devices) // fsdp, fsdp)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    return mesh_of(devices)
 
 
 def vocabulary_of(config: ml_collections.ConfigDict) -> Vocabulary:
@@ -335,7 +328,7 @@ def make_report(config: ml_collections.ConfigDict, name: str, topology: str) -> 
     Raises:
         ValueError: as `make_topology_mesh` and `abstract_step`, or the step does not fit a chip.
     """
-    mesh = make_topology_mesh(topology, config.mesh.fsdp)
+    mesh = make_topology_mesh(topology)
     step, arguments, gradient_bytes = abstract_step(config, name, mesh)
     batch = arguments[2]["image"].shape
     start = time.monotonic()

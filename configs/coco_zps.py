@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.tensorboard = True
-    config.mesh = dict(fsdp=1, devices=1 if mini else 0)  # 0: all devices
+    config.mesh = dict(devices=1 if mini else 0)  # 0: all devices
     config.stages = ("clip", "con", "cat", "finetune") if mini else ("con", "cat", "finetune")
     # Weights that start a subtree: CLIP's, of Hugging Face, OpenAI or open_clip; the segmentor's, a
     # folder that `python -m concat_jax.convert` made of ImageNet's or a Mask2Former's. The

@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.tensorboard = False  # spares a laptop the import of TensorFlow
-    config.mesh = dict(fsdp=1, devices=0)  # 0: all devices
+    config.mesh = dict(devices=0)  # 0: all devices
     config.stages = ("clip", "con", "cat", "finetune", "control")
 
     config.data = dict(

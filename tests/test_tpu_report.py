@@ -111,7 +111,7 @@ def test_a_missing_compiler_is_said(monkeypatch):
     for name in tpu_report.LIBTPU_ENVIRONMENT:
         monkeypatch.setenv(name, "test")  # so that they are put back
     with pytest.raises(ValueError, match="TPU compiler is not installed; run `pip install"):
-        tpu_report.make_topology_mesh("v5e:4x4", 1)
+        tpu_report.make_topology_mesh("v5e:4x4")
 
 
 def small_config(**con):

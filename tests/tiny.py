@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,12 +13,13 @@ import numpy as np
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import Networks, make_networks
-from concat_jax.stages.stage import Context, Stage
+from concat_jax.stages.stage import TEXT, Context, Stage
 from concat_jax.training.optimizer import FROZEN, label_params, path_name
 
 # A test's programs run once, so compiling them is what it costs.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 KEY = jax.random.key(3)
+SEEN, UNSEEN = [1, 2, 4, 5], [0, 3]  # of `vocabulary`
 SUBTREES = ("clip", "segmentor", "projector", "generator")
 
 # The `model` section of a config; 16-d joint space, queries of width 32.
@@ -98,6 +99,7 @@ def fill(shapes: Any, seed: int) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
+@functools.cache
 def params(name: str, seed: int | None = None, of: Networks | None = None) -> Any:
     """Random parameters of one network, by default the same ones for the same name."""
     of = of or networks()
@@ -146,6 +148,23 @@ def caption_batch() -> dict[str, np.ndarray]:
     return {"image": images, "tokens": tokens.astype(np.int32)}
 
 
+def trained(stage: Stage) -> dict[str, Any]:
+    """Parameters of what the stage trains."""
+    return {name: params(name) for name in stage.trains}
+
+
+def frozen(stage: Stage, embeddings: np.ndarray | None = None) -> dict[str, Any]:
+    """What the stage says it reads, and nothing else."""
+    embeddings = text() if embeddings is None else embeddings
+    return {name: embeddings if name == TEXT else params(name) for name in stage.reads}
+
+
+def evaluate(stage: Stage) -> Callable:
+    """(params, frozen, batch, rng) -> ((loss, metrics), gradients of params and of frozen)."""
+    gradient = jax.value_and_grad(stage.loss, argnums=(0, 1), has_aux=True)
+    return jax.jit(gradient, compiler_options=FAST_COMPILE)
+
+
 def reached(gradients: Any) -> set[str]:
     """Names of the parameters with a gradient above rounding."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(gradients))
@@ -171,3 +190,8 @@ def assert_finite(loss: Any, metrics: Mapping[str, Any], gradients: Any) -> None
         assert np.isfinite(metric) and np.shape(metric) == (), name
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.isfinite(gradient).all(), path_name(path)
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Two trees hold the very same numbers."""
+    jax.tree.map(np.testing.assert_array_equal, first, second)

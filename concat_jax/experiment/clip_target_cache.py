@@ -26,7 +26,7 @@ from concat_jax.experiment.clip_targets import clip_target_identity
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.models.clip import CLIP
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
-from concat_jax.training.sharding import AXES, along_batch, replicated
+from concat_jax.training.sharding import along_batch, mesh_of, replicated
 from data_pipelines.clip_target_cache import DTYPE, dataset_identity, target_store
 from data_pipelines.datasets import make_datasets, training_part
 from data_pipelines.loader import SegmentationLoader
@@ -296,7 +296,6 @@ def cache(
         raise ValueError(
             f"Stage {source!r}, which gives CLIP, has not finished in {workdir}; train it first."
         )
-    local = np.asarray(run.mesh.local_devices).reshape(-1, 1)
     return fill_cache(
         Path(folder),
         training_part(config.data, seed=config.seed),
@@ -306,7 +305,7 @@ def cache(
         clip_target_identity(run, source),
         images_per_shard=images_per_shard,
         pictures_per_device=pictures_per_device,
-        mesh=Mesh(local, AXES, axis_types=run.mesh.axis_types),
+        mesh=mesh_of(run.mesh.local_devices),
         num_threads=config.data.num_threads,
         skip_bad=config.data.on_bad_example == "skip",
         process_index=process_index,

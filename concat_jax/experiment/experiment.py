@@ -70,7 +70,7 @@ class Experiment:
         """
         self.setup = setup = make_setup(config, datasets)
         self.workdir, self.datasets = workdir, datasets
-        self.mesh = make_mesh(devices=config.mesh.devices or None)
+        self.mesh = make_mesh(config.mesh.devices)
         self.parameters = Parameters(setup, workdir, self.mesh)
         self.embeddings = ClassEmbeddings(
             config.text,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,24 @@ DATA_KEYS = ("data.root", "data.split_file")
 _SHOWN_CHANGES = 8
 # Keys of the model that change no parameter's shape, so that no checkpoint can tell them.
 _SHAPELESS_KEYS = ("_heads", "num_groups", "activation", "position_interpolation")
+# Options that are gone, and the value that is built in now: what was trained with it goes on.
+REMOVED_KEYS = {
+    "train.*.method.pooling_temperature": 0.1,
+    "train.*.method.class_negatives": True,
+    "train.*.method.class_contrast_weight": 0.0,
+    "train.*.method.class_contrast_temperature": 0.1,
+    "train.*.method.mmd_memory": False,
+    "train.*.method.mmd_per_class": False,
+    "train.*.method.unseen_per_class": 4,
+    "train.*.optimizer.b2": 0.999,
+    "train.*.optimizer.accumulate": 1,
+    "mesh.fsdp": 1,
+}
+
+
+def _is_built_in(key: str, value: Any) -> bool:
+    patterns = REMOVED_KEYS.items()
+    return any(fnmatchcase(key, pattern) and value == built_in for pattern, built_in in patterns)
 
 
 def evaluation_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -72,6 +91,7 @@ def claim_workdir(
     write = write and jax.process_index() == 0
     mine = json.loads(json.dumps(configuration.flat(config)))
     theirs = _read_config(path) if path.exists() else mine
+    theirs = {k: v for k, v in theirs.items() if k in mine or not _is_built_in(k, v)}
     changed = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
     trained = _trained_stages(workdir)
     if trained:

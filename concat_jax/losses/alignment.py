@@ -73,7 +73,6 @@ def info_nce(
     predictions: jax.Array,
     targets: jax.Array,
     valid: jax.Array,
-    same: jax.Array | None = None,
     *,
     temperature: float,
 ) -> jax.Array:
@@ -83,7 +82,6 @@ def info_nce(
       predictions: [..., M, C].
       targets: [..., M, C].
       valid: [..., M] bool; invalid rows are no positives and no negatives.
-      same: [..., M, M] bool, pairs that must not be negatives of one another (say, of one class).
       temperature: of the cosine.
 
     Returns:
@@ -91,7 +89,6 @@ def info_nce(
     """
     logits = pairwise_cosine(predictions, targets) / temperature
     own = jnp.eye(logits.shape[-1], dtype=bool)
-    candidates = valid[..., None, :] if same is None else valid[..., None, :] & ~same
-    logits = jnp.where(candidates | own, logits, -jnp.inf)
+    logits = jnp.where(valid[..., None, :] | own, logits, -jnp.inf)
     own_log_probs = jnp.diagonal(jax.nn.log_softmax(logits, axis=-1), axis1=-2, axis2=-1)
     return jnp.where(valid, -own_log_probs, 0.0)

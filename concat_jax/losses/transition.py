@@ -72,7 +72,6 @@ def mmd(
     real: jax.Array,
     pseudo_valid: jax.Array,
     real_valid: jax.Array,
-    same_class: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     *,
     bandwidths: Sequence[float],
 ) -> jax.Array:
@@ -85,16 +84,14 @@ def mmd(
       pseudo: [M, D].
       real: [R, D].
       pseudo_valid: [M] bool.
-      real_valid: [R] bool, or float32 weights: what a query counts for, 0 for not at all.
-      same_class: optional indicators ([M, M], [M, R], [R, R]); the kernel is then multiplied by
-        them, which compares the joint distribution of query and class (ours; PADing pools).
+      real_valid: [R] bool.
       bandwidths: v of exp(-d² / (2 v)); PADing: 2, 5, 10, 20, 40, 80 for 256-d queries.
 
     Returns:
       [] float32, at least 0; 0 where either side is empty.
     """
 
-    def kernel_sum(a, b, a_weights, b_weights, indicator):
+    def kernel_sum(a, b, a_valid, b_valid):
         distances = squared_distances(a, b)
         kernels = {}
         for v in sorted(bandwidths, reverse=True):
@@ -104,22 +101,19 @@ def mmd(
                 # The barrier keeps XLA from writing the squares as exponentials again.
                 kernels[v] = jax.lax.optimization_barrier(jnp.exp(-distances / (2 * v)))
         kernel = sum(kernels.values())
-        if indicator is not None:
-            kernel = kernel * indicator
         # As products: the CPU backend spreads every constant of a sum over [M, R] to that shape.
-        return jnp.einsum("m,mr,r->", a_weights, kernel, b_weights, precision="highest")
+        return jnp.einsum("m,mr,r->", a_valid, kernel, b_valid, precision="highest")
 
     real = jax.lax.stop_gradient(real)
-    same = same_class or (None, None, None)
     of_pseudo, of_real = (x.astype(jnp.float32) for x in (pseudo_valid, real_valid))
     m, r = jnp.maximum(of_pseudo.sum(), 1), jnp.maximum(of_real.sum(), 1)
-    own = kernel_sum(pseudo, jax.lax.stop_gradient(pseudo), of_pseudo, of_pseudo, same[0])
+    own = kernel_sum(pseudo, jax.lax.stop_gradient(pseudo), of_pseudo, of_pseudo)
     # The kernel is symmetric: its two sides have the same gradient, which is taken of one.
     own = 2 * own - jax.lax.stop_gradient(own)
     squared = (
         own / m**2
-        - 2 * kernel_sum(pseudo, real, of_pseudo, of_real, same[1]) / (m * r)
-        + kernel_sum(real, real, of_real, of_real, same[2]) / r**2
+        - 2 * kernel_sum(pseudo, real, of_pseudo, of_real) / (m * r)
+        + kernel_sum(real, real, of_real, of_real) / r**2
     )
     present = pseudo_valid.any() & real_valid.any()
     # The gradient of a root at zero is infinite: the floor keeps it finite.
@@ -134,10 +128,9 @@ def query_contrast(
     *,
     temperature: float,
     distance: str,
-    class_negatives: bool,
     real_valid: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Pull a pseudo query to real queries of its class, push it from queries holding no segment.
+    """Pull a pseudo query to real queries of its class, push it from all others.
 
     InfoNCE with one term for each positive, averaged over them.
 
@@ -148,7 +141,6 @@ def query_contrast(
       real_labels: [R] int32, -1 for a query that holds no segment.
       temperature: of the similarity.
       distance: of `similarity`.
-      class_negatives: also push from matched queries of other classes.
       real_valid: [R] bool, False for rows of padding, which are no negatives either.
 
     Returns:
@@ -160,9 +152,7 @@ def query_contrast(
     logits = similarity(pseudo, jax.lax.stop_gradient(real), distance) / temperature  # [M, R]
 
     positive = (pseudo_labels[:, None] == real_labels[None, :]) & (pseudo_labels >= 0)[:, None]
-    negative = jnp.broadcast_to((real_labels < 0)[None, :], logits.shape)
-    if class_negatives:
-        negative = negative | ((real_labels >= 0)[None, :] & ~positive)
+    negative = ~positive
     if real_valid is not None:
         positive, negative = positive & real_valid[None, :], negative & real_valid[None, :]
     negatives = jax.nn.logsumexp(jnp.where(negative, logits, -jnp.inf), axis=-1, keepdims=True)
@@ -170,50 +160,6 @@ def query_contrast(
     count = positive.sum(axis=-1)
     mean = jnp.sum(jnp.where(positive, losses, 0.0), axis=-1) / jnp.maximum(count, 1)
     return mean, count > 0
-
-
-def class_contrast(
-    pseudo: jax.Array,
-    pseudo_labels: jax.Array,
-    real: jax.Array,
-    real_labels: jax.Array,
-    *,
-    num_classes: int,
-    temperature: float,
-    distance: str,
-) -> tuple[jax.Array, jax.Array]:
-    """Pull a pseudo query to the mean real query of its class, push it from those of the others.
-
-    InfoNCE over the classes that have a real query (prototypes). With cosine a class's mean is
-    that of its directions.
-
-    Args:
-      pseudo: [M, D].
-      pseudo_labels: [M] int32, -1 where padded.
-      real: [R, D].
-      real_labels: [R] int32, -1 for queries of no class.
-      num_classes: K.
-      temperature: of the similarity.
-      distance: of `similarity`.
-
-    Returns:
-      (losses [M] float32, valid [M] bool): valid where the class has a real query.
-
-    Raises:
-      ValueError: if the distance is unknown.
-    """
-    _check_distance(distance)
-    real = jax.lax.stop_gradient(real)
-    prototypes, counts = class_means(
-        directions(real) if distance == "cosine" else real, real_labels, num_classes
-    )
-    logits = similarity(pseudo, prototypes, distance) / temperature
-    # Finite, so that a batch without any class has finite gradients.
-    logits = jnp.where(counts > 0, logits, -1e9)
-    own = jnp.clip(pseudo_labels, 0)
-    valid = (pseudo_labels >= 0) & (counts[own] > 0)
-    target = jnp.take_along_axis(logits, own[:, None], axis=-1)[:, 0]
-    return jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - target, 0.0), valid
 
 
 def spread_match(

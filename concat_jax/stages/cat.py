@@ -25,6 +25,9 @@ from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages.stage import PLAIN_RULES, TEXT, Batch, Context, Stage
 
 LEARNS_FROM = "queries"
+# Pseudo queries of each unseen class in a step, for the cycle. Ours, not tuned: noise is drawn anew
+# in every step, so that a few make many over a stage.
+UNSEEN_PER_CLASS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,49 +39,35 @@ class Config:
       contrast_temperature: of its similarity. Low ones (0.1) are content with a pseudo query that
         is nearer to its class than to other queries, two spreads off; 1 keeps pulling.
       contrast_distance: "cosine" or "euclidean", of the contrasts and of the spread.
-      class_negatives: the query contrast also takes real queries of other classes as negatives.
-      class_contrast_weight: of the contrast with the classes' mean real queries.
-      class_contrast_temperature: of its similarity.
       spread_weight: of matching each class's spread to that of its real queries (ours).
-      memory_per_class: real queries of each class that a step sees beside the batch's, as
-        positives, negatives of other classes, class means and spreads; 0 for none.
+      memory_per_class: real queries of each class that contrast and spread see beside the batch's;
+        0 for none. The MMD compares with the batch alone, which holds classes as they occur.
       memory_pseudo: also generate a pseudo query for each of them, so that rare classes are
         learnt as often as frequent ones; else each real query of the batch asks for one.
-      mmd_memory: the MMD compares with the memory, too. Real queries are weighted so that classes
-        weigh on both sides what they weigh among the pseudo queries.
       mmd_weight: of the MMD term.
       mmd_bandwidths: squared kernel widths; PADing's for 256-d queries.
-      mmd_per_class: compare the distributions class by class (ours) and not pooled (PADing).
       cycle_weight: of classifying P(v̂) and of pulling it to the text embedding; weights near 1
         distort the generated distribution.
       unseen_names: the setting knows unseen names in training (generalized); False is inductive.
-      unseen_per_class: pseudo queries of each unseen class in a step, for the cycle.
     """
 
     contrast_weight: float = 0.3
     contrast_temperature: float = 1.0
     contrast_distance: str = "euclidean"
-    class_negatives: bool = True
-    class_contrast_weight: float = 0.0
-    class_contrast_temperature: float = 0.1
     spread_weight: float = 0.0
     memory_per_class: int = 0
     memory_pseudo: bool = False
-    mmd_memory: bool = False
     mmd_weight: float = 1.0
     mmd_bandwidths: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0)
-    mmd_per_class: bool = False
     cycle_weight: float = 0.03
     unseen_names: bool = True
-    unseen_per_class: int = 4
 
     def __post_init__(self):
         check_choice(self.contrast_distance, transition.DISTANCES, "CAT contrast_distance is")
-        for name in ("memory_pseudo", "mmd_memory"):
-            if getattr(self, name) and not self.memory_per_class:
-                raise ValueError(
-                    f"CAT's {name} needs a memory; set memory_per_class, to 8 for example."
-                )
+        if self.memory_pseudo and not self.memory_per_class:
+            raise ValueError(
+                "CAT's memory_pseudo needs a memory; set memory_per_class, to 8 for example."
+            )
 
 
 def generate(networks: Networks, params, text: jax.Array, rng: jax.Array) -> jax.Array:
@@ -149,21 +138,19 @@ def make_stage(context: Context, config: Config) -> Stage:
         pseudo_labels = labels if config.memory_pseudo else labels[of_batch]
         pseudo = generate(networks, everything, vectors[jnp.clip(pseudo_labels, 0)], rng_seen)
 
-        compared = slice(None) if config.mmd_memory else of_batch
+        matched = labels[of_batch] >= 0
         terms = {
-            "mmd": _class_weighted_mmd(
-                pseudo[compared],
-                pseudo_labels[compared],
-                real[compared],
-                labels[compared],
-                num_classes,
-                config,
+            "mmd": transition.mmd(
+                pseudo[of_batch],
+                real[of_batch],
+                matched,
+                matched,
+                bandwidths=config.mmd_bandwidths,
             )
         }
         weights = {
             "mmd": config.mmd_weight,
             "contrast": config.contrast_weight,
-            "class_contrast": config.class_contrast_weight,
             "spread": config.spread_weight,
             "cycle": config.cycle_weight,
         }
@@ -174,19 +161,9 @@ def make_stage(context: Context, config: Config) -> Stage:
                 *sides,
                 temperature=config.contrast_temperature,
                 distance=distance,
-                class_negatives=config.class_negatives,
                 real_valid=valid,
             )
         )
-        if config.class_contrast_weight:
-            terms["class_contrast"] = _mean_of_valid(
-                *transition.class_contrast(
-                    *sides,
-                    num_classes=num_classes,
-                    temperature=config.class_contrast_temperature,
-                    distance=distance,
-                )
-            )
         if config.spread_weight:
             terms["spread"] = _mean_of_valid(
                 *transition.spread_match(*sides, num_classes=num_classes, distance=distance)
@@ -197,7 +174,7 @@ def make_stage(context: Context, config: Config) -> Stage:
         cycle_labels, cycle_queries = pseudo_labels, pseudo
         if config.unseen_names:
             known = jnp.arange(num_classes)
-            unseen = jnp.repeat(jnp.asarray(vocabulary.unseen), config.unseen_per_class)
+            unseen = jnp.repeat(jnp.asarray(vocabulary.unseen), UNSEEN_PER_CLASS)
             cycle_labels = jnp.concatenate([cycle_labels, unseen])
             extra = generate(networks, everything, vectors[unseen], rng_unseen)
             cycle_queries = jnp.concatenate([cycle_queries, extra])
@@ -237,32 +214,6 @@ def _real_queries(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         jnp.concatenate([real, memory.reshape(-1, width)]),
         jnp.concatenate([labels, classes.reshape(-1)]),
         jnp.concatenate([valid, kept.reshape(-1)]),
-    )
-
-
-def _class_weighted_mmd(
-    pseudo: jax.Array,
-    pseudo_labels: jax.Array,
-    real: jax.Array,
-    labels: jax.Array,
-    num_classes: int,
-    config: Config,
-) -> jax.Array:
-    """MMD in which a class weighs among the real queries what it weighs among the pseudo ones.
-
-    A memory holds as many queries of a rare class as of a frequent one: unweighted, the generator
-    would answer for that.
-    """
-    same = None
-    if config.mmd_per_class:
-        sides = ((pseudo_labels, pseudo_labels), (pseudo_labels, labels), (labels, labels))
-        same = tuple((a[:, None] == b[None]).astype(jnp.float32) for a, b in sides)
-    asked = jax.nn.one_hot(pseudo_labels, num_classes).sum(axis=0)
-    given = jax.nn.one_hot(labels, num_classes).sum(axis=0)
-    share = asked / jnp.maximum(given, 1)
-    weights = jnp.where(labels >= 0, share[jnp.clip(labels, 0)], 0.0)
-    return transition.mmd(
-        pseudo, real, pseudo_labels >= 0, weights, same, bandwidths=config.mmd_bandwidths
     )
 
 

@@ -23,6 +23,9 @@ from concat_jax.stages.clip_targets import CropConfig, clip_targets
 from concat_jax.stages.stage import NO_DECAY, TEXT, Context, Stage
 
 LEARNS_FROM = "images"
+# Of the softmax over queries: objectness is in [0, 1], and 0.1 lets the queries that hold a segment
+# outweigh the many that hold none by e^10.
+POOLING_TEMPERATURE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,6 @@ class Config:
       aligned_sets: how many of the decoder's prediction sets are aligned, the last ones, whose
         terms are averaged; 0 for all. Test time uses the last set only.
       pooling: "objectness", "similarity" or "mean", see `alignment.pool_queries`.
-      pooling_temperature: of the softmax over queries.
       targets: "online" runs CLIP on every batch; "cached" takes the targets from the batch, where
         they were looked up: of un-augmented images at native size, so the same up to what jitter,
         flip and crop change. The step then holds no CLIP. "": cached where they are at hand.
@@ -55,7 +57,6 @@ class Config:
     temperature: float = 0.07
     aligned_sets: int = 1
     pooling: str = "objectness"
-    pooling_temperature: float = 0.1
     targets: str = ""
     max_segments: int = 0
     backbone_multiplier: float = 0.1
@@ -130,7 +131,7 @@ def make_stage(context: Context, config: Config) -> Stage:
             objectness,
             image_target,
             pooling=config.pooling,
-            temperature=config.pooling_temperature,
+            temperature=POOLING_TEMPERATURE,
         )
         loss_global = jnp.mean(pull(pooled, image_target, jnp.ones(len(pooled), bool)))
         matched = (query_of_segment >= 0) & jnp.any(segment_targets != 0, axis=-1)

@@ -24,8 +24,6 @@ class OptimizerConfig:
     decay_at: shares of the steps at which "steps" decays.
     clip_norm: global gradient norm over all trained parameters; 0 for none. 0.01 is
       Mask2Former's.
-    b2: second-moment decay of Adam.
-    accumulate: batches averaged into one update.
     """
 
     learning_rate: float = 1e-4
@@ -34,8 +32,6 @@ class OptimizerConfig:
     schedule: str = "steps"
     decay_at: tuple[float, ...] = (0.889, 0.963)
     clip_norm: float = 0.01
-    b2: float = 0.999
-    accumulate: int = 1
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -104,12 +100,12 @@ def make_optimizer(
       steps: updates of the schedule.
       labels: tree of `label_params`.
     """
-    schedule = make_schedule(config, max(steps // config.accumulate, 1))
+    schedule = make_schedule(config, max(steps, 1))
     transforms: dict[str, optax.GradientTransformation] = {FROZEN: optax.set_to_zero()}
     for label in set(jax.tree.leaves(labels)) - {FROZEN}:
         rate, decay = (float(x) for x in re.findall(r"x([^,]+)", label))
         transforms[label] = optax.chain(
-            optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay * decay),
+            optax.adamw(schedule, weight_decay=config.weight_decay * decay),
             optax.scale(rate),
         )
     optimizer = optax.multi_transform(transforms, labels)
@@ -117,6 +113,4 @@ def make_optimizer(
         trained = jax.tree.map(lambda label: label != FROZEN, labels)
         clip = optax.masked(optax.clip_by_global_norm(config.clip_norm), trained)
         optimizer = optax.chain(clip, optimizer)
-    if config.accumulate > 1:
-        optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
     return optimizer

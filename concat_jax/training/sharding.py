@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+# The second has size 1: it is where parameters would be split.
 AXES = ("data", "fsdp")
 
 
-def make_mesh(fsdp: int = 1, devices: int | None = None) -> Mesh:
-    """Mesh ("data", "fsdp") of Auto axes over the first `devices` devices, all by default.
+def make_mesh(devices: int = 0) -> Mesh:
+    """The mesh of the first `devices` devices, all of them for 0.
 
     Raises:
-      ValueError: if the devices cannot be split so.
+      ValueError: if there are fewer.
     """
     available = jax.devices()
-    count = devices or len(available)
-    if count > len(available) or count % fsdp:
+    if devices > len(available):
         raise ValueError(
-            f"A mesh of {count} devices with fsdp={fsdp} does not fit the {len(available)} devices "
-            "at hand; change config.mesh."
+            f"A mesh of {devices} devices does not fit the {len(available)} devices at hand; "
+            "change config.mesh.devices."
         )
-    return Mesh(
-        np.asarray(available[:count]).reshape(count // fsdp, fsdp),
-        AXES,
-        axis_types=(AxisType.Auto, AxisType.Auto),
-    )
+    return mesh_of(available[: devices or len(available)])
+
+
+def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+    """Mesh ("data", "fsdp") of Auto axes with all devices along the first."""
+    types = (AxisType.Auto, AxisType.Auto)
+    return Mesh(np.asarray(devices).reshape(-1, 1), AXES, axis_types=types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -50,9 +52,7 @@ def inference_mesh(mesh: Mesh, batch_size: int) -> Mesh:
     compile programs of its own.
     """
     local = mesh.local_devices
-    devices = local[: math.gcd(batch_size, len(local))]
-    types = (AxisType.Auto, AxisType.Auto)
-    return Mesh(np.asarray(devices).reshape(-1, 1), AXES, axis_types=types)
+    return mesh_of(local[: math.gcd(batch_size, len(local))])
 
 
 def copy_to_host(tree: Any, mesh: Mesh) -> Any:

@@ -141,6 +141,16 @@ def test_reading_writes_nothing(trained):
     assert written(trained) == before and not (trained / "changes.jsonl").exists()
 
 
+def test_removed_options_that_held_what_is_built_in_now_go_on(trained):
+    path = trained / "config.json"
+    gone = {"train.con.method.pooling_temperature": 0.1, "train.con.optimizer.accumulate": 1}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **gone}))
+    claim(trained)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "train.con.optimizer.b2": 0.98}))
+    with pytest.raises(ValueError, match=r"made with config\.train\.con\.optimizer\.b2 = 0\.98"):
+        claim(trained)
+
+
 def test_a_file_is_no_workdir(tmp_path):
     (tmp_path / "w").write_text("")
     with pytest.raises(ValueError, match="w is a file; name a folder"):

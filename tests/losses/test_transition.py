@@ -23,35 +23,27 @@ def test_mmd_by_hand():
     np.testing.assert_allclose(value, np.sqrt(squared), rtol=1e-5)
 
 
-@pytest.mark.parametrize("per_class", [False, True])
-def test_mmd_and_its_gradient_are_those_of_the_plain_sum(per_class):
+def test_mmd_and_its_gradient_are_those_of_the_plain_sum():
     rng = np.random.default_rng(1)
     pseudo, real = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
-    on, weights = np.array([1.0, 1, 0, 1, 1]), np.array([1.0, 2.0, 0.0, 0.5])
-    labels, real_labels = np.array([0, 1, 0, 1, 0]), np.array([0, 1, 1, 0])
-    sides = ((labels, labels), (labels, real_labels), (real_labels, real_labels))
-    same = tuple((a[:, None] == b[None]).astype(float) if per_class else 1.0 for a, b in sides)
+    on, real_on = np.array([1.0, 1, 0, 1, 1]), np.array([1.0, 1, 0, 1])
     bandwidths = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0)  # some are twice another, 2 and 5 are not
 
     def plain(pseudo):
-        def mean(a, b, a_weights, b_weights, indicator):
+        def mean(a, b, a_weights, b_weights):
             squares = ((a[:, None] - b[None]) ** 2).sum(-1)
-            kernel = sum(np.exp(-squares / (2 * v)) for v in bandwidths) * indicator
+            kernel = sum(np.exp(-squares / (2 * v)) for v in bandwidths)
             return a_weights @ kernel @ b_weights / (a_weights.sum() * b_weights.sum())
 
-        own, theirs = (
-            mean(pseudo, pseudo, on, on, same[0]),
-            mean(real, real, *[weights] * 2, same[2]),
-        )
-        return np.sqrt(own - 2 * mean(pseudo, real, on, weights, same[1]) + theirs)
+        own, theirs = mean(pseudo, pseudo, on, on), mean(real, real, real_on, real_on)
+        return np.sqrt(own - 2 * mean(pseudo, real, on, real_on) + theirs)
 
     value, gradient = jax.value_and_grad(
         lambda x: transition.mmd(
             x,
             jnp.asarray(real, jnp.float32),
             jnp.asarray(on > 0),
-            jnp.asarray(weights, jnp.float32),
-            same if per_class else None,
+            jnp.asarray(real_on > 0),
             bandwidths=bandwidths,
         )
     )(jnp.asarray(pseudo, jnp.float32))
@@ -82,23 +74,6 @@ def test_mmd_gradient_is_finite_for_equal_and_empty_sets(empty):
     assert value <= 1.1e-4
 
 
-def test_mmd_weight_of_two_is_a_query_that_occurs_twice():
-    a, b = normal(3, 2), normal(2, 2)
-    on = np.ones(3, bool)
-    weighted = transition.mmd(a, b, on, jnp.array([2.0, 1.0]), bandwidths=BANDWIDTHS)
-    repeated = transition.mmd(a, b[np.array([0, 0, 1])], on, on, bandwidths=BANDWIDTHS)
-    np.testing.assert_allclose(weighted, repeated, rtol=1e-5)
-
-
-def test_mmd_per_class_sees_swapped_classes():
-    a = jnp.array([[0.0], [9.0]])
-    b = a[::-1]
-    on = jnp.array([True, True])
-    same = (jnp.eye(2),) * 3
-    assert transition.mmd(a, b, on, on, bandwidths=BANDWIDTHS) < 1e-3
-    assert transition.mmd(a, b, on, on, same, bandwidths=BANDWIDTHS) > 0.5
-
-
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 def test_contrast_by_hand(distance):
     pseudo = jnp.array([[1.0, 0.0], [0.0, 1.0]])
@@ -106,24 +81,19 @@ def test_contrast_by_hand(distance):
     real_labels = jnp.array([4, -1, 5])
     losses, valid = transition.query_contrast(
         pseudo, jnp.array([4, 7]), real, real_labels,
-        temperature=0.5, distance=distance, class_negatives=False,
+        temperature=0.5, distance=distance,
     )  # fmt: skip
     np.testing.assert_array_equal(valid, [True, False])
     similarity = {"cosine": (1.0, 0.0), "euclidean": (0.0, -1.0)}[distance]
     positive, negative = np.exp(np.array(similarity) / 0.5)
-    np.testing.assert_allclose(losses[0], -np.log(positive / (positive + negative)), rtol=1e-5)
-
-    more, _ = transition.query_contrast(
-        pseudo, jnp.array([4, 7]), real, real_labels,
-        temperature=0.5, distance=distance, class_negatives=True,
-    )  # fmt: skip
-    np.testing.assert_allclose(more[0], -np.log(positive / (positive + 2 * negative)), rtol=1e-5)
+    # What holds no segment and what is of another class push alike.
+    np.testing.assert_allclose(losses[0], -np.log(positive / (positive + 2 * negative)), rtol=1e-5)
 
 
 def test_contrast_without_negatives_is_zero_and_padding_is_invalid():
     losses, valid = transition.query_contrast(
         normal(2, 3), jnp.array([1, -1]), normal(2, 3), jnp.array([1, 1]),
-        temperature=0.1, distance="cosine", class_negatives=True,
+        temperature=0.1, distance="cosine",
     )  # fmt: skip
     np.testing.assert_allclose(losses, [0, 0], atol=1e-6)
     np.testing.assert_array_equal(valid, [True, False])
@@ -133,7 +103,7 @@ def test_contrast_rows_of_padding_are_neither_positive_nor_negative():
     pseudo, real = normal(2, 3), normal(5, 3)
     labels = jnp.array([0, 0, -1, 1, -1])
     valid = jnp.array([True, False, True, False, True])
-    options = dict(temperature=0.3, distance="euclidean", class_negatives=True)
+    options = dict(temperature=0.3, distance="euclidean")
     padded = transition.query_contrast(
         pseudo, jnp.array([0, 1]), real, labels, real_valid=valid, **options
     )
@@ -144,32 +114,6 @@ def test_contrast_rows_of_padding_are_neither_positive_nor_negative():
     np.testing.assert_allclose(padded[0], subset[0], rtol=1e-5)
     np.testing.assert_array_equal(padded[1], [True, False])
     np.testing.assert_array_equal(subset[1], [True, False])
-
-
-def test_class_contrast_by_hand():
-    """Class 0 at (0, 2), the mean of two; class 2 at (2, 0); class 1 has no real query."""
-    pseudo = jnp.array([[0.0, 0.0], [2.0, 0.0], [2.0, 0.0], [9.0, 9.0]])
-    real = jnp.array([[0.0, 1.0], [0.0, 3.0], [2.0, 0.0], [5.0, 5.0]])
-    losses, valid = transition.class_contrast(
-        pseudo, jnp.array([0, 2, 1, -1]), real, jnp.array([0, 0, 2, -1]),
-        num_classes=3, temperature=2.0, distance="euclidean",
-    )  # fmt: skip
-    np.testing.assert_array_equal(valid, [True, True, False, False])
-    # From (0, 0) both are at squared distance 4; from (2, 0) they are at 8 and 0. Over D = 2, over
-    # the temperature 2.
-    far = np.log(1 + np.exp(-8 / 4))
-    np.testing.assert_allclose(losses, [np.log(2), far, 0, 0], rtol=1e-5, atol=1e-7)
-
-
-def test_class_contrast_with_cosine_compares_mean_directions():
-    """A long query weighs no more than a short one: class 0 points to (1, 1)."""
-    real = jnp.array([[10.0, 0.0], [0.0, 0.1], [-1.0, 0.0]])
-    losses, _ = transition.class_contrast(
-        jnp.array([[3.0, 0.0]]), jnp.array([0]), real, jnp.array([0, 0, 1]),
-        num_classes=2, temperature=0.5, distance="cosine",
-    )  # fmt: skip
-    own, other = np.exp(np.sqrt(0.5) / 0.5), np.exp(-1 / 0.5)
-    np.testing.assert_allclose(losses, [-np.log(own / (own + other))], rtol=1e-5)
 
 
 def test_spread_match_by_hand():
@@ -204,10 +148,7 @@ def test_spread_match_with_cosine_is_blind_to_length():
 LABELS, REAL_LABELS = jnp.array([0, 0, 1, 1]), jnp.array([0, 0, 1, 1, -1])
 TERMS = {
     "query": lambda pseudo, real, distance: transition.query_contrast(
-        pseudo, LABELS, real, REAL_LABELS, temperature=0.1, distance=distance, class_negatives=True
-    )[0],
-    "class": lambda pseudo, real, distance: transition.class_contrast(
-        pseudo, LABELS, real, REAL_LABELS, num_classes=3, temperature=0.1, distance=distance
+        pseudo, LABELS, real, REAL_LABELS, temperature=0.1, distance=distance
     )[0],
     "spread": lambda pseudo, real, distance: transition.spread_match(
         pseudo, LABELS, real, REAL_LABELS, num_classes=3, distance=distance
@@ -235,7 +176,7 @@ def test_gradients_go_to_pseudo_queries_and_not_to_real_ones(term, distance):
     assert np.isfinite(collapsed).all()
 
 
-@pytest.mark.parametrize("term", ["query", "class", "spread"])
+@pytest.mark.parametrize("term", ["query", "spread"])
 def test_terms_of_nothing_are_zero_with_finite_gradients(term, monkeypatch):
     monkeypatch.setitem(globals(), "LABELS", jnp.full(4, -1))
     monkeypatch.setitem(globals(), "REAL_LABELS", jnp.full(5, -1))
@@ -245,7 +186,7 @@ def test_terms_of_nothing_are_zero_with_finite_gradients(term, monkeypatch):
     assert value == 0 and not np.asarray(gradient).any()
 
 
-@pytest.mark.parametrize("term", ["query", "class", "spread"])
+@pytest.mark.parametrize("term", ["query", "spread"])
 def test_unknown_distance_is_refused(term):
     with pytest.raises(ValueError, match="'manhattan' is unknown; choose cosine or euclidean"):
         TERMS[term](normal(4, 2), normal(5, 2), "manhattan")

@@ -1,9 +1,10 @@
-"""Random erasing: about the right share, of the right pictures."""
+"""CLIP's own training; random erasing: about the right share, of the right pictures."""
 
 import jax
 import numpy as np
 
-from concat_jax.stages.pretrain_clip import Config, erase
+from concat_jax.stages.pretrain_clip import Config, erase, make_stage
+from tests import tiny
 
 IMAGES = 1.0 + np.random.default_rng(0).random((400, 16, 16, 3), np.float32)  # no pixel is 0
 
@@ -54,3 +55,17 @@ def test_erasing_is_a_function_of_the_key():
     _, other = erased_share(0.5, 0.7, seed=1)
     np.testing.assert_array_equal(first, same)
     assert not np.array_equal(first, other)
+
+
+def test_pretrain_clip_trains_all_of_clip():
+    stage = make_stage(tiny.context(), Config(erase_probability=0.5))
+    batch, function = tiny.caption_batch(), tiny.evaluate(stage)
+    assert set(batch) == set(stage.batch_fields)
+    (value, metrics), (gradients, _) = function(tiny.trained(stage), {}, batch, tiny.KEY)
+    assert stage.trains == ("clip",) and stage.reads == ()
+    tiny.assert_finite(value, metrics, gradients)
+    assert tiny.unreached(stage, gradients) == set()
+    # With every caption alike nothing can be told apart, and nothing is asked to be.
+    same = {**batch, "tokens": np.repeat(batch["tokens"][:1], 4, axis=0)}
+    (_, metrics), _ = function(tiny.trained(stage), {}, same, tiny.KEY)
+    assert metrics["accuracy"] == 1

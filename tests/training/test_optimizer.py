@@ -91,13 +91,3 @@ def test_schedules():
     np.testing.assert_allclose([cosine(10), cosine(60), cosine(110)], [1, 0.5, 0], atol=1e-5)
     with pytest.raises(ValueError, match="'cosine', 'constant' or 'steps'"):
         make_schedule(OptimizerConfig(schedule="linear"), 10)
-
-
-def test_accumulation_updates_every_second_batch():
-    labels = label_params(PARAMS, RULES)
-    optimizer = make_optimizer(OptimizerConfig(accumulate=2, schedule="constant"), 10, labels)
-    state = optimizer.init(PARAMS)
-    first, state = optimizer.update(GRADIENTS, state, PARAMS)
-    second, state = optimizer.update(GRADIENTS, state, PARAMS)
-    assert not np.asarray(first["head"]["kernel"]).any()
-    assert np.asarray(second["head"]["kernel"]).all()

@@ -246,19 +246,14 @@ def test_the_search_for_collectives_finds_them():
     assert {kind for kind, _ in collectives(text)} == {"all-gather"}
 
 
-def test_a_mesh_splits_the_batch_over_both_axes():
-    mesh = make_mesh(fsdp=2, devices=4)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2}
+def test_a_mesh_splits_the_batch_over_its_devices():
+    mesh = make_mesh(devices=4)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 1}
     batch = shard_batch({"x": np.arange(8)}, mesh)
-    assert [s.data.tolist() for s in batch["x"].addressable_shards] == [
-        [0, 1],
-        [2, 3],
-        [4, 5],
-        [6, 7],
-    ]
+    shards = [s.data.tolist() for s in batch["x"].addressable_shards]
+    assert shards == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
-@pytest.mark.parametrize(("fsdp", "devices"), [(3, 8), (1, 9)])
-def test_a_mesh_that_does_not_fit_is_refused(fsdp, devices):
-    with pytest.raises(ValueError, match=f"{devices} devices with fsdp={fsdp}.*config.mesh"):
-        make_mesh(fsdp, devices)
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="9 devices does not fit the 8 .*config.mesh.devices"):
+        make_mesh(9)
