@@ -3,7 +3,8 @@
     python -m concat_jax.convert SOURCE DESTINATION
 
 SOURCE is a Hugging Face Mask2Former's folder, a file of weights (a Detectron2 Mask2Former's .pkl
-or .pth, PADing's, or an ImageNet ResNet's or Swin's), or a folder that this command made.
+or .pth, PADing's, or an ImageNet ResNet's or Swin's), a folder that this command made, or a workdir
+of `concat_jax.main`, of which segmentor, projector, text tower and tokenizer are taken.
 DESTINATION is a folder to make: for `concat_jax.predict` and `config.init.segmentor`, or with
 --to=hf for transformers. What became of every array is printed.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from concat_jax.core import cli
 from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.experiment.model import export_workdir, is_workdir
 from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.weights.class_names import Classes, new_head, read_classes
 from concat_jax.weights.convert import Source, load_source
@@ -38,6 +40,7 @@ def define_flags(flags: cli.Flags) -> None:
     flags.switch("reinit_head", "Make a new class head.")
     flags.string("task", "", f"What the weights are for: {', '.join(TASKS)}.")
     flags.string("to", "orbax", "orbax: for this package; hf: for transformers.")
+    flags.string("stage", "", "Of a workdir; the last that is evaluated by default.")
     flags.switch("overwrite", "Replace a model at DESTINATION.")
 
 
@@ -155,6 +158,16 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
     """What the flags ask for."""
     if len(arguments) != 2:
         raise ValueError(f"give a source and a destination: {USAGE}")
+    if is_workdir(Path(arguments[0])):
+        for name in ("classes", "reinit_head", "task"):
+            if given[name].present:
+                raise ValueError(f"--{name} is for weights of others, not for a workdir.")
+        if given.to != "orbax":
+            raise ValueError(f"--to={given.to} cannot hold a model that names classes by text.")
+        export_workdir(*arguments, stage=given.stage, overwrite=given.overwrite)
+        return
+    if given.stage:
+        raise ValueError(f"--stage={given.stage} is for workdirs, and {arguments[0]} is none.")
     convert(
         *arguments,
         classes=given.classes,

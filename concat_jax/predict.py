@@ -1,15 +1,21 @@
-"""Segments images with converted weights.
+"""Segments images, by the names of the model or by any that it can read.
 
-python -m concat_jax.predict --model=MODEL_FOLDER --output=DIR IMAGES...
+    python -m concat_jax.predict --model=models/m2f --output=out photo.jpg folder/
+    python -m concat_jax.predict --model=runs/demo --output=out photo.png \\
+        --classes="red striped balloon, blue dotted balloon; grey wavy ground, mint brick ground"
+
+--model is a folder that `concat_jax.convert` made, or the workdir of `concat_jax.main`, of which
+the last evaluated stage is taken unless --stage names another. --classes has things, a semicolon,
+stuff; or is a file with a name a line, or a JSON list of {"name", "isthing"}. Names that training
+showed no pixel of carry a star in the pictures.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,9 +24,11 @@ from concat_jax.core.coco_writers import result_names
 from concat_jax.core.files import ImageError
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import format_seconds
+from concat_jax.experiment.model import open_model
 from concat_jax.inference.images import read_image
 from concat_jax.inference.inputs import data_set_names, find_images, image_ids, source_names
 from concat_jax.inference.model import Model
+from concat_jax.inference.names import parse_classes
 from concat_jax.inference.outputs import ResultWriter
 from concat_jax.inference.panoptic import KEEP_RULES
 from concat_jax.inference.predictor import PredictConfig, Predictor, Prepared
@@ -29,8 +37,7 @@ from concat_jax.inference.predictor import PredictConfig, Predictor, Prepared
 PROGRESS_FROM = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """An input read from disk: `error` says why there is no image."""
 
     index: int
@@ -41,7 +48,9 @@ class Loaded:
 
 def define_flags(flags: cli.Flags) -> None:
     """The flags of this command; those of `PredictConfig` keep its names and defaults."""
-    flags.string("model", "", "Folder that concat_jax.convert wrote.")
+    flags.string("model", "", "Folder that concat_jax.convert wrote, or a workdir.")
+    flags.string("stage", "", "Of a workdir; the last that is evaluated by default.")
+    flags.string("classes", "", "Things; stuff. Or a file. The model's own by default.")
     flags.string("output", "", "Folder for the results; made if absent.")
     flags.string(
         "annotations", "", "COCO json of the images' data set: its names and ids are used."
@@ -52,6 +61,7 @@ def define_flags(flags: cli.Flags) -> None:
     flags.number("objectness_threshold", 0.5, "Of --keep_rule=objectness.")
     flags.number("mask_threshold", 0.5, "Mask probability of a panoptic pixel.")
     flags.number("overlap_threshold", 0.8, "Share of its mask that a segment owns.")
+    flags.number("gamma", 0.0, "Subtracted from the probabilities of names seen in training.")
     flags.integer("short_side", None, "Of the network's input; the model's own by default.")
     flags.integer("long_side", None, "Bound on its longer side.")
     flags.string("dtype", "", "float32 or bfloat16; the model's own by default.")
@@ -104,30 +114,22 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: 
             progress = f"[{done}/{len(paths)}, {format_seconds(left)} left] "
         print(f"{progress}{paths[index]}: {what}", flush=True)
 
-    def flush(waiting: list[Loaded]) -> None:
-        nonlocal num_written
-        results = predictor.predict([item.prepared for item in waiting])
-        for item, result in zip(waiting, results, strict=True):
-            of_image = names[item.index], ids[item.index], sources[item.index]
-            part = next(part for part in result if part is not None)
-            said = writer.add(*of_image, item.image, part)
-            num_written += 1
-            report(item.index, said)
-
-    (task,), vocabulary = predictor.config.tasks, predictor.vocabulary
-    with ResultWriter(output, task, vocabulary, vocabulary.is_thing) as writer:
-        waiting: dict[tuple, list[Loaded]] = defaultdict(list)
+    def readable() -> Iterator[tuple[Loaded, Prepared]]:
         for item in prefetch(load, 0, len(paths), depth=2, num_threads=1):
             if item.error:
                 failures.append(item.error)
                 report(item.index, "failed.")
-                continue
-            bucket = waiting[item.prepared.image.shape]
-            bucket.append(item)
-            if len(bucket) == predictor.config.batch_size:
-                flush(waiting.pop(item.prepared.image.shape))
-        for rest in waiting.values():
-            flush(rest)
+            else:
+                yield item, item.prepared
+
+    (task,), vocabulary = predictor.config.tasks, predictor.vocabulary
+    with ResultWriter(output, task, vocabulary, vocabulary.is_thing) as writer:
+        for item, prediction in predictor.stream(readable()):
+            of_image = names[item.index], ids[item.index], sources[item.index]
+            part = next(part for part in prediction if part is not None)
+            said = writer.add(*of_image, item.image, part)
+            num_written += 1
+            report(item.index, said)
 
     total = num_written + found.num_skipped + len(failures)
     print(
@@ -146,10 +148,29 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> int:
     """What the flags ask for; 1 if an image failed."""
     if not (given.model and given.output and arguments):
         raise ValueError("give --model=DIR, --output=DIR and the images to segment.")
-    model = Model.from_folder(given.model, dtype=given.dtype)
+    model = open_model(given.model, stage=given.stage, dtype=given.dtype)
+    config = config_of(given, model)
+    notice, classes = model.notice, None
+    if given.classes:
+        classes, knows_things = parse_classes(given.classes, model.vocabulary)
+        notice = (
+            "" if knows_things else "Which names are things is not said: all are taken as such."
+        )
+    if notice and "panoptic" in config.tasks:
+        print(notice)
+    predictor = model.predictor(config, classes)
+    return min(1, run(predictor, arguments, Path(given.output), given.annotations))
+
+
+def config_of(given: cli.Flags, model: Model) -> PredictConfig:
+    """How the flags, and where they are silent the model, want to predict.
+
+    Raises:
+      ValueError: for a value out of range.
+    """
     task = given.task or model.card.task or "panoptic"
     threshold = given.score_threshold
-    config = PredictConfig(
+    return PredictConfig(
         tasks=(task,),
         keep_rule=given.keep_rule,
         score_threshold=0.8 if threshold is None else threshold,
@@ -158,13 +179,11 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> int:
         objectness_threshold=given.objectness_threshold,
         mask_threshold=given.mask_threshold,
         overlap_threshold=given.overlap_threshold,
+        gamma=given.gamma,
         short_side=given.short_side or model.card.short_side,
         long_side=given.long_side or model.card.long_side,
         batch_size=given.batch_size,
     )
-    if model.notice and task == "panoptic":
-        print(model.notice)
-    return min(1, run(model.predictor(config), arguments, Path(given.output), given.annotations))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -105,7 +105,9 @@ def main(
                 return
             if rest and not arguments:
                 raise ValueError(f"unknown argument {rest[0]!r}; flags look like --name=value.")
-            logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
+            logging.set_verbosity(
+                logging.ERROR
+            )  # Orbax narrates, and warns of what it does not need
             if computes:
                 from concat_jax.core.runtime import enable_compilation_cache, keep_freed_memory
 

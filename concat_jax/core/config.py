@@ -80,3 +80,15 @@ def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
                 yield name, tuple(value) if isinstance(value, list) else value
 
     return dict(walk("", config))
+
+
+def unflatten(keys: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The config that `flat` made dotted keys of, as JSON gives them back; empty sections lack."""
+    config: dict[str, Any] = {}
+    for key, value in keys.items():
+        *sections, name = key.split(".")
+        inner = config
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return ml_collections.ConfigDict(config)

@@ -23,6 +23,7 @@ from concat_jax.experiment.batches import stage_batches
 from concat_jax.experiment.class_embeddings import ClassEmbeddings
 from concat_jax.experiment.clip_targets import check_clip_targets
 from concat_jax.experiment.copy_parameters import copy_parameters
+from concat_jax.experiment.model import write_labels
 from concat_jax.experiment.parameters import INIT, Parameters, initial_path
 from concat_jax.experiment.setup import make_setup
 from concat_jax.experiment.workdir import claim_workdir, evaluation_settings, read_report
@@ -84,6 +85,8 @@ class Experiment:
                 if not self.parameters.is_finished(name):
                     check_clip_targets(self, name, with_weights=False)
         claim_workdir(workdir, config, write=trains, data_identity=datasets.identity)
+        if trains and jax.process_index() == 0:
+            write_labels(workdir, datasets)
 
     def _check_order(self) -> None:
         """Every subtree a stage takes must come from an earlier stage, of this run or before."""

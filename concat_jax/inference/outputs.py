@@ -121,8 +121,10 @@ class ResultWriter(contextlib.ExitStack):
     def overlay(self, image: np.ndarray, ids: np.ndarray, labels: Mapping[int, int]) -> Image.Image:
         """The overlay picture of an id map, 0 void, with the class of every id."""
         image, ids = _shrink(image, ids, OVERLAY_SIDE)
-        names, is_thing = self._vocabulary.names, self._is_thing
-        return pictures.panoptic_overlay(image, ids, labels, names, is_thing)
+        vocabulary = self._vocabulary
+        return pictures.panoptic_overlay(
+            image, ids, labels, vocabulary.names, self._is_thing, is_seen=vocabulary.is_seen
+        )
 
     def _summary(self, labels: Sequence[int], what: str) -> str:
         kinds, counts = np.unique(labels, return_counts=True)

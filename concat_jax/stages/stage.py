@@ -96,10 +96,10 @@ class StageConfig:
     """
 
     kind: str
-    takes: Mapping[str, str]
     steps: int
     batch_size: int
     optimizer: Mapping[str, Any]
+    takes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     log_every: int = 50
     save_every: int = 0

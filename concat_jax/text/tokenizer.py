@@ -299,6 +299,10 @@ class ClipTokenizer:
         return np.array([2 + len(encoding.ids) for encoding in encodings])
 
 
+# Of the words that a message lists.
+_SHOWN_WORDS = 30
+
+
 class WordTokenizer:
     """One id a word, for captions over a closed set of words.
 
@@ -362,9 +366,11 @@ class WordTokenizer:
             words = self._split(text)
             unknown = [word for word in words if word not in self._ids]
             if unknown:
+                known = ", ".join(self.words[:_SHOWN_WORDS])
+                more = ", …" if len(self.words) > _SHOWN_WORDS else ""
                 raise ValueError(
-                    f"WordTokenizer does not know the word {unknown[0]!r} of {text!r}; it knows "
-                    f"{len(self._ids)} words."
+                    f"The text tower was trained on {len(self.words)} words and does not know "
+                    f"{unknown[0]!r} of {text!r}; it knows {known}{more}."
                 )
             if len(words) > self.context_length - 2:
                 raise ValueError(

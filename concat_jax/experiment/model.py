@@ -1,0 +1,226 @@
+"""A model from wherever somebody has one: a workdir, or a folder that `convert` made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from concat_jax.core.config import check_choice, unflatten
+from concat_jax.core.files import read_json, write_json
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.experiment.class_embeddings import ClassEmbeddings
+from concat_jax.experiment.parameters import Parameters
+from concat_jax.experiment.setup import Labels, Setup, make_setup
+from concat_jax.inference.model import Model
+from concat_jax.inference.predictor import PredictConfig
+from concat_jax.inference.text_tower import SUBTREES
+from concat_jax.models.networks import Params
+from concat_jax.text.templates import find_templates
+from concat_jax.text.tokenizer import Tokenizer
+from concat_jax.training.sharding import make_mesh
+from concat_jax.weights.model_folder import (
+    CARD_NAME,
+    TASKS,
+    ModelCard,
+    TextCard,
+    check_destination,
+    save_model,
+)
+
+CONFIG_NAME = "config.json"
+LABELS_NAME = "labels.json"
+# What of CLIP's fields decides its text tower.
+_TEXT_FIELDS = (
+    "embed_dim",
+    "vocab_size",
+    "context_length",
+    "text_width",
+    "text_depth",
+    "text_heads",
+    "text_mlp_ratio",
+    "activation",
+    "eot_id",
+)
+
+
+class SavedLabels(NamedTuple):
+    """The `Labels` of a run as its workdir keeps them, for whom the data is not at hand."""
+
+    vocabulary: Vocabulary
+    caption_words: tuple[str, ...]
+    eval_size: int
+    eval_vocabulary: Vocabulary | None = None
+
+
+class LoadedModel(NamedTuple):
+    """Parameters as `save_model` takes them, the card, and the tokenizer of the text tower."""
+
+    params: Params
+    card: ModelCard
+    tokenizer: Tokenizer
+
+
+def write_labels(workdir: Path, labels: Labels) -> None:
+    """Keeps in a workdir what `load_workdir` needs of the data."""
+    content = {
+        "vocabulary": dataclasses.asdict(labels.vocabulary),
+        "caption_words": labels.caption_words,
+        "eval_size": labels.eval_size,
+    }
+    write_json(workdir / LABELS_NAME, content)
+
+
+def _read_labels(workdir: Path, config: ml_collections.ConfigDict) -> Labels:
+    path = workdir / LABELS_NAME
+    if not path.exists():  # a workdir of before; the data can tell
+        from data_pipelines.datasets import make_datasets
+
+        return make_datasets(config.data, seed=config.seed)
+    content = read_json(path)
+    try:
+        columns = {name: tuple(column) for name, column in content["vocabulary"].items()}
+        words, size = tuple(content["caption_words"]), content["eval_size"]
+        return SavedLabels(Vocabulary(**columns), words, size)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete it, and the command reads the classes from the "
+            "run's data."
+        ) from error
+
+
+def is_workdir(folder: Path) -> bool:
+    """Whether `python -m concat_jax.main` made a folder."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        return False
+    content = read_json(path)
+    return isinstance(content, dict) and any(key.startswith("train.") for key in content)
+
+
+def open_model(path: str | Path, *, stage: str = "", dtype: str = "") -> Model:
+    """A model in memory.
+
+    Args:
+      path: a workdir, or a folder that `python -m concat_jax.convert` made.
+      stage: of a workdir; "" takes the last that its config evaluates.
+      dtype: compute type; "" is the model's own.
+
+    Raises:
+      ValueError: if the folder is neither, the stage has not finished, or what is there is damaged.
+    """
+    folder = Path(path)
+    if (folder / CARD_NAME).is_file():
+        if stage:
+            raise ValueError(f"--stage={stage} is for workdirs; {folder} holds one model.")
+        return Model.from_folder(folder, dtype=dtype)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}; give --model=DIR.")
+    if not is_workdir(folder):
+        if (folder / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"{folder} is a folder of Hugging Face's; convert it first: python -m "
+                f"concat_jax.convert {folder} models/NAME, and give --model=models/NAME."
+            )
+        raise ValueError(
+            f"{folder} holds neither {CARD_NAME}, which python -m concat_jax.convert writes, nor "
+            f"the {CONFIG_NAME} of a workdir, which python -m concat_jax.main writes."
+        )
+    return Model(*load_workdir(folder, stage), dtype=dtype)
+
+
+def export_workdir(
+    workdir: str | Path, destination: str | Path, *, stage: str = "", overwrite: bool = False
+) -> None:
+    """Writes what holds after a stage as a model's folder, to be handed to somebody.
+
+    Args:
+      workdir: of a run.
+      destination: folder to make.
+      stage: as of `open_model`.
+      overwrite: replace a model that is there.
+
+    Raises:
+      ValueError: as `open_model`, or if the destination is taken.
+    """
+    check_destination(destination, overwrite=overwrite)
+    model = load_workdir(Path(workdir), stage)
+    for name, tree in model.params.items():
+        count = sum(leaf.size for leaf in jax.tree.leaves(tree))
+        print(f"  {name:<14}{count:>12,} numbers")
+    params, card, tokenizer = model
+    save_model(destination, params, card, tokenizer=tokenizer, overwrite=overwrite)
+    print(f"Wrote {destination}, {len(card.vocabulary)} classes of training and any other names.")
+
+
+def load_workdir(workdir: Path, stage: str = "") -> LoadedModel:
+    """What holds after a stage of a workdir, without optimizer and image tower of CLIP.
+
+    Args:
+      workdir: of a run.
+      stage: "" takes the last that the config evaluates.
+
+    Raises:
+      ValueError: as `open_model`.
+    """
+    config = unflatten(read_json(workdir / CONFIG_NAME))
+    fields = {field.name for field in dataclasses.fields(PredictConfig)}
+    given = config.eval.get("settings", {})
+    config.eval.settings = {key: value for key, value in given.items() if key in fields}
+    labels = _read_labels(workdir, config)
+    setup = make_setup(config, labels)
+    parameters = Parameters(setup, workdir, make_mesh(devices=1))
+    stage = stage or list(config.eval.stages)[-1]
+    _check_stage(setup, parameters, workdir, stage)
+    print(f"Stage {stage} of {workdir}.")
+    sources = setup.holds_after(stage)
+    clip_source = sources["clip"]
+    clip = setup.networks.clip
+    embeddings = ClassEmbeddings(
+        config.text, clip, setup.tokenizer, lambda source: parameters.get("clip", source)
+    )
+    params = {name: parameters.get(name, sources[name]) for name in ("segmentor", "projector")}
+    tower = parameters.get("clip", clip_source)
+    params["text_tower"] = {name: tower[name] for name in SUBTREES}
+    params["training_text"] = embeddings.get(clip_source, setup.vocabulary)
+    (task, *_) = (*setup.predict.tasks, TASKS[0])
+    card = ModelCard(
+        segmentor=config.model.segmentor.to_dict(),
+        vocabulary=setup.vocabulary,
+        task=task,
+        source=f"{workdir.resolve().name}, stage {stage}",
+        knows_things=True,
+        text=TextCard(
+            projector=config.model.projector.to_dict(),
+            clip={name: getattr(clip, name) for name in _TEXT_FIELDS},
+            tokenizer={},  # `save_model` fills it in
+            templates=find_templates(config.text.templates),
+            clean_names=config.text.clean_names,
+            synonyms=config.text.synonyms,
+        ),
+        short_side=setup.predict.short_side,
+        long_side=setup.predict.long_side,
+    )
+    return LoadedModel(jax.device_get(params), card, setup.tokenizer)
+
+
+def _check_stage(setup: Setup, parameters: Parameters, workdir: Path, stage: str) -> None:
+    check_choice(stage, setup.stages, f"--stage names no stage of {workdir}:")
+    sources: Mapping[str, Any] = setup.holds_after(stage)
+    if not {"segmentor", "projector", "clip"} <= sources.keys():
+        raise ValueError(
+            f"Stage {stage!r} of {workdir} has no segmentor with a projector; give another --stage."
+        )
+    needed = dict.fromkeys([*(s for s in sources.values() if s != "init"), stage])
+    missing = [name for name in needed if not parameters.is_finished(name)]
+    if missing:
+        finished = [n for n in setup.stages if parameters.is_finished(n)]
+        raise ValueError(
+            f"Of {workdir} the stages {', '.join(missing)} have not finished; go on with python "
+            f"-m concat_jax.main and the same --config and --workdir"
+            + (f", or give --stage, one of {', '.join(finished)}." if finished else ".")
+        )
