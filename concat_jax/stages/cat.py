@@ -110,8 +110,8 @@ def require_unseen(vocabulary: Vocabulary, what: str) -> None:
     if not len(vocabulary.unseen):
         raise ValueError(
             f"{what} is to generate queries of unseen classes, and all {len(vocabulary)} classes "
-            "of the vocabulary are seen; set unseen_names=False in its method, or use a "
-            "vocabulary with unseen classes."
+            "of the vocabulary are seen; mark some as unseen in the split file, or train without "
+            "unseen names, as --config=configs/coco_zps_inductive.py does."
         )
 
 

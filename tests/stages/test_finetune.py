@@ -77,7 +77,7 @@ def test_finetune_knows_unseen_names_only_if_told(run):
 def test_unseen_names_are_refused_where_there_are_none():
     seen = Vocabulary(("cat", "sky"), (True, False), (True, True), (1, 2))
     context = dataclasses.replace(CONTEXT, vocabulary=seen)
-    with pytest.raises(ValueError, match="all 2 classes of the vocabulary are seen; set"):
+    with pytest.raises(ValueError, match="all 2 classes of the vocabulary are seen; mark"):
         finetune.make_stage(context, finetune.Config(pseudo_seen=True))
     finetune.make_stage(context, finetune.Config(pseudo_seen=True, unseen_names=False))
     finetune.make_stage(context, finetune.Config(pseudo_per_class=0))  # generates nothing
