@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -14,7 +13,7 @@ from concat_jax.core.config import check_choice, unflatten
 from concat_jax.core.files import read_json, write_json
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.class_embeddings import ClassEmbeddings
-from concat_jax.experiment.parameters import Parameters
+from concat_jax.experiment.parameters import INIT, Parameters
 from concat_jax.experiment.setup import Labels, Setup, make_setup
 from concat_jax.inference.model import Model
 from concat_jax.inference.predictor import PredictConfig
@@ -208,19 +207,30 @@ def load_workdir(workdir: Path, stage: str = "") -> LoadedModel:
     return LoadedModel(jax.device_get(params), card, setup.tokenizer)
 
 
+# What a prediction needs.
+_NEEDED = ("segmentor", "projector", "clip")
+
+
 def _check_stage(setup: Setup, parameters: Parameters, workdir: Path, stage: str) -> None:
     check_choice(stage, setup.stages, f"--stage names no stage of {workdir}:")
-    sources: Mapping[str, Any] = setup.holds_after(stage)
-    if not {"segmentor", "projector", "clip"} <= sources.keys():
+
+    def needs(name: str) -> dict[str, None]:
+        """The stages, each once, that must have finished; none where something is lacking."""
+        sources = setup.holds_after(name)
+        if not sources.keys() >= set(_NEEDED):
+            return {}
+        given = [sources[subtree] for subtree in _NEEDED if sources[subtree] != INIT]
+        return dict.fromkeys([*given, name])
+
+    if not needs(stage):
         raise ValueError(
             f"Stage {stage!r} of {workdir} has no segmentor with a projector; give another --stage."
         )
-    needed = dict.fromkeys([*(s for s in sources.values() if s != "init"), stage])
-    missing = [name for name in needed if not parameters.is_finished(name)]
+    missing = [name for name in needs(stage) if not parameters.is_finished(name)]
     if missing:
-        finished = [n for n in setup.stages if parameters.is_finished(n)]
+        ready = [n for n in setup.stages if needs(n) and all(map(parameters.is_finished, needs(n)))]
+        other = f", or give --stage, one of {', '.join(ready)}" if ready else ""
         raise ValueError(
             f"Of {workdir} the stages {', '.join(missing)} have not finished; go on with python "
-            f"-m concat_jax.main and the same --config and --workdir"
-            + (f", or give --stage, one of {', '.join(finished)}." if finished else ".")
+            f"-m concat_jax.main and the same --config and --workdir{other}."
         )
