@@ -1,203 +1,117 @@
-"""What is measured: the inputs of every case, the same for every implementation."""
+"""From the flags of the benchmark to its cases."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import glob
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+from concat_jax.benchmarking.inputs import Case
+from concat_jax.core import cli
+from concat_jax.core.config import check_choice
+from concat_jax.inference.images import SUFFIXES
+from concat_jax.models.clip import make_clip
 
-# Classes of COCO panoptic; the class head's size hardly matters to speed.
-NUM_CLASSES = 133
-# Queries that hold a segment in the post-processing case; COCO images have about eleven.
-NUM_HELD = 15
 # Ours beside the reference, a process each.
-COMPARED_TASKS = ("forward", "postprocess", "train")
-# Variants of ours beside each other, taking turns in one process.
-TURN_TASKS = ("alignment", "two_stage", "panoptic_quality", "query_stages")
-# Those of them that need no model.
-HOST_TASKS = ("panoptic_quality",)
-# Batches of training, which have no network and no case.
-INPUT_TASK = "input_pipeline"
-TASKS = (*COMPARED_TASKS, *TURN_TASKS, INPUT_TASK)
+COMPARED = ("forward", "postprocess", "train")
+# Variants of ours, which take turns in one process: modules of `benchmarking`.
+WITH_CLIP = ("alignment", "two_stage", "query_stages")
+ON_HOST = ("panoptic_quality", "input_pipeline")
+TASKS = (*COMPARED, *WITH_CLIP, *ON_HOST)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One thing to measure.
-
-    Attributes:
-      task: "forward" (image to class and mask logits), "postprocess" (those logits to a panoptic
-        map), "train" (forward, losses, gradients, AdamW), "alignment" (stage 1 without CLIP's
-        targets, with cached and with online ones), "two_stage" (images to panoptic maps by our
-        path, and with CLIP on every mask), "panoptic_quality" (id maps to counts) or
-        "query_stages" (stages 2 and 3 from a query bank).
-      height, width: of the network's input.
-      batch: images at once.
-      segments: annotated segments an image ("train", "alignment", "panoptic_quality",
-        "query_stages").
-      dtype: compute type, "float32" or "bfloat16".
-      clip: config for `make_clip` ("alignment", "two_stage", "query_stages").
-      num_images: images in all, a multiple of `batch` ("two_stage", "panoptic_quality").
-      num_masks: how many masks of an image CLIP sees, a variant each ("two_stage").
-      pictures: what the images are, in words ("two_stage", "panoptic_quality").
+def make_cases(given: cli.Flags) -> list[Case]:
+    """The cases that the flags ask for.
 
     Raises:
-      ValueError: if the images do not fill their batches.
+      ValueError: for a flag without meaning.
     """
-
-    task: str
-    height: int
-    width: int
-    batch: int = 1
-    segments: int = 12
-    dtype: str = "float32"
-    clip: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    num_images: int = 20
-    num_masks: Sequence[int] = (10,)
-    pictures: str = "random pixels"
-
-    def __post_init__(self):
-        if self.task == "two_stage" and self.num_images % self.batch:
-            raise ValueError(
-                f"{self.num_images} images do not fill batches of {self.batch}; choose a batch "
-                "that divides their number."
-            )
-
-    @property
-    def name(self) -> str:
-        """Short name for tables and file names."""
-        if self.task == "panoptic_quality":
-            return f"{self.task} of {self.num_images} pairs ({self.pictures})"
-        if self.task == "query_stages":
-            return f"{self.task}, {self.segments} of an image's queries hold a segment"
-        if self.task == "two_stage":
-            batch = f"{self.num_images} images ({self.pictures}), {self.batch} at once"
+    cases = []
+    for task in given.tasks:
+        check_choice(task, TASKS, "--tasks names no task:")
+        fields: dict[str, Any] = {"segments": given.segments, "dtype": given.dtype}
+        if task in ("two_stage", *ON_HOST):
+            fields |= {"num_images": given.two_stage_images, "source": given.images}
+        if task in WITH_CLIP:
+            fields["clip"] = parse_clip(given.clip)
+        if task in ("train", "alignment"):
+            sizes, fields["batch"] = given.train_sizes, given.train_batch
+        elif task == "two_stage":
+            sizes, fields["batch"] = given.two_stage_sizes, given.batch
+            fields["num_masks"] = parse_counts(given.two_stage_masks)
+            if given.images:
+                fields["files"] = image_files(given.images, given.two_stage_images)
+        elif task == "panoptic_quality":
+            sizes = ["480x640"]
+        elif task == "query_stages":
+            sizes = ["32"]  # queries have none
+        elif task == "input_pipeline":
+            sizes = [f"{given.input_size}"]
+            fields |= {"batch": 4, "num_images": 100}
+            if not given.images:
+                raise ValueError(
+                    "--tasks=input_pipeline needs --images=COCO, a folder with train2017 and "
+                    "annotations."
+                )
         else:
-            batch = f"batch {self.batch}"
-        return f"{self.task} {self.height}x{self.width}, {batch}, {self.dtype}"
+            sizes, fields["batch"] = given.sizes, given.batch
+        cases += [Case(task, *parse_size(text), **fields) for text in sizes]
+    return cases
 
 
-def images(case: Case) -> np.ndarray:
-    """[B, H, W, 3] uint8 of smooth random colours, seeded."""
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (case.batch, 9, 9, 3)).astype(np.float32)
-    rows = np.linspace(0, 7.999, case.height)
-    columns = np.linspace(0, 7.999, case.width)
-    top, left = rows.astype(int), columns.astype(int)
-    down, right = (rows - top)[:, None, None], (columns - left)[:, None]
-    upper = coarse[:, top][:, :, left] * (1 - right) + coarse[:, top][:, :, left + 1] * right
-    lower = (
-        coarse[:, top + 1][:, :, left] * (1 - right) + coarse[:, top + 1][:, :, left + 1] * right
-    )
-    return (upper * (1 - down) + lower * down).astype(np.uint8)
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of "512" or "800x1088".
 
-
-def segments(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Id map [B, H, W] uint8 of `segments` blobs and void, and labels [B, G] int32, seeded.
-
-    A pixel belongs to the nearest of G + 1 random centres; the last of them is void.
+    Raises:
+      ValueError: for anything else.
     """
-    rng = np.random.default_rng(1)
-    ids = np.empty((case.batch, case.height, case.width), np.uint8)
-    for index in range(case.batch):
-        centres = rng.uniform(size=(case.segments + 1, 2)) * (case.height, case.width)
-        y, x = np.mgrid[: case.height, : case.width]
-        distance = (y[..., None] - centres[:, 0]) ** 2 + (x[..., None] - centres[:, 1]) ** 2
-        nearest = distance.argmin(axis=-1)
-        ids[index] = np.where(nearest == case.segments, 0, nearest + 1)
-    labels = rng.integers(0, NUM_CLASSES, (case.batch, case.segments)).astype(np.int32)
-    return ids, labels
+    parts = text.split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) >= 32 for part in parts):
+        raise ValueError(f"Size {text!r} is not like 512 or 800x1088 (32 or more).")
+    return int(parts[0]), int(parts[-1])
 
 
-def logits(case: Case, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logits like a trained network's: some confident blobs among queries that hold nothing.
+def parse_clip(text: str) -> dict[str, Any]:
+    """Config for `make_clip` from "ViT-B/16" or '{"image_width": 64, ...}'.
 
-    Returns:
-      class logits [B, N, K + 1] and mask logits [B, N, H / 4, W / 4], float32, seeded.
+    Raises:
+      ValueError: for something else, or a config that is no CLIP.
     """
-    rng = np.random.default_rng(2)
-    height, width = -(-case.height // 4), -(-case.width // 4)
-    classes = rng.normal(size=(case.batch, num_queries, NUM_CLASSES + 1)).astype(np.float32)
-    classes[..., -1] += 8
-    masks = rng.normal(-6, 1, (case.batch, num_queries, height, width)).astype(np.float32)
-    held = rng.permutation(num_queries)[:NUM_HELD]
-    y, x = np.mgrid[:height, :width]
-    for index in range(case.batch):
-        centres = rng.uniform(size=(NUM_HELD, 2)) * (height, width)
-        distance = np.hypot(y - centres[:, :1, None], x - centres[:, 1:, None])
-        second = np.sort(distance, axis=0)[1]
-        masks[index, held] = np.clip((second - distance) / 3 - 0.5, -8, 8)
-        classes[index, held, rng.integers(0, NUM_CLASSES, NUM_HELD)] += 14
-    return classes, masks
+    config: Any = {"variant": text}
+    if text.lstrip().startswith("{"):
+        try:
+            config = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"--clip is not valid JSON: {error}.") from error
+    make_clip(config)
+    return config
 
 
-def native_size(case: Case) -> tuple[int, int]:
-    """Size of the picture that post-processing writes: 0.6 of the input, as COCO's mostly is."""
-    return round(case.height * 0.6), round(case.width * 0.6)
+def parse_counts(texts: Sequence[str]) -> tuple[int, ...]:
+    """Numbers above zero, each once, in order.
 
-
-def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image as large as fits in `size`, at the top left, its aspect kept.
-
-    Args:
-      image: [h, w, 3] uint8.
-      size: (H, W).
-
-    Returns:
-      [H, W, 3] uint8, zero beyond the image, and (height, width) of the image in it.
+    Raises:
+      ValueError: for anything else.
     """
-    scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
-    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    canvas = np.zeros((*size, 3), np.uint8)
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-    canvas[:height, :width] = resized
-    return canvas, (height, width)
+    if not texts or not all(text.isdigit() and int(text) > 0 for text in texts):
+        raise ValueError(f"--two_stage_masks={','.join(texts)} is not like 10 or 10,100.")
+    return tuple(dict.fromkeys(map(int, texts)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-    """Images at the network's input size.
+def image_files(given: str, number: int) -> list[str]:
+    """The first images of a folder or a glob.
 
-    Attributes:
-      images: [M, H, W, 3] uint8.
-      image_size: [M, 2] int32 (height, width) of the valid area at the top left.
-      native_size: [M, 2] int32 (height, width) of the panoptic maps.
+    Raises:
+      ValueError: if there are fewer.
     """
-
-    images: np.ndarray
-    image_size: np.ndarray
-    native_size: np.ndarray
-
-    def save(self, path: Path) -> None:
-        """Write an .npz for another process to `load`."""
-        np.savez(path, **dataclasses.asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> Pictures:
-        """Read what `save` wrote."""
-        with np.load(path) as arrays:
-            return cls(**arrays)
-
-
-def pictures(case: Case, files: Sequence[np.ndarray] = ()) -> Pictures:
-    """The images of the "two_stage" case.
-
-    Args:
-      case: which sizes.
-      files: images [h, w, 3] uint8 to letterbox; none for random pixels that fill the input.
-    """
-    size = case.height, case.width
-    if not files:
-        full = np.full((case.num_images, 2), size, np.int32)
-        seeded = images(dataclasses.replace(case, batch=case.num_images))
-        return Pictures(seeded, full, full)
-    fitted = [letterbox(file, size) for file in files]
-    return Pictures(
-        np.stack([canvas for canvas, _ in fitted]),
-        np.array([valid for _, valid in fitted], np.int32),
-        np.array([file.shape[:2] for file in files], np.int32),
-    )
+    path = Path(given)
+    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(given, recursive=True))
+    files = sorted(f for f in found if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    if len(files) < number:
+        raise ValueError(
+            f"--images={given} stands for {len(files)} images where {number} are wanted; name more "
+            "or lower --two_stage_images."
+        )
+    return [str(file) for file in files[:number]]

@@ -7,27 +7,21 @@ then Python loops over intersections and segments. Nothing here is for use: `Pan
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
 
-VOID = 0
 _OFFSET = 256**3
 
 
 class OfficialPanopticQuality:
-    """Counts as panopticapi does.
-
-    Attributes:
-      iou_sum, tp, fp, fn: class -> summed IoU and counts; absent classes have no entry.
-    """
+    """Counts as panopticapi does, class by class."""
 
     def __init__(self) -> None:
         """Starts at zero."""
-        self.iou_sum: dict[int, float] = {}
-        self.tp: dict[int, int] = {}
-        self.fp: dict[int, int] = {}
-        self.fn: dict[int, int] = {}
+        # Class to summed IoU, true positives, false positives, false negatives.
+        self._counts: dict[int, list[float]] = defaultdict(lambda: [0.0, 0, 0, 0])
 
     def update(
         self,
@@ -42,62 +36,45 @@ class OfficialPanopticQuality:
           gt_ids, pred_ids: [H, W] ints below 256^3, 0 void.
           gt_segments: id -> {"label", "is_crowd", "area"}, areas as the official json brings them.
           pred_labels: id -> class.
-
-        Raises:
-          ValueError: if the prediction's map and table hold different ids.
         """
-        areas = {}
-        for segment, area in zip(*np.unique(pred_ids, return_counts=True), strict=True):
-            if segment == VOID:
-                continue
-            if int(segment) not in pred_labels:
-                raise ValueError(f"The prediction map holds the id {segment}, which has no label.")
-            areas[int(segment)] = int(area)
+        ids, sizes = np.unique(pred_ids, return_counts=True)
+        areas = {int(i): int(size) for i, size in zip(ids, sizes, strict=True) if i}
         if areas.keys() != pred_labels.keys():
-            raise ValueError("The prediction lists an id that has no pixel.")
-
+            raise ValueError("The prediction's map and table hold different ids.")
         codes = gt_ids.astype(np.uint64) * _OFFSET + pred_ids.astype(np.uint64)
-        intersections = {}
+        shared = defaultdict(int)
         for code, count in zip(*np.unique(codes, return_counts=True), strict=True):
-            intersections[int(code) // _OFFSET, int(code) % _OFFSET] = int(count)
+            shared[int(code) // _OFFSET, int(code) % _OFFSET] = int(count)
 
         matched_gt, matched_pred = set(), set()
-        for (gt, pred), intersection in intersections.items():
+        for (gt, pred), intersection in list(shared.items()):
             if gt not in gt_segments or pred not in pred_labels:
                 continue
             truth = gt_segments[gt]
             if truth["is_crowd"] or truth["label"] != pred_labels[pred]:
                 continue
-            on_void = intersections.get((VOID, pred), 0)
-            union = areas[pred] + truth["area"] - intersection - on_void
-            iou = intersection / union
+            iou = intersection / (areas[pred] + truth["area"] - intersection - shared[0, pred])
             if iou > 0.5:
-                label = truth["label"]
-                self.tp[label] = self.tp.get(label, 0) + 1
-                self.iou_sum[label] = self.iou_sum.get(label, 0.0) + iou
+                self._counts[truth["label"]][0] += iou
+                self._counts[truth["label"]][1] += 1
                 matched_gt.add(gt)
                 matched_pred.add(pred)
 
         crowd_of_label = {}
         for gt, truth in gt_segments.items():
-            if gt in matched_gt:
-                continue
-            label = truth["label"]
-            if truth["is_crowd"]:
-                crowd_of_label[label] = gt
-            else:
-                self.fn[label] = self.fn.get(label, 0) + 1
-
+            if gt not in matched_gt and truth["is_crowd"]:
+                crowd_of_label[truth["label"]] = gt
+            elif gt not in matched_gt:
+                self._counts[truth["label"]][3] += 1
         for pred, label in pred_labels.items():
             if pred in matched_pred:
                 continue
-            ignored = intersections.get((VOID, pred), 0)
+            ignored = shared[0, pred]
             if label in crowd_of_label:
-                ignored += intersections.get((crowd_of_label[label], pred), 0)
+                ignored += shared[crowd_of_label[label], pred]
             if ignored / areas[pred] <= 0.5:
-                self.fp[label] = self.fp.get(label, 0) + 1
+                self._counts[label][2] += 1
 
     def counts(self, num_classes: int) -> np.ndarray:
-        """[4, K] float64: iou_sum, tp, fp, fn of every class."""
-        tables = self.iou_sum, self.tp, self.fp, self.fn
-        return np.array([[float(table.get(k, 0)) for k in range(num_classes)] for table in tables])
+        """[4, K] float64: summed IoU, TP, FP and FN of every class."""
+        return np.array([self._counts[k] for k in range(num_classes)], float).T

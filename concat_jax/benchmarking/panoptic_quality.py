@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from concat_jax.benchmarking import cases
-from concat_jax.benchmarking.cases import NUM_CLASSES, Case
-from concat_jax.benchmarking.measure import Measurement, Turn, measure_in_turns
+from concat_jax.benchmarking import inputs
+from concat_jax.benchmarking.harness import Measurement, Work
+from concat_jax.benchmarking.inputs import NUM_CLASSES, Case
 from concat_jax.benchmarking.official_panoptic_quality import OfficialPanopticQuality
 from concat_jax.core.coco import read_panoptic
 from concat_jax.core.mask_codes import ids_to_rgb, read_id_map
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
+from concat_jax.evaluation.report import markdown_table
 
+OFFICIAL, OURS = "official algorithm", "ours"
 # Rows and columns that a prediction is the ground truth moved by.
 SHIFT = (4, 8)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One image's ground truth and prediction.
 
     Attributes:
@@ -41,16 +44,11 @@ class Pair:
     pred_labels: dict[int, int]
 
 
-def run(case: Case, annotations: str, repeats: int) -> dict[str, Measurement]:
-    """Measure the three on `case.num_images` pairs.
-
-    Args:
-      case: sizes and number of the pairs that are drawn.
-      annotations: a COCO panoptic json whose maps are taken instead; "" draws some.
-      repeats: timed rounds.
-    """
-    pairs = _read_pairs(Path(annotations), case.num_images) if annotations else _draw_pairs(case)
-    num_classes = 1 + max(s["label"] for pair in pairs for s in pair.segments.values())
+def works(case: Case) -> dict[str, Work]:
+    """The three, on pairs of drawn maps or of those of the COCO panoptic json `source`."""
+    pairs = _read_pairs(Path(case.source), case.num_images) if case.source else _draw_pairs(case)
+    truths = (segment["label"] for pair in pairs for segment in pair.segments.values())
+    num_classes = 1 + max(*truths, *(k for pair in pairs for k in pair.pred_labels.values()))
     pngs = [_encode(ids) for pair in pairs for ids in (pair.gt_ids, pair.pred_ids)]
 
     def official() -> dict[str, np.ndarray]:
@@ -73,13 +71,29 @@ def run(case: Case, annotations: str, repeats: int) -> dict[str, Measurement]:
             rgba.view("<u4")[..., 0] &= 0xFFFFFF
         return {}
 
-    calls = {"official algorithm": official, "ours": ours, "PNG decoding": decoding}
-    return measure_in_turns({name: Turn(call) for name, call in calls.items()}, repeats)
+    return {OFFICIAL: Work(official), OURS: Work(ours), "PNG decoding": Work(decoding)}
+
+
+def table(case: Case, results: Mapping[str, Measurement]) -> str:
+    """Milliseconds a pair, and how many times as fast as the official algorithm each is."""
+    official, rows = results[OFFICIAL], []
+    for name, result in results.items():
+        rounds = np.divide(official.seconds, result.seconds)
+        ratio = f"{official.median / result.median:.1f}"
+        span = f" ({rounds.min():.1f} to {rounds.max():.1f})" if result is not official else ""
+        rows.append([name, result.show(1000 / case.num_images, 2), ratio + span])
+    counts = (np.asarray(results[name].outputs["counts"]) for name in (OFFICIAL, OURS))
+    heads = ["variant", "ms a pair (fastest to slowest)", "times as fast (lowest to highest round)"]
+    return (
+        f"{markdown_table(heads, rows)}\n\n"
+        f"Largest difference of counts and summed IoUs: {np.abs(np.subtract(*counts)).max():.1e}. "
+        "They took turns in one process, on one core."
+    )
 
 
 def _draw_pairs(case: Case) -> list[Pair]:
     """Blobs with ids as COCO's, predictions moved, some of another class and some void."""
-    maps, labels = cases.segments(dataclasses.replace(case, batch=case.num_images))
+    maps, labels = inputs.segments(dataclasses.replace(case, batch=case.num_images))
     rng = np.random.default_rng(3)
     pairs = []
     for rows, row_labels in zip(maps, labels, strict=True):
@@ -117,15 +131,15 @@ def _read_pairs(json_path: Path, number: int) -> list[Pair]:
 
 
 def _moved(gt_ids: np.ndarray, labels: dict, crowd: dict, predicted: dict) -> Pair:
-    pred_ids = np.roll(gt_ids, SHIFT, (0, 1))
     ids, areas = np.unique(gt_ids, return_counts=True)
-    area_of = dict(zip(ids.tolist(), areas.tolist(), strict=True))
     segments = {
-        i: {"label": label, "is_crowd": crowd.get(i, False), "area": area_of[i]}
-        for i, label in labels.items()
-        if i in area_of
+        i: {"label": labels[i], "is_crowd": crowd.get(i, False), "area": area}
+        for i, area in zip(ids.tolist(), areas.tolist(), strict=True)
+        if i in labels
     }
-    return Pair(gt_ids, pred_ids, segments, {i: predicted[i] for i in segments})
+    return Pair(
+        gt_ids, np.roll(gt_ids, SHIFT, (0, 1)), segments, {i: predicted[i] for i in segments}
+    )
 
 
 def _encode(ids: np.ndarray) -> bytes:

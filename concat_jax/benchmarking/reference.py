@@ -6,14 +6,13 @@ The only module of the package that imports PyTorch, and only inside functions.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from concat_jax.benchmarking import cases
-from concat_jax.benchmarking.cases import Case
-from concat_jax.benchmarking.measure import Measurement, measure
+from concat_jax.benchmarking import inputs
+from concat_jax.benchmarking.harness import Work
+from concat_jax.benchmarking.inputs import Case
 from concat_jax.models.segmentor import IMAGENET_MEAN, IMAGENET_STD
 from concat_jax.training.optimizer import OptimizerConfig
 
@@ -25,28 +24,23 @@ def is_installed() -> bool:
     return all(find_spec(name) is not None for name in ("torch", "transformers"))
 
 
-def run(case: Case, model: Path, repeats: int, *, compiled: bool = False) -> Measurement:
-    """Measure a case.
-
-    Args:
-      case: what to measure.
-      model: Hugging Face folder with the weights.
-      repeats: timed calls.
-      compiled: through `torch.compile`.
-    """
+def works(case: Case) -> dict[str, Work]:
+    """ "forward", "postprocess" or "train" by a Hugging Face folder's weights."""
     import torch
     import transformers
     from torch.utils.flop_counter import FlopCounterMode
 
+    transformers.logging.set_verbosity_error()  # of the batch norms' counters, which are not ours
+    transformers.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, case.dtype)
-    network = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(model)
+    network = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(case.model)
     # Evaluation mode: the batch norms keep their statistics, as training from ImageNet does.
     network = network.to(device).eval()
     autocast = torch.autocast(device.type, dtype, enabled=case.dtype != "float32")
 
     mean, std = (np.asarray(values, np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    pixels = (cases.images(case) - mean) / std
+    pixels = (inputs.images(case) - mean) / std
     pixels = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).to(device)
 
     def wait() -> None:
@@ -54,7 +48,7 @@ def run(case: Case, model: Path, repeats: int, *, compiled: bool = False) -> Mea
             torch.cuda.synchronize()
 
     if case.task == "forward":
-        forward = torch.compile(network) if compiled else network
+        forward = torch.compile(network) if case.compiled else network
 
         def work() -> Any:
             with torch.no_grad(), autocast:
@@ -69,7 +63,7 @@ def run(case: Case, model: Path, repeats: int, *, compiled: bool = False) -> Mea
     elif case.task == "postprocess":
         work, read = _postprocess(case, network, device)
     else:
-        ids, labels = cases.segments(case)
+        ids, labels = inputs.segments(case, network.config.num_labels)
         values = np.arange(1, case.segments + 1)[:, None, None]
         masks = [torch.from_numpy((one == values).astype(np.float32)).to(device) for one in ids]
         classes = [torch.from_numpy(one.astype(np.int64)).to(device) for one in labels]
@@ -78,7 +72,7 @@ def run(case: Case, model: Path, repeats: int, *, compiled: bool = False) -> Mea
         optimizer = torch.optim.AdamW(
             parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        forward = torch.compile(network) if compiled else network
+        forward = torch.compile(network) if case.compiled else network
 
         def work() -> Any:
             optimizer.zero_grad(set_to_none=True)
@@ -95,16 +89,16 @@ def run(case: Case, model: Path, repeats: int, *, compiled: bool = False) -> Mea
             return {"loss": loss.detach().float().cpu().numpy()}
 
     flops = 0.0
-    if not compiled and case.task == "forward":
+    if not case.compiled and case.task == "forward":
         with FlopCounterMode(display=False) as counter:
             work()
         flops = float(counter.get_total_flops())
 
     start = time.perf_counter()
-    if compiled:
+    if case.compiled:
         work()
         wait()
-    compile_seconds = time.perf_counter() - start if compiled else 0.0
+    compile_seconds = time.perf_counter() - start if case.compiled else 0.0
 
     def call() -> dict[str, np.ndarray]:
         output = work()
@@ -114,12 +108,13 @@ def run(case: Case, model: Path, repeats: int, *, compiled: bool = False) -> Mea
     peak = None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
 
         def peak() -> int:
-            return torch.cuda.max_memory_allocated() - before
+            return torch.cuda.max_memory_allocated() - held
 
-    return measure(call, repeats, peak_bytes=peak, compile_seconds=compile_seconds, flops=flops)
+    name = "torch.compile" if case.compiled else "torch"
+    return {name: Work(call, compile_seconds, flops, peak_bytes=peak)}
 
 
 def _postprocess(case: Case, network: Any, device: Any) -> tuple[Any, Any]:
@@ -129,7 +124,7 @@ def _postprocess(case: Case, network: Any, device: Any) -> tuple[Any, Any]:
         Mask2FormerForUniversalSegmentationOutput,
     )
 
-    logits, masks = cases.logits(case, network.config.num_queries)
+    logits, masks = inputs.logits(case, network.config.num_queries, network.config.num_labels)
     output = Mask2FormerForUniversalSegmentationOutput(
         class_queries_logits=torch.from_numpy(logits).to(device),
         masks_queries_logits=torch.from_numpy(masks).to(device),
@@ -144,12 +139,12 @@ def _postprocess(case: Case, network: Any, device: Any) -> tuple[Any, Any]:
                 mask_threshold=0.5,
                 overlap_mask_area_threshold=0.8,
                 label_ids_to_fuse=set(),
-                target_sizes=[cases.native_size(case)] * case.batch,
+                target_sizes=[inputs.native_size(case)] * case.batch,
             )
 
     def read(results: Any) -> dict[str, np.ndarray]:
-        maps = np.stack([result["segmentation"].cpu().numpy() for result in results])
-        count = [len(result["segments_info"]) for result in results]
-        return {"void": maps == -1, "segments": np.asarray(count)}
+        for result in results:  # as ours: the maps are wanted on the host
+            result["segmentation"].cpu().numpy()
+        return {"segments": np.array([len(result["segments_info"]) for result in results])}
 
     return work, read

@@ -15,19 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.benchmarking.cases import Case, Pictures
-from concat_jax.benchmarking.measure import Measurement, Turn, measure_in_turns
-from concat_jax.benchmarking.ours import (
+from concat_jax.benchmarking import tables
+from concat_jax.benchmarking.harness import Measurement, Work
+from concat_jax.benchmarking.inputs import Case, pictures
+from concat_jax.benchmarking.programs import (
     compile_program,
-    make_turn,
     method_networks,
     random_embeddings,
     random_params,
@@ -35,15 +35,16 @@ from concat_jax.benchmarking.ours import (
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.panoptic import Fate, PanopticOutput, panoptic_inference
-from concat_jax.inference.predictor import PredictConfig
+from concat_jax.inference.predictor import Network, PredictConfig, run_networks
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images, resize_windows
 from concat_jax.models.networks import Networks
-from concat_jax.models.segmentor import mask_logits, normalize_images
 from concat_jax.weights.model_folder import load_model
 
 OURS = "ours"
 # CLIP's multiplier of cosines, as OVSeg has it.
 CLIP_SCALE = 100.0
+# Every query of a published Mask2Former: what pipelines that name all proposals would encode.
+ALL_QUERIES = 100
 
 
 class Sizes(NamedTuple):
@@ -53,24 +54,13 @@ class Sizes(NamedTuple):
     native: jax.Array
 
 
-def variant_name(num_masks: int) -> str:
-    """Name of the path with CLIP in tables."""
-    return f"CLIP on {num_masks} masks an image"
-
-
-def run(case: Case, model: Path, repeats: int, inputs: Path) -> dict[str, Measurement]:
-    """Measure all images by our path and by CLIP on each number of masks.
-
-    Args:
-      case: sizes.
-      model: folder of `save_model`, with a class head: its classes are those of the vocabulary.
-      repeats: timed passes over all images by each.
-      inputs: file of `Pictures`.
+def works(case: Case) -> dict[str, Work]:
+    """All images by our path, and with CLIP on each number of masks, named by the model's classes.
 
     Raises:
-      ValueError: if there are fewer queries than masks wanted.
+      ValueError: if there are fewer queries than masks wanted, or an image cannot be read.
     """
-    params, card = load_model(model)
+    params, card = load_model(case.model)
     networks = method_networks(case, card)
     num_queries = params["segmentor"]["transformer_decoder"]["query_feature_embedding"].shape[0]
     if max(case.num_masks) > num_queries:
@@ -78,9 +68,12 @@ def run(case: Case, model: Path, repeats: int, inputs: Path) -> dict[str, Measur
             f"The segmentor predicts {num_queries} masks an image and CLIP is to see "
             f"{max(case.num_masks)} of them; ask for at most {num_queries}."
         )
-    source = Pictures.load(inputs)
-    starts = range(0, len(source.images), case.batch)
-    chunks = [jax.device_put(_batch(source, slice(x, x + case.batch))) for x in starts]
+    source = pictures(case)
+    rows = [slice(x, x + case.batch) for x in range(0, len(source.images), case.batch)]
+    chunks = [
+        jax.device_put((source.images[r], Sizes(source.image_size[r], source.native_size[r])))
+        for r in rows
+    ]
     paths = Paths(
         networks,
         card.vocabulary,
@@ -91,8 +84,10 @@ def run(case: Case, model: Path, repeats: int, inputs: Path) -> dict[str, Measur
     segmentor = jax.device_put(params["segmentor"])
     projector, clip = (random_params(networks, name) for name in ("projector", "clip"))
 
-    def make(path: Callable[..., Result], params: Any) -> Turn:
-        program, seconds = compile_program(jax.jit(path), params, text, *chunks[0])
+    def work(path: Callable[..., Result], params: Any) -> Work:
+        program, fields = compile_program(
+            jax.jit(path), params, text, *chunks[0], calls=len(chunks)
+        )
 
         def call() -> dict[str, np.ndarray]:
             # A batch at a time is what fits; the next must not be under way beside it.
@@ -103,17 +98,33 @@ def run(case: Case, model: Path, repeats: int, inputs: Path) -> dict[str, Measur
                 "proposals": np.concatenate([result.num_proposals for result in results]),
             }
 
-        return make_turn(program, seconds, call, calls=len(chunks))
+        return Work(call, **fields)
 
-    turns = {OURS: make(paths.ours, {"segmentor": segmentor, "projector": projector})}
+    found = {OURS: work(paths.ours, {"segmentor": segmentor, "projector": projector})}
     for number in case.num_masks:
         path = functools.partial(paths.two_stage, num_masks=number)
-        turns[variant_name(number)] = make(path, {"segmentor": segmentor, "clip": clip})
-    return measure_in_turns(turns, repeats)
+        name = f"CLIP on {number} masks an image"
+        found[name] = work(path, {"segmentor": segmentor, "clip": clip})
+    return found
 
 
-def _batch(source: Pictures, rows: slice) -> tuple[np.ndarray, Sizes]:
-    return source.images[rows], Sizes(source.image_size[rows], source.native_size[rows])
+def table(case: Case, results: Mapping[str, Measurement]) -> str:
+    """And what a mask costs, so that a reader can scale it to as many as their pipeline has."""
+    (_, ours), *others = results.items()
+    proposals, kept = (np.asarray(ours.outputs[key]) for key in ("proposals", "kept"))
+    lines = [
+        f"{tables.in_turns(results)}",
+        f"Of an image's queries {proposals.mean():.1f} have a mask with a pixel; our "
+        f"post-processing keeps {kept.mean():.1f} ({kept.min()} to {kept.max()}).",
+    ]
+    for (name, result), number in zip(others, case.num_masks, strict=True):
+        cost = (result.median - ours.median) / (case.num_images * number)
+        scaled = (ours.median + cost * case.num_images * ALL_QUERIES) / ours.median
+        lines.append(
+            f"{name}: {1000 * cost:.0f} ms a mask beyond ours, so all {ALL_QUERIES} queries would "
+            f"be {scaled:.1f} times ours (scaled, not measured)."
+        )
+    return "\n".join(lines)
 
 
 class Result(NamedTuple):
@@ -124,6 +135,14 @@ class Result(NamedTuple):
 
     maps: PanopticOutput
     num_proposals: jax.Array
+
+
+@flax.struct.dataclass
+class _NoHead:
+    """Of the path that names crops of the image."""
+
+    def __call__(self, queries: jax.Array) -> tuple[()]:
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +170,9 @@ class Paths:
           images: [B, H, W, 3] uint8.
           sizes: of the images and the maps.
         """
-        queries, masks = self._segment(params, images, sizes)
-        projector = {"params": params["projector"]}
-        logits = self.networks.projector.apply(projector, queries, text, method="predict")
-        return self._finish(masks, jax.nn.softmax(logits, axis=-1), sizes)
+        head = TextHead(params["projector"], text, None, None, self.networks.projector)
+        masks, scores = self._segment(params, head, images, sizes)
+        return self._finish(masks, scores.class_probs, sizes)
 
     def two_stage(
         self, params: Any, text: jax.Array, images: jax.Array, sizes: Sizes, *, num_masks: int
@@ -166,7 +184,7 @@ class Paths:
           text, images, sizes: as for `ours`.
           num_masks: M, static.
         """
-        _, masks = self._segment(params, images, sizes)
+        masks, _ = self._segment(params, _NoHead(), images, sizes)
         stride = self.networks.segmentor.stride
         chosen, windows = largest_masks(masks, num_masks)
         crops = cut_out(
@@ -192,14 +210,16 @@ class Paths:
         )
         return self._finish(masks, probs, sizes)
 
-    def _segment(self, params, images, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-        output = self.networks.segmentor.apply(
-            {"params": params["segmentor"]},
-            normalize_images(images),
-            sizes.image if self.is_padded else None,
+    def _segment(self, params, head, images, sizes: Sizes) -> tuple[jax.Array, Any]:
+        """Mask logits [B, N, h, w], and what the head says of the queries."""
+        return run_networks(
+            Network(params["segmentor"], self.networks.segmentor),
+            head,
+            images,
+            sizes.image,
+            is_padded=self.is_padded,
+            canvas=images.shape[1:3],
         )
-        masks = mask_logits(output.mask_embeddings[:, -1], output.mask_features)
-        return output.queries[:, -1], masks
 
     def _finish(self, masks: jax.Array, probs: jax.Array, sizes: Sizes) -> Result:
         config = PredictConfig()

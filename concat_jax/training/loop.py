@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from concat_jax.core.cli import UserStop
 from concat_jax.core.progress import Progress
-from concat_jax.core.runtime import step_compiler_options
 from concat_jax.stages.stage import Stage
 from concat_jax.training.checkpoints import StageCheckpoints
 from concat_jax.training.metrics import MetricWriter
@@ -26,7 +25,7 @@ from concat_jax.training.optimizer import (
     path_name,
 )
 from concat_jax.training.sharding import replicated, shard_batch
-from concat_jax.training.state import TrainState, make_train_step
+from concat_jax.training.state import TrainState, jit_train_step
 
 BatchFn = Callable[[int], Mapping[str, np.ndarray]]
 
@@ -113,12 +112,7 @@ def train_stage(
         return state.params
 
     frozen = jax.device_put(frozen, everywhere)
-    step_fn = jax.jit(
-        make_train_step(stage.loss, transform, loop.seed),
-        donate_argnums=0,
-        out_shardings=(everywhere, everywhere),
-        compiler_options=step_compiler_options(),
-    )
+    step_fn = jit_train_step(stage.loss, transform, loop.seed, mesh)
     writer = MetricWriter(Path(workdir) / name, tensorboard=loop.tensorboard)
     pending: list[tuple[int, Any, Any]] = []  # (step, image ids, device metrics) since last look
     progress: Progress | None = None

@@ -9,8 +9,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from concat_jax.core.runtime import step_compiler_options
 from concat_jax.stages.stage import Batch, LossFn, Metrics
+from concat_jax.training.sharding import replicated
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -49,3 +52,16 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+def jit_train_step(
+    loss: LossFn, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """The step of `make_train_step`, jitted: the state donated, results on every device."""
+    everywhere = replicated(mesh)
+    return jax.jit(
+        make_train_step(loss, optimizer, seed),
+        donate_argnums=0,
+        out_shardings=(everywhere, everywhere),
+        compiler_options=step_compiler_options(mesh.devices.flat[0].platform),
+    )

@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 
 from concat_jax.benchmarking import panoptic_quality
-from concat_jax.benchmarking.cases import Case
+from concat_jax.benchmarking.harness import in_turns
+from concat_jax.benchmarking.inputs import Case
 from concat_jax.benchmarking.official_panoptic_quality import OfficialPanopticQuality
-from concat_jax.benchmarking.report import to_markdown
 from concat_jax.core.coco_writers import PanopticWriter
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 
-CASE = Case("panoptic_quality", 72, 96, num_images=3, segments=4, pictures="drawn")
+CASE = Case("panoptic_quality", 72, 96, num_images=3, segments=4)
 
 
 def test_the_reference_counts_as_ours_on_random_maps():
@@ -40,26 +40,13 @@ def test_the_reference_counts_as_ours_on_random_maps():
     assert (total > 20).all()
 
 
-def report_of(results):
-    case = {
-        "case": dataclasses.asdict(CASE),
-        "name": CASE.name,
-        "results": {name: dataclasses.asdict(one) for name, one in results.items()},
-        "outputs": {
-            name: {key: value.tolist() for key, value in one.outputs.items()}
-            for name, one in results.items()
-        },
-    }
-    return {"model": "none", "machine": {"device": "cpu"}, "repeats": 2, "cases": [case]}
-
-
 def test_drawn_maps_are_measured_and_reported():
-    results = panoptic_quality.run(CASE, "", repeats=2)
+    results = in_turns(panoptic_quality.works(CASE), repeats=2)
     assert list(results) == ["official algorithm", "ours", "PNG decoding"]
     counts = results["ours"].outputs["counts"]
     assert counts[1].sum() > 0 and counts[2].sum() > 0
-    text = to_markdown(report_of(results))
-    assert "panoptic_quality of 3 pairs (drawn):" in text
+    text = panoptic_quality.table(CASE, results)
+    assert CASE.name == "panoptic_quality of 3 pairs (drawn, 72x96)"
     assert "| official algorithm |" in text and "| PNG decoding |" in text
     (line,) = [line for line in text.splitlines() if line.startswith("Largest difference")]
     assert float(line.split(": ")[1].split(" ")[0].rstrip(".")) < 1e-9
@@ -72,7 +59,8 @@ def test_maps_of_a_json_are_measured(tmp_path):
     with PanopticWriter(tmp_path, vocabulary, name="truth") as writer:
         for number in range(3):
             writer.add(number, f"{number}.jpg", ids, [{"id": 1, "label": 0}, {"id": 2, "label": 1}])
-    results = panoptic_quality.run(CASE, str(tmp_path / "truth.json"), repeats=1)
-    official, ours = (results[name].outputs["counts"] for name in ("official algorithm", "ours"))
+    case = dataclasses.replace(CASE, source=str(tmp_path / "truth.json"))
+    works = panoptic_quality.works(case)
+    official, ours = (works[name].call()["counts"] for name in ("official algorithm", "ours"))
     np.testing.assert_allclose(ours, official)
     assert official[1].sum() + official[3].sum() == 6

@@ -1,13 +1,15 @@
 """The two paths of the speed comparison: ours is what evaluation runs, and the other is right."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from concat_jax.benchmarking.cases import Case, letterbox, pictures
+from concat_jax.benchmarking.inputs import Case, letterbox, pictures
 from concat_jax.benchmarking.two_stage import Paths, Sizes, cut_out, largest_masks
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.heads import TextHead
@@ -110,8 +112,10 @@ def test_clip_names_the_largest_masks_and_no_other(inputs):
     paths = make_paths()
 
     def with_masks(*arguments):
-        params, _, images, sizes = arguments
-        return paths.two_stage(*arguments, num_masks=3), paths._segment(params, images, sizes)[1]
+        params, text, images, sizes = arguments
+        head = TextHead(params["projector"], text, None, None, NETWORKS.projector)
+        masks, _ = paths._segment(params, head, images, sizes)
+        return paths.two_stage(*arguments, num_masks=3), masks
 
     result, masks = run(with_masks, params, text, images, sizes)
     masks = np.asarray(masks)
@@ -176,10 +180,11 @@ def test_letterbox_keeps_the_aspect():
     assert letterbox(image.transpose(1, 0, 2), (64, 96))[1] == (64, 32)
 
 
-def test_pictures_of_files_and_of_random_pixels():
+def test_pictures_of_files_and_of_random_pixels(tmp_path):
+    for name, shape, value in (("a.png", (30, 60, 3), 200), ("b.png", (64, 96, 3), 100)):
+        Image.fromarray(np.full(shape, value, np.uint8)).save(tmp_path / name)
     case = Case("two_stage", 64, 96, batch=2, num_images=2)
-    files = [np.full((30, 60, 3), 200, np.uint8), np.full((64, 96, 3), 100, np.uint8)]
-    given = pictures(case, files)
+    given = pictures(dataclasses.replace(case, files=sorted(map(str, tmp_path.iterdir()))))
     assert given.images.shape == (2, 64, 96, 3)
     assert given.image_size.tolist() == [[48, 96], [64, 96]]
     assert given.native_size.tolist() == [[30, 60], [64, 96]]

@@ -114,7 +114,7 @@ def our_step() -> dict:
     step = jax.jit(
         make_train_step(stage.loss, optimizer, seed=0),
         donate_argnums=0,
-        compiler_options=step_compiler_options(),
+        compiler_options=step_compiler_options("cpu"),
     )
     traced = step.trace(state, frozen, batch)
     compiled = traced.lower().compile()

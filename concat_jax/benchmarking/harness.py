@@ -1,0 +1,180 @@
+"""The harness: names and callables in, times and memory out, each kept from disturbing the other.
+
+A module of this room that measures something has `works(case) -> {name: Work}`, and where the
+general table does not say it, `table(case, results) -> str`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from concat_jax.benchmarking.inputs import Case
+from concat_jax.core.runtime import keep_freed_memory
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Something to be measured.
+
+    Attributes:
+      call: does the work, waits for it and returns what is to be compared or told.
+      compile: seconds spent before.
+      flops: floating-point operations of a call, by the framework's own count; 0 if it has none.
+      temporary_bytes: memory that the compiler planned for what is neither input nor output.
+      peak_bytes: a device's counter of what calls needed; None where there is none.
+    """
+
+    call: Callable[[], Mapping[str, np.ndarray]]
+    compile: float = 0.0
+    flops: float = 0.0
+    temporary_bytes: int = 0
+    peak_bytes: Callable[[], int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Attributes:
+    seconds: of every timed call, in order.
+    first: seconds of the call before them, which warms caches up.
+    compile, flops: as of the `Work`.
+    memory_bytes: what calls needed beyond what was held before; 0 if it was not measured.
+    outputs: what the last call returned.
+    """
+
+    seconds: tuple[float, ...]
+    first: float = 0.0
+    compile: float = 0.0
+    flops: float = 0.0
+    memory_bytes: int = 0
+    outputs: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        """Seconds of a call."""
+        return statistics.median(self.seconds)
+
+    def show(self, scale: float = 1.0, digits: int = 3) -> str:
+        """ "median (fastest to slowest)", in units of which a second has `scale`."""
+        numbers = self.median, min(self.seconds), max(self.seconds)
+        return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*(scale * x for x in numbers), d=digits)
+
+
+def in_turns(
+    works: Mapping[str, Work], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Measurement]:
+    """Call each once, then all of them `repeats` times in turn with the clock on.
+
+    What slows the machine down for a while slows all of them down, so their ratios hold. Every
+    other round runs backwards: none always follows the one that leaves the caches worst. Memory of
+    one that is alone is what was seen; of several the compiler's plan, for they share one peak.
+
+    Args:
+      works: what to measure, by name.
+      repeats: timed rounds, at least 1.
+      clock: seconds, of the wall or of the processor.
+    """
+    seen = ResidentPeak()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    outputs: dict[str, Mapping[str, np.ndarray]] = {}
+    for number in range(repeats + 1):
+        for name in works if number % 2 else reversed(works):
+            start = clock()
+            outputs[name] = works[name].call()
+            seconds[name].append(clock() - start)
+    results = {}
+    for name, work in works.items():
+        memory = (work.peak_bytes or seen)() if len(works) == 1 else work.temporary_bytes
+        first, *timed = seconds[name]
+        results[name] = Measurement(
+            tuple(timed), first, work.compile, work.flops, memory, outputs[name]
+        )
+    return results
+
+
+def measure(module: str, case: Case, repeats: int, keep_memory: bool) -> dict[str, Measurement]:
+    """Measures what a module of this room does with a case; to be called in a process of its own.
+
+    Args:
+      module: its name.
+      case: for its `works`.
+      repeats: timed rounds.
+      keep_memory: as our training command has it, see `keep_freed_memory`.
+    """
+    if keep_memory:
+        keep_freed_memory()
+    task = importlib.import_module(f"concat_jax.benchmarking.{module}")
+    return in_turns(task.works(case), repeats, getattr(task, "CLOCK", time.perf_counter))
+
+
+def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Calls a function in a process of its own, whose threads, caches and memory end with it.
+
+    Raises:
+      BrokenProcessPool: if the process was killed; else what the function raised.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+class ResidentPeak:
+    """Largest resident memory of this process since the object was made, beyond what it held.
+
+    Linux only; elsewhere it reads 0.
+    """
+
+    def __init__(self) -> None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        self._before = _status("VmRSS")
+
+    def __call__(self) -> int:
+        """Bytes."""
+        return max(_status("VmHWM") - self._before, 0)
+
+
+def _status(field: str) -> int:
+    """A field of Linux's /proc/self/status in bytes; 0 where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    values = [line.split()[1] for line in lines if line.startswith(field + ":")]
+    return int(values[0]) * 1024 if values else 0
+
+
+def machine() -> dict[str, str]:
+    """What ran the measurement: processor, devices and versions. It takes hold of the devices."""
+    import jax
+
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    versions = {}
+    for name in ("jax", "torch", "transformers"):
+        versions[name] = "not installed"
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": f"{processor}, {cores} cores",
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        **versions,
+    }

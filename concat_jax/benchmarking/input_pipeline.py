@@ -1,0 +1,128 @@
+"""How fast training batches are made, beside decoding the JPEGs alone, and where the time goes.
+
+Seconds are those of the processor, not of the clock, so that they hold for one core whatever else
+the machine does; what waits for a disk is not in them.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from concat_jax.benchmarking.harness import Measurement, Work
+from concat_jax.benchmarking.inputs import Case
+from concat_jax.evaluation.report import markdown_table
+from data_pipelines import augment, placement
+from data_pipelines.loader import SegmentationLoader
+from data_pipelines.shards.build import build_shards
+from data_pipelines.shards.source import ShardSource
+from data_pipelines.sources.pictures import open_picture
+from data_pipelines.sources.registry import open_source
+
+CLOCK = time.process_time
+RAW = "JPEG to array, nothing else"
+FOLDER, SHARDS = "batches from the folder", "batches from shards"
+# Parts of the way from the folder to a batch, each measured alone on all images.
+JPEG, READ, RESAMPLE, MAP = "JPEG", "JPEG and id map", "image: resize, crop, flip, pad", "id map"
+DATA_SET = "coco_panoptic_zps"
+
+
+def works(case: Case, part: str = "train2017") -> dict[str, Work]:
+    """Batches from a folder and from shards of it, the JPEGs alone, and parts of the work.
+
+    Args:
+      case: `source` is a folder in COCO's panoptic layout, `height` the side of the training
+        images, `num_images` how many of the folder, first by id, are read in a round: shuffled, and
+        some of them again to fill the last `batch`.
+      part: of the data set.
+
+    Raises:
+      ValueError: for a folder of another layout.
+    """
+    # Of all of COCO, shards would take an hour to build.
+    folder = copy.copy(open_source(DATA_SET, case.source, part))
+    folder.records = folder.records[: case.num_images]
+    size, steps = case.height, range(-(-len(folder.records) // case.batch))
+    options = dict(seed=0, image_size=size, unseen_images="keep", num_threads=1)
+    shards = tempfile.TemporaryDirectory()
+    settings = dict(unseen="keep", num_shards=1, workers=1)
+    build_shards(shards.name, folder, dataset=DATA_SET, part=part, **settings)
+    from_folder = SegmentationLoader(folder, **options)
+    from_shards = SegmentationLoader(ShardSource(shards.name, part), **options)
+    from_shards.temporary_folder = shards  # it goes when the loader goes
+    batches = [from_folder.batch(step, case.batch)["image_id"] for step in steps]
+    of_id = {record.image_id: record for record in folder.records}
+    records = [of_id[image_id] for ids in batches for image_id in ids.tolist()]
+    paths = [folder.images_folder / record.file_name for record in records]
+    read = [folder.read(record) for record in records]
+    images, maps = zip(*((np.asarray(image), ids) for image, ids in read), strict=True)
+    places = [
+        augment.sample_jitter(np.random.default_rng([0, number]), *ids.shape, size)
+        for number, ids in enumerate(maps)
+    ]
+    canvas = np.empty((size, size, 3), np.uint8)
+
+    def decode(path: Any) -> None:
+        image = Image.open(io.BytesIO(path.read_bytes()))
+        # Pillow's `convert` copies what is RGB already.
+        np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+    def each(function: Callable[..., Any], *columns: Any) -> Work:
+        def call() -> dict[str, Any]:
+            for row in zip(*columns, strict=True):
+                function(*row)
+            return {"images": np.array(len(records))}
+
+        return Work(call)
+
+    return {
+        RAW: each(decode, paths),
+        FOLDER: each(lambda step: from_folder.batch(step, case.batch), steps),
+        SHARDS: each(lambda step: from_shards.batch(step, case.batch), steps),
+        JPEG: each(open_picture, paths),
+        READ: each(folder.read, records),
+        RESAMPLE: each(
+            lambda image, place: placement.place_image(image, place, size, canvas=canvas),
+            images,
+            places,
+        ),
+        MAP: each(lambda ids, place: placement.place_segments(ids, place, 100), maps, places),
+    }
+
+
+def table(case: Case, results: Mapping[str, Measurement]) -> str:
+    """Images a second of a core, and the share of each part of the work."""
+    number = int(results[RAW].outputs["images"])
+    rows = []
+    for name in (RAW, FOLDER, SHARDS):
+        result = results[name]
+        # Round by round, in which the machine is the same for both.
+        shares = np.divide(results[RAW].seconds, result.seconds)
+        rate = f"{number / result.median:.0f}"
+        rows.append([name, rate, result.show(1000 / number, 2), f"{statistics.median(shares):.2f}"])
+    heads = ["variant", "images/s", "ms an image (fastest to slowest round)"]
+    ms = {name: 1000 * result.median / number for name, result in results.items()}
+    parts = {
+        JPEG: ms[JPEG],
+        "id map: PNG, look-up": ms[READ] - ms[JPEG],
+        RESAMPLE: ms[RESAMPLE],
+        "id map: the same, renumber": ms[MAP],
+    }
+    parts["the rest"] = ms[FOLDER] - sum(parts.values())
+    shares = [[n, f"{s:.2f}", f"{100 * s / ms[FOLDER]:.0f} %"] for n, s in parts.items()]
+    return "\n\n".join(
+        [
+            f"Large-scale jitter to {case.height}, images a second of one core:",
+            markdown_table([*heads, "share of JPEG decoding"], rows),
+            markdown_table(["part, from the folder", "ms an image", "share"], shares),
+            "Seconds are the processor's, in one thread; the files were in memory.",
+        ]
+    )
