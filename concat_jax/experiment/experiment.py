@@ -28,7 +28,8 @@ from concat_jax.experiment.parameters import INIT, Parameters, initial_path
 from concat_jax.experiment.setup import make_setup
 from concat_jax.experiment.workdir import claim_workdir, evaluation_settings, read_report
 from concat_jax.inference.heads import TextHead
-from concat_jax.inference.predictor import Network, Predictor
+from concat_jax.inference.predictor import Predictor
+from concat_jax.inference.programs import Network
 from concat_jax.stages.stage import MATCHING_PROJECTOR, TEXT
 from concat_jax.training.checkpoints import CheckpointError
 from concat_jax.training.loop import LoopConfig, train_stage

@@ -12,7 +12,8 @@ import numpy as np
 from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.heads import LinearHead, TextHead, text_head_for
-from concat_jax.inference.predictor import Network, PredictConfig, Predictor
+from concat_jax.inference.predictor import PredictConfig, Predictor
+from concat_jax.inference.programs import Network
 from concat_jax.inference.text_tower import TextTower
 from concat_jax.models.segmentor import DTYPES, make_segmentor
 from concat_jax.text.tokenizer import Tokenizer

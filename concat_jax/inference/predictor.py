@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 from PIL import Image
 
 from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.inference.assign_pixels import PixelCounts, assign_pixels
+from concat_jax.inference import programs
+from concat_jax.inference.assign_pixels import PixelCounts
 from concat_jax.inference.heads import ClassScores, Head
 from concat_jax.inference.images import Buckets, to_rgb
 from concat_jax.inference.instance import Instance, instance_inference
-from concat_jax.inference.panoptic import (
-    KEEP_RULES,
-    SegmentTables,
-    rank_queries,
-    settle_segments,
-)
+from concat_jax.inference.panoptic import KEEP_RULES, SegmentTables
+from concat_jax.inference.programs import Network, Sizes
 from concat_jax.inference.segments import ImageSegments, list_segments
-from concat_jax.inference.semantic import semantic_inference
-from concat_jax.models.segmentor import Segmentor, mask_logits, normalize_images
 
 T = TypeVar("T")
 
@@ -96,14 +88,6 @@ class PredictConfig:
         return self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
 
 
-@flax.struct.dataclass
-class Network:
-    """A segmentor with its parameters, as one argument of a compiled program."""
-
-    params: Any
-    module: Segmentor = flax.struct.field(pytree_node=False)
-
-
 class Prepared(NamedTuple):
     """An image ready for the network.
 
@@ -130,13 +114,6 @@ class Prediction(NamedTuple):
     panoptic: ImageSegments | tuple[ImageSegments, ...] | None = None
     semantic: np.ndarray | None = None
     instances: list[Instance] | None = None
-
-
-class _Sizes(NamedTuple):
-    """[B, 2] (height, width): of the valid part of the mask logits, and of the native image."""
-
-    source_size: jax.Array
-    image_size: jax.Array
 
 
 class Predictor:
@@ -210,14 +187,14 @@ class Predictor:
         image_size = np.array([item.image_size for item in filled], np.int32)
         native_size = np.array([item.native_size for item in filled], np.int32)
         stride = self._segmentor.module.stride
-        sizes = _Sizes((image_size / stride).astype(np.float32), native_size)
+        sizes = Sizes((image_size / stride).astype(np.float32), native_size)
         images, image_size, sizes = self._put((images, image_size, sizes))
         # While nothing is padded the network needs no masks. Once something was, the program that
         # masks serves every image: another one would cost its compilation.
         self._pads |= any(item.image_size != item.image.shape[:2] for item in batch)
         height, width = batch[0].image.shape[:2]
         self._use(f"network {height}x{width}")
-        logits, scores = run_networks(
+        logits, scores = programs.run_networks(
             self._segmentor,
             self._head,
             images,
@@ -266,7 +243,7 @@ class Predictor:
             self.programs.append(program)
 
     def _panoptic(
-        self, logits, scores: ClassScores, sizes: _Sizes, native: Sequence[tuple[int, int]]
+        self, logits, scores: ClassScores, sizes: Sizes, native: Sequence[tuple[int, int]]
     ) -> list:
         config = self.config
         thresholds = {
@@ -279,7 +256,7 @@ class Predictor:
         def tile(origin: np.ndarray, side: int) -> jax.Array:
             nonlocal counts
             self._use(f"panoptic map {side}x{side}")
-            codes, counts = _panoptic_tile(
+            codes, counts = programs.panoptic_tile(
                 logits,
                 scores,
                 counts,
@@ -294,7 +271,7 @@ class Predictor:
 
         maps = _in_tiles(tile, native)
         tables = jax.device_get(
-            _settle(
+            programs.settle(
                 scores,
                 counts,
                 self._is_thing,
@@ -316,7 +293,7 @@ class Predictor:
 
         def tile(origin: np.ndarray, side: int) -> jax.Array:
             self._use(f"semantic map {side}x{side}")
-            return _semantic_tile(logits, scores, shift, sizes, origin, side=side)
+            return programs.semantic_tile(logits, scores, shift, sizes, origin, side=side)
 
         return _in_tiles(tile, native)
 
@@ -336,73 +313,6 @@ class Predictor:
             )
             for row, size in enumerate(native)
         ]
-
-
-@functools.partial(jax.jit, static_argnames=("is_padded", "canvas"))
-def run_networks(
-    segmentor: Network,
-    head: Head,
-    images: jax.Array,
-    image_size: jax.Array,
-    *,
-    is_padded: bool,
-    canvas: tuple[int, int],
-) -> tuple[jax.Array, ClassScores]:
-    """Mask logits [B, N, h, w] and scores of images [B, H, W, 3] uint8.
-
-    Args:
-      is_padded: whether an image is smaller than the batch; then the network masks its padding.
-      canvas: (height, width) that no image exceeds. The logits are those of such an image, zero
-        beyond: post-processing is compiled once and not once a padded shape.
-    """
-    module = segmentor.module
-    output = module.apply(
-        {"params": segmentor.params}, normalize_images(images), image_size if is_padded else None
-    )
-    logits = mask_logits(output.mask_embeddings[:, -1], output.mask_features)
-    missing = (
-        (0, side // module.stride - have)
-        for side, have in zip(canvas, logits.shape[2:], strict=True)
-    )
-    return jnp.pad(logits, ((0, 0), (0, 0), *missing)), head(output.queries[:, -1])
-
-
-@functools.partial(jax.jit, static_argnames=("keep_rule", "side"))
-def _panoptic_tile(
-    logits, scores, counts, sizes, origin, thresholds, mask_threshold, *, keep_rule, side
-) -> tuple[jax.Array, PixelCounts]:
-    # gamma changes names and not who owns a pixel.
-    nobody = jnp.zeros(scores.class_probs.shape[-1] - 1, bool)
-    codes, here = assign_pixels(
-        logits,
-        rank_queries(*scores, nobody, keep_rule=keep_rule, **thresholds),
-        output_size=(side, side),
-        origin=origin,
-        mask_threshold=mask_threshold,
-        **sizes._asdict(),
-    )
-    return codes, counts + here
-
-
-@functools.partial(jax.jit, static_argnames="keep_rule")
-def _settle(
-    scores, counts, is_thing, is_seen, gammas, thresholds, overlap_threshold, *, keep_rule
-) -> SegmentTables:
-    """SegmentTables with an axis of gamma [R] after that of the images."""
-
-    def at(gamma: jax.Array) -> SegmentTables:
-        queries = rank_queries(*scores, is_seen, keep_rule=keep_rule, gamma=gamma, **thresholds)
-        return settle_segments(queries, counts, is_thing, overlap_threshold=overlap_threshold)
-
-    return jax.vmap(at, out_axes=1)(gammas)
-
-
-@functools.partial(jax.jit, static_argnames="side")
-def _semantic_tile(logits, scores, shift, sizes, origin, *, side) -> jax.Array:
-    probs = jnp.maximum(scores.class_probs - jnp.append(shift, 0.0), 0.0)
-    return semantic_inference(
-        logits, probs, output_size=(side, side), origin=origin, **sizes._asdict()
-    )
 
 
 def _at_each_gamma(codes: np.ndarray, tables: SegmentTables) -> tuple[ImageSegments, ...]:

@@ -14,7 +14,8 @@ from concat_jax.benchmarking.two_stage import Paths, Sizes, cut_out, largest_mas
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.panoptic import Fate
-from concat_jax.inference.predictor import Network, PredictConfig, Predictor, Prepared
+from concat_jax.inference.predictor import PredictConfig, Predictor, Prepared
+from concat_jax.inference.programs import Network
 from concat_jax.models.clip_images import normalize_clip_images
 from concat_jax.models.networks import make_networks
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.inference.heads import ClassScores
-from concat_jax.inference.predictor import Network
+from concat_jax.inference.programs import Network
 from concat_jax.models.segmentor import SegmentorOutput
 
 # Pixels of images: void, and one bright channel for each of three queries.

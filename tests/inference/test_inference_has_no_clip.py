@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from concat_jax.inference.heads import TextHead
-from concat_jax.inference.predictor import Network, run_networks
+from concat_jax.inference.programs import Network, run_networks
 from concat_jax.models.networks import make_networks
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
 
