@@ -35,7 +35,8 @@ from concat_jax.benchmarking.programs import (
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.panoptic import Fate, PanopticOutput, panoptic_inference
-from concat_jax.inference.predictor import Network, PredictConfig, run_networks
+from concat_jax.inference.predictor import PredictConfig
+from concat_jax.inference.programs import Network, run_networks
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images, resize_windows
 from concat_jax.models.networks import Networks
 from concat_jax.weights.model_folder import load_model
