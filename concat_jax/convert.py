@@ -11,9 +11,20 @@ DESTINATION is a folder to make: for `concat_jax.predict` and `config.init.segme
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import errno
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
 
 from concat_jax.core import cli
 from concat_jax.core.vocabulary import Vocabulary
@@ -22,7 +33,13 @@ from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.weights.class_names import Classes, new_head, read_classes
 from concat_jax.weights.convert import Source, load_source
 from concat_jax.weights.hugging_face_folder import save_hf_folder
-from concat_jax.weights.model_folder import TASKS, ModelCard, check_destination, save_model
+from concat_jax.weights.model_folder import (
+    TASKS,
+    ModelCard,
+    Params,
+    check_destination,
+    save_model,
+)
 
 FORMATS = ("orbax", "hf")
 USAGE = "python -m concat_jax.convert SOURCE DESTINATION [flags]"
@@ -57,21 +74,21 @@ def convert(
     """Convert a model and print what became of its arrays.
 
     Args:
-        source: folder or file, as `load_source` takes it.
-        destination: folder to make.
-        classes: file that names the classes, "" to go by the source.
-        reinit_head: make a new class head, for the classes of the file or as many as there were.
-        task: one of `TASKS`, "" to go by the source.
-        to: "orbax" or "hf".
-        overwrite: replace a model at the destination.
+      source: folder or file, as `load_source` takes it.
+      destination: folder to make.
+      classes: file that names the classes, "" to go by the source.
+      reinit_head: make a new class head, for the classes of the file or as many as there were.
+      task: one of `TASKS`, "" to go by the source.
+      to: "orbax" or "hf".
+      overwrite: replace a model at the destination.
 
     Returns:
-        The card of what was written.
+      The card of what was written.
 
     Raises:
-        ValueError: the source cannot be converted, the classes do not fit its head, or the
-            destination is taken.
-        OSError: a file cannot be read or written.
+      ValueError: the source cannot be converted, the classes do not fit its head, or the
+        destination is taken.
+      OSError: a file cannot be read or written.
     """
     for flag, value, valid in (("to", to, FORMATS), ("task", task, ("", *TASKS))):
         if value not in valid:
@@ -85,7 +102,7 @@ def convert(
     known = _coco_classes()
     named = read_classes(classes, known) if classes else None
 
-    model = load_source(source, known)
+    model = load_source(source, known, named, new_head=reinit_head)
     print(f"{source} is {model.kind}.")
     model = _with_classes(model, named, reinit_head)
     print(model.report)
@@ -99,9 +116,51 @@ def convert(
     for note in (*model.notes, *_describe(card, model.classes)):
         print(note)
     save = save_hf_folder if to == "hf" else save_model
-    save(destination, model.params, card, overwrite=overwrite)
+    with _one_reason(destination, model.params):
+        save(destination, model.params, card, overwrite=overwrite)
     print(f"Wrote {destination}.")
     return card
+
+
+@contextlib.contextmanager
+def _one_reason(destination: str, params: Params) -> Iterator[None]:
+    """What a disk refuses is one sentence, whatever Orbax and its threads tell about it.
+
+    Raises:
+      OSError: there is no room, or a file cannot be written; nothing of the model is kept.
+    """
+    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
+    folder = Path(os.path.realpath(destination)).parent
+    disk = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.is_dir()))
+    if disk.total and disk.free < size:
+        raise OSError(
+            f"{destination} cannot be written: it takes {size / 1e6:,.1f} MB and the disk has "
+            f"{disk.free / 1e6:,.1f} MB left; make room or name another folder."
+        )
+    shown, level = sys.excepthook, logging.get_verbosity()
+
+    def passed_over(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        # TensorStore's threads report the writes that were given up to a loop that is gone.
+        if str(error) != "Event loop is closed":
+            shown(kind, error, trace)
+
+    sys.excepthook = passed_over
+    logging.set_verbosity(logging.FATAL)  # Orbax logs what it raises
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        reasons = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
+        reason = next((reason for reason in reasons if reason in text), "")
+        if not reason and isinstance(error, ValueError | OSError):
+            raise
+        time.sleep(0.5)  # for those threads to end
+        raise OSError(
+            f"{destination} cannot be written: {reason or text[:200]}; nothing of it was kept."
+        ) from error
+    finally:
+        sys.excepthook = shown
+        logging.set_verbosity(level)
 
 
 def _coco_classes() -> Vocabulary:
@@ -120,26 +179,26 @@ def _with_classes(model: Source, named: Classes | None, reinit_head: bool) -> So
             "The source is a backbone alone and has no class head; leave out --classes and "
             "--reinit_head."
         )
-    classes = named or model.classes
+    classes = model.classes
     if classes is None:
         raise ValueError("The source has no class head; pass --classes with --reinit_head.")
     if not reinit_head:
-        if model.classes is None:
+        have, want = model.num_classes, len(classes.vocabulary)
+        if have is None:
             raise ValueError(
                 "The source has no class head to name the classes of; pass --reinit_head for a new "
                 "one."
             )
-        have, want = len(model.classes.vocabulary), len(classes.vocabulary)
         if have != want:
             raise ValueError(
                 f"{classes.origin} names {want} classes, but the class head is for {have}; pass "
                 "--reinit_head for a new head, which has to be trained."
             )
-        return dataclasses.replace(model, classes=classes)
+        return model
     params, report = new_head(
         model.params, model.report, len(classes.vocabulary), {**DEFAULTS, **model.config}["width"]
     )
-    return dataclasses.replace(model, params=params, report=report, classes=classes)
+    return dataclasses.replace(model, params=params, report=report)
 
 
 def _describe(card: ModelCard, classes: Classes | None) -> list[str]:
@@ -149,6 +208,7 @@ def _describe(card: ModelCard, classes: Classes | None) -> list[str]:
     if classes.knows_things:
         things = f"{sum(classes.vocabulary.is_thing)} of them things"
     return [
+        *classes.notes,
         f"Classes: {len(classes.vocabulary)}, {things}; from {classes.origin}.",
         f"Task: {card.task or 'unknown; pass --task to say it'}.",
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.core.files import read_json, read_text
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import LinearClassifier
 from concat_jax.weights.hugging_face_config import EXTRA_KEY
 from concat_jax.weights.model_folder import Params
-from concat_jax.weights.report import LoadingReport
+from concat_jax.weights.report import LoadingReport, name_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +26,16 @@ class Classes:
     """The classes of a head, as far as they are known.
 
     Attributes:
-        vocabulary: K classes.
-        knows_things: whether its thing flags mean something.
-        origin: where they come from, for a person to read.
+      vocabulary: K classes.
+      knows_things: whether its thing flags mean something.
+      origin: where they come from, for a person to read.
+      notes: sentences about what was made of the names.
     """
 
     vocabulary: Vocabulary
     knows_things: bool
     origin: str
+    notes: tuple[str, ...] = ()
 
 
 def _classes(
@@ -68,25 +70,24 @@ def read_classes(path: str | os.PathLike[str], known: Vocabulary | None = None) 
     """Classes from a file.
 
     Args:
-        path: a JSON list of `{"id": 1, "name": "person", "isthing": 1}` as COCO's panoptic
-            categories are (id and isthing may be absent), or a text file with a name a line.
-        known: classes whose flags and ids hold where a text file names nothing but them.
+      path: a JSON list of `{"id": 1, "name": "person", "isthing": 1}` as COCO's panoptic categories
+        are (id and isthing may be absent), or a text file with a name a line.
+      known: classes whose flags and ids hold where a text file names nothing but them.
 
     Raises:
-        ValueError: the file is missing or not of this form.
+      ValueError: the file is missing or not of this form.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--classes names {path}, which is not a file.")
+    text = read_text(path)
+    if not text.lstrip().startswith(("[", "{")):
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        if not names:
+            raise ValueError(f"The classes in {path} cannot be used: it names none.")
+        return _classes(names, str(path), known)
+    content = read_json(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        is_json = text.lstrip().startswith(("[", "{"))
-        content = json.loads(text) if is_json else text.splitlines()
-    except ValueError as error:
-        raise ValueError(f"The classes in {path} are not readable: {error}.") from error
-    try:
-        if not is_json:
-            return _classes([n.strip() for n in content if n.strip()] or [""], str(path), known)
         if not isinstance(content, list) or not all(isinstance(c, dict) for c in content):
             raise ValueError('it must be a list of {"id", "name", "isthing"}')
         names = [entry.get("name") for entry in content]
@@ -101,39 +102,74 @@ def read_classes(path: str | os.PathLike[str], known: Vocabulary | None = None) 
         is_thing = None if None in things else [bool(flag) for flag in things]
         return _classes(names, str(path), None, is_thing, ids)
     except ValueError as error:
-        raise ValueError(
-            f"The classes in {path} cannot be used: {error}.".replace("..", ".")
-        ) from (error)
+        reason = str(error).rstrip(".")
+        raise ValueError(f"The classes in {path} cannot be used: {reason}.") from error
 
 
 def classes_from_hf(
-    content: Mapping[str, Any], count: int, known: Vocabulary | None = None
+    content: Mapping[str, Any], count: int | None, known: Vocabulary | None = None
 ) -> Classes | None:
     """Classes from config.json, None where it only numbers them.
 
+    They are id2label's in ascending order of its numbers; `Classes.notes` say where these are not
+    0 to K - 1, or more than K, and which classes have no name.
+
     Args:
-        content: the parsed file.
-        count: K of the head.
-        known: classes whose flags and ids hold where id2label names nothing but them.
+      content: the parsed file.
+      count: K of the head; None for as many as there are names.
+      known: classes whose flags and ids hold where id2label names nothing but them.
 
     Raises:
-        ValueError: id2label is not about K classes.
+      ValueError: id2label is not about K classes.
     """
+    where = "id2label in config.json"
     labels = content.get("id2label") or {}
-    names = [labels.get(str(index)) for index in range(len(labels))]
-    if not labels or names == [f"LABEL_{index}" for index in range(len(names))]:
-        return None
-    if len(names) != count or not all(isinstance(name, str) for name in names):
+    labels = dict(enumerate(labels)) if isinstance(labels, list) else labels
+    try:
+        ids = sorted(map(int, labels))
+        found = [labels[key] for key in sorted(labels, key=int)]
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"id2label in config.json names {len(names)} classes from 0 on, but the class head has "
-            f"{count}; correct it or pass --classes."
+            f"{where} does not number its classes; pass --classes=FILE with a name a line."
+        ) from error
+    if found == [f"LABEL_{index}" for index in range(len(found))]:
+        return None
+    if not all(name is None or isinstance(name, str | int) for name in found):
+        raise ValueError(f"{where} holds what is no name; pass --classes=FILE with a name a line.")
+    names = ["" if name is None else str(name) for name in found]
+    notes, is_dense = [], ids == list(range(len(ids)))
+    count = len(names) if count is None else count
+    if len(names) < count or (len(names) > count and not is_dense):
+        raise ValueError(
+            f"{where} names {len(names)} classes, but the class head has {count}; pass "
+            f"--classes=FILE with {count} names, or --reinit_head for a new head of {len(names)}, "
+            "which has to be trained."
         )
+    if len(names) > count:
+        notes.append(
+            f"{where} names {len(names)} classes, but the class head has {count}; it is left out "
+            f"what comes after: {name_keys(names[count:])}."
+        )
+        names = names[:count]
+    if not is_dense:
+        shown = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+        notes.append(f"{where} numbers its classes {shown}; they are taken in ascending order.")
+    if blank := [index for index, name in enumerate(names) if not name.strip()]:
+        notes.append(f"{where} has no name for {', '.join(f'class_{index}' for index in blank)}.")
+        names = [name if name.strip() else f"class_{index}" for index, name in enumerate(names)]
     extra = content.get(EXTRA_KEY)
-    if not isinstance(extra, Mapping) or "is_thing" not in extra:
-        return _classes(names, "id2label in config.json", known)
-    columns = {key: tuple(extra[key]) for key in ("is_thing", "is_seen", "category_ids")}
-    vocabulary = Vocabulary(names=tuple(names), **columns)
-    return Classes(vocabulary, bool(extra.get("knows_things")), "config.json")
+    if not isinstance(extra, Mapping) or "is_thing" not in extra or len(names) < len(found):
+        classes = _classes(names, where, known)
+        return dataclasses.replace(classes, notes=tuple(notes))
+    try:
+        columns = {key: tuple(extra[key]) for key in ("is_thing", "is_seen", "category_ids")}
+        vocabulary = Vocabulary(names=tuple(names), **columns)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The entry {EXTRA_KEY!r} of config.json does not fit its id2label; remove the entry "
+            "or pass --classes=FILE with a name a line."
+        ) from error
+    return Classes(vocabulary, bool(extra.get("knows_things")), "config.json", tuple(notes))
 
 
 def default_classes(count: int, known: Vocabulary | None = None) -> Classes:
@@ -152,14 +188,14 @@ def new_head(
     """Replace the class head, or add one, by a freshly initialised one.
 
     Args:
-        params: of a segmentor, with or without "classifier".
-        report: of how they were loaded.
-        num_classes: K of the new head.
-        width: D of the queries.
-        seed: of the initial values.
+      params: of a segmentor, with or without "classifier".
+      report: of how they were loaded.
+      num_classes: K of the new head.
+      width: D of the queries.
+      seed: of the initial values.
 
     Returns:
-        New parameters, and the report with the old head among the ignored and the new one named.
+      New parameters, and the report with the old head among the ignored and the new one named.
     """
     queries = jnp.zeros((1, 1, width), jnp.float32)
     head = LinearClassifier(num_classes).init(jax.random.key(seed), queries)["params"]

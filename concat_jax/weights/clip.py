@@ -1,7 +1,7 @@
 """CLIP from wherever people have it: Hugging Face, OpenAI's archives, open_clip. No torch, numpy.
 
 What a file is, is told by its content. The sizes come from the config beside it, or from the shapes
-where there is none; see `clip_sizes.py`. The names are in `clip_names.py`.
+where there is none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from concat_jax.models.clip import CLIP, make_clip
 from concat_jax.models.clip_variants import CLIP_VARIANTS
 from concat_jax.text.tokenizer import has_clip_tokenizer
 from concat_jax.weights.clip_sizes import (
-    Config,
     check_statistics,
     clip_config_from_hf,
     clip_config_from_open_clip,
@@ -29,37 +28,27 @@ from concat_jax.weights.clip_sizes import (
     sizes_from_shapes,
     variant_of,
 )
-from concat_jax.weights.files.readers import read_weights
-from concat_jax.weights.files.torch_script import is_torch_script, read_torch_script
+from concat_jax.weights.files.readers import WeightsFile, read_weights
 from concat_jax.weights.hugging_face_folder import (
     CONFIG_NAME,
     PREPROCESSOR_NAME,
     WEIGHTS_NAMES,
-    read_json,
+    read_json_object,
 )
-from concat_jax.weights.names.clip import (
-    HF_PATCHES,
-    OPENAI_PATCHES,
-    OPENAI_SIZES,
-    VISION,
-    Arrays,
-    hf_rows,
-    is_buffer,
-    openai_rows,
-    our_shapes,
-    with_flat_patches,
-)
-from concat_jax.weights.names.rename import Rename, name_keys, params_from_state_dict
-from concat_jax.weights.report import LoadingReport
+from concat_jax.weights.names import clip as names
+from concat_jax.weights.names.table import find, to_ours
+from concat_jax.weights.report import LoadingReport, name_keys
 
 Params = Mapping[str, Any]
 
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # What CLIP's own patch embedding consists of.
-PATCH_STEM = {f"{VISION}/patch_embedding/projection/kernel"}
+PATCH_STEM = {f"{names.VISION}/patch_embedding/projection/kernel"}
 # Fields that the tokenizer decides, not config.model.clip.
 _TOKENIZER_FIELDS = ("vocab_size", "context_length")
+# What no shape shows.
+_SHAPELESS = ("image_heads", "text_heads", "activation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +56,15 @@ class ClipWeights:
     """A CLIP that was read. `print` shows its size and what became of the file's arrays.
 
     Attributes:
-        config: fields for `make_clip`; image_size is the resolution that the file was trained at.
-        params: float32 numpy "params" collection of `CLIP`.
-        tokenizer_files: folder with tokenizer.json, or vocab.json and merges.txt; None where the
-            source has none.
-        source: the path as given.
-        kind: what the source is, for a person to read.
-        assumed: fields of `config` that nothing in or beside the source tells.
-        report: what became of every array.
+      config: fields for `make_clip`; image_size is the resolution that the file was trained at.
+      params: float32 numpy "params" collection of `CLIP`.
+      tokenizer_files: folder with tokenizer.json, or vocab.json and merges.txt; None where the
+        source has none.
+      source: the path as given.
+      kind: what the source is, for a person to read.
+      assumed: fields of `config` that nothing in or beside the source tells.
+      report: what became of every array.
+      notes: sentences about what was left out of the file.
     """
 
     config: Mapping[str, Any]
@@ -84,6 +74,7 @@ class ClipWeights:
     kind: str = "CLIP"
     assumed: tuple[str, ...] = ()
     report: LoadingReport = dataclasses.field(default_factory=lambda: LoadingReport({}, {}))
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         config, ignored = self.config, self.report.ignored
@@ -101,7 +92,7 @@ class ClipWeights:
         if self.assumed:
             fields = ", ".join(f"{field} {config[field]!r}" for field in self.assumed)
             line += f"; assumed, since nothing beside the file tells: {fields}"
-        return line
+        return "; ".join((line, *(note.rstrip(".") for note in self.notes)))
 
 
 def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
@@ -112,133 +103,91 @@ def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
     What was so decided is in `ClipWeights.assumed`.
 
     Args:
-        path: a Hugging Face folder or the file of weights in it; an OpenAI `.pt` (TorchScript
-            archive or state_dict); a file of open_clip, or its folder.
+      path: a Hugging Face folder or the file of weights in it; an OpenAI `.pt` (TorchScript
+      archive or state_dict); a file of open_clip, or its folder.
 
     Raises:
-        ValueError: it is missing, broken, no such CLIP, of an architecture that `CLIP` does not
-            have, of other sizes than its config says, or holds values that are not finite; the
-            sentence names the file.
+      ValueError: it is missing, broken, no such CLIP, of an architecture that `CLIP` does not have,
+      of other sizes than its config says, or holds values that are not finite; the sentence names
+      the file.
     """
     path = Path(path)
     file = _weights_file(path) if path.is_dir() else path
-    if is_torch_script(file):
-        arrays, is_openais = read_torch_script(file), True
-    else:
-        content = read_weights(file)
-        arrays = dict(content.arrays)
-        is_checkpoint = bool(content.other)
-        if all(name.startswith("module.") for name in arrays):  # trained on several devices
-            is_checkpoint = True
-            arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
-        is_open_clips = file.suffix == ".safetensors" or file.name in OPEN_CLIP_WEIGHTS_NAMES
-        is_openais = not is_open_clips and not is_checkpoint
+    content = read_weights(file)
     try:
-        if any(name.startswith(("visual.layer1.", "visual.attnpool.")) for name in arrays):
+        if any(name.startswith(("visual.layer1.", "visual.attnpool.")) for name in content.arrays):
             raise ValueError(
                 "its image tower is a ResNet (RN50 and relatives); take a CLIP with a ViT, such as "
                 "ViT-B/16"
             )
-        if any(name.startswith(("vision_model.", "text_model.")) for name in arrays):
-            return _read_hf(path, file, arrays)
-        if OPENAI_PATCHES not in arrays:
-            raise ValueError(f"it holds weights of another model ({name_keys(arrays)})")
-        return _read_openai(path, file, arrays, is_openais)
+        is_hf = any(name.startswith(("vision_model.", "text_model.")) for name in content.arrays)
+        if not is_hf and "visual.conv1.weight" not in content.arrays:
+            raise ValueError(f"it holds weights of another model ({name_keys(content.arrays)})")
+        found = find(content.arrays, names.HUGGING_FACE if is_hf else names.OPENAI)
+        config: dict[str, Any] = {}
+        if not is_hf or not (file.parent / CONFIG_NAME).is_file():
+            config = {**sizes_from_shapes(found.shapes(), found.naming), "eot_id": None}
+        describe = _of_hf if is_hf else _of_openai
+        config, kind, assumed = describe(file, content, config)
+        params, report = to_ours(found, _shapes(_abstract(make_clip(config))))
     except ValueError as error:
-        reason = str(error).rstrip(".").replace("The checkpoint's", "its")
+        reason = str(error).rstrip(".")
         raise ValueError(f"{path} cannot be read as a CLIP: {reason}.") from error
-
-
-def _weights_file(folder: Path) -> Path:
-    config = folder / CONFIG_NAME
-    is_hf = config.is_file() and read_json(config).get("model_type") == "clip"
-    # Folders of open_clip's weights may hold a config.json and a model of another library, too.
-    both = (WEIGHTS_NAMES, OPEN_CLIP_WEIGHTS_NAMES)
-    names = [name for group in (both if is_hf else both[::-1]) for name in group]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{folder} holds no weights of a CLIP; they are {' or '.join(names)}.")
-
-
-def _read_hf(path: Path, file: Path, arrays: Arrays) -> ClipWeights:
-    folder = file.parent
-    rows = hf_rows(arrays)
-    assumed: tuple[str, ...] = ()
-    if (folder / CONFIG_NAME).is_file():
-        try:
-            config = clip_config_from_hf(read_json(folder / CONFIG_NAME))
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise ValueError(f"of its {CONFIG_NAME}, {error}") from error
-        arrays = _checked(arrays, rows, HF_PATCHES)
-    else:
-        arrays = _checked(arrays, rows, HF_PATCHES)
-        config = heads_as_openai(sizes_from_shapes(our_shapes(arrays, rows)))
-        config |= {"activation": "quick_gelu", "eot_id": None}
-        assumed = ("image_heads", "text_heads", "activation")
-    if (folder / PREPROCESSOR_NAME).is_file():
-        preprocessing = read_json(folder / PREPROCESSOR_NAME)
-        check_statistics(preprocessing.get("image_mean"), preprocessing.get("image_std"))
-    return _finish(path, file, arrays, rows, config, "Hugging Face", assumed)
-
-
-def _read_openai(path: Path, file: Path, arrays: Arrays, is_openais: bool) -> ClipWeights:
-    # open_clip keeps the text tower of its newer class under "text."; inside, names are the same.
-    arrays = {name.removeprefix("text."): array for name, array in arrays.items()}
-    rows = openai_rows(arrays)
-    has_sizes = any(name in arrays for name in OPENAI_SIZES)  # which OpenAI's own files have
-    arrays = _checked(arrays, rows, OPENAI_PATCHES)
-    sizes = sizes_from_shapes(our_shapes(arrays, rows))
-    assumed: tuple[str, ...] = ()
-    if (beside := file.parent / OPEN_CLIP_CONFIG_NAME).is_file():
-        try:
-            config = clip_config_from_open_clip(read_json(beside), sizes)
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise ValueError(f"of its {OPEN_CLIP_CONFIG_NAME}, {error}") from error
-        kind = "open_clip"
-    else:
-        config = heads_as_openai(sizes)
-        is_openais |= has_sizes
-        config["activation"] = "quick_gelu" if is_openais else "gelu"
-        kind = "OpenAI" if is_openais else "open_clip"
-        if not has_sizes:
-            assumed = ("image_heads", "text_heads", "activation")
-    config["eot_id"] = None
-    return _finish(path, file, arrays, rows, config, kind, assumed)
-
-
-def _checked(arrays: Arrays, rows: list[Rename], patches: str) -> dict[str, np.ndarray]:
-    """`arrays` with flat patches, after a look at whether all are there and no others."""
-    needed = {row.source for row in rows}
-    others = {name for name in arrays if name not in needed and not is_buffer(name)}
-    for what, names in (("lacks", needed - set(arrays)), ("also holds", others)):
-        if names:
-            count = f"{len(names)} array" + "s" * (len(names) > 1)
-            raise ValueError(f"it {what} {count} ({name_keys(names)})")
-    return with_flat_patches(arrays, patches)
-
-
-def _finish(
-    path: Path,
-    file: Path,
-    arrays: Arrays,
-    rows: list[Rename],
-    config: Config,
-    kind: str,
-    assumed: tuple[str, ...],
-) -> ClipWeights:
-    abstract = _abstract(make_clip(config))
-    params, report = params_from_state_dict(arrays, rows, _shapes(abstract), is_ignored=is_buffer)
-    folder = file.parent
     return ClipWeights(
         config=config,
         params=params,
-        tokenizer_files=folder if has_clip_tokenizer(folder) else None,
+        tokenizer_files=clip_tokenizer_folder(file),
         source=str(path),
         kind=kind,
         assumed=assumed,
         report=report,
+        notes=content.notes,
     )
+
+
+def _weights_file(folder: Path) -> Path:
+    config = folder / CONFIG_NAME
+    is_hf = config.is_file() and read_json_object(config).get("model_type") == "clip"
+    # Folders of open_clip's weights may hold a config.json and a model of another library, too.
+    both = (WEIGHTS_NAMES, OPEN_CLIP_WEIGHTS_NAMES)
+    for name in sum(both if is_hf else both[::-1], ()):
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder} holds no weights of a CLIP; they are {' or '.join(sum(both, ()))}.")
+
+
+Description = tuple[dict[str, Any], str, tuple[str, ...]]
+
+
+def _of_hf(file: Path, content: WeightsFile, sizes: dict[str, Any]) -> Description:
+    """Config, kind, and the fields of it that nothing tells."""
+    beside, preprocessor = file.parent / CONFIG_NAME, file.parent / PREPROCESSOR_NAME
+    if preprocessor.is_file():
+        preprocessing = read_json_object(preprocessor)
+        check_statistics(preprocessing.get("image_mean"), preprocessing.get("image_std"))
+    if sizes:
+        return {**heads_as_openai(sizes), "activation": "quick_gelu"}, "Hugging Face", _SHAPELESS
+    try:
+        return clip_config_from_hf(read_json_object(beside)), "Hugging Face", ()
+    except ValueError as error:
+        raise ValueError(f"of its {CONFIG_NAME}, {error}") from error
+
+
+def _of_openai(file: Path, content: WeightsFile, sizes: dict[str, Any]) -> Description:
+    """As `_of_hf`."""
+    if (beside := file.parent / OPEN_CLIP_CONFIG_NAME).is_file():
+        try:
+            return clip_config_from_open_clip(read_json_object(beside), sizes), "open_clip", ()
+        except ValueError as error:
+            raise ValueError(f"of its {OPEN_CLIP_CONFIG_NAME}, {error}") from error
+    # open_clip's are safetensors, and checkpoints of training on several devices.
+    is_open_clips = file.suffix == ".safetensors" or file.name in OPEN_CLIP_WEIGHTS_NAMES
+    is_open_clips |= bool(content.other) or "module." in content.prefixes
+    has_sizes = any(name in content.arrays for name in names.OPENAI_SIZES)  # as OpenAI's own have
+    is_openais = content.is_script or has_sizes or not is_open_clips
+    config = {**heads_as_openai(sizes), "activation": "quick_gelu" if is_openais else "gelu"}
+    kind = "OpenAI" if is_openais else "open_clip"
+    return config, kind, () if has_sizes else _SHAPELESS
 
 
 def _abstract(clip: CLIP) -> Params:
@@ -256,7 +205,7 @@ def clip_tokenizer_folder(path: str | os.PathLike[str]) -> Path | None:
     """Where the tokenizer of `read_clip(path)` is, without reading the weights.
 
     Returns:
-        The folder, as `ClipWeights.tokenizer_files`; None where there is none.
+      The folder, as `ClipWeights.tokenizer_files`; None where there is none.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -267,15 +216,15 @@ def clip_params_for(weights: ClipWeights, abstract: Params, clip: CLIP | None = 
     """The parameters of `weights`, if they are those of the CLIP that is configured.
 
     Args:
-        weights: as `read_clip` gives them.
-        abstract: tree of the shapes that the configured CLIP has.
-        clip: it; heads and activation, which no shape shows, are compared where it is given.
+      weights: as `read_clip` gives them.
+      abstract: tree of the shapes that the configured CLIP has.
+      clip: it; heads and activation, which no shape shows, are compared where it is given.
 
     Returns:
-        `weights.params`.
+      `weights.params`.
 
     Raises:
-        ValueError: the sizes differ; the sentence names the fields of config.model.clip.
+      ValueError: the sizes differ; the sentence names the fields of config.model.clip.
     """
     wanted_shapes = _shapes(abstract)
     if PATCH_STEM != {name for name in wanted_shapes if "/patch_embedding/" in name}:
@@ -285,7 +234,7 @@ def clip_params_for(weights: ClipWeights, abstract: Params, clip: CLIP | None = 
         )
     wanted = sizes_from_shapes(wanted_shapes)
     if clip is not None:
-        wanted |= {f: getattr(clip, f) for f in ("image_heads", "text_heads", "activation")}
+        wanted |= {f: getattr(clip, f) for f in _SHAPELESS}
     different = {
         field: (weights.config[field], mine)
         for field, mine in wanted.items()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from concat_jax.weights.class_names import Classes, classes_from_hf, default_cla
 from concat_jax.weights.files.readers import read_weights
 from concat_jax.weights.hugging_face_config import EXTRA_KEY
 from concat_jax.weights.hugging_face_folder import CONFIG_NAME, load_hf_folder
-from concat_jax.weights.imagenet import backbone_params_from_imagenet, is_imagenet_backbone
 from concat_jax.weights.model_folder import CARD_NAME, TASKS, Params, load_model
-from concat_jax.weights.names.detectron2 import PADING_MODULES, segmentor_params_from_detectron2
-from concat_jax.weights.names.hugging_face import BACKBONE
-from concat_jax.weights.names.rename import name_keys
-from concat_jax.weights.report import LoadingReport
+from concat_jax.weights.names.mask2former import PADING_MODULES
+from concat_jax.weights.report import LoadingReport, name_keys
+from concat_jax.weights.segmentors import (
+    backbone_params_from_imagenet,
+    is_imagenet_backbone,
+    segmentor_params_from_detectron2,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +32,13 @@ class Source:
     """A model that was read.
 
     Attributes:
-        kind: what it is, for a person to read.
-        params: as `save_model` takes them.
-        config: for `make_segmentor`.
-        report: what became of every array.
-        classes: of the class head, None without one.
-        task: one of `TASKS`, or "" where nothing tells.
-        notes: sentences that somebody who uses the weights should read.
+      kind: what it is, for a person to read.
+      params: as `save_model` takes them.
+      config: for `make_segmentor`.
+      report: what became of every array.
+      classes: of the class head, None without one.
+      task: one of `TASKS`, or "" where nothing tells.
+      notes: sentences that somebody who uses the weights should read.
     """
 
     kind: str
@@ -46,83 +49,108 @@ class Source:
     task: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def num_classes(self) -> int | None:
+        """K of the class head, None without one."""
+        if "classifier" not in self.params:
+            return None
+        return (
+            self.params["classifier"]["class_embed"]["bias"].shape[0] - 1
+        )  # the last is no-object
 
-def load_source(path: str | os.PathLike[str], known: Vocabulary | None = None) -> Source:
+
+def load_source(
+    path: str | os.PathLike[str],
+    known: Vocabulary | None = None,
+    named: Classes | None = None,
+    *,
+    new_head: bool = False,
+) -> Source:
     """Read a model; what it is is told by its content.
 
     Args:
-        path: a folder (ours or Hugging Face's), or a file that `read_weights` reads.
-        known: COCO panoptic's classes: for heads of as many classes that nothing names, and for
-            the thing flags of heads whose names are among them.
+      path: a folder (ours or Hugging Face's), or a file that `read_weights` reads.
+      known: COCO panoptic's classes: for heads of as many classes that nothing names, and for the
+        thing flags of heads whose names are among them.
+      named: the classes, where somebody named them; the source's own are not looked at then.
+      new_head: the class head is to be replaced: the source may name other classes than it has.
 
     Raises:
-        ValueError: it is none of these, broken, or of an architecture that is none of ours.
-        OSError: it cannot be read.
+      ValueError: it is none of these, broken, or of an architecture that is none of ours.
+      OSError: it cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        if (path / CARD_NAME).is_file():
-            return _from_model_folder(path)
-        if (path / CONFIG_NAME).is_file():
-            return _from_hf_folder(path, known)
-        raise ValueError(
-            f"{path} holds neither {CARD_NAME} (a model of ours) nor {CONFIG_NAME} (a Hugging Face "
-            "model); name a folder with one of them, or a file of weights."
-        )
     if not path.exists():
         raise ValueError(f"There is no file or folder {path}.")
-    return _from_file(path, known)
+    with _named(path):
+        if not path.is_dir():
+            return _from_file(path, known, named)
+        if (path / CARD_NAME).is_file():
+            return _from_model_folder(path, named)
+        if (path / CONFIG_NAME).is_file():
+            return _from_hf_folder(path, known, named, new_head)
+    raise ValueError(
+        f"{path} holds neither {CARD_NAME} (a model of ours) nor {CONFIG_NAME} (a Hugging Face "
+        "model); name a folder with one of them, or a file of weights."
+    )
 
 
-def _from_model_folder(path: Path) -> Source:
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors name the source."""
+    try:
+        yield
+    except ValueError as error:
+        reason = str(error).rstrip(".")
+        what = reason if str(path) in reason else f"{path} cannot be converted: {reason}"
+        raise ValueError(f"{what}.") from error
+
+
+def _from_model_folder(path: Path, named: Classes | None) -> Source:
     params, card = load_model(path)
     flat = traverse_util.flatten_dict(params, sep="/")
     report = LoadingReport({name: name for name in flat}, {k: np.shape(v) for k, v in flat.items()})
-    classes = None
-    if card.vocabulary is not None:
+    classes = named
+    if card.vocabulary is not None and named is None:
         classes = Classes(card.vocabulary, card.knows_things, f"{path / CARD_NAME}")
     return Source("a model folder", params, card.segmentor, report, classes, card.task)
 
 
-def _from_hf_folder(path: Path, known: Vocabulary | None) -> Source:
-    params, config, report, content = load_hf_folder(path)
-    classes = None
-    if (count := _num_classes(params)) is not None:
-        classes = classes_from_hf(content, count, known) or default_classes(count, known)
+def _from_hf_folder(
+    path: Path, known: Vocabulary | None, named: Classes | None, new_head: bool
+) -> Source:
+    params, config, report, content, notes = load_hf_folder(path)
+    model = Source("a Hugging Face Mask2Former", params, config, report, named, "", notes)
+    if (count := model.num_classes) is not None and named is None:
+        classes = classes_from_hf(content, None if new_head else count, known)
+        model = dataclasses.replace(model, classes=classes or default_classes(count, known))
     extra = content.get(EXTRA_KEY)
-    task = extra.get("task", "") if isinstance(extra, Mapping) else ""
-    return Source(
-        "a Hugging Face Mask2Former",
-        params,
-        config,
-        report,
-        classes,
-        task if task in TASKS else _guess_task(path, classes),
+    task = extra.get("task") if isinstance(extra, Mapping) else ""
+    return dataclasses.replace(
+        model, task=task if task in TASKS else _guess_task(path, model.classes)
     )
 
 
-def _from_file(path: Path, known: Vocabulary | None) -> Source:
+def _from_file(path: Path, known: Vocabulary | None, named: Classes | None) -> Source:
     file = read_weights(path)
-    notes = []
-    if file.other:
-        notes.append(f"Beside the weights the file holds {name_keys(file.other)}; ignored.")
-    if any(BACKBONE in key for key in file.arrays):
+    notes = list(file.notes)
+    if any(".pixel_level_module." in f".{key}" for key in file.arrays):
         raise ValueError(
             f"{path} holds a Hugging Face Mask2Former, whose sizes stand in its config.json; name "
             "the folder with both."
         )
-    if any(key.removeprefix("module.").startswith("sem_seg_head.") for key in file.arrays):
+    if any(key.startswith("sem_seg_head.") for key in file.arrays):
         params, config, report = segmentor_params_from_detectron2(file.arrays)
-        if any(key.removeprefix("module.").startswith("new_fc.") for key in report.ignored):
+        if any(key.startswith("new_fc.") for key in report.ignored):
             notes.append(
                 "It is a checkpoint of PADing's second stage: the class head is the first stage's "
                 f"class_embed; the second stage's {', '.join(PADING_MODULES)} are ignored."
             )
-        count = _num_classes(params)
-        classes = None if count is None else default_classes(count, known)
-        task = _guess_task(path, classes)
         kind = "a Detectron2 Mask2Former"
-        return Source(kind, params, config, report, classes, task, tuple(notes))
+        model = Source(kind, params, config, report, named, "", tuple(notes))
+        if model.num_classes is not None and named is None:
+            model = dataclasses.replace(model, classes=default_classes(model.num_classes, known))
+        return dataclasses.replace(model, task=_guess_task(path, model.classes))
     if is_imagenet_backbone(file.arrays):
         params, config, report = backbone_params_from_imagenet(file.arrays)
         kind = "a backbone trained on ImageNet"
@@ -131,12 +159,6 @@ def _from_file(path: Path, known: Vocabulary | None) -> Source:
         f"{path} holds weights of an unknown model ({name_keys(file.arrays)}); what can be "
         "converted are a Detectron2 Mask2Former, PADing, and a ResNet or Swin of ImageNet."
     )
-
-
-def _num_classes(params: Params) -> int | None:
-    if "classifier" not in params:
-        return None
-    return params["classifier"]["class_embed"]["bias"].shape[0] - 1  # the last is no-object
 
 
 def _guess_task(path: Path, classes: Classes | None) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.numpy
 
+from concat_jax.core import files
 from concat_jax.weights.files.readers import INDEX_SUFFIX, read_weights
 from concat_jax.weights.hugging_face_config import (
     check_preprocessing,
@@ -19,8 +18,8 @@ from concat_jax.weights.hugging_face_config import (
     segmentor_config_from_hf,
 )
 from concat_jax.weights.model_folder import ModelCard, Params, new_folder
-from concat_jax.weights.names.hugging_face import segmentor_params_from_hf, segmentor_params_to_hf
 from concat_jax.weights.report import LoadingReport
+from concat_jax.weights.segmentors import segmentor_params_from_hf, segmentor_params_to_hf
 
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
@@ -34,16 +33,13 @@ WEIGHTS_NAMES = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Content of a JSON file that holds one object.
 
     Raises:
-        ValueError: it is not JSON, or another thing than an object.
+      ValueError: as `read_json`, or it is another thing than an object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    content = files.read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must be a JSON object.")
     return content
@@ -51,32 +47,32 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def load_hf_folder(
     folder: str | os.PathLike[str],
-) -> tuple[Params, dict[str, Any], LoadingReport, dict[str, Any]]:
+) -> tuple[Params, dict[str, Any], LoadingReport, dict[str, Any], tuple[str, ...]]:
     """Read a Hugging Face Mask2Former.
 
     Args:
-        folder: with config.json and the weights; preprocessor_config.json may be absent.
+      folder: with config.json and the weights; preprocessor_config.json may be absent.
 
     Returns:
-        Parameters and report as `segmentor_params_from_hf` gives them, in between the
-        `make_segmentor` config; and the parsed config.json.
+      Parameters, `make_segmentor` config, report, the parsed config.json, and sentences that
+      somebody who uses the weights should read.
 
     Raises:
-        ValueError: a file is missing or broken, the model is none of ours, or its images are
-            normalised otherwise.
+      ValueError: a file is missing or broken, the model is none of ours, or its images are
+        normalised otherwise.
     """
     folder = Path(folder)
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} holds no {CONFIG_NAME}.")
-    content = read_json(folder / CONFIG_NAME)
+    content = read_json_object(folder / CONFIG_NAME)
     config = segmentor_config_from_hf(content)
+    notes: tuple[str, ...] = ()
     if (folder / PREPROCESSOR_NAME).is_file():
-        check_preprocessing(read_json(folder / PREPROCESSOR_NAME))
+        notes = check_preprocessing(read_json_object(folder / PREPROCESSOR_NAME))
     names = [name for name in WEIGHTS_NAMES if (folder / name).is_file()]
     if not names:
         raise ValueError(f"{folder} holds no weights; they are {' or '.join(WEIGHTS_NAMES)}.")
-    params, report = segmentor_params_from_hf(read_weights(folder / names[0]).arrays, config)
-    return params, config, report, content
+    file = read_weights(folder / names[0])
+    params, report = segmentor_params_from_hf(file.arrays, config)
+    return params, config, report, content, (*file.notes, *notes)
 
 
 def save_hf_folder(
@@ -89,15 +85,15 @@ def save_hf_folder(
     """Write a folder that transformers' `from_pretrained` loads, complete or not at all.
 
     Args:
-        folder: to make.
-        params: `{"segmentor": ..., "classifier": ...}` of a whole segmentor with its class head.
-        card: what it is.
-        overwrite: replace a model that is there.
+      folder: to make.
+      params: `{"segmentor": ..., "classifier": ...}` of a whole segmentor with its class head.
+      card: what it is.
+      overwrite: replace a model that is there.
 
     Raises:
-        ValueError: it is a backbone alone or has no class head, transformers does not do what the
-            config asks for, or the folder's name is taken.
-        OSError: the disk refuses.
+      ValueError: it is a backbone alone or has no class head, transformers does not do what the
+        config asks for, or the folder's name is taken.
+      OSError: the disk refuses.
     """
     if set(params.get("segmentor", {})) == {"backbone"}:
         raise ValueError(
@@ -110,9 +106,15 @@ def save_hf_folder(
             "--classes and --reinit_head to add a new one."
         )
     content = config_to_hf(card)
-    state_dict: dict[str, np.ndarray] = segmentor_params_to_hf(params, card.segmentor)
+    arrays = segmentor_params_to_hf(params, card.segmentor)
     with new_folder(folder, overwrite=overwrite) as temporary:
-        for name, entries in ((CONFIG_NAME, content), (PREPROCESSOR_NAME, preprocessing_to_hf())):
-            (temporary / name).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-        # transformers asks for the format before it reads the file.
-        safetensors.numpy.save_file(state_dict, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        files.write_json(temporary / CONFIG_NAME, content)
+        files.write_json(temporary / PREPROCESSOR_NAME, preprocessing_to_hf())
+        weights = temporary / WEIGHTS_NAME
+        try:
+            # transformers asks for the format before it reads the file.
+            safetensors.numpy.save_file(arrays, weights, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{Path(folder) / WEIGHTS_NAME} cannot be written: {error}") from error
+        # safetensors lets nobody else read its file.
+        weights.chmod((temporary / CONFIG_NAME).stat().st_mode)

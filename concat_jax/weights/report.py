@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 Shape = tuple[int, ...]
 
@@ -19,6 +19,15 @@ GROUPS = {
 BOOKKEEPING = ("num_batches_tracked", "relative_position_index", "attn_mask")
 # Names printed a list: enough to see the pattern, and a report stays on one screen.
 MAX_NAMED = 6
+# Names in an error: enough to see the pattern, short enough to read.
+MAX_KEYS_NAMED = 5
+
+
+def name_keys(keys: Iterable[str]) -> str:
+    """The first keys in alphabetical order, and how many more there are."""
+    keys = sorted(keys)
+    more = f" and {len(keys) - MAX_KEYS_NAMED} more" if len(keys) > MAX_KEYS_NAMED else ""
+    return ", ".join(keys[:MAX_KEYS_NAMED]) + more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +35,11 @@ class LoadingReport:
     """What a conversion did with each array.
 
     Attributes:
-        loaded: our path -> the source key it was filled from.
-        shapes: our path -> shape, of every parameter that was loaded.
-        new: our path -> shape, of every parameter that the source did not hold and that was newly
-            initialised.
-        ignored: source key -> shape, of what was left out.
+      loaded: our path -> the source key it was filled from.
+      shapes: our path -> shape, of every parameter that was loaded.
+      new: our path -> shape, of every parameter that the source did not hold and that was newly
+        initialised.
+      ignored: source key -> shape, of what was left out.
     """
 
     loaded: Mapping[str, str]

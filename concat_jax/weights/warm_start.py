@@ -23,17 +23,17 @@ def segmentor_from_folder(
     """Fill a freshly initialised segmentor with everything that a model's folder has for it.
 
     Args:
-        folder: as `python -m concat_jax.convert` makes it; of a whole segmentor or of a backbone.
-            Its class head is left out: here text tells the classes.
-        config: the segmentor's `make_segmentor` config.
-        fresh: its freshly initialised parameters; what the folder lacks stays as it is there.
+      folder: as `python -m concat_jax.convert` makes it; of a whole segmentor or of a backbone.
+        Its class head is left out: here text tells the classes.
+      config: the segmentor's `make_segmentor` config.
+      fresh: its freshly initialised parameters; what the folder lacks stays as it is there.
 
     Returns:
-        The segmentor's parameters, and a report.
+      The segmentor's parameters, and a report.
 
     Raises:
-        ValueError: the folder cannot be read, or holds a parameter that the segmentor has not, has
-            in another shape, or uses otherwise.
+      ValueError: the folder cannot be read, or holds a parameter that the segmentor has not, has
+        in another shape, or uses otherwise.
     """
     params, card = load_model(folder)
     ours = traverse_util.flatten_dict({"segmentor": fresh}, sep="/")

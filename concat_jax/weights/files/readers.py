@@ -1,4 +1,4 @@
-"""Files of weights as name -> array: safetensors, pickles, and what `torch.save` writes.
+"""Files of weights as name -> array: safetensors, pickles, and what torch writes.
 
 Nothing in a file is run (see `restricted_pickle.py`) and torch is not imported.
 """
@@ -6,42 +6,56 @@ Nothing in a file is run (see `restricted_pickle.py`) and torch is not imported.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
+from concat_jax.core.files import read_json
 from concat_jax.weights.files.restricted_pickle import Tensor, as_array, read_pickle
 from concat_jax.weights.files.torch_files import (
     LEGACY_START,
     ZIP_START,
+    TorchZip,
     read_storage,
     read_torch_legacy,
-    read_torch_zip,
+    script_arrays,
 )
+from concat_jax.weights.report import name_keys
 
-# Where training frameworks keep the weights in a checkpoint: Detectron2, and most others.
-WEIGHT_ENTRIES = ("model", "state_dict")
+# Where training frameworks keep the weights in a checkpoint, one in another at times.
+WEIGHT_ENTRIES = ("model", "state_dict", "model_state_dict", "module")
+# What may stand before each name: the attribute in which a wrapper or a training class holds the
+# model. The second are torch's own wrappers of parts, which no layer is called.
+PREFIXES = ("module.", "model.", "state_dict.")
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+INDEX_SUFFIX = ".index.json"
 # What safetensors calls the types that weights have.
 _SAFETENSORS_TYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": ml_dtypes.bfloat16,
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
 }
 # Of a safetensors header in bytes: the format's own limit.
-MAX_HEADER = 100_000_000
-INDEX_SUFFIX = ".index.json"
+_MAX_HEADER = 100_000_000
+# How files begin that people have in the place of weights.
+_OTHER_FILES = {
+    b"\x1f\x8b": "it is compressed with gzip; unpack it first",
+    b"version https://git-lfs": "it is Git LFS's pointer to the file; get it by `git lfs pull`",
+    b"<": "it is a web page; download the file itself",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,104 +63,143 @@ class WeightsFile:
     """What a file of weights holds.
 
     Attributes:
-        arrays: name -> array, in the file's own types.
-        other: names of what lies beside the weights in a training checkpoint, such as "optimizer",
-            and was not read.
+      arrays: name -> array, in the file's own types.
+      other: names of what lies beside the weights in a training checkpoint, such as "optimizer",
+        and was not read.
+      prefixes: what stood before each name and was taken off, the first one first.
+      is_script: whether it is a TorchScript archive.
     """
 
     arrays: Mapping[str, np.ndarray]
     other: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
+    is_script: bool = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what was left out of the file."""
+        notes = []
+        if self.other:
+            notes.append(f"Beside the weights the file holds {name_keys(self.other)}; ignored.")
+        if self.prefixes:
+            notes.append(
+                f"{' and '.join(map(repr, self.prefixes))} was taken off the names of the file."
+            )
+        return tuple(notes)
 
 
 def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
     """Read a file of weights; its format is told by its first bytes, not by its name.
 
     Args:
-        path: a safetensors file, a pickle of arrays (Detectron2 `.pkl`), a `.pth`, `.pt` or `.bin`
-            of `torch.save`; or the `.index.json` of weights that are split over several files.
+      path: a safetensors file, a pickle of arrays (Detectron2 `.pkl`), a `.pth`, `.pt` or `.bin` of
+        `torch.save` or `torch.jit.save`; or the `.index.json` of weights in several files.
 
     Raises:
-        ValueError: the file is missing, empty, cut off, of another format, holds no weights, or is
-            a pickle that names something weights have no need of; the sentence names the file.
+      ValueError: the file is missing, empty, cut off, of another format, holds no weights, or is a
+        pickle that names something weights have no need of; the sentence names the file.
     """
     path = Path(path)
+    content = _read_parts(path) if path.name.endswith(INDEX_SUFFIX) else _read_file(path)
+    arrays, averaged = dict(content.arrays), ()
+    if any(name.startswith("module.") for name in arrays) and "n_averaged" in arrays:
+        averaged = ("n_averaged",)  # the counter of torch.optim.swa_utils.AveragedModel
+        del arrays["n_averaged"]
+    prefixes: list[str] = []
+    names = {name: name for name in arrays}
+    if wrappers := sorted({found for name in names for found in _WRAPPERS.findall(name)}):
+        prefixes += [f"{wrapper}." for wrapper in wrappers]
+        names = {name: _WRAPPERS.sub("", name) for name in names}
+    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in names.values())), ""):
+        prefixes.append(prefix)
+        names = {name: short.removeprefix(prefix) for name, short in names.items()}
+    if len(set(names.values())) < len(names):
+        raise ValueError(
+            f"{path} cannot be read as weights: two of its names differ in a prefix only."
+        )
+    return dataclasses.replace(
+        content,
+        arrays={names[name]: array for name, array in arrays.items()},
+        other=content.other + averaged,
+        prefixes=tuple(prefixes),
+    )
+
+
+def _read_file(path: Path) -> WeightsFile:
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
-    if path.name.endswith(INDEX_SUFFIX):
-        return _read_parts(path)
     try:
         with path.open("rb") as file:
-            start = file.read(64)
-            file.seek(0)
-            if not start:
-                raise ValueError("it is empty")
-            if start.startswith(ZIP_START):
-                return _pick_weights(read_torch_zip(file))
-            if start.startswith(LEGACY_START):
-                return _pick_weights(read_torch_legacy(file))
-            if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER:
-                return WeightsFile(_read_safetensors(file))
-            if start.startswith(b"\x80") or path.suffix == ".pkl":
-                return _pick_weights(read_pickle(file, read_nested=read_storage))
-            raise ValueError(
-                "it begins like none of safetensors, a pickle and a file of torch.save"
-            )
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as weights: {error}.") from error
+            return _read(file, path.suffix)
+    except Exception as error:  # whatever a damaged file makes the decoders raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        if not isinstance(error, ValueError | OSError):
+            reason = f"it is damaged ({reason or type(error).__name__})"
+        raise ValueError(f"{path} cannot be read as weights: {reason}.") from error
 
 
-def _read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
-    # Not by the package's numpy reader, which knows no bfloat16.
-    length = int.from_bytes(file.read(8), "little")
+def _read(file: BinaryIO, suffix: str) -> WeightsFile:
+    start = file.read(64)
+    file.seek(0)
+    if not start:
+        raise ValueError("it is empty")
+    if start.startswith(ZIP_START):
+        archive = TorchZip(file)
+        if archive.is_script:
+            return WeightsFile(script_arrays(archive.content()), is_script=True)
+        return _pick_weights(archive.content())
+    if start.startswith(LEGACY_START):
+        return _pick_weights(read_torch_legacy(file))
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER:
+        return WeightsFile(_read_safetensors(file.read()))
+    if start.startswith(b"\x80") or suffix == ".pkl":
+        return _pick_weights(read_pickle(file, read_nested=read_storage))
+    for beginning, what in _OTHER_FILES.items():
+        if start.startswith(beginning):
+            raise ValueError(what)
+    raise ValueError("it begins like none of safetensors, a pickle and a file of torch.save")
+
+
+def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
+    # Not by the package's numpy reader, which refuses some types of torch's.
     try:
-        header = json.loads(file.read(length).decode("utf-8"))
-    except ValueError as error:
-        raise ValueError("its safetensors header is cut off or broken") from error
-    content = memoryview(file.read())  # whose slices are no copies
+        entries = safetensors.deserialize(content)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"it is cut off or no safetensors file ({error})") from error
     arrays = {}
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        try:
-            dtype = _SAFETENSORS_TYPES[entry["dtype"]]
-            first, last = entry["data_offsets"]
-            shape = tuple(int(n) for n in entry["shape"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{name} is of a type or shape that weights do not have ({entry})"
-            ) from error
-        if not 0 <= first <= last <= len(content):
-            raise ValueError(f"it is cut off before the end of {name}")
-        if last - first != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
-            raise ValueError(f"{name} has other bytes than its shape {list(shape)} says")
-        numbers = np.frombuffer(content[first:last], dtype) if last > first else np.empty(0, dtype)
-        arrays[name] = numbers.reshape(shape)
+    for name, entry in entries:
+        if entry["dtype"] not in _SAFETENSORS_TYPES:
+            raise ValueError(f"{name} is of type {entry['dtype']}, which weights do not have")
+        numbers = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[entry["dtype"]])
+        arrays[name] = numbers.reshape(entry["shape"])
     if not arrays:
         raise ValueError("it holds no arrays")
     return arrays
 
 
 def _read_parts(path: Path) -> WeightsFile:
-    try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of weights files.") from error
+    content = read_json(path)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{path} is no index of weights files.")
     arrays: dict[str, np.ndarray] = {}
-    for name in sorted(names):
+    for name in sorted(set(places.values())):
         if Path(name).name != name:
             raise ValueError(f"{path} names {name}, which is not a file beside it.")
-        arrays |= read_weights(path.parent / name).arrays
+        arrays |= _read_file(path.parent / name).arrays
     return WeightsFile(arrays)
 
 
 def _pick_weights(content: Any) -> WeightsFile:
     """The weights in what a pickle held, and the names of the rest."""
     other: tuple[str, ...] = ()
-    if isinstance(content, dict):
-        for entry in WEIGHT_ENTRIES:
-            if isinstance(content.get(entry), dict):
-                other = tuple(str(key) for key in content if key != entry)
-                content = content[entry]
-                break
+    for _ in WEIGHT_ENTRIES:  # a file may hold itself: there is no deeper nesting than this
+        nested = content if isinstance(content, dict) else {}
+        entry = next((e for e in WEIGHT_ENTRIES if isinstance(nested.get(e), dict)), None)
+        if entry is None:
+            break
+        other += tuple(str(key) for key in content if key != entry)
+        content = content[entry]
     if isinstance(content, Tensor) or not isinstance(content, dict) or not content:
         raise ValueError("it holds no weights by name (a state_dict)")
     arrays: dict[str, np.ndarray] = {}

@@ -9,7 +9,6 @@ asked to rebuild anything, and a name that is not in the table ends the reading.
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import pickle
 from collections.abc import Callable, Mapping
@@ -75,7 +74,7 @@ class Tensor:
         """A contiguous copy.
 
         Raises:
-            ValueError: the view reaches beyond its storage, or shows more numbers than it holds.
+          ValueError: the view reaches beyond its storage, or shows more numbers than it holds.
         """
         count = math.prod(self.shape)
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
@@ -314,18 +313,18 @@ def read_pickle(file: BinaryIO, **options: Any) -> Any:
     """Read one pickle.
 
     Args:
-        file: at the pickle's first byte; it is left behind its last one.
-        **options: `find_storage(key, dtype, size)` for torch's references to storages,
-            `read_nested(content)` for a torch file inside the pickle, `is_script` for that of a
-            TorchScript archive.
+      file: at the pickle's first byte; it is left behind its last one.
+      **options: `find_storage(key, dtype, size)` for torch's references to storages,
+        `read_nested(content)` for a torch file inside the pickle, `is_script` for that of a
+        TorchScript archive.
 
     Returns:
-        Dicts, lists, numbers, strings, arrays as what `as_array` takes; `ScriptModule`s where it is
-        a TorchScript archive's.
+      Dicts, lists, numbers, strings, arrays as what `as_array` takes; `ScriptModule`s where it is a
+      TorchScript archive's.
 
     Raises:
-        UnsafePickleError: it names a global that is not in the table; nothing has been run.
-        ValueError: it is broken, or no pickle.
+      UnsafePickleError: it names a global that is not in the table; nothing has been run.
+      ValueError: it is broken, or no pickle.
     """
     try:
         return RestrictedUnpickler(file, **options).load()
@@ -333,29 +332,15 @@ def read_pickle(file: BinaryIO, **options: Any) -> Any:
         raise
     except MemoryError as error:
         raise ValueError("it asks for more memory than there is") from error
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except Exception as error:  # of a damaged pickle nearly any
         raise ValueError(f"it is broken or cut off ({' '.join(str(error).split())})") from error
-
-
-def read_pickle_bytes(content: bytes, **options: Any) -> Any:
-    """`read_pickle` of a pickle in memory."""
-    return read_pickle(io.BytesIO(content), **options)
 
 
 def as_array(value: Any) -> np.ndarray | None:
     """The array that an entry of a pickle is, None if it is something else.
 
     Raises:
-        ValueError: it is a tensor whose storage is too small or cannot be read.
+      ValueError: it is a tensor whose storage is too small or cannot be read.
     """
     if isinstance(value, Tensor):
         return value.numpy()

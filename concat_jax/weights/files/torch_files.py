@@ -1,7 +1,9 @@
-"""Files of `torch.save`, read without torch: zip archives, and the older format without zip.
+"""Files of torch, read without torch: zip archives, the older format without zip, TorchScript.
 
 Storages are read only when somebody asks for a tensor of theirs, so the optimizer state of a
-training checkpoint, usually two thirds of it, is passed over.
+training checkpoint, usually two thirds of it, is passed over. Of a TorchScript archive, in which
+OpenAI published CLIP, the pickle is read, the tree of modules with their tensors; its program is
+neither run nor looked at.
 """
 
 from __future__ import annotations
@@ -13,7 +15,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from concat_jax.weights.files.restricted_pickle import Storage, read_pickle, read_pickle_bytes
+from concat_jax.weights.files.restricted_pickle import (
+    ScriptModule,
+    Storage,
+    as_array,
+    read_pickle,
+)
 
 # First pickle of the format without zip, from torch/serialization.py.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -21,13 +28,16 @@ LEGACY_PROTOCOL = 1001
 # How a pickle of protocol 2 with that number in it begins: enough to tell the file by.
 LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 ZIP_START = b"PK\x03\x04"
+# Of the attributes of all modules, counted once a path: far more than any network has, and few
+# enough that modules which share modules which share modules come to an end.
+MAX_ATTRIBUTES = 200_000
 
 
 class TorchZip:
     """The entries of a zip archive that torch wrote.
 
     Attributes:
-        is_script: whether it is a TorchScript program and not what `torch.save` writes.
+      is_script: whether it is a TorchScript program and not what `torch.save` writes.
     """
 
     def __init__(self, file: BinaryIO):
@@ -35,11 +45,11 @@ class TorchZip:
             file: binary, seekable; it has to stay open as long as tensors are read from it.
 
         Raises:
-            ValueError: it is cut off, of another byte order, or torch did not write it.
+          ValueError: it is cut off, of another byte order, or torch did not write it.
         """
         try:
             self._archive = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, struct.error, EOFError, OSError) as error:
+        except Exception as error:  # zipfile documents none of its own
             raise ValueError(f"it is cut off or no zip archive ({error})") from error
         self._entries = {info.filename: info for info in self._archive.infolist()}
         self._storages: dict[str, Storage] = {}
@@ -56,11 +66,10 @@ class TorchZip:
         """What `read_pickle` makes of its pickle.
 
         Raises:
-            UnsafePickleError: as `read_pickle`.
-            ValueError: as `read_pickle`, or an entry is missing, damaged or compressed.
+          ValueError: as `read_pickle`, or an entry is missing, damaged or compressed.
         """
-        return read_pickle_bytes(
-            self._read(f"{self._folder}data.pkl"),
+        return read_pickle(
+            io.BytesIO(self._read(f"{self._folder}data.pkl")),
             find_storage=self._find_storage,
             is_script=self.is_script,
         )
@@ -73,7 +82,7 @@ class TorchZip:
             raise ValueError(f"its entry {name} is compressed, which torch.save does not do")
         try:
             return self._archive.read(name)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except Exception as error:  # zipfile documents none of its own
             raise ValueError(f"its entry {name} is damaged ({error})") from error
 
     def _find_storage(self, key: str, dtype: np.dtype, size: int) -> Storage:
@@ -83,23 +92,40 @@ class TorchZip:
         return self._storages[key]
 
 
-def read_torch_zip(file: BinaryIO) -> Any:
-    """Content of a zip archive of `torch.save` (torch 1.6 and later).
+def script_arrays(root: Any) -> dict[str, np.ndarray]:
+    """Tensors of a TorchScript archive's content, by the names of the module's `state_dict()`.
 
-    Args:
-        file: binary, seekable; it has to stay open as long as tensors are read from it.
-
-    Returns:
-        As `read_pickle`.
+    Tensors that are no parameters (buffers, plain attributes) are among them, since the archive
+    does not tell them apart.
 
     Raises:
-        UnsafePickleError: as `read_pickle`.
-        ValueError: it is cut off, compressed, of another byte order, or a TorchScript program.
+      ValueError: there are no tensors, or modules without end.
     """
-    archive = TorchZip(file)
-    if archive.is_script:
-        raise ValueError("it is a TorchScript program; save its state_dict() with torch.save")
-    return archive.content()
+    arrays: dict[str, np.ndarray] = {}
+    count = 0
+
+    def visit(module: ScriptModule, prefix: str, above: tuple[int, ...]) -> None:
+        nonlocal count
+        if id(module) in above:
+            raise ValueError(f"its module {prefix[:-1]} holds itself")
+        for name, value in module.attributes.items():
+            count += 1
+            if count > MAX_ATTRIBUTES:
+                raise ValueError(f"its modules have over {MAX_ATTRIBUTES:,} attributes")
+            if isinstance(value, ScriptModule):
+                visit(value, f"{prefix}{name}.", (*above, id(module)))
+            elif (array := as_array(value)) is not None:
+                arrays[prefix + name] = array
+
+    if not isinstance(root, ScriptModule):
+        raise ValueError("it holds no module")
+    try:
+        visit(root, "", ())
+    except RecursionError as error:
+        raise ValueError("its modules nest too deep") from error
+    if not arrays:
+        raise ValueError("its modules hold no tensors")
+    return arrays
 
 
 def read_torch_legacy(file: BinaryIO) -> Any:
@@ -109,15 +135,10 @@ def read_torch_legacy(file: BinaryIO) -> Any:
     the storages, whose numbers follow.
 
     Args:
-        file: binary, seekable, at its beginning; it has to stay open as long as tensors are read
-            from it.
-
-    Returns:
-        As `read_pickle`.
+      file: binary, seekable, at its beginning; it stays open as long as tensors are read from it.
 
     Raises:
-        UnsafePickleError: as `read_pickle`.
-        ValueError: it is cut off, or of another format.
+      ValueError: as `read_pickle`, or it is cut off or of another format.
     """
     end = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -159,10 +180,6 @@ def read_torch_legacy(file: BinaryIO) -> Any:
 
 
 def read_storage(content: bytes) -> Any:
-    """The storage that a tensor carries when it was pickled without `torch.save`.
-
-    Raises:
-        ValueError: as `read_torch_zip` and `read_torch_legacy`.
-    """
+    """The storage that a tensor carries when it was pickled without `torch.save`."""
     file = io.BytesIO(content)
-    return read_torch_zip(file) if content.startswith(ZIP_START) else read_torch_legacy(file)
+    return TorchZip(file).content() if content.startswith(ZIP_START) else read_torch_legacy(file)

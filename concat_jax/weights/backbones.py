@@ -1,0 +1,214 @@
+"""What other code bases call each backbone's parameters and sizes, by the kind of our config.
+
+A backbone that is added brings one `BackboneFormat`. The columns of its table are transformers'
+`ResNetBackbone` or `SwinBackbone`; Detectron2 and Mask2Former
+(`mask2former/modeling/backbone/swin.py`); and the classifiers of ImageNet: torchvision's ResNet,
+whose names timm kept, and the Swin repository's Swin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from concat_jax.models.backbones.resnet import BOTTLENECK_EXPANSION
+from concat_jax.models.backbones.swin import NORM_EPSILON
+from concat_jax.weights.names.table import Naming, Section, Shape
+from concat_jax.weights.sizes import HubConfig, read_sizes
+
+# Where the backbone is in our tree.
+PREFIX = "segmentor/backbone/"
+_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+_RESNET: Sequence[Section] = (
+    (
+        ("", "embedder.embedder.", "stem.", ""),
+        """
+    stem_conv       conv    convolution               conv1             conv1
+    stem_norm       frozen  normalization             conv1.norm        bn1
+    """,
+    ),
+    (
+        (
+            "res{s+2}_block{b}/",
+            "encoder.stages.{s}.layers.{b}.",
+            "res{s+2}.{b}.",
+            "layer{s+1}.{b}.",
+        ),
+        """
+    conv{i+1}       conv    layer.{i}.convolution     conv{i+1}         conv{i+1}
+    norm{i+1}       frozen  layer.{i}.normalization   conv{i+1}.norm    bn{i+1}
+    shortcut        conv    shortcut.convolution      shortcut          downsample.0
+    shortcut_norm   frozen  shortcut.normalization    shortcut.norm     downsample.1
+    """,
+    ),
+)
+_SWIN: Sequence[Section] = (
+    (
+        ("", "", "", ""),
+        """
+    output_norm_{s}  norm  hidden_states_norms.stage{s+1}  norm{s}  norm{s}
+    """,
+    ),
+    (
+        ("patch_", "embeddings.", "patch_embed.", "patch_embed."),
+        """
+    projection  conv  patch_embeddings.projection  proj  proj
+    norm        norm  norm                         norm  norm
+    """,
+    ),
+    # Theirs ends a stage with the merging, ours begins the next one with it.
+    (
+        ("merging_{s+1}/", *("encoder.layers.{s}.downsample.", *2 * ("layers.{s}.downsample.",))),
+        """
+    norm              norm    norm       norm       norm
+    reduction         linear  reduction  reduction  reduction
+    """,
+    ),
+    (
+        (
+            "stage_{s}_block_{b}/",
+            *("encoder.layers.{s}.blocks.{b}.", *2 * ("layers.{s}.blocks.{b}.",)),
+        ),
+        """
+    attention_norm    norm    layernorm_before        norm1        norm1
+    attention/query   linear  attention.self.query    attn.qkv[0]  attn.qkv[0]
+    attention/key     linear  attention.self.key      attn.qkv[1]  attn.qkv[1]
+    attention/value   linear  attention.self.value    attn.qkv[2]  attn.qkv[2]
+    attention/output  linear  attention.output.dense  attn.proj    attn.proj
+    ffn_norm          norm    layernorm_after         norm2        norm2
+    ffn_in            linear  intermediate.dense      mlp.fc1      mlp.fc1
+    ffn_out           linear  output.dense            mlp.fc2      mlp.fc2
+    """,
+    ),
+    (
+        (
+            "stage_{s}_block_{b}/attention/",
+            *(
+                "encoder.layers.{s}.blocks.{b}.attention.self.",
+                *2 * ("layers.{s}.blocks.{b}.attn.",),
+            ),
+        ),
+        "relative_position_bias  array  " + " ".join(3 * ("relative_position_bias_table",)),
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneFormat:
+    """A backbone in other code bases.
+
+    Attributes:
+      table: names; columns Hugging Face, Detectron2, ImageNet.
+      first: our path of an array by whose name the backbone is told.
+      config: fields of backbone_config in Hugging Face's config.json.
+      sizes: (our path -> shape, naming) -> fields of our backbone.
+      derived: fields of `config` -> those among them that follow from the others.
+      needed: what our own fields have to be, as other code bases have nothing else.
+      absent: how paths begin of what a classifier of ImageNet does not have.
+    """
+
+    table: Sequence[Section]
+    first: str
+    config: HubConfig
+    sizes: Callable[[Mapping[str, Shape], Naming], dict[str, Any]]
+    derived: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda fields: {}
+    needed: Sequence[tuple[str, Any]] = ()
+    absent: tuple[str, ...] = ()
+
+
+def _hidden_sizes(fields: Mapping[str, Any]) -> dict[str, Any]:
+    expansion = BOTTLENECK_EXPANSION if fields["block"] == "bottleneck" else 1
+    return {"hidden_sizes": [fields["width"] * expansion * factor for factor in (1, 2, 4, 8)]}
+
+
+def _resnet_sizes(shapes: Mapping[str, Shape], naming: Naming) -> dict[str, Any]:
+    stages = {f"{stage}": f"{PREFIX}res{stage}_block#" for stage in range(2, 6)}
+    is_bottleneck = f"{PREFIX}res2_block0/conv3/kernel" in shapes
+    return {
+        "stage_sizes": list(read_sizes(stages, shapes, naming).values()),
+        **read_sizes({"width": f"{PREFIX}stem_conv/kernel [_, _, _, n]"}, shapes, naming),
+        "block": "bottleneck" if is_bottleneck else "basic",
+    }
+
+
+def _swin_sizes(shapes: Mapping[str, Shape], naming: Naming) -> dict[str, Any]:
+    found = read_sizes(
+        {
+            "width": f"{PREFIX}patch_projection/kernel [_, _, _, n]",
+            "patch_size": f"{PREFIX}patch_projection/kernel [n, _, _, _]",
+            "rows": f"{PREFIX}stage_0_block_0/attention/relative_position_bias [n, _]",
+            "hidden": f"{PREFIX}stage_0_block_0/ffn_in/kernel [_, n]",
+            "stages": f"{PREFIX}stage_#_block_0",
+        },
+        shapes,
+        naming,
+    )
+    stages = range(found["stages"])
+    table = "attention/relative_position_bias [_, n]"
+    heads = {str(stage): f"{PREFIX}stage_{stage}_block_0/{table}" for stage in stages}
+    blocks = {str(stage): f"{PREFIX}stage_{stage}_block_#" for stage in stages}
+    return {
+        "stage_sizes": list(read_sizes(blocks, shapes, naming).values()),
+        "width": found["width"],
+        "num_heads": list(read_sizes(heads, shapes, naming).values()),
+        # The table has a row for each of the (2 w - 1)**2 steps from token to token of a window.
+        "window_size": (math.isqrt(found["rows"]) + 1) // 2,
+        "patch_size": found["patch_size"],
+        "mlp_ratio": found["hidden"] // found["width"],
+    }
+
+
+FORMATS: Mapping[str, BackboneFormat] = MappingProxyType(
+    {
+        "resnet": BackboneFormat(
+            _RESNET,
+            "stem_conv/kernel",
+            HubConfig(
+                {
+                    "stage_sizes": ("depths", [3, 4, 6, 3]),
+                    "width": ("embedding_size", 64),
+                    "block": ("layer_type", "bottleneck"),
+                    "hidden_sizes": ("hidden_sizes", [256, 512, 1024, 2048]),
+                },
+                {
+                    "num_channels": 3,
+                    "hidden_act": "relu",
+                    "downsample_in_first_stage": False,
+                    "downsample_in_bottleneck": False,
+                    "out_features": _STAGES,
+                },
+            ),
+            _resnet_sizes,
+            _hidden_sizes,
+            (("norm", "frozen_batch"), ("stem", "standard")),
+        ),
+        "swin": BackboneFormat(
+            _SWIN,
+            "patch_projection/kernel",
+            HubConfig(
+                {
+                    "stage_sizes": ("depths", [2, 2, 6, 2]),
+                    "width": ("embed_dim", 96),
+                    "num_heads": ("num_heads", [3, 6, 12, 24]),
+                    "window_size": ("window_size", 7),
+                    "patch_size": ("patch_size", 4),
+                    "mlp_ratio": ("mlp_ratio", 4),
+                },
+                {
+                    "num_channels": 3,
+                    "qkv_bias": True,
+                    "hidden_act": "gelu",
+                    "use_absolute_embeddings": False,
+                    "layer_norm_eps": NORM_EPSILON,
+                    "out_features": _STAGES,
+                },
+            ),
+            _swin_sizes,
+            absent=("output_norm_",),
+        ),
+    }
+)

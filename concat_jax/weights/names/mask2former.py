@@ -1,0 +1,204 @@
+"""What Hugging Face and Detectron2 call a Mask2Former's parameters, and ImageNet its backbone's.
+
+Sources: `transformers` `models/mask2former/modeling_mask2former.py`, by the names of the published
+files, and Mask2Former `mask2former/modeling/`, on which PADing is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from concat_jax.weights.backbones import FORMATS, PREFIX, BackboneFormat
+from concat_jax.weights.names.table import Naming, Section, columns
+
+# Columns: Hugging Face, Detectron2.
+_PIXEL_DECODER: Sequence[Section] = (
+    (
+        ("", "", ""),
+        """
+    level_embedding       array  level_embed              transformer.level_embed
+    input_projection_{i}  conv   input_projections.{i}.0  input_proj.{i}.0
+    input_norm_{i}        norm   input_projections.{i}.1  input_proj.{i}.1
+    lateral_projection    conv   adapter_1.0              adapter_1
+    lateral_norm          norm   adapter_1.1              adapter_1.norm
+    output_conv           conv   layer_1.0                layer_1
+    output_norm           norm   layer_1.1                layer_1.norm
+    mask_projection       conv   mask_projection          mask_features
+    """,
+    ),
+    (
+        (
+            "layer_{i}/self_attention",
+            "encoder.layers.{i}.self_attn",
+            "transformer.encoder.layers.{i}.",
+        ),
+        """
+    /sampling_offsets   linear  .sampling_offsets   self_attn.sampling_offsets
+    /attention_weights  linear  .attention_weights  self_attn.attention_weights
+    /value_projection   linear  .value_proj         self_attn.value_proj
+    /output_projection  linear  .output_proj        self_attn.output_proj
+    _norm               norm    _layer_norm         norm1
+    """,
+    ),
+    (
+        ("layer_{i}/ffn_", "encoder.layers.{i}.", "transformer.encoder.layers.{i}."),
+        """
+    {in,out}  linear  fc{1,2}           linear{1,2}
+    norm      norm    final_layer_norm  norm2
+    """,
+    ),
+)
+_TRANSFORMER_DECODER: Sequence[Section] = (
+    (
+        ("", "", ""),
+        """
+    query_feature_embedding   array   queries_features.weight  query_feat.weight
+    query_position_embedding  array   queries_embedder.weight  query_embed.weight
+    level_embedding           array   level_embed.weight       level_embed.weight
+    decoder_norm              norm    decoder.layernorm        decoder_norm
+    mask_mlp_{i}   linear  decoder.mask_predictor.mask_embedder.{i}.0  mask_embed.layers.{i}
+    """,
+    ),
+    (
+        (
+            "layer_{i}/cross_attention",
+            "decoder.layers.{i}.cross_attn",
+            "transformer_cross_attention_layers.{i}.",
+        ),
+        """
+    /{query,key,value}  linear  .in_proj_*[{0,1,2}]  multihead_attn.in_proj_*[{0,1,2}]
+    /output             linear  .out_proj            multihead_attn.out_proj
+    _norm               norm    _layer_norm          norm
+    """,
+    ),
+    (
+        (
+            "layer_{i}/self_attention",
+            "decoder.layers.{i}.self_attn",
+            "transformer_self_attention_layers.{i}.",
+        ),
+        """
+    /{query,key,value}  linear  .{q,k,v}_proj  self_attn.in_proj_*[{0,1,2}]
+    /output             linear  .out_proj      self_attn.out_proj
+    _norm               norm    _layer_norm    norm
+    """,
+    ),
+    (
+        ("layer_{i}/ffn_", "decoder.layers.{i}.", "transformer_ffn_layers.{i}."),
+        """
+    {in,out}  linear  fc{1,2}           linear{1,2}
+    norm      norm    final_layer_norm  norm
+    """,
+    ),
+)
+_HEAD: Sequence[Section] = ((("", "", ""), "class_embed  linear  class_predictor  class_embed"),)
+# Modules that PADing adds at the top for its second stage (`PADing/PADing_model.py`): a generator
+# of queries with its losses' networks, and the classifier trained on what it generates.
+PADING_MODULES = (
+    "new_fc",
+    "fc_projection",
+    "dict_feature",
+    "generator",
+    "projection_related",
+    "projection_unrelated",
+    "relation",
+    "decoder",
+)
+# Bookkeeping, and weights that no output depends on.
+_BOOKKEEPING = r"\.(num_batches_tracked|relative_position_index)$|criterion\.empty_weight$"
+
+_heads = [
+    sum(rows, ())
+    for rows in zip(
+        columns(
+            _PIXEL_DECODER,
+            "segmentor/pixel_decoder/",
+            "model.pixel_level_module.decoder.",
+            "sem_seg_head.pixel_decoder.",
+        ),
+        columns(
+            _TRANSFORMER_DECODER,
+            "segmentor/transformer_decoder/",
+            "model.transformer_module.",
+            "sem_seg_head.predictor.",
+        ),
+        columns(_HEAD, "classifier/", "", "sem_seg_head.predictor."),
+        strict=True,
+    )
+]
+
+
+def backbone_format(backbone: Mapping[str, Any]) -> BackboneFormat:
+    """The format of a backbone of our config.
+
+    Raises:
+      ValueError: other code bases do not have such a backbone.
+    """
+    kind = backbone.get("kind", "resnet")
+    if kind not in FORMATS:
+        raise ValueError(
+            f"Other code bases have backbones of kind {' or '.join(FORMATS)}, but the config has "
+            f"{kind!r}; change it."
+        )
+    for field, needed in FORMATS[kind].needed:
+        if backbone.get(field, needed) != needed:
+            raise ValueError(
+                f"Other code bases have backbones with {field} {needed!r}, but the config has "
+                f"{backbone[field]!r}; change it."
+            )
+    return FORMATS[kind]
+
+
+def hugging_face(backbone: Mapping[str, Any]) -> Naming:
+    """Hugging Face's names, for a backbone of our config.
+
+    Raises:
+      ValueError: as `backbone_format`.
+    """
+    table = backbone_format(backbone).table
+    rows, *_ = columns(table, PREFIX, "model.pixel_level_module.encoder.", "", "")
+    return Naming(
+        rows + _heads[0],
+        # A Swin carries the final norm of its classifier.
+        rf"{_BOOKKEEPING}|\.encoder\.swin\.layernorm\.(weight|bias)$",
+        (
+            # Of a Mask2FormerModel, which has no class head around it.
+            (r"^(pixel_level_module|transformer_module)\.", r"model.\1."),
+            # A Swin's names in memory (transformers 5).
+            (r"^(model\.pixel_level_module\.encoder)\.swin\.", r"\1."),
+            (r"\.attention\.q_proj\.", ".attention.self.query."),
+            (r"\.attention\.k_proj\.", ".attention.self.key."),
+            (r"\.attention\.v_proj\.", ".attention.self.value."),
+            (r"\.attention\.o_proj\.", ".attention.output.dense."),
+            (r"\.attention\.relative_position_bias\.", ".attention.self."),
+            (r"\.mlp\.fc1\.", ".intermediate.dense."),
+            (r"\.mlp\.fc2\.", ".output.dense."),
+        ),
+    )
+
+
+def detectron2(kind: str) -> Naming:
+    """Detectron2's names, for a kind of backbone."""
+    rows = columns(FORMATS[kind].table, PREFIX, "", "backbone.", "")[1]
+    return Naming(
+        rows + _heads[1],
+        rf"{_BOOKKEEPING}|^pixel_(mean|std)$|^({'|'.join(PADING_MODULES)})\.",
+        (
+            # The learned queries were once `static_query`, and the pixel decoder's modules once lay
+            # directly in the head (the reference's `_load_from_state_dict`).
+            (r"^(sem_seg_head\.predictor)\.static_query\.", r"\1.query_feat."),
+            (r"^sem_seg_head\.(?!pixel_decoder\.|predictor)", "sem_seg_head.pixel_decoder."),
+        ),
+    )
+
+
+def imagenet(kind: str) -> tuple[Naming, ...]:
+    """The names of classifiers of ImageNet on a kind of backbone: their own, and Detectron2's.
+
+    The second are those of its `tools/convert-torchvision-to-d2.py`. The last layers are ignored,
+    and tables that follow from the sizes.
+    """
+    _, converted, own = columns(FORMATS[kind].table, PREFIX, "", "", "")
+    ignored = rf"{_BOOKKEEPING}|^(stem\.)?(fc|head|norm)\.(weight|bias)$|\.attn_mask$"
+    return tuple(Naming(rows, ignored, ((r"^backbone\.", ""),)) for rows in (own, converted))

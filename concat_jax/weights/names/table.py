@@ -1,0 +1,313 @@
+"""Tables that say where an array of another code base lives in our tree, read in both directions.
+
+A table has a line a layer, with our name, the kind of layer, and a column for each code base:
+
+    layer_{i}/ffn_in                 linear  encoder.layers.{i}.fc1       encoder.{i}.linear1
+    layer_{i}/attention/{query,key}  linear  encoder.layers.{i}.{q,k}_proj  encoder.{i}.qkv_*[{0,1}]
+
+`{i}` is any number, the same one in every column, and `{i+1}` one more; `{a,b}` stands for a line
+with each, in every column in turn; `-` says that the code base has no such layer. A leaf ("weight")
+is the last part of a name, or stands for its `*`; `[1]` is the second third of the rows, where
+torch stacks query, key and value. No table knows how deep or wide a network is: what has to be
+there, the shapes of a configured model say, and `sizes` reads such a config off the arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from concat_jax.weights.report import LoadingReport, name_keys
+
+Shape = tuple[int, ...]
+Section = tuple[Sequence[str], str]
+# Kind of a layer -> torch's leaf -> our leaf and how its axes turn.
+_LEAVES = {
+    "array": {"": ("", "same")},
+    "linear": {"weight": ("kernel", "dense"), "bias": ("bias", "same")},
+    "conv": {"weight": ("kernel", "conv"), "bias": ("bias", "same")},
+    "patches": {"weight": ("kernel", "patches")},
+    "norm": {"weight": ("scale", "same"), "bias": ("bias", "same")},
+    "frozen": {
+        "weight": ("frozen_scale", "same"),
+        "bias": ("frozen_bias", "same"),
+        "running_mean": ("frozen_mean", "same"),
+        "running_var": ("frozen_variance", "same"),
+    },
+}
+_NUMBER = re.compile(r"\{(\w)([+-]\d)?\}")
+_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Where one of our arrays comes from.
+
+    Attributes:
+      ours: path in our tree, joined by "/".
+      theirs: name in the weights file.
+      layout: "same", "dense" ([out, in] -> [in, out]), "conv" ([out, in, h, w] -> [h, w, in, out],
+        or [in, out] where ours is a product and h = w = 1) or "patches" (-> [h * w * in, out]).
+      third: which third of the rows, where torch stacks query, key and value; else None.
+    """
+
+    ours: str
+    theirs: str
+    layout: str = "same"
+    third: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """How one code base calls our arrays.
+
+    Attributes:
+      rows: its column of the tables.
+      ignored: pattern of names that hold nothing an output depends on.
+      spellings: (pattern, replacement) of older names, and of names in memory.
+    """
+
+    rows: tuple[Row, ...]
+    ignored: str = r"(?!)"
+    spellings: tuple[tuple[str, str], ...] = ()
+
+    def spelt(self, key: str) -> str:
+        """The name in the table of an array that the file calls `key`."""
+        for pattern, replacement in self.spellings:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+    def theirs(self, path: str) -> str:
+        """The name of one of our arrays, its own path where the table has none."""
+        found = self.row(path)
+        return found.theirs if found else path
+
+    def row(self, path: str) -> Row | None:
+        """The row of one of our arrays, its numbers filled in."""
+        for row in self.rows:
+            if (theirs := _translate(path, row.ours, row.theirs)) is not None:
+                return dataclasses.replace(row, ours=path, theirs=theirs)
+        return None
+
+
+def columns(sections: Sequence[Section], *prefixes: str) -> tuple[tuple[Row, ...], ...]:
+    """The rows of each code base.
+
+    Args:
+      sections: parts of a table: what stands before our paths and before each code base's names,
+        and the lines.
+      *prefixes: the same for the whole table.
+    """
+    found: tuple[list[Row], ...] = tuple([] for _ in prefixes[1:])
+    for inner, text in sections:
+        ours, *theirs = map("".join, zip(prefixes, inner, strict=True))
+        for line in _lines(text):
+            path, kind, *names = line.split()
+            for rows, prefix, name in zip(found, theirs, names, strict=True):
+                name, _, third = name.rstrip("]").partition("[")
+                for leaf, (our_leaf, layout) in _LEAVES[kind].items() if name != "-" else ():
+                    whole = name.replace("*", leaf) if "*" in name else f"{name}.{leaf}".rstrip(".")
+                    target = f"{ours}{path}/{our_leaf}".rstrip("/")
+                    rows.append(Row(target, prefix + whole, layout, int(third) if third else None))
+    return tuple(map(tuple, found))
+
+
+def _lines(text: str) -> Iterable[str]:
+    """The lines of a table, one for each choice."""
+    for line in filter(None, map(str.strip, text.splitlines())):
+        choices = [choice.split(",") for choice in _CHOICE.findall(line)]
+        for values in zip(*choices, strict=True) if choices else [()]:
+            parts = iter(values)
+            yield _CHOICE.sub(lambda _: next(parts), line)  # noqa: B023
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern[str]:
+    literals = re.split(r"\{\w(?:[+-]\d)?\}", template)
+    return re.compile(r"(0|[1-9]\d{0,3})".join(map(re.escape, literals)))
+
+
+def _translate(name: str, source: str, target: str) -> str | None:
+    """`target` with the numbers that `name` has in the places of `source`; None if it differs."""
+    if (match := _pattern(source).fullmatch(name)) is None:
+        return None
+    numbers = {
+        place[1]: int(number) - int(place[2] or 0)
+        for place, number in zip(_NUMBER.finditer(source), match.groups(), strict=True)
+    }
+    if min(numbers.values(), default=0) < 0:
+        return None
+    return _NUMBER.sub(lambda place: str(numbers[place[1]] + int(place[2] or 0)), target)
+
+
+def our_shape(shape: Sequence[int], row: Row) -> Shape:
+    """Shape of our array, from that of the whole torch array that a row reads.
+
+    Raises:
+      ValueError: it has other axes than the layer.
+    """
+    shape = tuple(shape)
+    axes = {"dense": 2, "conv": 4, "patches": 4}.get(row.layout, len(shape))
+    if len(shape) != axes or (row.third is not None and (not shape or shape[0] % 3)):
+        raise ValueError(f"its {row.theirs} has shape {shape}, which is none of such a layer")
+    if row.layout == "patches" and (shape[1] != 3 or shape[2] != shape[3]):
+        raise ValueError(
+            f"its {row.theirs} has shape {shape}, which is no convolution of square patches of RGB "
+            "pictures"
+        )
+    if row.third is not None:
+        shape = (shape[0] // 3, *shape[1:])
+    if row.layout == "conv":
+        return (*shape[2:], *shape[1::-1])
+    if row.layout == "patches":
+        return (math.prod(shape[1:]), shape[0])
+    return shape[::-1] if row.layout == "dense" else shape
+
+
+def torch_shape(shape: Sequence[int], row: Row) -> Shape:
+    """Shape of the whole torch array that a row reads, from that of our array."""
+    shape = tuple(shape)
+    if row.layout == "dense":
+        shape = shape[::-1]
+    elif row.layout == "patches":
+        side = math.isqrt(shape[0] // 3)
+        shape = (shape[1], 3, side, side)
+    elif row.layout == "conv":
+        *window, inputs, outputs = shape
+        shape = (outputs, inputs, *(window or (1, 1)))
+    return shape if row.third is None else (3 * shape[0], *shape[1:])
+
+
+def _turned(array: np.ndarray, row: Row, shape: Shape) -> np.ndarray:
+    """A torch array as ours of a shape."""
+    if row.third is not None:
+        array = np.split(array, 3)[row.third]
+    if row.layout == "dense":
+        array = array.T
+    elif row.layout != "same":
+        array = array.transpose(2, 3, 1, 0)
+    return np.array(array.reshape(shape), dtype=np.float32, order="C")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The arrays of a file by our paths.
+
+    Attributes:
+      arrays: name in the file -> array.
+      naming: of the file.
+      places: our path -> the row, and the name in the file.
+      unknown: names that the table does not have.
+      ignored: name -> shape of what no output depends on.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    naming: Naming
+    places: Mapping[str, tuple[Row, str]]
+    unknown: frozenset[str]
+    ignored: Mapping[str, Shape]
+
+    def shapes(self) -> dict[str, Shape]:
+        """Our path -> shape of our array.
+
+        Raises:
+          ValueError: an array is no layer of its kind.
+        """
+        return {
+            path: our_shape(np.shape(self.arrays[key]), dataclasses.replace(row, theirs=key))
+            for path, (row, key) in self.places.items()
+        }
+
+
+def find(arrays: Mapping[str, np.ndarray], naming: Naming) -> Found:
+    """Look up every name of a file.
+
+    Raises:
+      ValueError: two names mean the same array.
+    """
+    ignored = {k: tuple(np.shape(v)) for k, v in arrays.items() if re.search(naming.ignored, k)}
+    places: dict[str, tuple[Row, str]] = {}
+    unknown = set()
+    for key in arrays.keys() - ignored.keys():
+        name = naming.spelt(key)
+        paths = [(_translate(name, row.theirs, row.ours), row) for row in naming.rows]
+        paths = [(path, row) for path, row in paths if path is not None]
+        for path, row in paths:
+            if path in places:
+                first, second = sorted((places[path][1], key))
+                raise ValueError(f"it holds the same array as {first} and as {second}; remove one")
+            places[path] = dataclasses.replace(row, ours=path, theirs=name), key
+        if not paths:
+            unknown.add(key)
+    return Found(arrays, naming, places, frozenset(unknown), ignored)
+
+
+def to_ours(found: Found, shapes: Mapping[str, Shape]) -> tuple[dict[str, Any], LoadingReport]:
+    """Our parameters from a file.
+
+    Args:
+      found: the file's arrays, of any float type.
+      shapes: our path -> shape, as the configured model has it.
+
+    Returns:
+      Nested dict of float32 numpy arrays, and a report.
+
+    Raises:
+      ValueError: the file lacks an array, holds one that the config has no place for, or one of
+        another shape or with a value that is not finite.
+    """
+    missing = {found.naming.theirs(path) for path in shapes.keys() - found.places.keys()}
+    extra = {key for path, (_, key) in found.places.items() if path not in shapes}
+    for what, keys in (("lacks", missing), ("also holds", extra | found.unknown)):
+        if keys:
+            count = f"{len(keys)} array" + "s" * (len(keys) > 1)
+            place = (
+                "that the config needs" if what == "lacks" else "that the config has no place for"
+            )
+            raise ValueError(
+                f"it {what} {count} {place} ({name_keys(keys)}); check depths and backbone"
+            )
+    flat: dict[str, np.ndarray] = {}
+    checked: set[str] = set()
+    for path, shape in shapes.items():
+        row, key = found.places[path]
+        array = np.asarray(found.arrays[key])
+        if array.shape != (needs := torch_shape(shape, row)):
+            raise ValueError(f"its {key} has shape {array.shape}, but the config needs {needs}")
+        if key not in checked and not np.isfinite(array.astype(np.float32, copy=False)).all():
+            raise ValueError(f"its {key} holds a value that is not finite; use another one")
+        checked.add(key)
+        flat[path] = _turned(array, row, shape)
+    loaded = {path: found.places[path][1] for path in flat}
+    report = LoadingReport(
+        loaded, {path: array.shape for path, array in flat.items()}, {}, found.ignored
+    )
+    return traverse_util.unflatten_dict(flat, sep="/"), report
+
+
+def to_theirs(params: Mapping[str, Any], naming: Naming) -> dict[str, np.ndarray]:
+    """The inverse of `to_ours`: name -> float32 array in C order."""
+    parts: dict[str, dict[int | None, np.ndarray]] = {}
+    for path, array in traverse_util.flatten_dict(dict(params), sep="/").items():
+        if (row := naming.row(path)) is None:
+            raise ValueError(f"The format has no name for {path}; it cannot be written.")
+        array = np.asarray(array, np.float32)
+        if row.layout == "dense":
+            array = array.T
+        elif row.layout != "same":
+            outputs, inputs, *window = torch_shape(array.shape, row)
+            array = array.reshape(*window, inputs, outputs).transpose(3, 2, 0, 1)
+        parts.setdefault(row.theirs, {})[row.third] = np.ascontiguousarray(array)
+    return {
+        name: np.concatenate([p[third] for third in sorted(p)])
+        if len(p) > 1
+        else next(iter(p.values()))
+        for name, p in parts.items()
+    }

@@ -1,0 +1,118 @@
+"""The sizes of a network, read off a config of Hugging Face or off arrays, by tables of fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from concat_jax.weights.names.table import Naming, Shape
+
+# What a field of a config has to be, by the type of its default.
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    list: "a list of whole numbers",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HubConfig:
+    """A section of a config.json.
+
+    Attributes:
+      fields: our field -> theirs, and what transformers assumes where it is absent.
+      fixed: their field -> the value that our network is built for, which transformers assumes too.
+    """
+
+    fields: Mapping[str, tuple[str, Any]]
+    fixed: Mapping[str, Any]
+
+    def read(self, content: Any, where: str) -> dict[str, Any]:
+        """Our fields.
+
+        Args:
+          content: the parsed section.
+          where: how errors call it.
+
+        Raises:
+          ValueError: a field is of another type, or asks for what our network does not do.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{where} is no JSON object")
+        given = {field: value for field, value in content.items() if value is not None}
+        for field, needed in self.fixed.items():
+            value = given.get(field, needed)
+            if value != needed and list(value if isinstance(value, tuple) else ()) != needed:
+                raise ValueError(
+                    f"{where} has {field} {value!r}, which is not done here; it must be {needed!r}"
+                )
+        fields = {}
+        for ours, (theirs, default) in self.fields.items():
+            value = given.get(theirs, default)
+            fields[ours] = _as_kind(value, type(default))
+            if fields[ours] is None:
+                raise ValueError(
+                    f"{where} has {theirs} {value!r}; it must be {_KINDS[type(default)]}"
+                )
+        return fields
+
+    def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `read`; a field that is absent takes the default."""
+        content = {
+            theirs: fields.get(ours, default) for ours, (theirs, default) in self.fields.items()
+        }
+        return {
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in content.items()},
+            **self.fixed,
+        }
+
+
+def _as_kind(value: Any, kind: type) -> Any:
+    """The value as a field of this type, None if it is none."""
+    if kind is list:
+        whole = [_as_kind(v, int) for v in value] if isinstance(value, list | tuple) else []
+        return whole if whole and None not in whole else None
+    if kind is int and isinstance(value, list | tuple) and len(set(map(str, value))) == 1:
+        value = value[0]  # the sides of a square
+    if isinstance(value, bool) or not isinstance(value, str if kind is str else int | float):
+        return None
+    if kind is int:
+        return int(value) if value == value // 1 and value >= 1 else None
+    return value
+
+
+def read_sizes(
+    sizes: Mapping[str, str], shapes: Mapping[str, Shape], naming: Naming | None = None
+) -> dict[str, int]:
+    """Sizes of a network by where arrays show them.
+
+    Args:
+      sizes: field -> our path with the array's axes, the wanted one called n, such as
+        "query_position [n, _]"; or a path with # in the place of a number, to count the layers.
+      shapes: our path -> shape.
+      naming: of the file, for the names in errors.
+
+    Raises:
+      ValueError: an array is missing or has other axes.
+    """
+    values = {}
+    for field, place in sizes.items():
+        path, _, axes = place.partition(" ")
+        if "#" in path:
+            layer = re.compile(re.escape(path).replace(r"\#", r"(\d+)") + "/")
+            found = [int(match[1]) for name in shapes if (match := layer.match(name))]
+            values[field] = 1 + max(found, default=-1)
+            continue
+        name = naming.theirs(path) if naming else path
+        if path not in shapes:
+            raise ValueError(f"it lacks {name}, which tells a size of the network; use a whole one")
+        names = axes.strip("[]").split(", ")
+        if len(shapes[path]) != len(names):
+            raise ValueError(
+                f"its {name} has shape {shapes[path]}, but {len(names)} axes are needed"
+            )
+        values[field] = shapes[path][names.index("n")]
+    return values
