@@ -1,13 +1,20 @@
 """The command line for weights, from end to end on tiny models; mistakes end in one sentence."""
 
+import codecs
+import errno
+import gzip
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from concat_jax import convert
 from concat_jax.models.segmentor import (
@@ -17,8 +24,9 @@ from concat_jax.models.segmentor import (
     normalize_images,
 )
 from concat_jax.weights.model_folder import load_model
-from concat_jax.weights.names.detectron2 import segmentor_params_to_detectron2
-from concat_jax.weights.names.hugging_face import segmentor_params_from_hf
+from concat_jax.weights.names.mask2former import detectron2
+from concat_jax.weights.names.table import to_theirs
+from concat_jax.weights.segmentors import segmentor_params_from_hf
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -78,7 +86,7 @@ def arrays(model):
     """The model under Detectron2's names, as tensors."""
     state = {k: v.numpy() for k, v in model.state_dict().items()}
     params, _ = segmentor_params_from_hf(state, CONFIG)
-    named = segmentor_params_to_detectron2(params, CONFIG)
+    named = to_theirs(params, detectron2("resnet"))
     return {name: torch.from_numpy(array) for name, array in named.items()}
 
 
@@ -263,7 +271,7 @@ def test_mistakes_end_in_one_sentence(arrays, hf_folder, folder, tmp_path):
     assert "unknown model (visual.proj)" in error_of(tmp_path / "clip.pt", new)
     broken = {k: v for k, v in arrays.items() if "decoder_norm.bias" not in k}
     torch.save(broken, tmp_path / "broken.pth")
-    assert "lacks 1 arrays" in error_of(tmp_path / "broken.pth", new)
+    assert "lacks 1 array that" in error_of(tmp_path / "broken.pth", new)
     (tmp_path / "empty.pth").touch()
     assert "it is empty" in error_of(tmp_path / "empty.pth", new)
     assert not new.exists()
@@ -280,6 +288,174 @@ def test_preprocessing_other_than_ours_is_refused(hf_folder, tmp_path):
     (other / "model.safetensors").unlink()
     path.unlink()
     assert "holds no weights" in error_of(other, tmp_path / "new")
+
+
+def copied(hf_folder, folder, **changes):
+    """The Hugging Face folder with other entries of its config.json."""
+    shutil.copytree(hf_folder, folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
+    return folder
+
+
+def test_the_classes_of_the_flag_win_over_the_sources(hf_folder, tmp_path, capsys):
+    odd = copied(hf_folder, tmp_path / "odd", id2label={"0": "a", "7": "b", "9": "c", "255": "d"})
+    message = error_of(odd, tmp_path / "model")
+    # Both remedies of the sentence are carried out.
+    assert "pass --classes=FILE with 3 names, or --reinit_head for a new head of 4" in message
+    names = tmp_path / "names.txt"
+    names.write_text("x\ny\nz\n")
+    run(odd, tmp_path / "named", f"--classes={names}")
+    assert load_model(tmp_path / "named")[1].vocabulary.names == ("x", "y", "z")
+    run(odd, tmp_path / "new", "--reinit_head")
+    params, card = load_model(tmp_path / "new")
+    assert card.vocabulary.names == ("a", "b", "c", "d")
+    assert params["classifier"]["class_embed"]["bias"].shape == (5,)
+    names.write_text("x\ny\n")
+    run(odd, tmp_path / "two", f"--classes={names}", "--reinit_head")
+    assert load_model(tmp_path / "two")[1].vocabulary.names == ("x", "y")
+    assert "numbers its classes 0, 7, 9, 255" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "id2label, names, note",
+    [
+        (
+            {"0": "BACKGROUND", "1": "a", "255": "LESION"},
+            "BACKGROUND a LESION",
+            "0, 1, 255; they are",
+        ),
+        (
+            {"1": "cat", "2": "dog", "3": "sky"},
+            "cat dog sky",
+            "1, 2, 3; they are taken in ascending",
+        ),
+        ({"0": "", "1": "dog", "2": "sky"}, "class_0 dog sky", "has no name for class_0"),
+        ({str(i): n for i, n in enumerate("abcd")}, "a b c", "names 4 classes"),
+    ],
+)
+def test_id2label_that_is_not_0_to_k(hf_folder, tmp_path, capsys, id2label, names, note):
+    run(copied(hf_folder, tmp_path / "hf", id2label=id2label), tmp_path / "model")
+    assert note in capsys.readouterr().out
+    assert load_model(tmp_path / "model")[1].vocabulary.names == tuple(names.split())
+
+
+@pytest.mark.parametrize(
+    "prefix, source",
+    [
+        ("_orig_mod.", "hugging_face"),
+        ("module.", "hugging_face"),
+        ("model.", "hugging_face"),
+        ("model.", "headless"),
+        ("_orig_mod.module.", "headless"),
+        ("model.", "detectron2"),
+        ("_orig_mod.module.", "detectron2"),
+        ("module.model.", "imagenet"),
+    ],
+)
+def test_prefixes_are_taken_off(hf_folder, arrays, folder, tmp_path, capsys, prefix, source):
+    if source in ("hugging_face", "headless"):
+        path = copied(hf_folder, tmp_path / "source")
+        state = safetensors.numpy.load_file(path / "model.safetensors")
+        state = {
+            prefix + k: v
+            for k, v in state.items()
+            if source == "hugging_face" or not k.startswith("class_predictor")
+        }
+        safetensors.numpy.save_file(state, path / "model.safetensors")
+    else:
+        path = tmp_path / "source.pth"
+        part = "backbone." if source == "imagenet" else ""
+        torch.save({prefix + k.removeprefix(part): v for k, v in arrays.items() if part in k}, path)
+    run(path, tmp_path / "model")
+    assert "was taken off the names of the file" in capsys.readouterr().out
+    params, (wanted, _) = load_model(tmp_path / "model")[0], load_model(folder)
+    if source in ("headless", "imagenet"):
+        del wanted["classifier"]
+    if source == "imagenet":
+        wanted = {"segmentor": {"backbone": wanted["segmentor"]["backbone"]}}
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params, wanted)))
+
+
+def test_the_size_that_the_images_are_to_have_is_said(hf_folder, tmp_path, capsys):
+    run(hf_folder, tmp_path / "model")
+    assert "a shorter side of 800 and a longer side of at most 1333" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("config.json", b"[]", "config.json holds a list; it must be a JSON object"),
+        ("config.json", b"{", "config.json is not valid JSON"),
+        ("config.json", gzip.compress(b"{}"), "config.json is compressed with gzip"),
+        ("config.json", b"\xff\xfe{\0}\0", "config.json is no text in UTF-8"),
+        ("preprocessor_config.json", b"[]", "preprocessor_config.json holds a list"),
+        ("model.safetensors", None, "model.safetensors cannot be read as weights: it is cut off"),
+        ("model.safetensors", b"", "model.safetensors cannot be read as weights: it is empty"),
+    ],
+)
+def test_damaged_folders(hf_folder, tmp_path, name, content, message):
+    path = copied(hf_folder, tmp_path / "hf") / name
+    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    assert message in error_of(tmp_path / "hf", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_byte_order_mark_in_configs_and_classes(hf_folder, tmp_path):
+    folder = copied(hf_folder, tmp_path / "hf")
+    for name in ("config.json", "preprocessor_config.json"):
+        (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
+    names = tmp_path / "names.txt"
+    names.write_bytes(codecs.BOM_UTF8 + b"person\r\ndog\r\nsky\r\n")
+    run(folder, tmp_path / "model", f"--classes={names}")
+    assert load_model(tmp_path / "model")[1].vocabulary.names == ("person", "dog", "sky")
+
+
+def test_what_is_exported_is_as_readable_as_any_new_file(folder, tmp_path):
+    umask = os.umask(0o027)
+    try:
+        for to in ("hf", "orbax"):
+            run(folder, tmp_path / to, f"--to={to}")
+            modes = {p: p.stat().st_mode & 0o777 for p in (tmp_path / to).rglob("*")}
+            assert all(mode == (0o750 if p.is_dir() else 0o640) for p, mode in modes.items()), modes
+    finally:
+        os.umask(umask)
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def rust_full(*_, **__):
+    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device")
+
+
+def orbax_full(*_, **__):
+    raise ValueError('RESOURCE_EXHAUSTED: Error writing "a/0.0" in OCDBT: No space left on device')
+
+
+@pytest.mark.parametrize(
+    "to, place, writer",
+    [
+        ("hf", "safetensors.numpy.save_file", rust_full),
+        ("hf", "concat_jax.core.files.write_json", full),
+        ("orbax", "orbax.checkpoint.PyTreeCheckpointer.save", orbax_full),
+        ("orbax", "orbax.checkpoint.PyTreeCheckpointer.save", full),
+    ],
+)
+def test_a_full_disk(folder, tmp_path, monkeypatch, to, place, writer):
+    hook = sys.excepthook
+    monkeypatch.setattr(place, writer)
+    message = error_of(folder, tmp_path / "new", f"--to={to}")
+    assert "No space left on device" in message and str(tmp_path / "new") in message
+    assert not list(tmp_path.iterdir()) and sys.excepthook is hook
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(total=9, free=1000))
+    message = error_of(folder, tmp_path / "a" / "new")
+    assert "it takes 0." in message and "has 0.0 MB left; make room" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_and_exit_code(tmp_path, capsys):

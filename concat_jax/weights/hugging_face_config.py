@@ -45,6 +45,13 @@ _STATISTICS_TOLERANCE = 1e-3
 # Our own entry of config.json: what the format has no field for; transformers passes over it.
 EXTRA_KEY = "concat_jax"
 _WHERE = "config.json"
+# What a preprocessor_config.json calls sizes.
+_SIDES = {
+    "shortest_edge": "a shorter side of",
+    "longest_edge": "a longer side of at most",
+    "height": "a height of",
+    "width": "a width of",
+}
 
 
 def segmentor_config_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,8 +182,8 @@ def check_preprocessing(content: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     if not isinstance(size, Mapping):
         size = {"shortest_edge": size, "longest_edge": content.get("max_size")}
-    asked = " and ".join(f"{k} {v}" for k, v in size.items() if v is not None)
-    return (f"The model's images are to be resized to {asked} pixels, by its {where}.",)
+    asked = " and ".join(f"{_SIDES[k]} {size[k]}" for k in _SIDES if size.get(k) is not None)
+    return (f"By {where}, images are to have {asked or dict(size)} pixels.",)
 
 
 def is_close(value: Any, needed: Any, tolerance: float) -> bool:

@@ -114,13 +114,22 @@ def segmentor_params_from_detectron2(
     kind, found = _find_backbone(arrays, namings.items())
     if found is None:
         raise ValueError(f"its backbone is none that can be converted: it lacks {_firsts(namings)}")
-    naming, shapes = namings[kind], found.shapes()
-    config = read_sizes(_SIZES, shapes, naming)
-    config["num_heads"] //= _NUM_LEVELS * OURS_FIXED["num_points"]
-    backbone = {"kind": kind, **FORMATS[kind].sizes(shapes, naming)}
-    config = {"backbone": backbone, **config, **OURS_FIXED}
+    config = detectron2_config(found, kind)
     params, report = _load(found, config)
     return params, config, report
+
+
+def detectron2_config(found: Found, kind: str) -> dict[str, Any]:
+    """A `make_segmentor` config by the arrays of a Detectron2 Mask2Former.
+
+    Raises:
+      ValueError: an array that tells a size is missing or of another kind of layer.
+    """
+    shapes = found.shapes()
+    config = read_sizes(_SIZES, shapes, found.naming)
+    config["num_heads"] //= _NUM_LEVELS * OURS_FIXED["num_points"]
+    backbone = {"kind": kind, **FORMATS[kind].sizes(shapes, found.naming)}
+    return {"backbone": backbone, **config, **OURS_FIXED}
 
 
 def is_imagenet_backbone(arrays: Arrays) -> bool:
@@ -151,7 +160,8 @@ def backbone_params_from_imagenet(
         raise ValueError(f"it lacks {_firsts(dict(_IMAGENET))}")
     form = FORMATS[kind]
     config = {"backbone": {"kind": kind, **form.sizes(found.shapes(), found.naming)}}
-    wanted = {p: shape for p, shape in _shapes(_text(config), None).items() if p.startswith(PREFIX)}
+    whole = _shapes(_text({**config, "num_encoder_layers": 1, "num_decoder_layers": 1}), None)
+    wanted = {path: shape for path, shape in whole.items() if path.startswith(PREFIX)}
     absent = tuple(PREFIX + part for part in form.absent)
     new = {path: shape for path, shape in wanted.items() if absent and path.startswith(absent)}
     if new.keys() & found.places.keys():

@@ -25,7 +25,7 @@ from concat_jax.models.segmentor import (
     normalize_images,
 )
 from concat_jax.models.transformer_decoder import attention_block_mask
-from concat_jax.weights.names.hugging_face import segmentor_params_from_hf
+from concat_jax.weights.segmentors import segmentor_params_from_hf
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -1,6 +1,9 @@
 """Names of classes, from wherever they come, and new heads."""
 
+import codecs
+import gzip
 import json
+import re
 
 import numpy as np
 import pytest
@@ -46,7 +49,7 @@ def test_text_file(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "empty name"),
+        ("", "names none"),
         ("[1]", "must be a list of"),
         ('{"names": []}', "must be a list of"),
         ("[]", 'needs a "name"'),
@@ -54,12 +57,15 @@ def test_text_file(tmp_path):
         ('[{"name": "a", "isthing": 2}]', "isthing"),
         ('[{"name": "a", "id": "x"}]', '"id" must'),
         ('[{"name": "a", "id": 1}, {"name": "b", "id": 1}]', "more than once"),
-        ("[{", "not readable"),
+        ("[{", "not valid JSON"),
+        (b"\xff\xfep\0e\0", "no text in UTF-8"),
+        ("straße".encode("latin1"), "no text in UTF-8"),
+        (gzip.compress(b"person"), "compressed with gzip"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
     path = tmp_path / "classes.json"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message) as error:
         read_classes(path)
     assert str(path) in str(error.value) and str(error.value).count(". ") == 0
@@ -74,6 +80,75 @@ def test_id2label():
         classes_from_hf(labels, 3)
     assert classes_from_hf({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, 2) is None
     assert classes_from_hf({}, 2) is None
+
+
+@pytest.mark.parametrize(
+    "labels, count, names, note",
+    [
+        ({"0": "BACKGROUND", "255": "LESION"}, 2, ("BACKGROUND", "LESION"), "numbers .* 0, 255; "),
+        (
+            {"1": "cat", "2": "dog"},
+            2,
+            ("cat", "dog"),
+            "numbers its classes 1, 2; they are taken in",
+        ),
+        ({"10": "b", "9": "a"}, 2, ("a", "b"), "numbers its classes 9, 10; "),
+        ({"-1": "void", "0": "cat"}, 2, ("void", "cat"), "numbers its classes -1, 0; "),
+        ({"0": "", "1": "dog"}, 2, ("class_0", "dog"), "has no name for class_0"),
+        ({"0": "cat", "1": " ", "2": None}, 3, ("cat", "class_1", "class_2"), "class_1, class_2"),
+        ({"0": "a", "1": "b", "2": "unused"}, 2, ("a", "b"), "names 3 classes, .* has 2; .*unused"),
+        (["sky", "dog"], 2, ("sky", "dog"), ""),
+        ({"0": 7, "1": 8}, 2, ("7", "8"), ""),
+        ({"1": "dog", "0": "sky"}, 2, ("sky", "dog"), ""),
+    ],
+)
+def test_id2label_as_people_have_it(labels, count, names, note):
+    classes = classes_from_hf({"id2label": labels}, count)
+    assert classes.vocabulary.names == names
+    assert re.search(note, " ".join(classes.notes)) if note else not classes.notes
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (
+            {"0": "a", "7": "b", "255": "c"},
+            "names 3 .* head has 2; pass --classes=FILE with 2 names",
+        ),
+        ({"0": "a"}, "names 1 .* head has 2; pass .* --reinit_head for a new head of 1"),
+        ({"cat": 0, "dog": 1}, "does not number its classes; pass --classes=FILE"),
+        ({"0": "a", "1": ["b"]}, "holds what is no name; pass --classes=FILE"),
+        ("cat", "does not number"),
+        (3, "does not number"),
+        ({"0": "a", "one": "b"}, "does not number"),
+    ],
+)
+def test_id2label_that_is_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        classes_from_hf({"id2label": labels}, 2)
+
+
+def test_a_new_head_may_have_any_number_of_names():
+    classes = classes_from_hf({"id2label": {"0": "a", "7": "b", "255": "c"}}, None)
+    assert classes.vocabulary.names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("extra", [{"is_thing": [True]}, {"is_thing": 3}, {"is_thing": [1, 0]}])
+def test_an_edited_config_of_ours(extra):
+    with pytest.raises(ValueError, match="remove the entry or pass --classes"):
+        classes_from_hf({"id2label": {"0": "a", "1": "b"}, "concat_jax": extra}, 2)
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_byte_order_marks_and_ends_of_lines(tmp_path, mark, end):
+    path = tmp_path / "classes"
+    path.write_bytes(mark + end.join((b"cat", b"dog", b"")))
+    assert read_classes(path, KNOWN).vocabulary.names == ("cat", "dog")
+    assert read_classes(path, KNOWN).vocabulary.category_ids == (17, 18)
+    entries = (b"[", b'{"id": 9, "name": "cat", "isthing": 1}', b"]")
+    path.write_bytes(mark + end.join(entries))
+    assert read_classes(path).vocabulary == Vocabulary(("cat",), (True,), (True,), (9,))
 
 
 def test_a_name_that_occurs_twice_gets_its_index():

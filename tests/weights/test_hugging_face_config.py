@@ -97,13 +97,52 @@ def test_preprocessing_of_published_models_is_ours():
     check_preprocessing(
         {"image_mean": [0.48500001430511475, 0.4560000002384186, 0.4059999883174896]}
     )
-    check_preprocessing({})
+    assert check_preprocessing({}) == ()
+    with pytest.raises(ValueError, match="image_mean 'grey'"):
+        check_preprocessing({"image_mean": "grey"})
     with pytest.raises(ValueError, match=r"image_mean \[0.5, 0.5, 0.5\], but the segmentor"):
         check_preprocessing({"image_mean": [0.5, 0.5, 0.5]})
     with pytest.raises(ValueError, match="image_std"):
         check_preprocessing({"image_std": [0.225]})
     with pytest.raises(ValueError, match="do_normalize False"):
         check_preprocessing({"do_normalize": False})
+
+
+@pytest.mark.parametrize(
+    "content, asked",
+    [
+        (preprocessing_to_hf(), "shorter side of 800 and a longer side of at most 1333 pixels"),
+        ({"size": {"height": 384, "width": 512}}, "a height of 384 and a width of 512 pixels"),
+        ({"size": 640, "max_size": 1024}, "side of 640 and a longer side of at most 1024 pixels"),
+        ({"size": {"shortest_edge": 512, "longest_edge": None}}, "a shorter side of 512 pixels"),
+        ({"size": {"max_height": 512}}, "'max_height': 512"),
+        ({"size": {"shortest_edge": 512}, "do_resize": False}, ""),
+    ],
+)
+def test_the_size_that_a_preprocessor_asks_for_is_said(content, asked):
+    notes = check_preprocessing(content)
+    assert asked in notes[0] if asked else notes == ()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_queries": "many"}, "num_queries 'many'; it must be a whole number"),
+        ({"hidden_dim": None, "num_queries": [1, 2]}, r"num_queries \[1, 2\]; it must be"),
+        ({"encoder_layers": 2.5}, "encoder_layers 2.5"),
+        ({"num_attention_heads": True}, "num_attention_heads True"),
+        ({"dim_feedforward": -1}, "dim_feedforward -1"),
+        ({"feature_strides": 4}, "feature_strides 4"),
+        ({"backbone_config": {**SWIN, "depths": 3}}, "depths 3; it must be a list of whole"),
+        ({"backbone_config": {**SWIN, "num_heads": [1, "x"]}}, "num_heads"),
+        ({"backbone_config": {**SWIN, "mlp_ratio": 2.5}}, "mlp_ratio 2.5"),
+        ({"backbone_config": {"model_type": ["swin"]}}, "only 'resnet' and 'swin'"),
+        ({"backbone_config": [SWIN]}, "no backbone_config"),
+    ],
+)
+def test_values_of_another_type_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        segmentor_config_from_hf({"model_type": "mask2former", "backbone_config": SWIN, **change})
 
 
 def test_round_trip_of_config_and_classes(config):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from concat_jax.models.backbones.resnet import ResNet
-from concat_jax.weights.imagenet import backbone_params_from_imagenet, is_imagenet_backbone
+from concat_jax.weights.segmentors import backbone_params_from_imagenet, is_imagenet_backbone
 
 torch = pytest.importorskip("torch")
 SIZES, WIDTH = (1, 2, 1, 1), 8
@@ -135,7 +135,7 @@ def test_detectron2_names(arrays):
 
 def test_missing_extra_and_misshapen_keys_are_named(arrays):
     name = "layer2.1.bn3.running_var"
-    with pytest.raises(ValueError, match=r"lacks 1 arrays .*res3\.1\.conv3\.norm\.running_var"):
+    with pytest.raises(ValueError, match=r"lacks 1 array .*layer2\.1\.bn3\.running_var"):
         backbone_params_from_imagenet({k: v for k, v in arrays.items() if k != name})
     with pytest.raises(ValueError, match=r"no place for .*layer2\.1\.se\.weight"):
         backbone_params_from_imagenet({**arrays, "layer2.1.se.weight": np.zeros(3)})

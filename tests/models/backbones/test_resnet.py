@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from concat_jax.models.backbones.resnet import FrozenBatchNorm, ResNet
 
@@ -36,22 +37,19 @@ def reference_backbone(block, width, stage_sizes):
 @pytest.mark.parametrize("block, size", [("bottleneck", (45, 70)), ("basic", (64, 96))])
 def test_matches_transformers(block, size):
     torch = pytest.importorskip("torch")
-    from concat_jax.weights.names.hugging_face import resnet_table
-    from concat_jax.weights.names.rename import to_ours
+    from concat_jax.weights.backbones import FORMATS
+    from concat_jax.weights.names.table import Naming, columns, find, to_ours
 
     width, stage_sizes = 8, (1, 2, 1, 1)
     reference = reference_backbone(block, width, stage_sizes)
-    state = {f"r.{k}": v.numpy() for k, v in reference.state_dict().items()}
-    params: dict = {}
-    for row in resnet_table("r", "b", {"block": block, "stage_sizes": stage_sizes}):
-        *modules, leaf = row.target.split("/")[1:]
-        node = params
-        for name in modules:
-            node = node.setdefault(name, {})
-        node[leaf] = np.asarray(to_ours(state[row.source], row.kind))
-
+    state = {k: v.numpy() for k, v in reference.state_dict().items()}
     images = np.random.default_rng(1).normal(size=(2, *size, 3)).astype(np.float32)
     model = ResNet(stage_sizes=stage_sizes, width=width, block=block)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    shapes = {k: v.shape for k, v in traverse_util.flatten_dict(shapes, sep="/").items()}
+    rows = columns(FORMATS["resnet"].table, "", "", "", "")[0]
+    params, _ = to_ours(find(state, Naming(rows, "num_batches_tracked$")), shapes)
+
     ours = jax.jit(model.apply)({"params": params}, images)
     with torch.no_grad():
         theirs = reference(torch.from_numpy(images).permute(0, 3, 1, 2)).feature_maps

@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from concat_jax.models.backbones import swin as swin_lib
 from concat_jax.models.backbones.swin import SWIN_VARIANTS, Swin
 from concat_jax.models.segmentor import make_segmentor
-from concat_jax.weights.names import hugging_face, rename
+from concat_jax.weights import segmentors
+from concat_jax.weights.names.mask2former import hugging_face
+from concat_jax.weights.names.table import find, to_ours
 from tests.golden.cases import relative_error
 
 SMALL = {"stage_sizes": (2, 1, 2, 1), "width": 8, "num_heads": (1, 2, 2, 4), "window_size": 3}
@@ -67,15 +70,12 @@ def numpy_state(model, prefix=""):
 
 def backbone_params(state, fields):
     """Our tree of a bare backbone from a state dict named as inside Mask2Former."""
-    by_name = {hugging_face.file_name(k): v for k, v in state.items()}
-    params: dict = {}
-    for row in hugging_face.swin_table(ENCODER, "b", fields):
-        *modules, leaf = row.target.split("/")[1:]
-        node = params
-        for name in modules:
-            node = node.setdefault(name, {})
-        node[leaf] = np.asarray(rename.to_ours(by_name[row.source], row.kind))
-    return params
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    shapes = jax.eval_shape(Swin(**fields).init, jax.random.key(0), image)["params"]
+    shapes = traverse_util.flatten_dict({"segmentor": {"backbone": shapes}}, sep="/")
+    found = find(state, hugging_face({"kind": "swin"}))
+    params, _ = to_ours(found, {path: value.shape for path, value in shapes.items()})
+    return params["segmentor"]["backbone"]
 
 
 @pytest.mark.parametrize(
@@ -136,16 +136,16 @@ def test_round_trip_of_memory_and_file_is_exact(reference, tmp_path):
     index = f"{ENCODER}.encoder.layers.0.blocks.0.attention.self.relative_position_index"
     file[index] = swin_lib.relative_position_index(3)
 
-    params, report = hugging_face.segmentor_params_from_hf(file, CONFIG)
+    params, report = segmentors.segmentor_params_from_hf(file, CONFIG)
     assert index in report.ignored
     weights = {k: v for k, v in file.items() if k not in report.ignored}
     assert report.num_parameters == sum(v.size for v in weights.values())
-    back = hugging_face.segmentor_params_to_hf(params, CONFIG)
+    back = segmentors.segmentor_params_to_hf(params, CONFIG)
     assert set(back) == set(weights)
     for name, array in back.items():
         np.testing.assert_array_equal(array, file[name], err_msg=name)
 
-    from_memory, report = hugging_face.segmentor_params_from_hf(memory, CONFIG)
+    from_memory, report = segmentors.segmentor_params_from_hf(memory, CONFIG)
     assert set(report.loaded.values()) == set(memory) - set(report.ignored)
     same = jax.tree.map(np.array_equal, params, from_memory)
     assert all(jax.tree.leaves(same))
@@ -158,8 +158,8 @@ def test_round_trip_of_memory_and_file_is_exact(reference, tmp_path):
 def test_transformers_reads_what_we_write(reference):
     torch = pytest.importorskip("torch")
     memory = numpy_state(reference)
-    params, report = hugging_face.segmentor_params_from_hf(memory, CONFIG)
-    written = hugging_face.segmentor_params_to_hf(params, CONFIG)
+    params, report = segmentors.segmentor_params_from_hf(memory, CONFIG)
+    written = segmentors.segmentor_params_to_hf(params, CONFIG)
     state = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in written.items()}
     again = type(reference).from_pretrained(None, config=reference.config, state_dict=state)
     for name, array in numpy_state(again).items():
@@ -171,7 +171,7 @@ def test_weights_of_another_depth_are_refused(reference):
     backbone = {**CONFIG["backbone"], "stage_sizes": (2, 2, 2, 1)}
     with pytest.raises(ValueError, match=r"lacks \d+ arrays.*layers.1.blocks.1"):
         config = {**CONFIG, "backbone": backbone}
-        hugging_face.segmentor_params_from_hf(numpy_state(reference), config)
+        segmentors.segmentor_params_from_hf(numpy_state(reference), config)
 
 
 @pytest.mark.parametrize("variant, millions", [("tiny", 27.5), ("large", 195.2)])

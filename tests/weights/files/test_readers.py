@@ -1,5 +1,7 @@
 """Files of weights, read without running them and without torch."""
 
+import contextlib
+import gzip
 import io
 import json
 import os
@@ -9,9 +11,11 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from concat_jax.weights.files import restricted_pickle
 from concat_jax.weights.files.readers import read_weights
+from concat_jax.weights.files.torch_files import ZIP_START
 
 torch = pytest.importorskip("torch")
 FORMATS = ("zip", "legacy")
@@ -229,9 +233,9 @@ def test_stand_ins_cannot_be_changed_by_a_pickle():
     ):
         attack = b"\x80\x02" + name.encode() + b"}U\x05_callU\x01xsb."
         with pytest.raises(ValueError, match="sets attributes"):
-            restricted_pickle.read_pickle_bytes(attack)
+            restricted_pickle.read_pickle(io.BytesIO(attack))
     with pytest.raises(ValueError):  # NEWOBJ: a new one of a stand-in
-        restricted_pickle.read_pickle_bytes(b"\x80\x02cnumpy\nndarray\n)\x81.")
+        restricted_pickle.read_pickle(io.BytesIO(b"\x80\x02cnumpy\nndarray\n)\x81."))
 
 
 def test_arrays_of_objects_are_refused(tmp_path):
@@ -327,10 +331,121 @@ def test_other_zip_archives(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:  # as torch.jit.save lays it out
         archive.writestr("net/data.pkl", pickle.dumps({}))
         archive.writestr("net/constants.pkl", pickle.dumps(()))
-    with pytest.raises(ValueError, match="TorchScript"):
+    with pytest.raises(ValueError, match="it holds no module"):
         read_weights(path)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match="There is no file"):
         read_weights(tmp_path / "absent.pth")
+
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "_orig_mod.module.", "model.model.", "state_dict.")
+
+
+def named(prefix):
+    return {f"{prefix}layer.{name}": np.full(2, i, np.float32) for i, name in enumerate("ab")}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("fmt", ["zip", "legacy", "pickle", "safetensors", "index"])
+def test_what_stands_before_every_name_is_taken_off_in_every_format(tmp_path, prefix, fmt):
+    path, arrays = tmp_path / "a.bin", named(prefix)
+    if fmt in FORMATS:
+        save({"state_dict": {k: torch.from_numpy(v) for k, v in arrays.items()}}, path, fmt)
+    elif fmt == "pickle":
+        path.write_bytes(pickle.dumps({"model": arrays}))
+    else:
+        safetensors.numpy.save_file(arrays, path)
+    if fmt == "index":
+        path = tmp_path / "a.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": dict.fromkeys(arrays, "a.bin")}))
+    file = read_weights(path)
+    assert set(file.arrays) == {"layer.a", "layer.b"} and file.arrays["layer.b"][0] == 1
+    (note,) = file.notes
+    assert "taken off the names" in note and all(
+        repr(f"{p}.") in note for p in prefix.split(".")[:-1]
+    )
+
+
+def test_wrappers_of_parts_and_what_is_no_prefix(tmp_path):
+    path = tmp_path / "a.safetensors"
+
+    def names(*keys):
+        safetensors.numpy.save_file({k: np.zeros(1, np.float32) for k in keys}, path)
+        return set(read_weights(path).arrays)
+
+    # Compiled, checkpointed and sharded parts of a model.
+    assert names("a._orig_mod.w", "b.w") == {"a.w", "b.w"}
+    assert names("_fsdp_wrapped_module.a._checkpoint_wrapped_module.w", "b") == {"a.w", "b"}
+    # Names of a model that has a part called so.
+    assert names("model.a", "head.b") == {"model.a", "head.b"}
+    assert names("modules.a", "modules.b") == {"modules.a", "modules.b"}
+    assert names("n_averaged", "module.a") == {"a"}  # AveragedModel
+    with pytest.raises(ValueError, match="two of its names differ in a prefix only"):
+        names("_orig_mod.a", "a")
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda w: {"state_dict": {"model": w, "step": 3}, "epoch": 2},
+        lambda w: {"model": {"state_dict": w}},
+        lambda w: {"model_state_dict": w},
+        lambda w: {"module": w},
+        lambda w: {"model": {"module": {"state_dict": w}}},
+    ],
+)
+def test_checkpoints_in_checkpoints(tmp_path, nest):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps(nest({"w": np.ones(2)})))
+    assert set(read_weights(path).arrays) == {"w"}
+
+
+def test_a_checkpoint_that_holds_itself(tmp_path):
+    content = {}
+    content["model"] = content
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match="no weights by name"):
+        read_weights(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (gzip.compress(b"weights"), "compressed with gzip; unpack it first"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS's pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html>404</html>", "a web page; download the file"),
+        ((9).to_bytes(8, "little") + b"{not json", "cut off or no safetensors"),
+        ((2**40).to_bytes(8, "little") + b"{}", "begins like none of"),
+        (ZIP_START + bytes(40), "cut off or no zip"),
+        (pickle.dumps({"w": np.ones(2)})[:-9] + b"\x94R.", "broken or cut off"),
+    ],
+)
+def test_damage_and_other_things(tmp_path, content, message):
+    path = tmp_path / "model.bin"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_weights(path)
+    assert str(error.value).startswith(f"{path} cannot be read as weights: ")
+
+
+@pytest.mark.parametrize("place", range(0, 400, 7))
+def test_a_flipped_byte_is_read_or_refused(tmp_path, place):
+    """No exception of the decoders' own gets out, wherever the damage is."""
+    for path in whole_files(tmp_path):
+        content = bytearray(path.read_bytes())
+        content[place % len(content)] ^= 0x55
+        path.write_bytes(content)
+        with contextlib.suppress(ValueError):
+            read_weights(path)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "{", "\xff"]
+)
+def test_an_index_that_is_none(tmp_path, content):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_bytes(content.encode("latin1"))
+    with pytest.raises(ValueError, match=str(path)):
+        read_weights(path)

@@ -2,18 +2,19 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from concat_jax.models.segmentor import make_segmentor
+from concat_jax.weights.files.readers import read_weights
 from concat_jax.weights.model_folder import parameter_shapes
-from concat_jax.weights.names.detectron2 import (
-    PADING_MODULES,
-    detectron2_rename_table,
-    segmentor_config_from_detectron2,
+from concat_jax.weights.names.mask2former import PADING_MODULES, detectron2
+from concat_jax.weights.names.table import find, to_theirs, torch_shape
+from concat_jax.weights.segmentors import (
+    detectron2_config,
     segmentor_params_from_detectron2,
-    segmentor_params_to_detectron2,
+    segmentor_params_from_hf,
+    segmentor_params_to_hf,
 )
-from concat_jax.weights.names.hugging_face import segmentor_params_from_hf, segmentor_params_to_hf
-from concat_jax.weights.names.rename import torch_shape
 
 # Keys and shapes of the real networks, spelt from the modules' attributes in the reference:
 # modeling/backbone/swin.py, pixel_decoder/msdeformattn.py, mask2former_transformer_decoder.py, and
@@ -89,14 +90,24 @@ SWIN_KEYS = {
 )
 def test_names_shapes_and_architecture_of_published_networks(backbone, keys, channels):
     config = {"backbone": backbone}
-    ours = parameter_shapes(config, 133)
-    table = {
-        row.source: torch_shape(ours[row.target], row) for row in detectron2_rename_table(config)
-    }
+    table = detectron2_shapes(config, 133)
     for name, shape in {**HEAD_KEYS, **keys}.items():
         assert table[name] == tuple(channels.get(n, n) for n in shape), name
-    found = segmentor_config_from_detectron2(table)
-    assert make_segmentor(found) == make_segmentor(config)
+    assert make_segmentor(config_of(table, backbone["kind"])) == make_segmentor(config)
+
+
+def detectron2_shapes(config, num_classes=None):
+    """Name in a Detectron2 checkpoint -> shape."""
+    naming = detectron2(config["backbone"]["kind"])
+    ours = parameter_shapes(config, num_classes)
+    rows = {path: naming.row(path) for path in ours}
+    return {row.theirs: torch_shape(ours[path], row) for path, row in rows.items()}
+
+
+def config_of(shapes, kind):
+    """The config by arrays that need no memory."""
+    arrays = {k: np.broadcast_to(np.float32(0), shape) for k, shape in shapes.items()}
+    return detectron2_config(find(arrays, detectron2(kind)), kind)
 
 
 def test_resnet_101_and_swin_large_are_recognised():
@@ -113,10 +124,8 @@ def test_resnet_101_and_swin_large_are_recognised():
             "num_queries": 200,
         },
     ):
-        ours = parameter_shapes(config)
-        rows = detectron2_rename_table(config, with_classifier=False)
-        table = {row.source: torch_shape(ours[row.target], row) for row in rows}
-        assert make_segmentor(segmentor_config_from_detectron2(table)) == make_segmentor(config)
+        found = config_of(detectron2_shapes(config), config["backbone"]["kind"])
+        assert make_segmentor(found) == make_segmentor(config)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +135,7 @@ def params(hf_arrays, config):
 
 @pytest.fixture(scope="module")
 def arrays(params, config):
-    return segmentor_params_to_detectron2(params, config)
+    return to_theirs(params, detectron2(config["backbone"]["kind"]))
 
 
 def test_agrees_with_hugging_face(arrays, hf_arrays, config):
@@ -166,8 +175,9 @@ def old_name(name):
 
 
 @pytest.mark.parametrize("spell", [old_name, lambda name: f"module.{name}"], ids=["old", "wrapped"])
-def test_other_spellings(arrays, params, spell):
-    again, _, report = segmentor_params_from_detectron2({spell(k): v for k, v in arrays.items()})
+def test_other_spellings(arrays, params, spell, tmp_path):
+    safetensors.numpy.save_file({spell(k): v for k, v in arrays.items()}, tmp_path / "a.pth")
+    again, _, report = segmentor_params_from_detectron2(read_weights(tmp_path / "a.pth").arrays)
     assert "segmentor/transformer_decoder/query_feature_embedding" in report.loaded
     ours, theirs = again["segmentor"], params["segmentor"]
     for part, name in (
@@ -219,5 +229,5 @@ def test_misshapen_key_is_named(arrays):
 
 def test_other_backbones_are_refused(arrays):
     other = {k: v for k, v in arrays.items() if not k.startswith("backbone.")}
-    with pytest.raises(ValueError, match="neither a ResNet .* nor a Swin"):
+    with pytest.raises(ValueError, match="lacks .*stem.conv1.weight of a resnet and .* of a swin"):
         segmentor_params_from_detectron2({**other, "backbone.cls_token": np.zeros(2)})

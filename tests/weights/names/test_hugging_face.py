@@ -8,12 +8,9 @@ import pytest
 from concat_jax.models.backbones.swin import relative_position_index
 from concat_jax.models.segmentor import make_segmentor
 from concat_jax.weights.hugging_face_folder import load_hf_folder
-from concat_jax.weights.names.hugging_face import (
-    hf_rename_table,
-    segmentor_params_from_hf,
-    segmentor_params_to_hf,
-)
-from concat_jax.weights.names.rename import MAX_KEYS_NAMED
+from concat_jax.weights.names.mask2former import backbone_format
+from concat_jax.weights.report import MAX_KEYS_NAMED
+from concat_jax.weights.segmentors import segmentor_params_from_hf, segmentor_params_to_hf
 
 
 def test_round_trip_is_exact(hf_arrays, config, kind):
@@ -81,7 +78,7 @@ def test_other_files_of_weights_in_a_folder(hf_folder, hf_arrays, config, tmp_pa
         (tmp_path / part).write_bytes((hf_folder / "model.safetensors").read_bytes())
         index = {"weight_map": dict.fromkeys(hf_arrays, part)}
         (tmp_path / name).write_text(json.dumps(index))
-    params, found, _, _ = load_hf_folder(tmp_path)
+    params, found, *_ = load_hf_folder(tmp_path)
     assert make_segmentor(found) == make_segmentor(config)
     for key, array in segmentor_params_to_hf(params, found).items():
         np.testing.assert_array_equal(array, hf_arrays[key], err_msg=key)
@@ -98,7 +95,7 @@ def test_without_class_head(hf_arrays, config):
 )
 def test_missing_key_is_named(hf_arrays, config, name):
     broken = {k: v for k, v in hf_arrays.items() if k != name}
-    with pytest.raises(ValueError, match=f"lacks 1 arrays.*{name}"):
+    with pytest.raises(ValueError, match=f"lacks 1 array .*{name}"):
         segmentor_params_from_hf(broken, config)
 
 
@@ -146,7 +143,7 @@ def test_deeper_checkpoint_is_refused_in_one_short_sentence(hf_arrays, config):
 def test_backbones_the_format_cannot_hold(config, field, value):
     config = {**config, "backbone": {**config["backbone"], field: value}}
     with pytest.raises(ValueError, match=f"{field} .*{value}"):
-        hf_rename_table(config)
+        backbone_format(config["backbone"])
 
 
 def test_inverse_checks_the_config(hf_arrays, config):
