@@ -11,49 +11,34 @@ import numpy as np
 from PIL import Image
 
 _LEVELS = np.arange(256, dtype=np.float64)
+# detectron2's: the largest shift of all channels, factors of all channels and of HSV's saturation,
+# and the largest turn of the hue in degrees, which there are 18 of OpenCV's 180 hues.
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 36.0
 
 
-def colour_jitter(
-    rng: np.random.Generator,
-    image: Image.Image,
-    *,
-    brightness_delta: float = 32.0,
-    contrast_range: tuple[float, float] = (0.5, 1.5),
-    saturation_range: tuple[float, float] = (0.5, 1.5),
-    hue_delta: float = 36.0,
-    probability: float = 0.5,
-) -> Image.Image:
-    """Brightness, then contrast before or after saturation and hue, each applied or not.
+def colour_jitter(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+    """Brightness, then contrast before or after saturation and hue, each applied half of the time.
 
-    The defaults are detectron2's, whose `hue_delta` is 18 of OpenCV's 180 hues. Draws are made in
-    a fixed order and number.
+    Draws are made in a fixed order and number.
 
     Args:
       rng: decides which steps are applied, and how strongly.
       image: RGB.
-      brightness_delta: largest shift of all channels, of 0 to 255.
-      contrast_range: factor of all channels, uniform.
-      saturation_range: factor of HSV's saturation, uniform.
-      hue_delta: largest rotation of the hue, in degrees.
-      probability: of each of the four steps.
 
     Returns:
       A new RGB image, or the one given where no step is applied.
 
     Raises:
-      ValueError: if the image is not RGB or a range is not 0 <= low <= high.
+      ValueError: if the image is not RGB.
     """
     if image.mode != "RGB":
         raise ValueError(f"The image is {image.mode} and must be RGB; convert it first.")
-    for name, (low, high) in (("contrast", contrast_range), ("saturation", saturation_range)):
-        if not 0 <= low <= high:
-            raise ValueError(f"{name}_range is {(low, high)} and must be 0 <= low <= high.")
-    brightens, contrasts, saturates, turns = rng.uniform(size=4) < probability
+    brightens, contrasts, saturates, turns = rng.uniform(size=4) < 0.5
     contrast_first = rng.uniform() < 0.5
-    shift = rng.uniform(-brightness_delta, brightness_delta)
-    contrast = rng.uniform(*contrast_range)
-    saturation = rng.uniform(*saturation_range)
-    turn = rng.uniform(-hue_delta, hue_delta)
+    shift = rng.uniform(-_BRIGHTNESS, _BRIGHTNESS)
+    contrast = rng.uniform(*_CONTRAST)
+    saturation = rng.uniform(*_SATURATION)
+    turn = rng.uniform(-_HUE, _HUE)
     if brightens:
         image = shift_brightness(image, shift)
     if contrasts and contrast_first:

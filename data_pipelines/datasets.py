@@ -140,8 +140,19 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
     if config.get("synonyms", ""):
         vocabulary = with_synonyms(vocabulary, load_label_space(config["synonyms"]))
     texts = [*vocabulary.texts, *(test.vocabulary.texts if elsewhere else ())]
+
+    @functools.cache
+    def described() -> dict[str, int | str]:
+        data = training()
+        records = (data.records[i] for i in data.training_indices)
+        return dataset_identity(records, data.vocabulary.category_ids)
+
+    def identity() -> str:
+        text = json.dumps([described(), dataclasses.asdict(training().vocabulary)])
+        return hashlib.sha256(text.encode()).hexdigest()
+
     folder = config.get("clip_targets", "")
-    targets = _ClipTargets(Path(folder), training) if folder else None
+    targets = _ClipTargets(Path(folder), described) if folder else None
 
     def train(batch_size: int) -> BatchFn:
         batch = functools.partial(training().batch, batch_size=batch_size)
@@ -158,36 +169,23 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
         eval_size=config["eval_size"],
         check_clip_targets=targets.check if targets else None,
         eval_vocabulary=test.vocabulary if elsewhere else None,
-        identity=functools.cache(lambda: _identity(training())),
+        identity=identity,
     )
 
 
-def _identity(data: SegmentationLoader) -> str:
-    records = (data.records[i] for i in data.training_indices)
-    described = dataset_identity(records, data.vocabulary.category_ids)
-    text = json.dumps([described, dataclasses.asdict(data.vocabulary)])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 class _ClipTargets:
-    """A cache of CLIP's targets, and the images that training asks it for."""
+    """A cache of CLIP's targets for the images that `described` describes."""
 
-    def __init__(self, folder: Path, training: Callable[[], SegmentationLoader]):
-        self._folder, self._training = folder, training
-
-    @functools.cached_property
-    def _identity(self) -> dict[str, int | str]:
-        data = self._training()
-        records = [data.records[i] for i in data.training_indices]
-        return dataset_identity(records, data.vocabulary.category_ids)
+    def __init__(self, folder: Path, described: Callable[[], Mapping[str, Any]]):
+        self._folder, self._described = folder, described
 
     @functools.cached_property
     def _cache(self) -> ClipTargetCache:
-        return ClipTargetCache(self._folder, self._identity)
+        return ClipTargetCache(self._folder, self._described())
 
     def check(self, expected: Mapping[str, Any]) -> None:
         """As `Datasets.check_clip_targets`."""
-        find_targets(self._folder, {**expected, **self._identity})
+        find_targets(self._folder, {**expected, **self._described()})
         self._cache  # noqa: B018
 
     def added_to(self, batch: BatchFn) -> BatchFn:

@@ -155,7 +155,7 @@ def _open_maps(
     maps: tuple[str, ...],
     offset: int,
     ignored: tuple[int, ...],
-    listed: str = "",
+    listed: str,
 ) -> FolderSource:
     """Images and maps as folders with {part} in them, of maps the first that there is."""
     folders = [root / folder.format(part=part) for folder in maps]
@@ -186,15 +186,25 @@ def _open_zsi(root, part, split_file, on_bad_example, *, folds: str) -> FolderSo
 
 
 def _maps(
-    tree: str,
-    parts: tuple[str, str],
     split_file: str,
-    *,
+    images: str,
+    *maps: str,
+    ignored: tuple[int, ...],
+    suffix: str = "png",
+    offset: int = 0,
+    listed: str = "",
+    parts: tuple[str, str] = ("training", "validation"),
     unseen_images: UnseenImages = "keep",
-    **places,
 ) -> Dataset:
-    opener = functools.partial(_open_maps, **places)
-    return Dataset(tree, parts, split_file, unseen_images, opener)
+    trees = [f"{images}/*.jpg", " or ".join(f"{folder}/*.{suffix}" for folder in maps), listed]
+    places = dict(images=images, maps=maps, offset=offset, ignored=ignored, listed=listed)
+    return Dataset(
+        tree=", ".join(filter(None, trees)),
+        parts=parts,
+        split_file=split_file,
+        unseen_images=unseen_images,
+        open=functools.partial(_open_maps, **places),
+    )
 
 
 def _zsi(folds: str) -> Dataset:
@@ -232,14 +242,13 @@ DATASETS: Mapping[str, Dataset] = {
     "coco_zsi_65_15": _zsi("65_15"),
     # The values of the maps are COCO's ids minus 1, which are the split's ids.
     "coco_stuff_zss": _maps(
-        "{part}/*.jpg, stuffthingmaps/{part}/*.png or coco_stuff/annotations/{part}/*.png",
-        ("train2017", "val2017"),
         "coco_stuff_156_15",
-        unseen_images="void",  # ZegFormer, PADing
-        images="{part}",
-        maps=("stuffthingmaps/{part}", "coco_stuff/annotations/{part}"),
-        offset=0,
+        "{part}",
+        "stuffthingmaps/{part}",
+        "coco_stuff/annotations/{part}",
         ignored=(255,),
+        parts=("train2017", "val2017"),
+        unseen_images="void",  # ZegFormer, PADing
     ),
     # ADEChallengeData2016, with what Mask2Former's prepare_ade20k_pan_seg.py adds to it.
     "ade20k_panoptic": Dataset(
@@ -250,53 +259,35 @@ DATASETS: Mapping[str, Dataset] = {
         unseen_images="keep",
         open=_open_ade20k_panoptic,
     ),
-    "ade20k_semantic": _maps(
-        "images/{part}/*.jpg, annotations/{part}/*.png",
-        ("training", "validation"),
-        "ade20k_150",
-        images="images/{part}",
-        maps=("annotations/{part}",),
-        offset=0,
-        ignored=(0,),
-    ),
+    "ade20k_semantic": _maps("ade20k_150", "images/{part}", "annotations/{part}", ignored=(0,)),
     # ADE20K_2021_17_01, with what MaskFormer's prepare_ade20k_full_sem_seg.py adds to it.
     "ade20k_847": _maps(
-        "images_detectron2/{part}/*.jpg, annotations_detectron2/{part}/*.tif",
-        ("training", "validation"),
         "ade20k_847",
-        images="images_detectron2/{part}",
-        maps=("annotations_detectron2/{part}",),
-        offset=1,
+        "images_detectron2/{part}",
+        "annotations_detectron2/{part}",
         ignored=(65535,),
+        suffix="tif",
+        offset=1,
     ),
     # pascal_ctx_d2, made of VOC2010 by ODISE's prepare_pascal_ctx_sem_seg.py and _full_sem_seg.py.
     "pascal_context_59": _maps(
-        "images/{part}/*.jpg, annotations_ctx59/{part}/*.png",
-        ("training", "validation"),
-        "pascal_context_59",
-        images="images/{part}",
-        maps=("annotations_ctx59/{part}",),
-        offset=1,
-        ignored=(255,),
+        "pascal_context_59", "images/{part}", "annotations_ctx59/{part}", ignored=(255,), offset=1
     ),
     "pascal_context_459": _maps(
-        "images/{part}/*.jpg, annotations_ctx459/{part}/*.tif",
-        ("training", "validation"),
         "pascal_context_459",
-        images="images/{part}",
-        maps=("annotations_ctx459/{part}",),
-        offset=1,
+        "images/{part}",
+        "annotations_ctx459/{part}",
         ignored=(65535,),
+        suffix="tif",
+        offset=1,
     ),
     # VOCdevkit/VOC2012. Background is void with 20 classes; pascal_voc_21 makes it one.
     "pascal_voc": _maps(
-        "JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/{part}.txt",
-        ("train", "val"),
         "pascal_voc_20",
-        images="JPEGImages",
-        maps=("SegmentationClass",),
-        offset=0,
+        "JPEGImages",
+        "SegmentationClass",
         ignored=(0, 255),
         listed="ImageSets/Segmentation/{part}.txt",
+        parts=("train", "val"),
     ),
 }

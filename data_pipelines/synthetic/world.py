@@ -31,6 +31,13 @@ from data_pipelines.synthetic.presets import (
 # Textures of 5 to 7 pixels and radii of 8 to 15 are for this scene size; others scale with it.
 REFERENCE_SIZE = 64
 SPLITS = ("train", "validation", "test")
+# Least and most regions and things of a scene.
+NUM_STUFF, NUM_THINGS = (2, 4), (2, 5)
+# A segment of fewer pixels of the 64 x 64 scene becomes void, as no texture can be told below; so
+# does a thing of which a smaller share is visible.
+MIN_AREA, MIN_VISIBLE = 40, 0.4
+# Random magnification of a caption's crop, texture included.
+ZOOM = (0.8, 1.25)
 # Random streams are keyed (seed, stream, index): scenes take 0.., caption images these and up.
 _CAPTION_STREAM = 16
 
@@ -90,13 +97,9 @@ class SyntheticWorld:
       seed: in [0, 2**32).
       split: train, validation or test; their random streams are disjoint.
       batch_size: B.
-      classes: seen, unseen or all; None means seen for train and all for the other splits.
+      classes: seen, unseen or all.
       max_segments: G, the rows of the padded segment tables.
       num_eval_images: how many scenes `eval_examples` gives.
-      num_stuff, num_things: range, both ends included, of regions and of things in a scene.
-      min_area: a segment smaller than this becomes void; pixels of the 64 x 64 scene, so it grows
-        with the image's area. Below it no texture can be told.
-      min_visible: a thing of which a smaller share is visible becomes void.
 
     Raises:
       ValueError: if an argument is unknown or out of range, or G cannot hold the largest scene.
@@ -110,13 +113,9 @@ class SyntheticWorld:
         seed: int = 0,
         split: str = "train",
         batch_size: int = 8,
-        classes: str | None = None,
+        classes: str = "seen",
         max_segments: int = 12,
         num_eval_images: int = 200,
-        num_stuff: tuple[int, int] = (2, 4),
-        num_things: tuple[int, int] = (2, 5),
-        min_area: int = 40,
-        min_visible: float = 0.4,
     ):
         self.preset = get_preset(preset)
         self.vocabulary = self.preset.vocabulary
@@ -126,29 +125,19 @@ class SyntheticWorld:
         check_choice(split, SPLITS, "The synthetic world has no split")
         self.split = split
         self.batch_size = _require_at_least(batch_size, 1, "batch_size")
-        if classes is None:
-            classes = "seen" if split == "train" else "all"
         self.classes = classes
         self._things, self._stuff = _allowed(self.preset, self.classes)
-        for what, (low, high), least in (
-            ("num_stuff", num_stuff, 1),
-            ("num_things", num_things, 0),
-        ):
-            if not least <= low <= high:
-                raise ValueError(f"{what} must be a range from {least} up, got {(low, high)}.")
-        if num_stuff[1] + num_things[1] > max_segments:
+        most = NUM_STUFF[1] + NUM_THINGS[1]
+        if most > max_segments:
             raise ValueError(
-                f"max_segments is {max_segments}, but a scene may hold {num_stuff[1]} stuff and "
-                f"{num_things[1]} thing segments; raise it to {num_stuff[1] + num_things[1]}."
+                f"max_segments is {max_segments}, but a scene may hold {NUM_STUFF[1]} stuff and "
+                f"{NUM_THINGS[1]} thing segments; raise it to {most}."
             )
         if max_segments > 255:
             raise ValueError(f"max_segments must be at most 255 for 8-bit ids, got {max_segments}.")
         self.max_segments = max_segments
         self.num_eval_images = _require_at_least(num_eval_images, 0, "num_eval_images")
-        self._num_stuff, self._num_things = num_stuff, num_things
         self._scale = self.image_size / REFERENCE_SIZE
-        self._min_area = min_area * self._scale**2
-        self._min_visible = min_visible
 
     def example(self, index: int) -> dict[str, np.ndarray]:
         """Scene `index` of the split: one row of a batch of `IMAGE_FIELDS`, [H, W] all valid.
@@ -180,10 +169,10 @@ class SyntheticWorld:
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image [H, W, 3] uint8, segment ids [H, W] uint8 and labels [g], small segments voided."""
         # Stuff is merged by class in panoptic ground truth, so one class is one region.
-        most = min(self._num_stuff[1], len(self._stuff))
-        fewest = min(self._num_stuff[0], most)
+        most = min(NUM_STUFF[1], len(self._stuff))
+        fewest = min(NUM_STUFF[0], most)
         stuff = rng.permutation(self._stuff)[: rng.integers(fewest, most + 1)]
-        num_things = rng.integers(self._num_things[0], self._num_things[1] + 1)
+        num_things = rng.integers(NUM_THINGS[0], NUM_THINGS[1] + 1)
         things = rng.choice(self._things, num_things)
         labels = np.concatenate([stuff, things])
         entries = self.preset.classes
@@ -196,8 +185,8 @@ class SyntheticWorld:
             radius=(8.0 * self._scale, 15.0 * self._scale),
         )
         areas = np.bincount(owner.ravel(), minlength=len(labels) + 1)[1:]
-        needed = np.full(len(labels), max(self._min_area, 1.0))
-        needed[len(stuff) :] = np.maximum(needed[len(stuff) :], self._min_visible * full_areas)
+        needed = np.full(len(labels), max(MIN_AREA * self._scale**2, 1.0))
+        needed[len(stuff) :] = np.maximum(needed[len(stuff) :], MIN_VISIBLE * full_areas)
         kept = areas >= needed
         new_ids = np.zeros(len(labels) + 1, np.uint8)
         new_ids[1:][kept] = np.arange(1, kept.sum() + 1)
@@ -243,7 +232,6 @@ class CaptionWorld:
       crop_size: height and width h of all pictures. Scenes are averaged down to it, which needs
         image_size to be a multiple of it (equal: native scale).
       scene_ratio: share of scenes in every batch, in [0, 1], rounded to whole pictures.
-      zoom: range of the random magnification of crops, texture included.
 
     Raises:
       ValueError: if an argument is unknown or out of range.
@@ -260,7 +248,6 @@ class CaptionWorld:
         classes: str = "all",
         crop_size: int = 32,
         scene_ratio: float = 0.25,
-        zoom: tuple[float, float] = (0.8, 1.25),
     ):
         # The scene generator checks the arguments that both worlds share.
         self._scenes = SyntheticWorld(
@@ -277,9 +264,6 @@ class CaptionWorld:
                 f"Scenes of {image_size} pixels cannot be averaged down to crop_size {crop_size}; "
                 "make image_size a multiple of it or set scene_ratio to 0."
             )
-        if not 0.0 < zoom[0] <= zoom[1]:
-            raise ValueError(f"zoom must be a range of positive factors, got {zoom}.")
-        self._zoom = zoom
         self._seed = self._scenes.seed
         self._stream = _CAPTION_STREAM + SPLITS.index(split)
         self._labels = np.concatenate(_allowed(self.preset, classes))
@@ -313,7 +297,7 @@ class CaptionWorld:
     def _crop(self, rng: np.random.Generator, label: int) -> tuple[np.ndarray, str]:
         """Picture [h, w, 3] uint8 of one class and its name."""
         entry, size = self.preset.classes[label], self.crop_size
-        scale = self._scale * rng.uniform(*self._zoom)
+        scale = self._scale * rng.uniform(*ZOOM)
         light = render.light_direction(rng)
         if label >= len(self.preset.things):
             ground = _look(rng, entry, STUFF_TABLES)

@@ -48,13 +48,15 @@ def test_grey_stays_grey_and_a_full_circle_changes_nothing():
 
 def test_jitter_is_a_function_of_the_generator_and_of_fixed_length():
     image = _noise()
-    generators = [np.random.default_rng(5) for _ in range(3)]
+    generators = [np.random.default_rng(5) for _ in range(2)]
     first = np.asarray(colour.colour_jitter(generators[0], image))
     np.testing.assert_array_equal(first, np.asarray(colour.colour_jitter(generators[1], image)))
-    # Whatever is applied, as many numbers are drawn: what is drawn next does not depend on it.
-    unchanged = colour.colour_jitter(generators[2], image, probability=0)
-    assert unchanged is image
-    assert generators[0].uniform() == generators[1].uniform() == generators[2].uniform()
+    # Whatever is applied, nine numbers are drawn: what is drawn next does not depend on it.
+    for seed in range(20):
+        rng, plain = np.random.default_rng(seed), np.random.default_rng(seed)
+        colour.colour_jitter(rng, image)
+        plain.uniform(size=9)
+        assert rng.uniform() == plain.uniform()
     others = [np.asarray(colour.colour_jitter(np.random.default_rng(s), image)) for s in range(9)]
     assert len({other.tobytes() for other in others}) >= 8
 
@@ -70,11 +72,6 @@ def test_steps_are_those_of_the_reference_and_each_happens_half_of_the_time():
     assert np.mean((values < 68) | (values > 132)) > 0.1  # contrast goes beyond brightness
 
 
-@pytest.mark.parametrize(
-    "change", [{"contrast_range": (2, 1)}, {"saturation_range": (-1, 1)}], ids=str
-)
-def test_bad_ranges_and_modes(change):
-    with pytest.raises(ValueError, match="must be 0 <= low <= high"):
-        colour.colour_jitter(np.random.default_rng(0), _noise(), **change)
+def test_other_modes_are_refused():
     with pytest.raises(ValueError, match="is L and must be RGB"):
         colour.colour_jitter(np.random.default_rng(0), _noise().convert("L"))
