@@ -20,6 +20,8 @@ from data_pipelines.placement import Placement, pad_ids, place, resize_then_cut
 
 # What `augment_example` knows.
 KINDS = ("lsj", "semantic", "none")
+# Windows that `sample_semantic` tries.
+_TRIES = 10
 
 
 def sample_jitter(
@@ -29,7 +31,6 @@ def sample_jitter(
     size: int,
     *,
     scale_range: tuple[float, float] = (0.1, 2.0),
-    flip_probability: float = 0.5,
 ) -> Placement:
     """Draws a large-scale jitter for an image of `height` x `width` on a canvas `size` x `size`.
 
@@ -46,7 +47,7 @@ def sample_jitter(
     # The draws are made in a fixed order and number, whatever the image's size.
     scale = rng.uniform(low, high)
     where = rng.uniform(size=2)
-    mirrored = bool(rng.uniform() < flip_probability)
+    mirrored = bool(rng.uniform() < 0.5)
     resized = _fit(height, width, scale * size)
     offset = _offset(where, resized, size)
     return resize_then_cut((height, width), resized, offset, size, mirrored=mirrored)
@@ -66,14 +67,12 @@ def sample_semantic(
     shortest_edges: Sequence[int],
     longest_edge: int,
     max_class_area: float = 1.0,
-    flip_probability: float = 0.5,
-    num_tries: int = 10,
 ) -> Placement:
     """Draws the placement of semantic training: shortest edge, crop limited by class area, flip.
 
     The image is resized so that its shorter side is one of `shortest_edges`, chosen uniformly, or
     less if its longer side would exceed `longest_edge` (detectron2 `ResizeShortestEdge`). Of up to
-    `num_tries` random windows the first is taken in which more than one class has pixels and none
+    ten random windows the first is taken in which more than one class has pixels and none
     has `max_class_area` of the labelled pixels or more; if none is such, the last one (detectron2
     `RandomCrop_CategoryAreaConstraint`).
 
@@ -86,8 +85,6 @@ def sample_semantic(
         steps of a tenth on COCO-Stuff.
       longest_edge: Mask2Former's is four times the crop.
       max_class_area: a share; 1 sets no limit and takes the first window.
-      flip_probability: of mirroring.
-      num_tries: of windows.
 
     Raises:
       ValueError: if there is no edge to choose from, or one is below 1.
@@ -100,8 +97,8 @@ def sample_semantic(
     height, width = segment_ids.shape
     # Fixed in order and number, whatever the image holds.
     edge = shortest_edges[rng.integers(len(shortest_edges))]
-    mirrored = bool(rng.uniform() < flip_probability)
-    where = rng.uniform(size=(num_tries, 2))
+    mirrored = bool(rng.uniform() < 0.5)
+    where = rng.uniform(size=(_TRIES, 2))
     factor = min(edge / min(height, width), longest_edge / max(height, width))
     resized = (max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5)))
     class_of = np.concatenate([[0], np.asarray(segment_labels, np.int64) + 1])

@@ -12,10 +12,12 @@ from PIL import Image
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# As people write them; a tokenizer of words has to read them all.
+NAMES = ["lawn (mown)", "ball/globe", "children's gnome, dwarf"]
 CATEGORIES = [
-    {"id": 3, "name": "lawn", "isthing": 0, "split": "seen"},
-    {"id": 5, "name": "ball", "isthing": 1, "split": "seen"},
-    {"id": 8, "name": "gnome", "isthing": 1, "split": "unseen"},
+    {"id": 3, "name": NAMES[0], "isthing": 0, "split": "seen"},
+    {"id": 5, "name": NAMES[1], "isthing": 1, "split": "seen"},
+    {"id": 8, "name": NAMES[2], "isthing": 1, "split": "unseen"},
 ]
 # The smallest networks of the mini run, two steps a stage.
 FLAGS = """
@@ -38,7 +40,7 @@ FLAGS = """
     --config.train.clip.batch_size=2 --config.train.con.batch_size=2
     --config.train.cat.batch_size=2 --config.train.finetune.batch_size=2
     --config.train.cat.bank_images=4 --config.train.finetune.bank_images=4
-    --config.eval.settings.batch_size=1 --config.eval.settings.num_pictures=1
+    --config.eval.settings.batch_size=1 --config.eval.num_pictures=1
 """.split()
 
 
@@ -56,15 +58,18 @@ def make_garden(root):
         }
         pngs = root / "annotations" / f"panoptic_{part}"
         pngs.mkdir()
-        (root / part).mkdir()
+        for camera in (0, 1):
+            (root / part / f"cam{camera}").mkdir(parents=True)
         for i in range(1, count + 1):
             thing = 8 if i == 2 else 5
             ids = np.full((24, 32), 1, np.uint8)
             ids[6:18, 4 * i : 4 * i + 12] = 2
             pixels = rng.integers(0, 60, (24, 32, 3)) + 60 * ids[..., None]
-            Image.fromarray(pixels.astype(np.uint8)).save(root / part / f"{i}.jpg")
+            # The same name comes in both folders.
+            name = f"cam{i % 2}/{(i + 1) // 2}.jpg"
+            Image.fromarray(pixels.astype(np.uint8)).save(root / part / name)
             Image.fromarray(np.stack([ids, 0 * ids, 0 * ids], -1)).save(pngs / f"{i}.png")
-            content["images"].append({"id": i, "file_name": f"{i}.jpg", "height": 24, "width": 32})
+            content["images"].append({"id": i, "file_name": name, "height": 24, "width": 32})
             content["annotations"].append(
                 {
                     "image_id": i,
@@ -111,12 +116,14 @@ def test_it_trains_and_every_class_is_scored(trained):
     assert report["table"] in printed and len(report["results"]) == 2
     for summary in report["results"].values():
         assert summary["images"] == 2
-        assert [row["name"] for row in summary["per_class"]] == ["lawn", "ball", "gnome"]
+        assert [row["name"] for row in summary["per_class"]] == NAMES
     for stage in report["stages"]:
         rows = [json.loads(line) for line in (workdir / stage / "metrics.jsonl").open()]
         assert np.isfinite([row["loss"] for row in rows if "loss" in row]).all()
     predictions = json.loads((workdir / "con" / "panoptic_predictions.json").read_text())
     assert {a["image_id"] for a in predictions["annotations"]} == {1, 2}
+    names = {a["file_name"] for a in predictions["annotations"]}
+    assert names == {"cam0/1.png", "cam1/1.png"}
 
 
 def test_its_checkpoints_are_scored_on_another_data_set(trained):
@@ -124,7 +131,7 @@ def test_its_checkpoints_are_scored_on_another_data_set(trained):
     garden, workdir, cache, _ = trained
     split = json.loads((garden / "split.json").read_text())
     # New names of old words, since the tokenizer of the mini run knows no other.
-    names = {"lawn": "gnome lawn", "ball": "lawn ball", "gnome": "ball gnome"}
+    names = dict(zip(NAMES, ("gnome lawn", "lawn ball", "ball gnome"), strict=True))
     for path in (garden / "annotations").glob("*.json"):
         content = json.loads(path.read_text())
         for category in content["categories"]:
