@@ -8,7 +8,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from concat_jax import tpu_report
-from concat_jax.tpu_report import Collective, Report, find_collectives, format_report
+from concat_jax.benchmarking import compile_report
+from concat_jax.benchmarking.compile_report import (
+    Collective,
+    Report,
+    find_collectives,
+    format_report,
+)
 from concat_jax.training.sharding import make_mesh
 from configs import coco_zps
 
@@ -54,14 +60,14 @@ def test_collectives_of_a_program_that_was_compiled():
     ],
 )
 def test_array_bytes(text, size):
-    assert tpu_report.array_bytes(text) == size
+    assert compile_report.array_bytes(text) == size
 
 
 @pytest.mark.parametrize(
     "count, text", [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (2.5e9, "2.50 GB")]
 )
 def test_format_bytes(count, text):
-    assert tpu_report.format_bytes(count) == text
+    assert compile_report.format_bytes(count) == text
 
 
 def make_report(collectives):
@@ -72,7 +78,7 @@ def make_report(collectives):
         "temporaries": 4_000_000_000,
         "program": 100_000_000,
     }
-    return Report("v5e:4x4", 16, 32, 928, 61.4, memory, collectives, 178_000_000)
+    return Report("v5e:4x4", 16, 32, "images of 928 x 928", 61.4, memory, collectives, 178_000_000)
 
 
 def test_the_report_in_text():
@@ -92,10 +98,10 @@ def test_the_report_in_text():
 
 def test_the_report_without_collectives_and_with_many():
     assert "  none" in format_report(make_report([]))
-    many = [Collective("all-to-all", 8, f"op{i}") for i in range(tpu_report.MAX_SOURCES + 3)]
+    many = [Collective("all-to-all", 8, f"op{i}") for i in range(compile_report.MAX_SOURCES + 3)]
     text = format_report(make_report(many))
-    assert f"op{tpu_report.MAX_SOURCES - 1}" in text
-    assert f"op{tpu_report.MAX_SOURCES}" not in text
+    assert f"op{compile_report.MAX_SOURCES - 1}" in text
+    assert f"op{compile_report.MAX_SOURCES}" not in text
     assert "and 3 more sources" in text
 
 
@@ -114,46 +120,78 @@ def test_a_missing_compiler_is_said(monkeypatch):
         tpu_report.make_topology_mesh("v5e:4x4")
 
 
-def small_config(**con):
+def small_setup(**stages):
+    """Of the mini COCO config, with fields of its stages changed."""
     config = coco_zps.get_config("mini")
     config.data.image_size = 64
-    config.train.con.update(con)
-    return config
+    with config.unlocked():
+        for name, fields in stages.items():
+            config.train[name].update(fields)
+    return tpu_report.setup_of(config)
 
 
 @pytest.mark.parametrize(
     "stage, con, message",
     [
         ("cno", {}, "names no stage of the config: 'cno'; did you mean 'con'"),
-        ("cat", {}, "'cat' trains no segmentor"),
         ("con", {"batch_size": 12}, "batch of 12 images cannot be split over 8 chips.*batch_size"),
     ],
 )
 def test_a_step_that_cannot_be_is_refused(stage, con, message):
     with pytest.raises(ValueError, match=message):
-        tpu_report.abstract_step(small_config(**con), stage, make_mesh())
+        tpu_report.abstract_step(small_setup(con=con), stage, make_mesh())
+
+
+def lowered_step(setup, name):
+    """(state, frozen, batch), what the lowered step returns, and whether its state is donated."""
+    mesh = make_mesh()
+    step, arguments, gradient_bytes = tpu_report.abstract_step(setup, name, mesh)
+    specs = [{x.sharding.spec for x in jax.tree.leaves(tree)} for tree in arguments]
+    assert specs[0] | specs[1] == {PartitionSpec()}
+    assert specs[2] == {PartitionSpec(mesh.axis_names)}
+    with jax.set_mesh(mesh):
+        lowered = step.lower(*arguments)
+    donated = [x.donated for x in jax.tree.leaves(lowered.args_info[0][0])]
+    assert donated and all(donated)
+    new_state, metrics = lowered.out_info
+    assert jax.tree.map(lambda x: x.shape, new_state) == jax.tree.map(
+        lambda x: x.shape, arguments[0]
+    )
+    return arguments, metrics, gradient_bytes
 
 
 def test_the_step_is_that_of_the_loop():
     """From shapes alone: state replicated and donated, batch split, as `train_stage` has it."""
-    mesh = make_mesh()
-    step, (state, frozen, batch), gradient_bytes = tpu_report.abstract_step(
-        small_config(batch_size=16), "con", mesh
+    (state, frozen, batch), metrics, gradient_bytes = lowered_step(
+        small_setup(con={"batch_size": 16}), "con"
     )
     # The mini backbone has no frozen norms: all is trained.
     assert gradient_bytes == 4 * sum(x.size for x in jax.tree.leaves(state.params))
     assert batch["image"].shape == (16, 64, 64, 3) and batch["segment_labels"].shape == (16, 32)
     assert batch["segment_ids"].dtype == np.uint8
-    assert {x.sharding.spec for x in jax.tree.leaves(batch)} == {PartitionSpec(mesh.axis_names)}
-    assert {x.sharding.spec for x in jax.tree.leaves((state, frozen))} == {PartitionSpec()}
     assert set(state.params) == {"segmentor", "projector"} and set(frozen) == {"clip", "text"}
-    with jax.set_mesh(mesh):
-        lowered = step.lower(state, frozen, batch)
-    donated = [x.donated for x in jax.tree.leaves(lowered.args_info[0][0])]
-    assert donated and all(donated)
-    new_state, metrics = lowered.out_info
-    assert jax.tree.map(lambda x: x.shape, new_state) == jax.tree.map(lambda x: x.shape, state)
     assert {"loss", "loss_instance", "gradient_norm"} <= set(metrics)
+
+
+@pytest.mark.parametrize("name", ["clip", "cat", "finetune"])
+def test_other_stages_have_a_step_too(name):
+    """CAT with a memory, whose classes are filled up to a multiple of the batch."""
+    cat = {"batch_size": 16, "method": {"memory_per_class": 4}}
+    changes = {"clip": {"batch_size": 8}, "cat": cat, "finetune": {"batch_size": 8}}
+    (state, frozen, batch), metrics, _ = lowered_step(small_setup(**changes), name)
+    expected = {"clip": "clip", "cat": "generator", "finetune": "projector"}
+    assert set(state.params) == {expected[name]} and "loss" in metrics
+    if name == "cat":
+        assert batch["queries"].shape == (16, 32, 64)
+        assert batch["memory_queries"].shape == (144, 4, 64)
+
+
+def test_clip_need_not_be_there():
+    """The full config's CLIP has its published sizes without a file of its vocabulary."""
+    setup = tpu_report.setup_of(coco_zps.get_config())
+    shapes = jax.eval_shape(lambda: setup.networks.init("clip", jax.random.key(0)))
+    sizes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
+    assert (49408, 512) in sizes and tpu_report.batch_sizes(setup, "con")["T"] == 77
 
 
 @pytest.mark.parametrize(
@@ -168,5 +206,5 @@ def test_the_step_is_that_of_the_loop():
     ],
 )
 def test_compiler_errors_become_a_sentence(message, sentence):
-    text = tpu_report.compile_error(message, "v5e:4x4")
+    text = compile_report.compile_error(message, "v5e:4x4")
     assert sentence in text and "\n" not in text

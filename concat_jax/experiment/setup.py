@@ -110,12 +110,16 @@ class Setup:
         return build(OptimizerConfig, self.stages[name].optimizer, where)
 
 
-def make_setup(config: ml_collections.ConfigDict, labels: Labels) -> Setup:
+def make_setup(
+    config: ml_collections.ConfigDict, labels: Labels, tokenizer: Tokenizer | None = None
+) -> Setup:
     """What a config says.
 
     Args:
       config: as the files in `configs/` make it.
       labels: of its data.
+      tokenizer: one that is only asked for its sizes, where no name is to be read; None makes the
+        config's and checks the names.
 
     Raises:
       ValueError: for a key that there is not, or a value that cannot be.
@@ -128,10 +132,11 @@ def make_setup(config: ml_collections.ConfigDict, labels: Labels) -> Setup:
         for name in names:
             check_choice(name, stages, f"config.{where} names no stage of")
     check_text(config.text)
-    tokenizer = make_tokenizer(config, labels.caption_words)
     evaluated = labels.eval_vocabulary or labels.vocabulary
-    for vocabulary in {labels.vocabulary, evaluated}:
-        check_names(config.text, tokenizer, vocabulary)
+    if tokenizer is None:
+        tokenizer = make_tokenizer(config, labels.caption_words)
+        for vocabulary in {labels.vocabulary, evaluated}:
+            check_names(config.text, tokenizer, vocabulary)
     section = functools.partial(_section, config)
     sides = {"short_side": labels.eval_size, "long_side": labels.eval_size}
     context = Context(

@@ -1,0 +1,187 @@
+"""What a compiler says of a program for many chips: memory of each and collectives."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Memory of a chip in bytes, by the platform part of a topology's name (Google Cloud's TPU pages).
+HBM_BYTES = {"v4": 32e9, "v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "all-to-all",
+    "collective-permute",
+    "reduce-scatter",
+    "collective-broadcast",
+)
+_ELEMENT_BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
+_COLLECTIVE = re.compile(
+    rf"= (?P<result>.*?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\((?!.*-done\()"
+)
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
+# A report names at most this many sources of one kind of collective.
+MAX_SOURCES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a compiled program.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      num_bytes: of its result on one chip.
+      source: path of the operation it serves, e.g. "jit(train_step)/transpose(jvp(...))/...".
+    """
+
+    kind: str
+    num_bytes: int
+    source: str
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether it runs once an iteration of a loop rather than once a step."""
+        return "/while/" in self.source
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler says of one program; sizes in bytes on one chip.
+
+    Attributes:
+      topology: its name.
+      num_chips: devices of the mesh.
+      batch_size: rows of a batch, over all chips.
+      content: what a row is, as "images of 928 x 928".
+      seconds: of compilation.
+      memory: name -> bytes: arguments, outputs, donated (outputs that reuse arguments),
+        temporaries and program.
+      collectives: all of them.
+      gradient_bytes: of the gradients of all trained parameters, which is what a step has to sum
+        over the chips.
+    """
+
+    topology: str
+    num_chips: int
+    batch_size: int
+    content: str
+    seconds: float
+    memory: Mapping[str, int]
+    collectives: Sequence[Collective]
+    gradient_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """What a chip must hold: arguments, temporaries, program, and outputs of their own."""
+        own = self.memory["outputs"] - self.memory["donated"]
+        return own + sum(self.memory[k] for k in ("arguments", "temporaries", "program"))
+
+
+def array_bytes(text: str) -> int:
+    """Bytes of all arrays in an HLO type such as `(f32[8,4]{1,0:T(8,128)}, s32[])`."""
+    total = 0
+    for kind, shape in _ARRAY.findall(text):
+        digits = re.search(r"\d+$", kind)
+        bits = _ELEMENT_BITS.get(kind) or (int(digits[0]) if digits else 0)
+        total += int(np.prod([int(n) for n in shape.split(",") if n])) * bits // 8
+    return total
+
+
+def find_collectives(text: str) -> list[Collective]:
+    """The collectives of an optimised HLO module.
+
+    Args:
+      text: `compiled.as_text()`. Of an asynchronous pair the start counts, without the operand
+        that its result repeats.
+    """
+    found = []
+    for line in text.splitlines():
+        match = _COLLECTIVE.search(line)
+        if not match:
+            continue
+        num_bytes = array_bytes(match["result"])
+        # The start of a gather or permute returns (operand, result, ...); that of a reduction, for
+        # which no copy of the operand is kept, the result alone.
+        if match["start"] and match["kind"] != "all-reduce":
+            operand = line[match.end() :].split(")", 1)[0]
+            num_bytes -= array_bytes(operand)
+        source = re.search(r'op_name="([^"]*)"', line)
+        found.append(Collective(match["kind"], num_bytes, source[1] if source else "unnamed"))
+    return found
+
+
+def format_bytes(count: float) -> str:
+    """ "1.50 GB"; powers of ten, as chips are sold."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def format_report(report: Report) -> str:
+    """The report as lines of text."""
+    lines = [
+        f"Topology {report.topology}: {report.num_chips} chips, {report.batch_size} "
+        f"{report.content} a step, {report.batch_size // report.num_chips} a chip",
+        f"Compiled in {report.seconds:.0f} s",
+        "Memory of a chip:",
+        *(f"  {name:<12} {format_bytes(size):>10}" for name, size in report.memory.items()),
+    ]
+    available = HBM_BYTES.get(platform_of(report.topology))
+    of = f" of {format_bytes(available)}" if available else ""
+    lines.append(f"  {'in all':<12} {format_bytes(report.peak_bytes):>10}{of}")
+    lines.append(f"Gradients to sum over the chips: {format_bytes(report.gradient_bytes)}")
+    lines.append("Collectives of a step:")
+    if not report.collectives:
+        lines.append("  none")
+    for kind in COLLECTIVES:
+        mine = [c for c in report.collectives if c.kind == kind]
+        if not mine:
+            continue
+        size = format_bytes(sum(c.num_bytes for c in mine))
+        lines.append(f"  {kind:<18} {len(mine):>5}  {size:>10}")
+        # Sums of gradients and losses are what data parallelism is; say where others come from.
+        named = [c for c in mine if kind != "all-reduce" or c.in_loop]
+        sources: dict[str, list[int]] = {}
+        for c in named:
+            sources.setdefault(c.source, []).append(c.num_bytes)
+        ranked = sorted(sources.items(), key=lambda item: -sum(item[1]))
+        for source, sizes in ranked[:MAX_SOURCES]:
+            loop = "in a loop, " if "/while/" in source else ""
+            lines.append(f"    {loop}{len(sizes)} x, {format_bytes(sum(sizes))}: {source}")
+        if len(ranked) > MAX_SOURCES:
+            lines.append(f"    and {len(ranked) - MAX_SOURCES} more sources")
+    return "\n".join(lines)
+
+
+def platform_of(topology: str) -> str:
+    """ "v5e" of "v5e:16x16"."""
+    return topology.split(":")[0]
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """The `memory` of a `Report` of a compiled program."""
+    analysis = compiled.memory_analysis()
+    return {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes,
+        "donated": analysis.alias_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "program": analysis.generated_code_size_in_bytes,
+    }
+
+
+def compile_error(message: str, topology: str) -> str:
+    """One sentence of a failed compilation."""
+    used = re.search(r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", message)
+    if used:
+        return (
+            f"The step does not fit a chip of {topology}: its temporaries need {used[1]} of "
+            f"{used[2]}; set config.model.segmentor.remat or .dtype = 'bfloat16', or more chips."
+        )
+    return f"The TPU compiler refuses the step: {message.splitlines()[0]}"
