@@ -223,7 +223,15 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    cli.main(__doc__, define_flags, command, argv, with_config=True)
+    cli.main(
+        __doc__,
+        define_flags,
+        command,
+        argv,
+        with_config=True,
+        interrupted="Stopped; finished stages and scored cells are kept, and the same command goes "
+        "on.",
+    )
 
 
 if __name__ == "__main__":

@@ -253,7 +253,14 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    cli.main(__doc__, define_flags, command, argv, with_config=True)
+    cli.main(
+        __doc__,
+        define_flags,
+        command,
+        argv,
+        with_config=True,
+        interrupted="Stopped; no gamma was chosen, and the same command starts anew.",
+    )
 
 
 if __name__ == "__main__":

@@ -240,7 +240,14 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    cli.main(__doc__, define_flags, command, argv, arguments="SOURCE DESTINATION")
+    cli.main(
+        __doc__,
+        define_flags,
+        command,
+        argv,
+        arguments="SOURCE DESTINATION",
+        interrupted="Stopped; nothing was written to the destination.",
+    )
 
 
 if __name__ == "__main__":

@@ -193,7 +193,14 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    cli.main(__doc__, define_flags, command, argv, with_config=True)
+    cli.main(
+        __doc__,
+        define_flags,
+        command,
+        argv,
+        with_config=True,
+        interrupted="Stopped; nothing was scored, and the same command starts anew.",
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,14 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    cli.main(__doc__, lambda flags: None, command, argv, with_config=True)
+    cli.main(
+        __doc__,
+        lambda flags: None,
+        command,
+        argv,
+        with_config=True,
+        interrupted="Stopped; what is saved stays, and the same command goes on from there.",
+    )
 
 
 if __name__ == "__main__":

@@ -188,7 +188,15 @@ def config_of(given: cli.Flags, model: Model) -> PredictConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    cli.main(__doc__, define_flags, command, argv, arguments="IMAGES...")
+    cli.main(
+        __doc__,
+        define_flags,
+        command,
+        argv,
+        arguments="IMAGES...",
+        interrupted="Stopped; pictures of the images above are written, the json of all of them is "
+        "not. The same command starts anew.",
+    )
 
 
 if __name__ == "__main__":
