@@ -1,18 +1,12 @@
 """Every kind of damage to a small data set ends in one sentence, or is skipped and counted."""
 
-import importlib.util
 import json
-import pathlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-_SPEC = importlib.util.spec_from_file_location(
-    "damage", pathlib.Path(__file__).with_name("damage.py")
-)
-damage = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(damage)
+from tests.data_pipelines import damage
 
 SIZES = [(24, 32), (32, 24), (24, 32), (20, 28), (30, 30)]
 

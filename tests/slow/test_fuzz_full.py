@@ -1,16 +1,11 @@
 """200 randomly damaged copies of real COCO images: each ends in one sentence or is skipped."""
 
 import collections
-import importlib.util
-import pathlib
 
 import numpy as np
 import pytest
 
-_PATH = pathlib.Path(__file__).resolve().parents[1] / "data_pipelines" / "damage.py"
-_SPEC = importlib.util.spec_from_file_location("damage", _PATH)
-damage = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(damage)
+from tests.data_pipelines import damage
 
 NUM_COPIES = 200
 
