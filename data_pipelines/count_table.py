@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from concat_jax.core.vocabulary import Vocabulary
-from data_pipelines.sources.source import ImageRecord, Source, UnseenImages, treat_unseen
+from data_pipelines.sources.source import Source, UnseenImages, treat_unseen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ def count_part(source: Source, unseen: UnseenImages) -> PartCounts:
         images=len(source.records),
         crowd=sum(int(record.is_crowd.sum()) for record in source.records),
         kept_images=len(positions),
-        class_images=_count([np.unique(record.labels) for record in source.records], size),
-        class_segments=_count(_labels(source.records), size),
-        kept_segments=_count(_labels([treated.records[i] for i in positions]), size),
+        class_images=_count((np.unique(record.labels) for record in source.records), size),
+        class_segments=_count((record.labels for record in source.records), size),
+        kept_segments=_count((treated.records[i].labels for i in positions), size),
     )
 
 
@@ -66,10 +66,8 @@ def format_parts(vocabulary: Vocabulary, counts: Mapping[str, PartCounts]) -> st
     for part, c in counts.items():
         by_split = [int(c.class_segments[classes].sum()) for classes in (seen, unseen)]
         numbers = [c.images, sum(by_split), *by_split, c.crowd]
-        rows.append(
-            [part, *map(_number, numbers), f"{c.unseen}: {c.kept_images:,}"]
-            + [_number(int(c.kept_segments.sum()))]
-        )
+        kept = [f"{c.unseen}: {c.kept_images:,}", f"{c.kept_segments.sum():,}"]
+        rows.append([part, *(f"{number:,}" for number in numbers), *kept])
         occurring = unseen[c.class_segments[unseen] > 0]
         if len(unseen):
             names = ", ".join(vocabulary.names[k] for k in occurring) or "none"
@@ -95,32 +93,23 @@ def format_classes(vocabulary: Vocabulary, counts: Mapping[str, PartCounts]) -> 
         row += ["seen" if vocabulary.is_seen[k] else "unseen"]
         row += ["thing" if vocabulary.is_thing[k] else "stuff"]
         for c in counts.values():
-            row += [_number(int(x[k])) for x in (c.class_images, c.class_segments, c.kept_segments)]
+            row += [f"{x[k]:,}" for x in (c.class_images, c.class_segments, c.kept_segments)]
         rows.append(row)
     return "\n".join(_columns(rows))
 
 
-def _labels(records: Sequence[ImageRecord]) -> list[np.ndarray]:
-    return [record.labels for record in records]
-
-
-def _count(labels: list[np.ndarray], size: int) -> np.ndarray:
+def _count(labels: Iterable[np.ndarray], size: int) -> np.ndarray:
     return np.bincount(np.concatenate([np.empty(0, np.int64), *labels]), minlength=size)
-
-
-def _number(value: int) -> str:
-    return f"{value:,}"
 
 
 def _columns(rows: list[list[str]]) -> list[str]:
     # Text to the left, numbers to the right, each column as wide as its widest entry.
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     is_number = [column[-1][0].isdigit() for column in zip(*rows, strict=True)]
-    lines = [
+    return [
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)
             for cell, width, right in zip(row, widths, is_number, strict=True)
         ).rstrip()
         for row in rows
     ]
-    return lines

@@ -52,10 +52,10 @@ def prepare(
     """Checks, counts and, where `out` is given, packs parts of a data set; prints what it finds.
 
     Args:
-      dataset: a name of `layouts`.
+      dataset: a name of `sources.registry.DATASETS`.
       root: its folder.
       parts: of the data set; () takes the training and the evaluation part of its layout.
-      split_file: instead of the layout's own, see `layouts.open_source`.
+      split_file: instead of the layout's own, see `open_source`.
       unseen: what training does with images that show unseen classes, see `source.treat_unseen`;
         None takes what the data set's protocol does. Without `parts` it holds for the training part
         alone, since evaluation is over all classes.

@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import threading
+import types
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +21,6 @@ import numpy as np
 
 from concat_jax.core.files import FileError
 from concat_jax.core.progress import Progress
-from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.shards import files as shard_files
 from data_pipelines.shards.files import Identity, ShardIndex, index_path, manifest_path, shard_path
@@ -74,7 +74,7 @@ def build_shards(
 
     Args:
       folder: for all parts of one data set; made if absent.
-      source: the part, as `layouts.open_source` gives it; it must be picklable if workers > 1.
+      source: the part, as `open_source` gives it; it must be picklable if workers > 1.
       dataset, part: names for the files: letters, digits and _.
       unseen: see `source.treat_unseen`.
       num_shards: files to write, at most one an image. None: as the folder was begun, or else one
@@ -133,7 +133,8 @@ def build_shards(
     if not records:
         raise FileError(f"Not one of the {len(positions)} images of {part} can be used.")
     if unseen != "keep":
-        check_no_leak(_Written(source.vocabulary, records), range(len(records)))
+        written = types.SimpleNamespace(vocabulary=source.vocabulary, records=records)
+        check_no_leak(written, range(len(records)))
     skipped = {name: why for index in indices for name, why in index.skipped.items()}
     result = {
         "shard_lengths": [len(index.records) for index in indices],
@@ -142,14 +143,6 @@ def build_shards(
     }
     shard_files.write_manifest(folder, identity, result)
     return BuildReport(len(finished), len(jobs), len(records), skipped)
-
-
-@dataclasses.dataclass
-class _Written:
-    """What the leak test looks at, as the finished shards have it."""
-
-    vocabulary: Vocabulary
-    records: Sequence[ImageRecord]
 
 
 def _claim(

@@ -57,7 +57,7 @@ class Identity:
     """What shards depend on; two builds with the same identity give the same bytes.
 
     Attributes:
-      dataset: a name of `layouts`.
+      dataset: a name of `sources.registry.DATASETS`.
       part: train2017 or the like.
       unseen: what was done to images that show unseen classes, see `source.treat_unseen`.
       source: fingerprint of all the part's tables, of `fingerprint`.

@@ -12,8 +12,8 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 from concat_jax.core.files import FileError
 from concat_jax.core.vocabulary import Vocabulary
@@ -26,12 +26,6 @@ from data_pipelines.sources.source import FolderSource, UnseenImages
 OnBadExample = Literal["raise", "skip"]
 
 
-class _Opener(Protocol):
-    def __call__(
-        self, root: pathlib.Path, part: str, split_file: str, on_bad_example: OnBadExample
-    ) -> FolderSource: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A kind of data set that `open_source` knows.
@@ -42,14 +36,14 @@ class Dataset:
       split_file: the label space unless another is given: a split or vocabulary that ships, or a
         path below the root.
       unseen_images: what its protocol does with training images that show unseen classes.
-      open: of a checked split and part.
+      open: root, checked part, split file and what to do with bad examples -> the source.
     """
 
     tree: str
     parts: tuple[str, str]
     split_file: str
     unseen_images: UnseenImages
-    open: _Opener
+    open: Callable[[pathlib.Path, str, str, OnBadExample], FolderSource]
 
 
 def open_source(

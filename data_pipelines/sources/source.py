@@ -1,8 +1,8 @@
 """What every data set on disk looks like to the loader: records of its images, and how to read one.
 
 A source is one part (training or evaluation) of a data set in some layout. The layouts are files
-beside this one (`coco_panoptic`, `semantic_maps`, `coco_instances`, `shards`); `layouts` opens one
-by name. What training does with images that show unseen classes is decided here, for all alike.
+beside this one, and shards; `registry` opens one by name. What training does with images that show
+unseen classes is decided here, for all alike.
 """
 
 from __future__ import annotations

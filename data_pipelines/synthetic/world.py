@@ -48,13 +48,6 @@ def _require_at_least(value: int, least: int, what: str) -> int:
     return int(value)
 
 
-def _require_seed(seed: int) -> int:
-    # One 32-bit word each keeps the keys (seed, stream, index) of different streams apart.
-    if _require_at_least(seed, 0, "seed") >= 2**32:
-        raise ValueError(f"seed must be below 2**32, got {seed}.")
-    return int(seed)
-
-
 def _allowed(preset: WorldPreset, which: str) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the thing and of the stuff classes that may be drawn: seen, unseen or all."""
     check_choice(which, ("seen", "all", "unseen"), "There is no set of classes")
@@ -121,7 +114,10 @@ class SyntheticWorld:
         self.vocabulary = self.preset.vocabulary
         # Below 16 pixels a thing has a radius of 2 to 4 and no texture is left.
         self.image_size = _require_at_least(image_size, 16, "image_size")
-        self.seed = _require_seed(seed)
+        self.seed = _require_at_least(seed, 0, "seed")
+        # One 32-bit word each keeps the keys (seed, stream, index) of different streams apart.
+        if seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {seed}.")
         check_choice(split, SPLITS, "The synthetic world has no split")
         self.split = split
         self.batch_size = _require_at_least(batch_size, 1, "batch_size")
