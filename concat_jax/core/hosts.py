@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
@@ -52,6 +52,18 @@ def total_over_hosts(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).sum())
+
+
+def of_first_host(array: np.ndarray) -> np.ndarray:
+    """The first host's array, on all hosts; every host must call it with an array of its shape."""
+    if jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def gathered(arrays: Any) -> Any:
+    """The whole of global arrays, a tree of them, as numpy arrays on every host."""
+    return multihost_utils.process_allgather(arrays, tiled=True)
 
 
 def wait_for_hosts(what: str) -> None:

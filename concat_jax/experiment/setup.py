@@ -12,11 +12,11 @@ import ml_collections
 from concat_jax.core.config import build, check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.class_embeddings import check_names, check_text, make_tokenizer
+from concat_jax.experiment.query_extraction import BankConfig
 from concat_jax.inference.predictor import PredictConfig
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.generators import make_generator
 from concat_jax.models.networks import Networks, make_networks
-from concat_jax.stages.bank_files import BankConfig
 from concat_jax.stages.clip_targets import CropConfig
 from concat_jax.stages.registry import make_stage
 from concat_jax.stages.stage import COMES_WITH, Context, Stage, StageConfig

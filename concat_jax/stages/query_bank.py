@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from concat_jax.core.shard_store import ShardedRows
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.stages.bank_files import ShardedRows
 
 
 class QueryBank:

@@ -64,9 +64,7 @@ def test_a_bank_of_other_weights_is_refused_and_a_generator_has_no_part_in_it(ma
     first = make_bank(weights=1.0)
     again = make_bank(weights=1.0, hidden_width=7, labels=(-1, -1))  # read, and not made anew
     np.testing.assert_array_equal(first.labels, again.labels)
-    with pytest.raises(
-        ValueError, match="was made from weights '[0-9a-f]{16}', not from '[0-9a-f]"
-    ):
+    with pytest.raises(ValueError, match="made with weights = '[0-9a-f]{16}', now it is '[0-9a-f]"):
         make_bank(weights=1.0 + 1e-6)
 
 

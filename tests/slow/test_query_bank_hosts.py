@@ -9,15 +9,14 @@ HOST = """
 import sys
 import jax
 import numpy as np
-from absl import flags
-from jax.experimental import multihost_utils
-from concat_jax.main import join_hosts
-from concat_jax.stages.bank_files import BankConfig, fill_bank
+from concat_jax.core.cli import join_hosts
+from concat_jax.core.hosts import gathered
+from concat_jax.experiment.query_extraction import BankConfig, fill_bank
 from concat_jax.training.sharding import make_mesh, shard_batch
 from pathlib import Path
+from types import SimpleNamespace
 
-flags.FLAGS(["test", "--distributed"])
-join_hosts()
+join_hosts(SimpleNamespace(distributed=True))
 assert jax.process_count() == 2
 folder, index = Path(sys.argv[1]), jax.process_index()
 mesh = make_mesh()
@@ -27,7 +26,7 @@ asked = []
 def extract(batch):
     with jax.set_mesh(mesh):
         queries = repeat(shard_batch(batch, mesh)["image"])
-    return multihost_utils.process_allgather((queries, queries[..., 0]), tiled=True)
+    return gathered((queries, queries[..., 0]))
 
 def batches(steps):
     asked.extend(steps)
@@ -36,7 +35,7 @@ def batches(steps):
 
 queries, labels = fill_bank(
     folder, {}, extract, batches, num_batches=5, batch_size=4, config=BankConfig("float16", 4),
-    progress=lambda done, total: lambda done: None, process_index=index, process_count=2)
+    process_index=index, process_count=2)
 assert (queries[np.arange(20)] == np.arange(20)[:, None, None]).all(), queries[np.arange(20)]
 assert (labels == np.arange(20)[:, None]).all(), labels
 print("asked", *asked)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.experiment.query_extraction import BankConfig, fill_bank
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.generators import QueryGenerator
 from concat_jax.models.networks import Networks
 from concat_jax.models.segmentor import SegmentorOutput
 from concat_jax.models.semantic_projector import SemanticProjector
 from concat_jax.stages import cat, finetune
-from concat_jax.stages.bank_files import BankConfig, fill_bank
 from concat_jax.stages.queries import (
     IMAGE_FIELDS,
     QUERY_FIELDS,
@@ -160,7 +160,6 @@ def test_the_first_step_from_images_is_that_from_their_bank(name, tmp_path):
         num_batches=1,
         batch_size=BATCH,
         config=BankConfig(),
-        progress=lambda done, total: lambda done: None,
     )
     batch = QueryBank(queries, labels, batch_size=BATCH, seed=0).batch(0)
     order = np.argsort(

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from concat_jax.core.shard_store import ShardedRows
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.stages.bank_files import ShardedRows
 from concat_jax.stages.query_bank import QueryBank, missing_classes
 
 
