@@ -173,7 +173,7 @@ def make_stage(context: Context, config: Config) -> Stage:
         known = vocabulary.seen
         cycle_labels, cycle_queries = pseudo_labels, pseudo
         if config.unseen_names:
-            known = jnp.arange(num_classes)
+            known = np.arange(num_classes)
             unseen = jnp.repeat(jnp.asarray(vocabulary.unseen), UNSEEN_PER_CLASS)
             cycle_labels = jnp.concatenate([cycle_labels, unseen])
             extra = generate(networks, everything, vectors[unseen], rng_unseen)
@@ -181,9 +181,10 @@ def make_stage(context: Context, config: Config) -> Stage:
         projector = {"params": frozen["projector"]}
         semantic = networks.projector.apply(projector, cycle_queries)
         logits = networks.projector.apply(projector, semantic, text[known], method="classify")
-        rows = jnp.full(num_classes + 1, -1).at[known].set(jnp.arange(len(known)))
+        rows = np.full(num_classes + 1, -1)  # the last entry: label -1
+        rows[known] = np.arange(len(known))
         cross_entropy, counted = weighted_cross_entropy(
-            logits, rows[cycle_labels], jnp.ones(logits.shape[-1])
+            logits, jnp.asarray(rows)[cycle_labels], jnp.ones(logits.shape[-1])
         )
         pull = cosine_alignment(semantic, vectors[jnp.clip(cycle_labels, 0)]) * counted
         terms["cycle"] = (cross_entropy.sum() + pull.sum()) / jnp.maximum(counted.sum(), 1)

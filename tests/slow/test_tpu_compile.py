@@ -34,6 +34,18 @@ def test_the_step_compiles_for_sixteen_chips():
         assert kind not in done.stdout
 
 
+@pytest.mark.parametrize("stage", ["clip", "cat", "finetune"])
+def test_the_other_stages_compile(stage):
+    """CAT once held a scatter that the compiler dies of."""
+    pytest.importorskip(
+        "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
+    )
+    flags = ["--config=configs/coco_zps.py:mini", f"--stage={stage}"]
+    done = run_report(*flags, f"--config.train.{stage}.batch_size=16")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "16 chips, 16 images" in done.stdout
+
+
 def test_an_unknown_topology_is_refused_in_one_sentence():
     pytest.importorskip(
         "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
