@@ -54,14 +54,15 @@ def _postprocess(case: Case, segmentor, classifier, params: Any, vocabulary) -> 
 
     @jax.jit
     def postprocess(logits: jax.Array, masks: jax.Array) -> jax.Array:
-        return panoptic_inference(
+        segment_ids, _ = panoptic_inference(
             masks,
             jax.nn.softmax(logits, axis=-1),
             jnp.asarray(vocabulary.is_thing),
             jnp.ones(len(vocabulary), bool),
             output_size=inputs.native_size(case),
             keep_rule="score",
-        ).segment_ids
+        )
+        return segment_ids
 
     program, fields = compile_program(postprocess, logits, masks)
 

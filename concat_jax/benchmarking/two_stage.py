@@ -34,7 +34,7 @@ from concat_jax.benchmarking.programs import (
 )
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.heads import TextHead
-from concat_jax.inference.panoptic import Fate, PanopticOutput, panoptic_inference
+from concat_jax.inference.panoptic import Fate, SegmentTables, panoptic_inference
 from concat_jax.inference.predictor import PredictConfig
 from concat_jax.inference.programs import Network, run_networks
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images, resize_windows
@@ -93,7 +93,7 @@ def works(case: Case) -> dict[str, Work]:
         def call() -> dict[str, np.ndarray]:
             # A batch at a time is what fits; the next must not be under way beside it.
             results = [jax.block_until_ready(program(params, text, *chunk)) for chunk in chunks]
-            kept = [np.isin(result.maps.fates, (Fate.SEGMENT, Fate.MERGED)) for result in results]
+            kept = [np.isin(result.tables.fates, (Fate.SEGMENT, Fate.MERGED)) for result in results]
             return {
                 "kept": np.concatenate(kept).sum(axis=1),
                 "proposals": np.concatenate([result.num_proposals for result in results]),
@@ -130,11 +130,13 @@ def table(case: Case, results: Mapping[str, Measurement]) -> str:
 
 class Result(NamedTuple):
     """Attributes:
-    maps: panoptic maps and the verdict on every query.
+    segment_ids: [B, H', W'] int32 panoptic maps.
+    tables: the verdict on every query.
     num_proposals: [B] int32, queries whose mask has a pixel at stride 4.
     """
 
-    maps: PanopticOutput
+    segment_ids: jax.Array
+    tables: SegmentTables
     num_proposals: jax.Array
 
 
@@ -224,7 +226,7 @@ class Paths:
 
     def _finish(self, masks: jax.Array, probs: jax.Array, sizes: Sizes) -> Result:
         config = PredictConfig()
-        maps = panoptic_inference(
+        segment_ids, tables = panoptic_inference(
             masks,
             probs,
             jnp.asarray(self.vocabulary.is_thing),
@@ -237,7 +239,7 @@ class Paths:
             mask_threshold=config.mask_threshold,
             overlap_threshold=config.overlap_threshold,
         )
-        return Result(maps, (masks > 0).any(axis=(2, 3)).sum(axis=1))
+        return Result(segment_ids, tables, (masks > 0).any(axis=(2, 3)).sum(axis=1))
 
 
 def largest_masks(masks: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:

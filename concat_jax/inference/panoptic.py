@@ -31,11 +31,15 @@ class Fate(enum.IntEnum):
 
 @flax.struct.dataclass
 class SegmentTables:
-    """The verdict on the N queries of B images; row n of every table is query n.
+    """The verdict on the N queries of B images; row n is query n, and segment id n + 1.
 
     Attributes:
       lookup: [B, 2N + 2] int32, segment id of every code of `assign_pixels`, 0 void.
-      labels, scores, keep_scores, fates, areas: as in `PanopticOutput`.
+      labels: [B, N] int32 class index, -1 where the query holds no segment id.
+      scores: [B, N] float32 probability of that class, 0 where absent.
+      keep_scores: [B, N] float32, of every query what the keep rule compares with its threshold.
+      fates: [B, N] int32 values of `Fate`.
+      areas: [B, N] int32 pixels of the segment, 0 where absent.
     """
 
     lookup: jax.Array
@@ -44,48 +48,6 @@ class SegmentTables:
     keep_scores: jax.Array
     fates: jax.Array
     areas: jax.Array
-
-
-@flax.struct.dataclass
-class PanopticOutput:
-    """Panoptic maps of B images; row n of every table is query n and segment id n + 1.
-
-    Attributes:
-      segment_ids: [B, H, W] int32, 0 void, else n + 1 for the segment of query n.
-      labels: [B, N] int32 class index of the segment, -1 where query n holds no segment id.
-      scores: [B, N] float32 probability of that class in [0, 1], 0 where absent.
-      keep_scores: [B, N] float32, for every query the number that the keep rule compares with its
-        threshold (best class probability, or objectness), so that an empty map can be explained.
-      fates: [B, N] int32 values of `Fate`.
-      areas: [B, N] int32 pixels of the segment, 0 where absent.
-    """
-
-    segment_ids: jax.Array
-    labels: jax.Array
-    scores: jax.Array
-    keep_scores: jax.Array
-    fates: jax.Array
-    areas: jax.Array
-
-
-def _check_inputs(mask_logits, class_probs, is_thing, is_seen) -> None:
-    if mask_logits.ndim != 4 or class_probs.ndim != 3:
-        raise ValueError(
-            "panoptic_inference needs mask_logits [B, N, h, w] and class_probs [B, N, K+1], got "
-            f"{mask_logits.shape} and {class_probs.shape}."
-        )
-    if mask_logits.shape[:2] != class_probs.shape[:2]:
-        raise ValueError(
-            f"mask_logits {mask_logits.shape} and class_probs {class_probs.shape} differ in their "
-            "first two axes; both must start with [B, N]."
-        )
-    num_classes = class_probs.shape[-1] - 1
-    for name, flags in (("is_thing", is_thing), ("is_seen", is_seen)):
-        if flags.shape != (num_classes,):
-            raise ValueError(
-                f"{name} has shape {flags.shape} but class_probs holds {num_classes} classes plus "
-                f"no-object; pass one flag a class, [{num_classes}]."
-            )
 
 
 @functools.partial(
@@ -108,7 +70,7 @@ def panoptic_inference(
     gamma: float = 0.0,
     strip_rows: int = 32,
     queries_at_once: int = 8,
-) -> PanopticOutput:
+) -> tuple[jax.Array, SegmentTables]:
     """Mask2Former's panoptic post-processing, with a zero-shot keep rule and calibration.
 
     Mask logits are resized bilinearly, then squashed. Kept queries compete for every pixel with
@@ -119,41 +81,25 @@ def panoptic_inference(
 
     The reference is `panoptic_inference` in Mask2Former mask2former/maskformer_model.py. Ours
     differs in four ways: ids are query index + 1 and so have gaps; the keep rule "objectness";
-    gamma; and the resize goes straight from the logits to the image's own size, where the
-    reference goes through the size of the network's input (two blends in a row, which soften
-    borders by a fraction of a pixel). Keep scores and so the geometry ignore gamma, which only
-    renames segments (and so decides which stuff merges).
+    gamma, which renames segments and leaves their geometry alone; and the resize goes straight from
+    the logits to the image's own size, where the reference goes through the size of the network's
+    input (two blends in a row, which soften borders by a fraction of a pixel).
 
     Args:
       mask_logits: [B, N, h, w] float, before the sigmoid, at any resolution.
       class_probs: [B, N, K+1] float32 probabilities, the last one no-object.
-      is_thing: [K] bool.
-      is_seen: [K] bool, the classes that gamma handicaps.
-      output_size: (H, W) of the maps, a bucket that every image_size fits. Static.
+      is_thing, is_seen: [K] bool.
+      output_size: (H, W) of the maps, which every image_size fits. Static.
       source_size: [B, 2] (height, width) of the valid extent of mask_logits, at the top left; may
         be a fraction, image size / 4 for logits at stride 4. None: all of it.
-      image_size: [B, 2] (height, width) that the valid extent is resized to; the map beyond
-        counts in no area and is void. None: output_size.
-      keep_rule: "objectness" keeps queries with 1 - p(no-object) > objectness_threshold and names
-        them by the best real class, the zero-shot default because a threshold on the class score
-        costs unseen classes most. "score" is the reference: the best of all K+1 classes must not
-        be no-object and its probability must be above score_threshold. Static.
-      score_threshold: 0.8 in the reference.
-      objectness_threshold: 0.5, even odds of holding a segment.
-      mask_threshold: 0.5 in the reference.
-      overlap_threshold: 0.8 in the reference.
-      gamma: subtracted from the probability of every seen class before the best class is chosen
-        (calibrated stacking, as in ZegFormer; PADing uses none). May be traced: a sweep does not
-        recompile.
-      strip_rows, queries_at_once: as in `assign_pixels`.
+      image_size: [B, 2] that the extent is resized to; beyond is void. None: output_size.
+      keep_rule, score_threshold, objectness_threshold, gamma: see `rank_queries`.
+      mask_threshold, overlap_threshold: 0.5 and 0.8 in the reference.
+      strip_rows, queries_at_once: see `assign_pixels`.
 
     Returns:
-      PanopticOutput. All tables follow the query order.
-
-    Raises:
-      ValueError: if shapes disagree or keep_rule is unknown.
+      segment_ids [B, H, W] int32, 0 void, and the tables.
     """
-    _check_inputs(mask_logits, class_probs, is_thing, is_seen)
     queries = rank_queries(
         class_probs,
         1.0 - class_probs[..., -1].astype(jnp.float32),
@@ -174,14 +120,7 @@ def panoptic_inference(
         queries_at_once=queries_at_once,
     )
     tables = settle_segments(queries, counts, is_thing, overlap_threshold=overlap_threshold)
-    return PanopticOutput(
-        segment_ids=jax.vmap(lambda table, code: table[code])(tables.lookup, codes),
-        labels=tables.labels,
-        scores=tables.scores,
-        keep_scores=tables.keep_scores,
-        fates=tables.fates,
-        areas=tables.areas,
-    )
+    return jax.vmap(lambda table, code: table[code])(tables.lookup, codes), tables
 
 
 def rank_queries(
@@ -194,10 +133,18 @@ def rank_queries(
     objectness_threshold: float,
     gamma: float = 0.0,
 ) -> RankedQueries:
-    """Names the queries and decides which take part; arguments as in `panoptic_inference`.
+    """Names the queries and decides which take part.
 
     Args:
-      objectness: [B, N] float32, what the keep rule "objectness" compares with its threshold.
+      class_probs: [B, N, K+1] float, the last one no-object.
+      objectness: [B, N] float32, 1 - p(no-object).
+      is_seen: [K] bool, the classes that gamma handicaps.
+      keep_rule: "objectness" keeps queries whose objectness exceeds its threshold and names them by
+        the best real class: a threshold on the class score costs unseen classes most. "score" is
+        the reference: the best of all K+1 classes must not be no-object, and its probability must
+        exceed score_threshold.
+      gamma: subtracted from the probability of every seen class before the best is chosen
+        (calibrated stacking, as in ZegFormer; PADing uses none).
 
     Raises:
       ValueError: if keep_rule is unknown.
@@ -229,14 +176,7 @@ def rank_queries(
 def settle_segments(
     queries: RankedQueries, counts: PixelCounts, is_thing: jax.Array, *, overlap_threshold: float
 ) -> SegmentTables:
-    """Which kept queries become segments, and which stuff merges.
-
-    Args:
-      queries: of `rank_queries`.
-      counts: of `assign_pixels`, of the whole image.
-      is_thing: [K] bool.
-      overlap_threshold: share of its mask that a segment must own.
-    """
+    """Which kept queries become segments, and which stuff merges; `counts` of the whole image."""
     batch, num_queries = queries.labels.shape
     labels = queries.labels
     has_pixels = counts.both > 0

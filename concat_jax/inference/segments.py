@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 
-from concat_jax.inference.panoptic import Fate, PanopticOutput, SegmentTables
+from concat_jax.inference.panoptic import Fate, SegmentTables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,29 +57,7 @@ class ImageSegments:
         return f"{sentence}; the best keep score is {self.best_keep_score:.2f}: {hint}."
 
 
-def unpack_segments(
-    output: PanopticOutput, image_size: np.ndarray | None = None
-) -> list[ImageSegments]:
-    """Moves a PanopticOutput to the host, crops the padding and lists the segments of each image.
-
-    Args:
-      output: of `panoptic_inference`, device or numpy arrays.
-      image_size: [B, 2] (height, width) to crop each map to, the one given to
-        `panoptic_inference`; None crops nothing.
-
-    Returns:
-      B ImageSegments.
-    """
-    output = jax.device_get(output)
-    results = []
-    for row, id_map in enumerate(output.segment_ids):
-        if image_size is not None:
-            id_map = id_map[: int(image_size[row][0]), : int(image_size[row][1])]
-        results.append(list_segments(id_map, jax.tree.map(lambda table, r=row: table[r], output)))
-    return results
-
-
-def list_segments(id_map: np.ndarray, tables: PanopticOutput | SegmentTables) -> ImageSegments:
+def list_segments(id_map: np.ndarray, tables: SegmentTables) -> ImageSegments:
     """The segments of one image from its map and its row of the tables, on the host.
 
     Args:

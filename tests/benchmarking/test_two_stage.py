@@ -92,7 +92,7 @@ def make_paths():
 
 def test_our_path_is_that_of_prediction(inputs):
     params, text, images, sizes = inputs
-    ours = run(make_paths().ours, params, text, images, sizes).maps
+    ours = run(make_paths().ours, params, text, images, sizes)
     head = TextHead(params["projector"], text, None, None, NETWORKS.projector)
     network = Network(params["segmentor"], NETWORKS.segmentor)
     config = PredictConfig(short_side=SIZE, long_side=SIZE, batch_size=2)
@@ -131,7 +131,11 @@ def test_clip_names_the_largest_masks_and_no_other(inputs):
 
     num_named = 0
     for image, logits, labels, fates in zip(
-        images, masks, np.asarray(result.maps.labels), np.asarray(result.maps.fates), strict=True
+        images,
+        masks,
+        np.asarray(result.tables.labels),
+        np.asarray(result.tables.fates),
+        strict=True,
     ):
         largest = set(np.argsort(-(logits > 0).sum(axis=(1, 2)), kind="stable")[:3])
         assert {n for n in range(NUM_QUERIES) if fates[n] != Fate.NO_OBJECT} == largest

@@ -1,5 +1,8 @@
 """Post-processing against a loop that follows the reference, and its corner cases."""
 
+from typing import Any
+
+import flax.struct
 import jax
 import numpy as np
 import pytest
@@ -11,8 +14,30 @@ from concat_jax.inference.panoptic import (
     rank_queries,
     settle_segments,
 )
-from concat_jax.inference.segments import unpack_segments
+from concat_jax.inference.segments import list_segments
 from tests.golden import cases
+
+
+@flax.struct.dataclass
+class Output:
+    """Maps and tables of `panoptic_inference` as one tree."""
+
+    segment_ids: Any
+    tables: Any
+
+    def __getattr__(self, name):
+        return getattr(self.tables, name)
+
+
+def panoptic(*arguments, **options):
+    return Output(*panoptic_inference(*arguments, **options))
+
+
+def unpack(output, sizes=((None, None),)):
+    return [
+        list_segments(ids[: size[0], : size[1]], jax.tree.map(lambda t, r=row: t[r], output.tables))
+        for row, (ids, size) in enumerate(zip(output.segment_ids, sizes, strict=True))
+    ]
 
 
 @pytest.mark.parametrize("keep_rule", cases.KEEP_RULES)
@@ -23,7 +48,7 @@ def test_equals_the_reference_loop(keep_rule, size, strip_rows):
     """Mask2Former's loop over kept queries, whose results tests/golden holds."""
     mask_logits, probs = cases.panoptic_inputs()
     output = jax.device_get(
-        panoptic_inference(
+        panoptic(
             mask_logits,
             probs,
             cases.PANOPTIC_IS_THING,
@@ -55,7 +80,7 @@ def infer(mask_logits, probs, is_thing, is_seen=None, **options):
     is_thing = np.array(is_thing)
     is_seen = np.ones(len(is_thing), bool) if is_seen is None else np.array(is_seen)
     return jax.device_get(
-        panoptic_inference(
+        panoptic(
             mask_logits,
             np.array([probs], np.float32),
             is_thing,
@@ -120,7 +145,7 @@ def test_gamma_sweep_compiles_once():
     @jax.jit
     def sweep(gamma):
         traces.append(gamma)
-        return panoptic_inference(
+        return panoptic(
             masks, probs, np.ones(2, bool), np.array([True, False]), output_size=(1, 4), gamma=gamma
         )
 
@@ -135,7 +160,7 @@ def test_no_query_kept_gives_void_and_an_explanation(keep_rule):
     output = infer(masks, [[0.1, 0.9], [0.2, 0.8]], [True], keep_rule=keep_rule)
     assert not output.segment_ids.any()
     assert (output.labels == -1).all()
-    (image,) = unpack_segments(output)
+    (image,) = unpack(output)
     assert image.segments == []
     assert image.fates["no_object"] == 2
     assert "2 hold no object" in image.explain()
@@ -145,16 +170,16 @@ def test_no_query_kept_gives_void_and_an_explanation(keep_rule):
 def test_explanation_names_the_rule_to_relax():
     masks = masks_of(["1100", "0011"])
     low = infer(masks, [[0.7, 0.3], [0.6, 0.4]], [True], keep_rule="score")
-    assert "lower score_threshold" in unpack_segments(low)[0].explain()
+    assert "lower score_threshold" in unpack(low)[0].explain()
     empty = infer(masks_of(["0000"]), [[0.9, 0.1]], [True])
     assert empty.fates[0, 0] == Fate.NO_PIXELS
-    assert "mask_threshold" in unpack_segments(empty)[0].explain()
+    assert "mask_threshold" in unpack(empty)[0].explain()
 
 
 def test_one_class_one_query():
     output = infer(masks_of(["1111"]), [[0.9, 0.1]], [False])
     assert output.segment_ids[0, 0].tolist() == [1, 1, 1, 1]
-    assert unpack_segments(output)[0].segments == [
+    assert unpack(output)[0].segments == [
         {"id": 1, "label": 0, "score": pytest.approx(0.9), "area": 4}
     ]
 
@@ -168,7 +193,7 @@ def test_padding_counts_in_no_area():
     assert padded.labels[0].tolist() == [0, -1]
     output = infer(masks, probs, [True], overlap_threshold=0.9, image_size=cut, source_size=cut)
     assert output.segment_ids[0, 0].tolist() == [1, 1, 2, 2, 2, 2, 0, 0, 0, 0]
-    (image,) = unpack_segments(output, cut)
+    (image,) = unpack(output, cut)
     assert image.id_map.shape == (1, 6)
     assert [s["area"] for s in image.segments] == [2, 4]
     assert image.labels_by_id() == {1: 0, 2: 0}
@@ -179,11 +204,9 @@ def test_images_of_a_batch_do_not_touch():
     masks = np.stack([cases.blobs(rng, 6, 8, 8) for _ in range(3)])
     probs = cases.peaked_probs(rng, 3, 6, 4)
     flags = np.array([True, False, True, False])
-    together = panoptic_inference(masks, probs, flags, flags, output_size=(16, 16))
+    together = panoptic(masks, probs, flags, flags, output_size=(16, 16))
     for b in range(3):
-        alone = panoptic_inference(
-            masks[b : b + 1], probs[b : b + 1], flags, flags, output_size=(16, 16)
-        )
+        alone = panoptic(masks[b : b + 1], probs[b : b + 1], flags, flags, output_size=(16, 16))
         for whole, part in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(whole[b], part[0], rtol=1e-6)
 
@@ -191,10 +214,6 @@ def test_images_of_a_batch_do_not_touch():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_logits": np.zeros((2, 4, 4))}, "needs mask_logits"),
-        ({"mask_logits": np.zeros((1, 3, 4, 4))}, "first two axes"),
-        ({"is_thing": np.ones(3, bool)}, "is_thing has shape"),
-        ({"is_seen": np.ones(1, bool)}, "is_seen has shape"),
         ({"keep_rule": "best"}, "choose one of"),
         ({"strip_rows": 0}, "at least 1"),
     ],
@@ -208,7 +227,7 @@ def test_bad_input_is_refused(changes, message):
         "output_size": (4, 4),
     }
     with pytest.raises(ValueError, match=message):
-        panoptic_inference(**(arguments | changes))
+        panoptic(**(arguments | changes))
 
 
 @pytest.mark.parametrize("side", cases.TRANSFORMERS_SIDES)
@@ -224,7 +243,7 @@ def test_equals_the_map_of_transformers(side):
     golden = cases.load("panoptic")
     is_thing = np.ones(8, bool)
     ours = jax.device_get(
-        panoptic_inference(
+        panoptic(
             logits,
             jax.nn.softmax(class_logits),
             is_thing,
@@ -258,7 +277,7 @@ def test_sizes_in_buckets_give_what_exact_sizes_give():
         padded[row, :, : mask.shape[1], : mask.shape[2]] = mask
     probs = cases.peaked_probs(rng, 2, 6, 4)
     flags = np.array([True, False, True, False])
-    together = panoptic_inference(
+    together = panoptic(
         padded,
         probs,
         flags,
@@ -269,9 +288,7 @@ def test_sizes_in_buckets_give_what_exact_sizes_give():
     )
     assert {2, 3, 4} & set(np.unique(together.segment_ids).tolist())
     for row, (mask, native) in enumerate(zip(masks, natives, strict=True)):
-        alone = panoptic_inference(
-            mask[None], probs[row : row + 1], flags, flags, output_size=native
-        )
+        alone = panoptic(mask[None], probs[row : row + 1], flags, flags, output_size=native)
         ids = np.asarray(together.segment_ids[row])
         np.testing.assert_array_equal(ids[: native[0], : native[1]], alone.segment_ids[0])
         assert not ids[native[0] :].any() and not ids[:, native[1] :].any()
@@ -302,8 +319,8 @@ def test_neither_strips_nor_groups_show():
     masks, probs = cases.blobs(rng, 10, 12, 16)[None], cases.peaked_probs(rng, 1, 10, 4)
     flags = np.array([True, False, True, False])
     sizes = {"output_size": (37, 50)}
-    plain = panoptic_inference(masks, probs, flags, flags, **sizes, strip_rows=37)
-    other = panoptic_inference(masks, probs, flags, flags, **sizes, strip_rows=5, queries_at_once=3)
+    plain = panoptic(masks, probs, flags, flags, **sizes, strip_rows=37)
+    other = panoptic(masks, probs, flags, flags, **sizes, strip_rows=5, queries_at_once=3)
     assert (np.asarray(plain.labels) >= 0).sum() > 2
     for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(one, two)
@@ -314,7 +331,7 @@ def test_tiles_add_up_to_the_whole():
     masks, probs = cases.blobs(rng, 10, 12, 16)[None], cases.peaked_probs(rng, 1, 10, 4)
     flags = np.array([True, False, True, False])
     native = np.array([[37, 50]])
-    whole = panoptic_inference(masks, probs, flags, flags, output_size=(37, 50))
+    whole = panoptic(masks, probs, flags, flags, output_size=(37, 50))
     rule = dict(keep_rule="objectness", score_threshold=0.8, objectness_threshold=0.5)
     queries = rank_queries(probs, 1 - probs[..., -1], flags, **rule)
     tile = jax.jit(
