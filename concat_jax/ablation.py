@@ -107,7 +107,6 @@ def pseudo_statistics(folder: Path, generator: str | None) -> dict[str, float]:
     """How pseudo queries of seen classes lie against real ones, at the end of a stage's training.
 
     Args:
-      folder: workdir of a seed.
       generator: the stage that trained one; None for none.
 
     Returns:

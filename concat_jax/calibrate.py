@@ -66,9 +66,6 @@ def held_out_images(data: Mapping[str, Any], part: str, *, seed: int, num_images
     """The images that γ may be chosen on.
 
     Args:
-      data: a config's data section.
-      part: of the flag --part.
-      seed: of the run, for the synthetic world.
       num_images: at most so many, evenly spread over those there are; 0 takes all.
 
     Raises:
@@ -159,9 +156,6 @@ def calibrate_stage(
     """Chooses γ for a finished stage; prints the table and writes the report.
 
     Args:
-      config: that the workdir was made with.
-      workdir: of the run.
-      stage: to calibrate.
       gammas: to choose from; 0 always is among them.
       part, num_images: as of `held_out_images`.
 

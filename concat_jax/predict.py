@@ -72,9 +72,6 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: 
     """Segments what the inputs stand for and writes the results; prints a line an image.
 
     Args:
-      predictor: of the model.
-      inputs: files, folders and globs.
-      output: folder of the results.
       annotations: a COCO json that names and numbers the images; "" does so by their files.
 
     Returns:

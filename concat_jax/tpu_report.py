@@ -104,8 +104,6 @@ def abstract_step(setup: Setup, name: str, mesh: Mesh) -> tuple[Any, tuple[Any, 
     """The training step of a stage as the loop jits it, and shapes of its arguments.
 
     Args:
-      setup: of a config.
-      name: of a stage.
       mesh: of `make_topology_mesh`.
 
     Returns:

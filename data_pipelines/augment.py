@@ -77,10 +77,8 @@ def sample_semantic(
     `RandomCrop_CategoryAreaConstraint`).
 
     Args:
-      rng: decides.
       segment_ids: [H, W] integers, 0 void, g owned by row g - 1 of the labels.
       segment_labels: [n] class indices.
-      size: side S of the canvas.
       shortest_edges: to choose from, each >= 1. Mask2Former takes 0.5 to 1.5 times the crop in
         steps of a tenth on COCO-Stuff.
       longest_edge: Mask2Former's is four times the crop.
@@ -138,8 +136,6 @@ def augment_example(
       image: RGB, [H, W].
       segment_ids: [H, W].
       segment_labels: [n] class indices.
-      size: side S of the canvas.
-      scale_range: relative to S.
       max_segments: as for `place`.
       max_class_area: of "semantic".
       canvas: as for `place`.

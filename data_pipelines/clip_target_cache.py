@@ -37,10 +37,6 @@ def dataset_identity(
     The fingerprint covers ids, file names and sizes of the images and ids and categories of their
     segments, in order. Pixels are not read, and the classes count by their category ids, so two
     splits that train on the same images share a cache.
-
-    Args:
-      records: the images that training uses.
-      category_ids: of each class index.
     """
     digest, count = hashlib.sha256(), 0
     categories = np.asarray(category_ids, np.int64)
@@ -60,7 +56,6 @@ def target_store(folder: Path, identity: Mapping[str, Any], images_per_shard: in
     `segments` [m, C] float16.
 
     Args:
-      folder: of the cache.
       identity: what the numbers depend on: `weights`, `clip` and `crops` of the run, and the
         `dataset_identity`.
       images_per_shard: of every shard but the last; `num_shards` of the manifest follows.
@@ -86,7 +81,6 @@ def find_targets(folder: str | os.PathLike[str], expected: Mapping[str, Any]) ->
     """The store of a cache that was begun.
 
     Args:
-      folder: of the cache.
       expected: fields of its manifest that must be so, nested; others may hold anything.
 
     Raises:

@@ -23,7 +23,6 @@ def colour_jitter(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
     Args:
       rng: decides which steps are applied, and how strongly.
-      image: RGB.
 
     Returns:
       A new RGB image, or the one given where no step is applied.
@@ -71,9 +70,7 @@ def change_hue_and_saturation(
     circle, OpenCV's 180.
 
     Args:
-      image: RGB.
       saturation: factor >= 0; saturation is clipped at full.
-      degrees: added to the hue, any.
     """
     turned = (_LEVELS + round(degrees * 256 / 360)) % 256
     tables = _table(turned) + _table(_LEVELS * saturation) + _table(_LEVELS)

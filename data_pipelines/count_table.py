@@ -54,12 +54,7 @@ def count_part(source: Source, unseen: UnseenImages) -> PartCounts:
 
 
 def format_parts(vocabulary: Vocabulary, counts: Mapping[str, PartCounts]) -> str:
-    """A table of parts, and under it which unseen classes each part shows.
-
-    Args:
-      vocabulary: the label space of all parts.
-      counts: part to its counts.
-    """
+    """A table of parts, and under it which unseen classes each part shows."""
     rows = [["part", "images", "segments", "seen", "unseen", "crowd", "kept images", "segments"]]
     notes = []
     seen, unseen = vocabulary.seen, vocabulary.unseen
@@ -78,12 +73,7 @@ def format_parts(vocabulary: Vocabulary, counts: Mapping[str, PartCounts]) -> st
 
 
 def format_classes(vocabulary: Vocabulary, counts: Mapping[str, PartCounts]) -> str:
-    """A table of classes, seen ones first: images that show the class, segments, segments kept.
-
-    Args:
-      vocabulary: the label space of all parts.
-      counts: part to its counts.
-    """
+    """A table of classes, seen ones first: images that show the class, segments, segments kept."""
     head = ["class", "split", "kind"]
     for part in counts:
         head += [f"{part} images", "segments", "kept"]

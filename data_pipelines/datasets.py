@@ -71,9 +71,6 @@ def make_datasets(
 
     Args:
       config: `kind` and the fields of that kind, as the files in `configs/` give them.
-      seed: of order, augmentation and drawing.
-      process_index: this host among those that share a global batch.
-      process_count: number of hosts.
 
     Raises:
       ValueError: for an unknown kind, or data that is missing or damaged.

@@ -67,9 +67,7 @@ class SegmentationLoader:
         """Decides what training may use of the source; no image is read yet.
 
         Args:
-          source: one part of a data set.
           seed: >= 0; decides order, jitter and captions.
-          image_size: side S of training images.
           max_segments: rows G of the tables, 1..65535. Of an image with more segments after the
             crop, the G largest stay and the others become void. 100 is the number of queries:
             more could not be matched.
@@ -84,8 +82,6 @@ class SegmentationLoader:
           scale_range: of "lsj" and "semantic", relative to S.
           max_class_area: of "semantic": the share of a crop that one class may have.
           num_eval_images: evaluate on the first so many images by id; None takes all.
-          process_index, process_count: this process among those that share the global batch.
-          num_threads: threads that decode the images of a batch.
 
         Raises:
           ValueError: if an argument is out of range.
@@ -165,8 +161,6 @@ class SegmentationLoader:
 
         Args:
           step: >= 0.
-          batch_size: pairs of the global batch, a multiple of process_count.
-          size: side of the pictures.
 
         Returns:
           image [batch_size / process_count, size, size, 3] uint8, and captions, a list of as many

@@ -54,12 +54,8 @@ def resize_then_cut(
     The window is widened to whole source pixels; that changes its scale by less than one of them.
 
     Args:
-      source: (height, width) of the image.
-      resized: likewise, of the whole image after the resize.
       offset: (top, left) of the canvas within the resized image, which is as large as the canvas
         from there on, or ends there.
-      size: side of the canvas.
-      mirrored: whether the window is mirrored left to right.
     """
     windows, lengths = [], []
     for old, new, begin in zip(source, resized, offset, strict=True):
@@ -84,7 +80,6 @@ def place(
       image: [H, W, 3] uint8, or an RGB PIL image.
       segment_ids: [H, W] uint8 or uint16.
       placement: where it goes.
-      size: side S of the canvas.
       max_segments: how many segments may stay, as for `keep_largest_segments`.
       canvas: [S, S, 3] uint8 contiguous, to be written all over; None takes a new one.
 

@@ -53,7 +53,6 @@ def prepare(
 
     Args:
       dataset: a name of `sources.registry.DATASETS`.
-      root: its folder.
       parts: of the data set; () takes the training and the evaluation part of its layout.
       split_file: instead of the layout's own, see `open_source`.
       unseen: what training does with images that show unseen classes, see `source.treat_unseen`;

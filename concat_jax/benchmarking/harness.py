@@ -85,7 +85,6 @@ def in_turns(
     one that is alone is what was seen; of several the compiler's plan, for they share one peak.
 
     Args:
-      works: what to measure, by name.
       repeats: timed rounds, at least 1.
       clock: seconds, of the wall or of the processor.
     """
@@ -111,9 +110,7 @@ def measure(module: str, case: Case, repeats: int, keep_memory: bool) -> dict[st
     """Measures what a module of this room does with a case; to be called in a process of its own.
 
     Args:
-      module: its name.
       case: for its `works`.
-      repeats: timed rounds.
       keep_memory: as our training command has it, see `keep_freed_memory`.
     """
     if keep_memory:

@@ -42,7 +42,6 @@ def works(case: Case, part: str = "train2017") -> dict[str, Work]:
       case: `source` is a folder in COCO's panoptic layout, `height` the side of the training
         images, `num_images` how many of the folder, first by id, are read in a round: shuffled, and
         some of them again to fill the last `batch`.
-      part: of the data set.
 
     Raises:
       ValueError: for a folder of another layout.

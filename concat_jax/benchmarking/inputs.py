@@ -146,7 +146,6 @@ def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tup
 
     Args:
       image: [h, w, 3] uint8.
-      size: (H, W).
 
     Returns:
       [H, W, 3] uint8, zero beyond the image, and (height, width) of the image in it.

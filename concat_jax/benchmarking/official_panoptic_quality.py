@@ -35,7 +35,6 @@ class OfficialPanopticQuality:
         Args:
           gt_ids, pred_ids: [H, W] ints below 256^3, 0 void.
           gt_segments: id -> {"label", "is_crowd", "area"}, areas as the official json brings them.
-          pred_labels: id -> class.
         """
         ids, sizes = np.unique(pred_ids, return_counts=True)
         areas = {int(i): int(size) for i, size in zip(ids, sizes, strict=True) if i}

@@ -21,13 +21,7 @@ from concat_jax.weights.model_folder import ModelCard
 
 
 def compile_program(function: Any, *arguments: Any, calls: int = 1) -> tuple[Any, dict[str, Any]]:
-    """A jitted function compiled for the arguments, and fields of the `Work` that it is part of.
-
-    Args:
-      function: jitted.
-      arguments: arrays, or their shapes.
-      calls: how often the work runs the program.
-    """
+    """A jitted function compiled for the arguments, and fields of the `Work` that it is part of."""
     start = time.perf_counter()
     program = function.lower(*arguments).compile()
     seconds = time.perf_counter() - start
@@ -64,13 +58,7 @@ class Trainer:
         batches: Callable[[int], Mapping[str, np.ndarray]],
         **told: np.ndarray,
     ) -> Work:
-        """A step of a loss, the making of its batch included.
-
-        Args:
-          loss, frozen: of the stage.
-          batches: number of the call -> batch.
-          told: outputs besides the loss.
-        """
+        """A step of a loss, the making of its batch included."""
         step = jit_train_step(loss, self._optimizer, seed=0, mesh=self._mesh)
         with jax.set_mesh(self._mesh):
             program, fields = compile_program(step, self._state, frozen, batches(0))

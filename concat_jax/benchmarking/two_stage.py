@@ -171,7 +171,6 @@ class Paths:
           params: "segmentor" and "projector".
           text: [K, C] normalised text embeddings.
           images: [B, H, W, 3] uint8.
-          sizes: of the images and the maps.
         """
         head = TextHead(params["projector"], text, None, None, self.networks.projector)
         masks, scores = self._segment(params, head, images, sizes)
@@ -282,8 +281,6 @@ def cut_out(
       images: [B, H, W, 3] uint8.
       masks: [B, M, H / stride, W / stride] logits.
       boxes: [B, M, 4] (top, left, height, width) in pixels of the logits.
-      stride: of the logits.
-      size: side of the crops.
       image_size: [B, 2] (height, width) of the valid area.
 
     Returns:

@@ -47,9 +47,6 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def fingerprint(tree: Mapping[str, Any]) -> str:
     """What tells two sets of parameters apart, wherever they were read from.
 
-    Args:
-      tree: nested mappings of arrays.
-
     Returns:
       sha256 in hex of names, shapes, types and numbers, in the order of the names.
     """

@@ -49,9 +49,7 @@ class StreamedJson:
         """Opens the files; their folder is made.
 
         Args:
-          json_path: of the json.
           head: what stands before the lists; None makes a json that is one list.
-          lists: keys of the lists.
         """
         self.json_path = pathlib.Path(json_path)
         self._head, self._lists = head, tuple(lists)
@@ -205,8 +203,6 @@ class PanopticWriter(_Writer):
         """Makes the folders.
 
         Args:
-          folder: gets the json and the folder of PNGs.
-          vocabulary: maps class indices to the data set's category ids.
           name: of the json and of the PNG folder beside it (panopticapi's default layout).
         """
         super().__init__(vocabulary)
@@ -229,7 +225,6 @@ class PanopticWriter(_Writer):
 
         Args:
           image_id: as in the ground truth json.
-          file_name: of the image; the PNG takes its folders and stem.
           id_map: [H, W] int, 0 void.
           segments: mappings with "id" and "label" (class index), optionally "score" and "iscrowd".
             Areas and boxes are measured on the map.
@@ -276,12 +271,7 @@ class InstanceWriter(_Writer):
     """
 
     def __init__(self, json_path: str | os.PathLike[str], vocabulary: Vocabulary):
-        """Opens the files; their folder is made.
-
-        Args:
-          json_path: of the list.
-          vocabulary: maps class indices to the data set's category ids.
-        """
+        """Opens the files; their folder is made."""
         super().__init__(vocabulary)
         self.json_path = pathlib.Path(json_path)
         manifest = self.json_path.with_suffix(".manifest.json")
@@ -301,10 +291,6 @@ class InstanceWriter(_Writer):
 
         Args:
           image_id: as in the ground truth json.
-          file_name: of the image.
-          size: its (height, width).
-          labels: n class indices.
-          scores: n finite numbers.
           codes: n masks, as `encode_rle` has them.
 
         Raises:
@@ -327,12 +313,7 @@ class SemanticWriter(_Writer):
     """
 
     def __init__(self, folder: str | os.PathLike[str], vocabulary: Vocabulary):
-        """Makes the folder.
-
-        Args:
-          folder: of the maps.
-          vocabulary: maps class indices to category ids.
-        """
+        """Makes the folder."""
         super().__init__(vocabulary)
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -353,7 +334,6 @@ class SemanticWriter(_Writer):
 
         Args:
           image_id: as in the ground truth.
-          file_name: of the image; the PNG takes its folders and stem.
           labels: [H, W] ints, class indices or -1 for void.
           result: name of the PNG without its extension, if not the image's.
 

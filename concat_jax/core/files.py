@@ -75,7 +75,6 @@ def read_json(path: str | os.PathLike[str], *, constants: bool = False) -> Any:
     """The content of a JSON file in UTF-8, with or without a byte order mark.
 
     Args:
-      path: of the file.
       constants: let NaN and Infinity pass, for a reader that can say where they are.
 
     Raises:
@@ -114,9 +113,6 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """A file that appears under its name whole, or not at all.
 
-    Args:
-      path: of the file; its folder is made.
-
     Yields:
       The path to write to, in the same folder. It is removed if the block raises.
 
@@ -154,7 +150,6 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Writes strict, indented JSON; the file appears whole or not at all.
 
     Args:
-      path: of the file; its folder is made.
       content: nested mappings, sequences, strings, numbers, numpy scalars and arrays; what is not
         finite becomes null.
 

@@ -79,7 +79,6 @@ def polygons_to_rle(polygons: Sequence[Sequence[float]], size: Sequence[int]) ->
 
     Args:
       polygons: each x and y in turn, at least three points; the mask is their union.
-      size: (H, W).
 
     Raises:
       ValueError: if a polygon has too few numbers, an odd number, or one that is not finite.
@@ -126,10 +125,6 @@ def bounding_box(mask: np.ndarray) -> list[int]:
 def read_id_map(path: pathlib.Path, json_path: pathlib.Path) -> np.ndarray:
     """Decodes a panoptic PNG to its ids R + 256 G + 65536 B, [H, W] uint32.
 
-    Args:
-      path: of the PNG.
-      json_path: of the json that names it.
-
     Raises:
       FileError: if it is missing or damaged, or has no colours.
     """
@@ -160,8 +155,6 @@ def segment_rows(
 
     Args:
       id_map: [H, W], of `read_id_map`.
-      ids: of the segments that the json lists.
-      png, json_path: for the error's sentence.
       may_hide: a segment without a pixel is no fault: others were painted over it.
 
     Returns:

@@ -33,12 +33,7 @@ class Progress:
             self.report(done, terms)
 
     def report(self, done: int, terms: Terms = _NONE) -> float:
-        """Prints a line; returns steps a second since the last one.
-
-        Args:
-          done: steps done, with those before.
-          terms: numbers to show, for example of the loss.
-        """
+        """Prints a line; returns steps a second since the last one."""
         now = time.monotonic()
         rate = (done - self._last) / max(now - self._last_time, 1e-9)
         # The first interval holds the compilation, so later ones soon outweigh it.

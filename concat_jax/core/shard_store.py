@@ -74,8 +74,6 @@ class ShardStore:
         """The store that somebody filled.
 
         Args:
-          folder: of the store.
-          kind: what is stored.
           expected: fields that its manifest must hold, nested; others may be anything.
 
         Raises:

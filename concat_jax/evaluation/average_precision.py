@@ -42,7 +42,6 @@ class AveragePrecision(ClassCounts):
         """Starts empty for K = `num_classes` classes.
 
         Args:
-          num_classes: K.
           thresholds: IoUs from which a detection is true; AP is the mean over them.
 
         Raises:
@@ -80,11 +79,9 @@ class AveragePrecision(ClassCounts):
         """Adds one image; the order of images does not matter, ties are broken by their ids.
 
         Args:
-          image_id: each once.
           gt_masks: G run-length codes {"size": [H, W], "counts"}, as `encode_rle` makes them.
           gt_labels: [G] class indices.
           gt_is_crowd: [G] flags; None means no crowd.
-          masks: D run-length codes.
           labels: [D] class indices.
           scores: [D] floats, finite.
           gt_areas: [G] pixels; COCO's annotations bring their own. None measures the mask.

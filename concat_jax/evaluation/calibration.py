@@ -52,9 +52,7 @@ def sweep(predictor: Predictor, examples: Examples, *, name: str) -> Summaries:
     """Scores every γ as `evaluate` would at that γ, with one prediction an image.
 
     Args:
-      predictor: whose config has several values of gamma.
       examples: as of `evaluate`.
-      name: for the progress line.
 
     Returns:
       γ to its `PanopticQuality.summarize` with "images".
@@ -129,7 +127,6 @@ def calibrate(
 
     Args:
       sweep_of: (examples, gammas) -> `sweep` of one stage, as `Experiment.sweep` with its name.
-      held_out: examples to choose on.
       test: examples to report on, none of which may be among the held-out ones.
       gammas: to choose from; 0 always is among them.
 
@@ -146,7 +143,6 @@ def format_sweep(summaries: Mapping[float, Mapping], chosen: float) -> str:
 
     Args:
       summaries: of `sweep`.
-      chosen: the γ whose row is in bold.
     """
     rows = []
     for gamma, summary in summaries.items():

@@ -70,7 +70,6 @@ class ClassCounts:
         Args:
           vocabulary: the K classes, which says what is thing or stuff, seen or unseen.
           of_group: entries of a group, from its members [K] bool.
-          of_class: entries of a class, from its index.
           groups: any of "all", "things", "stuff", "seen" and "unseen", with the last two.
           harmonic: which of a group's entries get a harmonic mean of seen and unseen.
 

@@ -39,7 +39,6 @@ def evaluate(
     Args:
       predictor: whose vocabulary is that of the ground truth, and whose tasks are scored.
       examples: at native size. One with a true "is_padding" fills a batch up and counts nowhere.
-      name: for the progress line.
       num_pictures: images of which overlay pictures are written, of panoptic maps.
       picture_folder: where they go, if anywhere.
       coco_folder: where predictions go, if anywhere: COCO panoptic json and PNGs, COCO instance

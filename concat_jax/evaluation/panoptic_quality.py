@@ -113,7 +113,6 @@ class PanopticQuality(ClassCounts):
           gt_labels: table of class indices, see `table_rows`.
           gt_is_crowd: table of flags of the same form; None means no crowd.
           pred_ids: [H, W] non-negative ints, 0 void.
-          pred_labels: table of class indices.
 
         Raises:
           ValueError: on maps of different shapes, ids that are not integers, negative or without

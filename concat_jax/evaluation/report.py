@@ -74,7 +74,6 @@ def format_panoptic(summary: Mapping, *, markdown: bool = False) -> str:
       summary: of `PanopticQuality.summarize`; percent. SQ gives a class without a match 0, as the
         official tool and published numbers do, and "SQ matched" leaves it out. n is the number of
         classes in the means of PQ, SQ and RQ.
-      markdown: a Markdown table instead of plain text.
 
     Returns:
       Lines without a trailing newline.
@@ -87,7 +86,6 @@ def format_semantic(summary: Mapping, *, markdown: bool = False) -> str:
 
     Args:
       summary: of `SemanticIoU.summarize`; percent. The harmonic mIoU is the field's hIoU.
-      markdown: a Markdown table instead of plain text.
     """
     return _groups_table(summary, _SEMANTIC, markdown=markdown, rules=(1, 3))
 
@@ -97,7 +95,6 @@ def format_instance(summary: Mapping, *, markdown: bool = False) -> str:
 
     Args:
       summary: of `AveragePrecision.summarize`; percent, AR and recall50 at 100 detections.
-      markdown: a Markdown table instead of plain text.
     """
     return _groups_table(summary, _INSTANCE, markdown=markdown, rules=(1, 3))
 
@@ -121,8 +118,6 @@ def format_table(summary: Mapping, *, classes: bool = False, markdown: bool = Fa
     Args:
       summary: of `evaluate`: a panoptic summary, and others under the keys of `NESTED`, each if
         it was measured.
-      classes: with the tables of single classes.
-      markdown: Markdown tables instead of plain text.
 
     Returns:
       Tables separated by empty lines; each but the panoptic one has its name above.
@@ -151,7 +146,6 @@ def format_comparison(runs: Mapping[str, Mapping], *, markdown: bool = False) ->
     Args:
       runs: name of the run (for example "stage 1") to its summary, in the order to print; all
         with the same metrics.
-      markdown: Markdown tables instead of plain text.
 
     Returns:
       Columns PQ, SQ and RQ, each for seen, unseen and their harmonic mean (h); likewise mIoU, and
@@ -202,8 +196,6 @@ def format_classes(summary: Mapping, *, unseen_only: bool = False, markdown: boo
 
     Args:
       summary: of `PanopticQuality.summarize`.
-      unseen_only: leave the seen classes out.
-      markdown: a Markdown table instead of plain text.
     """
     chosen = [
         row
@@ -220,7 +212,6 @@ def format_semantic_classes(summary: Mapping, *, markdown: bool = False) -> str:
 
     Args:
       summary: of `SemanticIoU.summarize`.
-      markdown: a Markdown table instead of plain text.
     """
     chosen = [row for row in summary["per_class"] if row["annotated"] + row["predicted"] > 0]
     chosen.sort(key=lambda row: (-row["iou"], row["name"]))
@@ -234,7 +225,6 @@ def format_instance_classes(summary: Mapping, *, markdown: bool = False) -> str:
 
     Args:
       summary: of `AveragePrecision.summarize`.
-      markdown: a Markdown table instead of plain text.
     """
     chosen = [row for row in summary["per_class"] if row["instances"] + row["detections"] > 0]
     # A class that is only predicted has no AP and comes last.

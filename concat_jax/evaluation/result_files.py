@@ -60,7 +60,6 @@ def read_manifest(result: str | os.PathLike[str], task: str) -> Manifest | None:
     """The manifest beside a result, a folder of label maps or a list of instances.
 
     Args:
-      result: the folder or the json.
       task: "semantic" or "instance".
 
     Returns:
@@ -94,9 +93,7 @@ def classes_of(
     """The class of every category id of predictions.
 
     Args:
-      path: of the file that lists the categories.
       categories: what it lists; None takes the ids for the label space's own.
-      vocabulary: the label space.
 
     Returns:
       (category id to class index, a sentence if categories were told by their names).
@@ -132,8 +129,6 @@ def pair_images(
 
     Args:
       truth, found: id to file name, None where it is not known.
-      truth_path, found_path: for sentences.
-      may_miss: images without a prediction are no fault.
 
     Returns:
       (id in the predictions to id in the annotations, a sentence if they were told by name).

@@ -180,7 +180,6 @@ def score_instances(
     """Mask AP of COCO instance results against a COCO instances json.
 
     Args:
-      annotations: instances json.
       predictions: results json, a list with run-length encoded masks. An image without a result
         has no detection.
       vocabulary: the label space, of which the annotations may lack classes (stuff); None takes

@@ -25,8 +25,6 @@ def stage_batches(experiment: Experiment, name: str, text: np.ndarray | None) ->
     """The batches of a stage, each a pure function of its step.
 
     Args:
-      experiment: of the config.
-      name: of the stage.
       text: [K, C] or [K, S, C] text embeddings, which only a query bank needs.
 
     Returns:
@@ -56,8 +54,6 @@ def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank
     A bank belongs to the weights that made it; for an oracle it also shows unseen classes.
 
     Args:
-      experiment: of the config.
-      name: of a stage that learns from vision queries.
       text: [K, C] or [K, S, C] text embeddings.
 
     Raises:

@@ -34,7 +34,6 @@ def make_tokenizer(config: ml_collections.ConfigDict, caption_words: Sequence[st
 
     Args:
       config: whole, for `text` and `init.clip`.
-      caption_words: texts that hold what a tokenizer of words has to know.
 
     Raises:
       ValueError: if CLIP's vocabulary is configured nowhere or cannot be read.
@@ -109,7 +108,6 @@ class ClassEmbeddings:
 
         Args:
           source: stage whose CLIP embeds the names, or "init".
-          vocabulary: K classes.
 
         Raises:
           ValueError: as `check_names`.

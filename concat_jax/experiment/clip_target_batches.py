@@ -56,11 +56,7 @@ def plan_batches(
     next ones only so long as about four batches of the least bucket are waiting in all.
 
     Args:
-      records: all training images.
-      shards: indices of those to fill, ascending.
-      images_per_shard: of each but the last.
       pictures: segments a batch may hold, over all devices.
-      multiple: rows of a batch are a multiple of this, the number of devices.
     """
     rows_of = functools.partial(batch_rows, pictures=pictures, multiple=multiple)
     patience = 4 * rows_of(Bucket(SMALLEST_SIDE, FEWEST_SEGMENTS)) // images_per_shard

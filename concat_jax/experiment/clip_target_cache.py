@@ -84,18 +84,9 @@ def fill_cache(
 
     Args:
       folder: of the cache; made if absent, refused if it holds another cache.
-      data: the part of the data set; its training images are embedded.
-      clip: the CLIP module.
-      params: its parameters.
-      crops: how a segment becomes a picture.
       identity: `weights`, `clip` and `crops`, as `clip_target_identity` gives them.
       images_per_shard: a killed command loses at most the shards it was working on.
-      pictures_per_device: segments CLIP takes at once, on each device.
-      mesh: this host's devices; hosts do not talk to each other.
-      num_threads: threads that decode images.
-      skip_bad: leave out an image that cannot be read instead of raising.
       process_index: shards whose index leaves this remainder by `process_count` are this host's.
-      process_count: number of hosts.
 
     Raises:
       StoreError: if the folder holds another cache.
@@ -269,7 +260,6 @@ def cache(
     """Fill `config.data.clip_targets` with what the config's CON stage would compute.
 
     Args:
-      config: of the training run.
       workdir: of the run that trained CLIP, where it is not a file.
       images_per_shard, pictures_per_device, process_index, process_count: as `fill_cache`.
 

@@ -18,7 +18,6 @@ def clip_target_identity(experiment: Experiment, source: str) -> dict[str, Any]:
     """What CON's targets depend on besides the images: `weights`, `clip` and `crops`.
 
     Args:
-      experiment: of the config.
       source: stage whose CLIP makes them, or "init".
     """
     weights = fingerprint(jax.device_get(experiment.parameters.get("clip", source)))
@@ -34,8 +33,6 @@ def check_clip_targets(experiment: Experiment, name: str, *, with_weights: bool)
     """Refuse cached targets that stage `name` must not learn from, before it compiles.
 
     Args:
-      experiment: of the config.
-      name: any stage; one that reads no cached targets passes.
       with_weights: also compare CLIP's parameters, which have to be read for that.
 
     Raises:

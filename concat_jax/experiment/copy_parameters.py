@@ -12,9 +12,7 @@ def copy_parameters(params: Params, target: str, taken: Params, source: str) -> 
     """Copy into a part of `params` every parameter that a part of `taken` has at the same place.
 
     Args:
-      params: tree to copy into.
       target: "subtree/module" in it.
-      taken: tree to copy from.
       source: "subtree/module" in it.
 
     Returns:

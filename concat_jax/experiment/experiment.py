@@ -189,7 +189,6 @@ class Experiment:
         """What holds after stage `name`, on this host's devices alone.
 
         Args:
-          name: of a finished stage.
           **changes: fields of `PredictConfig`, instead of those of config.eval.settings.
         """
         setup = self.setup

@@ -138,10 +138,7 @@ def export_workdir(
     """Writes what holds after a stage as a model's folder, to be handed to somebody.
 
     Args:
-      workdir: of a run.
-      destination: folder to make.
       stage: as of `open_model`.
-      overwrite: replace a model that is there.
 
     Raises:
       ValueError: as `open_model`, or if the destination is taken.
@@ -160,7 +157,6 @@ def load_workdir(workdir: Path, stage: str = "") -> LoadedModel:
     """What holds after a stage of a workdir, without optimizer and image tower of CLIP.
 
     Args:
-      workdir: of a run.
       stage: "" takes the last that the config evaluates.
 
     Raises:

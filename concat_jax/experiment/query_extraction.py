@@ -87,12 +87,7 @@ def extract_bank(
       context: for the networks, the label space and the weights of the matching cost.
       params: holds "segmentor" and "projector", trained together.
       text: [K, C] or [K, S, C] text embeddings.
-      batch_fn: this host's rows of the batch of images of a step.
       num_batches: steps 0 .. num_batches - 1 make the bank.
-      batch_size: images of a global batch.
-      seed: of the matching points.
-      config: how the bank lies on disk.
-      mesh: devices that share a batch.
 
     Returns:
       queries [M, N, D], on disk, and labels [M, N] int16.
@@ -145,12 +140,7 @@ def fill_bank(
       identity: what the queries depend on; a bank with another identity is refused.
       extract: batch of images -> queries [B, N, D] and labels [B, N] of the global batch, class
         index or -1, on every host. All hosts call it as often.
-      batches: steps -> this host's batch of images of each.
       num_batches: steps 0 .. num_batches - 1 make the bank.
-      batch_size: B.
-      config: how it lies on disk.
-      process_index: this host.
-      process_count: number of hosts.
 
     Returns:
       queries [M, N, D] of the config's dtype, on disk, and labels [M, N] int16, in memory, 9 MB of

@@ -41,7 +41,6 @@ def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndar
     """Vision queries of evaluation images that hold a segment, and the class of each.
 
     Args:
-      run: of the config.
       source: stage that trained the segmentor and the projector that queries are matched with.
       num_images: at most so many.
 
@@ -93,10 +92,7 @@ def query_figure(
     with the deviations that the finetune gave them.
 
     Args:
-      run: of the config.
       name: a finished stage that `has_queries`.
-      num_images: evaluation images whose queries are drawn.
-      per_class: pseudo queries of each class.
 
     Returns:
       Of `plots.query_space`.

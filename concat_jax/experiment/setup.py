@@ -117,7 +117,6 @@ def make_setup(
 
     Args:
       config: as the files in `configs/` make it.
-      labels: of its data.
       tokenizer: one that is only asked for its sizes, where no name is to be read; None makes the
         config's and checks the names.
 

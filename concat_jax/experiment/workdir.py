@@ -77,7 +77,6 @@ def claim_workdir(
 
     Args:
       workdir: made if absent and `write`.
-      config: whole.
       write: False where nothing is trained; then nothing is written.
       data_identity: fingerprint of the training data, None where it is drawn.
 

@@ -123,9 +123,7 @@ def text_head_for(head: TextHead, text: np.ndarray, training_text: np.ndarray) -
     """A head for other names than those of training.
 
     Args:
-      head: of the same projector.
       text: [K, C] or [K, S, C] of the names.
-      training_text: of the names of training.
 
     Returns:
       A head whose K is filled up to the next of `FEWEST_NAMES` times a power of two.

@@ -56,7 +56,6 @@ def to_rgb(image: np.ndarray | Image.Image, name: str = "The image") -> np.ndarr
 
     Args:
       image: a Pillow image of any mode, or an array [H, W] or [H, W, 1, 3 or 4], uint8 or uint16.
-      name: what to call it in an error.
 
     Returns:
       [H, W, 3] uint8.

@@ -126,7 +126,6 @@ def data_set_names(
     """File names and ids of images in a data set.
 
     Args:
-      paths: of the images.
       annotations: a COCO json with "images", whose file names end the paths.
 
     Raises:

@@ -52,7 +52,6 @@ def instance_inference(
     Args:
       mask_logits: [N, h, w] float32, before the sigmoid.
       class_probs: [N, K+1] float32 probabilities, the last one no-object.
-      image_size: (H, W) that masks are resized to.
       source_size: (height, width) of the valid extent of mask_logits, may be a fraction. None: all.
       is_thing: [K] bool: only these classes' pairs are kept, after the best `top` are chosen, as
         the reference does for panoptic models. None keeps all.

@@ -51,10 +51,7 @@ class ResultWriter(contextlib.ExitStack):
         """Makes the folder.
 
         Args:
-          folder: that everything is written to.
           task: "panoptic", "instance" or "semantic".
-          vocabulary: names and category ids.
-          is_thing: K flags, for colours.
         """
         super().__init__()
         self._folder = folder
@@ -79,8 +76,6 @@ class ResultWriter(contextlib.ExitStack):
 
         Args:
           name: of the files, of `result_names`.
-          image_id: of the image.
-          source: the image's own file name.
           image: [H, W, 3] uint8.
           result: of `Predictor`.
 

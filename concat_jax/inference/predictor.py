@@ -215,9 +215,6 @@ class Predictor:
     def stream(self, items: Iterable[tuple[T, Prepared]]) -> Iterator[tuple[T, Prediction]]:
         """Predicts any number of images, as batches of one padded shape fill up.
 
-        Args:
-          items: pairs of anything and the image that goes with it.
-
         Yields:
           Pairs of the same and what was predicted; the order is that of the batches.
         """
@@ -336,7 +333,6 @@ def _in_tiles(
 
     Args:
       make: (origin [2] int32, side) -> [B, side, side] device array.
-      native_sizes: (height, width) of the images wanted.
     """
     height, width = np.max(native_sizes, axis=0)
     side = next((s for s in TILE_SIDES if max(height, width) <= s), TILE_SIDES[-1])

@@ -39,7 +39,6 @@ def axis_taps(
       target: [...] size that the extent is resized to.
       length: n, how many target places are wanted. Static. Those past `target` repeat the edge.
       origin: the first target place wanted, for a map that is made in tiles.
-      xp: jax.numpy, or numpy on the host.
 
     Returns:
       Taps [..., n].
@@ -105,7 +104,6 @@ def resize_on_host(
     Args:
       values: [h, w] float32.
       source_size: (height, width) of its valid extent, as in `axis_taps`.
-      output_size: (H, W).
 
     Returns:
       [H, W] float32.

@@ -47,9 +47,7 @@ class TextTower:
         """Text embeddings of K classes.
 
         Args:
-          vocabulary: the classes.
           cache: folder that keeps them between runs; "" keeps nothing.
-          batch_size: prompts that the tower takes at once, the last ones filled up.
 
         Returns:
           [K, C] float32, L2-normalised; [K, S, C] where `synonyms` is "max".

@@ -44,7 +44,6 @@ def embed_classes(
     Args:
       encode_text_fn: tokens [batch_size, L] int32 -> [batch_size, C] float; always called with one
         shape, so that a jitted function compiles once.
-      tokenizer: makes the tokens.
       names, templates, clean, synonyms: as `make_prompts`.
       batch_size: prompts a call; the last call is filled up with repeated prompts.
       folder: of the cache, made where it is missing; "" is no cache.

@@ -102,7 +102,6 @@ def make_clip_tokenizer(path: str | pathlib.Path, context_length: int = 77) -> C
       path: `bpe_simple_vocab_16e6.txt.gz` of github.com/openai/CLIP; Hugging Face's
         `tokenizer.json` or a folder with it; or a folder with `vocab.json` and `merges.txt`. In a
         folder with all three, `tokenizer.json` is read.
-      context_length: length of a row, start and end token included.
 
     Raises:
       ValueError: if there is no tokenizer, the files are broken or another tokenizer's, or
@@ -195,7 +194,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> dict[str, Any]
     """Writes what of a tokenizer does not fit a few words.
 
     Args:
-      tokenizer: of this module.
       folder: made where the tokenizer needs a file.
 
     Returns:
@@ -238,8 +236,6 @@ class ClipTokenizer:
     Args:
       bpe: the byte-pair encoding with all that goes before it; what it would add around a text, cut
         from it or pad it with is turned off.
-      context_length: length of a row, start and end token included.
-      source: how to call the tokenizer in an error.
 
     Raises:
       ValueError: if `bpe` is another kind of tokenizer, or `context_length` is under 2.
@@ -309,10 +305,6 @@ class WordTokenizer:
     Ids: 0 pads, 1 .. n are `words` in their order, n + 1 starts and n + 2 ends a text. Case and
       punctuation
     do not matter; the hyphen separates words.
-
-    Args:
-      words: n different words.
-      context_length: length of a row, start and end token included.
 
     Raises:
       ValueError: if a word is not one word or occurs twice, or `context_length` is under 2.

@@ -108,10 +108,6 @@ class StageCheckpoints:
     def restore(self, abstract: TrainState, sharding: Sharding) -> TrainState:
         """The newest state, placed as `sharding` says, whatever devices saved it.
 
-        Args:
-          abstract: shapes and types of the state.
-          sharding: of every leaf.
-
         Raises:
           CheckpointError: if it is of another architecture.
         """
@@ -130,11 +126,6 @@ class StageCheckpoints:
 
     def restore_params(self, names: Sequence[str], abstract: Any, sharding: Sharding) -> Any:
         """Subtrees of the newest parameters.
-
-        Args:
-          names: of the subtrees.
-          abstract: dict of their shapes and types.
-          sharding: of every leaf.
 
         Raises:
           CheckpointError: if there is none, or it is damaged or of another architecture.

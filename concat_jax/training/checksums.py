@@ -33,10 +33,6 @@ def write_checksums(folder: Path) -> None:
 def damage(folder: Path, items: Sequence[str]) -> str:
     """What is wrong with a checkpoint, "" where nothing is. Asked again, it reads changes alone.
 
-    Args:
-      folder: of one step.
-      items: subfolders to look at.
-
     Returns:
       The file and what it has, as "params/_METADATA is missing". Without `NAME`, in a checkpoint
       that an earlier version wrote, flipped bits of array data go unnoticed.

@@ -71,15 +71,9 @@ def train_stage(
 
     Args:
       name: of the stage; its files go to `workdir/name`.
-      stage: what to train.
-      params: initial values of the trained subtrees.
       frozen: what the loss reads besides, subtrees and "text".
       batches: (first step, number of steps) -> generator of numpy batches, one a step, the same
         for the same step whenever asked.
-      workdir: of the whole run.
-      mesh: devices.
-      loop: steps, seed and intervals.
-      optimizer: constants of the optimizer.
 
     Returns:
       The trained subtrees, on device.

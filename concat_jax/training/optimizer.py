@@ -61,7 +61,6 @@ def label_params(params: Any, rules: Sequence[tuple[str, float, float]]) -> Any:
     """Label of every parameter: "frozen", or "lr x0.1, decay x1".
 
     Args:
-      params: tree of arrays or shapes.
       rules: (regex, learning-rate multiplier, weight-decay multiplier), tried in order against
         "subtree/module/leaf"; the first that matches decides.
 
@@ -96,8 +95,6 @@ def make_optimizer(
     their backward pass only when nothing reads them.
 
     Args:
-      config: constants.
-      steps: updates of the schedule.
       labels: tree of `label_params`.
     """
     schedule = make_schedule(config, max(steps, 1))

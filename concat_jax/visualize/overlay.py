@@ -58,11 +58,6 @@ def oklch_to_rgb(lightness: float, chroma: float, hue: float) -> Colour:
 def segment_colour(label: int, is_thing: bool, instance: int = 0) -> Colour:
     """Colour of a segment: the same for a class in every picture, a shade apart for instances.
 
-    Args:
-      label: class index.
-      is_thing: things are vivid, stuff is muted, so that things stand out.
-      instance: rank of the segment among those of its class in the image.
-
     Returns:
       (red, green, blue) in 0..255.
     """
@@ -146,8 +141,6 @@ def panoptic_overlay(
       image: [H, W, 3] uint8.
       segment_ids: [H, W] ints, 0 void.
       labels: class index of every id, an array (row g - 1 for id g) or a mapping from id.
-      names: K class names.
-      is_thing: K flags.
       is_seen: K flags; names of unseen classes get a star and a yellow label. None marks nothing.
       scale: integer enlargement; see `default_scale`.
       alpha: weight of the colour over the image, 0..1.
@@ -318,10 +311,7 @@ def comparison_row(
     Args:
       image: [H, W, 3] uint8.
       ground_truth: (segment_ids [H, W], labels) as in `panoptic_overlay`.
-      prediction: the same of the prediction.
-      names, is_thing, is_seen: of the K classes.
       scale: as in `panoptic_overlay`.
-      caption: printed below, for example the file name.
     """
     image = np.asarray(image)
     _check(image, np.asarray(ground_truth[0]))
@@ -343,8 +333,6 @@ def comparison_sheet(
 
     Args:
       rows: of `comparison_row`; images may differ in size, each column is as wide as its widest.
-      headers: one a panel.
-      footer: last line; empty for none.
 
     Returns:
       RGB PIL image.

@@ -46,11 +46,9 @@ def bar_chart(
     """Bars lie, so that long titles of rows can be read; the numbers stand beside them.
 
     Args:
-      titles: R names of rows, top to bottom.
       groups: name of a quantity (a colour, explained above the bars) to its R pairs of mean and
         deviation. A mean of None or NaN is a dash without a bar; a deviation of None or NaN, as
         of one run alone, has no whisker.
-      title: above the chart.
       unit: under the axis, e.g. "PQ in percent".
 
     Raises:
@@ -219,8 +217,6 @@ def query_space(
       real_labels: [M] int class index, -1 (no segment) is left out.
       pseudo: [P, D] float, P may be 0.
       pseudo_labels: [P] int class index.
-      vocabulary: of the K classes.
-      title: above the plot.
       points_per_class: drawn at most of each class and kind, spread over the rows; the plane is
         fitted to all real queries.
 

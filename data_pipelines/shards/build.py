@@ -75,7 +75,6 @@ def build_shards(
     Args:
       folder: for all parts of one data set; made if absent.
       source: the part, as `open_source` gives it; it must be picklable if workers > 1.
-      dataset, part: names for the files: letters, digits and _.
       unseen: see `source.treat_unseen`.
       num_shards: files to write, at most one an image. None: as the folder was begun, or else one
         for every 500 images.

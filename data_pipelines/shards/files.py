@@ -195,13 +195,8 @@ def write_shard(
     """Writes one shard and then its index, each under a temporary name first.
 
     Args:
-      folder: of the shards.
-      identity: of the build.
-      index: of the shard.
-      records: of its images.
       read: record -> (image file's bytes, id map [H, W] of rows + 1); raises FileError.
       skip_bad: leave out an image for which `read` raises, and note it in the index.
-      on_record: called after each image.
 
     Raises:
       FileError: from `read`.

@@ -72,7 +72,6 @@ class ShardSource:
 
         Args:
           wanted: what must be found of images that show unseen classes.
-          by: what asks for it, for the message.
 
         Raises:
           FileError: if the shards were made with another treatment; it names both and the command.

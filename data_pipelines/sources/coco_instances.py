@@ -52,8 +52,6 @@ class CocoInstanceSource:
         Masks are kept in memory as run lengths: about half a gigabyte for COCO's training part.
 
         Args:
-          images: folder of the images.
-          json_path: the annotation file.
           vocabulary: its ids and names must be those of the JSON's categories, which need not hold
             all of them.
           on_bad_example: what an outline does that is malformed: "raise", or "skip": its image is
@@ -125,9 +123,7 @@ def paint(
     """One id map of instances that may overlap.
 
     Args:
-      codes: n run-length codes of the map's size.
       is_crowd: [n] bool; crowd regions lie below all others.
-      height, width: of the map.
 
     Returns:
       [height, width] uint16: 0 where there is no instance, r + 1 where instance r is on top. The

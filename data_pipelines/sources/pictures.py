@@ -35,11 +35,6 @@ def open_picture(path: pathlib.Path, *, rgb: bool = False) -> Image.Image:
 def read_picture(folder: pathlib.Path, record: ImageRecord, source: pathlib.Path) -> Image.Image:
     """The RGB image of a record, which must have the record's size.
 
-    Args:
-      folder: of the images.
-      record: of the image.
-      source: what says the size: an annotation file or a map.
-
     Raises:
       FileError: as `open_picture`, or for another size.
     """
@@ -53,13 +48,7 @@ def read_picture(folder: pathlib.Path, record: ImageRecord, source: pathlib.Path
 
 
 def check_headers(source: FolderSource, part: str, on_fault: Callable[[FileError], None]) -> None:
-    """Compares the size that each image file says it has with its record; no pixel is decoded.
-
-    Args:
-      source: one part of a data set.
-      part: its name, for the progress.
-      on_fault: called with each file that cannot be used.
-    """
+    """Compares the size that each image file says it has with its record; no pixel is decoded."""
 
     def check(record: ImageRecord) -> FileError | None:
         path = source.images_folder / record.file_name

@@ -58,7 +58,6 @@ def open_source(
 
     Args:
       dataset: a name in `DATASETS`.
-      root: its folder.
       part: for example "train2017"; of `panoptic_folder`, any name.
       split_file: instead of the data set's own label space: a split file, a vocabulary file, or the
         name of one that ships. Of a vocabulary, which knows no split, all classes are unseen.

@@ -61,15 +61,11 @@ class SemanticMapSource:
         """Pairs images with maps, and reads all maps for the classes they show.
 
         Args:
-          images: folder of the images.
           maps: folder of the maps; a map has its image's name up to the suffix.
           vocabulary: its category ids are pixel values plus `offset`.
-          offset: see there.
-          ignored: pixel values that belong to no class: void.
           stems: names of the images that are part of this, without suffixes; None takes all maps.
           on_bad_example: what a map does that cannot be used: "raise", or "skip": it is left out,
             logged and counted.
-          num_threads: that read maps.
 
         Raises:
           FileError: if a folder or a file is missing or empty, two images would have one id, or a

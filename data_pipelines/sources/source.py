@@ -88,7 +88,6 @@ def image_number(image_id: int | str, where: str) -> int:
     Args:
       image_id: a number, which stands for itself, or a text, whose digits are read as one:
         "ADE_val_00000017" is 17 and "2007_000032" is 2007000032.
-      where: names the file in the error's sentence.
 
     Raises:
       FileError: if there is no such number in 0 to 2^63 - 1.
@@ -110,7 +109,6 @@ def treat_unseen(source: Source, treatment: UnseenImages) -> tuple[Source, np.nd
     """What training may see of a source.
 
     Args:
-      source: any.
       treatment: "drop" leaves out every image with a segment, crowd included, of an unseen class
         (PADing `datasets/get_zsp_json.py`). "void" keeps the image, but the pixels of its unseen
         segments, crowd included, become void and their rows vanish (ZegFormer

@@ -53,7 +53,6 @@ def ground_tone(
     """Brightness map [H, W] float32 of one stuff texture with random phase and a slight turn.
 
     Args:
-      rng: drawn from in a fixed order.
       texture: key of `patterns.STUFF_TEXTURES`.
       height, width: size in pixels.
       scale: pixels per pixel of the reference scene.
@@ -115,8 +114,6 @@ def paint_ground(
     """Background of a picture.
 
     Args:
-      rng: drawn from in a fixed order.
-      looks: R stuff looks, one a region.
       height, width: size in pixels.
       scale: pixels per pixel of the reference scene.
 
@@ -152,13 +149,10 @@ def paint_thing(
     """Paints one thing with its cast shadow onto `canvas`, in place.
 
     Args:
-      rng: drawn from in a fixed order.
       canvas: [H, W, 3] float32.
-      look: colour, texture and shape.
       centre: (x, y) in pixels.
       radius: in pixels.
       scale: pixels per pixel of the reference scene; sets the texture's period.
-      light: unit vector towards the light.
 
     Returns:
       The canvas window as (rows, columns), the hard mask [h, w] bool in it, and the area in pixels
@@ -231,9 +225,6 @@ def paint_scene(
     """A whole picture: a ground of regions and things in front of each other.
 
     Args:
-      rng: drawn from in a fixed order.
-      stuff: R looks of ground regions.
-      things: T looks; later ones lie in front.
       size: height and width in pixels.
       scale: pixels per pixel of the reference scene.
       radius: range of thing radii in pixels.

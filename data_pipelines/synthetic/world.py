@@ -88,10 +88,6 @@ class SyntheticWorld:
       preset: name in `PRESETS` or a `WorldPreset`.
       image_size: height and width in pixels; the same scene is drawn at that resolution.
       seed: in [0, 2**32).
-      split: train, validation or test; their random streams are disjoint.
-      batch_size: B.
-      classes: seen, unseen or all.
-      max_segments: G, the rows of the padded segment tables.
       num_eval_images: how many scenes `eval_examples` gives.
 
     Raises:
@@ -222,8 +218,6 @@ class CaptionWorld:
       preset: name in `PRESETS` or a `WorldPreset`.
       image_size: size of the scenes that the CLIP is for; sets the native scale.
       seed: in [0, 2**32).
-      split: train, validation or test; disjoint random streams.
-      batch_size: B.
       classes: seen, unseen or all (the default).
       crop_size: height and width h of all pictures. Scenes are averaged down to it, which needs
         image_size to be a multiple of it (equal: native scale).
