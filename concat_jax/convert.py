@@ -11,20 +11,9 @@ DESTINATION is a folder to make: for `concat_jax.predict` and `config.init.segme
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import os
-import shutil
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
-import numpy as np
-from absl import logging
 
 from concat_jax.core import cli
 from concat_jax.core.vocabulary import Vocabulary
@@ -36,7 +25,6 @@ from concat_jax.weights.hugging_face_folder import save_hf_folder
 from concat_jax.weights.model_folder import (
     TASKS,
     ModelCard,
-    Params,
     check_destination,
     save_model,
 )
@@ -116,51 +104,9 @@ def convert(
     for note in (*model.notes, *_describe(card, model.classes)):
         print(note)
     save = save_hf_folder if to == "hf" else save_model
-    with _one_reason(destination, model.params):
-        save(destination, model.params, card, overwrite=overwrite)
+    save(destination, model.params, card, overwrite=overwrite)
     print(f"Wrote {destination}.")
     return card
-
-
-@contextlib.contextmanager
-def _one_reason(destination: str, params: Params) -> Iterator[None]:
-    """What a disk refuses is one sentence, whatever Orbax and its threads tell about it.
-
-    Raises:
-      OSError: there is no room, or a file cannot be written; nothing of the model is kept.
-    """
-    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
-    folder = Path(os.path.realpath(destination)).parent
-    disk = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.is_dir()))
-    if disk.total and disk.free < size:
-        raise OSError(
-            f"{destination} cannot be written: it takes {size / 1e6:,.1f} MB and the disk has "
-            f"{disk.free / 1e6:,.1f} MB left; make room or name another folder."
-        )
-    shown, level = sys.excepthook, logging.get_verbosity()
-
-    def passed_over(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        # TensorStore's threads report the writes that were given up to a loop that is gone.
-        if str(error) != "Event loop is closed":
-            shown(kind, error, trace)
-
-    sys.excepthook = passed_over
-    logging.set_verbosity(logging.FATAL)  # Orbax logs what it raises
-    try:
-        yield
-    except Exception as error:
-        text = " ".join(str(error).split())
-        reasons = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
-        reason = next((reason for reason in reasons if reason in text), "")
-        if not reason and isinstance(error, ValueError | OSError):
-            raise
-        time.sleep(0.5)  # for those threads to end
-        raise OSError(
-            f"{destination} cannot be written: {reason or text[:200]}; nothing of it was kept."
-        ) from error
-    finally:
-        sys.excepthook = shown
-        logging.set_verbosity(level)
 
 
 def _coco_classes() -> Vocabulary:

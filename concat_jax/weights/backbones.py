@@ -16,85 +16,44 @@ from typing import Any
 
 from concat_jax.models.backbones.resnet import BOTTLENECK_EXPANSION
 from concat_jax.models.backbones.swin import NORM_EPSILON
-from concat_jax.weights.names.table import Naming, Section, Shape
+from concat_jax.weights.names.table import Naming, Shape
 from concat_jax.weights.sizes import HubConfig, read_sizes
 
 # Where the backbone is in our tree.
 PREFIX = "segmentor/backbone/"
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
-_RESNET: Sequence[Section] = (
-    (
-        ("", "embedder.embedder.", "stem.", ""),
-        """
-    stem_conv       conv    convolution               conv1             conv1
-    stem_norm       frozen  normalization             conv1.norm        bn1
-    """,
-    ),
-    (
-        (
-            "res{s+2}_block{b}/",
-            "encoder.stages.{s}.layers.{b}.",
-            "res{s+2}.{b}.",
-            "layer{s+1}.{b}.",
-        ),
-        """
-    conv{i+1}       conv    layer.{i}.convolution     conv{i+1}         conv{i+1}
-    norm{i+1}       frozen  layer.{i}.normalization   conv{i+1}.norm    bn{i+1}
-    shortcut        conv    shortcut.convolution      shortcut          downsample.0
-    shortcut_norm   frozen  shortcut.normalization    shortcut.norm     downsample.1
-    """,
-    ),
-)
-_SWIN: Sequence[Section] = (
-    (
-        ("", "", "", ""),
-        """
-    output_norm_{s}  norm  hidden_states_norms.stage{s+1}  norm{s}  norm{s}
-    """,
-    ),
-    (
-        ("patch_", "embeddings.", "patch_embed.", "patch_embed."),
-        """
-    projection  conv  patch_embeddings.projection  proj  proj
-    norm        norm  norm                         norm  norm
-    """,
-    ),
-    # Theirs ends a stage with the merging, ours begins the next one with it.
-    (
-        ("merging_{s+1}/", *("encoder.layers.{s}.downsample.", *2 * ("layers.{s}.downsample.",))),
-        """
-    norm              norm    norm       norm       norm
-    reduction         linear  reduction  reduction  reduction
-    """,
-    ),
-    (
-        (
-            "stage_{s}_block_{b}/",
-            *("encoder.layers.{s}.blocks.{b}.", *2 * ("layers.{s}.blocks.{b}.",)),
-        ),
-        """
-    attention_norm    norm    layernorm_before        norm1        norm1
-    attention/query   linear  attention.self.query    attn.qkv[0]  attn.qkv[0]
-    attention/key     linear  attention.self.key      attn.qkv[1]  attn.qkv[1]
-    attention/value   linear  attention.self.value    attn.qkv[2]  attn.qkv[2]
-    attention/output  linear  attention.output.dense  attn.proj    attn.proj
-    ffn_norm          norm    layernorm_after         norm2        norm2
-    ffn_in            linear  intermediate.dense      mlp.fc1      mlp.fc1
-    ffn_out           linear  output.dense            mlp.fc2      mlp.fc2
-    """,
-    ),
-    (
-        (
-            "stage_{s}_block_{b}/attention/",
-            *(
-                "encoder.layers.{s}.blocks.{b}.attention.self.",
-                *2 * ("layers.{s}.blocks.{b}.attn.",),
-            ),
-        ),
-        "relative_position_bias  array  " + " ".join(3 * ("relative_position_bias_table",)),
-    ),
-)
+_RESNET = """
+@ -  embedder.embedder.  stem.  -
+stem_conv       conv    convolution               conv1             conv1
+stem_norm       frozen  normalization             conv1.norm        bn1
+@ res{s+2}_block{b}/  encoder.stages.{s}.layers.{b}.  res{s+2}.{b}.  layer{s+1}.{b}.
+conv{i+1}       conv    layer.{i}.convolution     conv{i+1}         conv{i+1}
+norm{i+1}       frozen  layer.{i}.normalization   conv{i+1}.norm    bn{i+1}
+shortcut        conv    shortcut.convolution      shortcut          downsample.0
+shortcut_norm   frozen  shortcut.normalization    shortcut.norm     downsample.1
+"""
+# Theirs ends a stage with the merging of patches, ours begins the next one with it.
+_SWIN = """
+output_norm_{s}   norm    hidden_states_norms.stage{s+1}  norm{s}  =
+@ patch_  embeddings.  patch_embed.  =
+projection        conv    patch_embeddings.projection     proj     =
+norm              norm    norm                            norm     =
+@ merging_{s+1}/  encoder.layers.{s}.downsample.  layers.{s}.downsample.  =
+norm              norm    norm                    norm         =
+reduction         linear  reduction               reduction    =
+@ stage_{s}_block_{b}/  encoder.layers.{s}.blocks.{b}.  layers.{s}.blocks.{b}.  =
+attention_norm    norm    layernorm_before        norm1        =
+attention/query   linear  attention.self.query    attn.qkv[0]  =
+attention/key     linear  attention.self.key      attn.qkv[1]  =
+attention/value   linear  attention.self.value    attn.qkv[2]  =
+attention/output  linear  attention.output.dense  attn.proj    =
+ffn_norm          norm    layernorm_after         norm2        =
+ffn_in            linear  intermediate.dense      mlp.fc1      =
+ffn_out           linear  output.dense            mlp.fc2      =
+attention/relative_position_bias  array  attention.self.relative_position_bias_table \
+  attn.relative_position_bias_table  =
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +70,7 @@ class BackboneFormat:
       absent: how paths begin of what a classifier of ImageNet does not have.
     """
 
-    table: Sequence[Section]
+    table: str
     first: str
     config: HubConfig
     sizes: Callable[[Mapping[str, Shape], Naming], dict[str, Any]]

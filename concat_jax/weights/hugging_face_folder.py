@@ -10,6 +10,7 @@ from typing import Any
 import safetensors.numpy
 
 from concat_jax.core import files
+from concat_jax.weights.disk import one_reason
 from concat_jax.weights.files.readers import INDEX_SUFFIX, read_weights
 from concat_jax.weights.hugging_face_config import (
     check_preprocessing,
@@ -107,14 +108,11 @@ def save_hf_folder(
         )
     content = config_to_hf(card)
     arrays = segmentor_params_to_hf(params, card.segmentor)
-    with new_folder(folder, overwrite=overwrite) as temporary:
+    with one_reason(folder, params), new_folder(folder, overwrite=overwrite) as temporary:
         files.write_json(temporary / CONFIG_NAME, content)
         files.write_json(temporary / PREPROCESSOR_NAME, preprocessing_to_hf())
         weights = temporary / WEIGHTS_NAME
-        try:
-            # transformers asks for the format before it reads the file.
-            safetensors.numpy.save_file(arrays, weights, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{Path(folder) / WEIGHTS_NAME} cannot be written: {error}") from error
+        # transformers asks for the format before it reads the file.
+        safetensors.numpy.save_file(arrays, weights, metadata={"format": "pt"})
         # safetensors lets nobody else read its file.
         weights.chmod((temporary / CONFIG_NAME).stat().st_mode)

@@ -26,6 +26,7 @@ from concat_jax.models.clip import CLIP, make_clip
 from concat_jax.models.segmentor import DEFAULTS, LinearClassifier, make_segmentor
 from concat_jax.models.semantic_projector import SemanticProjector
 from concat_jax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from concat_jax.weights.disk import one_reason
 
 CARD_NAME = "model.json"
 PARAMS_NAME = "params"
@@ -226,7 +227,7 @@ def save_model(
     """
     _check_together(params, card, "The parameters")
     content = {"format": FORMAT, **dataclasses.asdict(card)}
-    with new_folder(folder, overwrite=overwrite) as temporary:
+    with one_reason(folder, params), new_folder(folder, overwrite=overwrite) as temporary:
         if tokenizer is not None:
             content["text"]["tokenizer"] = save_tokenizer(tokenizer, temporary / TOKENIZER_NAME)
         with ocp.PyTreeCheckpointer() as checkpointer:

@@ -6,93 +6,57 @@ files, and Mask2Former `mask2former/modeling/`, on which PADing is built.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from concat_jax.weights.backbones import FORMATS, PREFIX, BackboneFormat
-from concat_jax.weights.names.table import Naming, Section, columns
+from concat_jax.weights.names.table import Naming, columns
 
 # Columns: Hugging Face, Detectron2.
-_PIXEL_DECODER: Sequence[Section] = (
-    (
-        ("", "", ""),
-        """
-    level_embedding       array  level_embed              transformer.level_embed
-    input_projection_{i}  conv   input_projections.{i}.0  input_proj.{i}.0
-    input_norm_{i}        norm   input_projections.{i}.1  input_proj.{i}.1
-    lateral_projection    conv   adapter_1.0              adapter_1
-    lateral_norm          norm   adapter_1.1              adapter_1.norm
-    output_conv           conv   layer_1.0                layer_1
-    output_norm           norm   layer_1.1                layer_1.norm
-    mask_projection       conv   mask_projection          mask_features
-    """,
-    ),
-    (
-        (
-            "layer_{i}/self_attention",
-            "encoder.layers.{i}.self_attn",
-            "transformer.encoder.layers.{i}.",
-        ),
-        """
-    /sampling_offsets   linear  .sampling_offsets   self_attn.sampling_offsets
-    /attention_weights  linear  .attention_weights  self_attn.attention_weights
-    /value_projection   linear  .value_proj         self_attn.value_proj
-    /output_projection  linear  .output_proj        self_attn.output_proj
-    _norm               norm    _layer_norm         norm1
-    """,
-    ),
-    (
-        ("layer_{i}/ffn_", "encoder.layers.{i}.", "transformer.encoder.layers.{i}."),
-        """
-    {in,out}  linear  fc{1,2}           linear{1,2}
-    norm      norm    final_layer_norm  norm2
-    """,
-    ),
-)
-_TRANSFORMER_DECODER: Sequence[Section] = (
-    (
-        ("", "", ""),
-        """
-    query_feature_embedding   array   queries_features.weight  query_feat.weight
-    query_position_embedding  array   queries_embedder.weight  query_embed.weight
-    level_embedding           array   level_embed.weight       level_embed.weight
-    decoder_norm              norm    decoder.layernorm        decoder_norm
-    mask_mlp_{i}   linear  decoder.mask_predictor.mask_embedder.{i}.0  mask_embed.layers.{i}
-    """,
-    ),
-    (
-        (
-            "layer_{i}/cross_attention",
-            "decoder.layers.{i}.cross_attn",
-            "transformer_cross_attention_layers.{i}.",
-        ),
-        """
-    /{query,key,value}  linear  .in_proj_*[{0,1,2}]  multihead_attn.in_proj_*[{0,1,2}]
-    /output             linear  .out_proj            multihead_attn.out_proj
-    _norm               norm    _layer_norm          norm
-    """,
-    ),
-    (
-        (
-            "layer_{i}/self_attention",
-            "decoder.layers.{i}.self_attn",
-            "transformer_self_attention_layers.{i}.",
-        ),
-        """
-    /{query,key,value}  linear  .{q,k,v}_proj  self_attn.in_proj_*[{0,1,2}]
-    /output             linear  .out_proj      self_attn.out_proj
-    _norm               norm    _layer_norm    norm
-    """,
-    ),
-    (
-        ("layer_{i}/ffn_", "decoder.layers.{i}.", "transformer_ffn_layers.{i}."),
-        """
-    {in,out}  linear  fc{1,2}           linear{1,2}
-    norm      norm    final_layer_norm  norm
-    """,
-    ),
-)
-_HEAD: Sequence[Section] = ((("", "", ""), "class_embed  linear  class_predictor  class_embed"),)
+_HEADS = """
+@ classifier/  -  sem_seg_head.predictor.
+class_embed                linear  class_predictor         class_embed
+@ segmentor/pixel_decoder/  model.pixel_level_module.decoder.  sem_seg_head.pixel_decoder.
+level_embedding            array   level_embed              transformer.level_embed
+input_projection_{i}       conv    input_projections.{i}.0  input_proj.{i}.0
+input_norm_{i}             norm    input_projections.{i}.1  input_proj.{i}.1
+lateral_projection         conv    adapter_1.0              adapter_1
+lateral_norm               norm    adapter_1.1              adapter_1.norm
+output_conv                conv    layer_1.0                layer_1
+output_norm                norm    layer_1.1                layer_1.norm
+mask_projection            conv    mask_projection          mask_features
+@ segmentor/pixel_decoder/layer_{i}/  model.pixel_level_module.decoder.encoder.layers.{i}. \
+  sem_seg_head.pixel_decoder.transformer.encoder.layers.{i}.
+self_attention/sampling_offsets   linear  self_attn.sampling_offsets   =
+self_attention/attention_weights  linear  self_attn.attention_weights  =
+self_attention/value_projection   linear  self_attn.value_proj         =
+self_attention/output_projection  linear  self_attn.output_proj        =
+self_attention_norm               norm    self_attn_layer_norm         norm1
+ffn_{in,out}                      linear  fc{1,2}                      linear{1,2}
+ffn_norm                          norm    final_layer_norm             norm2
+@ segmentor/transformer_decoder/  model.transformer_module.  sem_seg_head.predictor.
+query_feature_embedding    array   queries_features.weight  query_feat.weight
+query_position_embedding   array   queries_embedder.weight  query_embed.weight
+level_embedding            array   level_embed.weight       level_embed.weight
+decoder_norm               norm    decoder.layernorm        decoder_norm
+mask_mlp_{i}  linear  decoder.mask_predictor.mask_embedder.{i}.0  mask_embed.layers.{i}
+@ segmentor/transformer_decoder/layer_{i}/cross_attention \
+  model.transformer_module.decoder.layers.{i}.cross_attn \
+  sem_seg_head.predictor.transformer_cross_attention_layers.{i}.
+/{query,key,value}         linear  .in_proj_*[{0,1,2}]  multihead_attn.in_proj_*[{0,1,2}]
+/output                    linear  .out_proj            multihead_attn.out_proj
+_norm                      norm    _layer_norm          norm
+@ segmentor/transformer_decoder/layer_{i}/self_attention \
+  model.transformer_module.decoder.layers.{i}.self_attn \
+  sem_seg_head.predictor.transformer_self_attention_layers.{i}.
+/{query,key,value}         linear  .{q,k,v}_proj        self_attn.in_proj_*[{0,1,2}]
+/output                    linear  .out_proj            self_attn.out_proj
+_norm                      norm    _layer_norm          norm
+@ segmentor/transformer_decoder/layer_{i}/ffn_  model.transformer_module.decoder.layers.{i}. \
+  sem_seg_head.predictor.transformer_ffn_layers.{i}.
+{in,out}                   linear  fc{1,2}              linear{1,2}
+norm                       norm    final_layer_norm     norm
+"""
 # Modules that PADing adds at the top for its second stage (`PADing/PADing_model.py`): a generator
 # of queries with its losses' networks, and the classifier trained on what it generates.
 PADING_MODULES = (
@@ -108,25 +72,7 @@ PADING_MODULES = (
 # Bookkeeping, and weights that no output depends on.
 _BOOKKEEPING = r"\.(num_batches_tracked|relative_position_index)$|criterion\.empty_weight$"
 
-_heads = [
-    sum(rows, ())
-    for rows in zip(
-        columns(
-            _PIXEL_DECODER,
-            "segmentor/pixel_decoder/",
-            "model.pixel_level_module.decoder.",
-            "sem_seg_head.pixel_decoder.",
-        ),
-        columns(
-            _TRANSFORMER_DECODER,
-            "segmentor/transformer_decoder/",
-            "model.transformer_module.",
-            "sem_seg_head.predictor.",
-        ),
-        columns(_HEAD, "classifier/", "", "sem_seg_head.predictor."),
-        strict=True,
-    )
-]
+_HF_HEADS, _DETECTRON2_HEADS = columns(_HEADS, "", "", "")
 
 
 def backbone_format(backbone: Mapping[str, Any]) -> BackboneFormat:
@@ -159,7 +105,7 @@ def hugging_face(backbone: Mapping[str, Any]) -> Naming:
     table = backbone_format(backbone).table
     rows, *_ = columns(table, PREFIX, "model.pixel_level_module.encoder.", "", "")
     return Naming(
-        rows + _heads[0],
+        rows + _HF_HEADS,
         # A Swin carries the final norm of its classifier.
         rf"{_BOOKKEEPING}|\.encoder\.swin\.layernorm\.(weight|bias)$",
         (
@@ -182,7 +128,7 @@ def detectron2(kind: str) -> Naming:
     """Detectron2's names, for a kind of backbone."""
     rows = columns(FORMATS[kind].table, PREFIX, "", "backbone.", "")[1]
     return Naming(
-        rows + _heads[1],
+        rows + _DETECTRON2_HEADS,
         rf"{_BOOKKEEPING}|^pixel_(mean|std)$|^({'|'.join(PADING_MODULES)})\.",
         (
             # The learned queries were once `static_query`, and the pixel decoder's modules once lay

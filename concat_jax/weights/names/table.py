@@ -2,8 +2,9 @@
 
 A table has a line a layer, with our name, the kind of layer, and a column for each code base:
 
-    layer_{i}/ffn_in                 linear  encoder.layers.{i}.fc1       encoder.{i}.linear1
-    layer_{i}/attention/{query,key}  linear  encoder.layers.{i}.{q,k}_proj  encoder.{i}.qkv_*[{0,1}]
+    @ layer_{i}/             encoder.layers.{i}.  encoder.{i}.
+    ffn_in                   linear  fc1          linear1
+    attention/{query,key}    linear  {q,k}_proj   qkv_*[{0,1}]
 
 `{i}` is any number, the same one in every column, and `{i+1}` one more; `{a,b}` stands for a line
 with each, in every column in turn; `-` says that the code base has no such layer. A leaf ("weight")
@@ -27,7 +28,6 @@ from flax import traverse_util
 from concat_jax.weights.report import LoadingReport, name_keys
 
 Shape = tuple[int, ...]
-Section = tuple[Sequence[str], str]
 # Kind of a layer -> torch's leaf -> our leaf and how its axes turn.
 _LEAVES = {
     "array": {"": ("", "same")},
@@ -97,25 +97,30 @@ class Naming:
         return None
 
 
-def columns(sections: Sequence[Section], *prefixes: str) -> tuple[tuple[Row, ...], ...]:
+def columns(table: str, *prefixes: str) -> tuple[tuple[Row, ...], ...]:
     """The rows of each code base.
 
     Args:
-      sections: parts of a table: what stands before our paths and before each code base's names,
-        and the lines.
-      *prefixes: the same for the whole table.
+      table: lines as above. Those that begin with @ say what stands before the names of the lines
+        below, a column each, "-" for nothing. "=" is the name in the column before.
+      *prefixes: what stands before all names of ours, and of each code base.
     """
     found: tuple[list[Row], ...] = tuple([] for _ in prefixes[1:])
-    for inner, text in sections:
-        ours, *theirs = map("".join, zip(prefixes, inner, strict=True))
-        for line in _lines(text):
-            path, kind, *names = line.split()
-            for rows, prefix, name in zip(found, theirs, names, strict=True):
-                name, _, third = name.rstrip("]").partition("[")
-                for leaf, (our_leaf, layout) in _LEAVES[kind].items() if name != "-" else ():
-                    whole = name.replace("*", leaf) if "*" in name else f"{name}.{leaf}".rstrip(".")
-                    target = f"{ours}{path}/{our_leaf}".rstrip("/")
-                    rows.append(Row(target, prefix + whole, layout, int(third) if third else None))
+    ours, *theirs = prefixes
+    for line in _lines(table):
+        path, kind, *names = line.split()
+        for column, name in enumerate(names):
+            names[column] = names[column - 1] if name == "=" else name
+        if path == "@":
+            inner = ["" if name == "-" else name for name in (kind, *names)]
+            ours, *theirs = map("".join, zip(prefixes, inner, strict=True))
+            continue
+        for rows, prefix, name in zip(found, theirs, names, strict=True):
+            name, _, third = name.rstrip("]").partition("[")
+            for leaf, (our_leaf, layout) in _LEAVES[kind].items() if name != "-" else ():
+                whole = name.replace("*", leaf) if "*" in name else f"{name}.{leaf}".rstrip(".")
+                target = f"{ours}{path}/{our_leaf}".rstrip("/")
+                rows.append(Row(target, prefix + whole, layout, int(third) if third else None))
     return tuple(map(tuple, found))
 
 
