@@ -100,6 +100,7 @@ def convert(
         task=task or model.task,
         source=Path(source).resolve().name,
         knows_things=model.classes is not None and model.classes.knows_things,
+        **model.sides,
     )
     for note in (*model.notes, *_describe(card, model.classes)):
         print(note)

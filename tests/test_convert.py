@@ -377,9 +377,16 @@ def test_prefixes_are_taken_off(hf_folder, arrays, folder, tmp_path, capsys, pre
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params, wanted)))
 
 
-def test_the_size_that_the_images_are_to_have_is_said(hf_folder, tmp_path, capsys):
-    run(hf_folder, tmp_path / "model")
-    assert "a shorter side of 800 and a longer side of at most 1333" in capsys.readouterr().out
+def test_the_size_of_the_networks_input_is_kept_both_ways(hf_folder, tmp_path, capsys):
+    path = copied(hf_folder, tmp_path / "hf") / "preprocessor_config.json"
+    size = {"shortest_edge": 480, "longest_edge": 640}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "size": size}))
+    run(tmp_path / "hf", tmp_path / "model")
+    assert "a shorter side of 480 and a longer one of at most 640" in capsys.readouterr().out
+    card = load_model(tmp_path / "model")[1]
+    assert (card.short_side, card.long_side) == (480, 640)
+    run(tmp_path / "model", tmp_path / "back", "--to=hf")
+    assert json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())["size"] == size
 
 
 @pytest.mark.parametrize(

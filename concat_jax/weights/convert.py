@@ -39,6 +39,7 @@ class Source:
       classes: of the class head, None without one.
       task: one of `TASKS`, or "" where nothing tells.
       notes: sentences that somebody who uses the weights should read.
+      sides: short_side and long_side of a card, where the source says them.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Source:
     classes: Classes | None
     task: str
     notes: tuple[str, ...] = ()
+    sides: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def num_classes(self) -> int | None:
@@ -113,14 +115,16 @@ def _from_model_folder(path: Path, named: Classes | None) -> Source:
     classes = named
     if card.vocabulary is not None and named is None:
         classes = Classes(card.vocabulary, card.knows_things, f"{path / CARD_NAME}")
-    return Source("a model folder", params, card.segmentor, report, classes, card.task)
+    sides = {"short_side": card.short_side, "long_side": card.long_side}
+    kind = "a model folder"
+    return Source(kind, params, card.segmentor, report, classes, card.task, (), sides)
 
 
 def _from_hf_folder(
     path: Path, known: Vocabulary | None, named: Classes | None, new_head: bool
 ) -> Source:
-    params, config, report, content, notes = load_hf_folder(path)
-    model = Source("a Hugging Face Mask2Former", params, config, report, named, "", notes)
+    params, config, report, content, sides, notes = load_hf_folder(path)
+    model = Source("a Hugging Face Mask2Former", params, config, report, named, "", notes, sides)
     if (count := model.num_classes) is not None and named is None:
         classes = classes_from_hf(content, None if new_head else count, known)
         model = dataclasses.replace(model, classes=classes or default_classes(count, known))

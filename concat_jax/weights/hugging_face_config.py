@@ -45,13 +45,6 @@ _STATISTICS_TOLERANCE = 1e-3
 # Our own entry of config.json: what the format has no field for; transformers passes over it.
 EXTRA_KEY = "concat_jax"
 _WHERE = "config.json"
-# What a preprocessor_config.json calls sizes.
-_SIDES = {
-    "shortest_edge": "a shorter side of",
-    "longest_edge": "a longer side of at most",
-    "height": "a height of",
-    "width": "a width of",
-}
 
 
 def segmentor_config_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,11 +146,12 @@ def config_to_hf(card: ModelCard) -> dict[str, Any]:
     return {**content, EXTRA_KEY: extra}
 
 
-def check_preprocessing(content: Mapping[str, Any]) -> tuple[str, ...]:
+def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, int], tuple[str, ...]]:
     """Refuse a preprocessor_config.json that feeds the model other numbers than we do.
 
     Returns:
-      Sentences about what it asks for and weights do not hold: the size of the images.
+      The sides of the network's input that it asks for, as fields of `ModelCard`, empty where it
+      asks for none that a card can hold; and sentences to be read.
 
     Raises:
       ValueError: the images are not scaled to 0..1 and normalised with ImageNet's statistics.
@@ -179,11 +173,19 @@ def check_preprocessing(content: Mapping[str, Any]) -> tuple[str, ...]:
             )
     size = content.get("size")
     if not content.get("do_resize", True) or size in (None, {}):
-        return ()
-    if not isinstance(size, Mapping):
+        return {}, ()
+    if not isinstance(size, Mapping):  # as transformers before 4.27 wrote it
         size = {"shortest_edge": size, "longest_edge": content.get("max_size")}
-    asked = " and ".join(f"{_SIDES[k]} {size[k]}" for k in _SIDES if size.get(k) is not None)
-    return (f"By {where}, images are to have {asked or dict(size)} pixels.",)
+    short, longest = size.get("shortest_edge"), size.get("longest_edge")
+    long = round(short * 1333 / 800) if type(short) is int and longest is None else longest
+    if type(short) is not int or type(long) is not int or not 1 <= short <= long:
+        asked = ", ".join(f"{side} {value!r}" for side, value in sorted(size.items()))
+        return {}, (
+            f"By {where}, images are to have the size {asked}; here they keep their shape, and "
+            "predict takes the shorter side as --short_side.",
+        )
+    note = f"By {where}, images get a shorter side of {short} and a longer one of at most {long}."
+    return {"short_side": short, "long_side": long}, (note,)
 
 
 def is_close(value: Any, needed: Any, tolerance: float) -> bool:
@@ -195,8 +197,8 @@ def is_close(value: Any, needed: Any, tolerance: float) -> bool:
     return value.shape == np.shape(needed) and bool(np.all(np.abs(value - needed) <= tolerance))
 
 
-def preprocessing_to_hf() -> dict[str, Any]:
-    """Content of preprocessor_config.json: the sizes and statistics of the published models."""
+def preprocessing_to_hf(card: ModelCard) -> dict[str, Any]:
+    """Content of preprocessor_config.json: the card's sizes, ImageNet's statistics."""
     return {
         "image_processor_type": "Mask2FormerImageProcessor",
         "do_resize": True,
@@ -207,6 +209,6 @@ def preprocessing_to_hf() -> dict[str, Any]:
         "image_std": (np.asarray(IMAGENET_STD) / 255).round(6).tolist(),
         "resample": 2,  # bilinear
         "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": 800, "longest_edge": 1333},
+        "size": {"shortest_edge": card.short_side, "longest_edge": card.long_side},
         "size_divisor": 32,
     }

@@ -48,15 +48,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def load_hf_folder(
     folder: str | os.PathLike[str],
-) -> tuple[Params, dict[str, Any], LoadingReport, dict[str, Any], tuple[str, ...]]:
+) -> tuple[Params, dict[str, Any], LoadingReport, dict[str, Any], dict[str, int], tuple[str, ...]]:
     """Read a Hugging Face Mask2Former.
 
     Args:
       folder: with config.json and the weights; preprocessor_config.json may be absent.
 
     Returns:
-      Parameters, `make_segmentor` config, report, the parsed config.json, and sentences that
-      somebody who uses the weights should read.
+      Parameters, `make_segmentor` config, report, the parsed config.json, the sides of the
+      network's input as `check_preprocessing` gives them, and sentences that somebody who uses the
+      weights should read.
 
     Raises:
       ValueError: a file is missing or broken, the model is none of ours, or its images are
@@ -65,15 +66,16 @@ def load_hf_folder(
     folder = Path(folder)
     content = read_json_object(folder / CONFIG_NAME)
     config = segmentor_config_from_hf(content)
+    sides: dict[str, int] = {}
     notes: tuple[str, ...] = ()
     if (folder / PREPROCESSOR_NAME).is_file():
-        notes = check_preprocessing(read_json_object(folder / PREPROCESSOR_NAME))
+        sides, notes = check_preprocessing(read_json_object(folder / PREPROCESSOR_NAME))
     names = [name for name in WEIGHTS_NAMES if (folder / name).is_file()]
     if not names:
         raise ValueError(f"{folder} holds no weights; they are {' or '.join(WEIGHTS_NAMES)}.")
     file = read_weights(folder / names[0])
     params, report = segmentor_params_from_hf(file.arrays, config)
-    return params, config, report, content, (*file.notes, *notes)
+    return params, config, report, content, sides, (*file.notes, *notes)
 
 
 def save_hf_folder(
@@ -110,7 +112,7 @@ def save_hf_folder(
     arrays = segmentor_params_to_hf(params, card.segmentor)
     with one_reason(folder, params), new_folder(folder, overwrite=overwrite) as temporary:
         files.write_json(temporary / CONFIG_NAME, content)
-        files.write_json(temporary / PREPROCESSOR_NAME, preprocessing_to_hf())
+        files.write_json(temporary / PREPROCESSOR_NAME, preprocessing_to_hf(card))
         weights = temporary / WEIGHTS_NAME
         # transformers asks for the format before it reads the file.
         safetensors.numpy.save_file(arrays, weights, metadata={"format": "pt"})

@@ -32,12 +32,14 @@ self_attn/out_proj      linear  self_attn.out_proj      attn.out_proj
 fc1                     linear  mlp.fc1                 mlp.c_fc
 fc2                     linear  mlp.fc2                 mlp.c_proj
 """
-_TABLE = f"""{_CLIP}
-@ vision_model/layers_{{i}}/  vision_model.encoder.layers.{{i}}.  visual.transformer.resblocks.{{i}}.
-{_LAYER}
-@ text_model/layers_{{i}}/  text_model.encoder.layers.{{i}}.  transformer.resblocks.{{i}}.
-{_LAYER}
-"""
+_TABLE = (
+    _CLIP
+    + "@ vision_model/layers_{i}/ vision_model.encoder.layers.{i}. "
+    + "visual.transformer.resblocks.{i}."
+    + _LAYER
+    + "@ text_model/layers_{i}/ text_model.encoder.layers.{i}. transformer.resblocks.{i}."
+    + _LAYER
+)
 # Sizes that OpenAI's files hold as numbers.
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 # Last parts of the names of what is no parameter: index vectors (0, 1, 2, ...) that transformers
