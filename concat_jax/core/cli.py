@@ -87,7 +87,9 @@ def main(
       interrupted: the sentence for Ctrl-C, where what was interrupted has none of its own.
     """
     argv = list(sys.argv if argv is None else argv)
-    native_logging.getLogger("absl").addFilter(_is_no_echo)
+    for name in ("absl", "asyncio"):
+        native_logging.getLogger(name).addFilter(_is_no_echo)
+    sys.unraisablehook = _show_unraisable
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a letter shows a question mark; the command goes on.
         with contextlib.suppress(AttributeError):
@@ -163,13 +165,24 @@ def _first_interrupt_only() -> Iterator[None]:
 
 
 def _is_no_echo(record: native_logging.LogRecord) -> bool:
-    """False for an error that Orbax's threads log, each in full, before it is raised."""
-    is_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
-    return not is_orbax or record.levelno < native_logging.ERROR
+    """False for an error that Orbax's threads and tasks log, each in full, before it is raised."""
+    if record.levelno < native_logging.ERROR:
+        return True
+    text = record.pathname + record.getMessage()
+    if record.exc_info:
+        text += native_logging.Formatter().formatException(record.exc_info)
+    return f"{os.sep}orbax{os.sep}" not in text
 
 
 class UserStop(RuntimeError):
     """The end of a command that is nobody's bug; its message is the sentence to show."""
+
+
+def _show_unraisable(unraisable: Any) -> None:
+    """Shows what no one can catch, but for TensorStore's writes that end after Orbax gave up."""
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 def _parse(values: Flags, argv: Sequence[str]) -> list[str]:

@@ -1,6 +1,8 @@
 """Mistakes on a command line end in one sentence that says what to do."""
 
 import io
+import logging
+import subprocess
 import sys
 import types
 
@@ -91,6 +93,57 @@ def test_a_terminal_without_the_letter_shows_a_question_mark(monkeypatch):
     cli.main("", define_flags, lambda g, r: print("γ is 0", flush=True), ["x"], computes=False)
     assert raw.getvalue().strip() == b"? is 0"
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(("file", "is_shown"), [("a/orbax/b.py", False), ("a/ours/b.py", True)])
+def test_errors_that_orbax_logs_before_it_raises_them_are_shown_once(file, is_shown, caplog):
+    def command(given, rest):
+        try:
+            exec(compile("1 / 0", file, "exec"))
+        except ZeroDivisionError:
+            logging.getLogger("asyncio").exception("Task exception was never retrieved")
+            logging.getLogger("asyncio").warning(file)
+
+    cli.main("", define_flags, command, ["x"], computes=False)
+    assert ("never retrieved" in caplog.text) == is_shown
+    assert file in caplog.messages
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly():
+    code = "from concat_jax.core import cli\n"
+    code += "cli.main('', lambda f: None, lambda g, r: print('x' * 99999, flush=True), ['x'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_the_second_ctrl_c_ends_at_once():
+    code = """
+import os, signal, time
+from concat_jax.core import cli
+
+def command(given, rest):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:  # what is pending takes long
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+cli.main("", lambda flags: None, command, ["x"], computes=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"\nStopped at once.\n")
+
+
+def test_files_are_named_without_the_number_of_the_error(tmp_path, capsys):
+    def fail(given, rest):
+        (tmp_path / "absent").read_bytes()
+
+    sentence = f"Error: {tmp_path / 'absent'}: No such file or directory."
+    assert ended([], fail, capsys=capsys)[0] == sentence
 
 
 def test_help_shows_doc_and_flags(capsys):
