@@ -2,31 +2,70 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 GROUPS = ("all", "things", "stuff", "seen", "unseen")
-METRICS = ("pq", "sq", "rq")
-# The panoptic summary has none of these keys of its own; each holds another metric's summary.
-NESTED = ("semantic", "instance")
-# Columns of the tables, by metric: key of the summary to heading.
-_SEMANTIC = {
-    "miou": "mIoU",
-    "pixel_accuracy": "pixel acc",
-    "mean_accuracy": "class acc",
-    "frequency_weighted_iou": "fwIoU",
+
+
+@dataclasses.dataclass(frozen=True)
+class _Metric:
+    """How a metric's summary is shown; columns map its keys to headings.
+
+    Attributes:
+      compared: columns of a comparison of runs.
+      of_class: columns of a class's row, the score that sorts first.
+      counts: keys that are all 0 where a class does not occur.
+      rules: rows of the groups that a rule goes before.
+    """
+
+    columns: Mapping[str, str]
+    compared: Mapping[str, str]
+    of_class: Mapping[str, str]
+    counts: tuple[str, ...]
+    rules: tuple[int, ...] = (1, 3)
+
+
+# The panoptic summary is the outer one; the others lie in it under their names. SQ gives a class
+# without a match 0, as the official tool and published numbers do, and "SQ matched" leaves it out.
+# The harmonic mIoU is the field's hIoU; AR and recall50 are at 100 detections, TP at IoU 0.5.
+_PANOPTIC = _Metric(
+    {"pq": "PQ", "sq": "SQ", "rq": "RQ", "sq_matched": "SQ matched"},
+    {"pq": "PQ", "sq": "SQ", "rq": "RQ"},
+    {key: key.upper() for key in ("pq", "sq", "rq", "tp", "fp", "fn")},
+    ("tp", "fp", "fn"),
+    rules=(3, 5),
+)
+_NESTED = {
+    "semantic": _Metric(
+        dict(
+            miou="mIoU",
+            pixel_accuracy="pixel acc",
+            mean_accuracy="class acc",
+            frequency_weighted_iou="fwIoU",
+        ),
+        {"miou": "mIoU"},
+        dict(
+            iou="IoU", accuracy="acc", annotated="pixels", predicted="predicted", correct="correct"
+        ),
+        ("annotated", "predicted"),
+    ),
+    "instance": _Metric(
+        dict(ap="AP", ap50="AP50", ap75="AP75", ap_small="small", ap_medium="medium")
+        | dict(ap_large="large", ar="AR", recall50="recall50"),
+        {"ap": "AP", "ap50": "AP50"},
+        dict(ap="AP", ap50="AP50", recall50="recall50", instances="annotated")
+        | dict(detections="detected", true_positives="TP"),
+        ("instances", "detections"),
+    ),
 }
-_INSTANCE = {
-    "ap": "AP",
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "ap_small": "small",
-    "ap_medium": "medium",
-    "ap_large": "large",
-    "ar": "AR",
-    "recall50": "recall50",
-}
-_PANOPTIC = {"pq": "PQ", "sq": "SQ", "rq": "RQ", "sq_matched": "SQ matched"}
+
+
+def _measured(summary: Mapping) -> list[tuple[str, _Metric, Mapping]]:
+    """(name, metric, its summary) of what an evaluation measured."""
+    found = [("", _PANOPTIC, summary)] if "all" in summary else []
+    return found + [(n, metric, summary[n]) for n, metric in _NESTED.items() if n in summary]
 
 
 def _number(value: float | int | None) -> str:
@@ -39,10 +78,7 @@ def _number(value: float | int | None) -> str:
 def _grid(
     headers: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], rules: Sequence[int] = ()
 ) -> str:
-    """Plain text columns under one or more header lines, the first flush left, the others right.
-
-    `rules` are the row numbers that a thin rule goes before.
-    """
+    """Plain text columns, the first flush left, the others right; `rules` go before rows."""
     widths = [max(map(len, column)) for column in zip(*headers, *rows, strict=True)]
 
     def line(cells):
@@ -52,9 +88,7 @@ def _grid(
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     lines = [*map(line, headers), rule]
     for number, row in enumerate(rows):
-        if number in rules:
-            lines.append(rule)
-        lines.append(line(row))
+        lines += [rule] * (number in rules) + [line(row)]
     return "\n".join(lines)
 
 
@@ -67,185 +101,72 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def format_panoptic(summary: Mapping, *, markdown: bool = False) -> str:
-    """A panoptic run as a table: rows all, things, stuff, seen, unseen, harmonic.
+def format_table(summary: Mapping, *, classes: bool = False) -> str:
+    """The tables of every metric of an evaluation, percent; n counts the classes in the means.
 
     Args:
-      summary: of `PanopticQuality.summarize`; percent. SQ gives a class without a match 0, as the
-        official tool and published numbers do, and "SQ matched" leaves it out. n is the number of
-        classes in the means of PQ, SQ and RQ.
-
-    Returns:
-      Lines without a trailing newline.
-    """
-    return _groups_table(summary, _PANOPTIC, markdown=markdown, rules=(3, 5))
-
-
-def format_semantic(summary: Mapping, *, markdown: bool = False) -> str:
-    """A semantic run as a table: rows all, seen, unseen, harmonic.
-
-    Args:
-      summary: of `SemanticIoU.summarize`; percent. The harmonic mIoU is the field's hIoU.
-    """
-    return _groups_table(summary, _SEMANTIC, markdown=markdown, rules=(1, 3))
-
-
-def format_instance(summary: Mapping, *, markdown: bool = False) -> str:
-    """An instance run as a table: rows all, seen, unseen, harmonic.
-
-    Args:
-      summary: of `AveragePrecision.summarize`; percent, AR and recall50 at 100 detections.
-    """
-    return _groups_table(summary, _INSTANCE, markdown=markdown, rules=(1, 3))
-
-
-def _groups_table(
-    summary: Mapping, columns: Mapping[str, str], *, markdown: bool, rules: Sequence[int]
-) -> str:
-    header = ["", *columns.values(), "n"]
-    rows = [
-        [group, *(_number(summary[group].get(key)) for key in columns), n]
-        for group in (*GROUPS, "harmonic")
-        if group in summary
-        for n in (_number(summary[group]["n"]) if "n" in summary[group] else "",)
-    ]
-    return markdown_table(header, rows) if markdown else _grid([header], rows, rules=rules)
-
-
-def format_table(summary: Mapping, *, classes: bool = False, markdown: bool = False) -> str:
-    """The tables of every metric that an evaluation measured.
-
-    Args:
-      summary: of `evaluate`: a panoptic summary, and others under the keys of `NESTED`, each if
-        it was measured.
-
-    Returns:
-      Tables separated by empty lines; each but the panoptic one has its name above.
+      classes: with a row for every class that occurs, best first. A class never found has SQ 0 in
+        the means; its row shows why (TP 0).
     """
     parts = []
-    if "all" in summary:
-        parts.append(format_panoptic(summary, markdown=markdown))
+    for name, metric, inner in _measured(summary):
+        rows = [
+            [group, *(_number(inner[group].get(key)) for key in metric.columns), count]
+            for group in (*GROUPS, "harmonic")
+            if group in inner
+            for count in (_number(inner[group]["n"]) if "n" in inner[group] else "",)
+        ]
+        table = _grid([["", *metric.columns.values(), "n"]], rows, metric.rules)
+        parts.append(f"{name}\n{table}" if name else table)
         if classes:
-            parts.append(format_classes(summary, markdown=markdown))
-    tables = {
-        "semantic": (format_semantic, format_semantic_classes),
-        "instance": (format_instance, format_instance_classes),
-    }
-    for name in NESTED:
-        if name in summary:
-            whole, of_classes = tables[name]
-            parts.append(f"{name}\n{whole(summary[name], markdown=markdown)}")
-            if classes:
-                parts.append(of_classes(summary[name], markdown=markdown))
+            parts.append(_class_table(metric, inner["per_class"]))
     return "\n\n".join(parts)
 
 
-def format_comparison(runs: Mapping[str, Mapping], *, markdown: bool = False) -> str:
-    """Several runs as rows, for an ablation.
+def _class_table(metric: _Metric, rows: Sequence[Mapping]) -> str:
+    score = next(iter(metric.of_class))
 
-    Args:
-      runs: name of the run (for example "stage 1") to its summary, in the order to print; all
-        with the same metrics.
+    def order(row: Mapping) -> tuple[float, str]:
+        # A class that is only predicted has no AP and comes last.
+        return -row[score] if math.isfinite(row[score]) else 1.0, row["name"]
 
-    Returns:
-      Columns PQ, SQ and RQ, each for seen, unseen and their harmonic mean (h); likewise mIoU, and
-      AP and AP50, in tables of their own where they were measured.
-
-    Raises:
-      ValueError: if there is no run.
-    """
-    if not runs:
-        raise ValueError("format_comparison got no run; pass at least one name and its summary.")
-    first = next(iter(runs.values()))
-    tables = []
-    if "all" in first:
-        tables.append(_comparison(runs, {metric: metric.upper() for metric in METRICS}, markdown))
-    for name, columns in (
-        ("semantic", {"miou": "mIoU"}),
-        ("instance", {"ap": "AP", "ap50": "AP50"}),
-    ):
-        if name in first:
-            inner = {run: summary[name] for run, summary in runs.items()}
-            tables.append(_comparison(inner, columns, markdown))
-    return "\n\n".join(tables)
-
-
-def _comparison(runs: Mapping[str, Mapping], columns: Mapping[str, str], markdown: bool) -> str:
-    compared = [(metric, group) for metric in columns for group in ("seen", "unseen", "harmonic")]
-    rows = [
-        [name, *(_number(summary[group][metric]) for metric, group in compared)]
-        for name, summary in runs.items()
-    ]
-    if markdown:
-        headings = [
-            f"h{columns[metric].removeprefix('m')}"
-            if group == "harmonic"
-            else f"{columns[metric]} {group}"
-            for metric, group in compared
-        ]
-        return markdown_table(["run", *headings], rows)
-    blocks = [columns[metric] if group == "seen" else "" for metric, group in compared]
-    groups = ["h" if group == "harmonic" else group for _, group in compared]
-    return _grid([["", *blocks], ["run", *groups]], rows)
-
-
-def format_classes(summary: Mapping, *, unseen_only: bool = False, markdown: bool = False) -> str:
-    """One row a class that occurs, best PQ first, with the counts that SQ alone hides.
-
-    A class never found has SQ 0 in the means; its row shows why (TP 0).
-
-    Args:
-      summary: of `PanopticQuality.summarize`.
-    """
-    chosen = [
-        row
-        for row in summary["per_class"]
-        if row["tp"] + row["fp"] + row["fn"] > 0 and not (unseen_only and row["is_seen"])
-    ]
-    chosen.sort(key=lambda row: (-row["pq"], row["name"]))
-    columns = {key: key.upper() for key in (*METRICS, "tp", "fp", "fn")}
-    return _classes_table(chosen, columns, markdown)
-
-
-def format_semantic_classes(summary: Mapping, *, markdown: bool = False) -> str:
-    """One row a class that occurs, best IoU first, with its pixels.
-
-    Args:
-      summary: of `SemanticIoU.summarize`.
-    """
-    chosen = [row for row in summary["per_class"] if row["annotated"] + row["predicted"] > 0]
-    chosen.sort(key=lambda row: (-row["iou"], row["name"]))
-    columns = {"iou": "IoU", "accuracy": "acc"}
-    columns |= {"annotated": "pixels", "predicted": "predicted", "correct": "correct"}
-    return _classes_table(chosen, columns, markdown)
-
-
-def format_instance_classes(summary: Mapping, *, markdown: bool = False) -> str:
-    """One row a class that occurs, best AP first, with its counts (TP at IoU 0.5).
-
-    Args:
-      summary: of `AveragePrecision.summarize`.
-    """
-    chosen = [row for row in summary["per_class"] if row["instances"] + row["detections"] > 0]
-    # A class that is only predicted has no AP and comes last.
-    chosen.sort(key=lambda row: (-row["ap"] if row["instances"] else 1.0, row["name"]))
-    columns = {"ap": "AP", "ap50": "AP50", "recall50": "recall50"}
-    columns |= {"instances": "annotated", "detections": "detected", "true_positives": "TP"}
-    return _classes_table(chosen, columns, markdown)
-
-
-def _classes_table(rows: Sequence[Mapping], columns: Mapping[str, str], markdown: bool) -> str:
-    header = ["class", "", "", *columns.values()]
     cells = [
         [
             row["name"],
             "thing" if row["is_thing"] else "stuff",
             "seen" if row["is_seen"] else "unseen",
-            *(_number(row[key]) for key in columns),
+            *(_number(row[key]) for key in metric.of_class),
         ]
-        for row in rows
+        for row in sorted(rows, key=order)
+        if any(row[key] for key in metric.counts)
     ]
-    return markdown_table(header, cells) if markdown else _grid([header], cells)
+    return _grid([["class", "", "", *metric.of_class.values()]], cells)
+
+
+def format_comparison(runs: Mapping[str, Mapping]) -> str:
+    """Several runs as rows: each metric for seen, unseen and their harmonic mean (h).
+
+    Args:
+      runs: name to summary, in the order to print, at least one; all with the same metrics.
+    """
+    tables = []
+    for name, metric, _ in _measured(next(iter(runs.values()))):
+        groups = ("seen", "unseen", "harmonic")
+        blocks = [cell for title in metric.compared.values() for cell in (title, "", "")]
+        rows = [
+            [
+                run,
+                *(
+                    _number((summary[name] if name else summary)[group][key])
+                    for key in metric.compared
+                    for group in groups
+                ),
+            ]
+            for run, summary in runs.items()
+        ]
+        heads = ["run", *("seen", "unseen", "h") * len(metric.compared)]
+        tables.append(_grid([["", *blocks], heads], rows))
+    return "\n\n".join(tables)
 
 
 def flatten_summary(summary: Mapping) -> dict[str, float]:
@@ -255,18 +176,10 @@ def flatten_summary(summary: Mapping) -> dict[str, float]:
     without a value (NaN) are left out.
     """
     scalars = {}
-
-    def add(inner: Mapping, columns: Iterable[str], harmonic: Mapping[str, str]) -> None:
+    for _, metric, inner in _measured(summary):
         for group in GROUPS:
-            for metric in columns if group in inner else ():
-                scalars[metric if group == "all" else f"{metric}_{group}"] = inner[group][metric]
-        for metric, name in harmonic.items():
-            scalars[name] = inner["harmonic"][metric]
-
-    if "all" in summary:
-        add(summary, _PANOPTIC, {metric: f"h{metric}" for metric in METRICS})
-    if "semantic" in summary:
-        add(summary["semantic"], _SEMANTIC, {"miou": "hiou"})
-    if "instance" in summary:
-        add(summary["instance"], _INSTANCE, {"ap": "hap", "ap50": "hap50"})
+            for key in metric.columns if group in inner else ():
+                scalars[key if group == "all" else f"{key}_{group}"] = inner[group][key]
+        for key in metric.compared:
+            scalars[f"h{key.removeprefix('m')}"] = inner["harmonic"][key]
     return {name: float(value) for name, value in scalars.items() if math.isfinite(value)}
