@@ -382,7 +382,7 @@ def _panoptic_annotation(
     entry: Any, where: str, categories: Mapping[int, Category] | None
 ) -> PanopticAnnotation:
     name = _file_name(_object(entry, where), where)
-    where = where.replace("annotation ", f"annotation {ascii(name)}, number ", 1)
+    where = where.replace(" of ", f" ({ascii(name)}) of ", 1)
     image_id = _image_id(entry, "image_id", where)
     segments = entry.get("segments_info")
     if not isinstance(segments, list):

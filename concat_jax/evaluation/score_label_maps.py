@@ -43,9 +43,10 @@ class _Maps:
       path: for sentences.
       names: map to the name it is paired by.
       read: map to its labels [H, W]: classes, `VOID`, or `_UNKNOWN` where a pixel means nothing.
-      reread: the same read in the other way, ids as positions or positions as ids; None where it
-        is said how they are meant.
+      reread: the same read in the other way, ids as positions or positions as ids; None where a
+        file says how they are meant.
       flag: of the other reading.
+      is_asked: the reading was asked for.
       png: map to its file.
     """
 
@@ -55,6 +56,7 @@ class _Maps:
     png: Callable[[Any], pathlib.Path]
     reread: Callable[[Any], np.ndarray] | None = None
     flag: str = ""
+    is_asked: bool = False
 
 
 def score_semantic(
@@ -133,7 +135,8 @@ def score_semantic(
         agreement.add(agree)
         if on_progress:
             on_progress(done, len(pairs))
-    agreement.check(int(counts.confusion.sum() + counts.unnamed.sum()), (truth, found))
+    annotated = int(counts.confusion.sum() + counts.unnamed.sum())
+    notes += agreement.check(annotated, (truth, found))
     summary = counts.summarize(vocabulary)
     return {**summary, "images": len(pairs), "notes": [*filter(None, notes)]}, vocabulary
 
@@ -149,17 +152,24 @@ class _Agreement:
         for flag, number in pixels.items():
             self._pixels[flag] = self._pixels.get(flag, 0) + number
 
-    def check(self, annotated: int, sides: Sequence[_Maps]) -> None:
-        """Refuses a reading where another one, that nobody has ruled out, agrees better."""
+    def check(self, annotated: int, sides: Sequence[_Maps]) -> list[str]:
+        """Refuses a reading where another one agrees better, or notes it where it was asked for."""
+        notes = []
         for side in sides:
             other = self._pixels.get(side.flag, 0)
             if side.reread and other > self._pixels[""]:
-                shares = (100 * n / max(annotated, 1) for n in (self._pixels[""], other))
-                raise FileError(
-                    f"Read as category ids, the pixels of {side.path} agree at {next(shares):.1f} "
-                    f"%, as positions in the split at {next(shares):.1f} %: give {side.flag}, or "
-                    f"{side.flag.replace('indices', 'ids')} if they are ids."
+                own, better = (100 * n / max(annotated, 1) for n in (self._pixels[""], other))
+                words = ("positions in the split", "category ids")
+                words = words if side.flag.endswith("ids") else words[::-1]
+                sentence = (
+                    f"Read as {words[0]}, the pixels of {side.path} agree at {own:.1f} %, as "
+                    f"{words[1]} at {better:.1f} %"
                 )
+                if not side.is_asked:
+                    insist = side.flag.replace("indices", "ids")
+                    raise FileError(f"{sentence}: give {side.flag}, or {insist} to insist.")
+                notes.append(f"{sentence} ({side.flag}).")
+        return notes
 
 
 def _pair_maps(truth: _Maps, found: _Maps) -> list[tuple[Any, Any]]:
@@ -227,7 +237,8 @@ def _folder_maps(
     if not files:
         raise FileError(f"The folder {folder} holds no label map ({', '.join(LABEL_FILES)}).")
     names = {file: file.relative_to(folder).as_posix() for file in files}
-    flag = f"--{side}_values=indices"
+    opposite = "ids" if values == "indices" else "indices"
+    flag = f"--{side}_values={opposite}"
     positions = dict(enumerate(range(len(vocabulary))))
     ids = vocabulary.index_of_category
     manifest = None if values else read_manifest(folder, "semantic")
@@ -248,7 +259,7 @@ def _folder_maps(
         flag = ""
     else:
         lookup = _lookup(positions if values == "indices" else ids, ignored)
-    other = _lookup(positions, ignored)
+    other = _lookup(ids if values == "indices" else positions, ignored)
 
     def read(file: pathlib.Path) -> np.ndarray:
         pixels = read_label_map(file)
@@ -256,24 +267,21 @@ def _folder_maps(
         wrong = labels == _UNKNOWN
         if wrong.any():
             value = int(pixels[wrong][0])
-            fits = not values and flag and not (_look_up(other, pixels) == _UNKNOWN).any()
-            hint = (
-                f"give {flag} if pixels are positions in the split"
-                if fits
-                else (f"check the split, or give --ignore={','.join(map(str, [value, *ignored]))}")
-            )
+            fits = flag and not (_look_up(other, pixels) == _UNKNOWN).any()
             what = "a position in" if values == "indices" else "a category id of"
+            remedy = f"{flag} if the pixels mean that" if fits else "check the split"
+            more = ",".join(map(str, [value, *ignored]))
             raise FileError(
                 f"{file} holds the value {value}, which is neither {what} the split nor ignored; "
-                f"{hint}."
+                f"give --ignore={more} if it is no class, or {remedy}."
             )
         return labels
 
     def reread(file: pathlib.Path) -> np.ndarray:
         return _look_up(other, read_label_map(file))
 
-    asks = not values and manifest is None
-    return _Maps(folder, names, read, lambda file: file, reread if asks else None, flag)
+    again = reread if manifest is None else None
+    return _Maps(folder, names, read, lambda file: file, again, flag, bool(values))
 
 
 def _lookup(class_of: Mapping[int, int], ignored: Sequence[int | None]) -> np.ndarray:

@@ -114,7 +114,10 @@ PANOPTIC_FAULTS = [
     (lambda c: c["images"][0].pop("file_name"), "'file_name' of image 1 .* missing"),
     (lambda c: c["images"][0].update(id=1.5), "'id' of image 0 .* is 1.5"),
     (lambda c: c.pop("annotations"), "no list of 'annotations'"),
-    (lambda c: c["annotations"][0].pop("segments_info"), "'a.png', .* no list of 'segments_info'"),
+    (
+        lambda c: c["annotations"][0].pop("segments_info"),
+        "Annotation 0 .'a.png'. .* no list of 'segments_info'",
+    ),
     (lambda c: c["annotations"].append(3), "Annotation 2 of .* is 3 and must be an object"),
     (lambda c: c["annotations"][1].update(image_id=1), "annotates the image 1 more than once"),
     (lambda c: c["annotations"][1].update(image_id=9), "image 9, which its 'images' lack"),
@@ -122,14 +125,14 @@ PANOPTIC_FAULTS = [
     (lambda c: c["annotations"][1].update(image_id=True), "'image_id' .* is True"),
     (
         lambda c: c["annotations"][0]["segments_info"][0].update(id=0),
-        "Segment 0 of annotation 'a.png'.*a.json .*: 0 is void; number segments from 1",
+        "Segment 0 of annotation 0 .'a.png'. of .*a.json .*: 0 is void; number segments from 1",
     ),
     (lambda c: c["annotations"][0]["segments_info"][0].update(id=2**24), "ids end at 16777215"),
     (lambda c: c["annotations"][0]["segments_info"][0].update(id=7.0), "'id' of a segment .* 7.0"),
     (lambda c: c["annotations"][0]["segments_info"][0].update(id=300), "id 300 more than once"),
     (
         lambda c: c["annotations"][0]["segments_info"][0].update(category_id=5),
-        "Segment 7 of annotation 'a.png'.* category 5, which the file does not list",
+        "Segment 7 of annotation 0 .'a.png'. .* category 5, which the file does not list",
     ),
     (lambda c: c["annotations"][0]["segments_info"][0].update(iscrowd="no"), "'iscrowd' .* 'no'"),
 ]
