@@ -147,8 +147,8 @@ def classes_from_hf(
         )
     if len(names) > count:
         notes.append(
-            f"{where} names {len(names)} classes, but the class head has {count}; it is left out "
-            f"what comes after: {name_keys(names[count:])}."
+            f"{where} names {len(names)} classes, but the class head has {count}; what "
+            f"comes after is left out: {name_keys(names[count:])}."
         )
         names = names[:count]
     if not is_dense:

@@ -106,6 +106,21 @@ def test_the_same_numbers_in_every_format(
     assert len(fingerprints) == 1
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "model._orig_mod.module."])
+@pytest.mark.parametrize("is_hf", [False, True])
+def test_what_stands_before_every_name_is_taken_off_and_said(
+    clip_state, tools, tmp_path, prefix, is_hf
+):
+    state = tools.as_hugging_face(clip_state) if is_hf else clip_state
+    path = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file(state, path)
+    plain = params_fingerprint(read_clip(path).params)
+    safetensors.numpy.save_file({f"{prefix}{k}": v for k, v in state.items()}, path)
+    weights = read_clip(path)
+    assert params_fingerprint(weights.params) == plain
+    assert "was taken off the names of the file" in str(weights)
+
+
 def test_a_folder_computes_what_transformers_does(clip_hf_model, clip_hf_folder, clip_inputs):
     images, tokens = clip_inputs
     with torch.no_grad():
