@@ -114,10 +114,10 @@ def test_what_stands_before_every_name_is_taken_off_and_said(
     state = tools.as_hugging_face(clip_state) if is_hf else clip_state
     path = tmp_path / "a.safetensors"
     safetensors.numpy.save_file(state, path)
-    plain = params_fingerprint(read_clip(path).params)
+    plain = fingerprint(read_clip(path).params)
     safetensors.numpy.save_file({f"{prefix}{k}": v for k, v in state.items()}, path)
     weights = read_clip(path)
-    assert params_fingerprint(weights.params) == plain
+    assert fingerprint(weights.params) == plain
     assert "was taken off the names of the file" in str(weights)
 
 
