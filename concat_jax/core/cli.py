@@ -148,20 +148,22 @@ def _first_interrupt_only() -> Iterator[None]:
         yield
         return
 
-    def first(number: int, frame: Any) -> None:
-        signal.signal(number, second)
-        raise KeyboardInterrupt
-
-    def second(number: int, frame: Any) -> None:
-        os.write(2, b"\nStopped at once.\n")
-        os._exit(INTERRUPTED)
-
-    signal.signal(signal.SIGINT, first)
+    signal.signal(signal.SIGINT, _first_interrupt)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGINT) is first:
+        if signal.getsignal(signal.SIGINT) is _first_interrupt:
             signal.signal(signal.SIGINT, before)
+
+
+def _first_interrupt(number: int, frame: Any) -> None:
+    signal.signal(number, _second_interrupt)
+    raise KeyboardInterrupt
+
+
+def _second_interrupt(number: int, frame: Any) -> None:
+    os.write(2, b"\nStopped at once.\n")
+    os._exit(INTERRUPTED)
 
 
 def _is_no_echo(record: native_logging.LogRecord) -> bool:
@@ -179,9 +181,16 @@ class UserStop(RuntimeError):
 
 
 def _show_unraisable(unraisable: Any) -> None:
-    """Shows what no one can catch, but for TensorStore's writes that end after Orbax gave up."""
+    """Shows what no one can catch, but for TensorStore's writes that end after Orbax gave up.
+
+    Ctrl-C that came in a callback of C code, as JAX has one for Python's garbage, comes again.
+    """
     error = unraisable.exc_value
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+    if isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, _first_interrupt)
+        again = (threading.main_thread().ident, signal.SIGINT)
+        threading.Timer(0.05, signal.pthread_kill, again).start()
+    elif not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)
 
 

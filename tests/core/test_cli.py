@@ -2,8 +2,10 @@
 
 import io
 import logging
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -117,6 +119,21 @@ def test_a_reader_that_goes_away_ends_the_command_quietly():
     )
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_ctrl_c_in_a_callback_that_cannot_raise_comes_again(capsys):
+    class Garbage:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def command(given, rest):
+        Garbage()
+        time.sleep(20)
+
+    began, before = time.monotonic(), signal.getsignal(signal.SIGINT)
+    code, printed = ended([], command, capsys=capsys)
+    signal.signal(signal.SIGINT, before)
+    assert (code, printed.err) == (130, "\nStopped.\n") and time.monotonic() - began < 10
 
 
 def test_the_second_ctrl_c_ends_at_once():
