@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import write_json
+from concat_jax.core.files import read_json, read_text, write_json
 from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation.calibration import calibrate
 from concat_jax.evaluation.report import markdown_table
@@ -98,7 +98,7 @@ def run_seed(
                 write_picture(run, row)
                 if generator := config.train[row].takes.get("generator"):
                     write_picture(run, generator)
-        cells[row] = json.loads(files[row].read_text())
+        cells[row] = read_json(files[row])
         cells[row]["pseudo"] = pseudo_statistics(folder, config.train[row].takes.get("generator"))
     return cells
 
@@ -116,7 +116,7 @@ def pseudo_statistics(folder: Path, generator: str | None) -> dict[str, float]:
     log = folder / str(generator) / "metrics.jsonl"
     if generator is None or not log.exists():
         return {}
-    last = json.loads(log.read_text().splitlines()[-1])
+    last = json.loads(read_text(log).splitlines()[-1])
     return {name: last[f"{name}_ratio"] for name in _STATISTICS if f"{name}_ratio" in last}
 
 
