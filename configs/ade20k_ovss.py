@@ -20,20 +20,24 @@ bytedance/fc-clip). Unlike those, no image encoder of CLIP runs at test time her
 
 from ml_collections import ConfigDict
 
-from configs import coco_zps_inductive
+from concat_jax.core.config import with_arguments
+from configs import coco_zps, coco_zps_inductive
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The open-vocabulary config; `arg` is "" or "mini"."""
-    config = coco_zps_inductive.get_config(arg)
-    mini = "mini" in arg
+    return with_arguments(recipe(), arg, mini=coco_zps.mini)
+
+
+def recipe() -> ConfigDict:
+    """What differs from `coco_zps_inductive.py`."""
+    config = coco_zps_inductive.recipe()
     config.data.update(
         split_file="coco_panoptic_133_0",  # all seen
         eval_kind="ade20k_panoptic",
         eval_part="validation",
     )
-    if not mini:
-        config.train.con.steps = 368_750  # Mask2Former's 50 epochs of 118,287 images
+    config.train.con.steps = 368_750  # Mask2Former's 50 epochs of 118,287 images
     config.text.clean_names = True  # COCO's "tree-merged" must read as ADE20K's "tree"
     config.eval.settings.tasks = ("panoptic", "semantic", "instance")
     config.eval.stages = dict(

@@ -19,26 +19,30 @@ Hardware, time and score: not measured. To compare with (IoU seen, unseen, harmo
 
 from ml_collections import ConfigDict
 
+from concat_jax.core.config import with_arguments
 from configs import coco_zps
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The COCO-Stuff config; `arg` is "" or "mini"."""
-    config = coco_zps.get_config(arg)
-    mini = "mini" in arg
+    return with_arguments(recipe(), arg, mini=coco_zps.mini)
+
+
+def recipe() -> ConfigDict:
+    """What differs from `coco_zps.py`."""
+    config = coco_zps.recipe()
     config.data.update(
         kind="coco_stuff_zss",
         split_file="coco_stuff_156_15",
         unseen_images="void",
         augment="semantic",
-        scale_range=(0.5, 1.5),  # of the shorter side: 320 to 960 for a crop of 640
+        image_size=640,
+        scale_range=(0.5, 1.5),  # of the shorter side: 320 to 960
+        eval_size=864,  # PADing tests at a shorter side of 640
     )
-    if not mini:
-        config.data.update(image_size=640, eval_size=864)  # PADing tests at a shorter side of 640
-        config.train.con.steps = 120_000
-        config.train.con.optimizer.weight_decay = 1e-4
-        config.train.cat.steps = 2_000
-        for name in ("cat", "finetune"):
-            config.train[name].save_every = 1_000
+    config.train.con.steps = 120_000
+    config.train.con.optimizer.weight_decay = 1e-4
+    config.train.cat.steps = 2_000
+    config.train.cat.save_every = config.train.finetune.save_every = 1_000
     config.eval.settings.tasks = ("semantic",)
     return config

@@ -24,22 +24,25 @@ together. Its scores mean nothing.
 
 from ml_collections import ConfigDict
 
-from concat_jax.core.config import parse_flags
+from concat_jax.core.config import with_arguments
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The COCO config; `arg` is "" or "mini"."""
-    mini = "mini" in parse_flags(arg, ("mini",))
+    return with_arguments(recipe(), arg, mini=mini)
 
+
+def recipe() -> ConfigDict:
+    """What is trained."""
     config = ConfigDict()
     config.seed = 0
     config.tensorboard = True
-    config.mesh = dict(devices=1 if mini else 0)  # 0: all devices
-    config.stages = ("clip", "con", "cat", "finetune") if mini else ("con", "cat", "finetune")
+    config.mesh = dict(devices=0)  # 0: all devices
+    config.stages = ("con", "cat", "finetune")
     # Weights that start a subtree: CLIP's, of Hugging Face, OpenAI or open_clip; the segmentor's, a
     # folder that `python -m concat_jax.convert` made of ImageNet's or a Mask2Former's. The
     # published recipe starts from an ImageNet ResNet-50; "" is random numbers.
-    config.init = dict(clip="") if mini else dict(clip="", segmentor="")
+    config.init = dict(clip="", segmentor="")
 
     config.data = dict(
         kind="coco_panoptic_zps",  # a name of data_pipelines/sources/registry.py
@@ -52,91 +55,57 @@ def get_config(arg: str = "") -> ConfigDict:
         eval_split_file="",
         unseen_images="drop",  # PADing: an image with any unseen segment is not trained on
         on_bad_example="raise",
-        image_size=128 if mini else 928,
-        scale_range=(0.5, 1.5) if mini else (0.1, 2.0),
+        image_size=928,
+        scale_range=(0.1, 2.0),
         augment="lsj",  # "semantic" for label maps of classes, or "none"
-        eval_size=128 if mini else 1344,  # of the longer side; PADing: 1333, shorter at most 800
-        max_segments=32 if mini else 100,
+        eval_size=1344,  # of the longer side; PADing: 1333, shorter at most 800
+        max_segments=100,
         num_eval_images=0,  # all
-        num_threads=4 if mini else 16,
+        num_threads=16,
         synonyms="",  # vocabulary that gives classes more names, as "coco_panoptic_133"
         # Folder that `python -m concat_jax.cache_clip_targets` filled with CLIP's targets of
         # stage 1, which are then looked up; "" runs CLIP in every step.
         clip_targets="",
     )
     config.text = dict(
-        tokenizer="words" if mini else "clip",
+        tokenizer="clip",
         bpe_path="",  # CLIP's BPE file or a folder with a tokenizer; "": the one beside init.clip
-        context_length=16 if mini else 77,
-        templates="name" if mini else "eight",  # or "single", "eighty", or a list of your own
+        context_length=77,
+        templates="eight",  # or "name", "single", "eighty", or a list of your own
         clean_names=False,  # PADing feeds COCO's raw names
         synonyms="mean",  # of classes that have some: "mean", "max" over them, or "none"
         cache="",  # folder that keeps text embeddings between runs; "" makes them anew
     )
     config.model = dict(
-        clip=dict(
-            embed_dim=64,
-            image_size=32,
-            patch_size=8,
-            stem="conv",
-            image_width=64,
-            image_depth=2,
-            image_heads=4,
-            text_width=64,
-            text_depth=1,
-            text_heads=4,
-        )
-        if mini
-        else dict(variant="ViT-B/16"),
-        segmentor=dict(
-            backbone=dict(
-                kind="resnet", stage_sizes=(1, 1, 1, 1), width=16, block="basic", norm="group"
-            ),
-            width=64,
-            num_queries=32,
-            num_encoder_layers=1,
-            num_decoder_layers=3,
-            num_heads=4,
-            ffn_width=128,
-            decoder_ffn_width=128,
-            num_groups=8,
-        )
-        if mini
-        else dict(backbone=dict(kind="resnet"), width=256),  # Mask2Former R50
-        projector=dict(hidden_width=128 if mini else 512, num_layers=2 if mini else 3),
-        generator=dict(
-            hidden_width=128 if mini else 1024, num_layers=2, noise_width=32 if mini else 256
-        ),
+        clip=dict(variant="ViT-B/16"),
+        segmentor=dict(backbone=dict(kind="resnet"), width=256),  # Mask2Former R50
+        projector=dict(hidden_width=512, num_layers=3),
+        generator=dict(hidden_width=1024, num_layers=2, noise_width=256),
     )
     # Half the disk: 2.3 GB of queries at COCO's size, rounded far below a class's spread.
     config.bank = dict(dtype="float16", images_per_shard=1024)
-    config.loss = dict(num_points=256 if mini else 12544)
+    config.loss = dict(num_points=12544)
     config.crops = dict(
         margin=0.1,
         min_side=1.0,
         max_side=0.0,
         fill="mean",
-        dtype="float32" if mini else "bfloat16",  # of CLIP's image tower
+        dtype="bfloat16",  # of CLIP's image tower
     )
 
-    def optimizer(learning_rate, **fields):
-        return dict(dict(learning_rate=learning_rate, weight_decay=0.05, clip_norm=0.01), **fields)
-
-    clip = "clip" if mini else "init"  # the stage, or the file, that CLIP comes from
-    few = 60  # steps of every stage of the mini run
     config.train = dict(
         con=dict(
             kind="con",
-            takes=dict(clip=clip) if mini else dict(clip=clip, segmentor="init"),
-            steps=few if mini else 140_350,
-            batch_size=4 if mini else 16,
-            log_every=20 if mini else 50,
-            save_every=30 if mini else 5000,
-            optimizer=optimizer(
-                1e-3 if mini else 1e-4, decay_at=(0.9, 0.95), clip_norm=1.0 if mini else 0.01
+            takes=dict(clip="init", segmentor="init"),
+            steps=140_350,
+            batch_size=16,
+            log_every=50,
+            save_every=5000,
+            optimizer=dict(
+                learning_rate=1e-4, weight_decay=0.05, decay_at=(0.9, 0.95), clip_norm=0.01
             ),
             method=dict(
-                backbone_multiplier=1.0 if mini else 0.1,
+                backbone_multiplier=0.1,
                 # Online, CLIP looks at the 16 largest segments: COCO's images have eleven on
                 # average, and the tables a hundred rows.
                 max_segments=16,
@@ -144,38 +113,31 @@ def get_config(arg: str = "") -> ConfigDict:
         ),
         cat=dict(
             kind="cat",
-            takes=dict(clip=clip, segmentor="con", projector="con"),
-            steps=few if mini else 20_000,
-            batch_size=8 if mini else 16,
-            log_every=20 if mini else 100,
-            save_every=0 if mini else 5000,
+            takes=dict(clip="init", segmentor="con", projector="con"),
+            steps=20_000,
+            batch_size=16,
+            log_every=100,
+            save_every=5000,
             queries="bank",  # or "images": the segmentor runs in every step, on augmented images
-            bank_images=16 if mini else 44_912,  # every training image once
-            optimizer=optimizer(5e-4, weight_decay=0.0, decay_at=(0.7, 0.925), clip_norm=1.0),
+            bank_images=44_912,  # every training image once
+            optimizer=dict(
+                learning_rate=5e-4, weight_decay=0.0, decay_at=(0.7, 0.925), clip_norm=1.0
+            ),
             method=dict(),
         ),
         finetune=dict(
             kind="finetune",
-            takes=dict(clip=clip, segmentor="con", projector="con", generator="cat"),
-            steps=few if mini else 10_000,
-            batch_size=8 if mini else 64,
-            log_every=20 if mini else 100,
-            save_every=0 if mini else 5000,
+            takes=dict(clip="init", segmentor="con", projector="con", generator="cat"),
+            steps=10_000,
+            batch_size=64,
+            log_every=100,
+            save_every=5000,
             queries="bank",
-            bank_images=16 if mini else 44_912,
-            optimizer=optimizer(3e-4, schedule="cosine", clip_norm=1.0),
+            bank_images=44_912,
+            optimizer=dict(learning_rate=3e-4, weight_decay=0.05, schedule="cosine", clip_norm=1.0),
             method=dict(pseudo_per_class=8),
         ),
     )
-    if mini:
-        config.train.clip = dict(
-            kind="pretrain_clip",
-            takes={},
-            steps=few,
-            batch_size=16,
-            log_every=20,
-            optimizer=optimizer(1e-3, clip_norm=1.0),
-        )
     config.eval = dict(
         # stage -> its name in the table
         stages=dict(con="stage 1 (CON)", finetune="full (CON + CAT + union finetune)"),
@@ -184,3 +146,38 @@ def get_config(arg: str = "") -> ConfigDict:
         write_coco=True,
     )
     return config
+
+
+def mini(config: ConfigDict) -> None:
+    """Small networks and a CLIP of its own, a few steps a stage."""
+    steps = dict(steps=60, log_every=20)
+    config.mesh.devices = 1
+    config.stages = ("clip", *config.stages)
+    config.init = dict(clip="")
+    config.data.update(
+        image_size=128, scale_range=(0.5, 1.5), eval_size=128, max_segments=32, num_threads=4
+    )
+    config.text.update(tokenizer="words", context_length=16, templates="name")
+    clip = dict(embed_dim=64, image_size=32, patch_size=8, stem="conv")
+    clip |= dict(image_width=64, image_depth=2, image_heads=4)
+    clip |= dict(text_width=64, text_depth=1, text_heads=4)
+    backbone = dict(kind="resnet", stage_sizes=(1, 1, 1, 1), width=16, block="basic", norm="group")
+    decoders = dict(width=64, num_queries=32, num_encoder_layers=1, num_decoder_layers=3)
+    decoders |= dict(num_heads=4, ffn_width=128, decoder_ffn_width=128, num_groups=8)
+    config.model = dict(
+        clip=clip,
+        segmentor=dict(backbone=backbone, **decoders),
+        projector=dict(hidden_width=128, num_layers=2),
+        generator=dict(hidden_width=128, num_layers=2, noise_width=32),
+    )
+    config.loss.num_points = 256
+    config.crops.dtype = "float32"
+    adam = dict(learning_rate=1e-3, weight_decay=0.05, clip_norm=1.0)
+    config.train.clip = dict(kind="pretrain_clip", takes={}, batch_size=16, optimizer=adam, **steps)
+    config.train.con.update(batch_size=4, save_every=30, **steps)
+    config.train.con.takes = dict(clip="clip")
+    config.train.con.optimizer.update(adam)
+    config.train.con.method.backbone_multiplier = 1.0
+    for name in ("cat", "finetune"):
+        config.train[name].update(batch_size=8, save_every=0, bank_images=16, **steps)
+        config.train[name].takes.clip = "clip"

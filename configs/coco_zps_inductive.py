@@ -14,12 +14,18 @@ unseen 14.4, harmonic 20.8, README of heshuting555/PADing).
 
 from ml_collections import ConfigDict
 
+from concat_jax.core.config import with_arguments
 from configs import coco_zps
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The inductive config; `arg` is "" or "mini"."""
-    config = coco_zps.get_config(arg)
+    return with_arguments(recipe(), arg, mini=coco_zps.mini)
+
+
+def recipe() -> ConfigDict:
+    """What differs from `coco_zps.py`."""
+    config = coco_zps.recipe()
     config.train.cat.method.update(unseen_names=False)
     # Without unseen names, pseudo queries can only be of seen classes.
     config.train.finetune.method.update(pseudo_seen=True, unseen_names=False)

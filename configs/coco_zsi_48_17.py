@@ -17,22 +17,26 @@ unseen, harmonic): PADing 53.1, 8.5, 14.65 (README of heshuting555/PADing, harmo
 
 from ml_collections import ConfigDict
 
+from concat_jax.core.config import with_arguments
 from configs import coco_zps
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The COCO instance config; `arg` is "" or "mini"."""
-    config = coco_zps.get_config(arg)
-    mini = "mini" in arg
+    return with_arguments(recipe(), arg, mini=coco_zps.mini)
+
+
+def recipe() -> ConfigDict:
+    """What differs from `coco_zps.py`."""
+    config = coco_zps.recipe()
     config.data.update(
         kind="coco_zsi_48_17",
         split_file="coco_instance_48_17",
         train_part="train2014",
         eval_part="val2014",
+        image_size=960,
     )
-    if not mini:
-        config.data.image_size = 960
-        config.train.cat.steps = 4_000
-        config.train.cat.save_every = 2_000
+    config.train.cat.steps = 4_000
+    config.train.cat.save_every = 2_000
     config.eval.settings.tasks = ("instance",)
     return config

@@ -7,13 +7,16 @@ Needs no download. `--config=configs/demo_zps.py:smoke` runs every stage for a f
 
 from ml_collections import ConfigDict
 
-from concat_jax.core.config import parse_flags
+from concat_jax.core.config import with_arguments
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The demo's config; `arg` is "" or "smoke"."""
-    smoke = "smoke" in parse_flags(arg, ("smoke",))
+    return with_arguments(recipe(), arg, smoke=smoke)
 
+
+def recipe() -> ConfigDict:
+    """What is trained."""
     config = ConfigDict()
     config.seed = 0
     config.tensorboard = False  # spares a laptop the import of TensorFlow
@@ -26,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
         image_size=64,
         max_segments=10,  # 4 stuff regions and 5 things at most
         eval_split="test",  # choose settings on "validation"
-        num_eval_images=8 if smoke else 300,
+        num_eval_images=300,
         caption_scene_ratio=0.125,
     )
     config.text = dict(
@@ -76,29 +79,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config.loss = dict(num_points=196)  # 14²: a mask has 16² logits here
     config.crops = dict(margin=0.1, min_side=32.0, max_side=32.0, fill="mean")  # native scale
 
-    def optimizer(learning_rate, **fields):
-        return dict(
-            dict(
-                learning_rate=learning_rate,
-                weight_decay=0.01,
-                warmup_steps=2 if smoke else 100,
-                schedule="cosine",
-                clip_norm=1.0,  # 0.01 is for finetuning pretrained backbones
-            ),
-            **fields,
-        )
-
-    def steps(count):
-        return 4 if smoke else count
-
+    # Clipped at 1: 0.01 is for finetuning pretrained backbones.
+    schedule = dict(warmup_steps=100, schedule="cosine", clip_norm=1.0)
     config.train = dict(
         clip=dict(
             kind="pretrain_clip",
             takes={},
-            steps=steps(1000),
+            steps=1000,
             batch_size=64,
-            log_every=2 if smoke else 100,
-            optimizer=optimizer(1e-3, weight_decay=0.05),
+            log_every=100,
+            optimizer=dict(learning_rate=1e-3, weight_decay=0.05, **schedule),
             method=dict(erase_probability=0.7),
         ),
         con=dict(
@@ -107,43 +97,43 @@ def get_config(arg: str = "") -> ConfigDict:
             # There are no ImageNet weights here. The backbone starts from the trunk of the demo's
             # CLIP, which saw pictures and names of all classes, as CLIP backbones have.
             copies={"segmentor/backbone": "clip/vision_model/patch_embedding/trunk"},
-            steps=steps(2000),
+            steps=2000,
             batch_size=8,
-            log_every=2 if smoke else 100,
-            save_every=2 if smoke else 500,
-            optimizer=optimizer(1e-3),
+            log_every=100,
+            save_every=500,
+            optimizer=dict(learning_rate=1e-3, weight_decay=0.01, **schedule),
             method=dict(backbone_multiplier=1.0, global_weight=0.5, instance_weight=0.5),
         ),
         cat=dict(
             kind="cat",
             takes=dict(clip="clip", segmentor="con", projector="con"),
-            steps=steps(1000),
+            steps=1000,
             batch_size=32,
-            log_every=2 if smoke else 250,
-            bank_images=64 if smoke else 2048,
-            optimizer=optimizer(1e-3, weight_decay=0.0),
+            log_every=250,
+            bank_images=2048,
+            optimizer=dict(learning_rate=1e-3, weight_decay=0.0, **schedule),
             method=dict(),
         ),
         finetune=dict(
             kind="finetune",
             takes=dict(clip="clip", segmentor="con", projector="con", generator="cat"),
-            steps=steps(300),
+            steps=300,
             batch_size=32,
-            log_every=2 if smoke else 100,
-            bank_images=64 if smoke else 2048,
+            log_every=100,
+            bank_images=2048,
             # Few and gentle steps: the longer seen classes are fitted, the more they swallow.
-            optimizer=optimizer(1e-4),
+            optimizer=dict(learning_rate=1e-4, weight_decay=0.01, **schedule),
             method=dict(pseudo_per_class=32, deviation=1.0),
         ),
         control=dict(
             kind="finetune",
             takes=dict(clip="clip", segmentor="con", projector="con"),
-            steps=steps(300),
+            steps=300,
             batch_size=32,
-            log_every=2 if smoke else 100,
-            bank_images=64 if smoke else 2048,
+            log_every=100,
+            bank_images=2048,
             # Few and gentle steps: the longer seen classes are fitted, the more they swallow.
-            optimizer=optimizer(1e-4),
+            optimizer=dict(learning_rate=1e-4, weight_decay=0.01, **schedule),
             method=dict(pseudo_per_class=0),
         ),
     )
@@ -156,9 +146,20 @@ def get_config(arg: str = "") -> ConfigDict:
         ),
         settings=dict(
             tasks=("panoptic",),  # "semantic" and "instance" too, if wanted
-            batch_size=8 if smoke else 25,
+            batch_size=25,
         ),
         num_pictures=6,
         write_coco=False,
     )
     return config
+
+
+def smoke(config: ConfigDict) -> None:
+    """Every stage for a few steps."""
+    config.data.num_eval_images = config.eval.settings.batch_size = 8
+    for stage in config.train.values():
+        stage.update(steps=4, log_every=2)
+        stage.optimizer.warmup_steps = 2
+        if "bank_images" in stage:
+            stage.bank_images = 64
+    config.train.con.save_every = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
@@ -66,6 +66,28 @@ def parse_flags(arg: str, valid: Collection[str]) -> frozenset[str]:
     for flag in sorted(flags):
         check_choice(flag, valid, "The config has no argument")
     return flags
+
+
+def with_arguments(
+    config: ml_collections.ConfigDict,
+    arg: str,
+    **variants: Callable[[ml_collections.ConfigDict], None],
+) -> ml_collections.ConfigDict:
+    """The config, changed by the variants that `--config=file.py:flag,flag` names.
+
+    Args:
+      config: the recipe.
+      arg: what follows the colon.
+      variants: name to what changes the recipe in place, in the order of application.
+
+    Raises:
+      ValueError: as `parse_flags`.
+    """
+    flags = parse_flags(arg, variants)
+    for name, change in variants.items():
+        if name in flags:
+            change(config)
+    return config
 
 
 def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
