@@ -13,6 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging as native_logging
 import os
 import re
@@ -26,7 +27,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from concat_jax.core.config import check_choice
+from concat_jax.core.config import check_choice, is_open
 
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended: 128 + SIGINT
 BROKEN_PIPE = 141  # the same of SIGPIPE
@@ -202,7 +203,9 @@ def _parse(values: Flags, argv: Sequence[str]) -> list[str]:
         flag does not take.
     """
     try:
-        return values(argv)[1:]
+        rest = values(argv)[1:]
+        _check_added_keys(values)
+        return rest
     except flags.UnrecognizedFlagError as error:
         names = [f"--{name}" for name in values]
         check_choice(f"--{error.flagname}", names, "there is no flag")
@@ -219,12 +222,31 @@ def _parse(values: Flags, argv: Sequence[str]) -> list[str]:
         raise ValueError(re.split(r"\w+Error: ", str(error))[-1]) from error
 
 
+def _check_added_keys(values: Flags) -> None:
+    """Refuse flags for keys that a config file has not, but in sections that name what they take.
+
+    Raises:
+      ValueError: naming the nearest key.
+    """
+    flag = values["config"] if "config" in values else None
+    if flag is None or flag.value is None:
+        return
+    before = flag.parser.parse(flag.config_filename)
+    for path in flag.override_values:
+        *sections, key = path.split(".")
+        section = functools.reduce(lambda config, name: config[name], sections, before)
+        if key not in section and not is_open(path):
+            check_choice(key, list(section), "the config has no key")
+    flag.value.lock()
+
+
 def _define_config(values: Flags, argv: Sequence[str]) -> None:
     config_flags.DEFINE_config_file(
         "config",
         None,
         "File in configs/; --config.KEY=VALUE changes one of its values.",
-        lock_config=True,
+        lock_config=False,
+        accept_new_attributes=True,  # as far as `_check_added_keys` lets them pass
         flag_values=values,
         sys_argv=list(argv),
     )

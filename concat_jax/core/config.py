@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
 
 T = TypeVar("T")
+
+# Sections whose keys are fields of a dataclass or a network, which refuse what they do not have: a
+# flag may set a field that the config file leaves at its default.
+_OPEN = re.compile(
+    r"(train\.\w+(\.\w+)?|model\.\w+(\.backbone)?|loss|crops|bank|eval\.settings)\.\w+"
+)
+# What a value must be, by the annotation of its field; others are not checked.
+_KINDS = {
+    "bool": (bool, "True or False"),
+    "int": (numbers.Integral, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "str": (str, "text"),
+}
+
+
+def is_open(path: str) -> bool:
+    """Whether a dotted key may be added to a config: whoever reads its section knows its fields."""
+    return _OPEN.fullmatch(path) is not None
 
 
 def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
@@ -21,11 +41,12 @@ def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
       where: how to call the section in an error, e.g. "config.loss".
 
     Raises:
-      ValueError: for an unknown or a missing key.
+      ValueError: for an unknown or a missing key, or a value of another type.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in section:
+    for key, value in section.items():
         check_choice(key, fields, f"{where} has no key")
+        check_type(value, fields[key].type, f"{where}.{key}")
     for name, field in fields.items():
         no_default = field.default is field.default_factory is dataclasses.MISSING
         if no_default and name not in section:
@@ -33,19 +54,31 @@ def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})
 
 
-def check_fields(section: Collection[str], module: type, what: str, *decided: str) -> None:
-    """Raise a ValueError for a key that is no field of a linen module.
+def check_type(value: Any, annotation: Any, what: str) -> None:
+    """Raise a ValueError unless a value is of the type that its field is annotated with.
+
+    True is no number, and a flag's "no" is not False.
+    """
+    kind, words = _KINDS.get(getattr(annotation, "__name__", annotation), (object, ""))
+    is_bool = isinstance(value, bool)
+    if not isinstance(value, kind) or (is_bool and kind not in (bool, object)):
+        raise ValueError(f"{what} is {value!r} and must be {words}.")
+
+
+def check_fields(section: Mapping[str, Any], module: type, what: str, *decided: str) -> None:
+    """Raise a ValueError for a key that is no field of a linen module, or a value of another type.
 
     Args:
-      section: keys of a config section.
+      section: of a config.
       module: its class.
       what: as "config.model.projector has no key".
       decided: fields that are decided elsewhere.
     """
     own = {"parent", "name"}  # linen's
-    fields = {field.name for field in dataclasses.fields(module)} - {*own, *decided}
-    for key in section:
+    fields = {f.name: f.type for f in dataclasses.fields(module) if f.name not in (*own, *decided)}
+    for key, value in section.items():
         check_choice(key, sorted(fields), what)
+        check_type(value, fields[key], f"{module.__name__}.{key}")
 
 
 def check_choice(value: str, valid: Collection[str], what: str) -> None:

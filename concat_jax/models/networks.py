@@ -21,6 +21,7 @@ from concat_jax.models.segmentor import Segmentor, make_segmentor
 from concat_jax.models.semantic_projector import SemanticProjector
 
 Params = dict[str, Any]
+SUBTREES = ("clip", "segmentor", "projector", "generator")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.core.config import check_choice, check_fields
+from concat_jax.core.config import check_choice, check_fields, check_type
 from concat_jax.models.backbones import BACKBONES
 from concat_jax.models.pixel_decoder import PixelDecoder
 from concat_jax.models.transformer_decoder import TransformerDecoder
@@ -156,6 +156,7 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
     """
     for key in config:
         check_choice(key, DEFAULTS, "The segmentor config has no key")
+        check_type(config[key], type(DEFAULTS[key]), f"The segmentor config's {key}")
     settings = {**DEFAULTS, **config}
     dtype_name = settings["dtype"]
     if dtype_name not in DTYPES:

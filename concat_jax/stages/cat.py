@@ -66,7 +66,8 @@ class Config:
         check_choice(self.contrast_distance, transition.DISTANCES, "CAT contrast_distance is")
         if self.memory_pseudo and not self.memory_per_class:
             raise ValueError(
-                "CAT's memory_pseudo needs a memory; set memory_per_class, to 8 for example."
+                "CAT's memory_pseudo needs a memory; set --config.train.STAGE.method."
+                "memory_per_class=8, for example."
             )
 
 
@@ -105,13 +106,19 @@ def known_text(text: jax.Array, vocabulary: Vocabulary, unseen_names: bool) -> j
     return jnp.where(rows, text, 0.0)
 
 
-def require_unseen(vocabulary: Vocabulary, what: str) -> None:
-    """Raise a ValueError if there is no unseen class, for a setting that generates them."""
+def require_unseen(vocabulary: Vocabulary, what: str, remedy: str) -> None:
+    """Raise a ValueError if there is no unseen class, for a setting that generates them.
+
+    Args:
+      vocabulary: the label space.
+      what: is to generate them, for the message.
+      remedy: flags that make it do without.
+    """
     if not len(vocabulary.unseen):
         raise ValueError(
             f"{what} is to generate queries of unseen classes, and all {len(vocabulary)} classes "
             "of the vocabulary are seen; mark some as unseen in the split file, or train without "
-            "unseen names, as --config=configs/coco_zps_inductive.py does."
+            f"unseen names, as configs/coco_zps_inductive.py does: {remedy}."
         )
 
 
@@ -124,7 +131,7 @@ def make_stage(context: Context, config: Config) -> Stage:
     networks, vocabulary = context.networks, context.vocabulary
     num_classes = len(vocabulary)
     if config.unseen_names:
-        require_unseen(vocabulary, "CAT")
+        require_unseen(vocabulary, "CAT", "--config.train.STAGE.method.unseen_names=False")
 
     def loss(params, frozen, batch, rng):
         text = known_text(frozen[TEXT], vocabulary, config.unseen_names)

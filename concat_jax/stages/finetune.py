@@ -49,7 +49,8 @@ class Config:
         if self.pseudo_per_class and not (self.unseen_names or self.pseudo_seen):
             raise ValueError(
                 f"The finetune is to use {self.pseudo_per_class} pseudo queries of each class, but "
-                "of neither unseen nor seen classes; set pseudo_seen=True, or pseudo_per_class=0."
+                "of neither unseen nor seen classes; set --config.train.STAGE.method."
+                "pseudo_seen=True, or --config.train.STAGE.method.pseudo_per_class=0."
             )
 
 
@@ -87,7 +88,9 @@ def make_stage(context: Context, config: Config) -> Stage:
     """
     networks, vocabulary = context.networks, context.vocabulary
     if config.pseudo_per_class and config.unseen_names:
-        require_unseen(vocabulary, "The finetune")
+        method = "--config.train.STAGE.method"
+        remedy = f"{method}.unseen_names=False {method}.pseudo_seen=True"
+        require_unseen(vocabulary, "The finetune", remedy)
     pseudo_classes = np.concatenate(
         [
             vocabulary.seen if config.pseudo_seen else [],

@@ -78,7 +78,8 @@ def on_images(stage: Stage, context: Context) -> Stage:
     if set(MEMORY_FIELDS) & set(stage.batch_fields):
         raise ValueError(
             "A memory of every class (memory_per_class) is drawn from a query bank, and the stage "
-            "is to learn from images; set queries='bank', or memory_per_class=0."
+            "is to learn from images; set --config.train.STAGE.queries=bank, or "
+            "--config.train.STAGE.method.memory_per_class=0."
         )
 
     def loss(params, frozen, batch, rng):

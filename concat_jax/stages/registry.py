@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 from concat_jax.core.config import build, check_choice
+from concat_jax.models.networks import SUBTREES
 from concat_jax.stages import cat, con, finetune, pretrain_clip
 from concat_jax.stages.queries import on_images
 from concat_jax.stages.stage import COMES_WITH, Context, Stage, StageConfig
@@ -18,6 +21,15 @@ STAGES: dict[str, ModuleType] = {
     "finetune": finetune,
 }
 QUERY_SOURCES = ("bank", "images")
+
+
+@contextlib.contextmanager
+def _remedies_of(name: str) -> Iterator[None]:
+    """Names the stage in flags of an error's text, --config.train.STAGE.KEY=VALUE."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(".STAGE.", f".{name}.")) from error
 
 
 def learns_from(settings: StageConfig) -> str:
@@ -34,7 +46,8 @@ def method_of(name: str, settings: StageConfig) -> Any:
       ValueError: for an unknown kind, a field that the kind lacks, or a value it refuses.
     """
     check_choice(settings.kind, STAGES, f"config.train.{name}.kind is unknown:")
-    return build(STAGES[settings.kind].Config, settings.method, f"config.train.{name}.method")
+    with _remedies_of(name):
+        return build(STAGES[settings.kind].Config, settings.method, f"config.train.{name}.method")
 
 
 def make_stage(name: str, settings: StageConfig, context: Context) -> Stage:
@@ -54,10 +67,13 @@ def make_stage(name: str, settings: StageConfig, context: Context) -> Stage:
             "stage trained the segmentor, and the projector that goes with it."
         )
     if settings.oracle and settings.queries != "bank":
-        raise ValueError(f"{where}.oracle needs a bank; set {where}.queries to 'bank'.")
-    stage = module.make_stage(context, method)
-    if module.LEARNS_FROM == "queries" and settings.queries == "images":
-        stage = on_images(stage, context)
+        raise ValueError(f"{where}.oracle needs a bank; set --{where}.queries=bank.")
+    for subtree in settings.takes:
+        check_choice(subtree, SUBTREES, f"{where}.takes names no subtree:")
+    with _remedies_of(name):
+        stage = module.make_stage(context, method)
+        if learns_from(settings) != module.LEARNS_FROM:
+            stage = on_images(stage, context)
     for read in stage.reads:
         subtree = COMES_WITH.get(read, read)
         if subtree not in settings.takes:

@@ -4,6 +4,7 @@ A stage is a module of this folder, listed in `registry.STAGES`, that has
   Config: dataclass of its constants, the `method` of its settings;
   LEARNS_FROM: "captions", "images" or "queries";
   make_stage: (Context, Config) -> Stage.
+A flag that an error of theirs names is written --config.train.STAGE.KEY=VALUE.
 """
 
 from __future__ import annotations

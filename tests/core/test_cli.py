@@ -1,5 +1,6 @@
 """Mistakes on a command line end in one sentence that says what to do."""
 
+import functools
 import io
 import logging
 import signal
@@ -195,3 +196,44 @@ def test_hosts_are_told_by_the_environment(monkeypatch):
         {"num_processes": None, "process_id": None},
         {"num_processes": 4, "process_id": 0},
     ]
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    train = dict(cat=dict(steps=3, method=dict()))
+    return ConfigDict(dict(seed=0, train=train, model=dict(clip=dict()), data=dict(root="")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("flag", "result"),
+    [
+        ("--config.train.cat.method.unseen_names=False", False),
+        ("--config.train.cat.queries=images", "images"),
+        ("--config.train.cat.steps=5", 5),
+        ("--config.model.clip.variant=ViT-B/32", "ViT-B/32"),
+        ("--config.sead=3", "Error: the config has no key 'sead'; did you mean 'seed'?"),
+        ("--config.data.rot=x", "Error: the config has no key 'rot'; did you mean 'root'?"),
+        ("--config.model.clipp=x", "Error: the config has no key 'clipp'; did you mean 'clip'?"),
+        ("--config.train.cta.steps=5", "Error: the config has no key 'cta'; see the config file"),
+    ],
+)
+def test_a_flag_may_add_a_field_where_the_section_knows_its_fields(flag, result, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG)
+    found = []
+
+    def command(given, rest):
+        path = flag.split("=")[0].removeprefix("--config.").split(".")
+        found.append(functools.reduce(lambda section, key: section[key], path, given.config))
+        assert given.config.is_locked
+
+    try:
+        argv = ["x", f"--config={file}", flag]
+        cli.main("", lambda flags: None, command, argv, with_config=True, computes=False)
+    except SystemExit as stop:
+        assert str(result) in stop.code
+    else:
+        assert found == [result]

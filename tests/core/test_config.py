@@ -37,6 +37,9 @@ def test_build_takes_config_dicts_and_turns_lists_into_tuples():
         ({"steps": 3, "rat": 1.0}, "config.x has no key 'rat'; did you mean 'rate'?"),
         ({"steps": 3, "zzz": 1.0}, "config.x has no key 'zzz'; did you mean "),
         ({"rate": 1.0}, "config.x lacks the key 'steps'."),
+        ({"steps": 3.5}, "config.x.steps is 3.5 and must be a whole number."),
+        ({"steps": True}, "config.x.steps is True and must be a whole number."),
+        ({"steps": 3, "rate": "no"}, "config.x.rate is 'no' and must be a number."),
     ],
 )
 def test_build_names_what_is_wrong(section, message):
@@ -70,3 +73,16 @@ def test_flat_gives_dotted_keys_with_comparable_values():
         "train.con.takes.clip": "clip",
         "train.con.sizes": (1, 2),
     }
+
+
+def test_variants_change_a_recipe_in_their_order():
+    def change(key):
+        return lambda config: config.update(last=key, **{key: True})
+
+    config = configuration.with_arguments(
+        ml_collections.ConfigDict({"last": ""}),
+        "mini,smoke",
+        smoke=change("smoke"),
+        mini=change("mini"),
+    )
+    assert config.to_dict() == {"last": "mini", "smoke": True, "mini": True}

@@ -162,7 +162,10 @@ def unknown_bank(config):
         (queries_from_nowhere, "config.train.finetune.queries is 'image'; did you mean 'images'"),
         (segmentor_of_nobody, "'finetune' learns from vision queries; say in config.train.fine"),
         (untrained_segmentor, "'finetune' learns from vision queries; say in config.train.fine"),
-        (oracle_on_images, "finetune.oracle needs a bank; set config.train.finetune.queries to"),
+        (
+            oracle_on_images,
+            "finetune.oracle needs a bank; set --config.train.finetune.queries=bank",
+        ),
         (unknown_bank, "config.bank has no key 'dtyp'; did you mean 'dtype'"),
     ],
 )

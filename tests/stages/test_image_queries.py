@@ -213,5 +213,7 @@ def test_no_unseen_name_reaches_an_inductive_stage_on_images():
 
 def test_a_memory_needs_the_bank():
     stage = cat.make_stage(CONTEXT, cat.Config(memory_per_class=4))
-    with pytest.raises(ValueError, match="is drawn from a query bank.*set queries='bank', or"):
+    with pytest.raises(
+        ValueError, match="is drawn from a query bank.*set --config.train.STAGE.queries=bank, or"
+    ):
         on_images(stage, CONTEXT)

@@ -1,6 +1,7 @@
 """A new stage is a module and a line, a new backbone is a class and a line; what is refused."""
 
 import dataclasses
+import re
 import types
 
 import flax.linen as nn
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from concat_jax.core import cli
+from concat_jax.core.config import build
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.classification import weighted_cross_entropy
 from concat_jax.models.backbones import BACKBONES
 from concat_jax.models.networks import make_networks
@@ -133,7 +137,10 @@ def test_a_new_backbone_is_one_class_and_one_line(naming, monkeypatch):
         (dict(kind="cta"), "config.train.x.kind is unknown: 'cta'; did you mean 'cat'"),
         (dict(method=dict(cycle=1)), "config.train.x.method has no key 'cycle'.*'cycle_weight'"),
         (dict(queries="image"), "config.train.x.queries is 'image'; did you mean 'images'"),
-        (dict(oracle=True, queries="images"), "oracle needs a bank; set config.train.x.queries to"),
+        (
+            dict(takes=dict(segmentor="con", clp="init")),
+            "takes names no subtree: 'clp'; did you mean",
+        ),
         (dict(takes=dict(clip="clip")), "learns from vision queries; say in .*takes.segmentor"),
         (dict(takes=dict(segmentor="con", projector="con")), "'x' reads 'clip'; say in config.tra"),
         (dict(takes=dict(clip="clip", segmentor="con")), "'x' reads 'projector'; say in config.tr"),
@@ -142,3 +149,47 @@ def test_a_new_backbone_is_one_class_and_one_line(naming, monkeypatch):
 def test_settings_that_cannot_be_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         make_stage("x", settings(**dict(kind="cat") | changed), tiny.context())
+
+
+ONE_CLASS = Vocabulary(("cat",), (True,), (True,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "vocabulary", "count"),
+    [
+        ("cat", {}, ONE_CLASS, 1),
+        ("finetune", {}, ONE_CLASS, 1),
+        ("finetune", dict(method=dict(unseen_names=False)), None, 2),
+        ("cat", dict(method=dict(memory_pseudo=True)), None, 1),
+        ("cat", dict(queries="images", method=dict(memory_per_class=2)), None, 2),
+        ("cat", dict(oracle=True, queries="images"), None, 1),
+    ],
+)
+def test_every_flag_that_an_error_names_mends_it(kind, changed, vocabulary, count, tmp_path):
+    """Through the command line, on a config file as a user writes one."""
+    context = tiny.context()
+    if vocabulary:
+        context = dataclasses.replace(context, vocabulary=vocabulary)
+    takes = dict(clip="clip", segmentor="con", projector="con", generator="cat")
+    section = dict(kind=kind, takes=takes, steps=2, batch_size=2, optimizer={}, method={})
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        f"    return ConfigDict(dict(train=dict(new={section | changed!r})))\n"
+    )
+
+    def run(*flags):
+        def command(given, arguments):
+            settings = build(StageConfig, given.config.train.new, "config.train.new")
+            make_stage("new", settings, context)
+
+        argv = ["x", f"--config={file}", *flags]
+        cli.main("", lambda flags: None, command, argv, with_config=True, computes=False)
+
+    with pytest.raises(SystemExit) as stop:
+        run()
+    parts = stop.value.code.split(", or ")
+    remedies = [found for part in parts if (found := re.findall(r"--\S+=\w+", part))]
+    assert len(remedies) == count
+    for flags in remedies:
+        run(*flags)
