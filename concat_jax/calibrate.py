@@ -208,11 +208,7 @@ def calibrate_stage(
 
 
 def parse_gammas(texts: Sequence[str]) -> list[float]:
-    """Numbers of the flag --gammas.
-
-    Raises:
-      ValueError: for a text that is no number.
-    """
+    """Numbers of the flag --gammas; ValueError for a text that is no number."""
     gammas = []
     for text in texts:
         try:

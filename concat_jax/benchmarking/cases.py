@@ -23,11 +23,7 @@ TASKS = (*COMPARED, *WITH_CLIP, *ON_HOST)
 
 
 def make_cases(given: cli.Flags) -> list[Case]:
-    """The cases that the flags ask for.
-
-    Raises:
-      ValueError: for a flag without meaning.
-    """
+    """The cases that the flags ask for; ValueError for a flag without meaning."""
     cases = []
     for task in given.tasks:
         check_choice(task, TASKS, "--tasks names no task:")
@@ -62,11 +58,7 @@ def make_cases(given: cli.Flags) -> list[Case]:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of "512" or "800x1088".
-
-    Raises:
-      ValueError: for anything else.
-    """
+    """(height, width) of "512" or "800x1088"; ValueError for anything else."""
     parts = text.split("x")
     if len(parts) > 2 or not all(part.isdigit() and int(part) >= 32 for part in parts):
         raise ValueError(f"Size {text!r} is not like 512 or 800x1088 (32 or more).")
@@ -90,22 +82,14 @@ def parse_clip(text: str) -> dict[str, Any]:
 
 
 def parse_counts(texts: Sequence[str]) -> tuple[int, ...]:
-    """Numbers above zero, each once, in order.
-
-    Raises:
-      ValueError: for anything else.
-    """
+    """Numbers above zero, each once, in order; ValueError for anything else."""
     if not texts or not all(text.isdigit() and int(text) > 0 for text in texts):
         raise ValueError(f"--two_stage_masks={','.join(texts)} is not like 10 or 10,100.")
     return tuple(dict.fromkeys(map(int, texts)))
 
 
 def image_files(given: str, number: int) -> list[str]:
-    """The first images of a folder or a glob.
-
-    Raises:
-      ValueError: if there are fewer.
-    """
+    """The first images of a folder or a glob; ValueError if there are fewer."""
     path = Path(given)
     found = path.iterdir() if path.is_dir() else map(Path, glob.glob(given, recursive=True))
     files = sorted(f for f in found if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))

@@ -13,17 +13,10 @@ Table = np.ndarray | list | tuple | Mapping[int, int]
 
 
 def table_rows(labels: Table) -> tuple[np.ndarray, np.ndarray]:
-    """Segment ids and labels of a table, in its order.
+    """Ids [M] and labels [M], both int64, of a table, padded rows left out.
 
-    Args:
-      labels: [G] ints, row g - 1 for id g, negative where there is no such segment; or a mapping
-        from positive id to label.
-
-    Returns:
-      (ids [M] int64, labels [M] int64), padded rows left out.
-
-    Raises:
-      ValueError: if an array is not one-dimensional or a mapping holds id 0, which is void.
+    `labels` are [G] ints, row g - 1 for id g, negative where there is no such segment, or a mapping
+    from positive id to label. ValueError for another shape or for id 0, which is void.
     """
     if isinstance(labels, Mapping):
         ids = np.fromiter(labels.keys(), np.int64, len(labels))
@@ -45,11 +38,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def fingerprint(tree: Mapping[str, Any]) -> str:
-    """What tells two sets of parameters apart, wherever they were read from.
-
-    Returns:
-      sha256 in hex of names, shapes, types and numbers, in the order of the names.
-    """
+    """sha256 in hex of a tree's names, shapes, types and numbers, in the order of the names."""
     digest = hashlib.sha256()
     for name, leaf in sorted(_leaves(tree, ""), key=lambda item: item[0]):
         array = np.asarray(leaf, order="C")

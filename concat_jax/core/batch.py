@@ -1,8 +1,6 @@
 """The batch contract: what every field of a batch holds, its dimensions, type and padding.
 
-Whoever makes batches (loader, synthetic world, query bank), learns from them (the stages) or only
-needs their shapes (reports, benchmarks, tests) reads this table.
-
+Loader, world and query bank make it; the stages learn from it; reports and tests read its shapes.
 Dimensions: B images of this host, S side of the images, G rows of the segment tables, C width of
 CLIP's embeddings, T CLIP's context length, N queries, D their width, K classes (in a memory padded
 up to a multiple of the batch size), M queries of each class in a memory.
@@ -18,14 +16,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of a batch.
-
-    Attributes:
-      dtype: of numpy's. Ids of segments are uint16 where G is beyond 255.
-      dimensions: letters of the module's text, or numbers.
-      padding: value where an image, a segment or a query is missing.
-      meaning: in words.
-    """
+    """One field; `dimensions` are letters of the module's text or numbers."""
 
     dtype: str
     dimensions: tuple[str | int, ...]
@@ -65,15 +56,7 @@ MEMORY_FIELDS = ("memory_queries", "memory_valid")
 def batch_shapes(
     fields: Iterable[str], **sizes: int
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of every field of a batch.
-
-    Args:
-      fields: names in `FIELDS`.
-      sizes: letter to size, as B=2, S=64, G=12. Without B the shapes are those of one example.
-
-    Raises:
-      ValueError: for an unknown field, or a dimension whose size is not given.
-    """
+    """Shape and type of fields, from letter to size (B=2, S=64); without B those of one example."""
     shapes = {}
     for name in fields:
         if name not in FIELDS:

@@ -79,12 +79,10 @@ def main(
 
     Args:
       doc: what `--help` prints above the flags.
-      define_flags: defines the command's flags in the values it is given.
       command: (flags, arguments) -> exit code; None is 0.
-      argv: name of the command and what follows; `sys.argv` by default.
       arguments: how the usage calls arguments that are no flags; "" takes none.
-      with_config: the command has --config, --workdir and --distributed, see `config_and_workdir`.
-      computes: the command uses JAX; programs that it compiles are kept for the next time.
+      with_config: the command has --config, --workdir and --distributed.
+      computes: programs that it compiles are kept for the next time.
       interrupted: the sentence for Ctrl-C, where what was interrupted has none of its own.
     """
     argv = list(sys.argv if argv is None else argv)
@@ -196,12 +194,7 @@ def _show_unraisable(unraisable: Any) -> None:
 
 
 def _parse(values: Flags, argv: Sequence[str]) -> list[str]:
-    """What is left of a command line, its name and its flags taken off.
-
-    Raises:
-      ValueError: for a typo in a flag or in a config key, naming the nearest, or a value that a
-        flag does not take.
-    """
+    """What is left of a command line without its flags; a typo's ValueError names the nearest."""
     try:
         rest = values(argv)[1:]
         _check_added_keys(values)
@@ -259,22 +252,14 @@ def _define_config(values: Flags, argv: Sequence[str]) -> None:
 
 
 def config_of(given: Flags) -> ConfigDict:
-    """The config of the flag --config.
-
-    Raises:
-      ValueError: if it is not given.
-    """
+    """The config of the flag --config; ValueError if it is not given."""
     if given.config is None:
         raise ValueError("give --config=configs/demo_zps.py or another file.")
     return given.config
 
 
 def config_and_workdir(given: Flags) -> tuple[ConfigDict, Path]:
-    """The flags --config and --workdir.
-
-    Raises:
-      ValueError: if one is not given, or the workdir is in a bucket.
-    """
+    """The flags --config and --workdir; ValueError if one is missing or the workdir is in a bucket."""
     if given.config is None or not given.workdir:
         raise ValueError("give --config=configs/demo_zps.py (or another file) and --workdir=DIR.")
     if "://" in given.workdir:
@@ -286,11 +271,7 @@ def config_and_workdir(given: Flags) -> tuple[ConfigDict, Path]:
 
 
 def join_hosts(given: Flags) -> None:
-    """Meet the other hosts, if the flag --distributed says that there are some.
-
-    Raises:
-      ValueError: if JAX can tell neither from the cluster nor from the environment who they are.
-    """
+    """Meets the other hosts if --distributed says so; ValueError if JAX cannot tell who they are."""
     if not given.distributed:
         return
     import jax

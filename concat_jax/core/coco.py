@@ -52,13 +52,7 @@ class PanopticAnnotation:
 
 @dataclasses.dataclass(frozen=True)
 class PanopticFile:
-    """A COCO panoptic json, ground truth or prediction.
-
-    Attributes:
-      categories: by id; None where a prediction lists none.
-      images: by id; empty where a prediction lists none.
-      annotations: by image id, in the file's order.
-    """
+    """A COCO panoptic json, by image id; a prediction may list no categories and images."""
 
     path: pathlib.Path
     categories: dict[int, Category] | None
@@ -68,12 +62,7 @@ class PanopticFile:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class InstanceAnnotation:
-    """One annotated object.
-
-    Attributes:
-      rle: compressed run-length code of its mask, at the image's size.
-      area: pixels as the file says; None where it does not.
-    """
+    """One object: its compressed run-length code, and its area where the file says it."""
 
     id: int
     category_id: int
@@ -84,11 +73,7 @@ class InstanceAnnotation:
 
 @dataclasses.dataclass(frozen=True)
 class InstanceFile:
-    """A COCO instances json: ground truth.
-
-    Attributes:
-      annotations: by image id; images without one have an empty list.
-    """
+    """A COCO instances json, by image id; images without an object have an empty list."""
 
     path: pathlib.Path
     categories: dict[int, Category]
@@ -97,15 +82,10 @@ class InstanceFile:
 
 
 def read_panoptic(path: str | os.PathLike[str], *, prediction: bool = False) -> PanopticFile:
-    """Reads a COCO panoptic json; its PNGs are not touched.
+    """Reads a COCO panoptic json, not its PNGs; a prediction need not list categories and images.
 
-    Args:
-      path: of the json.
-      prediction: it need not list categories and images, as panopticapi's need not.
-
-    Raises:
-      FileError: if it is a json of another kind, an entry lacks or misuses something, an id occurs
-        twice, or a reference leads nowhere.
+    Raises FileError for a json of another kind, an entry that lacks or misuses something, an id
+    that occurs twice, or a reference that leads nowhere.
     """
     path = pathlib.Path(path)
     content = _content(path, "a COCO panoptic json")
@@ -133,15 +113,9 @@ def read_instances(
     *,
     on_fault: Callable[[ImageId, FileError], None] | None = None,
 ) -> InstanceFile:
-    """Reads a COCO instances json; polygons become run-length codes.
+    """Reads a COCO instances json; polygons become run-length codes. Raises as `read_panoptic`.
 
-    Args:
-      path: of the json.
-      on_fault: called with the image and what is wrong with an annotation's outline or area, which
-        is then left out; None raises it.
-
-    Raises:
-      FileError: as `read_panoptic`, or for an outline that is malformed or of another size.
+    A malformed outline or area goes to `on_fault`, and its annotation is left out; None raises it.
     """
     path = pathlib.Path(path)
     content = _content(path, "a COCO instances json")
@@ -177,16 +151,7 @@ def read_instances(
 
 
 def outline(segmentation: Any, size: Sequence[int], where: str) -> dict:
-    """An object's "segmentation", polygons or run lengths, as a compressed run-length code.
-
-    Args:
-      segmentation: of the json.
-      size: (height, width) of the image.
-      where: names the annotation in the error's sentence.
-
-    Raises:
-      FileError: if it is neither, malformed or of another size.
-    """
+    """A "segmentation", polygons or run lengths, as a compressed code; FileError names `where`."""
     try:
         if isinstance(segmentation, Mapping):
             return checked_rle(segmentation, size)
@@ -204,11 +169,7 @@ def outline(segmentation: Any, size: Sequence[int], where: str) -> dict:
 
 
 def vocabulary_of(path: pathlib.Path, categories: Mapping[int, Category] | None) -> Vocabulary:
-    """The label space of an annotation file, in which every class is seen.
-
-    Raises:
-      FileError: if it lists no category, or a name twice.
-    """
+    """An annotation file's label space, all seen; FileError for no category or a name twice."""
     if not categories:
         raise FileError(f"{path} lists no 'categories'; give --split.")
     try:
@@ -231,18 +192,12 @@ def check_categories(
     may_have_more: bool = False,
     own_names: bool = False,
 ) -> None:
-    """Refuses a file whose categories are not those of the label space.
+    """Refuses categories that are not the label space's; FileError names the first at fault.
 
     Args:
-      path: of the file.
-      categories: of the file; what they say of things must agree where they say it.
-      vocabulary: the label space.
       must_have_all: a class that the file lacks is a fault, too.
       may_have_more: categories that the label space lacks are none.
       own_names: the file may call the classes by other names.
-
-    Raises:
-      FileError: naming the first category that differs.
     """
     kind = {True: "a thing", False: "stuff", None: "either"}
     rows = zip(vocabulary.category_ids, vocabulary.names, vocabulary.is_thing, strict=True)

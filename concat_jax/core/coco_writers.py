@@ -31,13 +31,9 @@ from concat_jax.core.vocabulary import Vocabulary
 class StreamedJson:
     """A json of long lists, written entry by entry, that appears when it is complete.
 
-    A context manager. Entries go to files beside it, so memory does not grow with their number;
-    these are removed when the block ends, and the json is not written when it raises. Several hosts
-    with one such writer each, of one path that all of them see, make one json: the first puts the
-    entries of all together.
-
-    Attributes:
-      json_path: of the json.
+    Entries go to files beside it, so memory does not grow; they are removed when the `with` block
+    ends, and the json is not written when it raises. Hosts with a writer each of one path that all
+    of them see make one json: the first puts the entries together.
     """
 
     def __init__(
@@ -46,11 +42,7 @@ class StreamedJson:
         head: Mapping[str, Any] | None = None,
         lists: Sequence[str] = ("",),
     ):
-        """Opens the files; their folder is made.
-
-        Args:
-          head: what stands before the lists; None makes a json that is one list.
-        """
+        """`head` is what stands before the lists; None makes a json that is one list."""
         self.json_path = pathlib.Path(json_path)
         self._head, self._lists = head, tuple(lists)
         self.json_path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,10 +106,9 @@ class StreamedJson:
 
 
 def result_names(file_names: Sequence[str]) -> list[str]:
-    """A name for the result of each image that no other shares: its path without the extension.
+    """A name for the result of each image, its path without the extension, that no other shares.
 
-    Of paths that differ in nothing else, or in case only, which some file systems do not tell
-    apart, the later get -2, -3 and so on.
+    Names that differ in nothing or in case only, for some file systems, get -2, -3 and so on.
     """
     stems = [pathlib.PurePath(name).with_suffix("").as_posix() for name in file_names]
     reserved = {stem.casefold() for stem in stems}
@@ -186,12 +177,7 @@ def _image(image_id: ImageId, file_name: str, size: Sequence[int]) -> dict[str, 
 
 
 class PanopticWriter(_Writer):
-    """`<folder>/<name>/*.png` in COCO's colours and `<folder>/<name>.json`, as panopticapi takes.
-
-    Attributes:
-      png_folder: of the PNGs.
-      json_path: of the json.
-    """
+    """`<folder>/<name>/*.png` in COCO's colours and `<folder>/<name>.json`, as panopticapi takes."""
 
     def __init__(
         self,
@@ -200,11 +186,6 @@ class PanopticWriter(_Writer):
         *,
         name: str = "panoptic_predictions",
     ):
-        """Makes the folders.
-
-        Args:
-          name: of the json and of the PNG folder beside it (panopticapi's default layout).
-        """
         super().__init__(vocabulary)
         self.png_folder = pathlib.Path(folder) / name
         self.json_path = self.png_folder.with_name(f"{name}.json")
@@ -221,18 +202,11 @@ class PanopticWriter(_Writer):
         *,
         result: str = "",
     ) -> None:
-        """Writes one image.
+        """Writes one image's `id_map` [H, W], 0 void; areas and boxes are measured on it.
 
-        Args:
-          image_id: as in the ground truth json.
-          id_map: [H, W] int, 0 void.
-          segments: mappings with "id" and "label" (class index), optionally "score" and "iscrowd".
-            Areas and boxes are measured on the map.
-          result: name of the PNG without its extension, if not the image's.
-
-        Raises:
-          ValueError: if ids of map and list differ (the official tool refuses such files), a label
-            is outside the vocabulary, or the PNG name was written before.
+        `segments` have "id" and "label" (class index), optionally "score" and "iscrowd". Raises
+        ValueError if their ids are not the map's (the official tool refuses such files), a label is
+        no class, or the PNG name was written before.
         """
         listed = [int(segment["id"]) for segment in segments]
         ids, areas = np.unique(id_map, return_counts=True)
@@ -265,9 +239,6 @@ class InstanceWriter(_Writer):
     """A list of {image_id, file_name, category_id, segmentation, score}, and its manifest.
 
     Without boxes: pycocotools' `loadRes` would take their areas for those of the masks.
-
-    Attributes:
-      json_path: of the list.
     """
 
     def __init__(self, json_path: str | os.PathLike[str], vocabulary: Vocabulary):
@@ -289,12 +260,8 @@ class InstanceWriter(_Writer):
     ) -> None:
         """Writes the n instances of one image; scores keep all digits, as ties decide AP.
 
-        Args:
-          image_id: as in the ground truth json.
-          codes: n masks, as `encode_rle` has them.
-
-        Raises:
-          ValueError: if a label is outside the vocabulary or a score is not finite.
+        `codes` are of `encode_rle`. Raises ValueError for a label that is no class or a score not
+        finite.
         """
         for label, score, code in zip(labels, scores, codes, strict=True):
             category = self._checked(int(label), image_id)
@@ -330,15 +297,8 @@ class SemanticWriter(_Writer):
     def add(
         self, image_id: ImageId, file_name: str, labels: np.ndarray, *, result: str = ""
     ) -> None:
-        """Writes one image.
-
-        Args:
-          image_id: as in the ground truth.
-          labels: [H, W] ints, class indices or -1 for void.
-          result: name of the PNG without its extension, if not the image's.
-
-        Raises:
-          ValueError: if a label is no class, or the PNG name was written before.
+        """Writes [H, W] class indices, -1 void; ValueError if one is no class or the name was
+        written.
         """
         labels = np.asarray(labels)
         present, areas = np.unique(labels, return_counts=True)

@@ -38,13 +38,9 @@ class ImageError(FileError):
 
 @contextlib.contextmanager
 def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Opens an image file for a `with` block, in which it is to be decoded by `load`.
+    """Opens an image for a `with` block that decodes it by `load`; it outlives the block.
 
-    Yields:
-      The image as Pillow opens it, without EXIF rotation. Once loaded, it outlives the block.
-
-    Raises:
-      ImageError: if the file cannot be opened, or decoded within the block.
+    EXIF rotation is not applied. Raises ImageError if it cannot be opened or decoded.
     """
     path = pathlib.Path(path)
     try:
@@ -72,13 +68,9 @@ def _reason(path: pathlib.Path, error: Exception) -> str:
 
 
 def read_json(path: str | os.PathLike[str], *, constants: bool = False) -> Any:
-    """The content of a JSON file in UTF-8, with or without a byte order mark.
+    """A JSON file's content, in UTF-8 with or without mark; ValueError if it is missing or no JSON.
 
-    Args:
-      constants: let NaN and Infinity pass, for a reader that can say where they are.
-
-    Raises:
-      ValueError: if the file is missing, cannot be read, or is not JSON.
+    `constants` lets NaN and Infinity pass, for a reader that can say where they are.
     """
     path = pathlib.Path(path)
 
@@ -94,11 +86,7 @@ def read_json(path: str | os.PathLike[str], *, constants: bool = False) -> Any:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The content of a text file in UTF-8, with or without a byte order mark.
-
-    Raises:
-      ValueError: if the file is missing, cannot be read, or is no UTF-8.
-    """
+    """A text file in UTF-8, with or without mark; ValueError if it is missing or something else."""
     try:
         return pathlib.Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -111,13 +99,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A file that appears under its name whole, or not at all.
+    """Yields the path to write a file to that appears under its name whole, or not at all.
 
-    Yields:
-      The path to write to, in the same folder. It is removed if the block raises.
-
-    Raises:
-      FileError: if the file cannot be written: a full disk, a folder that is read-only or a file.
+    Raises FileError if it cannot be written: a full disk, a folder that is read-only or a file.
     """
     path = pathlib.Path(path)
     # Not the process's number: hosts in containers share numbers, and may share the folder.
@@ -147,15 +131,7 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Writes strict, indented JSON; the file appears whole or not at all.
-
-    Args:
-      content: nested mappings, sequences, strings, numbers, numpy scalars and arrays; what is not
-        finite becomes null.
-
-    Raises:
-      TypeError: if the content holds something that JSON has no form for.
-    """
+    """Writes strict, indented JSON, whole or not at all; numbers that are not finite become null."""
     text = json.dumps(_jsonable(content), indent=1, allow_nan=False)
     with replacing(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")

@@ -29,10 +29,9 @@ Counts = TypeVar("Counts", bound=Summable)
 
 
 def sum_over_hosts(counts: Counts) -> Counts:
-    """The counts of all hosts' images together; every host must call it, as often as the others.
+    """The counts of all hosts together; every host must call it, as often as the others.
 
-    The hosts' counts are added in their order, so that all hosts return the same to the last bit.
-    With one host, `counts` itself.
+    They are added in the order of the hosts, so that all return the same to the last bit.
     """
     if jax.process_count() == 1:
         return counts

@@ -26,14 +26,9 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
 
 
 def checked_rle(rle: Mapping[str, Any], size: Sequence[int] | None = None) -> dict:
-    """A code of anybody's, compressed (str or bytes) or a list of counts, as `encode_rle` has it.
+    """Anybody's code, compressed or a list of counts, as `encode_rle` has it.
 
-    Args:
-      rle: "size" and "counts".
-      size: (H, W) that the mask must have.
-
-    Raises:
-      ValueError: if the size is another, or the counts are damaged or do not fill it.
+    Raises ValueError if it is not of `size` (H, W), or the counts are damaged or do not fill it.
     """
     shape, counts = rle.get("size"), rle.get("counts")
     if (
@@ -75,13 +70,9 @@ def _overflows(counts: str, pixels: int) -> bool:
 
 
 def polygons_to_rle(polygons: Sequence[Sequence[float]], size: Sequence[int]) -> dict:
-    """The code of a mask outlined by polygons, pixel for pixel as pycocotools rasterises them.
+    """The code of a union of polygons, x and y in turn, rasterised as pycocotools does.
 
-    Args:
-      polygons: each x and y in turn, at least three points; the mask is their union.
-
-    Raises:
-      ValueError: if a polygon has too few numbers, an odd number, or one that is not finite.
+    Raises ValueError for a polygon of under three points, an odd number, or one that is not finite.
     """
     arrays = []
     for polygon in polygons:
@@ -101,11 +92,7 @@ def polygons_to_rle(polygons: Sequence[Sequence[float]], size: Sequence[int]) ->
 
 
 def ids_to_rgb(id_map: np.ndarray) -> np.ndarray:
-    """Id map [H, W] of ints in 0..MAX_ID to COCO's colours [H, W, 3] uint8, id = R + 256G + 65536B.
-
-    Raises:
-      ValueError: if an id does not fit.
-    """
+    """Id map [H, W] to COCO's colours [H, W, 3] uint8, id = R + 256G + 65536B; ValueError beyond."""
     ids = np.asarray(id_map).astype(np.int64)
     if ids.size and (ids.min() < 0 or ids.max() > MAX_ID):
         raise ValueError(
@@ -123,11 +110,7 @@ def bounding_box(mask: np.ndarray) -> list[int]:
 
 
 def read_id_map(path: pathlib.Path, json_path: pathlib.Path) -> np.ndarray:
-    """Decodes a panoptic PNG to its ids R + 256 G + 65536 B, [H, W] uint32.
-
-    Raises:
-      FileError: if it is missing or damaged, or has no colours.
-    """
+    """Ids R + 256G + 65536B of a panoptic PNG, [H, W] uint32; FileError if damaged or colourless."""
     if not path.is_file():
         raise FileError(f"{json_path} names {path}, which does not exist; say where the PNGs are.")
     with open_image(path) as image:
@@ -151,17 +134,10 @@ def segment_rows(
     *,
     may_hide: bool = False,
 ) -> np.ndarray:
-    """A PNG's ids as rows of the json's list, checked one against the other.
+    """A PNG's ids [H, W] as rows of the json's list, r + 1 for row r, uint8 or uint16, 0 void.
 
-    Args:
-      id_map: [H, W], of `read_id_map`.
-      may_hide: a segment without a pixel is no fault: others were painted over it.
-
-    Returns:
-      [H, W] uint8, or uint16 for more than 255 segments: 0 void, r + 1 where segment r is.
-
-    Raises:
-      FileError: if PNG and json do not hold the same segment ids, as panopticapi demands.
+    Raises FileError if PNG and json do not hold the same ids, as panopticapi demands; with
+    `may_hide` a segment without a pixel is no fault: others were painted over it.
     """
     flat = id_map.ravel()
     # Segments are long runs: a look-up for each run instead of each pixel is far faster.

@@ -20,26 +20,11 @@ def prefetch(
 ) -> Iterator[T]:
     """Yields batch_fn(start_step), batch_fn(start_step + 1), ... in this order, computed ahead.
 
-    Because `batch_fn` is a function of the step alone, there is no state to save: a resumed run
-    calls this with the step it resumes at. At most `depth` batches are computed or waiting at any
-    time, besides the one the consumer holds. Work starts at the first `next`. Closing the iterator
-    (or leaving a `for` loop over the only reference to it) cancels what has not begun, waits for
-    what has, and leaves no thread behind. Nothing is put on a device here.
-
-    Args:
-      batch_fn: called as batch_fn(step), from several threads at once.
-      start_step: the first step, >= 0.
-      num_steps: how many steps, >= 0; None never ends.
-      depth: how many batches to work ahead, >= 1.
-      num_threads: how many batches are computed at the same time, >= 1; more than `depth` is of
-        no use.
-
-    Returns:
-      An iterator (a generator, with `close`) over the batches. An exception of `batch_fn(step)`
-      is raised as it is, when the consumer reaches that step, after all batches before it.
-
-    Raises:
-      ValueError: at the call, if a number is out of range.
+    `batch_fn` is a function of the step alone and is called from several threads, so there is no
+    state to save: a resumed run starts at the step it resumes at. At most `depth` batches are
+    computed or waiting, besides the one that the consumer holds; an exception is raised at its
+    step, after all batches before it. Closing the iterator waits for what was begun and leaves no
+    thread behind. Nothing is put on a device here. Raises ValueError for a number out of range.
     """
     if start_step < 0:
         raise ValueError(f"start_step is {start_step} and must not be negative.")

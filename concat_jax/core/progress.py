@@ -16,13 +16,7 @@ class Progress:
     def __init__(
         self, name: str, start: int, total: int, batch_size: int = 1, *, every: float = 30.0
     ):
-        """Args:
-        name: at the head of each line.
-        start: steps done before, by an earlier run.
-        total: steps in all.
-        batch_size: items a step.
-        every: seconds between two lines of `tick`.
-        """
+        """`name` heads each line; `start` steps were done by an earlier run; `every` is in seconds."""
         self._name, self._total, self._batch_size, self._every = name, total, batch_size, every
         self._last, self._last_time = start, time.monotonic()
         self._rate: float | None = None

@@ -20,11 +20,10 @@ def enable_compilation_cache() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have freed memory stay with the process, for the next step to use.
+    """Has memory that is freed from now on stay with the process, for the next step to use.
 
-    A step on a CPU takes gigabytes and gives them back at its end. By default glibc returns them to
-    the system, which then clears every page anew for the next step. Elsewhere than on glibc this
-    does nothing. It holds for what is allocated after the call.
+    A step on a CPU takes gigabytes and gives them back at its end; glibc returns them to the
+    system, which clears every page anew for the next one. Without glibc this does nothing.
     """
     if not sys.platform.startswith("linux"):
         return

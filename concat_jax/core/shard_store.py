@@ -1,10 +1,9 @@
 """Arrays on disk in shards that appear whole or not at all, and what they were made of.
 
 A store is a folder with a manifest, which says what its content depends on, and the shards
-`00000.safetensors`, `00001.safetensors`, ... Whoever was killed while filling it goes on with the
-shards that are missing, and several hosts that see one folder fill disjoint ones. A shard carries
-the hash of its manifest, its own number and a checksum. The format is safetensors and not npz
-because its arrays can be mapped into memory.
+`00000.safetensors`, ... Whoever was killed goes on with those that are missing, and hosts that see
+one folder fill disjoint ones. A shard carries the hash of its manifest, its number and a checksum.
+Safetensors, not npz, because its arrays can be mapped into memory.
 """
 
 from __future__ import annotations
@@ -35,14 +34,7 @@ class StoreError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class StoreKind:
-    """What is stored, for the file names and the sentences.
-
-    Attributes:
-      content: for example "the query bank".
-      arrays: names of a shard's arrays.
-      again: what brings back a shard or a store that was deleted.
-      manifest: name of the file that says what the content depends on.
-    """
+    """What is stored, for file names and sentences; `again` is what brings back what was deleted."""
 
     content: str
     arrays: tuple[str, ...]
@@ -51,19 +43,9 @@ class StoreKind:
 
 
 class ShardStore:
-    """The shards of one manifest in one folder.
-
-    Attributes:
-      manifest: what the content depends on, as JSON has it.
-      stamp: its sha256 in hex.
-    """
+    """The shards of one manifest, whose sha256 is the stamp, in one folder."""
 
     def __init__(self, folder: Path, kind: StoreKind, manifest: Mapping[str, Any]):
-        """Args:
-        folder: of the store; nothing in it is read or written here.
-        kind: what is stored.
-        manifest: names to JSON values or arrays of them, nested.
-        """
         self._folder, self._kind = Path(folder), kind
         self.manifest: dict[str, Any] = json.loads(json.dumps(manifest))
         content = json.dumps(self.manifest, sort_keys=True)
@@ -71,13 +53,8 @@ class ShardStore:
 
     @classmethod
     def found(cls, folder: Path, kind: StoreKind, expected: Mapping[str, Any]) -> Self:
-        """The store that somebody filled.
-
-        Args:
-          expected: fields that its manifest must hold, nested; others may be anything.
-
-        Raises:
-          StoreError: if there is none, its manifest is damaged, or a field differs.
+        """The store that somebody filled; StoreError if there is none or a field of `expected`
+        differs.
         """
         store = cls(folder, kind, expected)
         theirs = store._read_manifest()
@@ -89,14 +66,9 @@ class ShardStore:
         return cls(folder, kind, theirs)
 
     def claim(self, *, leads: bool = True) -> None:
-        """Writes the manifest if there is none, or compares it.
+        """Writes the manifest if there is none (not `leads`: another host does), or compares it.
 
-        Args:
-          leads: False on a host that leaves the writing to another one.
-
-        Raises:
-          StoreError: if the folder was begun with another manifest; the first field that differs is
-            named with both values.
+        Raises StoreError naming the first field that differs, with both values.
         """
         theirs = self._read_manifest()
         if theirs is not None:
@@ -113,11 +85,7 @@ class ShardStore:
         return [index for index in shards if not self.path(index).is_file()]
 
     def write(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes a shard.
-
-        Raises:
-          FileError: if the disk does not take it; then nothing of it is left.
-        """
+        """Writes a shard; FileError if the disk does not take it; then nothing of it is left."""
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         metadata = {
             "manifest": self.stamp,
@@ -131,18 +99,14 @@ class ShardStore:
             partial.write_bytes(safetensors.numpy.save(arrays, metadata))
 
     def open(self, index: int) -> dict[str, np.ndarray]:
-        """A shard's arrays, mapped into memory, after one pass over them for the checksum.
-
-        Raises:
-          StoreError: naming the file, if it is missing, damaged or another store's.
+        """A shard mapped into memory; StoreError if its checksum or store is another, or it is
+        missing.
         """
         return self._open(index, verify=True)
 
     def load(self, count: int) -> dict[str, np.ndarray]:
-        """The arrays of shards 0 .. count - 1 one after the other, in memory, and nothing twice.
-
-        Raises:
-          StoreError: if one is missing, saying how many, or as `open`.
+        """The arrays of shards 0 .. count - 1 one after the other, in memory, nothing twice; as
+        `open`.
         """
         if missing := self.missing(range(count)):
             raise StoreError(
@@ -239,12 +203,8 @@ class ShardStore:
 class ShardedRows:
     """Arrays one after the other along axis 0, each of which may lie on disk.
 
-    Indexed by an integer array of rows, or by a tuple of such arrays for the first axes, all of the
-    same shape; the answer is an ordinary array. Safe to read from several threads.
-
-    Attributes:
-      shape: of the whole.
-      dtype: of the parts.
+    Indexed by an integer array of rows, or by a tuple of such for the first axes, all of one shape;
+    the answer is an ordinary array. Safe to read from several threads.
     """
 
     def __init__(self, parts: Sequence[np.ndarray]):

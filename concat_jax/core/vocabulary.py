@@ -13,16 +13,11 @@ class Vocabulary:
     """K classes in one label space; index k is what `segment_labels` hold.
 
     Attributes:
-      names: K class names as given to the text encoder's prompts.
-      is_thing: K flags, True for countable classes.
-      is_seen: K flags, True where the training set may show the class's pixels.
-      category_ids: K ids of the data set's own annotation format (COCO ids are not contiguous).
-      synonyms: K tuples of other words for the class, empty ones where none are known; () stands
-        for no synonyms at all. Classes may share a synonym.
+      is_seen: True where the training set may show the class's pixels.
+      category_ids: of the data set's own annotation format (COCO ids are not contiguous).
+      synonyms: other words for each class, which classes may share; () for none at all.
 
-    Raises:
-      ValueError: if the lengths differ, a name or a synonym is empty or a name or an id occurs
-        twice.
+    Raises ValueError if lengths differ, a word is empty, or a name or an id occurs twice.
     """
 
     names: tuple[str, ...]

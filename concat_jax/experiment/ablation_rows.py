@@ -14,14 +14,10 @@ from concat_jax.core.config import check_choice
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A stage that is made of one of the config's, and scored where it has a title.
+    """A stage made of one of the config's with some `changes`, scored where it has a title.
 
-    Attributes:
-      title: its name in the table; "" for a stage that other rows take from.
-      stage: of `config.train`, which the row copies.
-      changes: field of the stage, as "method.global_weight", to its value in this row.
-      takes: subtree to the row that gives it, where that is not the config's stage; None: it is
-        not taken.
+    `takes` is subtree to the row that gives it, where that is not the config's stage; None: it is
+    not taken.
     """
 
     title: str

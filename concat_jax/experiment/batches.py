@@ -22,17 +22,7 @@ BatchFn = Callable[[int], Mapping[str, np.ndarray]]
 
 
 def stage_batches(experiment: Experiment, name: str, text: np.ndarray | None) -> BatchFn:
-    """The batches of a stage, each a pure function of its step.
-
-    Args:
-      text: [K, C] or [K, S, C] text embeddings, which only a query bank needs.
-
-    Returns:
-      step -> this host's rows of the batch.
-
-    Raises:
-      ValueError: as `query_bank`.
-    """
+    """Step -> this host's rows of a stage's batch; only a query bank needs the text embeddings."""
     setup, settings = experiment.setup, experiment.setup.stages[name]
     source = learns_from(settings)
     if source == "images":
@@ -51,14 +41,8 @@ def stage_batches(experiment: Experiment, name: str, text: np.ndarray | None) ->
 def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank:
     """The bank that a stage learns from, extracted into the folder of the stage of its segmentor.
 
-    A bank belongs to the weights that made it; for an oracle it also shows unseen classes.
-
-    Args:
-      text: [K, C] or [K, S, C] text embeddings.
-
-    Raises:
-      ValueError: if the bank there is of other weights or settings, holds no seen class, or is
-        smaller than a batch; or if an oracle's images are not to be had.
+    A bank belongs to the weights that made it; for an oracle it also shows unseen classes. Raises
+    ValueError if the bank there is another, holds no seen class or is smaller than a batch.
     """
     setup, datasets = experiment.setup, experiment.datasets
     config, settings = setup.config, setup.stages[name]

@@ -30,14 +30,7 @@ def check_text(text: ml_collections.ConfigDict) -> None:
 
 
 def make_tokenizer(config: ml_collections.ConfigDict, caption_words: Sequence[str]) -> Tokenizer:
-    """The tokenizer that a config asks for.
-
-    Args:
-      config: whole, for `text` and `init.clip`.
-
-    Raises:
-      ValueError: if CLIP's vocabulary is configured nowhere or cannot be read.
-    """
+    """The tokenizer that a config asks for; ValueError if CLIP's vocabulary is nowhere."""
     text = config.text
     check_choice(text.tokenizer, ("words", "clip"), "config.text.tokenizer is")
     if text.tokenizer == "words":
@@ -81,12 +74,7 @@ class ClassEmbeddings:
         tokenizer: Tokenizer,
         clip_params: Callable[[str], Params],
     ):
-        """Args:
-        text: a config's `text` section: templates, synonyms, cleaning and cache.
-        clip: the CLIP module.
-        tokenizer: of its text tower.
-        clip_params: source -> CLIP's parameters as a stage, or "init", gave them.
-        """
+        """`clip_params` gives the parameters of the CLIP of a source, a stage or "init"."""
         self._text, self._clip, self._tokenizer = text, clip, tokenizer
         self._clip_params = clip_params
         self._made: dict[tuple[str, Vocabulary], np.ndarray] = {}
@@ -104,14 +92,7 @@ class ClassEmbeddings:
         )
 
     def get(self, source: str, vocabulary: Vocabulary) -> np.ndarray:
-        """Embeddings of a vocabulary, [K, C] or [K, S, C], see `TextTower.embed`.
-
-        Args:
-          source: stage whose CLIP embeds the names, or "init".
-
-        Raises:
-          ValueError: as `check_names`.
-        """
+        """Embeddings of a vocabulary by the CLIP of `source`, see `TextTower.embed`."""
         if (source, vocabulary) not in self._made:
             # Several hosts run the tower together: none may find its answer on a disk of its own.
             cache = self._text.cache if jax.process_count() == 1 else ""

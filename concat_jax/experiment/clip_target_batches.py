@@ -52,11 +52,8 @@ def plan_batches(
 ) -> list[PlannedBatch]:
     """Which images go together, so that few rows stay empty and shards finish one after another.
 
-    A batch takes images of several shards where one alone does not fill it, but waits for the
-    next ones only so long as about four batches of the least bucket are waiting in all.
-
-    Args:
-      pictures: segments a batch may hold, over all devices.
+    A batch of at most `pictures` segments over all devices takes images of several shards where one
+    alone does not fill it, but waits only so long as about four least batches are waiting in all.
     """
     rows_of = functools.partial(batch_rows, pictures=pictures, multiple=multiple)
     patience = 4 * rows_of(Bucket(SMALLEST_SIDE, FEWEST_SEGMENTS)) // images_per_shard

@@ -36,13 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class FillReport:
-    """What a call did.
-
-    Attributes:
-      skipped: shards that were finished before.
-      written: shards that it finished.
-      bad_images: images left out because they cannot be read, as training leaves them out.
-    """
+    """Shards that a call skipped and wrote, and images left out as unreadable, as training does."""
 
     skipped: int
     written: int
@@ -80,18 +74,11 @@ def fill_cache(
     process_index: int = 0,
     process_count: int = 1,
 ) -> FillReport:
-    """Write the shards that this host owns and that are not there yet.
+    """Writes the shards that this host owns and that are not there yet.
 
-    Args:
-      folder: of the cache; made if absent, refused if it holds another cache.
-      identity: `weights`, `clip` and `crops`, as `clip_target_identity` gives them.
-      images_per_shard: a killed command loses at most the shards it was working on.
-      process_index: shards whose index leaves this remainder by `process_count` are this host's.
-
-    Raises:
-      StoreError: if the folder holds another cache.
-      FileError: for an image that cannot be read.
-      FileError: if a shard cannot be written.
+    A killed command loses at most the shards it was working on. A host owns the shards whose index
+    leaves `process_index` modulo `process_count`. Raises StoreError if the folder holds another
+    cache, FileError for an image that cannot be read or a shard that cannot be written.
     """
     records = [data.records[i] for i in data.training_indices]
     described = dataset_identity(records, data.vocabulary.category_ids)
@@ -257,14 +244,9 @@ def cache(
     process_index: int = 0,
     process_count: int = 1,
 ) -> FillReport:
-    """Fill `config.data.clip_targets` with what the config's CON stage would compute.
+    """Fills `config.data.clip_targets` with what the config's CON stage would compute.
 
-    Args:
-      workdir: of the run that trained CLIP, where it is not a file.
-      images_per_shard, pictures_per_device, process_index, process_count: as `fill_cache`.
-
-    Raises:
-      ValueError: for a config with nothing to cache, and as `fill_cache` and `Experiment`.
+    `workdir` is of the run that trained CLIP, where it is not a file. Raises as `fill_cache`.
     """
     if config.data.kind == "synthetic":
         raise ValueError(

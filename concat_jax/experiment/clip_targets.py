@@ -30,13 +30,9 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def check_clip_targets(experiment: Experiment, name: str, *, with_weights: bool) -> None:
-    """Refuse cached targets that stage `name` must not learn from, before it compiles.
+    """Refuses cached targets that a stage must not learn from, before it compiles.
 
-    Args:
-      with_weights: also compare CLIP's parameters, which have to be read for that.
-
-    Raises:
-      ValueError: saying what to do.
+    CLIP's parameters have to be read for `with_weights`. Raises ValueError saying what to do.
     """
     setup = experiment.setup
     if not set(con.TARGET_FIELDS) <= set(setup.make_stage(name).batch_fields):

@@ -9,17 +9,9 @@ from concat_jax.models.networks import Params
 
 
 def copy_parameters(params: Params, target: str, taken: Params, source: str) -> Params:
-    """Copy into a part of `params` every parameter that a part of `taken` has at the same place.
+    """A new tree with what "subtree/module" `source` of `taken` has at the places of `target`.
 
-    Args:
-      target: "subtree/module" in it.
-      source: "subtree/module" in it.
-
-    Returns:
-      A new tree; the counts are printed.
-
-    Raises:
-      ValueError: if a part does not exist or a parameter has another shape.
+    Raises ValueError if a part does not exist or a parameter has another shape.
     """
 
     def flat(tree: Params, prefix: str) -> dict[str, jax.Array]:

@@ -41,16 +41,7 @@ if TYPE_CHECKING:
 
 
 class Experiment:
-    """The stages of one config in one workdir.
-
-    Attributes:
-      setup: what the config says.
-      datasets: what the stages learn from and are evaluated on.
-      workdir: with a folder a stage.
-      mesh: the devices that train.
-      parameters: by the stage that gave them.
-      embeddings: of the class names.
-    """
+    """The stages of one config in one workdir."""
 
     def __init__(
         self,
@@ -60,16 +51,7 @@ class Experiment:
         *,
         trains: bool = True,
     ):
-        """Args:
-        config: as the files in `configs/` make it.
-        workdir: gets a folder a stage, `config.json` and `report.json`.
-        datasets: training, caption and evaluation data.
-        trains: False where only what stages gave is wanted; then nothing is written, and cached
-          CLIP targets need not be there yet.
-
-        Raises:
-          ValueError: for a config that cannot be run, before anything is written.
-        """
+        """With `trains` False nothing is written, and cached CLIP targets need not be there yet."""
         self.setup = setup = make_setup(config, datasets)
         self.workdir, self.datasets = workdir, datasets
         self.mesh = make_mesh(config.mesh.devices)
@@ -212,11 +194,8 @@ class Experiment:
     def sweep(
         self, name: str, examples: Iterable[Mapping], gammas: Iterable[float]
     ) -> dict[float, dict]:
-        """Score what holds after stage `name` at many γ: `calibration.sweep` on the examples.
-
-        Raises:
-          ValueError: for a γ out of range, or if the config evaluates on another data set than it
-            trains on.
+        """What holds after a stage, scored at many γ; ValueError for evaluation on another data
+        set.
         """
         if self.setup.eval_vocabulary is not self.setup.vocabulary:
             raise ValueError(

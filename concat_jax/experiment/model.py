@@ -102,15 +102,10 @@ def is_workdir(folder: Path) -> bool:
 
 
 def open_model(path: str | Path, *, stage: str = "", dtype: str = "") -> Model:
-    """A model in memory.
+    """A model from a workdir, or from a folder that `python -m concat_jax.convert` made.
 
-    Args:
-      path: a workdir, or a folder that `python -m concat_jax.convert` made.
-      stage: of a workdir; "" takes the last that its config evaluates.
-      dtype: compute type; "" is the model's own.
-
-    Raises:
-      ValueError: if the folder is neither, the stage has not finished, or what is there is damaged.
+    `stage` "" takes the last that the config evaluates, `dtype` "" the model's own. Raises
+    ValueError if the folder is neither, the stage has not finished, or what is there is damaged.
     """
     folder = Path(path)
     if (folder / CARD_NAME).is_file():
@@ -135,14 +130,7 @@ def open_model(path: str | Path, *, stage: str = "", dtype: str = "") -> Model:
 def export_workdir(
     workdir: str | Path, destination: str | Path, *, stage: str = "", overwrite: bool = False
 ) -> None:
-    """Writes what holds after a stage as a model's folder, to be handed to somebody.
-
-    Args:
-      stage: as of `open_model`.
-
-    Raises:
-      ValueError: as `open_model`, or if the destination is taken.
-    """
+    """Writes what holds after a stage as a model's folder, to be handed to somebody."""
     check_destination(destination, overwrite=overwrite)
     model = load_workdir(Path(workdir), stage)
     for name, tree in model.params.items():
@@ -154,14 +142,7 @@ def export_workdir(
 
 
 def load_workdir(workdir: Path, stage: str = "") -> LoadedModel:
-    """What holds after a stage of a workdir, without optimizer and image tower of CLIP.
-
-    Args:
-      stage: "" takes the last that the config evaluates.
-
-    Raises:
-      ValueError: as `open_model`.
-    """
+    """What holds after a stage of a workdir, without optimizer and image tower of CLIP."""
     config = unflatten(read_json(workdir / CONFIG_NAME))
     fields = {field.name for field in dataclasses.fields(PredictConfig)}
     given = config.eval.get("settings", {})

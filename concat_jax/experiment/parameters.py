@@ -39,14 +39,9 @@ class Parameters:
         return is_saved(self._workdir, name, self._setup.stages[name].steps)
 
     def get(self, subtree: str, source: str) -> Params:
-        """Parameters of a subtree.
+        """A subtree as a stage, or `INIT` for a file of `config.init`, gave it.
 
-        Args:
-          subtree: of `Networks`.
-          source: the stage that gave it, or `INIT` for what a file of `config.init` holds.
-
-        Raises:
-          ValueError: if the stage has no checkpoint, or what is there does not fit the config.
+        Raises ValueError if there is no checkpoint, or what is there does not fit the config.
         """
         if (subtree, source) not in self._given:
             networks = self._setup.networks_of(source)
@@ -94,15 +89,7 @@ class Parameters:
 
 
 def initial_path(config: ml_collections.ConfigDict, subtree: str) -> Path | None:
-    """Where the weights of a subtree that no stage gives are; None for random numbers.
-
-    Args:
-      config: whole, for `init`.
-      subtree: "clip" or "segmentor".
-
-    Raises:
-      ValueError: for another subtree, or if nothing usable is there.
-    """
+    """Where "clip" or "segmentor" is read from if no stage gives it; None for random numbers."""
     check_choice(subtree, ("clip", "segmentor"), "config.init cannot hold")
     path = config.get("init", {}).get(subtree, "")
     if subtree == "segmentor":

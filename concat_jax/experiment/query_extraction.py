@@ -1,8 +1,7 @@
 """From a stage's segmentor and the training images to the query bank of its workdir.
 
-A bank is a `ShardStore`, mapped into memory when it is read. Several hosts see one folder, as they
-do for checkpoints. Every host holds the queries of a batch once they are extracted, and writes
-those of its own shards: index modulo the number of hosts.
+All hosts see the bank's folder, and hold the queries of a batch once they are extracted; each
+writes its own shards, index modulo the number of hosts.
 """
 
 from __future__ import annotations
@@ -44,14 +43,11 @@ class BankConfig:
     """`config.bank`, how queries lie on disk.
 
     Attributes:
-      dtype: "float32" keeps what the segmentor gives. "float16" halves the bank: a query leaves a
-        LayerNorm, so its numbers are near 1 and are moved by a few ten-thousandths, where those of
-        one class differ by tenths. bfloat16 would take as much room and move them eight times as
-        far.
+      dtype: "float16" halves the bank: a query leaves a LayerNorm, so its numbers are near 1 and
+      move
+        by a few ten-thousandths, where those of one class differ by tenths. bfloat16 would move
+        them eight times as far.
       images_per_shard: rounded up to whole batches; a kill costs as many at most.
-
-    Raises:
-      ValueError: for another dtype, or shards of nothing.
     """
 
     dtype: str = "float32"
@@ -82,18 +78,11 @@ def extract_bank(
     """The bank in `folder`, extracted on all devices of all hosts as far as it is not there.
 
     Args:
-      folder: of the bank, which all hosts see.
-      identity: what the queries depend on, see `fill_bank`.
       context: for the networks, the label space and the weights of the matching cost.
       params: holds "segmentor" and "projector", trained together.
       text: [K, C] or [K, S, C] text embeddings.
-      num_batches: steps 0 .. num_batches - 1 make the bank.
 
-    Returns:
-      queries [M, N, D], on disk, and labels [M, N] int16.
-
-    Raises:
-      ValueError: as `fill_bank`.
+    Otherwise, and in what it returns and raises, as `fill_bank`.
     """
     extract_fn = jax.jit(
         functools.partial(extract_queries, context),
@@ -133,10 +122,10 @@ def fill_bank(
     process_index: int = 0,
     process_count: int = 1,
 ) -> tuple[ShardedRows, np.ndarray]:
-    """Open the bank in `folder`, after extracting the shards that it lacks, on all hosts together.
+    """Opens the bank in `folder`, after extracting the shards that it lacks, on all hosts together.
 
     Args:
-      folder: of the bank, the same for all hosts; made if absent.
+      folder: the same for all hosts; made if absent.
       identity: what the queries depend on; a bank with another identity is refused.
       extract: batch of images -> queries [B, N, D] and labels [B, N] of the global batch, class
         index or -1, on every host. All hosts call it as often.
@@ -146,9 +135,7 @@ def fill_bank(
       queries [M, N, D] of the config's dtype, on disk, and labels [M, N] int16, in memory, 9 MB of
       COCO's. Row s·B + b is image b of step s.
 
-    Raises:
-      ValueError: if the folder holds another bank or a damaged one, there is nothing to extract, or
-        a query cannot be stored.
+    Raises ValueError for another or a damaged bank, nothing to extract, or a query not storable.
     """
     if num_batches < 1:
         raise ValueError(

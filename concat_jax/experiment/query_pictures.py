@@ -38,14 +38,10 @@ def _text(run: Experiment, name: str) -> np.ndarray:
 
 
 def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Vision queries of evaluation images that hold a segment, and the class of each.
+    """Queries [M, D] float32 of at most `num_images` evaluation images that hold a segment; classes
+    [M].
 
-    Args:
-      source: stage that trained the segmentor and the projector that queries are matched with.
-      num_images: at most so many.
-
-    Returns:
-      (queries [M, D] float32, labels [M] int32).
+    `source` is the stage of the segmentor and of the projector that queries are matched with.
     """
     params = {s: run.parameters.get(s, source) for s in ("segmentor", "projector")}
     text = jnp.asarray(_text(run, source))
@@ -85,21 +81,12 @@ def write_picture(run: Experiment, name: str) -> Path:
 def query_figure(
     run: Experiment, name: str, *, num_images: int = 300, per_class: int = 60
 ) -> Figure:
-    """The figure of one stage.
+    """The figure of one finished stage, of `plots.query_space`.
 
     After CON the real vision queries; after CAT the pseudo queries of its generator as well; after
     the finetune both as semantic queries, which is where they are told apart, the pseudo queries
-    with the deviations that the finetune gave them.
-
-    Args:
-      name: a finished stage that `has_queries`.
-
-    Returns:
-      Of `plots.query_space`.
-
-    Raises:
-      ValueError: for another kind of stage, too few images, or a config that evaluates on another
-        data set than it trains on.
+    with the deviations that the finetune gave them. Raises ValueError for a stage without queries,
+    too few images, or a config that evaluates on another data set than it trains on.
     """
     settings = run.setup.stages[name]
     if run.setup.eval_vocabulary is not run.setup.vocabulary:

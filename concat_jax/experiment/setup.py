@@ -25,13 +25,8 @@ from concat_jax.training.optimizer import OptimizerConfig
 
 
 class Labels(Protocol):
-    """What of the data decides a run's networks; `data_pipelines.datasets.Datasets` has it.
-
-    Attributes:
-      vocabulary: all classes that training knows of, seen and unseen.
-      eval_vocabulary: those of the evaluation images where they are of another data set, else None.
-      caption_words: texts that hold every word of a caption or a class name.
-      eval_size: longer side of the network's input at evaluation.
+    """What of the data decides a run's networks; see `data_pipelines.datasets.Datasets`, which has
+    it.
     """
 
     vocabulary: Vocabulary
@@ -42,17 +37,10 @@ class Labels(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a config says, checked. `make_setup` makes it.
+    """What a config says, checked: stages in the order of `config.train`, and what they are made
+    with.
 
-    Attributes:
-      config: as the files in `configs/` make it.
-      stages: name to settings, in the order of `config.train`.
-      vocabulary: of training.
-      eval_vocabulary: of evaluation, the same object where it is the same.
-      tokenizer: of the text tower.
-      predict: how to predict at evaluation.
-      bank: how query banks lie on disk.
-      context: what every stage is made with, but for its generator.
+    `eval_vocabulary` is the same object as `vocabulary` where it is the same.
     """
 
     config: ml_collections.ConfigDict
@@ -101,11 +89,7 @@ class Setup:
         return {**self.stages[name].takes, **{s: name for s in self.make_stage(name).trains}}
 
     def optimizer(self, name: str) -> OptimizerConfig:
-        """Constants of a stage's optimizer.
-
-        Raises:
-          ValueError: for a field that there is not.
-        """
+        """Constants of a stage's optimizer; ValueError for a field that there is not."""
         where = f"config.train.{name}.optimizer"
         return build(OptimizerConfig, self.stages[name].optimizer, where)
 
@@ -113,15 +97,9 @@ class Setup:
 def make_setup(
     config: ml_collections.ConfigDict, labels: Labels, tokenizer: Tokenizer | None = None
 ) -> Setup:
-    """What a config says.
+    """What a config says; ValueError for a key that there is not, or a value that cannot be.
 
-    Args:
-      config: as the files in `configs/` make it.
-      tokenizer: one that is only asked for its sizes, where no name is to be read; None makes the
-        config's and checks the names.
-
-    Raises:
-      ValueError: for a key that there is not, or a value that cannot be.
+    A given tokenizer is only asked for its sizes; None makes the config's and checks the names.
     """
     stages = {
         name: build(StageConfig, section, f"config.train.{name}")

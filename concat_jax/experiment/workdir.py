@@ -69,20 +69,14 @@ def claim_workdir(
     write: bool,
     data_identity: Callable[[], str] | None = None,
 ) -> None:
-    """Make a workdir that of a config, or refuse one in which something else was learnt.
+    """Makes a workdir that of a config, or refuses one in which something else was learnt.
 
     Before the first checkpoint any key may change; then only what changes nothing that was learnt,
     which includes where the data lies as long as it is the same. What changes is printed and noted
-    in `changes.jsonl`, and `config.json` follows.
-
-    Args:
-      workdir: made if absent and `write`.
-      write: False where nothing is trained; then nothing is written.
-      data_identity: fingerprint of the training data, None where it is drawn.
-
-    Raises:
-      ValueError: naming the first key that must not differ, with both values; or if the workdir is
-        a file, or its config cannot be read.
+    in `changes.jsonl`, and `config.json` follows; nothing is written unless `write`.
+    `data_identity` is the fingerprint of the training data, None where it is drawn. Raises
+    ValueError naming the first key that must not differ, with both values, or if the workdir is a
+    file or cannot be read.
     """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"The workdir {workdir} is a file; name a folder.")

@@ -34,13 +34,7 @@ class RankedQueries:
 
 @flax.struct.dataclass
 class PixelCounts:
-    """Pixels of the queries, [B, N] int32 each. Tiles of one map add up.
-
-    Attributes:
-      owned: pixels where the query bids most.
-      covered: pixels of its own mask.
-      both: pixels that are both.
-    """
+    """Pixels [B, N] int32 that a query owns, that its mask covers, and both. Tiles add up."""
 
     owned: jax.Array
     covered: jax.Array
@@ -70,8 +64,6 @@ def assign_pixels(
     output the memory is about B * W * (queries_at_once * (h + strip_rows) + 2 H) floats.
 
     Args:
-      mask_logits, output_size, source_size, image_size, mask_threshold: `panoptic_inference`.
-      queries: of `rank_queries`.
       origin: [2] int (row, column) of the map's first pixel in the image, for a map that is one
         tile of the image. None: the image's first.
       strip_rows: rows handled at once, few enough to stay in the cache. Static.
@@ -81,9 +73,6 @@ def assign_pixels(
     Returns:
       (codes [B, H, W], uint8 where they fit, else uint16: what `SegmentTables.lookup` turns into
       segment ids, 0 where the best bidder's mask does not cover the pixel; PixelCounts.)
-
-    Raises:
-      ValueError: if strip_rows or queries_at_once is not positive.
     """
     if strip_rows < 1 or queries_at_once < 1:
         raise ValueError(

@@ -14,11 +14,8 @@ from concat_jax.models.semantic_projector import SemanticProjector
 
 
 class ClassScores(NamedTuple):
-    """What a head says of N queries of B images.
-
-    Attributes:
-      class_probs: [B, N, K+1] float32, the last one no-object.
-      objectness: [B, N] float32, 1 - p(no-object).
+    """Class probabilities [B, N, K+1], the last no-object, and objectness [B, N], its complement;
+    float32.
     """
 
     class_probs: jax.Array
@@ -28,9 +25,7 @@ class ClassScores(NamedTuple):
 class Head(Protocol):
     """Queries to class probabilities. A pytree: other arrays of the same shapes compile nothing.
 
-    Attributes:
-      KEEP_RULE: the keep rule that suits its scores, see `panoptic.rank_queries`.
-      num_classes: K.
+    `KEEP_RULE` is the rule of `panoptic.rank_queries` that suits its scores.
     """
 
     KEEP_RULE: ClassVar[str]
@@ -70,13 +65,11 @@ class TextHead:
     """The semantic projector and the texts of the names that compete.
 
     Attributes:
-      params: of the projector.
       text: [K, C] L2-normalised text embeddings, or [K, S, C] with one of each synonym.
       is_name: [K] bool, False for rows that only fill K up; None where there are none.
       training_text: as `text`, of the names of training, against which a query is an object or not:
         against all names asked for it would be one the likelier the more they are. None where the
         names are those of training.
-      projector: the module.
     """
 
     params: Any
@@ -120,14 +113,7 @@ FEWEST_NAMES = 32
 
 
 def text_head_for(head: TextHead, text: np.ndarray, training_text: np.ndarray) -> TextHead:
-    """A head for other names than those of training.
-
-    Args:
-      text: [K, C] or [K, S, C] of the names.
-
-    Returns:
-      A head whose K is filled up to the next of `FEWEST_NAMES` times a power of two.
-    """
+    """A head for other names, its K filled up to the next of `FEWEST_NAMES` times a power of two."""
     count = FEWEST_NAMES
     while count < len(text):
         count *= 2

@@ -28,15 +28,9 @@ _PNG_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads an image file as it is meant to be seen.
+    """An image file as it is meant to be seen, RGB [H, W, 3] uint8: EXIF rotation, first frame.
 
-    EXIF rotation is applied; of an animation the first frame is taken; all else as `to_rgb`.
-
-    Returns:
-      [H, W, 3] uint8 RGB.
-
-    Raises:
-      ImageError: the file is missing, empty, no image, damaged, too large or of an unknown range.
+    Raises ImageError if it is missing, empty, no image, damaged, too large or of an unknown range.
     """
     with warnings.catch_warnings():
         # Its threshold is the one checked below, and stray tags are no business of ours.
@@ -48,20 +42,13 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def to_rgb(image: np.ndarray | Image.Image, name: str = "The image") -> np.ndarray:
-    """Any image as 8-bit RGB.
+    """Any image of Pillow, or array [H, W] or [H, W, 1, 3 or 4] of uint8 or uint16, as [H, W, 3]
+    uint8.
 
     Transparent parts show white, as on a page; dropping the transparency instead would show
     whatever colour the file hides there. 16-bit greys are scaled to 8 bit, their range is not
-    stretched. An image of Pillow is taken as it is, without EXIF rotation.
-
-    Args:
-      image: a Pillow image of any mode, or an array [H, W] or [H, W, 1, 3 or 4], uint8 or uint16.
-
-    Returns:
-      [H, W, 3] uint8.
-
-    Raises:
-      ImageError: another array, no pixel or too many, or pixels whose range is not known (32 bit).
+    stretched. EXIF rotation is left. Raises ImageError for pixels whose range is not known (32
+    bit), too many or none.
     """
     if not isinstance(image, Image.Image):
         return _array_to_rgb(np.asarray(image), name)
@@ -118,9 +105,8 @@ def _upright(image: Image.Image) -> Image.Image:
 class Buckets:
     """The few padded shapes that images of all sizes are resized into.
 
-    Attributes:
-      short_side: the shorter side is resized to it (Mask2Former `INPUT.MIN_SIZE_TEST`).
-      long_side: unless the longer side would exceed this (`INPUT.MAX_SIZE_TEST`).
+    The shorter side becomes `short_side` (Mask2Former `INPUT.MIN_SIZE_TEST`) unless the longer
+    would exceed `long_side` (`INPUT.MAX_SIZE_TEST`).
     """
 
     short_side: int = 800
@@ -164,15 +150,10 @@ class Buckets:
         return next(s for s in self.shapes if size[0] <= s[0] and size[1] <= s[1])
 
     def prepare(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-        """Resizes and pads.
+        """[H, W, 3] uint8 resized and padded with zeros to one of `shapes`, and its (height, width)
+        in it.
 
-        Args:
-          image: [H, W, 3] uint8.
-
-        Returns:
-          (The padded image, uint8 in the shape of one of `shapes`, zero beyond the image;
-          (height, width) of the image in it.) Bilinear with antialias, as Pillow does for the
-          reference.
+        Bilinear with antialias, as Pillow does for the reference.
         """
         height, width = self.resized(*image.shape[:2])
         resized = Image.fromarray(image)

@@ -19,12 +19,8 @@ from concat_jax.inference.images import OVERLAY_SUFFIX, SUFFIXES
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What the arguments of a command stand for.
-
-    Attributes:
-      paths: images to take, each file once, in order.
-      skipped: a sentence for each group of files that are passed over, and how many they are.
-      failures: a sentence for every argument or link that stands for no file.
+    """Images to take, each once, in order; sentences for files passed over, and for arguments that
+    failed.
     """
 
     paths: list[Path]
@@ -123,14 +119,7 @@ def image_ids(names: Sequence[str]) -> list[int]:
 def data_set_names(
     paths: Sequence[Path], annotations: str | os.PathLike[str]
 ) -> tuple[list[str], list[ImageId]]:
-    """File names and ids of images in a data set.
-
-    Args:
-      annotations: a COCO json with "images", whose file names end the paths.
-
-    Raises:
-      FileError: if an image is not listed, or cannot be told from another.
-    """
+    """File names and ids that a COCO json lists; FileError if an image is not there or ambiguous."""
     content = read_json(annotations)
     if not isinstance(content, dict):
         raise FileError(f"{annotations} is no COCO json with 'images'.")

@@ -12,14 +12,7 @@ from concat_jax.inference.resize import resize_on_host
 
 @dataclasses.dataclass(frozen=True)
 class Instance:
-    """One instance of one image; instances may overlap.
-
-    Attributes:
-      query: index of the query it came from.
-      label: class index.
-      score: class probability times mask quality, 0..1.
-      rle: its mask in COCO's run-length encoding; a hundred full masks would be too many.
-    """
+    """One instance, which others may overlap: its query, class, score (class times mask) and mask."""
 
     query: int
     label: int
@@ -42,7 +35,7 @@ def instance_inference(
     top: int = 100,
     score_threshold: float = 0.0,
 ) -> list[Instance]:
-    """Mask2Former's instance post-processing of one image.
+    """Mask2Former's instance post-processing of one image; instances by descending score.
 
     The `top` best of all N * K pairs of query and class are taken, so a query may appear with
     several classes. A pair's score is its class probability times its mask's quality, the mean
@@ -55,12 +48,8 @@ def instance_inference(
       source_size: (height, width) of the valid extent of mask_logits, may be a fraction. None: all.
       is_thing: [K] bool: only these classes' pairs are kept, after the best `top` are chosen, as
         the reference does for panoptic models. None keeps all.
-      top: 100, COCO's limit of detections an image.
-      score_threshold: pairs whose score does not exceed it are left out; 0 in the reference, where
-        average precision wants them all.
-
-    Returns:
-      Instances by descending score. Those without a pixel are left out.
+      top: 100, COCO's limit of detections an image. score_threshold: a score must exceed it; 0 in
+      the reference, where average precision wants all.
     """
     probs = class_probs[:, :-1]
     num_classes = probs.shape[1]

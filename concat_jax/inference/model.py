@@ -34,24 +34,14 @@ class Model:
         model = Model.from_folder("models/mine")
         predictor = model.predictor(classes=vocabulary)
 
-    Attributes:
-      card: what it is.
-      vocabulary: the names of its head or, where text names them, of training; where nothing said
-        which are things, all are.
-      notice: a sentence on what it cannot do as asked, or "".
+    `vocabulary` has the names of its head or, where text names them, of training. `notice` is a
+    sentence on what it cannot do as asked, or "".
     """
 
     def __init__(
         self, params: Any, card: ModelCard, tokenizer: Tokenizer | None = None, *, dtype: str = ""
     ):
-        """Args:
-        params, card: as `load_model` gives them.
-        tokenizer: of the text tower.
-        dtype: compute type, "float32" or "bfloat16"; "" is the card's.
-
-        Raises:
-          ValueError: if the weights have nothing to name segments with, or there is no such dtype.
-        """
+        """`dtype` "" is the card's; ValueError if the weights have nothing to name segments with."""
         if card.vocabulary is None:
             whose = f"The weights of {card.source}" if card.source else "These weights"
             raise ValueError(
@@ -102,15 +92,10 @@ class Model:
     def predictor(
         self, config: PredictConfig | None = None, classes: Vocabulary | None = None
     ) -> Predictor:
-        """A predictor by the names that are asked for.
+        """A predictor by the names that are asked for; None for the model's own.
 
-        Args:
-          config: how to predict; by default at the image size that the card says.
-          classes: the names; None for those of the model.
-
-        Raises:
-          ValueError: if the model's head cannot read other names than its own, or for names that
-            its tokenizer cannot read or tell apart.
+        The image size is the card's unless the config says one. Raises ValueError if the head
+        cannot read other names, or for names that the tokenizer cannot read or tell apart.
         """
         card = self.card
         config = config or PredictConfig(short_side=card.short_side, long_side=card.long_side)

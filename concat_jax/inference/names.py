@@ -9,19 +9,11 @@ from concat_jax.weights.class_names import read_classes
 
 
 def parse_classes(text: str, training: Vocabulary) -> tuple[Vocabulary, bool]:
-    """A vocabulary from "red balloon, blue balloon; grey ground", or from a file.
+    """A vocabulary from "red balloon, blue balloon; grey ground" (things; stuff), or from a file.
 
-    Args:
-      text: things with commas between them, a semicolon, stuff; or the path of a file with a name a
-        line or a JSON list of {"name", "isthing"}.
-      training: the classes of training. A name among them is seen or unseen as it was there; any
-        other was never shown and is unseen.
-
-    Returns:
-      The vocabulary, and whether it is known which are things.
-
-    Raises:
-      ValueError: for an empty name, or one that occurs twice.
+    A file has a name a line, or is a JSON list of {"name", "isthing"}. A name that is among
+    `training` is seen or unseen as it was there; any other is unseen. Returns as well whether it is
+    known which are things. Raises ValueError for an empty name, or one that occurs twice.
     """
     if os.path.exists(text):
         found = read_classes(text, training)

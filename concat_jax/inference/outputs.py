@@ -72,16 +72,7 @@ class ResultWriter(contextlib.ExitStack):
         image: np.ndarray,
         result: ImageSegments | Sequence[Instance] | np.ndarray,
     ) -> str:
-        """Writes one image's files.
-
-        Args:
-          name: of the files, of `result_names`.
-          image: [H, W, 3] uint8.
-          result: of `Predictor`.
-
-        Returns:
-          What was found, in a few words; never nothing.
-        """
+        """Writes one image's files; what was found, in a few words, never nothing."""
         if isinstance(result, ImageSegments):
             self._panoptic.add(image_id, source, result.id_map, result.segments, result=name)
             ids, labels = result.id_map, result.labels_by_id()

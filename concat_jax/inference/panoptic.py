@@ -145,9 +145,6 @@ def rank_queries(
         exceed score_threshold.
       gamma: subtracted from the probability of every seen class before the best is chosen
         (calibrated stacking, as in ZegFormer; PADing uses none).
-
-    Raises:
-      ValueError: if keep_rule is unknown.
     """
     if keep_rule not in KEEP_RULES:
         raise ValueError(f"keep_rule is {keep_rule!r}; choose one of {', '.join(KEEP_RULES)}.")

@@ -35,23 +35,16 @@ class PredictConfig:
     """How to predict; the reference's values are Mask2Former's.
 
     Attributes:
-      tasks: any of `TASKS`; the networks run once for all of them.
-      keep_rule: of panoptic maps, "objectness" (a query is kept if it likely holds anything: a
-        threshold on the class score costs unseen classes most), "score" (the reference's) or "",
-        which takes the head's: objectness where text names the classes, else score.
-      score_threshold: of the rule "score", 0.8 in the reference.
-      objectness_threshold: of the rule "objectness": even odds of holding a segment.
+      tasks: any of `TASKS`; the networks run once for all of them. keep_rule: of panoptic maps, see
+      `rank_queries`; "" takes the head's. score_threshold: of the rule "score", 0.8 in the
+      reference. objectness_threshold: of the rule "objectness": even odds of holding a segment.
       mask_threshold: mask probability from which a pixel is in the mask, 0.5 in the reference.
       overlap_threshold: share of its mask that a panoptic segment must own, 0.8 in the reference.
-      instance_threshold: score that an instance must exceed; 0 in the reference, for average
-        precision wants all.
-      gamma: subtracted from the probabilities of seen classes before anything is named; 0 is no
-        calibration. Several values give a panoptic map for each, from one run of the networks.
+      instance_threshold: 0 in the reference, for average precision wants all. gamma: see
+      `rank_queries`; 0 is no calibration. Several values give a panoptic map for each, from
+        one run of the networks.
       short_side, long_side: of the network's input, see `Buckets`.
       batch_size: images that the network takes at once.
-
-    Raises:
-      ValueError: for a value out of range.
     """
 
     tasks: Sequence[str] = ("panoptic",)
@@ -89,13 +82,7 @@ class PredictConfig:
 
 
 class Prepared(NamedTuple):
-    """An image ready for the network.
-
-    Attributes:
-      image: [h, w, 3] uint8, resized and padded.
-      image_size: (height, width) of the image in it.
-      native_size: (height, width) of the image as it was given, which the results have.
-    """
+    """An image [h, w, 3] uint8 resized and padded, its size in it, and its size as given."""
 
     image: np.ndarray
     image_size: tuple[int, int]
@@ -103,12 +90,10 @@ class Prepared(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What was predicted of one image; None for a task that is not among the config's.
+    """What was predicted of one image; None for a task that was not asked for.
 
-    Attributes:
-      panoptic: segments, or a tuple of them, one for each of several values of gamma.
-      semantic: [H, W] class indices.
-      instances: by descending score, of things alone where the vocabulary has some.
+    `panoptic` is a tuple for several values of gamma; `semantic` [H, W] class indices; `instances`
+    by descending score, of things alone where the vocabulary has some.
     """
 
     panoptic: ImageSegments | tuple[ImageSegments, ...] | None = None
@@ -124,12 +109,7 @@ class Predictor:
         [predictor.vocabulary.names[s["label"]] for s in result.segments]
 
     What is compiled depends on shapes alone: another head of as many names, another vocabulary or
-    another threshold compiles nothing.
-
-    Attributes:
-      vocabulary: of the head's names; seen classes are those that gamma weighs down.
-      config: with keep_rule filled in.
-      programs: names of the programs that were used so far, in order.
+    another threshold compiles nothing. `programs` are the names of those that were used so far.
     """
 
     def __init__(
@@ -141,13 +121,10 @@ class Predictor:
         *,
         sharding: Sharding | None = None,
     ):
-        """Args:
-        segmentor: the network.
-        head: names its queries.
-        vocabulary: of at most head.num_classes classes, in the head's order.
-        config: how to predict.
-        sharding: of a batch over devices, on all of which the parameters lie. None leaves images
-          where JAX puts them.
+        """`vocabulary` has at most head.num_classes classes, in the head's order.
+
+        `sharding` lays a batch over devices, on all of which the parameters lie; None leaves it to
+        JAX.
         """
         config = PredictConfig() if config is None else config
         rule = config.keep_rule or head.KEEP_RULE

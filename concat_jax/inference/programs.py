@@ -43,10 +43,8 @@ def run_networks(
 ) -> tuple[jax.Array, ClassScores]:
     """Mask logits [B, N, h, w] and scores of images [B, H, W, 3] uint8.
 
-    Args:
-      is_padded: whether an image is smaller than the batch; then the network masks its padding.
-      canvas: (height, width) that no image exceeds. The logits are those of such an image, zero
-        beyond: post-processing is compiled once and not once a padded shape.
+    `is_padded` has the network mask its padding. The logits are those of `canvas` (height, width),
+    zero beyond the image: post-processing is compiled once and not once a padded shape.
     """
     module = segmentor.module
     output = module.apply(

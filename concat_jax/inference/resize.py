@@ -13,12 +13,7 @@ Array = jax.Array | np.ndarray
 
 
 class Taps(NamedTuple):
-    """The two source places that each target place of an axis blends.
-
-    Attributes:
-      low, high: [..., n] int32 indices of the source axis.
-      share: [..., n] float32 weight of `high`; `low` has the rest.
-    """
+    """The source places [..., n] int32 that each target place blends, and the share of `high`."""
 
     low: Array
     high: Array
@@ -28,7 +23,7 @@ class Taps(NamedTuple):
 def axis_taps(
     source: Array, target: Array, length: int, origin: Array | int = 0, xp: ModuleType = jnp
 ) -> Taps:
-    """Taps of one axis: half-pixel centres, clamped edges, no antialias.
+    """Taps [..., n] of one axis: half-pixel centres, clamped edges, no antialias.
 
     The same numbers as torch `interpolate(mode="bilinear", align_corners=False)`, which the
     reference applies to mask logits when it enlarges and when it shrinks them.
@@ -39,9 +34,6 @@ def axis_taps(
       target: [...] size that the extent is resized to.
       length: n, how many target places are wanted. Static. Those past `target` repeat the edge.
       origin: the first target place wanted, for a map that is made in tiles.
-
-    Returns:
-      Taps [..., n].
     """
     source = xp.asarray(source, xp.float32)[..., None]
     scale = source / xp.asarray(target, xp.float32)[..., None]
@@ -61,7 +53,8 @@ def tile_taps(
     image_size: jax.Array | None,
     origin: jax.Array | None,
 ) -> tuple[Taps, Taps, jax.Array]:
-    """What it takes to resize masks to a map, or to a tile of one, of each image's own size.
+    """Row taps [B, padded_height], column taps [B, W] and where the image ends in a map or tile [B,
+    2].
 
     Args:
       mask_logits: [B, N, h, w].
@@ -70,10 +63,6 @@ def tile_taps(
       source_size: [B, 2] valid extent of the logits. None: all of them.
       image_size: [B, 2] size that the extent is resized to. None: output_size.
       origin: [2] int (row, column) of the map's first pixel in the image. None: the image's first.
-
-    Returns:
-      row taps [B, padded_height], column taps [B, W], and [B, 2] int32, where the image ends in
-      the map.
     """
     batch = mask_logits.shape[0]
     if source_size is None:
@@ -99,15 +88,7 @@ def blend(values: Array, taps: Taps, axis: int) -> Array:
 def resize_on_host(
     values: np.ndarray, source_size: tuple[float, float], output_size: tuple[int, int]
 ) -> np.ndarray:
-    """Resizes the valid extent of one map [h, w] float32 to output_size, with numpy.
-
-    Args:
-      values: [h, w] float32.
-      source_size: (height, width) of its valid extent, as in `axis_taps`.
-
-    Returns:
-      [H, W] float32.
-    """
+    """The valid extent of one map [h, w] float32 resized to output_size [H, W], with numpy."""
     # Columns first: the map still has its few rows then.
     columns = axis_taps(source_size[1], output_size[1], output_size[1], xp=np)
     rows = axis_taps(source_size[0], output_size[0], output_size[0], xp=np)

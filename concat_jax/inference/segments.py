@@ -15,8 +15,7 @@ class ImageSegments:
 
     Attributes:
       id_map: [h, w] int32, 0 void.
-      segments: one dict a segment, by ascending id: "id" (int), "label" (class index), "score"
-        (class probability) and "area" (pixels, at least 1).
+      segments: by ascending id: "id", "label" (class index), "score" (class probability), "area".
       fates: how many queries met each `Fate`, keyed by its lower-case name.
       best_keep_score: the highest keep score of all queries.
     """
@@ -58,12 +57,7 @@ class ImageSegments:
 
 
 def list_segments(id_map: np.ndarray, tables: SegmentTables) -> ImageSegments:
-    """The segments of one image from its map and its row of the tables, on the host.
-
-    Args:
-      id_map: [h, w] int32.
-      tables: labels, scores, keep_scores, fates and areas, [N] numpy arrays each.
-    """
+    """The segments of one image from its map [h, w] and its row [N] of the tables, on the host."""
     segments = [
         {
             "id": int(n) + 1,

@@ -30,21 +30,14 @@ def semantic_inference(
     instead). The scores [B, K, H, W] are made in strips of rows and never stored whole.
 
     Args:
-      mask_logits: [B, N, h, w] float, before the sigmoid.
-      class_probs: [B, N, K+1] float32 probabilities, the last one no-object.
-      output_size: (H, W) of the maps. Static.
-      source_size: [B, 2] valid extent of mask_logits, may be a fraction. None: all of it.
-      image_size: [B, 2] size that the extent is resized to. None: output_size. Beyond it the map
-        means nothing.
-      origin: [2] int (row, column) of the map's first pixel in the image, where the map is a tile
-        of the image. None: the image's first.
+      mask_logits, class_probs, output_size, source_size, image_size: as `panoptic_inference`;
+      beyond
+        image_size the map means nothing.
+      origin: as `assign_pixels`.
       strip_rows: rows made at once; memory is about B * (N + K) * strip_rows * W floats. Static.
 
     Returns:
       [B, H, W] class indices, uint8 where they fit, else uint16. The first of equal classes wins.
-
-    Raises:
-      ValueError: if the shapes disagree.
     """
     if mask_logits.ndim != 4 or class_probs.shape[:2] != mask_logits.shape[:2]:
         raise ValueError(

@@ -25,13 +25,7 @@ SUBTREES = ("text_model", "text_projection", "logit_scale")
 class TextTower:
     """A text tower with all that decides what it makes of a name.
 
-    Attributes:
-      clip: the module; its image tower is not run and needs no parameters.
-      params: the `SUBTREES` of its parameters.
-      tokenizer: of the tower.
-      templates: prompts, or the name of a set, see `text.templates`.
-      clean_names: read data sets' names as a caption would say them.
-      synonyms: how a class's names are joined, see `text.prompts`.
+    `params` are the `SUBTREES` of the module's; its image tower is not run.
     """
 
     clip: CLIP
@@ -44,16 +38,10 @@ class TextTower:
     def embed(
         self, vocabulary: Vocabulary, *, cache: str = "", batch_size: int = 256
     ) -> np.ndarray:
-        """Text embeddings of K classes.
+        """Text embeddings [K, C] float32, L2-normalised; [K, S, C] where `synonyms` is "max".
 
-        Args:
-          cache: folder that keeps them between runs; "" keeps nothing.
-
-        Returns:
-          [K, C] float32, L2-normalised; [K, S, C] where `synonyms` is "max".
-
-        Raises:
-          ValueError: for names that the tokenizer cannot read or tell apart.
+        The folder `cache` keeps them between runs. Raises ValueError for names that the tokenizer
+        cannot read or tell apart.
         """
         return embed_classes(
             functools.partial(_encode, self.clip, self.params),

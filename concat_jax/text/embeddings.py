@@ -42,19 +42,16 @@ def embed_classes(
     time to embed again, never the run.
 
     Args:
-      encode_text_fn: tokens [batch_size, L] int32 -> [batch_size, C] float; always called with one
-        shape, so that a jitted function compiles once.
+      encode_text_fn: tokens [batch_size, L] int32 -> [batch_size, C] float, always of one shape, so
+        that a jitted function compiles once; the last call is filled up.
       names, templates, clean, synonyms: as `make_prompts`.
-      batch_size: prompts a call; the last call is filled up with repeated prompts.
-      folder: of the cache, made where it is missing; "" is no cache.
       fingerprint: of the text tower: its weights, and its config where weights do not show it.
 
     Returns:
       [K, C] float32, L2-normalised; with "max" [K, S, C] with S the most texts of a class, where a
       class of fewer repeats its first text, which changes no maximum.
 
-    Raises:
-      ValueError: as `make_prompts` and `tokenize`, or for an embedding that is not finite.
+    Raises ValueError as `make_prompts` and `tokenize`, or for an embedding that is not finite.
     """
     prompts = make_prompts(names, templates, clean=clean, synonyms=synonyms)
     tokens = tokenize(tokenizer, prompts)

@@ -20,12 +20,8 @@ Names = Sequence[str | Sequence[str]]
 
 @dataclasses.dataclass(frozen=True)
 class ClassPrompts:
-    """All that the text encoder is asked for K classes.
-
-    Attributes:
-      texts: of each class, one or more different texts; the first is its name's.
-      templates: prompts with one "{}" each.
-      synonyms: how the texts of a class become its embedding, one of `SYNONYM_MODES`.
+    """What the text encoder is asked for K classes: texts of each, the first its name's, in
+    templates.
     """
 
     texts: tuple[tuple[str, ...], ...]
@@ -48,18 +44,13 @@ def make_prompts(
     """What the text encoder is asked for K classes.
 
     Args:
-      names: K classes, each a name, or a name followed by its synonyms, as `Vocabulary.texts` has
-        them. A name that lists synonyms itself, as "lamp, bulb", stands for all of them.
-      templates: prompts with one "{}" each, for example `TEMPLATES["eight"]`.
+      names: each a name, or a name followed by its synonyms, as `Vocabulary.texts` has them. A name
+        that lists synonyms itself, as "lamp, bulb", stands for all of them.
       clean: pass every name and synonym through `clean_name`.
       synonyms: "mean", a class is the normalised mean of its texts; "max", every text is kept and
-        the classifier takes the best; "none", the mean of the name's own texts, listed synonyms
-        left out.
+        the classifier takes the best; "none", listed synonyms are left out.
 
-    Raises:
-      ValueError: for no names or templates, empty names, classes that are one text, a template
-        without a place for the name, or an unknown way to join synonyms; all names at fault are
-        listed.
+    Raises ValueError that lists all empty names, classes that are one text, or bad templates.
     """
     if synonyms not in SYNONYM_MODES:
         raise ValueError(f"Synonyms are {synonyms!r}; use one of {', '.join(SYNONYM_MODES)}.")
@@ -98,11 +89,9 @@ def make_prompts(
 
 
 def tokenize(tokenizer: Tokenizer, prompts: ClassPrompts) -> np.ndarray:
-    """The tokens of all prompts, none of them cut; [M, L] int32.
+    """The tokens of all prompts, [M, L] int32; ValueError that lists all names which are at fault.
 
-    Raises:
-      ValueError: for names of which the tokenizer reads nothing, which it would cut at its context
-        length, or of which it makes the same tokens; all of them are listed.
+    At fault is what the tokenizer reads nothing of, would cut, or makes another name's tokens of.
     """
     texts = [text for group in prompts.texts for text in group]
     blank = [t for t, n in zip(texts, tokenizer.lengths(texts), strict=True) if n <= 2]

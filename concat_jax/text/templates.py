@@ -112,11 +112,7 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """The templates as a tuple.
-
-    Raises:
-      ValueError: for a bare string, no template, or one without exactly one place for the name.
-    """
+    """The templates as a tuple; ValueError unless each has exactly one "{}" and there is one."""
     if isinstance(templates, str):
         raise ValueError(
             f"Templates are a sequence, for example TEMPLATES['single'], not {templates!r}."
@@ -132,14 +128,7 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def find_templates(choice: str | Sequence[str]) -> tuple[str, ...]:
-    """Templates by the name of a set in `TEMPLATES`, or a user's own.
-
-    Args:
-      choice: a set's name; one template, which its "{}" tells from a name; or a sequence of them.
-
-    Raises:
-      ValueError: for a name that is no set's, or as `check_templates`.
-    """
+    """The set of `TEMPLATES` of that name, one template (its "{}" tells), or a sequence of them."""
     if not isinstance(choice, str):
         return check_templates(choice)
     if choice in TEMPLATES:

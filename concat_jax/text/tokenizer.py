@@ -96,16 +96,11 @@ def has_clip_tokenizer(folder: str | pathlib.Path) -> bool:
 
 
 def make_clip_tokenizer(path: str | pathlib.Path, context_length: int = 77) -> ClipTokenizer:
-    """CLIP's tokenizer from whichever files of it there are.
+    """CLIP's tokenizer from whichever files of it there are; ValueError if there is none, or
+    another's.
 
-    Args:
-      path: `bpe_simple_vocab_16e6.txt.gz` of github.com/openai/CLIP; Hugging Face's
-        `tokenizer.json` or a folder with it; or a folder with `vocab.json` and `merges.txt`. In a
-        folder with all three, `tokenizer.json` is read.
-
-    Raises:
-      ValueError: if there is no tokenizer, the files are broken or another tokenizer's, or
-        `context_length` is under 2.
+    `path` is `bpe_simple_vocab_16e6.txt.gz` of github.com/openai/CLIP, Hugging Face's
+    `tokenizer.json`, or a folder with it or, if not, with `vocab.json` and `merges.txt`.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -191,14 +186,7 @@ def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, ...]]) -> tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> dict[str, Any]:
-    """Writes what of a tokenizer does not fit a few words.
-
-    Args:
-      folder: made where the tokenizer needs a file.
-
-    Returns:
-      What `load_tokenizer` needs besides, for JSON.
-    """
+    """Writes what does not fit a few words; returns the rest that `load_tokenizer` needs, for JSON."""
     about = {"kind": "words", "context_length": tokenizer.context_length}
     if isinstance(tokenizer, WordTokenizer):
         return {**about, "words": tokenizer.words}
@@ -208,11 +196,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> dict[str, Any]
 
 
 def load_tokenizer(folder: pathlib.Path, about: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that `save_tokenizer` wrote.
-
-    Raises:
-      ValueError: if its file is missing or broken, or `about` says nothing usable.
-    """
+    """The tokenizer that `save_tokenizer` wrote; ValueError if a file or `about` is not usable."""
     try:
         kind, context_length = about["kind"], about["context_length"]
         if kind == "words":
@@ -227,18 +211,9 @@ class ClipTokenizer:
 
     Text is put into Unicode form C, white space runs become one blank, letters lower case. OpenAI's
     original also runs `ftfy` and resolves HTML entities first: "&amp;" is three tokens here, one
-    there. Plain class names are the same in both. A text too long loses its last words and keeps
-    the end token. Rows are padded with the end token, as transformers does; OpenAI pads with 0,
-    which the causal text tower cannot tell apart at the end token.
-
-    `make_clip_tokenizer` makes it from files.
-
-    Args:
-      bpe: the byte-pair encoding with all that goes before it; what it would add around a text, cut
-        from it or pad it with is turned off.
-
-    Raises:
-      ValueError: if `bpe` is another kind of tokenizer, or `context_length` is under 2.
+    there. A text too long loses its last words and keeps the end token. Rows are padded with the
+    end token, as transformers does; OpenAI pads with 0, which the causal text tower cannot tell
+    apart at the end token.
     """
 
     vocab_size: int
@@ -275,11 +250,7 @@ class ClipTokenizer:
         return self._bpe.to_str()
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Token ids, [M, context_length] int32: start, the text, end, and ends as padding.
-
-        Raises:
-          ValueError: for a bare string in place of a sequence.
-        """
+        """Token ids, [M, context_length] int32: start, the text, end, and ends as padding."""
         texts = _check_texts(texts)
         rows = np.full((len(texts), self.context_length), self.eot_id, np.int32)
         rows[:, 0] = self._start_id
@@ -302,12 +273,9 @@ _SHOWN_WORDS = 30
 class WordTokenizer:
     """One id a word, for captions over a closed set of words.
 
-    Ids: 0 pads, 1 .. n are `words` in their order, n + 1 starts and n + 2 ends a text. Case and
-      punctuation
-    do not matter; the hyphen separates words.
-
-    Raises:
-      ValueError: if a word is not one word or occurs twice, or `context_length` is under 2.
+    0 pads, 1 .. n are `words` in their order, n + 1 starts and n + 2 ends a text. Case and
+    punctuation do not matter; the hyphen separates words. ValueError for a word that is none or
+    occurs twice.
     """
 
     vocab_size: int
@@ -349,8 +317,7 @@ class WordTokenizer:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids, [M, context_length] int32: start, a word each, end, zeros.
 
-        Raises:
-          ValueError: for a word that is not in the set, a text that does not fit, or a bare string.
+        Raises ValueError for a word that is not in the set or a text that does not fit.
         """
         texts = _check_texts(texts)
         rows = np.zeros((len(texts), self.context_length), np.int32)

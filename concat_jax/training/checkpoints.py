@@ -250,11 +250,7 @@ class StageCheckpoints:
         return "its start" if step is None else f"step {step}"
 
     def close(self) -> None:
-        """Wait for pending saves.
-
-        Raises:
-          CheckpointError: if one cannot be written.
-        """
+        """Wait for pending saves; CheckpointError if one cannot be written."""
         if "manager" in self.__dict__:
             with self._writing():
                 self.manager.wait_until_finished()

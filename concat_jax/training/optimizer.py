@@ -35,11 +35,7 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by update, over `steps` updates.
-
-    Raises:
-      ValueError: if the schedule is unknown.
-    """
+    """Learning rate by update, over `steps` updates; ValueError if the schedule is unknown."""
     peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))

@@ -15,11 +15,7 @@ AXES = ("data", "fsdp")
 
 
 def make_mesh(devices: int = 0) -> Mesh:
-    """The mesh of the first `devices` devices, all of them for 0.
-
-    Raises:
-      ValueError: if there are fewer.
-    """
+    """The mesh of the first `devices` devices, all of them for 0; ValueError if there are fewer."""
     available = jax.devices()
     if devices > len(available):
         raise ValueError(

@@ -56,11 +56,7 @@ def oklch_to_rgb(lightness: float, chroma: float, hue: float) -> Colour:
 
 
 def segment_colour(label: int, is_thing: bool, instance: int = 0) -> Colour:
-    """Colour of a segment: the same for a class in every picture, a shade apart for instances.
-
-    Returns:
-      (red, green, blue) in 0..255.
-    """
+    """(red, green, blue), the same for a class in every picture, a shade apart for instances."""
     lighter, turn = _INSTANCE_STEPS[instance % len(_INSTANCE_STEPS)]
     hue = label * _GOLDEN_TURN + 0.08 + turn
     # Hues come close again after 13, 21, 34 and 55 classes, none a multiple of these four levels.
@@ -140,16 +136,12 @@ def panoptic_overlay(
     Args:
       image: [H, W, 3] uint8.
       segment_ids: [H, W] ints, 0 void.
-      labels: class index of every id, an array (row g - 1 for id g) or a mapping from id.
-      is_seen: K flags; names of unseen classes get a star and a yellow label. None marks nothing.
-      scale: integer enlargement; see `default_scale`.
+      labels: class index of every id, as of `arrays.table_rows`.
+      is_seen: names of unseen classes get a star and a yellow label. None marks nothing.
+      scale: integer enlargement of the result; see `default_scale`.
       alpha: weight of the colour over the image, 0..1.
 
-    Returns:
-      RGB PIL image of size (W * scale, H * scale).
-
-    Raises:
-      ValueError: if shapes differ or an id has no label.
+    Raises ValueError if shapes differ or an id has no label.
     """
     image, segment_ids = np.asarray(image), np.asarray(segment_ids)
     _check(image, segment_ids)
@@ -306,13 +298,7 @@ def comparison_row(
     scale: int | None = None,
     caption: str = "",
 ) -> ComparisonRow:
-    """Image, ground truth and prediction of one image, for `comparison_sheet`.
-
-    Args:
-      image: [H, W, 3] uint8.
-      ground_truth: (segment_ids [H, W], labels) as in `panoptic_overlay`.
-      scale: as in `panoptic_overlay`.
-    """
+    """Image, ground truth and prediction of one image, for `comparison_sheet`."""
     image = np.asarray(image)
     _check(image, np.asarray(ground_truth[0]))
     scale = default_scale(*image.shape[:2]) if scale is None else scale
@@ -329,17 +315,7 @@ def comparison_sheet(
     headers: Sequence[str] = HEADERS,
     footer: str = f"{UNSEEN_MARK} unseen class: no pixel of it was labelled in training",
 ) -> Image.Image:
-    """Rows under each other on white paper, with a header over every column.
-
-    Args:
-      rows: of `comparison_row`; images may differ in size, each column is as wide as its widest.
-
-    Returns:
-      RGB PIL image.
-
-    Raises:
-      ValueError: if there is no row or a row has another number of panels than headers.
-    """
+    """Rows of `comparison_row` on white paper, each column as wide as its widest, headers above."""
     if not rows:
         raise ValueError("comparison_sheet got no row; pass at least one.")
     for row in rows:

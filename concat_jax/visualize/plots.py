@@ -45,15 +45,9 @@ def bar_chart(
 ) -> Figure:
     """Bars lie, so that long titles of rows can be read; the numbers stand beside them.
 
-    Args:
-      groups: name of a quantity (a colour, explained above the bars) to its R pairs of mean and
-        deviation. A mean of None or NaN is a dash without a bar; a deviation of None or NaN, as
-        of one run alone, has no whisker.
-      unit: under the axis, e.g. "PQ in percent".
-
-    Raises:
-      ValueError: if there is no row or no group, a group has another number of rows than titles,
-        a number is infinite or a deviation negative.
+    `groups` are colours, by name, with R pairs of mean and deviation. A mean of None or NaN is a
+    dash; a deviation of None or NaN, as of one run alone, has no whisker. `unit` is under the axis.
+    Raises ValueError for rows that do not fit the titles, or a number that cannot be drawn.
     """
     if not titles or not groups:
         raise ValueError("bar_chart got nothing to draw; pass at least one row and one group.")
@@ -155,12 +149,8 @@ def _finish_legend(legend) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plane:
-    """The plane through the mean along the first two principal axes.
-
-    Attributes:
-      mean: [D] float64.
-      axes: [2, D] float64, orthonormal; the largest component of each is positive.
-      shares: [2] float64, the part of the variance along each axis, 0..1.
+    """The plane through the mean [D] along the two main axes [2, D], and their shares of variance
+    [2].
     """
 
     mean: np.ndarray
@@ -173,10 +163,8 @@ class Plane:
 
 
 def principal_plane(points: np.ndarray) -> Plane:
-    """The plane of the largest variance of points [M, D], M and D at least 2.
-
-    Raises:
-      ValueError: if there are fewer than 2 points or dimensions, or a number is not finite.
+    """The plane of the largest variance of points [M, D]; ValueError unless M, D >= 2 and all
+    finite.
     """
     points = np.asarray(points, np.float64)
     if points.ndim != 2 or min(points.shape) < 2:
@@ -210,18 +198,10 @@ def query_space(
     real ones of its class is apart; what is near in the plane may be far in what it leaves out.
     Real queries are dots for seen classes and rings for unseen ones (from evaluation data, to be
     looked at; nothing learns from them), pseudo queries crosses. Seen classes are grey, an unseen
-    class has one colour. A group of marks is labelled "seen, real" or "lynx, pseudo".
+    class has one colour.
 
-    Args:
-      real: [M, D] float, real vision queries.
-      real_labels: [M] int class index, -1 (no segment) is left out.
-      pseudo: [P, D] float, P may be 0.
-      pseudo_labels: [P] int class index.
-      points_per_class: drawn at most of each class and kind, spread over the rows; the plane is
-        fitted to all real queries.
-
-    Raises:
-      ValueError: as `principal_plane`, or if shapes disagree or a label is outside the vocabulary.
+    `real` [M, D] and `pseudo` [P, D], P may be 0, are floats; labels are class indices, -1 is left
+    out. At most `points_per_class` of each class and kind are drawn; the plane is fitted to all.
     """
     kinds = {"real": (real, real_labels), "pseudo": (pseudo, pseudo_labels)}
     points, labels = {}, {}
