@@ -259,7 +259,7 @@ def config_of(given: Flags) -> ConfigDict:
 
 
 def config_and_workdir(given: Flags) -> tuple[ConfigDict, Path]:
-    """The flags --config and --workdir; ValueError if one is missing or the workdir is in a bucket."""
+    """The flags --config and --workdir; ValueError for a missing one, or a workdir in a bucket."""
     if given.config is None or not given.workdir:
         raise ValueError("give --config=configs/demo_zps.py (or another file) and --workdir=DIR.")
     if "://" in given.workdir:
@@ -271,7 +271,7 @@ def config_and_workdir(given: Flags) -> tuple[ConfigDict, Path]:
 
 
 def join_hosts(given: Flags) -> None:
-    """Meets the other hosts if --distributed says so; ValueError if JAX cannot tell who they are."""
+    """Meets the other hosts if --distributed says so; ValueError if JAX cannot tell which."""
     if not given.distributed:
         return
     import jax

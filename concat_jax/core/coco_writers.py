@@ -177,7 +177,7 @@ def _image(image_id: ImageId, file_name: str, size: Sequence[int]) -> dict[str, 
 
 
 class PanopticWriter(_Writer):
-    """`<folder>/<name>/*.png` in COCO's colours and `<folder>/<name>.json`, as panopticapi takes."""
+    """`<folder>/<name>/*.png` in COCO's colours and `<folder>/<name>.json`, as for panopticapi."""
 
     def __init__(
         self,

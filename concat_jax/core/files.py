@@ -131,7 +131,7 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Writes strict, indented JSON, whole or not at all; numbers that are not finite become null."""
+    """Writes strict, indented JSON, whole or not at all; numbers not finite become null."""
     text = json.dumps(_jsonable(content), indent=1, allow_nan=False)
     with replacing(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")

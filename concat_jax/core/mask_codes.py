@@ -92,7 +92,7 @@ def polygons_to_rle(polygons: Sequence[Sequence[float]], size: Sequence[int]) ->
 
 
 def ids_to_rgb(id_map: np.ndarray) -> np.ndarray:
-    """Id map [H, W] to COCO's colours [H, W, 3] uint8, id = R + 256G + 65536B; ValueError beyond."""
+    """Id map [H, W] to COCO's colours [H, W, 3] uint8, R + 256G + 65536B; ValueError beyond."""
     ids = np.asarray(id_map).astype(np.int64)
     if ids.size and (ids.min() < 0 or ids.max() > MAX_ID):
         raise ValueError(
@@ -110,7 +110,7 @@ def bounding_box(mask: np.ndarray) -> list[int]:
 
 
 def read_id_map(path: pathlib.Path, json_path: pathlib.Path) -> np.ndarray:
-    """Ids R + 256G + 65536B of a panoptic PNG, [H, W] uint32; FileError if damaged or colourless."""
+    """Ids R + 256G + 65536B of a panoptic PNG, [H, W] uint32; FileError if damaged or grey."""
     if not path.is_file():
         raise FileError(f"{json_path} names {path}, which does not exist; say where the PNGs are.")
     with open_image(path) as image:

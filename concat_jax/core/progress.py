@@ -16,7 +16,7 @@ class Progress:
     def __init__(
         self, name: str, start: int, total: int, batch_size: int = 1, *, every: float = 30.0
     ):
-        """`name` heads each line; `start` steps were done by an earlier run; `every` is in seconds."""
+        """`name` heads each line; `start` steps were done by an earlier run; `every` in seconds."""
         self._name, self._total, self._batch_size, self._every = name, total, batch_size, every
         self._last, self._last_time = start, time.monotonic()
         self._rate: float | None = None

@@ -34,7 +34,7 @@ class StoreError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class StoreKind:
-    """What is stored, for file names and sentences; `again` is what brings back what was deleted."""
+    """What is stored, for file names and sentences; `again` brings back what was deleted."""
 
     content: str
     arrays: tuple[str, ...]

@@ -113,7 +113,7 @@ FEWEST_NAMES = 32
 
 
 def text_head_for(head: TextHead, text: np.ndarray, training_text: np.ndarray) -> TextHead:
-    """A head for other names, its K filled up to the next of `FEWEST_NAMES` times a power of two."""
+    """A head for other names, its K filled up to `FEWEST_NAMES` times a power of two."""
     count = FEWEST_NAMES
     while count < len(text):
         count *= 2

@@ -119,7 +119,7 @@ def image_ids(names: Sequence[str]) -> list[int]:
 def data_set_names(
     paths: Sequence[Path], annotations: str | os.PathLike[str]
 ) -> tuple[list[str], list[ImageId]]:
-    """File names and ids that a COCO json lists; FileError if an image is not there or ambiguous."""
+    """File names and ids that a COCO json lists; FileError if one is not there or ambiguous."""
     content = read_json(annotations)
     if not isinstance(content, dict):
         raise FileError(f"{annotations} is no COCO json with 'images'.")

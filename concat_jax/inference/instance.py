@@ -12,7 +12,7 @@ from concat_jax.inference.resize import resize_on_host
 
 @dataclasses.dataclass(frozen=True)
 class Instance:
-    """One instance, which others may overlap: its query, class, score (class times mask) and mask."""
+    """One instance, which others may overlap: its query, class, score (class by mask), mask."""
 
     query: int
     label: int

@@ -41,7 +41,7 @@ class Model:
     def __init__(
         self, params: Any, card: ModelCard, tokenizer: Tokenizer | None = None, *, dtype: str = ""
     ):
-        """`dtype` "" is the card's; ValueError if the weights have nothing to name segments with."""
+        """`dtype` "" is the card's; ValueError if nothing in the weights names segments."""
         if card.vocabulary is None:
             whose = f"The weights of {card.source}" if card.source else "These weights"
             raise ValueError(

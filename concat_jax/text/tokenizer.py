@@ -186,7 +186,7 @@ def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, ...]]) -> tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> dict[str, Any]:
-    """Writes what does not fit a few words; returns the rest that `load_tokenizer` needs, for JSON."""
+    """Writes what is long; returns the rest that `load_tokenizer` needs, for JSON."""
     about = {"kind": "words", "context_length": tokenizer.context_length}
     if isinstance(tokenizer, WordTokenizer):
         return {**about, "words": tokenizer.words}
