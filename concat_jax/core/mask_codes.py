@@ -121,9 +121,9 @@ def read_id_map(path: pathlib.Path, json_path: pathlib.Path) -> np.ndarray:
                 "R + 256 G + 65536 B."
             )
         # Four bytes a pixel are the number itself; channel by channel it takes ten times as long.
-        ids = np.array(image.convert("RGBA")).view("<u4")[..., 0]
-    ids &= MAX_ID
-    return ids
+        packed = (image if image.mode == "RGB" else image.convert("RGB")).tobytes("raw", "RGBX")
+        size = image.size
+    return (np.frombuffer(packed, "<u4") & MAX_ID).reshape(size[::-1])
 
 
 def segment_rows(
@@ -141,7 +141,7 @@ def segment_rows(
     """
     flat = id_map.ravel()
     # Segments are long runs: a look-up for each run instead of each pixel is far faster.
-    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     present, run_ids = np.unique(flat[starts], return_inverse=True)
     row_of = {0: 0} | {number: row + 1 for row, number in enumerate(ids)}
     unknown = [number for number in present.tolist() if number not in row_of]
