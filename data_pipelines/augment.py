@@ -32,14 +32,11 @@ def sample_jitter(
     *,
     scale_range: tuple[float, float] = (0.1, 2.0),
 ) -> Placement:
-    """Draws a large-scale jitter for an image of `height` x `width` on a canvas `size` x `size`.
+    """Draws a large-scale jitter of an image onto a canvas `size` x `size`.
 
     A scale is drawn uniformly from `scale_range`; the image is resized, aspect kept, to the largest
     that fits into a square of scale x size; a window of the canvas's size is cut uniformly where
     the image is larger than the canvas.
-
-    Raises:
-      ValueError: if the range is not 0 < low <= high.
     """
     low, high = scale_range
     if not 0 < low <= high:
@@ -74,18 +71,12 @@ def sample_semantic(
     less if its longer side would exceed `longest_edge` (detectron2 `ResizeShortestEdge`). Of up to
     ten random windows the first is taken in which more than one class has pixels and none
     has `max_class_area` of the labelled pixels or more; if none is such, the last one (detectron2
-    `RandomCrop_CategoryAreaConstraint`).
+    `RandomCrop_CategoryAreaConstraint`). Segment ids [H, W] are rows of the labels [n] plus 1.
 
     Args:
-      segment_ids: [H, W] integers, 0 void, g owned by row g - 1 of the labels.
-      segment_labels: [n] class indices.
-      shortest_edges: to choose from, each >= 1. Mask2Former takes 0.5 to 1.5 times the crop in
-        steps of a tenth on COCO-Stuff.
+      shortest_edges: Mask2Former takes 0.5 to 1.5 times the crop in steps of a tenth on COCO-Stuff.
       longest_edge: Mask2Former's is four times the crop.
       max_class_area: a share; 1 sets no limit and takes the first window.
-
-    Raises:
-      ValueError: if there is no edge to choose from, or one is below 1.
     """
     if not shortest_edges or min(*shortest_edges, longest_edge) < 1:
         raise ValueError(
@@ -127,24 +118,14 @@ def augment_example(
     max_class_area: float = 1.0,
     canvas: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A training example by one of the recipes `KINDS`.
+    """A training example by one of the recipes `KINDS`; returns as `place`.
 
     Args:
       kind: "lsj", large-scale jitter; "semantic", shortest edge from `scale_range` times the size
         in steps of a tenth, crop limited by class area, and colours; "none", letterboxed.
-      rng: unused by "none".
-      image: RGB, [H, W].
-      segment_ids: [H, W].
-      segment_labels: [n] class indices.
-      max_segments: as for `place`.
+      image: RGB, [H, W], with segment_ids [H, W] and the class of each, segment_labels [n].
+      max_segments, canvas: as for `place`.
       max_class_area: of "semantic".
-      canvas: as for `place`.
-
-    Returns:
-      As `place`.
-
-    Raises:
-      ValueError: for an unknown kind, or what `place` and the samplers raise.
     """
     height, width = segment_ids.shape
     if kind == "lsj":
@@ -169,16 +150,9 @@ def augment_example(
 
 
 def resize_longest(example: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Letterboxes an evaluation example to a fixed size, for batches of one shape.
+    """An evaluation example whose image's longer side becomes `size`, padded to a square [S, S].
 
-    Args:
-      example: fields of a single example at native size: image [H, W, 3] uint8, segment_ids
-        [H, W], segment tables [G]; other fields are handed on as they are.
-      size: side S of the result; the image's longest side becomes S, also if it was smaller.
-
-    Returns:
-      The example with image [S, S, 3], segment_ids [S, S], image_size [2] int32 the valid area,
-      and tables still [G], from which segments that lost their last pixel are removed.
+    Segments that lose their last pixel leave the tables; fields that are no image are handed on.
     """
     where = letterbox_placement(*example["segment_ids"].shape, size)
     number = len(example["segment_labels"])

@@ -34,9 +34,8 @@ def dataset_identity(
 ) -> dict[str, int | str]:
     """What a cache remembers of the data: `num_images` and the fingerprint `dataset`.
 
-    The fingerprint covers ids, file names and sizes of the images and ids and categories of their
-    segments, in order. Pixels are not read, and the classes count by their category ids, so two
-    splits that train on the same images share a cache.
+    The fingerprint covers ids, names and sizes of the images and ids and categories of their
+    segments, in order, but not pixels: two splits that train on the same images share a cache.
     """
     digest, count = hashlib.sha256(), 0
     categories = np.asarray(category_ids, np.int64)
@@ -49,19 +48,11 @@ def dataset_identity(
 
 
 def target_store(folder: Path, identity: Mapping[str, Any], images_per_shard: int) -> ShardStore:
-    """The store of a cache that is to be filled.
+    """The store of a cache that is to be filled, with `num_shards` in its manifest.
 
     A shard of n images with m segments in all, in the data set's order, is `image_ids` [n] int64
     and `images` [n, C] float16; `segment_image_ids` and `segment_source_ids` [m] int64 and
-    `segments` [m, C] float16.
-
-    Args:
-      identity: what the numbers depend on: `weights`, `clip` and `crops` of the run, and the
-        `dataset_identity`.
-      images_per_shard: of every shard but the last; `num_shards` of the manifest follows.
-
-    Raises:
-      ValueError: if there is no image, or a shard would hold none.
+    `segments` [m, C] float16. `identity` is what they depend on, `dataset_identity` included.
     """
     if images_per_shard < 1:
         raise ValueError(f"images_per_shard is {images_per_shard} and must be at least 1.")
@@ -78,14 +69,7 @@ def target_store(folder: Path, identity: Mapping[str, Any], images_per_shard: in
 
 
 def find_targets(folder: str | os.PathLike[str], expected: Mapping[str, Any]) -> ShardStore:
-    """The store of a cache that was begun.
-
-    Args:
-      expected: fields of its manifest that must be so, nested; others may hold anything.
-
-    Raises:
-      StoreError: if there is none, or it was made of something else.
-    """
+    """The store of a cache that was begun; StoreError if there is none or not with `expected`."""
     return ShardStore.found(Path(folder), KIND, {"format": FORMAT, **expected})
 
 
@@ -93,13 +77,8 @@ class ClipTargetCache:
     """All targets of a cache in memory, once for all threads, looked up by image and segment id."""
 
     def __init__(self, folder: str | os.PathLike[str], expected: Mapping[str, Any]):
-        """Reads every shard; COCO's take 1.4 GB.
-
-        Args:
-          folder, expected: as `find_targets`.
-
-        Raises:
-          StoreError: if the cache is of something else, incomplete or damaged.
+        """Reads every shard (COCO's take 1.4 GB); StoreError as `find_targets` or if one is
+        missing.
         """
         store = find_targets(folder, expected)
         count = store.manifest.get("num_shards")
@@ -121,18 +100,10 @@ class ClipTargetCache:
     def lookup(
         self, image_ids: np.ndarray, segment_source_ids: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Targets of a batch.
+        """Targets of images [B] and segments [B, G]: [B, C] and [B, G, C] float32 of norm 1, 0
+        if padded.
 
-        Args:
-          image_ids: [B] int64.
-          segment_source_ids: [B, G] int64; 0 where padded.
-
-        Returns:
-          `clip_image_target` [B, C] and `clip_segment_targets` [B, G, C], float32 of norm 1; zeros
-          where padded.
-
-        Raises:
-          StoreError: naming an image, or a segment and its image, that the cache lacks.
+        Raises StoreError naming an image, or a segment and its image, that the cache lacks.
         """
         image_ids = np.asarray(image_ids, np.int64)
         segment_ids = np.asarray(segment_source_ids, np.int64)

@@ -17,18 +17,10 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 36.0
 
 
 def colour_jitter(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """Brightness, then contrast before or after saturation and hue, each applied half of the time.
+    """A new RGB image: brightness, contrast before or after saturation and hue, each half of the
+    time.
 
     Draws are made in a fixed order and number.
-
-    Args:
-      rng: decides which steps are applied, and how strongly.
-
-    Returns:
-      A new RGB image, or the one given where no step is applied.
-
-    Raises:
-      ValueError: if the image is not RGB.
     """
     if image.mode != "RGB":
         raise ValueError(f"The image is {image.mode} and must be RGB; convert it first.")
@@ -64,13 +56,9 @@ def scale_contrast(image: Image.Image, factor: float) -> Image.Image:
 def change_hue_and_saturation(
     image: Image.Image, saturation: float = 1.0, degrees: float = 0.0
 ) -> Image.Image:
-    """Multiplies HSV's saturation of an RGB image and turns its hue.
+    """Multiplies HSV's saturation, clipped at full, and turns the hue of an RGB image.
 
-    Both at once, so that the image is rounded to HSV only once. PIL's HSV has 256 hues to the
-    circle, OpenCV's 180.
-
-    Args:
-      saturation: factor >= 0; saturation is clipped at full.
+    Both at once, so that it is rounded to HSV only once. PIL's circle has 256 hues, OpenCV's 180.
     """
     turned = (_LEVELS + round(degrees * 256 / 360)) % 256
     tables = _table(turned) + _table(_LEVELS * saturation) + _table(_LEVELS)

@@ -13,16 +13,9 @@ from data_pipelines.sources.source import Source, UnseenImages, treat_unseen
 
 @dataclasses.dataclass(frozen=True)
 class PartCounts:
-    """Counts of one part; segments include crowd.
+    """Counts of one part, crowd included: annotated images, and what `unseen` keeps of them.
 
-    Attributes:
-      unseen: what is done to images that show unseen classes, see `source.treat_unseen`.
-      images: annotated images.
-      crowd: segments that are crowd.
-      kept_images: images that `unseen` leaves.
-      class_images: [K] int64, images that show each class.
-      class_segments: [K] int64, segments of each class.
-      kept_segments: [K] int64, segments of each class that `unseen` leaves.
+    `class_images`, `class_segments` and `kept_segments` are [K] int64.
     """
 
     unseen: UnseenImages

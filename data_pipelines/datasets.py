@@ -31,21 +31,17 @@ class Datasets:
     """What a run needs of its data. A batch function gives the same batch whenever asked.
 
     Attributes:
-      vocabulary: all classes that training knows of, seen and unseen.
       train: batch size -> batch function; no batch holds a pixel of an unseen class. Where cached
-        CLIP targets are configured, batches carry `clip_image_target` [B, C] and
-        `clip_segment_targets` [B, G, C] float32, zeros where padded.
-      captions: (batch size, side) -> batch function giving "image" [B, side, side, 3] uint8 and
+        CLIP targets are configured, batches carry them.
+      captions: (batch size, side) -> batch function of "image" [B, side, side, 3] uint8 and
         "captions", a list of B strings.
       caption_words: texts that hold every word of a caption or a class name.
       evaluation: () -> examples of all images at native size, or (process_index, process_count) ->
         those of this host's share of the images.
       eval_size: longer side of the network's input at evaluation.
-      check_clip_targets: what the targets must have been made with (fields of the cache's manifest)
-        -> None; raises StoreError unless the configured cache is of that and of this data,
-        complete and undamaged. None where no cache is configured.
-      oracle: as `train`, of images that show unseen classes too: for an upper bound that is not
-        zero-shot. None where there are none.
+      check_clip_targets: fields of the cache's manifest -> None; raises StoreError unless the
+        configured cache is of that and of this data, complete and undamaged.
+      oracle: as `train`, of images that show unseen classes too: an upper bound, not zero-shot.
       eval_vocabulary: the classes of the evaluation images, where they are of another data set, as
         in open-vocabulary evaluation; None where they are those of `vocabulary`.
       identity: () -> fingerprint of the training images' records and of the classes, wherever the
@@ -67,14 +63,7 @@ class Datasets:
 def make_datasets(
     config: Mapping[str, Any], *, seed: int, process_index: int = 0, process_count: int = 1
 ) -> Datasets:
-    """Data sets from a config's `data` section.
-
-    Args:
-      config: `kind` and the fields of that kind, as the files in `configs/` give them.
-
-    Raises:
-      ValueError: for an unknown kind, or data that is missing or damaged.
-    """
+    """Data sets from a config's `data` section; ValueError for an unknown kind or damaged data."""
     check_choice(config["kind"], KINDS, "config.data.kind is unknown:")
     make = _synthetic if config["kind"] == "synthetic" else _on_disk
     return make(config, seed, process_index, process_count)
@@ -202,11 +191,8 @@ def _shared(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
 def training_part(
     config: Mapping[str, Any], *, seed: int, process_index: int = 0, process_count: int = 1
 ) -> SegmentationLoader:
-    """The part that a config trains on; arguments as of `make_datasets`.
-
-    Raises:
-      ValueError: if the data is missing or damaged, a setting is out of range, or shards were made
-        with another treatment of unseen images than the config's.
+    """The part that a config trains on; ValueError as well for shards of another `unseen`
+    treatment.
     """
     return SegmentationLoader(
         _open(config, "", "train_part", config["unseen_images"]),

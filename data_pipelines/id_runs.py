@@ -17,19 +17,15 @@ def run_starts(values: np.ndarray) -> np.ndarray:
 def keep_largest_segments(
     segment_ids: np.ndarray, max_segments: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Renumbers an id map after a crop so that 1..n are the segments which still have pixels.
+    """Renumbers an id map [H, W] after a crop so that 1..n are the segments which still have
+    pixels.
 
-    Segments without a pixel are gone. Of more than `max_segments`, the largest stay (by pixels on
-    this map; the lower id wins a tie) and the pixels of the others become void.
-
-    Args:
-      segment_ids: [H, W] unsigned integers, 0 void, small (they index a table).
-      max_segments: how many may stay, 1 to 65535.
+    Of more than `max_segments`, the largest stay (by pixels on this map; the lower id wins a tie)
+    and the pixels of the others become void.
 
     Returns:
-      The new map [H, W], uint8 if max_segments <= 255 and uint16 otherwise (the given array itself
-      where nothing is to change), and rows [n] int64 ascending: new id i+1 was id rows[i]+1, that
-      is, row rows[i] of the tables.
+      The new map, uint8 if max_segments <= 255 and uint16 otherwise (the given array itself where
+      nothing is to change), and rows [n] int64 ascending: new id i+1 was row rows[i] of the tables.
     """
     flat = segment_ids.ravel()
     starts = run_starts(flat)
@@ -49,13 +45,9 @@ def keep_largest_segments(
 
 
 def encode_runs(segment_ids: np.ndarray) -> bytes:
-    """The runs of an id map along its rows, deflated: a sixth of the time that a PNG takes to read.
+    """The runs of an id map [H, W] along its rows, deflated: a sixth of a PNG's time to read.
 
-    Args:
-      segment_ids: [H, W] uint8 or uint16, not empty.
-
-    Returns:
-      Lengths of all runs, little-endian uint32, then their ids of the map's type.
+    Lengths of all runs, little-endian uint32, then their ids of the map's type.
     """
     flat = segment_ids.ravel()
     starts = run_starts(flat)

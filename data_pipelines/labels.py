@@ -1,24 +1,19 @@
 """Label spaces as data: files that list classes, and of a zero-shot split which of them are seen.
 
-A file is one JSON object with the keys `name`, `description`, `source` and `categories`; the order
-of the categories is the order of the label space. Those of a split say which classes training may
-show, those of a vocabulary have other words for each class:
+A file is one JSON object with the keys `name`, `description`, `source` and `categories`, whose
+order is that of the label space. Those of a split say which classes training may show, those of a
+vocabulary have other words for each class:
 
     {"id": 21, "name": "cow", "isthing": 1, "split": "unseen"}
     {"id": 17, "name": "cat", "isthing": 1, "synonyms": ["kitty"]}
 
 A vocabulary says nothing of training: all its classes are unseen, as in open-vocabulary evaluation.
-Its `isthing` is null where nobody has said. A class's `name` is the data set's own, "tree-merged";
-its readable form is for `concat_jax.text.name_cleaning` to say, and often the first synonym.
+Its `isthing` is null where nobody has said. A text file is shorter: a class a line, its synonyms
+after commas, as "cat, kitty". A class's `name` is the data set's own, "tree-merged"; its readable
+form is for `concat_jax.text.name_cleaning` to say, and often the first synonym.
 
-A text file is shorter: a class a line, its synonyms after commas.
-
-    cat, kitty
-    sky
-
-COCO's panoptic 119/14 split (`splits/coco_panoptic_119_14.json`) keeps COCO's native order, with
-the unseen classes in between, as PADing's `datasets/mscoco_unseen_classes.json` and detectron2's
-`COCO_CATEGORIES` do.
+COCO's panoptic 119/14 split keeps COCO's native order, with the unseen classes in between, as
+PADing's `datasets/mscoco_unseen_classes.json` and detectron2's `COCO_CATEGORIES` do.
 """
 
 from __future__ import annotations
@@ -40,20 +35,11 @@ _FILE_KEYS = ("name", "description", "source", "categories")
 
 
 def load_label_space(name_or_path: str | os.PathLike[str]) -> Vocabulary:
-    """The classes of a split file, a vocabulary file or a list of names, in the order of the file.
+    """The classes of a split, a vocabulary or a list of names, in the order of the file.
 
-    Args:
-      name_or_path: path of a `.json` or `.txt` file, or the bare name of one that ships, such as
-        `coco_panoptic_119_14` or `ade20k_150`.
-
-    Returns:
-      The classes. Thing flags are False where the file does not know; the ids of a text file are
-      its line numbers, from 1.
-
-    Raises:
-      ValueError: if the file is missing, is not readable, has an unknown or missing key, a value of
-        the wrong kind, no class (in a split, no seen one), an empty name, or a name or id twice.
-        The sentence names the file, and the lines of a text file.
+    `name_or_path` is a `.json` or `.txt` file, or the bare name of one that ships. Thing flags are
+    False where the file does not know; the ids of a text file are its line numbers, from 1. Raises
+    ValueError, naming file and line, for whatever is missing, unknown, empty or twice.
     """
     path = pathlib.Path(name_or_path)
     if not path.is_file() and path.name == str(name_or_path):

@@ -1,8 +1,7 @@
 """Batches for training and examples for evaluation, from any source of images and segments.
 
 The loader is random access: `batch(step)` is a pure function of (seed, step, process), computed by
-threads, so a resumed run needs no iterator state. Where images come from is the source's business
-(see `source`); order, augmentation and the zero-shot rule are decided here.
+threads, so a resumed run needs no iterator state.
 """
 
 from __future__ import annotations
@@ -36,15 +35,9 @@ _JITTER_STREAM, _CAPTION_STREAM = 1, 2
 class SegmentationLoader:
     """Training batches and evaluation examples of one source.
 
-    `batch` and `caption_batch` draw from the training images; `eval_examples` walks through every
-    image of the part, whatever `unseen_images` says, because evaluation is over all classes.
-
-    Attributes:
-      source: where images and segments come from.
-      vocabulary: the source's label space.
-      records: every annotated image, by ascending image id.
-      training_indices: [M] int64, the positions in `records` that training may use.
-      num_eval_images: how many examples `eval_examples` yields.
+    `batch` and `caption_batch` draw from the training images, the [M] positions `training_indices`
+    in `records`; `eval_examples` walks through every image of the part, whatever `unseen_images`
+    says, because evaluation is over all classes.
     """
 
     def __init__(
@@ -71,20 +64,13 @@ class SegmentationLoader:
           max_segments: rows G of the tables, 1..65535. Of an image with more segments after the
             crop, the G largest stay and the others become void. 100 is the number of queries:
             more could not be matched.
-          unseen_images: what training does with images that show unseen classes: "drop", "void" or
-            "keep"; see `source.treat_unseen`.
-          on_bad_example: what a training image does that cannot be used (unreadable, or in conflict
-            with its record): "raise" a FileError, or "skip": the next good image in the epoch's
-            order takes its place, the file is logged once and counted in `skipped`. Evaluation
-            always raises, because a skipped image would change the metric in silence.
-          augment: "lsj" (large-scale jitter and flip), "semantic" (shortest edge, crop limited by
-            class area, colours, flip) or "none" (letterboxed); see `augment.augment_example`.
-          scale_range: of "lsj" and "semantic", relative to S.
-          max_class_area: of "semantic": the share of a crop that one class may have.
+          unseen_images: "drop", "void" or "keep"; see `source.treat_unseen`. on_bad_example: what a
+          training image does that cannot be used: "raise" a FileError, or "skip":
+            the next good image in the epoch's order takes its place, the file is logged once and
+            counted in `skipped`. Evaluation always raises: a skipped image would change the metric
+            in silence.
+          augment, scale_range, max_class_area: see `augment.augment_example`.
           num_eval_images: evaluate on the first so many images by id; None takes all.
-
-        Raises:
-          ValueError: if an argument is out of range.
         """
         for name, value, least in (
             ("seed", seed, 0),
@@ -131,18 +117,10 @@ class SegmentationLoader:
         """This process's share of the global batch of a step, a pure function of both.
 
         Every epoch visits each training image once, in an order of its own; the epochs follow one
-        another without a gap, so a batch may hold the end of one and the beginning of the next.
-
-        Args:
-          step: >= 0.
-          batch_size: images of the *global* batch, a multiple of process_count. The global batch of
-            a step does not depend on how many processes share it.
-
-        Returns:
-          A batch of `IMAGE_FIELDS`, see `core.batch`. Segments that the crop removed have no row.
-
-        Raises:
-          FileError: if an image cannot be used (see on_bad_example), or none is left to train on.
+        another without a gap. `batch_size` is global and a multiple of process_count; the global
+        batch does not depend on how many processes share it. Segments that the crop removed have no
+        row. Raises FileError if an image cannot be used (see on_bad_example), or none is left to
+        train on.
         """
         positions = self._positions(step, batch_size)
         # Examples are drawn where they stay: copying them together would cost as much as an id map.
@@ -157,17 +135,8 @@ class SegmentationLoader:
         """Image-caption pairs for a small CLIP of one's own, a pure function of the step.
 
         The picture is the crop of a seen segment's bounding box in a training image (a rectangle,
-        never cut out along the mask), stretched to a square; the caption is its class's name.
-
-        Args:
-          step: >= 0.
-
-        Returns:
-          image [batch_size / process_count, size, size, 3] uint8, and captions, a list of as many
-          class names.
-
-        Raises:
-          FileError: if an image cannot be used, or there is no seen segment to train on.
+        never cut out along the mask), stretched to a square; the caption is its class's name. This
+        process's share: [batch_size / process_count, size, size, 3] uint8, and a list of captions.
         """
         positions = self._positions(step, batch_size)
         if not len(self._caption_segments):
@@ -181,18 +150,9 @@ class SegmentationLoader:
     ) -> Iterator[dict[str, Any]]:
         """The images of the part by ascending id, at native size, decoded ahead in threads.
 
-        Args:
-          process_index: with `process_count`, takes every process_count-th image from this one on.
-          process_count: hosts that share the images out; every one gets equally many examples,
-            ceil(num_eval_images / process_count), so that they stay in step.
-
-        Yields:
-          Examples of `eval_example` with `is_padding`, bool: True for an example that only makes
-          up the number. It is a copy of the last image without segments: not to be scored.
-
-        Raises:
-          ValueError: at the call of `next`, if process_index is not below process_count.
-          FileError: if an image cannot be used.
+        Every host gets equally many examples, every process_count-th from its own on, so that they
+        stay in step; where `is_padding` is True it is a copy of the last image without segments,
+        not to be scored.
         """
         if not 0 <= process_index < process_count:
             raise ValueError(
@@ -214,14 +174,11 @@ class SegmentationLoader:
         yield from prefetch(example, 0, number, threads + 1, threads)
 
     def eval_example(self, index: int) -> dict[str, Any]:
-        """The un-augmented example of records[index]; for evaluators that share the images out.
+        """The un-augmented example of records[index], without batch axis, at native size;
+        `file_name` too.
 
-        Returns:
-          The fields of `batch` without the batch axis at native size, and `file_name`. No segment
-          is ever left out: tables hold max_segments rows, or as many as the image has if more.
-
-        Raises:
-          FileError: if the image cannot be used, also where training would skip it.
+        No segment is ever left out: tables hold max_segments rows, or as many as the image has if
+        more. Raises FileError if the image cannot be used, also where training would skip it.
         """
         record = self.records[index]
         image, segment_ids = self.source.read(record)

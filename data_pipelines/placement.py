@@ -28,11 +28,7 @@ cv2.setNumThreads(1)
 class Placement:
     """How an image comes onto a square canvas: cut a window, resize, mirror, pad bottom and right.
 
-    Attributes:
-      rows: [begin, end) of the window in the source.
-      columns: likewise.
-      resized: (height, width) of the window on the canvas, each >= 1.
-      mirrored: whether the window is mirrored left to right.
+    `rows` and `columns` are [begin, end) in the source; `resized` is (height, width) on the canvas.
     """
 
     rows: tuple[int, int]
@@ -49,13 +45,9 @@ def resize_then_cut(
     *,
     mirrored: bool = False,
 ) -> Placement:
-    """The placement of an image that is resized as a whole and then cut to the canvas.
+    """The placement of an image that is resized as a whole and then cut at `offset` (top, left).
 
     The window is widened to whole source pixels; that changes its scale by less than one of them.
-
-    Args:
-      offset: (top, left) of the canvas within the resized image, which is as large as the canvas
-        from there on, or ends there.
     """
     windows, lengths = [], []
     for old, new, begin in zip(source, resized, offset, strict=True):
@@ -74,12 +66,9 @@ def place(
     max_segments: int,
     canvas: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Puts an image onto a canvas, and its segments into the same place.
+    """Puts an image [H, W, 3] and its segments [H, W] onto a square canvas.
 
     Args:
-      image: [H, W, 3] uint8, or an RGB PIL image.
-      segment_ids: [H, W] uint8 or uint16.
-      placement: where it goes.
       max_segments: how many segments may stay, as for `keep_largest_segments`.
       canvas: [S, S, 3] uint8 contiguous, to be written all over; None takes a new one.
 
@@ -87,9 +76,6 @@ def place(
       image [S, S, 3] uint8 (padding 128); segment_ids [h, w] of the valid area at its upper left,
       renumbered without what is not seen there, and the rows [n] that they had before: see
       `keep_largest_segments`. `pad_ids` pads them.
-
-    Raises:
-      ValueError: if image and id map differ in size.
     """
     image = np.asarray(image)
     if image.shape != (*segment_ids.shape, 3):

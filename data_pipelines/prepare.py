@@ -49,27 +49,18 @@ def prepare(
     workers: int = 2,
     skip_bad: bool = False,
 ) -> dict[str, PartCounts]:
-    """Checks, counts and, where `out` is given, packs parts of a data set; prints what it finds.
+    """Checks, counts and, where `out` is given, packs parts of a data set; part -> its counts.
 
     Args:
-      dataset: a name of `sources.registry.DATASETS`.
-      parts: of the data set; () takes the training and the evaluation part of its layout.
-      split_file: instead of the layout's own, see `open_source`.
-      unseen: what training does with images that show unseen classes, see `source.treat_unseen`;
-        None takes what the data set's protocol does. Without `parts` it holds for the training part
-        alone, since evaluation is over all classes.
-      out: folder of the shards; None writes nothing.
+      parts: () takes the training and the evaluation part of the layout. split_file: instead of the
+      layout's own, see `open_source`. unseen: see `source.treat_unseen`; None takes what the data
+      set's protocol does. Without `parts`
+        it holds for the training part alone, since evaluation is over all classes.
       num_shards, workers: see `build_shards`.
       skip_bad: leave out images of other parts than the data set's evaluation part that cannot be
         used, count and name them, instead of raising.
 
-    Returns:
-      Part to its counts.
-
-    Raises:
-      FileError: for a wrong layout, files that are missing or damaged, a part of which nothing is
-        left, a leak, or shards in `out` that were begun with something else.
-      ValueError: for an argument out of range.
+    Raises FileError for what is missing, damaged or leaks, or shards begun with something else.
     """
     treatments = _treatments(dataset, parts, unseen)
     # Never of the evaluation part: a missing image would change the metric in silence.

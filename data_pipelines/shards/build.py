@@ -40,13 +40,8 @@ IMAGES_PER_SHARD = 500
 
 @dataclasses.dataclass(frozen=True)
 class BuildReport:
-    """What a call did.
-
-    Attributes:
-      finished_before: shards that were there already and stayed as they were.
-      written: shards that this call wrote.
-      images: images in all shards of the part.
-      skipped: file name of each image that was left out, in this call or before -> why.
+    """Shards that were finished before and that this call wrote, images in all, and left out ->
+    why.
     """
 
     finished_before: int
@@ -74,17 +69,11 @@ def build_shards(
 
     Args:
       folder: for all parts of one data set; made if absent.
-      source: the part, as `open_source` gives it; it must be picklable if workers > 1.
-      unseen: see `source.treat_unseen`.
-      num_shards: files to write, at most one an image. None: as the folder was begun, or else one
-        for every 500 images.
-      workers: processes; 1 works in this one.
+      source: of `open_source`; it must be picklable if workers > 1, processes.
+      num_shards: None: as the folder was begun, or else one for every 500 images.
       skip_bad: leave out images that cannot be used, count and name them, instead of raising.
 
-    Raises:
-      FileError: if an image cannot be used, training would see an unseen class, no image is left,
-        or the folder was begun with another data set or setting.
-      ValueError: for an argument out of range.
+    Raises FileError as well if the folder was begun with another data set or setting.
     """
     for name, value in (("data set", dataset), ("part", part)):
         if not value.isidentifier():

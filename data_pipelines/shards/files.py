@@ -57,12 +57,8 @@ class Identity:
     """What shards depend on; two builds with the same identity give the same bytes.
 
     Attributes:
-      dataset: a name of `sources.registry.DATASETS`.
-      part: train2017 or the like.
-      unseen: what was done to images that show unseen classes, see `source.treat_unseen`.
       source: fingerprint of all the part's tables, of `fingerprint`.
       num_images: how many images the shards hold, bad ones included.
-      num_shards: over how many files.
       id_bits: of the id maps, 8 or 16.
       vocabulary: the split's label space, as `dataclasses.asdict` gives it.
     """
@@ -115,14 +111,10 @@ def index_path(folder: Path, identity: Identity, index: int) -> Path:
 
 
 def read_manifest(folder: Path, part: str) -> tuple[Identity, dict[str, Any] | None]:
-    """What a part's shards were begun with, and how they ended.
+    """What a part's shards were begun with, and how they ended; None before they are finished.
 
-    Returns:
-      The identity, and once every shard is finished `shard_lengths`, `shard_bytes` (lists of one
-      number a shard) and `skipped` (file name -> why); None before.
-
-    Raises:
-      FileError: if there is no manifest, or it cannot be understood.
+    The end is `shard_lengths` and `shard_bytes`, a number a shard, and `skipped`, file name -> why.
+    Raises FileError if there is no manifest, or it cannot be understood.
     """
     path = manifest_path(folder, part)
     if not path.is_file():
@@ -166,11 +158,9 @@ class ShardIndex:
     """The index of one shard of n records.
 
     Attributes:
-      records: what `Source.records` holds of these images.
       payloads: [n, 3] int64, of each record's payload: offset in the file, length, CRC-32.
       images, id_maps: [n, 2] int64, begin and end within the payload of the image file and of
         the id map's runs.
-      shard_bytes: size of the shard.
       skipped: file name of each image that was left out -> why.
     """
 
@@ -194,12 +184,8 @@ def write_shard(
 ) -> None:
     """Writes one shard and then its index, each under a temporary name first.
 
-    Args:
-      read: record -> (image file's bytes, id map [H, W] of rows + 1); raises FileError.
-      skip_bad: leave out an image for which `read` raises, and note it in the index.
-
-    Raises:
-      FileError: from `read`.
+    `read` gives a record's image file and id map [H, W] of rows + 1; where it raises, `skip_bad`
+    notes the image in the index and leaves it out.
     """
     kept, payloads, images, id_maps, skipped = [], [], [], [], {}
     path = shard_path(folder, identity, index)

@@ -26,14 +26,8 @@ class ShardSource:
     """One part of a data set from its shards; a `Source`.
 
     It gives the pictures and id maps of the folder that the shards were made from, bit for bit.
-    Reads keep no file open and share nothing, so any number of threads may read.
-
-    Attributes:
-      vocabulary: the label space of the split that the shards were made with.
-      records: every image in the shards, by ascending image id.
-      unseen: "drop", "void" or "keep": what was done to images that show unseen classes. Only
-        "keep" holds all that an evaluation needs.
-      skipped: file name of each image that was left out because it could not be used -> why.
+    Reads keep no file open and share nothing, so any number of threads may read. Only shards made
+    with `unseen` "keep" hold all that an evaluation needs.
     """
 
     def __init__(self, folder: str | os.PathLike[str], part: str):
@@ -66,15 +60,9 @@ class ShardSource:
         self._indices = [dataclasses.replace(index, records=()) for index in indices]
 
     def check_treatment(self, wanted: UnseenImages, by: str) -> None:
-        """Refuses shards that lack what another treatment of unseen classes would have kept.
+        """Refuses shards that lack what the treatment `wanted` would have kept, by a FileError.
 
         Whole shards serve every treatment, and where no class is unseen all treatments are alike.
-
-        Args:
-          wanted: what must be found of images that show unseen classes.
-
-        Raises:
-          FileError: if the shards were made with another treatment; it names both and the command.
         """
         if self.unseen in ("keep", wanted) or not len(self.vocabulary.unseen):
             return

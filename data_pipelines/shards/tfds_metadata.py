@@ -49,9 +49,6 @@ def write_tfds_metadata(folder: Path) -> None:
     """Writes `dataset_info.json` and its companions for the finished parts of a folder.
 
     `tfds.builder_from_directory(folder).as_dataset(split=PART)` then reads the shards.
-
-    Args:
-      folder: with at least one finished part.
     """
     import tensorflow_datasets as tfds
 

@@ -29,14 +29,7 @@ class CocoInstanceSource:
     """One part of a data set in COCO's instance format; a `FolderSource`.
 
     What no instance covers is void. Annotations of categories that the label space lacks, as the 15
-    that are in neither set of ZSI's split, are left out.
-
-    Attributes:
-      vocabulary: the label space.
-      records: every image of the JSON, those without an instance included, by ascending image id.
-      images_folder: folder of the images.
-      left_out: number of annotations of other categories.
-      skipped: how many images were left out because an annotation cannot be used.
+    that are in neither set of ZSI's split, are left out and counted.
     """
 
     def __init__(
@@ -50,15 +43,8 @@ class CocoInstanceSource:
         """Reads the JSON and checks it and the presence of every image.
 
         Masks are kept in memory as run lengths: about half a gigabyte for COCO's training part.
-
-        Args:
-          vocabulary: its ids and names must be those of the JSON's categories, which need not hold
-            all of them.
-          on_bad_example: what an outline does that is malformed: "raise", or "skip": its image is
-            left out, logged and counted.
-
-        Raises:
-          FileError: if a file is missing, the JSON is inconsistent, or an outline is malformed.
+        With `on_bad_example` "skip" the image of a malformed outline is left out, logged and
+        counted.
         """
         self.vocabulary, self.images_folder, self._json_path = vocabulary, images, json_path
         faults: dict[ImageId, FileError] = {}
@@ -120,14 +106,11 @@ class CocoInstanceSource:
 def paint(
     codes: Sequence[Mapping[str, Any]], is_crowd: np.ndarray, height: int, width: int
 ) -> np.ndarray:
-    """One id map of instances that may overlap.
+    """One id map [height, width] uint16 of instances that may overlap; r + 1 where instance r is
+    on top.
 
-    Args:
-      is_crowd: [n] bool; crowd regions lie below all others.
-
-    Returns:
-      [height, width] uint16: 0 where there is no instance, r + 1 where instance r is on top. The
-      smaller one is, by pixels of its whole mask; of two alike, the later.
+    Crowd regions lie below all others; then the smaller one is on top, by pixels of its whole mask;
+    of two alike, the later.
     """
     ids = np.zeros((height, width), np.uint16)
     masks = [decode_rle(code) for code in codes]

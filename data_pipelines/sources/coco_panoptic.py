@@ -45,11 +45,8 @@ class Layout:
 class CocoPanopticSource:
     """One part of a data set in COCO's panoptic format; a `FolderSource`.
 
-    Attributes:
-      vocabulary: the label space.
-      records: every annotated image, by ascending image id: the JSON's integers, or `image_number`
-        of its texts. source_ids are the segments' ids, R + 256 G + 65536 B of their pixels.
-      layout, images_folder: where the files are.
+    Image ids are the JSON's integers, or `image_number` of its texts; source ids are the segments'
+    ids, R + 256 G + 65536 B of their pixels.
     """
 
     def __init__(
@@ -60,18 +57,12 @@ class CocoPanopticSource:
         own_names: bool = False,
         hidden_segments: bool = False,
     ):
-        """Reads the JSON and checks it and the presence of every file.
+        """Reads the JSON and checks it, against the vocabulary too, and the presence of every file.
 
         Args:
-          layout: where the files are.
-          vocabulary: its ids, names and things must be those of the JSON's categories.
           own_names: the JSON may call categories by other names.
           hidden_segments: segments of the JSON without a pixel in the PNG are not a fault: what
             made the files painted others over them.
-
-        Raises:
-          FileError: if the JSON is inconsistent, in itself or with the vocabulary, or names a file
-            that is not on disk.
         """
         self.vocabulary, self.layout, self.images_folder = vocabulary, layout, layout.images
         self._hidden_segments = hidden_segments
@@ -130,9 +121,6 @@ def find_ade20k(root: str | os.PathLike[str], part: str) -> Layout:
 
     The script paints things over stuff and lists also the stuff that is hidden altogether. Its JSON
     numbers classes from 0 and has names of its own for them.
-
-    Raises:
-      FileError: naming the place that is missing.
     """
     name = {"training": "train", "validation": "val"}.get(part)
     if name is None:

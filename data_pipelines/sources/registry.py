@@ -32,9 +32,7 @@ class Dataset:
 
     Attributes:
       tree: the files below the root, {part} being one of the parts.
-      parts: those for training and for evaluation.
-      split_file: the label space unless another is given: a split or vocabulary that ships, or a
-        path below the root.
+      split_file: the label space unless another is given: one that ships, or below the root.
       unseen_images: what its protocol does with training images that show unseen classes.
       open: root, checked part, split file and what to do with bad examples -> the source.
     """
@@ -54,20 +52,17 @@ def open_source(
     *,
     on_bad_example: OnBadExample = "raise",
 ) -> FolderSource:
-    """Opens one part of a data set.
+    """Opens one part of a data set of `DATASETS`.
 
     Args:
-      dataset: a name in `DATASETS`.
       part: for example "train2017"; of `panoptic_folder`, any name.
       split_file: instead of the data set's own label space: a split file, a vocabulary file, or the
         name of one that ships. Of a vocabulary, which knows no split, all classes are unseen.
       on_bad_example: "skip" leaves out what cannot be used of label maps and of COCO's outlines,
         which are read when the source is made. Other files are read later, when they are needed.
 
-    Raises:
-      ValueError: for an unknown data set or a label space that is not valid.
-      FileError: for a layout that is not the data set's, with what was expected; for files that are
-        missing or damaged.
+    Raises ValueError for an unknown data set or a label space that is not valid, FileError for
+    another layout, with what was expected, and for files that are missing or damaged.
     """
     _check_name(dataset)
     known, root = DATASETS[dataset], pathlib.Path(root)

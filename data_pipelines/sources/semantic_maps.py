@@ -35,15 +35,9 @@ MAP_SUFFIXES = (".png", ".tif", ".tiff")
 
 
 class SemanticMapSource:
-    """One part of a data set of label maps; a `FolderSource`.
+    """One part of a data set of label maps; a `FolderSource`. Every class is stuff.
 
     A record's source ids are pixel values plus 1, because an id of 0 means void.
-
-    Attributes:
-      vocabulary: the label space, every class stuff.
-      records: every image that has a map, by ascending image id.
-      images_folder: folder of the images.
-      skipped: how many maps were left out because they cannot be used.
     """
 
     def __init__(
@@ -64,12 +58,7 @@ class SemanticMapSource:
           maps: folder of the maps; a map has its image's name up to the suffix.
           vocabulary: its category ids are pixel values plus `offset`.
           stems: names of the images that are part of this, without suffixes; None takes all maps.
-          on_bad_example: what a map does that cannot be used: "raise", or "skip": it is left out,
-            logged and counted.
-
-        Raises:
-          FileError: if a folder or a file is missing or empty, two images would have one id, or a
-            map cannot be read or holds a value that is no class.
+          on_bad_example: "skip" leaves a map out that cannot be used, logged and counted.
         """
         self.vocabulary = dataclasses.replace(vocabulary, is_thing=(False,) * len(vocabulary))
         self.images_folder, self._maps = images, maps

@@ -29,12 +29,9 @@ class ImageRecord:
 
     Attributes:
       image_id: unique within the part.
-      file_name, png_name: names of the image and of its map of segments, relative to their folders;
-        png_name is "" where a layout has no such file.
-      height, width: size in pixels.
+      png_name: "" where a layout has no such file.
       source_ids: [n] int64, the segments' ids in the data set's own files, each once.
       labels: [n] int32, class indices into the vocabulary.
-      is_crowd: [n] bool.
     """
 
     image_id: int
@@ -48,26 +45,17 @@ class ImageRecord:
 
 
 class Source(Protocol):
-    """One part (training or evaluation) of a data set on disk.
-
-    Attributes:
-      vocabulary: the label space.
-      records: every annotated image, by ascending image id.
-    """
+    """One part (training or evaluation) of a data set on disk; records by ascending image id."""
 
     vocabulary: Vocabulary
     records: Sequence[ImageRecord]
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
-        """Decodes one image; safe to call from several threads.
+        """The RGB image, EXIF rotation applied, and its id map [H, W] uint8 or uint16; any
+        thread may.
 
-        Returns:
-          The RGB image, with EXIF rotation applied, and the id map [H, W] uint8 or uint16: 0 void,
-          r + 1 where the segment of row r of the record's tables is. A segment that others
-          hide has a row and no pixel.
-
-        Raises:
-          FileError: if the files cannot be decoded or do not fit together or to the record.
+        0 is void, r + 1 the segment of row r of the record's tables. A segment that others hide has
+        a row and no pixel. Raises FileError for files that do not fit together or to the record.
         """
         ...
 
@@ -83,14 +71,10 @@ class FolderSource(Source, Protocol):
 
 
 def image_number(image_id: int | str, where: str) -> int:
-    """The number that stands for an image, of an annotation file's id or of a file's name.
+    """The number that stands for an image: an id, or the digits of a text, read as one.
 
-    Args:
-      image_id: a number, which stands for itself, or a text, whose digits are read as one:
-        "ADE_val_00000017" is 17 and "2007_000032" is 2007000032.
-
-    Raises:
-      FileError: if there is no such number in 0 to 2^63 - 1.
+    "ADE_val_00000017" is 17 and "2007_000032" is 2007000032. FileError if it is not in 0 .. 2^63 -
+    1.
     """
     number = image_id
     if isinstance(image_id, str):
@@ -108,20 +92,16 @@ def image_number(image_id: int | str, where: str) -> int:
 def treat_unseen(source: Source, treatment: UnseenImages) -> tuple[Source, np.ndarray]:
     """What training may see of a source.
 
-    Args:
-      treatment: "drop" leaves out every image with a segment, crowd included, of an unseen class
-        (PADing `datasets/get_zsp_json.py`). "void" keeps the image, but the pixels of its unseen
-        segments, crowd included, become void and their rows vanish (ZegFormer
-        `prepare_coco_stuff_sem_seg_seen.py`); an image of which nothing is left is left out. "keep"
-        takes all images and all classes: not zero-shot, but what supervised reference runs need.
+    "drop" leaves out every image with a segment, crowd included, of an unseen class (PADing
+    `datasets/get_zsp_json.py`). "void" keeps the image, but the pixels of its unseen segments,
+    crowd included, become void and their rows vanish (ZegFormer
+    `prepare_coco_stuff_sem_seg_seen.py`); an image of which nothing is left is left out. "keep"
+    takes all images and all classes: not zero-shot, but what supervised reference runs need.
 
     Returns:
       The source to train from, which is `source` itself unless segments vanish, and the positions
       in its records that training may use, [M] int64 ascending. Positions are the same in both.
       An image without any segment teaches nothing and is never among them.
-
-    Raises:
-      ValueError: for an unknown treatment.
     """
     if treatment not in UNSEEN_IMAGES:
         raise ValueError(f"unseen_images is {treatment!r} and must be 'drop', 'void' or 'keep'.")

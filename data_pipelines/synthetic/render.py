@@ -50,12 +50,9 @@ def light_direction(rng: np.random.Generator) -> tuple[float, float]:
 def ground_tone(
     rng: np.random.Generator, texture: str, height: int, width: int, scale: float
 ) -> np.ndarray:
-    """Brightness map [H, W] float32 of one stuff texture with random phase and a slight turn.
+    """Brightness [H, W] float32 of a stuff texture with random phase and a slight turn.
 
-    Args:
-      texture: key of `patterns.STUFF_TEXTURES`.
-      height, width: size in pixels.
-      scale: pixels per pixel of the reference scene.
+    `scale` is pixels per pixel of the reference scene, here and below.
     """
     x, y = _pixel_grid(height, width)
     angle = rng.uniform(-0.45, 0.45)
@@ -111,14 +108,8 @@ def _spread_points(rng: np.random.Generator, count: int, tries: int) -> np.ndarr
 def paint_ground(
     rng: np.random.Generator, looks: Sequence[Look], height: int, width: int, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Background of a picture.
-
-    Args:
-      height, width: size in pixels.
-      scale: pixels per pixel of the reference scene.
-
-    Returns:
-      canvas [H, W, 3] float32 in about [0, 1] and owner [H, W] uint8, the index into `looks`.
+    """Background: canvas [H, W, 3] float32 in about [0, 1], owner [H, W] uint8, index into
+    `looks`.
     """
     weights = region_weights(rng, height, width, scale, len(looks))
     owner = weights.argmax(axis=0).astype(np.uint8)
@@ -146,17 +137,10 @@ def paint_thing(
     scale: float,
     light: tuple[float, float],
 ) -> tuple[tuple[slice, slice], np.ndarray, int]:
-    """Paints one thing with its cast shadow onto `canvas`, in place.
+    """Paints one thing with its cast shadow onto `canvas` [H, W, 3] float32, in place.
 
-    Args:
-      canvas: [H, W, 3] float32.
-      centre: (x, y) in pixels.
-      radius: in pixels.
-      scale: pixels per pixel of the reference scene; sets the texture's period.
-
-    Returns:
-      The canvas window as (rows, columns), the hard mask [h, w] bool in it, and the area in pixels
-      that the whole thing would have on an endless canvas.
+    `centre` (x, y) and `radius` are in pixels. Returns the canvas window as (rows, columns), the
+    hard mask [h, w] bool in it, and the area that the whole thing would have on an endless canvas.
     """
     height, width = canvas.shape[:2]
     reach = radius + 2.0
@@ -222,12 +206,8 @@ def paint_scene(
     scale: float,
     radius: tuple[float, float],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A whole picture: a ground of regions and things in front of each other.
-
-    Args:
-      size: height and width in pixels.
-      scale: pixels per pixel of the reference scene.
-      radius: range of thing radii in pixels.
+    """A whole picture: a ground of regions and things, their radii in pixels, in front of each
+    other.
 
     Returns:
       image [size, size, 3] uint8; owner [size, size] uint8, 1..R stuff then R+1..R+T things; and

@@ -80,18 +80,10 @@ def _look(
 class SyntheticWorld:
     """Panoptic scenes with things and stuff; scene i of a split is a pure function of its key.
 
-    The key is (preset, image_size, seed, split, classes, i); batch size plays no part: step s of
-    batch size B holds scenes s * B to s * B + B - 1. A scene holds only classes that `classes`
-    allows, so with "seen" not a pixel of an unseen class exists.
-
-    Args:
-      preset: name in `PRESETS` or a `WorldPreset`.
-      image_size: height and width in pixels; the same scene is drawn at that resolution.
-      seed: in [0, 2**32).
-      num_eval_images: how many scenes `eval_examples` gives.
-
-    Raises:
-      ValueError: if an argument is unknown or out of range, or G cannot hold the largest scene.
+    The key is (preset, image_size, seed, split, classes, i), and the same scene is drawn at any
+    size; batch size plays no part: step s of batch size B holds scenes s * B to s * B + B - 1. A
+    scene holds only classes that `classes` allows, so with "seen" not a pixel of an unseen class
+    exists.
     """
 
     def __init__(
@@ -135,9 +127,6 @@ class SyntheticWorld:
         """Scene `index` of the split: one row of a batch of `IMAGE_FIELDS`, [H, W] all valid.
 
         Segment ids are without gaps, source ids 1, 2, ...; image ids are unique over the splits.
-
-        Raises:
-          ValueError: if `index` is negative.
         """
         index = _require_at_least(index, 0, "Scene index")
         stream = SPLITS.index(self.split)
@@ -215,16 +204,10 @@ class CaptionWorld:
     As on the web, captions name seen and unseen classes alike; no picture comes with a mask.
 
     Args:
-      preset: name in `PRESETS` or a `WorldPreset`.
       image_size: size of the scenes that the CLIP is for; sets the native scale.
-      seed: in [0, 2**32).
-      classes: seen, unseen or all (the default).
       crop_size: height and width h of all pictures. Scenes are averaged down to it, which needs
         image_size to be a multiple of it (equal: native scale).
       scene_ratio: share of scenes in every batch, in [0, 1], rounded to whole pictures.
-
-    Raises:
-      ValueError: if an argument is unknown or out of range.
     """
 
     def __init__(
@@ -262,13 +245,9 @@ class CaptionWorld:
     def batch(self, step: int) -> dict[str, np.ndarray | list[str]]:
         """Batch `step`, a pure function of (seed, split, step).
 
-        Returns:
-          image [B, h, w, 3] uint8; captions, a list of B strings; labels [B] int32, the class of a
-          crop and -1 for a scene. Crops of K allowed classes hold each class floor or ceil of
-          their number / K times, so up to K crops all differ.
-
-        Raises:
-          ValueError: if `step` is negative.
+        image [B, h, w, 3] uint8; captions, a list of B strings; labels [B] int32, the class of a
+        crop and -1 for a scene. Crops of K allowed classes hold each class floor or ceil of their
+        number / K times, so up to K crops all differ.
         """
         step = _require_at_least(step, 0, "step")
         rng = np.random.default_rng([self._seed, self._stream, step])
