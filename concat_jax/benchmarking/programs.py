@@ -11,6 +11,7 @@ import numpy as np
 
 from concat_jax.benchmarking.harness import Work
 from concat_jax.benchmarking.inputs import Case
+from concat_jax.core.arrays import unit
 from concat_jax.models.networks import Networks, make_networks
 from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.stages.stage import LossFn
@@ -93,5 +94,4 @@ def random_params(networks: Networks, name: str) -> Any:
 
 def random_embeddings(*shape: int) -> np.ndarray:
     """Normalised vectors [..., C] float32, seeded: in the place of texts' or CLIP's targets."""
-    vectors = np.random.default_rng(3).normal(size=shape).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return unit(np.random.default_rng(3).normal(size=shape).astype(np.float32))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from concat_jax.core.arrays import unit
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages.cat import generate
@@ -124,11 +125,8 @@ def query_figure(
             pseudo = pseudo + deviation * deviations
         projector = {"params": run.parameters.get("projector", name)}
         real, pseudo = (
-            np.asarray(run.setup.networks.projector.apply(projector, jnp.asarray(q)))
+            unit(np.asarray(run.setup.networks.projector.apply(projector, jnp.asarray(q))))
             for q in (real, pseudo)
-        )
-        real, pseudo = (
-            q / np.maximum(np.linalg.norm(q, axis=-1, keepdims=True), 1e-9) for q in (real, pseudo)
         )
     title = f"{what} after stage {name}"
     return plots.query_space(

@@ -201,7 +201,7 @@ def test_both_poolings_find_the_end_of_words():
     ("texts", "message"),
     [
         (["red", "a mauve ball"], "does not know 'a' of 'a mauve ball'"),
-        (["red mauve"], "the word 'mauve'"),
+        (["red mauve"], "does not know 'mauve' of 'red mauve'"),
         (["red red red red"], "has 4 words; WordTokenizer's context_length 5 holds 3"),
     ],
 )
