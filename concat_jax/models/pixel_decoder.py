@@ -32,11 +32,11 @@ def resize_bilinear(features: jax.Array, height: int, width: int) -> jax.Array:
     """Bilinear resize without antialiasing, torch's `interpolate(align_corners=False)`.
 
     Args:
-        features: [B, H, W, C].
-        height, width: size of the result.
+      features: [B, H, W, C].
+      height, width: size of the result.
 
     Returns:
-        [B, height, width, C] in the type of `features`.
+      [B, height, width, C] in the type of `features`.
     """
     in_height, in_width = features.shape[1:3]
     ratio = in_height // height
@@ -87,15 +87,15 @@ class EncoderLayer(nn.Module):
         """One layer.
 
         Args:
-            tokens: [B, S, D], the levels of `sizes` one after another.
-            positions: [S, D] or [B, S, D] position plus level encoding.
-            reference_points: [S, 2] or [B, S, 2].
-            sizes: (height, width) of each level.
-            valid_sizes: [B, levels, 2] int32 (height, width) of each level's valid area, beyond
-                which no value is read and in units of which the points are; or None.
+          tokens: [B, S, D], the levels of `sizes` one after another.
+          positions: [S, D] or [B, S, D] position plus level encoding.
+          reference_points: [S, 2] or [B, S, 2].
+          sizes: (height, width) of each level.
+          valid_sizes: [B, levels, 2] int32 (height, width) of each level's valid area, beyond which
+            no value is read and in units of which the points are; or None.
 
         Returns:
-            [B, S, D].
+          [B, S, D].
         """
         bounds = np.cumsum([height * width for height, width in sizes])[:-1]
         levels = [
@@ -123,14 +123,14 @@ class PixelDecoder(nn.Module):
     """MSDeformAttnPixelDecoder.
 
     Attributes:
-        width: D of everything it returns.
-        num_layers, num_heads, num_points: of the deformable encoder.
-        ffn_width: hidden width of the encoder's feed-forward layers.
-        num_groups: groups of GroupNorm; must divide `width`.
-        remat: recompute each encoder layer in the backward pass instead of storing it.
-        stride: pixels between neighbours of the finest map, which tells the valid area of padded
-            images; 4 for the backbones of the publication.
-        dtype: compute type; parameters are float32.
+      width: D of everything it returns.
+      num_layers, num_heads, num_points: of the deformable encoder.
+      ffn_width: hidden width of the encoder's feed-forward layers.
+      num_groups: groups of GroupNorm; must divide `width`.
+      remat: recompute each encoder layer in the backward pass instead of storing it.
+      stride: pixels between neighbours of the finest map, which tells the valid area of padded
+        images; 4 for the backbones of the publication.
+      dtype: compute type; parameters are float32.
     """
 
     width: int = 256
@@ -150,16 +150,16 @@ class PixelDecoder(nn.Module):
         """Mask features and the three scales that the transformer decoder attends to.
 
         Args:
-            features: four maps [B, H/s, W/s, C_s] for s = 4, 8, 16, 32 (times `stride` / 4).
-            image_size: [B, 2] int32 (height, width) of each image's valid area, for which the
-                result is that of the unpadded image; None where nothing is padded.
+          features: four maps [B, H/s, W/s, C_s] for s = 4, 8, 16, 32 (times `stride` / 4).
+          image_size: [B, 2] int32 (height, width) of each image's valid area, for which the result
+            is that of the unpadded image; None where nothing is padded.
 
         Returns:
-            mask_features [B, H/4, W/4, D] and a list of [B, H/s, W/s, D] for s = 32, 16, 8. Beyond
-            the valid area mask_features are zero, the scales without meaning.
+          mask_features [B, H/4, W/4, D] and a list of [B, H/s, W/s, D] for s = 32, 16, 8. Beyond
+          the valid area mask_features are zero, the scales without meaning.
 
         Raises:
-            ValueError: there are not four maps, or num_groups does not divide `width`.
+          ValueError: there are not four maps, or num_groups does not divide `width`.
         """
         if len(features) != NUM_LEVELS + 1:
             raise ValueError(

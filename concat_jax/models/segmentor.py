@@ -47,11 +47,11 @@ class SegmentorOutput:
     """What the segmentor predicts, before any class is named.
 
     Attributes:
-        queries: [B, L, N, D] float32, decoder-normalised queries of all L = decoder layers + 1
-            prediction sets; `queries[:, -1]` are the vision queries.
-        mask_embeddings: [B, L, N, D] float32.
-        mask_features: [B, h, w, D] at stride 4, in the compute type; zero beyond the valid area
-            of padded images.
+      queries: [B, L, N, D] float32, decoder-normalised queries of all L = decoder layers + 1
+        prediction sets; `queries[:, -1]` are the vision queries.
+      mask_embeddings: [B, L, N, D] float32.
+      mask_features: [B, h, w, D] at stride 4, in the compute type; zero beyond the valid area of
+        padded images.
     """
 
     queries: jax.Array
@@ -70,11 +70,11 @@ def mask_logits(mask_embeddings: jax.Array, mask_features: jax.Array) -> jax.Arr
     """Mask logits of any number of prediction sets.
 
     Args:
-        mask_embeddings: [B, ..., N, D].
-        mask_features: [B, h, w, D].
+      mask_embeddings: [B, ..., N, D].
+      mask_features: [B, h, w, D].
 
     Returns:
-        [B, ..., N, h, w] float32.
+      [B, ..., N, h, w] float32.
     """
     return jnp.einsum(
         "b...nd,bhwd->b...nhw",
@@ -99,9 +99,9 @@ class Segmentor(nn.Module):
     """Images in, queries and mask features out.
 
     Attributes:
-        backbone: returns four maps [B, H/s, W/s, C_s], s = 4, 8, 16, 32.
-        pixel_decoder: those maps -> (mask_features, three scales).
-        transformer_decoder: (scales, mask_features) -> (queries, mask_embeddings).
+      backbone: returns four maps [B, H/s, W/s, C_s], s = 4, 8, 16, 32.
+      pixel_decoder: those maps -> (mask_features, three scales).
+      transformer_decoder: (scales, mask_features) -> (queries, mask_embeddings).
 
     Each takes the image_size as its last argument.
     """
@@ -119,14 +119,14 @@ class Segmentor(nn.Module):
         """Segment a batch of images.
 
         Args:
-            images: [B, H, W, 3] float from `normalize_images`.
-            image_size: [B, 2] int32 (height, width) of each image's valid area at the top left.
-                The rest of `images` is padding, whatever its values: the output is that of the
-                unpadded image run alone at its own size. None where nothing is padded.
+          images: [B, H, W, 3] float from `normalize_images`.
+          image_size: [B, 2] int32 (height, width) of each image's valid area at the top left. The
+            rest of `images` is padding, whatever its values: the output is that of the unpadded
+            image run alone at its own size. None where nothing is padded.
 
         Returns:
-            `SegmentorOutput`. Of the mask features the first ceil(height / 4) rows and
-            ceil(width / 4) columns belong to the image; the rest is zero.
+          `SegmentorOutput`. Of the mask features the first ceil(height / 4) rows and ceil(width /
+          4) columns belong to the image; the rest is zero.
         """
         if image_size is not None:
             # At least a pixel: statistics and softmaxes over nothing would be NaN.
@@ -141,18 +141,18 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
     """Build a segmentor from a plain nested mapping.
 
     Args:
-        config: any of the keys of `DEFAULTS`; what is absent takes the value there (Mask2Former
-            R50). `backbone` holds `kind` (a key of `BACKBONES`) and the fields of that backbone,
-            e.g. stage_sizes, width, block, norm, stem of a ResNet, or the fields of a Swin, which
-            `{"kind": "swin", **SWIN_VARIANTS["tiny"]}` gives; its num_groups and remat, where it
-            has them, are the outer ones unless given, its dtype always. `ffn_width` is the
-            encoder's, `decoder_ffn_width` the decoder's, `dtype` "float32" or "bfloat16".
+      config: any of the keys of `DEFAULTS`; what is absent takes the value there (Mask2Former R50).
+        `backbone` holds `kind` (a key of `BACKBONES`) and the fields of that backbone, e.g.
+        stage_sizes, width, block, norm, stem of a ResNet, or the fields of a Swin, which `{"kind":
+        "swin", **SWIN_VARIANTS["tiny"]}` gives; its num_groups and remat, where it has them, are
+        the outer ones unless given, its dtype always. `ffn_width` is the encoder's,
+        `decoder_ffn_width` the decoder's, `dtype` "float32" or "bfloat16".
 
     Returns:
-        An unbound `Segmentor`.
+      An unbound `Segmentor`.
 
     Raises:
-        ValueError: an unknown key (the nearest valid one is named), kind or dtype.
+      ValueError: an unknown key (the nearest valid one is named), kind or dtype.
     """
     for key in config:
         check_choice(key, DEFAULTS, "The segmentor config has no key")

@@ -40,15 +40,14 @@ def attention_block_mask(
     """Where a query may not look: outside its own predicted mask.
 
     Args:
-        mask_embeddings: [B, N, D].
-        mask_features: [B, h, w, D], already at the resolution of the attended scale.
-        size: [B, 2] int32 (height, width) of the scale's valid area, beyond which every query is
-            blocked; None where nothing is padded.
+      mask_embeddings: [B, N, D].
+      mask_features: [B, h, w, D], already at the resolution of the attended scale.
+      size: [B, 2] int32 (height, width) of the scale's valid area, beyond which every query is
+        blocked; None where nothing is padded.
 
     Returns:
-        [B, N, h * w] bool, True where attention is blocked (mask probability under one half). A
-        query that would be blocked everywhere is blocked nowhere in the valid area. Carries no
-        gradient.
+      [B, N, h * w] bool, True where attention is blocked (mask probability under one half). A query
+      that would be blocked everywhere is blocked nowhere in the valid area. Carries no gradient.
     """
     mask_embeddings, mask_features = jax.lax.stop_gradient((mask_embeddings, mask_features))
     logits = jnp.einsum(
@@ -126,14 +125,14 @@ class DecoderLayer(nn.Module):
         """One layer.
 
         Args:
-            queries: [B, N, D].
-            query_positions: [N, D] learned.
-            memory: [B, S, D] one scale of the pixel decoder.
-            memory_positions: [S, D] or [B, S, D].
-            blocked: [B, N, S] bool.
+          queries: [B, N, D].
+          query_positions: [N, D] learned.
+          memory: [B, S, D] one scale of the pixel decoder.
+          memory_positions: [S, D] or [B, S, D].
+          blocked: [B, N, S] bool.
 
         Returns:
-            [B, N, D] float32.
+          [B, N, D] float32.
         """
         attention = {"width": self.width, "num_heads": self.num_heads, "dtype": self.dtype}
         norm = {"epsilon": NORM_EPSILON, "dtype": jnp.float32}
@@ -155,15 +154,15 @@ class TransformerDecoder(nn.Module):
     """MultiScaleMaskedTransformerDecoder without its class head.
 
     Attributes:
-        width: D, divisible by num_heads and by 4.
-        num_queries: N.
-        num_layers: decoder layers; prediction sets are one more (the learned queries come first).
-        num_heads: attention heads.
-        ffn_width: hidden width of the feed-forward layers.
-        remat: recompute each layer in the backward pass instead of storing it.
-        stride: pixels between neighbours of the mask features, which tells the valid area of
-            padded images.
-        dtype: compute type; parameters are float32.
+      width: D, divisible by num_heads and by 4.
+      num_queries: N.
+      num_layers: decoder layers; prediction sets are one more (the learned queries come first).
+      num_heads: attention heads.
+      ffn_width: hidden width of the feed-forward layers.
+      remat: recompute each layer in the backward pass instead of storing it.
+      stride: pixels between neighbours of the mask features, which tells the valid area of padded
+        images.
+      dtype: compute type; parameters are float32.
     """
 
     width: int = 256
@@ -185,18 +184,18 @@ class TransformerDecoder(nn.Module):
         """Queries and mask embeddings of all prediction sets.
 
         Args:
-            scales: maps [B, h_s, w_s, D] from coarse to fine, each of half the stride of the one
-                before, down to twice that of the mask features; layer i attends to map i mod len.
-            mask_features: [B, h, w, D].
-            image_size: [B, 2] int32 (height, width) of each image's valid area, beyond which no
-                query looks; None where nothing is padded.
+          scales: maps [B, h_s, w_s, D] from coarse to fine, each of half the stride of the one
+            before, down to twice that of the mask features; layer i attends to map i mod len.
+          mask_features: [B, h, w, D].
+          image_size: [B, 2] int32 (height, width) of each image's valid area, beyond which no query
+            looks; None where nothing is padded.
 
         Returns:
-            queries [B, L, N, D] float32 after the decoder norm, and mask_embeddings [B, L, N, D]
-            float32, with L = num_layers + 1 prediction sets in order.
+          queries [B, L, N, D] float32 after the decoder norm, and mask_embeddings [B, L, N, D]
+          float32, with L = num_layers + 1 prediction sets in order.
 
         Raises:
-            ValueError: width is not divisible by num_heads.
+          ValueError: width is not divisible by num_heads.
         """
         if self.width % self.num_heads:
             raise ValueError(

@@ -133,14 +133,14 @@ class ResNet(nn.Module):
     """ResNet returning the feature map of every stage.
 
     Attributes:
-        stage_sizes: number of blocks of each of up to four stages; (3, 4, 6, 3) is ResNet-50.
-        width: channels of the stem; stage i works with width * 2**i channels.
-        block: "bottleneck" (1x1, 3x3, 1x1; ResNet-50 and up) or "basic" (two 3x3).
-        norm: "frozen_batch" for pretrained weights, "group" for training from scratch.
-        stem: "standard" (7x7 stride 2 and a 3x3 max-pool of stride 2) or "small" (two 3x3
-            convolutions, one of stride 2: halves all strides, for images of a hundred pixels).
-        num_groups: groups of GroupNorm; must divide every width. Unused by "frozen_batch".
-        dtype: compute type; parameters are float32.
+      stage_sizes: number of blocks of each of up to four stages; (3, 4, 6, 3) is ResNet-50.
+      width: channels of the stem; stage i works with width * 2**i channels.
+      block: "bottleneck" (1x1, 3x3, 1x1; ResNet-50 and up) or "basic" (two 3x3).
+      norm: "frozen_batch" for pretrained weights, "group" for training from scratch.
+      stem: "standard" (7x7 stride 2 and a 3x3 max-pool of stride 2) or "small" (two 3x3
+        convolutions, one of stride 2: halves all strides, for images of a hundred pixels).
+      num_groups: groups of GroupNorm; must divide every width. Unused by "frozen_batch".
+      dtype: compute type; parameters are float32.
     """
 
     stage_sizes: Sequence[int] = (3, 4, 6, 3)
@@ -179,17 +179,17 @@ class ResNet(nn.Module):
         """Feature maps of a batch of images.
 
         Args:
-            images: [B, H, W, 3] float, normalised.
-            image_size: [B, 2] int32 (height, width) of each image's valid area, whose maps are
-                those of the unpadded image; None where nothing is padded.
+          images: [B, H, W, 3] float, normalised.
+          image_size: [B, 2] int32 (height, width) of each image's valid area, whose maps are those
+            of the unpadded image; None where nothing is padded.
 
         Returns:
-            A map [B, ceil(H/s), ceil(W/s), C_s] a stage for s = 4, 8, 16, 32 (2, 4, 8, 16 with the
-            small stem), in `dtype`, with C_s = width * (1, 2, 4, 8), times 4 for bottleneck blocks.
-            Without meaning beyond the valid area.
+          A map [B, ceil(H/s), ceil(W/s), C_s] a stage for s = 4, 8, 16, 32 (2, 4, 8, 16 with the
+          small stem), in `dtype`, with C_s = width * (1, 2, 4, 8), times 4 for bottleneck blocks.
+          Without meaning beyond the valid area.
 
         Raises:
-            ValueError: a field has no meaning, or the groups do not divide the width.
+          ValueError: a field has no meaning, or the groups do not divide the width.
         """
         self._check()
         features = images.astype(self.dtype)

@@ -51,11 +51,11 @@ def relative_position_index(window: int) -> np.ndarray:
     """Row of the bias table for each pair of tokens of a window.
 
     Args:
-        window: side w of the window; tokens are numbered row by row.
+      window: side w of the window; tokens are numbered row by row.
 
     Returns:
-        [w**2, w**2] int32 in 0..(2 w - 1)**2 - 1, for (attending, attended) tokens: row difference
-        times 2 w - 1 plus column difference, both counted from their least value.
+      [w**2, w**2] int32 in 0..(2 w - 1)**2 - 1, for (attending, attended) tokens: row difference
+      times 2 w - 1 plus column difference, both counted from their least value.
     """
     rows, columns = np.divmod(np.arange(window**2), window)
     row_steps = rows[:, None] - rows[None, :] + window - 1
@@ -96,14 +96,14 @@ def shifted_window_mask(
     """Pairs of tokens of a shifted window that may not see each other.
 
     Args:
-        grid: number of windows along height and width, (nh, nw).
-        window: side w of a window.
-        shift: positions by which the map was rolled up and left, in 1..w - 1.
-        size: [B, 2] int32, valid area of each image's map; None where nothing is padded.
+      grid: number of windows along height and width, (nh, nw).
+      window: side w of a window.
+      shift: positions by which the map was rolled up and left, in 1..w - 1.
+      size: [B, 2] int32, valid area of each image's map; None where nothing is padded.
 
     Returns:
-        [nh, nw, w**2, w**2] bool, True where attention is blocked; [B, nh, nw, w**2, w**2] with a
-        `size`.
+      [nh, nw, w**2, w**2] bool, True where attention is blocked; [B, nh, nw, w**2, w**2] with a
+      `size`.
     """
     if size is None:
         rows, columns = (_blocked_along_axis(n, window, shift) for n in grid)
@@ -154,12 +154,12 @@ class WindowAttention(nn.Module):
         """Attend.
 
         Args:
-            windows: [B, nh, nw, w**2, C].
-            blocked: [nh, nw, w**2, w**2] bool, True where attention is blocked, with a batch axis
-                before it or not; or None.
+          windows: [B, nh, nw, w**2, C].
+          blocked: [nh, nw, w**2, w**2] bool, True where attention is blocked, with a batch axis
+            before it or not; or None.
 
         Returns:
-            [B, nh, nw, w**2, C] in `dtype`; logits, bias and softmax are float32.
+          [B, nh, nw, w**2, C] in `dtype`; logits, bias and softmax are float32.
         """
         width = windows.shape[-1]
         depth = width // self.num_heads
@@ -192,11 +192,11 @@ class SwinBlock(nn.Module):
     """Window attention and a two-layer perceptron, pre-norm: [B, H, W, C] -> [B, H, W, C].
 
     Attributes:
-        num_heads: attention heads; must divide C.
-        window: side of the windows.
-        shift: positions by which the windows are displaced; 0 for every other block.
-        mlp_ratio: hidden width of the perceptron over C.
-        dtype: compute type; parameters are float32.
+      num_heads: attention heads; must divide C.
+      window: side of the windows.
+      shift: positions by which the windows are displaced; 0 for every other block.
+      mlp_ratio: hidden width of the perceptron over C.
+      dtype: compute type; parameters are float32.
     """
 
     num_heads: int
@@ -266,15 +266,15 @@ class Swin(nn.Module):
     """Swin Transformer returning the normalised feature map of every stage.
 
     Attributes:
-        stage_sizes: number of blocks of each of up to four stages; (2, 2, 6, 2) is Swin-T. The
-            sizes that have names are in `SWIN_VARIANTS`.
-        width: channels of the first stage; stage i works with width * 2**i channels.
-        num_heads: attention heads of each stage; each must divide its stage's channels.
-        window_size: side of the attention windows, in positions of the stage's map.
-        patch_size: side of an image patch, which is the stride of the first map.
-        mlp_ratio: hidden width of a block's perceptron over its channels.
-        remat: recompute each block in the backward pass instead of storing it.
-        dtype: compute type; parameters are float32.
+      stage_sizes: number of blocks of each of up to four stages; (2, 2, 6, 2) is Swin-T. The sizes
+        that have names are in `SWIN_VARIANTS`.
+      width: channels of the first stage; stage i works with width * 2**i channels.
+      num_heads: attention heads of each stage; each must divide its stage's channels.
+      window_size: side of the attention windows, in positions of the stage's map.
+      patch_size: side of an image patch, which is the stride of the first map.
+      mlp_ratio: hidden width of a block's perceptron over its channels.
+      remat: recompute each block in the backward pass instead of storing it.
+      dtype: compute type; parameters are float32.
     """
 
     stage_sizes: Sequence[int] = (2, 2, 6, 2)
@@ -323,16 +323,16 @@ class Swin(nn.Module):
         """Feature maps of a batch of images.
 
         Args:
-            images: [B, H, W, 3] float, normalised; any size (padded with zeros to whole patches).
-            image_size: [B, 2] int32 (height, width) of each image's valid area, whose maps are
-                those of the unpadded image; None where nothing is padded.
+          images: [B, H, W, 3] float, normalised; any size (padded with zeros to whole patches).
+          image_size: [B, 2] int32 (height, width) of each image's valid area, whose maps are those
+            of the unpadded image; None where nothing is padded.
 
         Returns:
-            A map [B, ceil(H/s), ceil(W/s), C_s] a stage for s = patch_size * (1, 2, 4, 8), in
-            `dtype`, with C_s = width * (1, 2, 4, 8). Without meaning beyond the valid area.
+          A map [B, ceil(H/s), ceil(W/s), C_s] a stage for s = patch_size * (1, 2, 4, 8), in
+          `dtype`, with C_s = width * (1, 2, 4, 8). Without meaning beyond the valid area.
 
         Raises:
-            ValueError: a field has no meaning, or the heads do not divide the channels.
+          ValueError: a field has no meaning, or the heads do not divide the channels.
         """
         self._check()
         norm = {"epsilon": NORM_EPSILON, "dtype": self.dtype}

@@ -77,15 +77,15 @@ def square_conv(
     """A size x size convolution without bias, padded by size // 2 on every side as in torch.
 
     Args:
-        width: channels of the output.
-        size: side of the kernel, odd.
-        stride: of both axes.
-        dtype: compute type; the kernel is float32.
-        kernel_init: initialiser of the kernel.
-        name: of the module.
+      width: channels of the output.
+      size: side of the kernel, odd.
+      stride: of both axes.
+      dtype: compute type; the kernel is float32.
+      kernel_init: initialiser of the kernel.
+      name: of the module.
 
     Returns:
-        A flax module: [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), width].
+      A flax module: [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), width].
     """
     return nn.Conv(
         width,

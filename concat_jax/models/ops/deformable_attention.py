@@ -31,14 +31,14 @@ def _corner_rows(
     """Positions and weights of the four corners around each sampling point of one level.
 
     Args:
-        locations: [B, Q, heads, points, 2] float32, (x, y) in [0, 1] inside the map.
-        weights: [B, Q, heads, points] float32 attention weights.
-        height, width: valid size of the level, for all images or [B, 1, 1] int32.
-        row_length: positions from one row of the level to the next, at least `width`.
+      locations: [B, Q, heads, points, 2] float32, (x, y) in [0, 1] inside the map.
+      weights: [B, Q, heads, points] float32 attention weights.
+      height, width: valid size of the level, for all images or [B, 1, 1] int32.
+      row_length: positions from one row of the level to the next, at least `width`.
 
     Returns:
-        positions [points, 4, B, Q, heads] int32 into the flattened map, always in range, and
-        corner weights of the same shape: bilinear times attention weight, 0 outside the map.
+      positions [points, 4, B, Q, heads] int32 into the flattened map, always in range, and
+      corner weights of the same shape: bilinear times attention weight, 0 outside the map.
     """
     x = jnp.moveaxis(locations[..., 0], -1, 0) * width - 0.5
     y = jnp.moveaxis(locations[..., 1], -1, 0) * height - 0.5
@@ -70,12 +70,12 @@ def _weighted_row_sum(table: jax.Array, indices: jax.Array, weights: jax.Array) 
     gathered rows, 48 times the size of the output, never reach memory.
 
     Args:
-        table: [B, S, d].
-        indices: [points, 4, B, Q, heads] int32 in 0..S-1.
-        weights: as `indices`, float32.
+      table: [B, S, d].
+      indices: [points, 4, B, Q, heads] int32 in 0..S-1.
+      weights: as `indices`, float32.
 
     Returns:
-        [B, Q, heads, d] float32.
+      [B, Q, heads, d] float32.
     """
 
     def add_point(total: jax.Array, point: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -98,13 +98,13 @@ def _row_gradients(
     """Gradients of `_weighted_row_sum` for the table and the weights.
 
     Args:
-        table: [B, S, d].
-        indices, weights: [points, 4, B, Q, heads].
-        gradient: [B, Q, heads, d] float32.
-        total: [B, S, d] float32 to which the table's gradient is added.
+      table: [B, S, d].
+      indices, weights: [points, 4, B, Q, heads].
+      gradient: [B, Q, heads, d] float32.
+      total: [B, S, d] float32 to which the table's gradient is added.
 
     Returns:
-        [B, S, d] and [points, 4, B, Q, heads], both float32.
+      [B, S, d] and [points, 4, B, Q, heads], both float32.
     """
     # [B, Q, heads, points * 4]: the corners of one query side by side.
     corners = (weights.shape[0] * weights.shape[1], *weights.shape[2:])
@@ -125,7 +125,7 @@ def _level_corners(
     """The table of one level's rows, d channels of one head at one position each, and its corners.
 
     Returns:
-        table [B, H * W * heads, d], indices into it and corner weights [points, 4, B, Q, heads].
+      table [B, H * W * heads, d], indices into it and corner weights [points, 4, B, Q, heads].
     """
     batch, height, row_length, num_heads, depth = value.shape
     table = value.reshape(batch, height * row_length * num_heads, depth)
@@ -147,13 +147,13 @@ def _sample_level(
     through the corners four weights and four places a point. Only reverse mode exists.
 
     Args:
-        value: [B, H, W, heads, d].
-        locations: [B, Q, heads, points, 2] float32.
-        weights: [B, Q, heads, points] float32.
-        valid_size: [B, 2] int32 (height, width), or None.
+      value: [B, H, W, heads, d].
+      locations: [B, Q, heads, points, 2] float32.
+      weights: [B, Q, heads, points] float32.
+      valid_size: [B, 2] int32 (height, width), or None.
 
     Returns:
-        [B, Q, heads, d] float32.
+      [B, Q, heads, d] float32.
     """
     return _weighted_row_sum(*_level_corners(value, locations, weights, valid_size))
 
@@ -190,12 +190,12 @@ def _level_gradients(
     """Gradients of `_sample_level` for the rows of `value`, the locations and the weights.
 
     Args:
-        value, locations, weights, valid_size: as given to `_sample_level`.
-        gradient: [B, Q, heads, d] float32.
-        total: [B, H * W * heads, d] float32 to which the rows' gradient is added; None: zero.
+      value, locations, weights, valid_size: as given to `_sample_level`.
+      gradient: [B, Q, heads, d] float32.
+      total: [B, H * W * heads, d] float32 to which the rows' gradient is added; None: zero.
 
     Returns:
-        [B, H * W * heads, d], [B, Q, heads, points, 2] and [B, Q, heads, points], all float32.
+      [B, H * W * heads, d], [B, Q, heads, points, 2] and [B, Q, heads, points], all float32.
     """
 
     def corner_weights(locations: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple]:
@@ -260,18 +260,18 @@ def multi_scale_deformable_attention(
     each corner is one gathered row of d contiguous channels. Reverse-mode differentiable only.
 
     Args:
-        values: for each level [B, H_l, W_l, heads, d].
-        sampling_locations: [B, Q, heads, levels, points, 2] float32, (x, y) in [0, 1] inside.
-        weights: [B, Q, heads, levels, points] float32.
-        valid_sizes: [B, levels, 2] int32 (height, width) of the top left part of each map that is
-            image and not padding; locations are in [0, 1] of that part, and what lies beyond it
-            reads zero. None: the whole maps.
+      values: for each level [B, H_l, W_l, heads, d].
+      sampling_locations: [B, Q, heads, levels, points, 2] float32, (x, y) in [0, 1] inside.
+      weights: [B, Q, heads, levels, points] float32.
+      valid_sizes: [B, levels, 2] int32 (height, width) of the top left part of each map that is
+        image and not padding; locations are in [0, 1] of that part, and what lies beyond it reads
+        zero. None: the whole maps.
 
     Returns:
-        [B, Q, heads * d] in the type of `values`, summed in float32.
+      [B, Q, heads * d] in the type of `values`, summed in float32.
 
     Raises:
-        ValueError: the number of levels differs between the arguments.
+      ValueError: the number of levels differs between the arguments.
     """
     num_levels = sampling_locations.shape[3]
     if len(values) != num_levels:
@@ -296,7 +296,7 @@ def compass_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndar
     """Initial sampling offsets: head h looks along direction h of the compass, point p to p + 1.
 
     Returns:
-        [num_heads, num_levels, num_points, 2] float32 offsets (x, y) in pixels of each level.
+      [num_heads, num_levels, num_points, 2] float32 offsets (x, y) in pixels of each level.
     """
     angles = np.arange(num_heads) * (2.0 * math.pi / num_heads)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
@@ -311,10 +311,10 @@ class MultiScaleDeformableAttention(nn.Module):
     """Deformable attention layer with its four projections.
 
     Attributes:
-        width: D, divisible by num_heads.
-        num_heads, num_levels, num_points: sampling points a query has: their product.
-        dtype: compute type of values and output. Offsets and attention weights are computed in
-            float32 whatever it is, because a bfloat16 location is off by whole pixels.
+      width: D, divisible by num_heads.
+      num_heads, num_levels, num_points: sampling points a query has: their product.
+      dtype: compute type of values and output. Offsets and attention weights are computed in
+        float32 whatever it is, because a bfloat16 location is off by whole pixels.
     """
 
     width: int
@@ -334,17 +334,17 @@ class MultiScaleDeformableAttention(nn.Module):
         """Attend from every query to points around its reference point on every level.
 
         Args:
-            queries: [B, Q, D].
-            reference_points: [Q, 2] or [B, Q, 2], (x, y) in [0, 1] of the valid area.
-            features: for each level [B, H_l, W_l, D].
-            valid_sizes: [B, levels, 2] int32 (height, width) of the valid area of each level;
-                None: the whole maps.
+          queries: [B, Q, D].
+          reference_points: [Q, 2] or [B, Q, 2], (x, y) in [0, 1] of the valid area.
+          features: for each level [B, H_l, W_l, D].
+          valid_sizes: [B, levels, 2] int32 (height, width) of the valid area of each level; None:
+            the whole maps.
 
         Returns:
-            [B, Q, D] in `dtype`.
+          [B, Q, D] in `dtype`.
 
         Raises:
-            ValueError: width is not divisible by num_heads, or the levels do not match.
+          ValueError: width is not divisible by num_heads, or the levels do not match.
         """
         if self.width % self.num_heads:
             raise ValueError(

@@ -35,15 +35,15 @@ def sine_position_encoding(
     compiled program.
 
     Args:
-        height, width: size of the grid.
-        channels: D, a multiple of 4 (sine and cosine of two axes).
-        temperature: ratio of the longest to the shortest wavelength.
+      height, width: size of the grid.
+      channels: D, a multiple of 4 (sine and cosine of two axes).
+      temperature: ratio of the longest to the shortest wavelength.
 
     Returns:
-        [height, width, channels] float32 in [-1, 1].
+      [height, width, channels] float32 in [-1, 1].
 
     Raises:
-        ValueError: `channels` is not a multiple of 4.
+      ValueError: `channels` is not a multiple of 4.
     """
     wavelengths = _wavelengths(channels, temperature)
     half = channels // 2
@@ -66,16 +66,16 @@ def valid_sine_position_encoding(
     """Position encoding of padded grids: on the valid area that of a grid of its size.
 
     Args:
-        size: [B, 2] int32 (height, width) of each valid area, traced.
-        height, width: size of the grid.
-        channels: D, a multiple of 4.
-        temperature: ratio of the longest to the shortest wavelength.
+      size: [B, 2] int32 (height, width) of each valid area, traced.
+      height, width: size of the grid.
+      channels: D, a multiple of 4.
+      temperature: ratio of the longest to the shortest wavelength.
 
     Returns:
-        [B, height, width, channels] float32 in [-1, 1].
+      [B, height, width, channels] float32 in [-1, 1].
 
     Raises:
-        ValueError: `channels` is not a multiple of 4.
+      ValueError: `channels` is not a multiple of 4.
     """
     wavelengths = _wavelengths(channels, temperature)
     half = channels // 2

@@ -16,11 +16,11 @@ def valid_size(image_size: jax.Array, stride: int) -> jax.Array:
     """Valid area of the feature map of a stride.
 
     Args:
-        image_size: [B, 2] int32 (height, width) of the valid area of the images.
-        stride: pixels between neighbours of the map.
+      image_size: [B, 2] int32 (height, width) of the valid area of the images.
+      stride: pixels between neighbours of the map.
 
     Returns:
-        [B, 2] int32, rounded up: the size of the map of the unpadded image.
+      [B, 2] int32, rounded up: the size of the map of the unpadded image.
     """
     return (image_size + (stride - 1)) // stride
 
@@ -43,11 +43,11 @@ def statistics_mask(features: jax.Array, size: jax.Array | None) -> jax.Array | 
     """The `mask` of flax's GroupNorm that keeps the padding out of mean and variance.
 
     Args:
-        features: [B, H, W, C], the input of the norm.
-        size: [B, 2] int32, or None for no padding.
+      features: [B, H, W, C], the input of the norm.
+      size: [B, 2] int32, or None for no padding.
 
     Returns:
-        [B, H, W, C] bool, or None where `size` is None.
+      [B, H, W, C] bool, or None where `size` is None.
     """
     if size is None:
         return None
@@ -80,13 +80,13 @@ def resize_within(
     """Bilinear resize of each image's valid area, torch's `interpolate(align_corners=False)`.
 
     Args:
-        features: [B, H, W, C].
-        size: [B, 2] int32, valid area of `features`; nothing beyond it is read if it is finite.
-        height, width: size of the resulting map.
-        new_size: [B, 2] int32, its valid area; what lies beyond repeats the edge.
+      features: [B, H, W, C].
+      size: [B, 2] int32, valid area of `features`; nothing beyond it is read if it is finite.
+      height, width: size of the resulting map.
+      new_size: [B, 2] int32, its valid area; what lies beyond repeats the edge.
 
     Returns:
-        [B, height, width, C] in the type of `features`, summed in float32.
+      [B, height, width, C] in the type of `features`, summed in float32.
     """
     rows = _interpolation_matrix(size[:, 0], new_size[:, 0], features.shape[1], height)
     columns = _interpolation_matrix(size[:, 1], new_size[:, 1], features.shape[2], width)
