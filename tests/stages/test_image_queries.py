@@ -26,12 +26,10 @@ from concat_jax.stages.queries import (
 )
 from concat_jax.stages.query_bank import QueryBank
 from concat_jax.stages.stage import MATCHING_PROJECTOR, Context
-from concat_jax.training.optimizer import path_name
+from tests import tiny
 
-# The programs run once, so compiling them is what these tests cost.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 WIDTH, QUERIES, JOINT, BATCH = 8, 6, 16, 4
-KEY = jax.random.key(3)
+KEY = tiny.KEY
 LOSS = SegmentationLossConfig(num_points=16)
 
 
@@ -68,24 +66,16 @@ VOCABULARY = Vocabulary(
     is_seen=(False, True, True, True),
     category_ids=(1, 2, 3, 4),
 )
-TEXT = np.random.default_rng(0).normal(size=(4, JOINT)).astype(np.float32)
-TEXT /= np.linalg.norm(TEXT, axis=-1, keepdims=True)
+TEXT = tiny.unit(np.random.default_rng(0).normal(size=(4, JOINT)))
 
 
 def random_params(name, seed):
-    rng = np.random.default_rng(seed)
+    def init():
+        if name != "segmentor":
+            return NETWORKS.init(name, KEY)
+        return NETWORKS.segmentor.init(KEY, jnp.zeros((1, 16, 16, 3)))["params"]
 
-    def fill(path, leaf):
-        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 25
-        offset = 1.0 if path_name(path).endswith("scale") else 0.0
-        return (offset + rng.normal(size=leaf.shape) / fan_in**0.5).astype(np.float32)
-
-    init = functools.partial(NETWORKS.segmentor.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-    if name == "segmentor":
-        shapes = jax.eval_shape(lambda: init()["params"])
-    else:
-        shapes = jax.eval_shape(lambda: NETWORKS.init(name, jax.random.key(0)))
-    return jax.tree_util.tree_map_with_path(fill, shapes)
+    return tiny.fill(jax.eval_shape(init), seed)
 
 
 SEGMENTOR, GENERATOR = random_params("segmentor", 1), random_params("generator", 2)
@@ -121,7 +111,7 @@ def bank_queries():
     """Queries of the batch as the bank's extraction gives them."""
     extract = jax.jit(
         lambda params, batch: extract_queries(CONTEXT, params, TEXT, batch, matching_key(KEY)),
-        compiler_options=FAST_COMPILE,
+        compiler_options=tiny.FAST_COMPILE,
     )
     params = {"segmentor": SEGMENTOR, "projector": PROJECTOR}
     return jax.device_get(extract(params, image_batch()))
@@ -130,7 +120,7 @@ def bank_queries():
 @functools.cache
 def gradient_of(stage):
     gradient = jax.value_and_grad(stage.loss, argnums=(0, 1), has_aux=True)
-    return jax.jit(gradient, compiler_options=FAST_COMPILE)
+    return jax.jit(gradient, compiler_options=tiny.FAST_COMPILE)
 
 
 def evaluate(stage, batch):
@@ -141,11 +131,6 @@ def evaluate(stage, batch):
     params = {name: MOVED if name == "projector" else subtrees[name] for name in stage.trains}
     assert set(batch) == set(stage.batch_fields)
     return gradient_of(stage)(params, frozen, batch, KEY)
-
-
-def reached(gradients):
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(gradients))
-    return {path_name(path) for path, g in leaves if np.any(g)}
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -176,13 +161,13 @@ def test_the_first_step_from_images_is_that_from_their_bank(name, tmp_path):
     assert set(metrics) == set(expected_metrics)
     for metric, number in expected_metrics.items():
         np.testing.assert_allclose(metrics[metric], number, rtol=1e-4, atol=1e-6, err_msg=metric)
-    assert reached(gradients) == reached(expected_gradients) != set()
+    assert tiny.reached(gradients) == tiny.reached(expected_gradients) != set()
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5),
         gradients,
         expected_gradients,
     )
-    assert not reached(others["segmentor"]) and not reached(others[MATCHING_PROJECTOR])
+    assert not tiny.reached(others["segmentor"]) and not tiny.reached(others[MATCHING_PROJECTOR])
 
 
 def test_the_batch_is_worth_a_test():

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
 from concat_jax.stages import con
@@ -19,65 +18,14 @@ from concat_jax.training.optimizer import (
 )
 from concat_jax.training.sharding import along_batch, make_mesh, replicated, shard_batch
 from concat_jax.training.state import TrainState, make_train_step
+from tests import tiny
 
-# The step runs twice, so compiling it is what the test costs. Partitioning is no optimization:
-# it places the same collectives.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LEARNING_RATE = 1e-2
 BATCH = 8
-
-NETWORKS = make_networks(
-    {
-        "clip": dict(
-            embed_dim=16,
-            image_size=16,
-            patch_size=8,
-            image_width=16,
-            image_depth=1,
-            image_heads=2,
-            text_width=16,
-            text_depth=1,
-            text_heads=2,
-            vocab_size=12,
-            context_length=5,
-        ),
-        "segmentor": dict(
-            backbone=dict(
-                stage_sizes=(1, 1, 1, 1), width=8, block="basic", norm="group", stem="small"
-            ),
-            width=32,
-            num_queries=6,
-            num_encoder_layers=1,
-            num_decoder_layers=1,
-            num_heads=4,
-            num_points=2,
-            ffn_width=32,
-            decoder_ffn_width=32,
-            num_groups=8,
-        ),
-        "projector": dict(hidden_width=16, num_layers=2),
-        "generator": dict(hidden_width=16, num_layers=1, noise_width=4),
-    }
-)
-VOCABULARY = Vocabulary(
-    names=("cat", "dog", "sky", "sea"),
-    is_thing=(True, True, False, False),
-    is_seen=(True, True, True, False),
-    category_ids=(1, 2, 3, 4),
-)
-
-
-def random_params(name, seed):
-    """Parameters of a network from NumPy: compiling the initializers would take longer."""
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 25
-        offset = 1.0 if path_name(path).endswith("scale") else 0.0
-        return (offset + rng.normal(size=leaf.shape) / fan_in**0.5).astype(np.float32)
-
-    shapes = jax.eval_shape(lambda: NETWORKS.init(name, jax.random.key(0)))
-    return jax.tree_util.tree_map_with_path(fill, shapes)
+# GroupNorm: all is trained.
+BACKBONE = {**tiny.MODEL["segmentor"]["backbone"], "norm": "group"}
+NETWORKS = make_networks(tiny.model(segmentor=dict(backbone=BACKBONE)))
+VOCABULARY = tiny.vocabulary()
 
 
 def image_batch():
@@ -87,7 +35,7 @@ def image_batch():
     ids = np.zeros((BATCH, 32, 32), np.uint8)
     for b in range(BATCH):
         for g in range(1 + b % 4):
-            labels[b, g] = rng.integers(3)
+            labels[b, g] = rng.choice(tiny.SEEN)
             ids[b, 8 * g : 8 * g + 8, : 8 + 3 * b] = g + 1
     return {
         "image": rng.integers(0, 256, (BATCH, 32, 32, 3), dtype=np.uint8),
@@ -112,11 +60,10 @@ def two_steps(devices):
     mesh = make_mesh(devices=devices)
     context = Context(NETWORKS, VOCABULARY, SegmentationLossConfig(num_points=64))
     stage = con.make_stage(context, con.Config())
-    params = {name: random_params(name, seed) for seed, name in enumerate(stage.trains)}
-    text = np.random.default_rng(9).normal(size=(len(VOCABULARY), 16)).astype(np.float32)
-    text /= np.linalg.norm(text, axis=-1, keepdims=True)
+    params = {name: tiny.params(name, seed, NETWORKS) for seed, name in enumerate(stage.trains)}
+    text = tiny.text()
     everywhere = replicated(mesh)
-    frozen = jax.device_put({"clip": random_params("clip", 8), "text": text}, everywhere)
+    frozen = jax.device_put({"clip": tiny.params("clip", 8, NETWORKS), "text": text}, everywhere)
     optimizer = make_optimizer(
         OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", clip_norm=1.0),
         10,
@@ -125,14 +72,14 @@ def two_steps(devices):
     make = jax.jit(
         lambda p: TrainState.create(p, optimizer),
         out_shardings=everywhere,
-        compiler_options=FAST_COMPILE,
+        compiler_options=tiny.FAST_COMPILE,
     )
     state = make(params)
     step = jax.jit(
         make_train_step(stage.loss, optimizer, seed=0),
         donate_argnums=0,
         out_shardings=(everywhere, everywhere),
-        compiler_options=FAST_COMPILE,
+        compiler_options=tiny.FAST_COMPILE,
     )
     with jax.set_mesh(mesh):
         batch = shard_batch(image_batch(), mesh)
@@ -192,7 +139,7 @@ def test_eight_devices_compute_what_one_computes(one, eight):
     assert one_moments.keys() == by_name(one_params).keys()
     rounding = 1e-6 * max(np.abs(moment).max() for moment in one_moments.values())
     first, second = by_name(one_params), by_name(eight_params)
-    before = by_name({name: random_params(name, s) for s, name in enumerate(one_params)})
+    before = by_name({name: tiny.params(name, s, NETWORKS) for s, name in enumerate(one_params)})
     moved = 0
     for name, moment in one_moments.items():
         scale = np.abs(moment).max()
