@@ -24,7 +24,7 @@ from concat_jax.benchmarking.tables import gigaflop
 from concat_jax.evaluation.report import markdown_table
 from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.stages import cat, finetune
-from concat_jax.stages.query_bank import QueryBank
+from concat_jax.stages.queries import QueryBank
 from concat_jax.stages.stage import TEXT, Context
 from concat_jax.weights.model_folder import load_model
 

@@ -12,7 +12,7 @@ import numpy as np
 from concat_jax.core.arrays import fingerprint
 from concat_jax.core.config import flat
 from concat_jax.experiment.query_extraction import extract_bank
-from concat_jax.stages.query_bank import QueryBank, missing_classes
+from concat_jax.stages.queries import QueryBank, missing_classes
 from concat_jax.stages.registry import learns_from, method_of
 
 if TYPE_CHECKING:

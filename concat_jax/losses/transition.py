@@ -178,12 +178,8 @@ def spread_match(
     alone is content with a class that has collapsed to a point; this is not.
 
     Args:
-      pseudo: [M, D].
-      pseudo_labels: [M] int32, -1 where padded.
-      real: [R, D].
-      real_labels: [R] int32, -1 for queries of no class.
+      pseudo, pseudo_labels, real, real_labels, distance: as `query_contrast` has them.
       num_classes: K.
-      distance: of `similarity`.
 
     Returns:
       (losses [K] float32, valid [K] bool): valid where both sides have two queries at least.

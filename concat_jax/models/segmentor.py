@@ -148,9 +148,6 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
         the outer ones unless given, its dtype always. `ffn_width` is the encoder's,
         `decoder_ffn_width` the decoder's, `dtype` "float32" or "bfloat16".
 
-    Returns:
-      An unbound `Segmentor`.
-
     Raises:
       ValueError: an unknown key (the nearest valid one is named), kind or dtype.
     """

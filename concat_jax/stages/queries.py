@@ -10,8 +10,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from concat_jax.core.batch import MEMORY_FIELDS, QUERY_FIELDS
+from concat_jax.core.shard_store import ShardedRows
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.matching import labels_of_queries
 from concat_jax.losses.segmentation import match_queries
 from concat_jax.models.networks import Params
@@ -90,3 +93,134 @@ def on_images(stage: Stage, context: Context) -> Stage:
 
     reads = tuple(dict.fromkeys((*stage.reads, "segmentor", TEXT, MATCHING_PROJECTOR)))
     return dataclasses.replace(stage, reads=reads, loss=loss, batch_fields=IMAGE_FIELDS)
+
+
+class QueryBank:
+    """Vision queries and their classes, one row an image.
+
+    Beside a batch of images it can draw a memory: so many real queries of every class, however
+    rare the class is in the batch. PADing and CONCAT keep a queue of recent ones; the bank holds
+    all of them, so a draw needs no state.
+
+    Attributes:
+      queries: [M, N, D] float32 or float16, which may lie on disk: a batch reads its own rows.
+      labels: [M, N] int16, class index or -1 where the query holds no segment.
+    """
+
+    def __init__(
+        self,
+        queries: np.ndarray | ShardedRows,
+        labels: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        memory_per_class: int = 0,
+        num_classes: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Args:
+        queries: [M, N, D].
+        labels: [M, N].
+        batch_size: rows of the global batch, a multiple of process_count.
+        seed: of the order.
+        memory_per_class: real queries of each class in the memory; 0 for no memory.
+        num_classes: K of the vocabulary, which a memory needs.
+        process_index: this host among those that share a batch; each holds the whole bank.
+        process_count: number of hosts.
+
+        Raises:
+          ValueError: if the bank is smaller than a batch, the hosts cannot share one evenly, or a
+            memory is asked for without num_classes.
+        """
+        if batch_size % process_count:
+            raise ValueError(
+                f"A batch of {batch_size} images' queries cannot be shared by {process_count} "
+                "hosts; make the batch size a multiple of it."
+            )
+        if len(queries) < batch_size:
+            raise ValueError(
+                f"The query bank holds {len(queries)} images, fewer than the batch size "
+                f"{batch_size}; extract more or make the batch smaller."
+            )
+        self.queries, self.labels = queries, labels
+        self._batch_size, self._seed = batch_size, seed
+        share = batch_size // process_count
+        self._own = slice(process_index * share, (process_index + 1) * share)
+        self._memory_per_class = memory_per_class
+        if memory_per_class:
+            if not num_classes:
+                raise ValueError("A memory of each class needs num_classes of the query bank.")
+            # Rows are classes, and hosts and devices share them as evenly as a batch's images.
+            rows = -(-num_classes // batch_size) * batch_size
+            share = rows // process_count
+            self._own_classes = slice(process_index * share, (process_index + 1) * share)
+            # The bank's matched queries in the order of their class, and where each class starts.
+            flat = np.asarray(labels).reshape(-1)
+            matched = np.flatnonzero(flat >= 0)
+            self._of_class = matched[np.argsort(flat[matched], kind="stable")]
+            self._counts = np.bincount(flat[matched], minlength=rows)
+            self._starts = np.cumsum(self._counts) - self._counts
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This host's rows of a step's batch, the same whenever asked.
+
+        Returns:
+          With B = batch_size / process_count: queries [B, N, D] float32 and query_labels [B, N]
+          int32. With a memory also memory_queries [K', M, D] float32 and memory_valid [K', M]
+          bool: M queries of class k in row k, drawn with replacement where there are fewer, and
+          none of them valid where there is none. Rows from K on, up to a multiple of the batch
+          size, are padding; a host has its share K' of the rows.
+        """
+        rng = np.random.default_rng([self._seed, step])
+        rows = rng.choice(len(self.queries), self._batch_size, replace=False)[self._own]
+        batch = {
+            "queries": self.queries[rows].astype(np.float32),
+            "query_labels": self.labels[rows].astype(np.int32),
+        }
+        return batch | self._memory(step) if self._memory_per_class else batch
+
+    def _memory(self, step: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([self._seed, step, 1])  # apart from the draw of the images
+        size = self._memory_per_class
+        places = np.zeros((len(self._counts), size), np.int64)
+        # Every host draws for every class, so that all hosts see the same memory.
+        for row, (start, count) in enumerate(zip(self._starts, self._counts, strict=True)):
+            if count:
+                drawn = rng.choice(count, size, replace=bool(count < size))
+                places[row] = self._of_class[start + drawn]
+        places = places[self._own_classes]
+        valid = np.repeat(self._counts[self._own_classes, None] > 0, size, axis=1)
+        images, numbers = np.divmod(places, self.labels.shape[1])
+        queries = self.queries[images, numbers].astype(np.float32)
+        return {"memory_queries": np.where(valid[..., None], queries, 0), "memory_valid": valid}
+
+
+def missing_classes(labels: np.ndarray, vocabulary: Vocabulary) -> str:
+    """What to tell a user about seen classes that a bank has no real query of.
+
+    Args:
+      labels: [M, N] class index or -1, of a bank.
+      vocabulary: the label space.
+
+    Returns:
+      One sentence that names the classes, or "" where there is none to name.
+
+    Raises:
+      ValueError: if no seen class has a query: there is nothing to learn from.
+    """
+    counts = np.bincount(labels[labels >= 0], minlength=len(vocabulary))
+    missing = [vocabulary.names[k] for k in vocabulary.seen if not counts[k]]
+    if len(missing) == len(vocabulary.seen):
+        raise ValueError(
+            f"The query bank's {len(labels)} images hold no segment of a seen class; check that "
+            "the training data show seen classes, or extract more images (bank_images)."
+        )
+    if not missing:
+        return ""
+    shown = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
+    return (
+        f"The query bank's {len(labels)} images hold no real query of {len(missing)} of "
+        f"{len(vocabulary.seen)} seen classes ({shown}); the generator cannot learn from those, "
+        "and more bank_images may help."
+    )

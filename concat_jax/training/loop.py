@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from concat_jax.core.cli import UserStop
 from concat_jax.core.progress import Progress
-from concat_jax.stages.stage import Stage
+from concat_jax.stages.stage import TEXT, Stage
 from concat_jax.training.checkpoints import StageCheckpoints
 from concat_jax.training.metrics import MetricWriter
 from concat_jax.training.optimizer import (
@@ -169,5 +169,5 @@ def print_parameters(name: str, params: Any, frozen: Any, labels: Any, resumed: 
         print(f"{verb} {subtree:<10} {count:>12,} parameters  {'' if label == FROZEN else label}")
     for subtree, tree in sorted(frozen.items()):
         count = sum(x.size for x in jax.tree.leaves(tree))
-        what = "embeddings" if subtree == "text" else "parameters"
+        what = "embeddings" if subtree == TEXT else "parameters"
         print(f"  taken   {subtree:<10} {count:>12,} {what}, frozen")

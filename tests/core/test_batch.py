@@ -12,7 +12,7 @@ from concat_jax.core.batch import (
     batch_shapes,
     pad_table,
 )
-from concat_jax.stages.query_bank import QueryBank
+from concat_jax.stages.queries import QueryBank
 from data_pipelines.synthetic.world import SyntheticWorld
 
 

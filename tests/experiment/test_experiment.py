@@ -11,7 +11,7 @@ import pytest
 from concat_jax import main
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.experiment import Experiment
-from concat_jax.stages.query_bank import QueryBank
+from concat_jax.stages.queries import QueryBank
 from concat_jax.weights.model_folder import ModelCard, save_model
 from data_pipelines.datasets import Datasets, make_datasets
 

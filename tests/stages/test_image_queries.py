@@ -20,11 +20,11 @@ from concat_jax.stages import cat, finetune
 from concat_jax.stages.queries import (
     IMAGE_FIELDS,
     QUERY_FIELDS,
+    QueryBank,
     extract_queries,
     matching_key,
     on_images,
 )
-from concat_jax.stages.query_bank import QueryBank
 from concat_jax.stages.stage import MATCHING_PROJECTOR, Context
 from tests import tiny
 

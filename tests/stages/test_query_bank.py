@@ -5,7 +5,7 @@ import pytest
 
 from concat_jax.core.shard_store import ShardedRows
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.stages.query_bank import QueryBank, missing_classes
+from concat_jax.stages.queries import QueryBank, missing_classes
 
 
 def bank(count=20, *, batch_size=8, seed=0):
