@@ -1,7 +1,9 @@
 """The command line that segments images, with a tiny model: files written, mistakes, programs."""
 
 import json
+import os
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from PIL import Image
 from concat_jax import predict
 from concat_jax.core.mask_codes import decode_rle
 from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.evaluation.score_files import score_panoptic
 from concat_jax.inference import predictor as predictor_module
 from concat_jax.inference.inputs import find_images
 from concat_jax.inference.model import Model
@@ -148,8 +151,8 @@ def test_a_folder_of_everything(model, zoo, tmp_path, capsys):
         found = f"bad-{name} cannot be read as an image: {reason}"
         assert found in printed.split("3 failed:")[1]
     assert f"{len(SIZES)} of 13 inputs" in printed and "0 passed over, 3 failed;" in printed
-    # A network, a map for small images and tiles of the large one: eleven sizes, three programs.
-    assert "3 programs compiled: network 64x64, panoptic map" in printed
+    # A network, maps for tiny and small images and tiles of the large one: four programs.
+    assert "4 programs compiled: network 64x64, panoptic map" in printed
     assert re.search(r"\[1/13, \d:\d\d left\]", printed)
     annotations = {a.file_name: (a, m) for a, m in panoptic_maps(tmp_path / "panoptic.json")}
     assert set(annotations) == {f"{name}.png" for name in SIZES}
@@ -259,6 +262,30 @@ def test_real_images(loose, shared_data, tmp_path):
         assert (tmp_path / f"{file.stem}.overlay.png").stat().st_size > 10_000
 
 
+def test_a_data_set_names_and_numbers_its_images(loose, zoo, tmp_path, capsys):
+    for camera in ("cam1", "cam2"):
+        (tmp_path / camera).mkdir()
+        shutil.copy(zoo / "rgb.png", tmp_path / camera / "1.png")
+    os.symlink(tmp_path / "cam1" / "1.png", tmp_path / "cam1" / "2.png")
+    listed = [
+        {"id": number, "file_name": f"{camera}/1.png", "height": 50, "width": 70}
+        for number, camera in ((8, "cam1"), (3, "cam2"))
+    ]
+    (tmp_path / "gt.json").write_text(json.dumps({"images": listed}))
+    inputs = [str(tmp_path / camera) for camera in ("cam1", "cam2")]
+    assert predict.run(loose, inputs, tmp_path / "out", str(tmp_path / "gt.json")) == 0
+    assert json.loads((tmp_path / "out" / "panoptic.json").read_text())["images"] == listed
+    assert (tmp_path / "out" / "cam2" / "1.overlay.png").exists()
+    printed = capsys.readouterr().out
+    assert "2 of 3 inputs" in printed and "1 passed over, 0 failed" in printed
+    assert "2.png is the same file as" in printed
+    # By their files' names alone the images have other numbers, and are told by name.
+    assert predict.run(loose, inputs, tmp_path / "own") == 0
+    files = tmp_path / "out" / "panoptic.json", tmp_path / "own" / "panoptic.json"
+    summary, _ = score_panoptic(*files)
+    assert summary["all"]["pq"] == pytest.approx(100) and len(summary["notes"]) == 1
+
+
 def test_without_thing_flags_nothing_merges(random_params):
     params, card = random_params, CARD
     flags = (False,) * 5
@@ -285,7 +312,7 @@ def test_a_backbone_alone_is_refused(random_params, tmp_path):
     [
         (["--score_treshold=0.5"], "no flag '--score_treshold'; did you mean '--score_threshold'?"),
         (["--model=m"], "give --model=DIR, --output=DIR and the images"),
-        (["--model=none", "--output=o", "a.png"], "holds no model.json"),
+        (["--model=none", "--output=o", "a.png"], "There is no folder none"),
         (["--task=panoramic", "--model=m", "--output=o", "a.png"], "did you mean 'panoptic'?"),
         (["--dtype=float16", "--model=m", "--output=o", "a.png"], "did you mean"),
         (["--mask_threshold=2", "--model=m", "--output=o", "a.png"], "mask_threshold is 2.0"),
@@ -293,8 +320,8 @@ def test_a_backbone_alone_is_refused(random_params, tmp_path):
         (["--batch_size=0", "--model=m", "--output=o", "a.png"], "batch_size is 0"),
     ],
 )
-def test_mistakes_end_in_one_sentence(arguments, message):
-    code = call(*arguments)
+def test_mistakes_end_in_one_sentence(model, arguments, message):
+    code = call(*(f"--model={model}" if a == "--model=m" else a for a in arguments))
     assert code.startswith("Error: ") and message in code
     assert "\n" not in code
 

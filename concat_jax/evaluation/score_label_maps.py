@@ -135,8 +135,8 @@ def score_semantic(
         agreement.add(agree)
         if on_progress:
             on_progress(done, len(pairs))
-    annotated = int(counts.confusion.sum() + counts.unnamed.sum())
-    notes += agreement.check(annotated, (truth, found))
+    pixels = int(counts.confusion.sum() + counts.unnamed.sum() + counts.ignored)
+    notes += agreement.check(pixels, (truth, found))
     summary = counts.summarize(vocabulary)
     return {**summary, "images": len(pairs), "notes": [*filter(None, notes)]}, vocabulary
 
@@ -152,13 +152,13 @@ class _Agreement:
         for flag, number in pixels.items():
             self._pixels[flag] = self._pixels.get(flag, 0) + number
 
-    def check(self, annotated: int, sides: Sequence[_Maps]) -> list[str]:
+    def check(self, pixels: int, sides: Sequence[_Maps]) -> list[str]:
         """Refuses a reading where another one agrees better, or notes it where it was asked for."""
         notes = []
         for side in sides:
             other = self._pixels.get(side.flag, 0)
             if side.reread and other > self._pixels[""]:
-                own, better = (100 * n / max(annotated, 1) for n in (self._pixels[""], other))
+                own, better = (100 * n / max(pixels, 1) for n in (self._pixels[""], other))
                 words = ("positions in the split", "category ids")
                 words = words if side.flag.endswith("ids") else words[::-1]
                 sentence = (
