@@ -21,6 +21,7 @@ from PIL import Image
 import concat_jax.experiment.experiment
 from concat_jax import main
 from concat_jax.core import config as configuration
+from concat_jax.experiment.setup import make_setup
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
 from concat_jax.training.sharding import make_mesh, replicated
 
@@ -62,7 +63,8 @@ def tiny_config():
     config.model.generator.update(hidden_width=16, num_layers=1, noise_width=4)
     config.crops.update(min_side=16.0, max_side=16.0)
     config.loss.num_points = 32
-    config.eval.settings.update(batch_size=2, num_pictures=2)
+    config.eval.settings.batch_size = 2
+    config.eval.num_pictures = 2
     for name in STAGES:
         config.train[name].update(steps=2, batch_size=4, log_every=1)
     for name in ("cat", "finetune", "control"):
@@ -99,9 +101,7 @@ def contents(folder):
 
 
 def saved_params(workdir, stage, *subtrees):
-    networks = concat_jax.experiment.experiment.Experiment(
-        tiny_config(), workdir, make_data()
-    ).networks
+    networks = make_setup(tiny_config(), make_data()).networks
     key = jax.random.key(0)
     abstract = {name: jax.eval_shape(lambda n=name: networks.init(n, key)) for name in subtrees}
     checkpoints = StageCheckpoints(workdir, stage)
