@@ -54,14 +54,10 @@ COLUMNS = (
 def run_seed(
     config: ml_collections.ConfigDict, rows: Sequence[str], seed: int, workdir: Path
 ) -> dict[str, dict]:
-    """Trains and scores the rows for one seed, as far as that is not done.
+    """Trains and scores the rows for one seed, as far as that is not done; row -> its cell.
 
-    Returns:
-      Row to its cell: "summary" of `PanopticQuality.summarize`, "gamma", "calibrated", the summary
-      at that γ, and "seconds" that training and scoring took, without the stages before the row.
-
-    Raises:
-      ValueError: if the config's data has no validation part, or a row cannot be run.
+    A cell has "summary" of `PanopticQuality.summarize`, "gamma", "calibrated", the summary at that
+    γ, and "seconds" that training and scoring took, without the stages before the row.
     """
     from data_pipelines.datasets import make_datasets
 
@@ -104,14 +100,9 @@ def run_seed(
 
 
 def pseudo_statistics(folder: Path, generator: str | None) -> dict[str, float]:
-    """How pseudo queries of seen classes lie against real ones, at the end of a stage's training.
+    """"spread" and "offset" of pseudo queries of seen classes against real ones, at a stage's end.
 
-    Args:
-      generator: the stage that trained one; None for none.
-
-    Returns:
-      "spread" and "offset", `spread_ratio` and `offset_ratio` of the stage's last metrics; empty
-      without a generator.
+    They are `spread_ratio` and `offset_ratio` of its last metrics; empty without a generator.
     """
     log = folder / str(generator) / "metrics.jsonl"
     if generator is None or not log.exists():

@@ -49,13 +49,7 @@ Examples = Callable[[], Iterable[Mapping]]
 
 
 class HeldOut(NamedTuple):
-    """Images to choose γ on.
-
-    Attributes:
-      name: what they are, for the report.
-      held_out: () -> examples as `Datasets.evaluation` gives them.
-      rest: the same of the other half, where one half of the test part is held out.
-    """
+    """Images to choose γ on, and the `rest` where they are one half of the test part."""
 
     name: str
     held_out: Examples
@@ -63,13 +57,9 @@ class HeldOut(NamedTuple):
 
 
 def held_out_images(data: Mapping[str, Any], part: str, *, seed: int, num_images: int) -> HeldOut:
-    """The images that γ may be chosen on.
+    """The images that γ may be chosen on, at most `num_images` evenly spread over those there are.
 
-    Args:
-      num_images: at most so many, evenly spread over those there are; 0 takes all.
-
-    Raises:
-      ValueError: where the part is missing, superfluous, or tested or trained on.
+    Raises ValueError where the part is missing, superfluous, or tested or trained on.
     """
     if data["kind"] == "synthetic":
         from data_pipelines.datasets import make_datasets
@@ -153,17 +143,8 @@ def calibrate_stage(
     part: str = "",
     num_images: int = 0,
 ) -> float:
-    """Chooses γ for a finished stage; prints the table and writes the report.
-
-    Args:
-      gammas: to choose from; 0 always is among them.
-      part, num_images: as of `held_out_images`.
-
-    Returns:
-      The chosen γ.
-
-    Raises:
-      ValueError: as `held_out_images`, for a γ out of range or a stage that has not finished.
+    """Chooses γ for a finished stage among `gammas` and 0; prints the table and writes the
+    report.
     """
     from data_pipelines.datasets import make_datasets
 

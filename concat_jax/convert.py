@@ -59,24 +59,8 @@ def convert(
     to: str = "orbax",
     overwrite: bool = False,
 ) -> ModelCard:
-    """Convert a model and print what became of its arrays.
-
-    Args:
-      source: folder or file, as `load_source` takes it.
-      destination: folder to make.
-      classes: file that names the classes, "" to go by the source.
-      reinit_head: make a new class head, for the classes of the file or as many as there were.
-      task: one of `TASKS`, "" to go by the source.
-      to: "orbax" or "hf".
-      overwrite: replace a model at the destination.
-
-    Returns:
-      The card of what was written.
-
-    Raises:
-      ValueError: the source cannot be converted, the classes do not fit its head, or the
-        destination is taken.
-      OSError: a file cannot be read or written.
+    """Converts a model and prints what became of its arrays; arguments as the flags of the same
+    names.
     """
     for flag, value, valid in (("to", to, FORMATS), ("task", task, ("", *TASKS))):
         if value not in valid:

@@ -20,7 +20,7 @@ Images and classes that the two sides number differently are told by their names
 
     python -m concat_jax.evaluate --config=configs/demo_zps.py --workdir=runs/demo --stage=finetune
 
-scores a finished stage as the training command does, by config.eval.settings.metrics.
+scores a finished stage as the training command does, by config.eval.settings.tasks.
 """
 
 from __future__ import annotations
@@ -130,9 +130,6 @@ def evaluate_stage(given: cli.Flags) -> dict:
     """Scores a finished stage of the flags' config and workdir; returns the summary.
 
     Predictions and pictures go to the stage's folder, as after training.
-
-    Raises:
-      ValueError: if the config has no such stage, or it has not finished.
     """
     import jax
 

@@ -69,16 +69,9 @@ def define_flags(flags: cli.Flags) -> None:
 
 
 def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: str = "") -> int:
-    """Segments what the inputs stand for and writes the results; prints a line an image.
+    """Segments what the inputs stand for and writes the results; returns how many inputs failed.
 
-    Args:
-      annotations: a COCO json that names and numbers the images; "" does so by their files.
-
-    Returns:
-      How many inputs failed; the others are written, or passed over with a word.
-
-    Raises:
-      ValueError: if `annotations` does not list an image.
+    `annotations` is a COCO json that names and numbers the images; "" does so by their files.
     """
     start = time.monotonic()
     found = find_images(inputs)

@@ -51,13 +51,9 @@ CLIP_TOKENIZER = types.SimpleNamespace(vocab_size=49408, context_length=77, eot_
 
 
 def make_topology_mesh(topology: str) -> Mesh:
-    """The training mesh over the chips of a topology that need not exist.
+    """The training mesh over the chips of a topology that need not exist, such as "v5e:16x16".
 
-    Args:
-      topology: such as "v5e:16x16".
-
-    Raises:
-      ValueError: libtpu is not installed or does not know the topology.
+    Raises ValueError if libtpu is not installed or does not know the topology.
     """
     for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -103,15 +99,9 @@ def setup_of(config: ml_collections.ConfigDict) -> Setup:
 def abstract_step(setup: Setup, name: str, mesh: Mesh) -> tuple[Any, tuple[Any, Any, Any], int]:
     """The training step of a stage as the loop jits it, and shapes of its arguments.
 
-    Args:
-      mesh: of `make_topology_mesh`.
-
-    Returns:
-      The jitted step; (state, frozen, batch), trees of `jax.ShapeDtypeStruct` with shardings; and
-      the bytes of the trained parameters' gradients.
-
-    Raises:
-      ValueError: the stage is unknown, or its batch cannot be split over the chips.
+    Returns the jitted step; (state, frozen, batch), trees of `jax.ShapeDtypeStruct` with shardings;
+    and the bytes of the trained parameters' gradients. Raises ValueError for an unknown stage, or a
+    batch that cannot be split over the chips.
     """
     check_choice(name, setup.stages, "--stage names no stage of the config:")
     settings, stage = setup.stages[name], setup.make_stage(name)

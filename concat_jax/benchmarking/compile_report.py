@@ -30,12 +30,8 @@ MAX_SOURCES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a compiled program.
-
-    Attributes:
-      kind: one of `COLLECTIVES`.
-      num_bytes: of its result on one chip.
-      source: path of the operation it serves, e.g. "jit(train_step)/transpose(jvp(...))/...".
+    """One collective of a compiled program: bytes of its result on one chip, path of what it
+    serves.
     """
 
     kind: str
@@ -53,16 +49,10 @@ class Report:
     """What the compiler says of one program; sizes in bytes on one chip.
 
     Attributes:
-      topology: its name.
-      num_chips: devices of the mesh.
-      batch_size: rows of a batch, over all chips.
-      content: what a row is, as "images of 928 x 928".
-      seconds: of compilation.
+      batch_size: rows of a batch, over all chips; `content` says what a row is.
       memory: name -> bytes: arguments, outputs, donated (outputs that reuse arguments),
         temporaries and program.
-      collectives: all of them.
-      gradient_bytes: of the gradients of all trained parameters, which is what a step has to sum
-        over the chips.
+      gradient_bytes: of all trained parameters, which is what a step has to sum over the chips.
     """
 
     topology: str

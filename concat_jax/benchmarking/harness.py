@@ -49,12 +49,8 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Attributes:
-    seconds: of every timed call, in order.
-    first: seconds of the call before them, which warms caches up.
-    compile, flops: as of the `Work`.
-    memory_bytes: what calls needed beyond what was held before; 0 if it was not measured.
-    outputs: what the last call returned.
+    """Seconds of every timed call and of the `first` before them; `memory_bytes` 0 if not
+    measured.
     """
 
     seconds: tuple[float, ...]
@@ -78,15 +74,11 @@ class Measurement:
 def in_turns(
     works: Mapping[str, Work], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Measurement]:
-    """Call each once, then all of them `repeats` times in turn with the clock on.
+    """Calls each once, then all of them `repeats` times in turn with the clock on.
 
     What slows the machine down for a while slows all of them down, so their ratios hold. Every
     other round runs backwards: none always follows the one that leaves the caches worst. Memory of
     one that is alone is what was seen; of several the compiler's plan, for they share one peak.
-
-    Args:
-      repeats: timed rounds, at least 1.
-      clock: seconds, of the wall or of the processor.
     """
     seen = ResidentPeak()
     seconds: dict[str, list[float]] = {name: [] for name in works}

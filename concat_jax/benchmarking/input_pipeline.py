@@ -38,13 +38,9 @@ DATA_SET = "coco_panoptic_zps"
 def works(case: Case, part: str = "train2017") -> dict[str, Work]:
     """Batches from a folder and from shards of it, the JPEGs alone, and parts of the work.
 
-    Args:
-      case: `source` is a folder in COCO's panoptic layout, `height` the side of the training
-        images, `num_images` how many of the folder, first by id, are read in a round: shuffled, and
-        some of them again to fill the last `batch`.
-
-    Raises:
-      ValueError: for a folder of another layout.
+    The case's `source` is a folder in COCO's panoptic layout, `height` the side of the training
+    images. The first `num_images` by id are read in a round: shuffled, and some again to fill the
+    last batch.
     """
     # Of all of COCO, shards would take an hour to build.
     folder = copy.copy(open_source(DATA_SET, case.source, part))

@@ -28,19 +28,12 @@ class Case:
         path, and with CLIP on every mask), "panoptic_quality" (id maps to counts), "query_stages"
         (stages 2 and 3 from a query bank) or "input_pipeline" (files to training batches).
       height, width: of the network's input, or of drawn maps.
-      batch: images at once.
       segments: annotated segments an image.
-      dtype: compute type of networks, "float32" or "bfloat16".
       clip: config for `make_clip` ("alignment", "two_stage", "query_stages").
       num_images: images in all, a multiple of `batch` ("two_stage", "panoptic_quality").
       num_masks: how many masks of an image CLIP sees, a variant each ("two_stage").
       source: where images are from, in words or as a path; "" draws them.
-      files: images ("two_stage").
-      model: folder of the networks' weights.
       compiled: by the reference's compiler.
-
-    Raises:
-      ValueError: if the images do not fill their batches.
     """
 
     task: str
@@ -142,13 +135,8 @@ def native_size(case: Case) -> tuple[int, int]:
 
 
 def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image as large as fits in `size`, at the top left, its aspect kept.
-
-    Args:
-      image: [h, w, 3] uint8.
-
-    Returns:
-      [H, W, 3] uint8, zero beyond the image, and (height, width) of the image in it.
+    """An image [h, w, 3] as large as fits in `size`, at the top left, zero beyond, and its size
+    there.
     """
     scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
@@ -160,12 +148,8 @@ def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tup
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Images at the network's input size.
-
-    Attributes:
-      images: [M, H, W, 3] uint8.
-      image_size: [M, 2] int32 (height, width) of the valid area at the top left.
-      native_size: [M, 2] int32 (height, width) of the panoptic maps.
+    """Images [M, H, W, 3] uint8 with (height, width) of the valid area and of the panoptic maps
+    [M, 2].
     """
 
     images: np.ndarray

@@ -30,13 +30,7 @@ SHIFT = (4, 8)
 
 
 class Pair(NamedTuple):
-    """One image's ground truth and prediction.
-
-    Attributes:
-      gt_ids, pred_ids: [H, W] uint32, 0 void.
-      segments: id -> {"label", "is_crowd", "area"} of the ground truth.
-      pred_labels: id -> class of the prediction.
-    """
+    """One image's maps [H, W] uint32, 0 void, and what their ids are."""
 
     gt_ids: np.ndarray
     pred_ids: np.ndarray

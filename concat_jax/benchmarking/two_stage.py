@@ -150,14 +150,7 @@ class _NoHead:
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """The two ways from images to panoptic maps.
-
-    Attributes:
-      networks: of the method; CLIP's part of it is for the second path alone.
-      vocabulary: K classes.
-      is_padded: whether an image does not fill the network's input.
-      output_size: (H', W') that every panoptic map fits.
-    """
+    """The two ways from images to panoptic maps, each of which `output_size` fits."""
 
     networks: Networks
     vocabulary: Vocabulary
@@ -165,12 +158,8 @@ class Paths:
     output_size: tuple[int, int]
 
     def ours(self, params: Any, text: jax.Array, images: jax.Array, sizes: Sizes) -> Result:
-        """As `Predictor` with a `TextHead`: the projector names the queries.
-
-        Args:
-          params: "segmentor" and "projector".
-          text: [K, C] normalised text embeddings.
-          images: [B, H, W, 3] uint8.
+        """As `Predictor` with a `TextHead`: the projector names the queries of images [B, H, W,
+        3] uint8.
         """
         head = TextHead(params["projector"], text, None, None, self.networks.projector)
         masks, scores = self._segment(params, head, images, sizes)
@@ -179,13 +168,7 @@ class Paths:
     def two_stage(
         self, params: Any, text: jax.Array, images: jax.Array, sizes: Sizes, *, num_masks: int
     ) -> Result:
-        """CLIP names the `num_masks` largest masks of an image; the others hold nothing.
-
-        Args:
-          params: "segmentor" and "clip".
-          text, images, sizes: as for `ours`.
-          num_masks: M, static.
-        """
+        """CLIP names the `num_masks` largest masks of an image; the others hold nothing."""
         masks, _ = self._segment(params, _NoHead(), images, sizes)
         stride = self.networks.segmentor.stride
         chosen, windows = largest_masks(masks, num_masks)
@@ -242,15 +225,11 @@ class Paths:
 
 
 def largest_masks(masks: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
-    """The largest masks of every image and their boxes.
+    """The `number` M largest masks of logits [B, N, h, w], not positive beyond the image's valid
+    area.
 
-    Args:
-      masks: [B, N, h, w] logits, not positive beyond the image's valid area.
-      number: M of them, static.
-
-    Returns:
-      queries [B, M] int32, largest first, and boxes [B, M, 4] float32 (top, left, height, width) in
-      pixels of the logits; that of an empty mask is the whole map, as ZegFormer takes it.
+    Returns queries [B, M] int32, largest first, and boxes [B, M, 4] float32 (top, left, height,
+    width) in pixels of the logits; that of an empty mask is the whole map, as ZegFormer takes it.
     """
     inside = masks > 0
     _, chosen = jax.lax.top_k(inside.sum(axis=(2, 3)), number)
@@ -273,18 +252,11 @@ def cut_out(
     size: int,
     image_size: jax.Array,
 ) -> jax.Array:
-    """What CLIP sees of every mask: its box, resized, the rest of it painted in the mean colour.
+    """What CLIP sees of every mask: its box, resized, the rest of it painted in the mean colour, 0.
 
-    The logits are resized straight to the crop: no mask at the image's size is ever made.
-
-    Args:
-      images: [B, H, W, 3] uint8.
-      masks: [B, M, H / stride, W / stride] logits.
-      boxes: [B, M, 4] (top, left, height, width) in pixels of the logits.
-      image_size: [B, 2] (height, width) of the valid area.
-
-    Returns:
-      [B, M, size, size, 3] float32, normalised for CLIP; 0 is its mean colour.
+    From images [B, H, W, 3] uint8, logits of masks [B, M, H / stride, W / stride] and their boxes
+    to [B, M, size, size, 3] float32. The logits are resized straight to the crop: no mask at the
+    image's size is ever made.
     """
     crops = resize_windows(images, boxes * stride, size, image_size=image_size)
 

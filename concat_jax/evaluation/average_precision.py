@@ -39,13 +39,8 @@ class AveragePrecision(ClassCounts):
     _SUMS = ("num_gt", "detections")
 
     def __init__(self, num_classes: int, *, thresholds: Sequence[float] = COCO_THRESHOLDS):
-        """Starts empty for K = `num_classes` classes.
-
-        Args:
-          thresholds: IoUs from which a detection is true; AP is the mean over them.
-
-        Raises:
-          ValueError: if num_classes is not positive or a threshold is not in (0, 1].
+        """`thresholds` are IoUs in (0, 1] from which a detection is true; AP is the mean over
+        them.
         """
         super().__init__(num_classes)
         self.thresholds = tuple(float(t) for t in thresholds)
@@ -80,15 +75,11 @@ class AveragePrecision(ClassCounts):
 
         Args:
           gt_masks: G run-length codes {"size": [H, W], "counts"}, as `encode_rle` makes them.
-          gt_labels: [G] class indices.
-          gt_is_crowd: [G] flags; None means no crowd.
-          labels: [D] class indices.
+          gt_labels, labels: [G] and [D] class indices.
           scores: [D] floats, finite.
           gt_areas: [G] pixels; COCO's annotations bring their own. None measures the mask.
 
-        Raises:
-          ValueError: if lengths or sizes of masks differ, a label is outside the K classes, a
-            score is not finite, or the image was added before.
+        Raises ValueError if lengths or sizes differ, or a label, a score or the image is not valid.
         """
         image_id = int(image_id)
         if image_id in self._image_ids:
@@ -198,9 +189,6 @@ class AveragePrecision(ClassCounts):
     def summarize(self, vocabulary: Vocabulary) -> dict:
         """AP and recall in percent for all, seen and unseen classes and for every class.
 
-        Args:
-          vocabulary: the K classes, which says what is seen.
-
         Returns:
           {"all" | "seen" | "unseen": {"ap" (mean over thresholds), "ap50", "ap75", "ap_small",
           "ap_medium", "ap_large", "ar1", "ar10", "ar" (AR at 100 detections), "recall50": float,
@@ -210,9 +198,6 @@ class AveragePrecision(ClassCounts):
           -1 if that is no threshold), "thresholds": the list}. A mean over no class is NaN, and so
           are quantities at an IoU that is no threshold. A class with ground truth and no detection
           has AP 0.
-
-        Raises:
-          ValueError: if the vocabulary has another number of classes.
         """
         ap, recall = self._curves()
         at = {

@@ -49,17 +49,7 @@ def check_gammas(gammas: Iterable[float]) -> tuple[float, ...]:
 
 
 def sweep(predictor: Predictor, examples: Examples, *, name: str) -> Summaries:
-    """Scores every γ as `evaluate` would at that γ, with one prediction an image.
-
-    Args:
-      examples: as of `evaluate`.
-
-    Returns:
-      γ to its `PanopticQuality.summarize` with "images".
-
-    Raises:
-      ValueError: if there is no image.
-    """
+    """Scores every γ as `evaluate` would at that γ, with one prediction an image; γ -> summary."""
     gammas, vocabulary = predictor.config.gammas, predictor.vocabulary
     totals = [PanopticQuality(len(vocabulary)) for _ in gammas]
     count, start = 0, time.monotonic()
@@ -87,11 +77,7 @@ def sweep(predictor: Predictor, examples: Examples, *, name: str) -> Summaries:
 def best_gamma(summaries: Mapping[float, Mapping]) -> float:
     """The γ of the highest hPQ; of equal ones the smallest, which changes least.
 
-    Args:
-      summaries: of `sweep`.
-
-    Raises:
-      ValueError: if hPQ was measured at no γ, for want of a seen or an unseen class.
+    Raises ValueError if hPQ was measured at no γ, for want of a seen or an unseen class.
     """
     scores = {gamma: summary["harmonic"]["pq"] for gamma, summary in summaries.items()}
     measured = {gamma: score for gamma, score in scores.items() if math.isfinite(score)}
@@ -104,12 +90,8 @@ def best_gamma(summaries: Mapping[float, Mapping]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """γ chosen on held-out images, and what it does on the test images.
-
-    Attributes:
-      gamma: the chosen value.
-      held_out: γ to summary on the held-out images.
-      test: γ to summary on the test images, of 0 and the chosen γ.
+    """γ chosen on held-out images; γ -> summary on those, and on the test images for 0 and the
+    choice.
     """
 
     gamma: float
@@ -123,15 +105,10 @@ def calibrate(
     test: Examples,
     gammas: Iterable[float] = GAMMAS,
 ) -> Calibration:
-    """Chooses γ on held-out images, then scores the test images without γ and with the choice.
+    """Chooses γ on held-out images, then scores the test images, none of them, without it and
+    with it.
 
-    Args:
-      sweep_of: (examples, gammas) -> `sweep` of one stage, as `Experiment.sweep` with its name.
-      test: examples to report on, none of which may be among the held-out ones.
-      gammas: to choose from; 0 always is among them.
-
-    Raises:
-      ValueError: as `sweep` and `best_gamma`.
+    `sweep_of` is (examples, gammas) -> `sweep` of one stage; 0 always is among the gammas.
     """
     found = sweep_of(held_out, check_gammas((0.0, *gammas)))
     chosen = best_gamma(found)

@@ -68,7 +68,6 @@ class ClassCounts:
         """A summary by group and class.
 
         Args:
-          vocabulary: the K classes, which says what is thing or stuff, seen or unseen.
           of_group: entries of a group, from its members [K] bool.
           groups: any of "all", "things", "stuff", "seen" and "unseen", with the last two.
           harmonic: which of a group's entries get a harmonic mean of seen and unseen.
@@ -76,9 +75,6 @@ class ClassCounts:
         Returns:
           {group: its entries, "harmonic": {entry: float}, "per_class": K dicts with "name",
           "is_thing", "is_seen" and the entries of the class}.
-
-        Raises:
-          ValueError: if the vocabulary has another number of classes.
         """
         if len(vocabulary) != self.num_classes:
             raise ValueError(

@@ -32,27 +32,22 @@ def evaluate(
     picture_folder: Path | None = None,
     coco_folder: Path | None = None,
 ) -> dict:
-    """Predict every image and score it at its native size, seen and unseen in one label space.
+    """Predicts every image and scores it at its native size, seen and unseen in one label space.
 
     On several hosts each calls it with examples of its own, and all return the sum.
 
     Args:
-      predictor: whose vocabulary is that of the ground truth, and whose tasks are scored.
       examples: at native size. One with a true "is_padding" fills a batch up and counts nowhere.
       num_pictures: images of which overlay pictures are written, of panoptic maps.
-      picture_folder: where they go, if anywhere.
       coco_folder: where predictions go, if anywhere: COCO panoptic json and PNGs, COCO instance
         results (`instance_predictions.json`), label maps of category ids
         (`semantic_predictions/`), for each task. Several hosts must all see it.
 
     Returns:
-      `PanopticQuality.summarize` if panoptic is among the tasks, with "semantic":
+      `PanopticQuality.summarize` if panoptic is among the predictor's tasks, with "semantic":
       `SemanticIoU.summarize` and "instance": `AveragePrecision.summarize` if they are, "images"
       and "images_per_second" (compilation included). Instances are scored against the things of
       the panoptic ground truth, which do not overlap; COCO's own instance annotations do.
-
-    Raises:
-      ValueError: if there is no image.
     """
     vocabulary = predictor.vocabulary
     rows: list[overlay.ComparisonRow] = []

@@ -98,25 +98,17 @@ class PanopticQuality(ClassCounts):
         pred_ids: np.ndarray,
         pred_labels: Table,
     ) -> None:
-        """Adds one image.
+        """Adds one image's maps [H, W], 0 void; labels and crowd flags are tables as of
+        `table_rows`.
 
         As panopticapi (`pq_compute_single_core`): a pair matches when classes agree, the ground
         truth is no crowd and IoU > 0.5, where pixels of void ground truth are taken out of the
         union. An unmatched crowd is no false negative. An unmatched prediction of which more than
-        half lies on void plus the crowd of its class is no false positive; of several crowds of
-        one class only the last one listed counts, as there. Listed ground truth without a pixel
-        is a false negative, as there. A listed prediction without a pixel is ignored (panopticapi
-        refuses the file).
-
-        Args:
-          gt_ids: [H, W] non-negative ints, 0 void.
-          gt_labels: table of class indices, see `table_rows`.
-          gt_is_crowd: table of flags of the same form; None means no crowd.
-          pred_ids: [H, W] non-negative ints, 0 void.
-
-        Raises:
-          ValueError: on maps of different shapes, ids that are not integers, negative or without
-            a label, or labels outside the K classes.
+        half lies on void plus the crowd of its class is no false positive; of several crowds of one
+        class only the last one listed counts, as there. Listed ground truth without a pixel is a
+        false negative, as there. A listed prediction without a pixel is ignored (panopticapi
+        refuses the file). Raises ValueError for maps that differ in shape, or ids without a valid
+        label.
         """
         gt_ids, pred_ids = np.asarray(gt_ids), np.asarray(pred_ids)
         if gt_ids.shape != pred_ids.shape:
@@ -174,18 +166,12 @@ class PanopticQuality(ClassCounts):
     def summarize(self, vocabulary: Vocabulary) -> dict:
         """PQ, SQ and RQ in percent for groups of classes and for every class.
 
-        Args:
-          vocabulary: the K classes, which says what is thing or stuff, seen or unseen.
-
         Returns:
           {"all" | "things" | "stuff" | "seen" | "unseen": {"pq", "sq", "rq", "sq_matched": float,
           "n": classes in the mean}, "harmonic": {"pq", "sq", "rq", "sq_matched"}: 2su / (s + u) of
           the seen and unseen aggregates, 0 when both are 0, "per_class": K dicts with "name",
           "is_thing", "is_seen", "pq", "sq", "rq" (percent), "tp", "fp", "fn" (ints)}.
           A mean over no class, and the qualities of a class that occurs nowhere, are NaN.
-
-        Raises:
-          ValueError: if the vocabulary has another number of classes.
         """
         weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
         occurs, found = weight > 0, self.tp > 0

@@ -11,13 +11,10 @@ GROUPS = ("all", "things", "stuff", "seen", "unseen")
 
 @dataclasses.dataclass(frozen=True)
 class _Metric:
-    """How a metric's summary is shown; columns map its keys to headings.
+    """How a metric's summary is shown; columns map its keys to headings, of a comparison and a
+    class.
 
-    Attributes:
-      compared: columns of a comparison of runs.
-      of_class: columns of a class's row, the score that sorts first.
-      counts: keys that are all 0 where a class does not occur.
-      rules: rows of the groups that a rule goes before.
+    `counts` are all 0 where a class does not occur; `rules` are groups that a rule goes before.
     """
 
     columns: Mapping[str, str]

@@ -39,13 +39,8 @@ NUMBER_ALIKE = (
 class Manifest:
     """What lies beside a result of ours, see `coco_writers`.
 
-    Attributes:
-      path: of the json.
-      pixels: what a label map's pixels are: "category_ids" or "indices" into the categories.
-      void: the pixel that is no class; None where there are no label maps.
-      categories: by id.
-      images: by id.
-      maps: label map, relative to its folder, to the id of its image.
+    `pixels` of a label map are "category_ids" or "indices" into the categories, `void` is no class;
+    `maps` are label maps, relative to their folder, to the ids of their images.
     """
 
     path: pathlib.Path
@@ -57,16 +52,8 @@ class Manifest:
 
 
 def read_manifest(result: str | os.PathLike[str], task: str) -> Manifest | None:
-    """The manifest beside a result, a folder of label maps or a list of instances.
-
-    Args:
-      task: "semantic" or "instance".
-
-    Returns:
-      None where there is none of that task: others' results have none.
-
-    Raises:
-      FileError: if it is damaged.
+    """The manifest beside a result, label maps or instances; None where there is none of that
+    task.
     """
     result = pathlib.Path(result)
     name = f"{result.name}.json" if task == "semantic" else f"{result.stem}.manifest.json"
@@ -90,16 +77,9 @@ def read_manifest(result: str | os.PathLike[str], task: str) -> Manifest | None:
 def classes_of(
     path: pathlib.Path, categories: Mapping[int, Category] | None, vocabulary: Vocabulary
 ) -> tuple[dict[int, int], str]:
-    """The class of every category id of predictions.
+    """Category id -> class index of predictions, and a sentence if they were told by their names.
 
-    Args:
-      categories: what it lists; None takes the ids for the label space's own.
-
-    Returns:
-      (category id to class index, a sentence if categories were told by their names).
-
-    Raises:
-      FileError: if a category is not of the label space.
+    `categories` None takes the ids for the label space's own. FileError if one is not of it.
     """
     index_of = vocabulary.index_of_category
     if categories is None:
@@ -123,18 +103,10 @@ def pair_images(
     *,
     may_miss: bool = False,
 ) -> tuple[dict[Other, One], str]:
-    """Which image of the annotations each image of the predictions is.
+    """Id in the predictions -> id in the annotations, and a sentence if they were told by name.
 
-    By id, unless names contradict the ids; then by name.
-
-    Args:
-      truth, found: id to file name, None where it is not known.
-
-    Returns:
-      (id in the predictions to id in the annotations, a sentence if they were told by name).
-
-    Raises:
-      FileError: if both do not hold the same images, or neither ids nor names tell them apart.
+    By id, unless names contradict the ids. Raises FileError if both do not hold the same images, or
+    neither ids nor names tell them apart.
     """
     if not truth:
         raise FileError(f"{truth_path} holds no image; there is nothing to score.")
@@ -204,13 +176,8 @@ class InstanceResult:
 def read_instance_results(
     path: str | os.PathLike[str],
 ) -> tuple[dict[ImageId, list[InstanceResult]], dict[ImageId, str | None]]:
-    """Reads COCO instance results, a list of {image_id, category_id, segmentation, score}.
-
-    Returns:
-      (detections by image id; file name by image id, None where entries have none).
-
-    Raises:
-      FileError: if it is a json of another kind, or an entry lacks or misuses something.
+    """COCO instance results by image id, and file names by image id, None where entries have
+    none.
     """
     path = pathlib.Path(path)
     content = read_json(path, constants=True)

@@ -54,9 +54,6 @@ def score_panoptic(
     Returns:
       `PanopticQuality.summarize` with "images" and "notes", sentences on how the files were read;
       and the vocabulary.
-
-    Raises:
-      ValueError: if files are missing, damaged, of another kind or do not fit together.
     """
     truth = read_panoptic(annotations)
     found = read_panoptic(predictions, prediction=True)
@@ -177,20 +174,10 @@ def score_instances(
     *,
     thresholds: Sequence[float] = COCO_THRESHOLDS,
 ) -> tuple[dict, Vocabulary]:
-    """Mask AP of COCO instance results against a COCO instances json.
+    """Mask AP of a COCO results list against a COCO instances json; returns as `score_panoptic`.
 
-    Args:
-      predictions: results json, a list with run-length encoded masks. An image without a result
-        has no detection.
-      vocabulary: the label space, of which the annotations may lack classes (stuff); None takes
-        the annotations', all of it seen.
-      thresholds: as of `AveragePrecision`.
-
-    Returns:
-      `AveragePrecision.summarize` with "images" and "notes", and the vocabulary.
-
-    Raises:
-      ValueError: as `score_panoptic`.
+    An image without a result has no detection; annotations may lack classes of the vocabulary
+    (stuff).
     """
     truth = read_instances(annotations)
     if vocabulary is None:

@@ -37,17 +37,13 @@ _UNKNOWN = -2
 
 @dataclasses.dataclass
 class _Maps:
-    """Label maps of one side.
+    """Label maps of one side, keyed by the name they are paired by.
 
     Attributes:
-      path: for sentences.
-      names: map to the name it is paired by.
       read: map to its labels [H, W]: classes, `VOID`, or `_UNKNOWN` where a pixel means nothing.
       reread: the same read in the other way, ids as positions or positions as ids; None where a
         file says how they are meant.
-      flag: of the other reading.
-      is_asked: the reading was asked for.
-      png: map to its file.
+      flag: of the other reading; `is_asked`, this one was asked for.
     """
 
     path: pathlib.Path
@@ -77,7 +73,6 @@ def score_semantic(
       annotations, predictions: each a folder of label maps, whose names are the images', or a COCO
         panoptic json. Both must hold the same images.
       vocabulary: the label space; may be None where the annotations are a panoptic json.
-      annotation_folder, prediction_folder: of a panoptic json's PNGs.
       annotation_values, prediction_values: whether a folder's pixels are category ids ("ids") or
         positions in the vocabulary ("indices"). "" reads the manifest beside the folder, and
         without one takes them for ids, unless they agree better as positions: that is refused.
@@ -85,11 +80,7 @@ def score_semantic(
         predictions. A class of that value remains a class.
       on_progress: called with (images done, images in all).
 
-    Returns:
-      `SemanticIoU.summarize` with "images" and "notes", and the vocabulary.
-
-    Raises:
-      ValueError: as `score_panoptic`, or if a pixel is neither a class nor ignored.
+    Returns `SemanticIoU.summarize` with "images" and "notes", and the vocabulary.
     """
     notes: list[str] = []
     if not pathlib.Path(annotations).is_dir():
@@ -218,16 +209,7 @@ def _folder_maps(
     ignored: Sequence[int],
     notes: list[str],
 ) -> _Maps:
-    """Label maps of a folder and the folders in it.
-
-    Args:
-      folder: of the maps.
-      side: "annotation" or "prediction", as the flags say.
-      values: "ids", "indices", or "" where nobody says.
-      vocabulary: the label space.
-      ignored: values of no class.
-      notes: gets a sentence where the manifest's categories are told by name.
-    """
+    """Label maps of a folder and the folders in it; `notes` gets how the manifest was read."""
     folder = pathlib.Path(folder)
     files = sorted(
         file
@@ -298,14 +280,7 @@ def _look_up(lookup: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 def read_label_map(path: pathlib.Path) -> np.ndarray:
-    """Decodes a map of labels, 8 or 16 bits a pixel (a palette's indices, not its colours).
-
-    Returns:
-      [H, W] integers.
-
-    Raises:
-      FileError: if it is missing or damaged, or has colours.
-    """
+    """A map of labels [H, W], 8 or 16 bits a pixel (a palette's indices); FileError for colours."""
     with open_image(path) as image:
         image.load()
         labels = np.asarray(image)

@@ -35,16 +35,9 @@ class SemanticIoU(ClassCounts):
         self.ignored = 0
 
     def update(self, gt: np.ndarray, pred: np.ndarray, *, void: int = -1) -> None:
-        """Adds one image.
+        """Adds one image's maps [H, W] of class indices, or `void`, which is outside 0..K-1.
 
-        Args:
-          gt: [H, W] ints, class indices or `void`.
-          pred: [H, W] ints, class indices or `void`.
-          void: what stands for no class in both maps, outside 0..K-1.
-
-        Raises:
-          ValueError: on maps of different shapes, values that are not integers, or a value that is
-            neither a class nor void.
+        Raises ValueError on maps of different shapes, or a value that is neither a class nor void.
         """
         if 0 <= void < self.num_classes:
             raise ValueError(f"void is {void}, which is one of the {self.num_classes} classes.")
@@ -85,20 +78,13 @@ class SemanticIoU(ClassCounts):
         and scikit-learn; a class that occurs in neither is NaN and left out. Accuracies run over
         annotated classes.
 
-        Args:
-          vocabulary: the K classes, which says what is seen.
-
         Returns:
           {"all" | "seen" | "unseen": {"miou", "pixel_accuracy", "mean_accuracy" (of classes),
           "frequency_weighted_iou": float, "n": classes in the mean IoU}, "harmonic": the same
           without n, 2su / (s + u), of which "miou" is the field's hIoU, "per_class": K dicts with
           "name", "is_thing", "is_seen", "iou", "accuracy" (percent) and the pixel counts
           "annotated", "predicted" (on annotated pixels) and "correct", "ignored_pixels": int}.
-          What no class defines is NaN. Pixel accuracy and weights of a group are over the
-          annotated pixels of its classes.
-
-        Raises:
-          ValueError: if the vocabulary has another number of classes.
+          Pixel accuracy and weights of a group are over the annotated pixels of its classes.
         """
         correct = np.diagonal(self.confusion)
         annotated = self.confusion.sum(axis=1) + self.unnamed

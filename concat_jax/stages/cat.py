@@ -35,16 +35,14 @@ class Config:
     """Constants of CAT. Contrast and cycle are the paper's terms, MMD is PADing's; values are ours.
 
     Attributes:
-      contrast_weight: of the query contrast.
-      contrast_temperature: of its similarity. Low ones (0.1) are content with a pseudo query that
-        is nearer to its class than to other queries, two spreads off; 1 keeps pulling.
+      contrast_temperature: low ones (0.1) are content with a pseudo query that is nearer to its
+        class than to other queries, two spreads off; 1 keeps pulling.
       contrast_distance: "cosine" or "euclidean", of the contrasts and of the spread.
       spread_weight: of matching each class's spread to that of its real queries (ours).
       memory_per_class: real queries of each class that contrast and spread see beside the batch's;
         0 for none. The MMD compares with the batch alone, which holds classes as they occur.
       memory_pseudo: also generate a pseudo query for each of them, so that rare classes are
         learnt as often as frequent ones; else each real query of the batch asks for one.
-      mmd_weight: of the MMD term.
       mmd_bandwidths: squared kernel widths; PADing's for 256-d queries.
       cycle_weight: of classifying P(v̂) and of pulling it to the text embedding; weights near 1
         distort the generated distribution.
@@ -74,11 +72,7 @@ class Config:
 def generate(networks: Networks, params, text: jax.Array, rng: jax.Array) -> jax.Array:
     """Pseudo queries [..., D] of text embeddings [..., C], on the scale of real ones.
 
-    Args:
-      networks: for the generator.
-      params: holds "generator" and "segmentor", whose last LayerNorm gives the scale.
-      text: [..., C].
-      rng: PRNG key of the noise.
+    The segmentor's last LayerNorm gives the scale.
     """
     norm = jax.lax.stop_gradient(params["segmentor"]["transformer_decoder"]["decoder_norm"])
     return networks.generator.apply(
@@ -87,18 +81,11 @@ def generate(networks: Networks, params, text: jax.Array, rng: jax.Array) -> jax
 
 
 def known_text(text: jax.Array, vocabulary: Vocabulary, unseen_names: bool) -> jax.Array:
-    """Text embeddings with zeros for what the setting does not know.
+    """Text embeddings [K, C] or [K, S, C] with zeros for unseen classes unless their names are
+    known.
 
     Masking at the end would not do: a loss may multiply an unknown row by zero, or clip a label of
     "none" to a class that is unseen.
-
-    Args:
-      text: [K, C] or [K, S, C].
-      vocabulary: says which of the K are unseen.
-      unseen_names: the setting knows them.
-
-    Returns:
-      As `text`; rows of unseen classes are zeros unless known.
     """
     if unseen_names:
         return text
@@ -107,13 +94,7 @@ def known_text(text: jax.Array, vocabulary: Vocabulary, unseen_names: bool) -> j
 
 
 def require_unseen(vocabulary: Vocabulary, what: str, remedy: str) -> None:
-    """Raise a ValueError if there is no unseen class, for a setting that generates them.
-
-    Args:
-      vocabulary: the label space.
-      what: is to generate them, for the message.
-      remedy: flags that make it do without.
-    """
+    """Raises ValueError if there is no unseen class, for a setting that generates them."""
     if not len(vocabulary.unseen):
         raise ValueError(
             f"{what} is to generate queries of unseen classes, and all {len(vocabulary)} classes "

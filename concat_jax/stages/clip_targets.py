@@ -50,16 +50,9 @@ class CropConfig:
 def segment_windows(
     segment_ids: jax.Array, num_segments: int, config: CropConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Square window around every segment.
+    """Square windows of segments of an id map [B, H, W]: centres [B, G, 2] (y, x) and sides [B, G].
 
-    Args:
-      segment_ids: [B, H, W] id map.
-      num_segments: G.
-      config: margin and limits of the side.
-
-    Returns:
-      centres [B, G, 2] float32 (y, x) in pixels and sides [B, G] float32. A segment without a
-      pixel gets a window of one pixel, or of the least side, at the origin.
+    float32, in pixels. A segment without a pixel gets a window of one, or of the least side, at 0.
     """
     height, width = segment_ids.shape[1:]
     rows = jnp.arange(height, dtype=jnp.float32)[:, None] + 0.5
@@ -99,19 +92,10 @@ def masked_crops(
 ) -> jax.Array:
     """The picture of each segment alone, cut to its window, resized and normalised for CLIP.
 
-    The resize is antialiased and separable: two small matrices a segment, no [B, G, H, W] mask.
-    The mask is applied after it, by nearest id, so a thin seam of the surroundings can remain.
-
-    Args:
-      images: [B, H, W, 3] uint8.
-      segment_ids: [B, H, W] id map.
-      num_segments: G.
-      size: side of the crops in pixels.
-      config: window and fill.
-      image_size: [B, 2] int32 valid (height, width), None where there is no padding.
-
-    Returns:
-      [B, G, size, size, 3] float32; 0, CLIP's mean colour, where filled.
+    From images [B, H, W, 3] uint8 and their id map [B, H, W] to [B, G, size, size, 3] float32, 0,
+    CLIP's mean colour, where filled. The resize is antialiased and separable: two small matrices a
+    segment, no [B, G, H, W] mask. The mask is applied after it, by nearest id, so a thin seam can
+    remain.
     """
     batch, height, width = segment_ids.shape
     centres, sides = segment_windows(segment_ids, num_segments, config)
@@ -135,12 +119,7 @@ def masked_crops(
 def keep_largest(
     segment_ids: jax.Array, num_segments: int, count: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The id map with only the largest segments of each image.
-
-    Args:
-      segment_ids: [B, H, W] id map.
-      num_segments: G.
-      count: M, how many, at most G.
+    """The id map [B, H, W] with only the `count` M largest of the G segments of each image.
 
     Returns:
       id map [B, H, W] int32 with ids 1..M, largest first; rows [B, M] int32, which of 0..G-1 each
@@ -168,22 +147,16 @@ def clip_targets(
     image_size: jax.Array | None = None,
     max_segments: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Targets of CON: g of the image and c_j of each segment, without gradient.
+    """Targets of CON without gradient: g [B, C] of the image, c [B, G, C] of segments,
+    L2-normalised.
+
+    float32; zeros for a segment that has no pixel or is not among the M largest.
 
     Args:
-      clip: the CLIP module.
-      params: its parameters.
-      images: [B, H, W, 3] uint8.
+      images: [B, H, W, 3] uint8, of which padding beyond `image_size` [B, 2] is not shown to CLIP.
       segment_ids: [B, H, W] id map.
-      num_segments: G.
-      config: of the crops.
-      image_size: [B, 2] int32 valid (height, width); padding is not shown to CLIP.
       max_segments: M, the most segments of an image that CLIP looks at, the largest; 0 for all G.
         A row of the tables costs a pass of CLIP whether it holds a segment or padding.
-
-    Returns:
-      g [B, C] and c [B, G, C], float32, L2-normalised; zeros for a segment that has no pixel or is
-      not among the M largest.
     """
     clip = clip.clone(dtype=jnp.dtype(config.dtype))
     size = config.size or clip.image_size

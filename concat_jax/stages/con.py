@@ -98,14 +98,9 @@ def training_labels(labels: jax.Array, is_crowd: jax.Array, vocabulary: Vocabula
 
 
 def matched_accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Share of matched queries whose best real class is right.
+    """Share [] of matched queries whose best real class is right; 0 where nothing is matched.
 
-    Args:
-      logits: [B, N, K+1].
-      labels: [B, N] int32, K without a segment.
-
-    Returns:
-      [] float32; 0 where nothing is matched.
+    Logits are [B, N, K+1], labels [B, N] int32, K without a segment.
     """
     matched = labels < logits.shape[-1] - 1
     hit = matched & (jnp.argmax(logits[..., :-1], axis=-1) == labels)

@@ -57,17 +57,10 @@ class Config:
 def sample_deviations(
     rng: jax.Array, queries: jax.Array, labels: jax.Array, num_classes: int, count: int
 ) -> jax.Array:
-    """Deviations of random matched queries from the mean of their class in the batch.
+    """Deviations [M, D] of random matched queries from the mean of their class in the batch.
 
-    Args:
-      rng: PRNG key.
-      queries: [B, N, D].
-      labels: [B, N] int32, -1 without a segment.
-      num_classes: K.
-      count: M.
-
-    Returns:
-      [M, D] float32; drawn with replacement, zero where nothing is matched.
+    From queries [B, N, D] and labels [B, N], -1 without a segment; `count` M are drawn with
+    replacement, zero where nothing is matched.
     """
     member = jax.nn.one_hot(labels, num_classes)  # a label of -1 is a row of zeros
     means = jnp.einsum("bnk,bnd->kd", member, queries)

@@ -29,17 +29,9 @@ class Config:
 
 
 def erase(rng: jax.Array, images: jax.Array, config: Config) -> jax.Array:
-    """Paint random smooth regions in the mean colour (random erasing, Zhong et al. 2017).
+    """Paints random smooth regions in the mean colour, 0 (random erasing, Zhong et al. 2017).
 
-    The regions are level sets of smooth noise and know nothing of what the picture shows.
-
-    Args:
-      rng: PRNG key.
-      images: [B, H, W, 3] normalised, 0 is the mean colour.
-      config: probability and largest share.
-
-    Returns:
-      [B, H, W, 3].
+    The regions of [B, H, W, 3] are level sets of smooth noise and know nothing of what it shows.
     """
     batch, height, width, _ = images.shape
     rng_noise, rng_share, rng_apply = jax.random.split(rng, 3)

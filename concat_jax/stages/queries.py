@@ -28,17 +28,10 @@ IMAGE_FIELDS = ("image", "segment_ids", "segment_labels", "segment_is_crowd")
 def extract_queries(
     context: Context, params: Params, text: jax.Array, batch: Batch, rng: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Vision queries of a batch of images and the class each one holds.
+    """Vision queries [B, N, D] float32 of a batch of images, and classes [B, N] int32, -1 for none.
 
-    Args:
-      context: for the networks, the label space and the weights of the matching cost.
-      params: holds "segmentor" and "projector"; frozen.
-      text: [K, C] text embeddings.
-      batch: with `IMAGE_FIELDS`.
-      rng: PRNG key of the matching points.
-
-    Returns:
-      queries [B, N, D] float32 and labels [B, N] int32, class index or -1 without a segment.
+    `params` holds "segmentor" and "projector", frozen; `text` is [K, C]; `rng` draws matching
+    points.
     """
     networks, vocabulary = context.networks, context.vocabulary
     rows = training_labels(batch["segment_labels"], batch["segment_is_crowd"], vocabulary)
@@ -71,12 +64,8 @@ def matching_key(rng: jax.Array) -> jax.Array:
 def on_images(stage: Stage, context: Context) -> Stage:
     """A stage on batches of queries as one on batches of images, with the same loss.
 
-    Returns:
-      A stage that trains and reads what `stage` does, and reads what finds the queries; no gradient
-      reaches that.
-
-    Raises:
-      ValueError: if the stage draws a memory, which only a bank can give.
+    It reads what finds the queries; no gradient reaches that. Raises ValueError if the stage draws
+    a memory, which only a bank can give.
     """
     if set(MEMORY_FIELDS) & set(stage.batch_fields):
         raise ValueError(

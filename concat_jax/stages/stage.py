@@ -58,12 +58,8 @@ class Stage:
 class Context:
     """What all stages of a run are made with.
 
-    Attributes:
-      networks: their `generator` is the one that the stage trains or reads.
-      vocabulary: the label space.
-      loss: of the segmentor, and weights of the cost that matches queries and segments.
-      crops: what CLIP sees of a segment.
-      has_clip_targets: batches of images hold cached targets of CLIP.
+    `networks.generator` is the one that the stage trains or reads; `loss` is the segmentor's, and
+    the weights of the cost that matches; `has_clip_targets`, batches hold cached targets of CLIP.
     """
 
     networks: Networks

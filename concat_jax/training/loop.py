@@ -67,7 +67,8 @@ def train_stage(
     loop: LoopConfig,
     optimizer: OptimizerConfig,
 ) -> Any:
-    """Train a stage to its last step, from its newest checkpoint if there is one.
+    """Trains a stage to its last step, from its newest checkpoint if there is one; the trained
+    subtrees.
 
     Args:
       name: of the stage; its files go to `workdir/name`.
@@ -75,14 +76,10 @@ def train_stage(
       batches: (first step, number of steps) -> generator of numpy batches, one a step, the same
         for the same step whenever asked.
 
-    Returns:
-      The trained subtrees, on device.
-
     Raises:
       NonFiniteLossError: naming the step, the images and the last checkpoint.
       Preempted: after saving, when the platform announces its end.
-      CheckpointError: if the workdir holds a checkpoint of another architecture, or one cannot be
-        written.
+      CheckpointError: for a checkpoint of another architecture, or one that cannot be written.
       KeyboardInterrupt: for one while training, after saving what was begun, saying what is saved.
     """
     labels = label_params(params, stage.rules)

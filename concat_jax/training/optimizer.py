@@ -54,17 +54,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def label_params(params: Any, rules: Sequence[tuple[str, float, float]]) -> Any:
-    """Label of every parameter: "frozen", or "lr x0.1, decay x1".
+    """Label of every parameter in a tree: "frozen", or "lr x0.1, decay x1".
 
-    Args:
-      rules: (regex, learning-rate multiplier, weight-decay multiplier), tried in order against
-        "subtree/module/leaf"; the first that matches decides.
-
-    Returns:
-      A tree of strings.
-
-    Raises:
-      ValueError: for a parameter that no rule matches.
+    `rules` are (regex, learning-rate multiplier, weight-decay multiplier); the first that matches
+    "subtree/module/leaf" decides. Raises ValueError for a parameter that no rule matches.
     """
 
     def label(path, _):
@@ -89,9 +82,6 @@ def make_optimizer(
 
     Frozen gradients are masked before the clip: they would shrink the live ones, and XLA drops
     their backward pass only when nothing reads them.
-
-    Args:
-      labels: tree of `label_params`.
     """
     schedule = make_schedule(config, max(steps, 1))
     transforms: dict[str, optax.GradientTransformation] = {FROZEN: optax.set_to_zero()}

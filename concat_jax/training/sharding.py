@@ -71,15 +71,7 @@ def copy_to_host(tree: Any, mesh: Mesh) -> Any:
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Put a host's part of a batch on its devices.
-
-    Args:
-      batch: arrays with the batch on axis 0; each host gives its own rows.
-      mesh: of `make_mesh`.
-
-    Raises:
-      ValueError: if the rows cannot be split evenly over this host's devices.
-    """
+    """Puts a host's rows on its devices; ValueError if they cannot be split evenly."""
     local = len(mesh.local_devices)
     for name, value in batch.items():
         if len(value) % local:
