@@ -90,10 +90,6 @@ class QueryBank:
     Beside a batch of images it can draw a memory: so many real queries of every class, however
     rare the class is in the batch. PADing and CONCAT keep a queue of recent ones; the bank holds
     all of them, so a draw needs no state.
-
-    Attributes:
-      queries: [M, N, D] float32 or float16, which may lie on disk: a batch reads its own rows.
-      labels: [M, N] int16, class index or -1 where the query holds no segment.
     """
 
     def __init__(
@@ -109,18 +105,10 @@ class QueryBank:
         process_count: int = 1,
     ):
         """Args:
-        queries: [M, N, D].
-        labels: [M, N].
-        batch_size: rows of the global batch, a multiple of process_count.
-        seed: of the order.
-        memory_per_class: real queries of each class in the memory; 0 for no memory.
-        num_classes: K of the vocabulary, which a memory needs.
-        process_index: this host among those that share a batch; each holds the whole bank.
-        process_count: number of hosts.
-
-        Raises:
-          ValueError: if the bank is smaller than a batch, the hosts cannot share one evenly, or a
-            memory is asked for without num_classes.
+          queries: [M, N, D] float32 or float16, which may lie on disk: a batch reads its own rows.
+          labels: [M, N] int16, class index or -1 where the query holds no segment.
+          batch_size: rows of the global batch, which `process_count` hosts share evenly.
+          memory_per_class: real queries of each of `num_classes` in the memory; 0 for no memory.
         """
         if batch_size % process_count:
             raise ValueError(
@@ -154,12 +142,11 @@ class QueryBank:
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This host's rows of a step's batch, the same whenever asked.
 
-        Returns:
-          With B = batch_size / process_count: queries [B, N, D] float32 and query_labels [B, N]
-          int32. With a memory also memory_queries [K', M, D] float32 and memory_valid [K', M]
-          bool: M queries of class k in row k, drawn with replacement where there are fewer, and
-          none of them valid where there is none. Rows from K on, up to a multiple of the batch
-          size, are padding; a host has its share K' of the rows.
+        With B = batch_size / process_count: queries [B, N, D] float32 and query_labels [B, N]
+        int32. With a memory also memory_queries [K', M, D] float32 and memory_valid [K', M] bool: M
+        queries of class k in row k, drawn with replacement where there are fewer, and none of them
+        valid where there is none. Rows from K on, up to a multiple of the batch size, are padding;
+        a host has its share K' of them.
         """
         rng = np.random.default_rng([self._seed, step])
         rows = rng.choice(len(self.queries), self._batch_size, replace=False)[self._own]
@@ -186,18 +173,7 @@ class QueryBank:
 
 
 def missing_classes(labels: np.ndarray, vocabulary: Vocabulary) -> str:
-    """What to tell a user about seen classes that a bank has no real query of.
-
-    Args:
-      labels: [M, N] class index or -1, of a bank.
-      vocabulary: the label space.
-
-    Returns:
-      One sentence that names the classes, or "" where there is none to name.
-
-    Raises:
-      ValueError: if no seen class has a query: there is nothing to learn from.
-    """
+    """A sentence on seen classes that a bank's labels [M, N] lack, or ""; ValueError if all are."""
     counts = np.bincount(labels[labels >= 0], minlength=len(vocabulary))
     missing = [vocabulary.names[k] for k in vocabulary.seen if not counts[k]]
     if len(missing) == len(vocabulary.seen):
