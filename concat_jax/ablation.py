@@ -100,7 +100,7 @@ def run_seed(
 
 
 def pseudo_statistics(folder: Path, generator: str | None) -> dict[str, float]:
-    """"spread" and "offset" of pseudo queries of seen classes against real ones, at a stage's end.
+    """ "spread" and "offset" of pseudo queries of seen classes against real ones, at a stage's end.
 
     They are `spread_ratio` and `offset_ratio` of its last metrics; empty without a generator.
     """

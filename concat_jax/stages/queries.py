@@ -105,10 +105,10 @@ class QueryBank:
         process_count: int = 1,
     ):
         """Args:
-          queries: [M, N, D] float32 or float16, which may lie on disk: a batch reads its own rows.
-          labels: [M, N] int16, class index or -1 where the query holds no segment.
-          batch_size: rows of the global batch, which `process_count` hosts share evenly.
-          memory_per_class: real queries of each of `num_classes` in the memory; 0 for no memory.
+        queries: [M, N, D] float32 or float16, which may lie on disk: a batch reads its own rows.
+        labels: [M, N] int16, class index or -1 where the query holds no segment.
+        batch_size: rows of the global batch, which `process_count` hosts share evenly.
+        memory_per_class: real queries of each of `num_classes` in the memory; 0 for no memory.
         """
         if batch_size % process_count:
             raise ValueError(
