@@ -22,22 +22,17 @@ def pool_queries(
     pooling: str,
     temperature: float,
 ) -> jax.Array:
-    """One vector an image from its semantic queries.
+    """One vector [B, C] float32 an image from its semantic queries [B, N, C].
 
     Args:
-      semantic_queries: [B, N, C].
       objectness: [B, N] in [0, 1], one minus the probability of no-object.
       image_embedding: [B, C] CLIP embedding of the whole image.
       pooling: "objectness" (softmax over queries of the objectness), "similarity" (softmax of
         the cosine with the image embedding) or "mean".
       temperature: of the softmax; small values pick few queries.
 
-    Returns:
-      [B, C] float32. No gradient flows through the pooling weights: the loss is to move the
-      queries, not to choose which of them count.
-
-    Raises:
-      ValueError: if the pooling is unknown.
+    No gradient flows through the pooling weights: the loss is to move the queries, not to choose
+    which of them count.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"Pooling {pooling!r} is unknown; choose one of {', '.join(POOLINGS)}.")
@@ -57,15 +52,7 @@ def pairwise_cosine(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def cosine_alignment(predictions: jax.Array, targets: jax.Array) -> jax.Array:
-    """One minus the cosine.
-
-    Args:
-      predictions: [..., C].
-      targets: [..., C].
-
-    Returns:
-      [...] float32 in [0, 2].
-    """
+    """One minus the cosine of predictions and targets [..., C]: [...] float32 in [0, 2]."""
     return 1 - jnp.sum(unit(predictions) * unit(targets), axis=-1)
 
 
@@ -78,14 +65,8 @@ def info_nce(
 ) -> jax.Array:
     """InfoNCE of each prediction against all valid targets; its own is the positive.
 
-    Args:
-      predictions: [..., M, C].
-      targets: [..., M, C].
-      valid: [..., M] bool; invalid rows are no positives and no negatives.
-      temperature: of the cosine.
-
-    Returns:
-      [..., M] float32, zero where invalid.
+    From [..., M, C], with valid [..., M], False for rows that are no positives and no negatives, to
+    [..., M] float32, zero where invalid.
     """
     logits = pairwise_cosine(predictions, targets) / temperature
     own = jnp.eye(logits.shape[-1], dtype=bool)

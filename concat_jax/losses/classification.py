@@ -19,8 +19,7 @@ def weighted_cross_entropy(
       labels: [...] int32 in 0..K-1, or -1 to leave the row out.
       weights: [K] float32, the weight of each class.
 
-    Returns:
-      (weighted losses [...], weights [...]), float32, both zero where the label is -1.
+    Returns (weighted losses [...], weights [...]), float32, both zero where the label is -1.
     """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     index = jnp.clip(labels, 0)

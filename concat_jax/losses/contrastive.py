@@ -15,7 +15,8 @@ def contrastive_loss(
     *,
     same_caption: jax.Array | None = None,
 ) -> jax.Array:
-    """Symmetric InfoNCE of a batch of pairs (Radford et al. 2021, figure 3), in float32.
+    """Symmetric InfoNCE of a batch of pairs (Radford et al. 2021, figure 3): [B] float32,
+    unreduced.
 
     Captions that occur more than once in the batch are not each other's negatives: the target of a
     row is uniform over the columns with an equal caption, as in UniCL (Yang et al. 2022).
@@ -23,15 +24,10 @@ def contrastive_loss(
     apart.
 
     Args:
-      image_embeddings: [B, C], row b belongs to `text_embeddings[b]`; normalised here.
-      text_embeddings: [B, C]; normalised here.
-      logit_scale: [] multiplier of the cosine similarities, as `CLIP.__call__` returns it (not its
-        log).
+      image_embeddings, text_embeddings: [B, C], a pair a row; normalised here.
+      logit_scale: [] multiplier of the cosine similarities, not its log.
       same_caption: [B, B] bool, symmetric, True where two pairs have the same caption; the diagonal
         counts as True whatever it holds. None where all captions differ.
-
-    Returns:
-      [B] float32: each pair's cross-entropy, mean of image-to-text and text-to-image. Not reduced.
     """
     # Full precision: the scale multiplies an accelerator's rounding up to 100-fold.
     cosine = jnp.einsum(

@@ -15,16 +15,10 @@ from jax.sharding import PartitionSpec
 
 
 def bilinear_corners(points: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """Flat pixel indices and weights of the four pixels around each point.
+    """Flat pixel indices and weights [..., 4] of the four pixels around points [..., 2].
 
-    Args:
-      points: [..., 2] float32, (x, y) in [0, 1].
-      height: rows of the sampled grid.
-      width: columns of the sampled grid.
-
-    Returns:
-      indices [..., 4] int32 into the row-major grid (clipped inside it) and weights [..., 4]
-      float32, zero for a corner outside the grid.
+    Indices are int32 into the row-major grid (clipped inside it); weights are float32, zero for a
+    corner outside.
     """
     x = points[..., 0] * width - 0.5
     y = points[..., 1] * height - 0.5
@@ -40,17 +34,10 @@ def bilinear_corners(points: jax.Array, height: int, width: int) -> tuple[jax.Ar
 
 
 def sample_features(features: jax.Array, points: jax.Array) -> jax.Array:
-    """Bilinear samples of a feature map.
+    """Bilinear samples [B, P, D] of a feature map [B, h, w, D] at points [B, P, 2].
 
     Mask logits are linear in the mask features, so the logits of all queries at shared points
     are one product of these samples with the mask embeddings; no full mask is needed.
-
-    Args:
-      features: [B, h, w, D].
-      points: [B, P, 2].
-
-    Returns:
-      [B, P, D].
     """
     batch, height, width, depth = features.shape
     indices, weights = bilinear_corners(points, height, width)  # [B, P, 4]
@@ -64,15 +51,9 @@ def sample_features(features: jax.Array, points: jax.Array) -> jax.Array:
 
 
 def sample_segments(segment_ids: jax.Array, points: jax.Array, num_segments: int) -> jax.Array:
-    """Bilinear samples of every segment's binary mask at shared points.
+    """Bilinear samples [B, G, P] of every segment's binary mask at shared points [B, P, 2].
 
-    Args:
-      segment_ids: [B, H, W] unsigned integers, 0 void, g in 1..G owned by segment g.
-      points: [B, P, 2].
-      num_segments: G.
-
-    Returns:
-      [B, G, P] float32 in [0, 1]; row g - 1 is segment g.
+    Row g - 1 is segment g, which owns the pixels g of segment_ids [B, H, W]; 0 is void.
     """
     batch, height, width = segment_ids.shape
     indices, weights = bilinear_corners(points, height, width)
@@ -94,13 +75,8 @@ def uncertainty_weights(logits: jax.Array, count: int) -> jax.Array:
     Weights instead of a list of points: the smallest `count` of |logit| are told by their largest
     member, found bit by bit, where sorting C candidates of every mask would cost most of the loss.
 
-    Args:
-      logits: [..., C] mask logits at the candidates.
-      count: number of candidates to pick, 0..C.
-
-    Returns:
-      [..., C] float32 without gradient, 1 for the `count` least certain candidates and 0 for the
-      others; candidates that tie for the last places share them. The sum over C is `count`.
+    From mask logits [..., C] at the candidates to [..., C] float32 without gradient, 1 for the
+    `count` least certain and 0 for the others; those that tie for the last places share them.
     """
     num_candidates = logits.shape[-1]
     if count in (0, num_candidates):
@@ -125,15 +101,10 @@ def uncertainty_weights(logits: jax.Array, count: int) -> jax.Array:
 
 
 def mask_bce(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Binary cross-entropy, mean over points.
+    """Binary cross-entropy [...] of logits and targets [..., P]. Source: Mask2Former
+    `sigmoid_ce_loss`.
 
-    Args:
-      logits: [..., P] mask logits at the points.
-      targets: [..., P] in [0, 1].
-      weights: [..., P] float32 of the mean; None weighs all points alike.
-
-    Returns:
-      [...] float32. Source: Mask2Former `sigmoid_ce_loss`.
+    `weights` [..., P] are of the mean over points; None weighs all alike.
     """
     logits = logits.astype(jnp.float32)
     losses = jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
@@ -143,15 +114,10 @@ def mask_bce(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = 
 
 
 def mask_dice(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Dice loss with +1 smoothing over points.
+    """Dice loss [...] with +1 smoothing of logits and targets [..., P]. Source: Mask2Former
+    `dice_loss`.
 
-    Args:
-      logits: [..., P] mask logits at the points.
-      targets: [..., P] in [0, 1].
-      weights: [..., P] float32, how often a point counts; None is once.
-
-    Returns:
-      [...] float32 in [0, 1]. Source: Mask2Former `dice_loss`.
+    `weights` [..., P] are how often a point counts; None is once.
     """
     probs = jax.nn.sigmoid(logits.astype(jnp.float32))
     if weights is None:
@@ -162,14 +128,8 @@ def mask_dice(logits: jax.Array, targets: jax.Array, weights: jax.Array | None =
 
 
 def pairwise_mask_bce(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Binary cross-entropy of every query with every segment, mean over points.
-
-    Args:
-      logits: [..., N, P].
-      targets: [..., G, P] in [0, 1].
-
-    Returns:
-      [..., N, G] float32. Source: Mask2Former `batch_sigmoid_ce_loss`.
+    """BCE [..., N, G] of logits [..., N, P] and targets [..., G, P]. Mask2Former
+    `batch_sigmoid_ce_loss`.
     """
     logits = logits.astype(jnp.float32)
     # -log sigmoid(x) = softplus(-x) and -log(1 - sigmoid(x)) = softplus(-x) + x, so one product
@@ -179,14 +139,8 @@ def pairwise_mask_bce(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def pairwise_mask_dice(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Dice loss of every query with every segment.
-
-    Args:
-      logits: [..., N, P].
-      targets: [..., G, P] in [0, 1].
-
-    Returns:
-      [..., N, G] float32 in [0, 1]. Source: Mask2Former `batch_dice_loss`.
+    """Dice loss [..., N, G] of logits [..., N, P], targets [..., G, P]. Mask2Former
+    `batch_dice_loss`.
     """
     probs = jax.nn.sigmoid(logits.astype(jnp.float32))
     overlap = 2 * jnp.einsum("...np,...gp->...ng", probs, targets)
@@ -195,16 +149,13 @@ def pairwise_mask_dice(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def over_batch_shards(function, num_replicated: int = 0):
-    """Run `function` on each device's own part of the batch.
+    """Runs `function` on each device's own part of the batch.
 
     For what the partitioner does not split by itself: it gives the assignment's loop, which runs
     until its slowest problem is done, a collective an iteration, and gathers the pictures of a
-    network that is vmapped over segments on TPU. Each shard's rows are its own.
-
-    Args:
-      function: of arrays whose first axis is the batch, after `num_replicated` trees that every
-        device holds whole.
-      num_replicated: number of those trees.
+    network that is vmapped over segments on TPU. Each shard's rows are its own. The batch is the
+    first axis of the function's arguments, but for `num_replicated` trees that every device holds
+    whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

@@ -19,19 +19,13 @@ def matching_cost(
     mask_weight: float,
     dice_weight: float,
 ) -> jax.Array:
-    """Cost of giving segment g to query n. Source: Mask2Former `HungarianMatcher`.
+    """Cost [B, L, N, G] of giving segment g to query n. Source: Mask2Former `HungarianMatcher`.
 
     Args:
       class_logits: [B, L, N, K+1]; the last column is no-object.
       point_logits: [B, L, N, P] mask logits at points shared by the queries of an image.
       point_targets: [B, L, G, P] the segments' mask values there.
       labels: [B, G] int32 rows of the class logits; any value where padded.
-      class_weight: weight of minus the class probability.
-      mask_weight: weight of the binary cross-entropy.
-      dice_weight: weight of the dice loss.
-
-    Returns:
-      [B, L, N, G] float32.
     """
     probs = jax.nn.softmax(class_logits.astype(jnp.float32), axis=-1)
     index = jnp.clip(labels, 0)[:, None, None, :]
@@ -46,17 +40,11 @@ def matching_cost(
 
 
 def match(cost: jax.Array, valid: jax.Array) -> jax.Array:
-    """Hungarian assignment of one query to each valid segment.
+    """Hungarian assignment of one query to each valid segment: [B, L, G] int32, -1 for none.
 
-    A cost that is not finite counts as worse than every finite one, so a NaN can neither crash
-    the solver nor win. Where segments outnumber queries, the costliest stay unmatched.
-
-    Args:
-      cost: [B, L, N, G] float32.
-      valid: [B, G] bool, False where the segment is padding.
-
-    Returns:
-      [B, L, G] int32: the query of each segment, -1 where invalid or left over. No gradient.
+    A cost [B, L, N, G] that is not finite counts as worse than every finite one, so a NaN can
+    neither crash the solver nor win. Where segments outnumber queries, the costliest stay
+    unmatched. `valid` [B, G] is False where the segment is padding. No gradient.
     """
     cost = jax.lax.stop_gradient(cost)
     usable = valid[:, None, None, :] & jnp.isfinite(cost)
@@ -86,17 +74,7 @@ def _assign(cost: jax.Array) -> jax.Array:
 def labels_of_queries(
     query_of_segment: jax.Array, labels: jax.Array, num_queries: int, no_object: int
 ) -> jax.Array:
-    """Class target of every query.
-
-    Args:
-      query_of_segment: [B, L, G] int32 from `match`, -1 unmatched.
-      labels: [B, G] int32.
-      num_queries: N.
-      no_object: label of a query without a segment.
-
-    Returns:
-      [B, L, N] int32.
-    """
+    """Class target [B, L, N] of every query from `match` [B, L, G] and labels [B, G]."""
     hit = query_of_segment[..., None] == jnp.arange(num_queries)  # [B, L, G, N]
     label = jnp.max(jnp.where(hit, labels[:, None, :, None], -1), axis=2)
     return jnp.where(hit.any(axis=2), label, no_object)

@@ -16,16 +16,12 @@ class SegmentationLossConfig:
     """Constants of Mask2Former's criterion; the defaults are the reference's.
 
     Attributes:
-      class_weight: weight of the cross-entropy, in the loss and in the matching cost.
-      mask_weight: weight of the mask BCE, likewise.
-      dice_weight: weight of the dice loss, likewise.
+      class_weight: of the cross-entropy, in the loss and in the matching cost.
+      mask_weight, dice_weight: of the mask BCE and the dice loss, likewise.
       no_object_weight: class weight of no-object, which most queries are.
       num_points: points a mask is compared on, 112 x 112.
       oversample_ratio: candidates drawn per point, at least 1.
       importance_ratio: share of the points taken where the mask is least certain, in [0, 1].
-
-    Raises:
-      ValueError: if a ratio is out of range.
     """
 
     class_weight: float = 2.0
@@ -45,14 +41,11 @@ class SegmentationLossConfig:
 
 
 class SegmentationLoss(flax.struct.PyTreeNode):
-    """Loss terms, already weighted and summed over prediction sets, and the matching.
+    """Loss terms [], weighted and summed over prediction sets; `match` and the class of every
+    query.
 
-    Attributes:
-      loss_class: [] float32.
-      loss_mask: [] float32.
-      loss_dice: [] float32.
-      query_of_segment: [B, L, G] int32, -1 unmatched.
-      query_labels: [B, L, N] int32 class of every query, K where it holds no segment.
+    `query_of_segment` [B, L, G] int32, -1 unmatched; `query_labels` [B, L, N] int32, K without a
+    segment.
     """
 
     loss_class: jax.Array
@@ -71,22 +64,10 @@ def match_queries(
     labels: jax.Array,
     config: SegmentationLossConfig,
 ) -> jax.Array:
-    """Match all prediction sets on uniform random points, shared by an image's queries and sets.
+    """Matches all prediction sets on uniform random points; arguments as of `segmentation_loss`.
 
     The reference draws new points for each set; sharing them lets one gather of mask features
     serve all sets, and the cost keeps its expectation.
-
-    Args:
-      rng: PRNG key for the points.
-      class_logits: [B, L, N, K+1].
-      mask_embeddings: [B, L, N, D].
-      mask_features: [B, h, w, D].
-      segment_ids: [B, H, W] id map, 0 void.
-      labels: [B, G] int32 in 0..K-1, -1 where padded.
-      config: weights and number of points.
-
-    Returns:
-      [B, L, G] int32 query of each segment, -1 unmatched.
     """
     points = jax.random.uniform(rng, (len(segment_ids), config.num_points, 2))
     features = masks.sample_features(jax.lax.stop_gradient(mask_features), points)
@@ -124,7 +105,8 @@ def segmentation_loss(
 
     Candidate points are shared by the masks of an image, of which each picks its own least certain
     ones; the reference draws candidates for each mask. That keeps every mask's expected loss, and
-    the mask features are read once for all of them.
+    the mask features are read once for all of them. Masks are normalised by the number of segments
+    in the global batch.
 
     Args:
       rng: PRNG key for the points.
@@ -134,10 +116,6 @@ def segmentation_loss(
       segment_ids: [B, H, W] id map, 0 void.
       labels: [B, G] int32 in 0..K-1, -1 where padded; such a segment's pixels are negatives of
         the other segments, as void pixels are.
-      config: weights and point counts.
-
-    Returns:
-      SegmentationLoss; masks are normalised by the number of segments in the global batch.
     """
     rng_match, rng_points = jax.random.split(rng)
     batch, num_sets, num_queries, num_logits = class_logits.shape

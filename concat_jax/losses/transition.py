@@ -33,14 +33,8 @@ def directions(queries: jax.Array) -> jax.Array:
 def similarity(a: jax.Array, b: jax.Array, distance: str) -> jax.Array:
     """Similarity [M, R] of a [M, D] and b [R, D]: what the contrasts put over a temperature.
 
-    Args:
-      a: [M, D].
-      b: [R, D].
-      distance: "cosine", or "euclidean" for minus the squared distance over D, which also
-        compares lengths and so cannot be satisfied by direction alone.
-
-    Raises:
-      ValueError: if the distance is unknown.
+    "cosine", or "euclidean" for minus the squared distance over D, which also compares lengths and
+    so cannot be satisfied by direction alone.
     """
     _check_distance(distance)
     if distance == "cosine":
@@ -51,15 +45,9 @@ def similarity(a: jax.Array, b: jax.Array, distance: str) -> jax.Array:
 def class_means(
     queries: jax.Array, labels: jax.Array, num_classes: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean query of each class.
+    """Means [K, D] of queries [M, D] by class, zero where there is none, and counts [K].
 
-    Args:
-      queries: [M, D].
-      labels: [M] int32, -1 for queries of no class.
-      num_classes: K.
-
-    Returns:
-      (means [K, D] float32, zero where a class has no query; counts [K] float32).
+    `labels` [M] are -1 for queries of no class.
     """
     member = jax.nn.one_hot(labels, num_classes)  # a label of -1 is a row of zeros
     counts = member.sum(axis=0)
@@ -75,20 +63,13 @@ def mmd(
     *,
     bandwidths: Sequence[float],
 ) -> jax.Array:
-    """Maximum mean discrepancy between pseudo and real queries, a sum of Gaussian kernels.
+    """Maximum mean discrepancy [] between pseudo [M, D] and real [R, D] queries, of Gaussian
+    kernels.
 
     The biased V-statistic under a square root, as PADing trains with (GMMN). In float32, clamped
-    before the root: a tiny negative under the root was the reference's NaN.
-
-    Args:
-      pseudo: [M, D].
-      real: [R, D].
-      pseudo_valid: [M] bool.
-      real_valid: [R] bool.
-      bandwidths: v of exp(-d² / (2 v)); PADing: 2, 5, 10, 20, 40, 80 for 256-d queries.
-
-    Returns:
-      [] float32, at least 0; 0 where either side is empty.
+    before the root: a tiny negative under the root was the reference's NaN. 0 where either side has
+    no valid row. `bandwidths` are v of exp(-d² / (2 v)); PADing: 2, 5, 10, 20, 40, 80 for 256-d
+    queries.
     """
 
     def kernel_sum(a, b, a_valid, b_valid):
@@ -130,24 +111,17 @@ def query_contrast(
     distance: str,
     real_valid: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Pull a pseudo query to real queries of its class, push it from all others.
+    """Pulls a pseudo query to real queries of its class, pushes it from all others.
 
     InfoNCE with one term for each positive, averaged over them.
 
     Args:
-      pseudo: [M, D].
-      pseudo_labels: [M] int32, -1 where padded.
-      real: [R, D].
-      real_labels: [R] int32, -1 for a query that holds no segment.
-      temperature: of the similarity.
+      pseudo: [M, D], of pseudo_labels [M] int32, -1 where padded.
+      real: [R, D], of real_labels [R] int32, -1 for a query that holds no segment.
       distance: of `similarity`.
       real_valid: [R] bool, False for rows of padding, which are no negatives either.
 
-    Returns:
-      (losses [M] float32, valid [M] bool): valid where the class has a positive.
-
-    Raises:
-      ValueError: if the distance is unknown.
+    Returns (losses [M] float32, valid [M] bool): valid where the class has a positive.
     """
     logits = similarity(pseudo, jax.lax.stop_gradient(real), distance) / temperature  # [M, R]
 
@@ -171,21 +145,12 @@ def spread_match(
     num_classes: int,
     distance: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Squared difference of the log spreads of each class's pseudo and real queries.
+    """Squared difference [K] of the log spreads of each class's pseudo and real queries, valid [K].
 
     The spread of a class is the mean squared deviation from its mean, over n - 1, so that few
     pseudo and many real queries can be compared; with cosine, that of the directions. A contrast
-    alone is content with a class that has collapsed to a point; this is not.
-
-    Args:
-      pseudo, pseudo_labels, real, real_labels, distance: as `query_contrast` has them.
-      num_classes: K.
-
-    Returns:
-      (losses [K] float32, valid [K] bool): valid where both sides have two queries at least.
-
-    Raises:
-      ValueError: if the distance is unknown.
+    alone is content with a class that has collapsed to a point; this is not. Valid where both sides
+    have two queries at least; arguments as `query_contrast` has them.
     """
     _check_distance(distance)
 

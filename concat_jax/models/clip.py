@@ -101,20 +101,13 @@ class Block(nn.Module):
 def interpolate_positions(
     table: jax.Array, grid: tuple[int, int], target: tuple[int, int], method: str
 ) -> jax.Array:
-    """Learned positions of a class token and a patch grid, resampled for another grid.
+    """Learned positions of a class token and a patch grid [1 + h * w, D], resampled to `target`
+    (h', w').
 
     As `open_clip resize_pos_embed`: the class token's row is kept, the grid is resized with
     antialiasing and half-pixel centres (torch `interpolate(mode="bicubic", antialias=True)` gives
-    the same numbers).
-
-    Args:
-      table: [1 + h * w, D], row 0 the class token's, then the grid in row-major order.
-      grid: (h, w) that `table` was learned on.
-      target: (h', w') wanted.
-      method: "bicubic" or "bilinear".
-
-    Returns:
-      [1 + h' * w', D]; `table` itself where the grids are equal.
+    the same numbers); `table` itself where the grids are equal. `method` is "bicubic" or
+    "bilinear".
     """
     if grid == target:
         return table
@@ -280,16 +273,10 @@ class CLIP(nn.Module):
         return nn.Dense(self.embed_dim, use_bias=False, kernel_init=init, dtype=self.dtype)
 
     def encode_image(self, images: jax.Array) -> jax.Array:
-        """Projected class tokens.
+        """Projected class tokens [B, C] float32, not L2-normalised, of images as
+        `normalize_clip_images`.
 
-        Args:
-          images: [B, H, W, 3] float, normalised as by `normalize_clip_images`.
-
-        Returns:
-          [B, C] float32, not L2-normalised.
-
-        Raises:
-          ValueError: if the shape is not [B, H, W, 3] with sides divisible by the patch size.
+        Raises ValueError unless the shape is [B, H, W, 3] with sides divisible by the patch size.
         """
         p = self.patch_size
         if images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] % p or images.shape[2] % p:
@@ -300,16 +287,10 @@ class CLIP(nn.Module):
         return self.visual_projection(self.vision_model(images)).astype(jnp.float32)
 
     def encode_text(self, tokens: jax.Array) -> jax.Array:
-        """Projected end-of-text tokens.
+        """Projected end-of-text tokens [M, C] float32, not L2-normalised, of token ids [M, L]
+        int32.
 
-        Args:
-          tokens: [M, L] int32 from a tokenizer of `concat_jax.text.tokenizer`, L <= context_length.
-
-        Returns:
-          [M, C] float32, not L2-normalised.
-
-        Raises:
-          ValueError: if the shape is not [M, L] with L <= context_length.
+        Raises ValueError unless L <= context_length.
         """
         if tokens.ndim != 2 or tokens.shape[1] > self.context_length:
             raise ValueError(
@@ -321,12 +302,10 @@ class CLIP(nn.Module):
     def __call__(
         self, images: jax.Array, tokens: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Both embeddings and the multiplier of their cosine similarities.
+        """Both embeddings and the multiplier [] of their cosine similarities.
 
-        Returns:
-          image embeddings [B, C] and text embeddings [M, C] as `encode_image` and `encode_text`
-          give them; the scale [] float32, exp of the parameter `logit_scale`, at most
-          `MAX_LOGIT_SCALE` (no gradient flows to the parameter beyond that).
+        That is exp of the parameter `logit_scale`, at most `MAX_LOGIT_SCALE` (no gradient flows
+        beyond).
         """
         log_scale = jnp.minimum(self.logit_scale, math.log(MAX_LOGIT_SCALE))
         return self.encode_image(images), self.encode_text(tokens), jnp.exp(log_scale)
@@ -335,13 +314,8 @@ class CLIP(nn.Module):
 def make_clip(config: Mapping[str, Any]) -> CLIP:
     """A `CLIP` from a mapping of its fields; absent fields take the ViT-B/16 defaults.
 
-    Args:
-      config: field name to value, for example an `ml_collections.ConfigDict`; `dtype` may be a
-        string. `variant` names one of `CLIP_VARIANTS`, whose fields the other keys override.
-
-    Raises:
-      ValueError: for a key that is no field or a variant that does not exist (the nearest is named)
-        and for values that do not fit together.
+    `variant` names one of `CLIP_VARIANTS`, whose fields the other keys override. Raises ValueError
+    for a key that is no field (the nearest is named) and for values that do not fit together.
     """
     config = dict(config)
     if "variant" in config:

@@ -62,21 +62,17 @@ def _resampling_weights(
 def resize_windows(
     images: jax.Array, windows: jax.Array, size: int, *, image_size: jax.Array | None = None
 ) -> jax.Array:
-    """Bicubic, antialiased resize of G windows of each picture to `size` x `size`.
+    """Bicubic, antialiased resize of G windows of each picture to [B, G, size, size, ch] float32.
 
     Equals resizing the whole valid picture and cropping: pixels just outside a window, but never
-    those outside the picture, take part in its border. Masks can ride along as further channels.
+    those outside the picture, take part in its border. Masks can ride along as further channels. It
+    may overshoot the input's range.
 
     Args:
       images: [B, H, W, ch] uint8 or float.
       windows: [B, G, 4] as (top, left, height, width) in pixels, fractions allowed; an empty window
         of padding gives finite nonsense.
-      size: side of the result.
-      image_size: [B, 2] int (height, width) of the valid area at the top left; None where all is
-        valid.
-
-    Returns:
-      [B, G, size, size, ch] float32. Like every bicubic resize it may overshoot the input's range.
+      image_size: [B, 2] int (height, width) of the valid area at the top left; None: all.
     """
     batch, height, width, _ = images.shape
     if image_size is None:
@@ -96,21 +92,11 @@ def resize_windows(
 def resize_for_clip(
     images: jax.Array, size: int, *, image_size: jax.Array | None = None, fit: str = "crop"
 ) -> jax.Array:
-    """Whole pictures at CLIP's input size.
+    """Whole pictures [B, H, W, 3] in 0..255 at CLIP's input size, for `normalize_clip_images`.
 
-    Args:
-      images: [B, H, W, 3] in 0..255, uint8 or float.
-      size: the side CLIP takes, 224 for ViT-B/16.
-      image_size: [B, 2] int (height, width) of the valid area at the top left; None where all is
-        valid.
-      fit: "crop" keeps the central square, as CLIP's own preprocessing does (up to its rounding of
-        the crop to whole pixels); "squash" keeps all content and changes the aspect.
-
-    Returns:
-      [B, size, size, 3] float32, clipped to 0..255; give it to `normalize_clip_images`.
-
-    Raises:
-      ValueError: for another `fit`.
+    `image_size` [B, 2] is the valid area at the top left; None: all. `fit` "crop" keeps the central
+    square, as CLIP's own preprocessing does (up to its rounding of the crop to whole pixels);
+    "squash" keeps all content and changes the aspect.
     """
     batch, height, width, _ = images.shape
     if image_size is None:

@@ -38,13 +38,9 @@ class QueryGenerator(nn.Module):
     def __call__(
         self, text: jax.Array, rng: jax.Array, norm_scale: jax.Array, norm_bias: jax.Array
     ) -> jax.Array:
-        """Pseudo queries [..., D] float32.
+        """Pseudo queries [..., D] float32 of L2-normalised text embeddings [..., C], one each.
 
-        Args:
-          text: [..., C] L2-normalised text embeddings, one pseudo query each.
-          rng: PRNG key of the noise.
-          norm_scale: [D] scale of the transformer decoder's last LayerNorm, frozen.
-          norm_bias: [D] its bias, frozen.
+        `norm_scale` and `norm_bias` [D] are of the transformer decoder's last LayerNorm, frozen.
         """
         noise = jax.random.normal(rng, (*text.shape[:-1], self.noise_width))
         # Unit text vectors have entries of order C^-1/2: raised to order 1, like the noise.
@@ -61,9 +57,6 @@ class PrimitiveLayer(nn.Module):
 
     PADing lays class tokens out as sequences of length one, so its self-attention weighs a token
     with 1 whatever its queries and keys are: what remains of it is value and output projection.
-
-    Attributes:
-      width, num_heads, ffn_width, noise_scale, dropout_rate: as in `PrimitiveGenerator`.
     """
 
     width: int
@@ -176,15 +169,8 @@ GENERATORS: dict[str, type[nn.Module]] = {
 def make_generator(
     config: Mapping[str, Any], query_width: int, where: str = "config.model.generator"
 ) -> nn.Module:
-    """A generator from a section of a config.
-
-    Args:
-      config: `kind`, a key of `GENERATORS` and "mlp" where absent, and the fields of that kind.
-      query_width: D of the vision queries.
-      where: the section's name, for messages.
-
-    Raises:
-      ValueError: for a field that the kind does not have or a value it cannot take.
+    """A generator from a section of a config; `kind` is a key of `GENERATORS`, "mlp" where
+    absent.
     """
     fields = dict(config)
     kind = fields.pop("kind", "mlp")

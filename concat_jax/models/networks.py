@@ -35,15 +35,7 @@ class Networks:
     query_width: int
 
     def init(self, name: str, rng: jax.Array) -> Params:
-        """Fresh parameters of one network.
-
-        Args:
-          name: "clip", "segmentor", "projector" or "generator".
-          rng: PRNG key.
-
-        Returns:
-          The linen parameter tree, float32.
-        """
+        """Fresh parameters, float32, of "clip", "segmentor", "projector" or "generator"."""
         if name == "clip":
             size = self.clip.image_size
             images = jnp.zeros((1, size, size, 3))
@@ -68,14 +60,8 @@ class Networks:
 
 
 def make_networks(config: Mapping[str, Any]) -> Networks:
-    """Networks from the `model` section of a config.
-
-    Args:
-      config: `clip`, `segmentor` and `projector` hold the fields of their network; `generator` is
-        what `make_generator` takes.
-
-    Raises:
-      ValueError: for a field that a network does not have or a value it cannot take.
+    """Networks from the `model` section of a config; ValueError for a field or value they cannot
+    take.
     """
     what = "config.model.projector has no key"
     check_fields(config["projector"], SemanticProjector, what, "joint_width")

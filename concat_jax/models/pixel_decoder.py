@@ -29,15 +29,7 @@ _fpn_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
 def resize_bilinear(features: jax.Array, height: int, width: int) -> jax.Array:
-    """Bilinear resize without antialiasing, torch's `interpolate(align_corners=False)`.
-
-    Args:
-      features: [B, H, W, C].
-      height, width: size of the result.
-
-    Returns:
-      [B, height, width, C] in the type of `features`.
-    """
+    """[B, H, W, C] resized without antialiasing, torch's `interpolate(align_corners=False)`."""
     in_height, in_width = features.shape[1:3]
     ratio = in_height // height
     if ratio > 0 and ratio % 2 == 0 and (in_height, in_width) == (ratio * height, ratio * width):
@@ -84,18 +76,13 @@ class EncoderLayer(nn.Module):
         sizes: Sequence[tuple[int, int]],
         valid_sizes: jax.Array | None = None,
     ) -> jax.Array:
-        """One layer.
+        """One layer on tokens [B, S, D], the levels of `sizes` one after another.
 
         Args:
-          tokens: [B, S, D], the levels of `sizes` one after another.
           positions: [S, D] or [B, S, D] position plus level encoding.
           reference_points: [S, 2] or [B, S, 2].
-          sizes: (height, width) of each level.
           valid_sizes: [B, levels, 2] int32 (height, width) of each level's valid area, beyond which
             no value is read and in units of which the points are; or None.
-
-        Returns:
-          [B, S, D].
         """
         bounds = np.cumsum([height * width for height, width in sizes])[:-1]
         levels = [
@@ -147,19 +134,12 @@ class PixelDecoder(nn.Module):
     def __call__(
         self, features: Sequence[jax.Array], image_size: jax.Array | None = None
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """Mask features and the three scales that the transformer decoder attends to.
+        """Mask features [B, H/4, W/4, D] and the scales [B, H/s, W/s, D], s = 32, 16, 8, to
+        attend to.
 
-        Args:
-          features: four maps [B, H/s, W/s, C_s] for s = 4, 8, 16, 32 (times `stride` / 4).
-          image_size: [B, 2] int32 (height, width) of each image's valid area, for which the result
-            is that of the unpadded image; None where nothing is padded.
-
-        Returns:
-          mask_features [B, H/4, W/4, D] and a list of [B, H/s, W/s, D] for s = 32, 16, 8. Beyond
-          the valid area mask_features are zero, the scales without meaning.
-
-        Raises:
-          ValueError: there are not four maps, or num_groups does not divide `width`.
+        `features` are four maps, s = 4, 8, 16, 32 (times `stride` / 4). For `image_size` [B, 2] the
+        result is that of the unpadded image; beyond it mask features are zero, the scales without
+        meaning.
         """
         if len(features) != NUM_LEVELS + 1:
             raise ValueError(

@@ -50,8 +50,7 @@ class SegmentorOutput:
       queries: [B, L, N, D] float32, decoder-normalised queries of all L = decoder layers + 1
         prediction sets; `queries[:, -1]` are the vision queries.
       mask_embeddings: [B, L, N, D] float32.
-      mask_features: [B, h, w, D] at stride 4, in the compute type; zero beyond the valid area of
-        padded images.
+      mask_features: [B, h, w, D] at stride 4, in the compute type; zero beyond the valid area.
     """
 
     queries: jax.Array
@@ -67,14 +66,8 @@ def normalize_images(images: jax.Array) -> jax.Array:
 
 
 def mask_logits(mask_embeddings: jax.Array, mask_features: jax.Array) -> jax.Array:
-    """Mask logits of any number of prediction sets.
-
-    Args:
-      mask_embeddings: [B, ..., N, D].
-      mask_features: [B, h, w, D].
-
-    Returns:
-      [B, ..., N, h, w] float32.
+    """Mask logits [B, ..., N, h, w] float32 of embeddings [B, ..., N, D] and features [B, h, w,
+    D].
     """
     return jnp.einsum(
         "b...nd,bhwd->b...nhw",
@@ -116,17 +109,11 @@ class Segmentor(nn.Module):
         return self.backbone.stride
 
     def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> SegmentorOutput:
-        """Segment a batch of images.
+        """Segments images [B, H, W, 3] of `normalize_images`.
 
-        Args:
-          images: [B, H, W, 3] float from `normalize_images`.
-          image_size: [B, 2] int32 (height, width) of each image's valid area at the top left. The
-            rest of `images` is padding, whatever its values: the output is that of the unpadded
-            image run alone at its own size. None where nothing is padded.
-
-        Returns:
-          `SegmentorOutput`. Of the mask features the first ceil(height / 4) rows and ceil(width /
-          4) columns belong to the image; the rest is zero.
+        Beyond `image_size` [B, 2] at the top left is padding, whatever its values: the output is
+        that of the unpadded image run alone at its own size, the first ceil(height / 4) rows and
+        ceil(width / 4) columns of the mask features. None where nothing is padded.
         """
         if image_size is not None:
             # At least a pixel: statistics and softmaxes over nothing would be NaN.
@@ -138,18 +125,13 @@ class Segmentor(nn.Module):
 
 
 def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
-    """Build a segmentor from a plain nested mapping.
+    """A segmentor from a nested mapping; what is absent takes the value of `DEFAULTS`
+    (Mask2Former R50).
 
-    Args:
-      config: any of the keys of `DEFAULTS`; what is absent takes the value there (Mask2Former R50).
-        `backbone` holds `kind` (a key of `BACKBONES`) and the fields of that backbone, e.g.
-        stage_sizes, width, block, norm, stem of a ResNet, or the fields of a Swin, which `{"kind":
-        "swin", **SWIN_VARIANTS["tiny"]}` gives; its num_groups and remat, where it has them, are
-        the outer ones unless given, its dtype always. `ffn_width` is the encoder's,
-        `decoder_ffn_width` the decoder's, `dtype` "float32" or "bfloat16".
-
-    Raises:
-      ValueError: an unknown key (the nearest valid one is named), kind or dtype.
+    `backbone` holds `kind` (a key of `BACKBONES`) and the fields of that backbone, as `{"kind":
+    "swin", **SWIN_VARIANTS["tiny"]}`; its num_groups and remat are the outer ones unless given, its
+    dtype always. `ffn_width` is the encoder's, `decoder_ffn_width` the decoder's. Raises ValueError
+    for an unknown key (the nearest valid one is named), kind or dtype.
     """
     for key in config:
         check_choice(key, DEFAULTS, "The segmentor config has no key")

@@ -11,14 +11,11 @@ MAX_SCALE = 100.0  # CLIP's clip of exp(s): larger logits stop learning.
 
 
 def class_vectors(text: jax.Array) -> jax.Array:
-    """One vector a class, for what needs one: a generator's input, a target to be pulled to.
+    """One vector a class, [K, C], for what needs one: a generator's input, a target to be pulled
+    to.
 
-    Args:
-      text: [K, C] L2-normalised text embeddings, or [K, S, C] with one of each synonym, where a
-        class of fewer synonyms repeats its first.
-
-    Returns:
-      [K, C]: text itself, or the normalised mean of each class's synonyms, repeats counted once.
+    `text` [K, C] itself, or of [K, S, C] the normalised mean of each class's synonyms, of which one
+    that repeats, since the class has fewer, counts once.
     """
     if text.ndim == 2:
         return text
@@ -68,18 +65,10 @@ class SemanticProjector(nn.Module):
         return self.layers[-1](x).astype(jnp.float32)
 
     def classify(self, semantic_queries: jax.Array, text: jax.Array) -> jax.Array:
-        """Class logits exp(s) · cos(S, [T; t_∅]).
+        """Class logits exp(s) · cos(S, [T; t_∅]), [..., K+1] float32 of [..., C]; the last
+        no-object.
 
-        Args:
-          semantic_queries: [..., C].
-          text: [K, C] L2-normalised text embeddings, or [K, S, C] with one of each synonym: a
-            class is then as near as the nearest of its synonyms.
-
-        Returns:
-          [..., K+1] float32; the last column is no-object.
-
-        Raises:
-          ValueError: for text of another rank.
+        With text [K, S, C], one of each synonym, a class is as near as the nearest of its synonyms.
         """
         if text.ndim not in (2, 3):
             raise ValueError(f"Text embeddings are [K, C] or [K, S, C], not {text.shape}.")

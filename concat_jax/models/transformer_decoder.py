@@ -37,17 +37,11 @@ def _torch_linear_bias(fan_in: int):
 def attention_block_mask(
     mask_embeddings: jax.Array, mask_features: jax.Array, size: jax.Array | None = None
 ) -> jax.Array:
-    """Where a query may not look: outside its own predicted mask.
+    """Where a query may not look, outside its own predicted mask: [B, N, h * w] bool, no gradient.
 
-    Args:
-      mask_embeddings: [B, N, D].
-      mask_features: [B, h, w, D], already at the resolution of the attended scale.
-      size: [B, 2] int32 (height, width) of the scale's valid area, beyond which every query is
-        blocked; None where nothing is padded.
-
-    Returns:
-      [B, N, h * w] bool, True where attention is blocked (mask probability under one half). A query
-      that would be blocked everywhere is blocked nowhere in the valid area. Carries no gradient.
+    From embeddings [B, N, D] and features [B, h, w, D] at the attended scale: mask probability
+    under one half. Beyond `size` [B, 2] every query is blocked; one that would be blocked
+    everywhere is blocked nowhere in the valid area.
     """
     mask_embeddings, mask_features = jax.lax.stop_gradient((mask_embeddings, mask_features))
     logits = jnp.einsum(
@@ -122,17 +116,12 @@ class DecoderLayer(nn.Module):
         memory_positions: jax.Array,
         blocked: jax.Array,
     ) -> jax.Array:
-        """One layer.
+        """One layer on queries [B, N, D], float32.
 
         Args:
-          queries: [B, N, D].
           query_positions: [N, D] learned.
-          memory: [B, S, D] one scale of the pixel decoder.
-          memory_positions: [S, D] or [B, S, D].
+          memory: [B, S, D] one scale of the pixel decoder, with positions [S, D] or [B, S, D].
           blocked: [B, N, S] bool.
-
-        Returns:
-          [B, N, D] float32.
         """
         attention = {"width": self.width, "num_heads": self.num_heads, "dtype": self.dtype}
         norm = {"epsilon": NORM_EPSILON, "dtype": jnp.float32}
@@ -181,21 +170,14 @@ class TransformerDecoder(nn.Module):
         mask_features: jax.Array,
         image_size: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Queries and mask embeddings of all prediction sets.
+        """Queries and mask embeddings [B, L, N, D] float32 of L = num_layers + 1 sets, after the
+        norm.
 
         Args:
           scales: maps [B, h_s, w_s, D] from coarse to fine, each of half the stride of the one
             before, down to twice that of the mask features; layer i attends to map i mod len.
           mask_features: [B, h, w, D].
-          image_size: [B, 2] int32 (height, width) of each image's valid area, beyond which no query
-            looks; None where nothing is padded.
-
-        Returns:
-          queries [B, L, N, D] float32 after the decoder norm, and mask_embeddings [B, L, N, D]
-          float32, with L = num_layers + 1 prediction sets in order.
-
-        Raises:
-          ValueError: width is not divisible by num_heads.
+          image_size: [B, 2] int32 (height, width) beyond which no query looks; None: no padding.
         """
         if self.width % self.num_heads:
             raise ValueError(

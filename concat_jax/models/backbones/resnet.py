@@ -176,20 +176,12 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> list[jax.Array]:
-        """Feature maps of a batch of images.
+        """A map [B, ceil(H/s), ceil(W/s), C_s] a stage of images [B, H, W, 3], normalised, in
+        `dtype`.
 
-        Args:
-          images: [B, H, W, 3] float, normalised.
-          image_size: [B, 2] int32 (height, width) of each image's valid area, whose maps are those
-            of the unpadded image; None where nothing is padded.
-
-        Returns:
-          A map [B, ceil(H/s), ceil(W/s), C_s] a stage for s = 4, 8, 16, 32 (2, 4, 8, 16 with the
-          small stem), in `dtype`, with C_s = width * (1, 2, 4, 8), times 4 for bottleneck blocks.
-          Without meaning beyond the valid area.
-
-        Raises:
-          ValueError: a field has no meaning, or the groups do not divide the width.
+        s = 4, 8, 16, 32 (2, 4, 8, 16 with the small stem); C_s = width * (1, 2, 4, 8), times 4 for
+        bottleneck blocks. `image_size` [B, 2] int32 is the valid area of each image, whose maps are
+        those of the unpadded image, without meaning beyond; None where nothing is padded.
         """
         self._check()
         features = images.astype(self.dtype)

@@ -48,14 +48,10 @@ _dense_init = nn.initializers.truncated_normal(0.02)
 
 
 def relative_position_index(window: int) -> np.ndarray:
-    """Row of the bias table for each pair of tokens of a window.
+    """Row of the bias table for each pair of tokens of a window, numbered row by row.
 
-    Args:
-      window: side w of the window; tokens are numbered row by row.
-
-    Returns:
-      [w**2, w**2] int32 in 0..(2 w - 1)**2 - 1, for (attending, attended) tokens: row difference
-      times 2 w - 1 plus column difference, both counted from their least value.
+    [w**2, w**2] int32 in 0..(2 w - 1)**2 - 1, for (attending, attended) tokens: row difference
+    times 2 w - 1 plus column difference, both counted from their least value.
     """
     rows, columns = np.divmod(np.arange(window**2), window)
     row_steps = rows[:, None] - rows[None, :] + window - 1
@@ -93,17 +89,10 @@ def _blocked_along_valid_axis(
 def shifted_window_mask(
     grid: tuple[int, int], window: int, shift: int, size: jax.Array | None = None
 ) -> jax.Array:
-    """Pairs of tokens of a shifted window that may not see each other.
+    """Pairs of tokens of a window, shifted up and left, that may not see each other.
 
-    Args:
-      grid: number of windows along height and width, (nh, nw).
-      window: side w of a window.
-      shift: positions by which the map was rolled up and left, in 1..w - 1.
-      size: [B, 2] int32, valid area of each image's map; None where nothing is padded.
-
-    Returns:
-      [nh, nw, w**2, w**2] bool, True where attention is blocked; [B, nh, nw, w**2, w**2] with a
-      `size`.
+    [nh, nw, w**2, w**2] bool for a `grid` of (nh, nw) windows, True where attention is blocked;
+    with the valid areas `size` [B, 2] a batch axis before.
     """
     if size is None:
         rows, columns = (_blocked_along_axis(n, window, shift) for n in grid)
@@ -151,15 +140,10 @@ class WindowAttention(nn.Module):
 
     @nn.compact
     def __call__(self, windows: jax.Array, blocked: jax.Array | None = None) -> jax.Array:
-        """Attend.
+        """Attention in windows [B, nh, nw, w**2, C]; logits, bias and softmax are float32.
 
-        Args:
-          windows: [B, nh, nw, w**2, C].
-          blocked: [nh, nw, w**2, w**2] bool, True where attention is blocked, with a batch axis
-            before it or not; or None.
-
-        Returns:
-          [B, nh, nw, w**2, C] in `dtype`; logits, bias and softmax are float32.
+        `blocked` [nh, nw, w**2, w**2], with a batch axis before it or not, is True where it may not
+        look.
         """
         width = windows.shape[-1]
         depth = width // self.num_heads
@@ -191,12 +175,7 @@ class WindowAttention(nn.Module):
 class SwinBlock(nn.Module):
     """Window attention and a two-layer perceptron, pre-norm: [B, H, W, C] -> [B, H, W, C].
 
-    Attributes:
-      num_heads: attention heads; must divide C.
-      window: side of the windows.
-      shift: positions by which the windows are displaced; 0 for every other block.
-      mlp_ratio: hidden width of the perceptron over C.
-      dtype: compute type; parameters are float32.
+    `shift` are the positions by which windows are displaced, 0 for every other block.
     """
 
     num_heads: int
@@ -320,19 +299,11 @@ class Swin(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> list[jax.Array]:
-        """Feature maps of a batch of images.
+        """A map [B, H/s, W/s, C_s] a stage of images [B, H, W, 3], normalised, of any size, in
+        `dtype`.
 
-        Args:
-          images: [B, H, W, 3] float, normalised; any size (padded with zeros to whole patches).
-          image_size: [B, 2] int32 (height, width) of each image's valid area, whose maps are those
-            of the unpadded image; None where nothing is padded.
-
-        Returns:
-          A map [B, ceil(H/s), ceil(W/s), C_s] a stage for s = patch_size * (1, 2, 4, 8), in
-          `dtype`, with C_s = width * (1, 2, 4, 8). Without meaning beyond the valid area.
-
-        Raises:
-          ValueError: a field has no meaning, or the heads do not divide the channels.
+        s = patch_size * (1, 2, 4, 8), sides rounded up; C_s = width * (1, 2, 4, 8). `image_size` as
+        of `ResNet.__call__`.
         """
         self._check()
         norm = {"epsilon": NORM_EPSILON, "dtype": self.dtype}

@@ -74,19 +74,7 @@ def _conv_general_dilated(
 def square_conv(
     width: int, size: int, stride: int, *, dtype: Any, kernel_init: Any, name: str
 ) -> nn.Conv:
-    """A size x size convolution without bias, padded by size // 2 on every side as in torch.
-
-    Args:
-      width: channels of the output.
-      size: side of the kernel, odd.
-      stride: of both axes.
-      dtype: compute type; the kernel is float32.
-      kernel_init: initialiser of the kernel.
-      name: of the module.
-
-    Returns:
-      A flax module: [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), width].
-    """
+    """A size x size convolution without bias, padded by size // 2 on every side as in torch."""
     return nn.Conv(
         width,
         (size, size),

@@ -64,18 +64,14 @@ def _take_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _weighted_row_sum(table: jax.Array, indices: jax.Array, weights: jax.Array) -> jax.Array:
-    """Sum over points and corners of a weight times a row of the table.
+    """Sum over points and corners of a weight times a row of the table: [B, Q, heads, d] float32.
 
     A scan over the points with the corners unrolled lets XLA fuse gather, product and sum: the
     gathered rows, 48 times the size of the output, never reach memory.
 
     Args:
       table: [B, S, d].
-      indices: [points, 4, B, Q, heads] int32 in 0..S-1.
-      weights: as `indices`, float32.
-
-    Returns:
-      [B, Q, heads, d] float32.
+      indices, weights: [points, 4, B, Q, heads], int32 in 0..S-1 and float32.
     """
 
     def add_point(total: jax.Array, point: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -95,16 +91,8 @@ def _row_gradients(
     gradient: jax.Array,
     total: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `_weighted_row_sum` for the table and the weights.
-
-    Args:
-      table: [B, S, d].
-      indices, weights: [points, 4, B, Q, heads].
-      gradient: [B, Q, heads, d] float32.
-      total: [B, S, d] float32 to which the table's gradient is added.
-
-    Returns:
-      [B, S, d] and [points, 4, B, Q, heads], both float32.
+    """Gradients of `_weighted_row_sum` for the table, added to `total` [B, S, d], and the
+    weights.
     """
     # [B, Q, heads, points * 4]: the corners of one query side by side.
     corners = (weights.shape[0] * weights.shape[1], *weights.shape[2:])
@@ -141,19 +129,10 @@ def _level_corners(
 def _sample_level(
     value: jax.Array, locations: jax.Array, weights: jax.Array, valid_size: jax.Array | None
 ) -> jax.Array:
-    """One level's part of `multi_scale_deformable_attention`.
+    """One level's part [B, Q, heads, d] of `multi_scale_deformable_attention`, float32.
 
     The gradient is written out: differentiating through the sum would keep the gathered rows, and
     through the corners four weights and four places a point. Only reverse mode exists.
-
-    Args:
-      value: [B, H, W, heads, d].
-      locations: [B, Q, heads, points, 2] float32.
-      weights: [B, Q, heads, points] float32.
-      valid_size: [B, 2] int32 (height, width), or None.
-
-    Returns:
-      [B, Q, heads, d] float32.
     """
     return _weighted_row_sum(*_level_corners(value, locations, weights, valid_size))
 
@@ -187,15 +166,9 @@ def _level_gradients(
     gradient: jax.Array,
     total: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of `_sample_level` for the rows of `value`, the locations and the weights.
+    """Gradients of `_sample_level` for the rows of `value`, the locations and the weights, float32.
 
-    Args:
-      value, locations, weights, valid_size: as given to `_sample_level`.
-      gradient: [B, Q, heads, d] float32.
-      total: [B, H * W * heads, d] float32 to which the rows' gradient is added; None: zero.
-
-    Returns:
-      [B, H * W * heads, d], [B, Q, heads, points, 2] and [B, Q, heads, points], all float32.
+    The rows' gradient is added to `total` [B, H * W * heads, d]; None: zero.
     """
 
     def corner_weights(locations: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple]:
@@ -331,20 +304,12 @@ class MultiScaleDeformableAttention(nn.Module):
         features: Sequence[jax.Array],
         valid_sizes: jax.Array | None = None,
     ) -> jax.Array:
-        """Attend from every query to points around its reference point on every level.
+        """Attends from every query [B, Q, D] to points around its reference point on every level.
 
         Args:
-          queries: [B, Q, D].
           reference_points: [Q, 2] or [B, Q, 2], (x, y) in [0, 1] of the valid area.
           features: for each level [B, H_l, W_l, D].
-          valid_sizes: [B, levels, 2] int32 (height, width) of the valid area of each level; None:
-            the whole maps.
-
-        Returns:
-          [B, Q, D] in `dtype`.
-
-        Raises:
-          ValueError: width is not divisible by num_heads, or the levels do not match.
+          valid_sizes: [B, levels, 2] int32 (height, width) of each level's valid area; None: all.
         """
         if self.width % self.num_heads:
             raise ValueError(

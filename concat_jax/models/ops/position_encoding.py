@@ -29,21 +29,10 @@ def _wavelengths(channels: int, temperature: float) -> np.ndarray:
 def sine_position_encoding(
     height: int, width: int, channels: int, temperature: float = TEMPERATURE
 ) -> np.ndarray:
-    """Fixed position encoding of a grid; the first half of the channels holds y, the second x.
+    """Fixed encoding [height, width, channels] float32 of a grid; y in the first half, then x.
 
     It depends on static shapes only, so it is computed in numpy and becomes a constant of the
-    compiled program.
-
-    Args:
-      height, width: size of the grid.
-      channels: D, a multiple of 4 (sine and cosine of two axes).
-      temperature: ratio of the longest to the shortest wavelength.
-
-    Returns:
-      [height, width, channels] float32 in [-1, 1].
-
-    Raises:
-      ValueError: `channels` is not a multiple of 4.
+    compiled program. `temperature` is the ratio of the longest to the shortest wavelength.
     """
     wavelengths = _wavelengths(channels, temperature)
     half = channels // 2
@@ -63,19 +52,8 @@ def sine_position_encoding(
 def valid_sine_position_encoding(
     size: jax.Array, height: int, width: int, channels: int, temperature: float = TEMPERATURE
 ) -> jax.Array:
-    """Position encoding of padded grids: on the valid area that of a grid of its size.
-
-    Args:
-      size: [B, 2] int32 (height, width) of each valid area, traced.
-      height, width: size of the grid.
-      channels: D, a multiple of 4.
-      temperature: ratio of the longest to the shortest wavelength.
-
-    Returns:
-      [B, height, width, channels] float32 in [-1, 1].
-
-    Raises:
-      ValueError: `channels` is not a multiple of 4.
+    """Encoding [B, height, width, channels] of padded grids: that of a grid of the valid `size`
+    [B, 2].
     """
     wavelengths = _wavelengths(channels, temperature)
     half = channels // 2

@@ -13,15 +13,7 @@ import jax.numpy as jnp
 
 
 def valid_size(image_size: jax.Array, stride: int) -> jax.Array:
-    """Valid area of the feature map of a stride.
-
-    Args:
-      image_size: [B, 2] int32 (height, width) of the valid area of the images.
-      stride: pixels between neighbours of the map.
-
-    Returns:
-      [B, 2] int32, rounded up: the size of the map of the unpadded image.
-    """
+    """Valid area [B, 2] of the feature map of a stride, rounded up: the unpadded image's map."""
     return (image_size + (stride - 1)) // stride
 
 
@@ -40,14 +32,8 @@ def zero_beyond(features: jax.Array, size: jax.Array | None) -> jax.Array:
 
 
 def statistics_mask(features: jax.Array, size: jax.Array | None) -> jax.Array | None:
-    """The `mask` of flax's GroupNorm that keeps the padding out of mean and variance.
-
-    Args:
-      features: [B, H, W, C], the input of the norm.
-      size: [B, 2] int32, or None for no padding.
-
-    Returns:
-      [B, H, W, C] bool, or None where `size` is None.
+    """The mask [B, H, W, C] of flax's GroupNorm that keeps padding out of its statistics, if
+    any.
     """
     if size is None:
         return None
@@ -79,14 +65,8 @@ def resize_within(
 ) -> jax.Array:
     """Bilinear resize of each image's valid area, torch's `interpolate(align_corners=False)`.
 
-    Args:
-      features: [B, H, W, C].
-      size: [B, 2] int32, valid area of `features`; nothing beyond it is read if it is finite.
-      height, width: size of the resulting map.
-      new_size: [B, 2] int32, its valid area; what lies beyond repeats the edge.
-
-    Returns:
-      [B, height, width, C] in the type of `features`, summed in float32.
+    From [B, H, W, C], of which nothing beyond `size` [B, 2] is read, to [B, height, width, C], of
+    which what lies beyond `new_size` [B, 2] repeats the edge; summed in float32.
     """
     rows = _interpolation_matrix(size[:, 0], new_size[:, 0], features.shape[1], height)
     columns = _interpolation_matrix(size[:, 1], new_size[:, 1], features.shape[2], width)
