@@ -43,10 +43,7 @@ class Trainer:
     """A state that one or several train steps move, each compiled as the training loop does."""
 
     def __init__(self, params: Any, rules: Sequence[tuple[str, float, float]]):
-        """Args:
-        params: what is trained; copied.
-        rules: of a `Stage`.
-        """
+        """Copies what is trained; `rules` are of a `Stage`."""
         self._mesh = make_mesh(devices=1)
         self._optimizer = make_optimizer(OptimizerConfig(), 1000, label_params(params, rules))
         copies = jax.tree.map(lambda x: jax.numpy.array(x), params)

@@ -129,11 +129,7 @@ def table(case: Case, results: Mapping[str, Measurement]) -> str:
 
 
 class Result(NamedTuple):
-    """Attributes:
-    segment_ids: [B, H', W'] int32 panoptic maps.
-    tables: the verdict on every query.
-    num_proposals: [B] int32, queries whose mask has a pixel at stride 4.
-    """
+    """Panoptic maps [B, H', W'] int32, verdicts, and queries with a pixel at stride 4, [B] int32."""
 
     segment_ids: jax.Array
     tables: SegmentTables

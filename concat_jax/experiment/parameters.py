@@ -26,11 +26,7 @@ class Parameters:
     """The parameters of one workdir, read when they are first asked for."""
 
     def __init__(self, setup: Setup, workdir: Path, mesh: Mesh):
-        """Args:
-        setup: says which stage gives what.
-        workdir: with the stages' checkpoints.
-        mesh: on all of whose devices parameters lie.
-        """
+        """`mesh`: on all of whose devices parameters lie."""
         self._setup, self._workdir, self._mesh = setup, workdir, mesh
         self._given: dict[tuple[str, str], Params] = {}
 

@@ -104,11 +104,10 @@ class QueryBank:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Args:
-        queries: [M, N, D] float32 or float16, which may lie on disk: a batch reads its own rows.
-        labels: [M, N] int16, class index or -1 where the query holds no segment.
-        batch_size: rows of the global batch, which `process_count` hosts share evenly.
-        memory_per_class: real queries of each of `num_classes` in the memory; 0 for no memory.
+        """Queries [M, N, D] float32 or float16 may lie on disk: a batch reads its own rows.
+
+        Labels [M, N] int16 are -1 where a query holds no segment. The `batch_size` rows of the
+        global batch are shared by `process_count` hosts evenly; a memory needs `num_classes`.
         """
         if batch_size % process_count:
             raise ValueError(

@@ -45,11 +45,7 @@ class StageCheckpoints:
     """
 
     def __init__(self, workdir: Path, stage: str, *, keep: int = 2):
-        """Args:
-        workdir: of the whole run.
-        stage: name of the stage.
-        keep: checkpoints kept.
-        """
+        """Checkpoints of a stage of the workdir of a run, of which the last `keep` are kept."""
         self.stage = stage
         self.path = Path(workdir).absolute() / stage / "checkpoints"
         self._keep = keep

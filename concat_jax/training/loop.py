@@ -40,12 +40,9 @@ class Preempted(UserStop):
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """Attributes:
-    steps: batches to train on.
-    seed: of the steps' PRNG keys.
-    log_every: steps between progress lines; the loss is looked at then, never in between.
-    save_every: steps between checkpoints; 0 for the last only.
-    tensorboard: write TensorBoard files beside `metrics.jsonl`.
+    """How a stage is trained; `save_every` 0 saves the last step only.
+
+    The loss is looked at every `log_every` steps, for the progress line, and never in between.
     """
 
     steps: int

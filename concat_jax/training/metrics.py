@@ -19,10 +19,7 @@ class MetricWriter:
     """
 
     def __init__(self, directory: Path, *, tensorboard: bool):
-        """Args:
-        directory: made if absent; `metrics.jsonl` is appended to.
-        tensorboard: also write TensorBoard event files.
-        """
+        """`directory` is made if absent, and its `metrics.jsonl` appended to."""
         leads = jax.process_index() == 0
         if leads:
             directory.mkdir(parents=True, exist_ok=True)

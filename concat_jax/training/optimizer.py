@@ -15,14 +15,14 @@ FROZEN = "frozen"
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Attributes:
-    learning_rate: peak, for multiplier 1.
-    weight_decay: decoupled, for multiplier 1; 0.05 is Mask2Former's.
-    warmup_steps: linear from 0.
-    schedule: after the warm-up: "cosine" to 0, "constant", or "steps" (x 0.1 at
-      `decay_at` of the steps; Mask2Former's).
-    decay_at: shares of the steps at which "steps" decays.
-    clip_norm: global gradient norm over all trained parameters; 0 for none. 0.01 is
+    """AdamW's constants, of a config.
+
+    Attributes:
+      learning_rate, weight_decay: for multiplier 1, peak and decoupled; 0.05 is Mask2Former's.
+      warmup_steps: linear from 0.
+      schedule: after the warm-up: "cosine" to 0, "constant", or "steps" (x 0.1 at `decay_at` of the
+        steps; Mask2Former's).
+      clip_norm: global gradient norm over all trained parameters; 0 for none. 0.01 is
       Mask2Former's.
     """
 

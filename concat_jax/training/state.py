@@ -17,11 +17,7 @@ from concat_jax.training.sharding import replicated
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Attributes:
-    step: [] int32, batches seen.
-    params: the subtrees the stage trains, float32.
-    opt_state: of the optimizer.
-    """
+    """Batches seen [], the subtrees that the stage trains, float32, and the optimizer's state."""
 
     step: jax.Array
     params: Any
