@@ -129,7 +129,7 @@ def table(case: Case, results: Mapping[str, Measurement]) -> str:
 
 
 class Result(NamedTuple):
-    """Panoptic maps [B, H', W'] int32, verdicts, and queries with a pixel at stride 4, [B] int32."""
+    """Maps [B, H', W'] int32, verdicts, and queries with a pixel at stride 4, [B] int32."""
 
     segment_ids: jax.Array
     tables: SegmentTables
