@@ -26,8 +26,7 @@ class Classes:
     """The classes of a head, as far as they are known.
 
     Attributes:
-      vocabulary: K classes.
-      knows_things: whether its thing flags mean something.
+      knows_things: whether the vocabulary's thing flags mean something.
       origin: where they come from, for a person to read.
       notes: sentences about what was made of the names.
     """
@@ -67,12 +66,10 @@ def _classes(
 
 
 def read_classes(path: str | os.PathLike[str], known: Vocabulary | None = None) -> Classes:
-    """Classes from a file.
+    """Classes from a file: a JSON list or a text file with a name a line.
 
-    Args:
-      path: a JSON list of `{"id": 1, "name": "person", "isthing": 1}` as COCO's panoptic categories
-        are (id and isthing may be absent), or a text file with a name a line.
-      known: classes whose flags and ids hold where a text file names nothing but them.
+    JSON is `{"id": 1, "name": "person", "isthing": 1}` as COCO's panoptic categories are (id and
+    isthing may be absent). Flags and ids of `known` hold where a text file names nothing but them.
 
     Raises:
       ValueError: the file is missing or not of this form.
@@ -109,15 +106,11 @@ def read_classes(path: str | os.PathLike[str], known: Vocabulary | None = None) 
 def classes_from_hf(
     content: Mapping[str, Any], count: int | None, known: Vocabulary | None = None
 ) -> Classes | None:
-    """Classes from config.json, None where it only numbers them.
+    """Classes from the content of config.json, None where it only numbers them.
 
     They are id2label's in ascending order of its numbers; `Classes.notes` say where these are not
-    0 to K - 1, or more than K, and which classes have no name.
-
-    Args:
-      content: the parsed file.
-      count: K of the head; None for as many as there are names.
-      known: classes whose flags and ids hold where id2label names nothing but them.
+    0 to K - 1, or more than K, and which classes have no name. Flags and ids of `known` hold where
+    id2label names nothing but them. `count` is K of the head, None for as many as there are names.
 
     Raises:
       ValueError: id2label is not about K classes.
@@ -185,17 +178,9 @@ def default_classes(count: int, known: Vocabulary | None = None) -> Classes:
 def new_head(
     params: Params, report: LoadingReport, num_classes: int, width: int, seed: int = 0
 ) -> tuple[Params, LoadingReport]:
-    """Replace the class head, or add one, by a freshly initialised one.
+    """Replace the class head, or add one, by a fresh one for K classes and queries of `width`.
 
-    Args:
-      params: of a segmentor, with or without "classifier".
-      report: of how they were loaded.
-      num_classes: K of the new head.
-      width: D of the queries.
-      seed: of the initial values.
-
-    Returns:
-      New parameters, and the report with the old head among the ignored and the new one named.
+    The report then has the old head among the ignored and names the new one.
     """
     queries = jnp.zeros((1, 1, width), jnp.float32)
     head = LinearClassifier(num_classes).init(jax.random.key(seed), queries)["params"]

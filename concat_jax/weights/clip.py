@@ -60,10 +60,8 @@ class ClipWeights:
       params: float32 numpy "params" collection of `CLIP`.
       tokenizer_files: folder with tokenizer.json, or vocab.json and merges.txt; None where the
         source has none.
-      source: the path as given.
       kind: what the source is, for a person to read.
       assumed: fields of `config` that nothing in or beside the source tells.
-      report: what became of every array.
       notes: sentences about what was left out of the file.
     """
 
@@ -98,18 +96,15 @@ class ClipWeights:
 def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
     """Read a CLIP with ViT image tower; nothing in the files is run.
 
-    A file without a config beside it is taken for what OpenAI made: heads 64 wide, and quick GELU
-    unless it looks like open_clip's (safetensors, or a training checkpoint), whose default is GELU.
-    What was so decided is in `ClipWeights.assumed`.
-
-    Args:
-      path: a Hugging Face folder or the file of weights in it; an OpenAI `.pt` (TorchScript
-      archive or state_dict); a file of open_clip, or its folder.
+    It is a Hugging Face folder or the file of weights in it; an OpenAI `.pt` (TorchScript archive
+    or state_dict); a file of open_clip, or its folder. A file without a config beside it is taken
+    for what OpenAI made: heads 64 wide, and quick GELU unless it looks like open_clip's
+    (safetensors, or a training checkpoint), whose default is GELU. What was so decided is in
+    `ClipWeights.assumed`.
 
     Raises:
       ValueError: it is missing, broken, no such CLIP, of an architecture that `CLIP` does not have,
-      of other sizes than its config says, or holds values that are not finite; the sentence names
-      the file.
+        of other sizes than its config says, or holds values that are not finite.
     """
     path = Path(path)
     file = _weights_file(path) if path.is_dir() else path
@@ -202,11 +197,7 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
 
 
 def clip_tokenizer_folder(path: str | os.PathLike[str]) -> Path | None:
-    """Where the tokenizer of `read_clip(path)` is, without reading the weights.
-
-    Returns:
-      The folder, as `ClipWeights.tokenizer_files`; None where there is none.
-    """
+    """`ClipWeights.tokenizer_files` of `read_clip(path)`, without reading the weights."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     return folder if has_clip_tokenizer(folder) else None
@@ -215,13 +206,8 @@ def clip_tokenizer_folder(path: str | os.PathLike[str]) -> Path | None:
 def clip_params_for(weights: ClipWeights, abstract: Params, clip: CLIP | None = None) -> Params:
     """The parameters of `weights`, if they are those of the CLIP that is configured.
 
-    Args:
-      weights: as `read_clip` gives them.
-      abstract: tree of the shapes that the configured CLIP has.
-      clip: it; heads and activation, which no shape shows, are compared where it is given.
-
-    Returns:
-      `weights.params`.
+    `abstract` is the tree of shapes that it has; heads and activation, which no shape shows, are
+    compared where `clip` is given.
 
     Raises:
       ValueError: the sizes differ; the sentence names the fields of config.model.clip.

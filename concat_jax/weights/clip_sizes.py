@@ -85,12 +85,8 @@ _OPEN_CLIP_PLAIN: Mapping[str, tuple[Any, ...]] = {
 def clip_config_from_hf(content: Mapping[str, Any]) -> Config:
     """Fields for `make_clip` from the config.json of a Hugging Face CLIP.
 
-    Args:
-      content: the parsed file, or `transformers.CLIPConfig.to_dict()`.
-
-    Returns:
-      Field name -> value. The legacy `eos_token_id` 2 becomes `eot_id` None, which is how
-      transformers reads it: pool at the largest id.
+    The legacy `eos_token_id` 2 becomes `eot_id` None, which is how transformers reads it: pool at
+    the largest id.
 
     Raises:
       ValueError: it describes another model, the towers' activations differ, or a value is one that
@@ -122,9 +118,8 @@ def _with_ratios(config: Config) -> Config:
 def sizes_from_shapes(shapes: Mapping[str, Shape], naming: Naming | None = None) -> Config:
     """Fields for `make_clip` that shapes show: all but heads, activation and end of text.
 
-    Args:
-      shapes: our path ("vision_model/class_embedding") -> shape, of a CLIP with patch stem.
-      naming: of the file, for the names in errors.
+    Shapes are by our path ("vision_model/class_embedding"), of a CLIP with patch stem; errors use
+    the file's `naming`.
 
     Raises:
       ValueError: the shapes are no CLIP's.
@@ -143,9 +138,7 @@ def sizes_from_shapes(shapes: Mapping[str, Shape], naming: Naming | None = None)
 def clip_config_from_open_clip(content: Mapping[str, Any], sizes: Config) -> Config:
     """Fields for `make_clip` from the open_clip_config.json beside open_clip's weights.
 
-    Args:
-      content: the parsed file, or its "model_cfg".
-      sizes: fields that the weights' shapes say; the config adds what shapes do not show.
+    It adds what shapes do not show to `sizes`, which they do.
 
     Raises:
       ValueError: it describes towers that `CLIP` does not have.
@@ -172,11 +165,7 @@ def clip_config_from_open_clip(content: Mapping[str, Any], sizes: Config) -> Con
 
 
 def check_statistics(mean: Any, std: Any) -> None:
-    """Refuse pixel statistics that are not OpenAI's; None is not given.
-
-    Raises:
-      ValueError: they differ.
-    """
+    """Refuse pixel statistics that are not OpenAI's by a ValueError; None is not given."""
     for theirs, ours, name in ((mean, CLIP_MEAN, "mean"), (std, CLIP_STD, "std")):
         if theirs is not None and not is_close(theirs, ours, _STATISTICS_TOLERANCE):
             raise ValueError(

@@ -35,7 +35,6 @@ class Source:
       kind: what it is, for a person to read.
       params: as `save_model` takes them.
       config: for `make_segmentor`.
-      report: what became of every array.
       classes: of the class head, None without one.
       task: one of `TASKS`, or "" where nothing tells.
       notes: sentences that somebody who uses the weights should read.

@@ -21,9 +21,7 @@ from absl import logging
 def one_reason(destination: str | os.PathLike[str], params: Mapping[str, Any]) -> Iterator[None]:
     """Turns whatever Orbax, safetensors and their threads tell about a full disk into a sentence.
 
-    Args:
-      destination: what the sentence names.
-      params: what is to be written; its size is compared with the room before anything is.
+    The size of `params` is compared with the room before anything is written.
 
     Raises:
       OSError: there is no room, or a file cannot be written.

@@ -48,13 +48,7 @@ _WHERE = "config.json"
 
 
 def segmentor_config_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A `make_segmentor` config from config.json.
-
-    Args:
-      content: the parsed file, or `Mask2FormerConfig.to_dict()`.
-
-    Returns:
-      Every field that says how large the network is; precision and remat stay the defaults.
+    """A `make_segmentor` config of every size from config.json or `Mask2FormerConfig.to_dict()`.
 
     Raises:
       ValueError: it is another model, on a backbone that is none of ours, or set to something that
@@ -99,14 +93,9 @@ def _backbone_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_to_hf(card: ModelCard) -> dict[str, Any]:
-    """Content of config.json, the inverse of `segmentor_config_from_hf`.
+    """Content of config.json for a whole segmentor, the inverse of `segmentor_config_from_hf`.
 
-    Args:
-      card: of a whole segmentor.
-
-    Returns:
-      What `transformers` needs to build the same network, with the classes' names; what the format
-      has no field for stands under `EXTRA_KEY`.
+    What the format has no field for stands under `EXTRA_KEY`.
 
     Raises:
       ValueError: the config asks for something that transformers does not do.

@@ -35,11 +35,7 @@ WEIGHTS_NAMES = (
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Content of a JSON file that holds one object.
-
-    Raises:
-      ValueError: as `read_json`, or it is another thing than an object.
-    """
+    """Content of a JSON file that holds one object, else ValueError."""
     content = files.read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must be a JSON object.")
@@ -49,10 +45,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def load_hf_folder(
     folder: str | os.PathLike[str],
 ) -> tuple[Params, dict[str, Any], LoadingReport, dict[str, Any], dict[str, int], tuple[str, ...]]:
-    """Read a Hugging Face Mask2Former.
-
-    Args:
-      folder: with config.json and the weights; preprocessor_config.json may be absent.
+    """Read a Hugging Face Mask2Former; preprocessor_config.json may be absent.
 
     Returns:
       Parameters, `make_segmentor` config, report, the parsed config.json, the sides of the
@@ -86,12 +79,6 @@ def save_hf_folder(
     overwrite: bool = False,
 ) -> None:
     """Write a folder that transformers' `from_pretrained` loads, complete or not at all.
-
-    Args:
-      folder: to make.
-      params: `{"segmentor": ..., "classifier": ...}` of a whole segmentor with its class head.
-      card: what it is.
-      overwrite: replace a model that is there.
 
     Raises:
       ValueError: it is a backbone alone or has no class head, transformers does not do what the

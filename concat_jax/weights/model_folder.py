@@ -66,8 +66,7 @@ class ModelCard:
 
     Attributes:
       segmentor: config for `make_segmentor`.
-      vocabulary: the K classes of a linear head, or of training where text names them; None without
-        either.
+      vocabulary: the K classes of a linear head, or of training where text names them.
       task: what the weights were trained for, one of `TASKS`, or "" where nothing said so.
       source: name of the file the weights came from.
       knows_things: False where nothing said which classes are things; the vocabulary's flags are
@@ -95,17 +94,9 @@ def text_modules(card: TextCard) -> tuple[CLIP, SemanticProjector]:
 def parameter_shapes(
     config: Mapping[str, Any], num_classes: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of a segmentor and a linear head, without making them.
+    """Shapes of the parameters of a segmentor and a linear head of K classes, without making them.
 
-    Args:
-      config: for `make_segmentor`.
-      num_classes: K of the linear class head, None without one.
-
-    Returns:
-      Path joined by "/" -> shape; paths begin with "segmentor/" or "classifier/".
-
-    Raises:
-      ValueError: as `make_segmentor`.
+    Paths joined by "/" begin with "segmentor/" or "classifier/".
     """
     # Parameter shapes do not depend on the image size; the smallest one traces fastest.
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
@@ -143,18 +134,13 @@ def _text_shapes(card: ModelCard) -> dict[str, tuple[int, ...]]:
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, which takes its final name only when it is complete.
+    """A temporary folder to fill, which takes its final name only when the block has not raised.
 
-    Args:
-        folder: final name; its parents are made.
-        overwrite: replace what is there, if it is a model's folder or an empty one.
-
-    Yields:
-        A temporary folder beside the final one; it is removed if the block raises.
+    `overwrite` replaces what is there, if it is a model's folder or an empty one.
 
     Raises:
-        ValueError: the final name is taken, or by something that is no model and is kept even with
-            `overwrite`.
+      ValueError: the final name is taken, or by something that is no model and is kept even with
+        `overwrite`.
     """
     # realpath: a link to a folder stays a link to what replaces that folder.
     final = Path(os.path.realpath(folder))
@@ -181,11 +167,7 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> It
 
 
 def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Say before any work is done whether `new_folder` would refuse `folder`.
-
-    Raises:
-        ValueError: as `new_folder`.
-    """
+    """Raise the ValueError of `new_folder` about `folder` before any work is done."""
     folder = Path(folder)
     if not folder.exists():
         return
@@ -212,14 +194,9 @@ def save_model(
 ) -> None:
     """Write a model's folder; it appears under its name complete or not at all.
 
-    Args:
-      folder: to make.
-      params: trees of arrays: "segmentor", and "classifier" where there is a linear head, or
-        "projector", "text_tower" and "training_text" [K, C] where text names the classes;
-        `{"segmentor": {"backbone": ...}}` for the weights of a backbone alone.
-      card: what it is.
-      tokenizer: of the text tower.
-      overwrite: replace a model that is there.
+    `params` are trees of arrays: "segmentor", and "classifier" where there is a linear head, or
+    "projector", "text_tower" and "training_text" [K, C] where text names the classes;
+    `{"segmentor": {"backbone": ...}}` for the weights of a backbone alone.
 
     Raises:
       ValueError: the name is taken, or params and card do not belong together.
@@ -236,11 +213,7 @@ def save_model(
 
 
 def load_model_tokenizer(folder: str | os.PathLike[str], card: TextCard) -> Tokenizer:
-    """The tokenizer of a model's text tower.
-
-    Raises:
-      ValueError: as `load_tokenizer`.
-    """
+    """The tokenizer of a model's text tower."""
     return load_tokenizer(Path(folder) / TOKENIZER_NAME, card.tokenizer)
 
 
@@ -248,8 +221,7 @@ def load_card(folder: str | os.PathLike[str]) -> ModelCard:
     """What the model in a folder is, without its arrays.
 
     Raises:
-        ValueError: the folder or its `model.json` is missing, or the file does not say what a card
-            says.
+      ValueError: the folder or its `model.json` is missing, or does not say what a card says.
     """
     path = Path(folder) / CARD_NAME
     if not path.is_file():
@@ -285,16 +257,10 @@ def _tuples(value: Any) -> Any:
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Params, ModelCard]:
-    """Read a model's folder.
-
-    Args:
-        folder: as `save_model` wrote it.
-
-    Returns:
-        Parameters as nested dicts of numpy arrays in host memory, and the card.
+    """Read a folder of `save_model`: nested dicts of numpy arrays in host memory, and the card.
 
     Raises:
-        ValueError: as `load_card`; or the arrays are missing, unreadable or not those of the card.
+      ValueError: as `load_card`; or the arrays are missing, unreadable or not those of the card.
     """
     card = load_card(folder)
     path = Path(folder).absolute() / PARAMS_NAME

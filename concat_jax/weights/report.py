@@ -36,9 +36,8 @@ class LoadingReport:
 
     Attributes:
       loaded: our path -> the source key it was filled from.
-      shapes: our path -> shape, of every parameter that was loaded.
-      new: our path -> shape, of every parameter that the source did not hold and that was newly
-        initialised.
+      shapes: our path -> shape, of what was loaded.
+      new: our path -> shape, of what the source did not hold and was newly initialised.
       ignored: source key -> shape, of what was left out.
     """
 

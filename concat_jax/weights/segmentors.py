@@ -66,11 +66,9 @@ def _load(found: Found, config: Mapping[str, Any]) -> tuple[Params, LoadingRepor
 def segmentor_params_from_hf(
     arrays: Arrays, config: Mapping[str, Any]
 ) -> tuple[Params, LoadingReport]:
-    """Our parameters from the weights of a Hugging Face Mask2Former.
+    """Our parameters from the weights of a Hugging Face Mask2Former of a `make_segmentor` config.
 
-    Args:
-      arrays: name -> array, as in the published files or `model.state_dict()`.
-      config: the matching `make_segmentor` config.
+    Arrays are named as in the published files or `model.state_dict()`.
 
     Raises:
       ValueError: an array is missing, one too many, of another shape than the config asks for or
@@ -82,11 +80,10 @@ def segmentor_params_from_hf(
 def segmentor_params_to_hf(params: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `segmentor_params_from_hf`, without torch's bookkeeping entries.
 
-    Returns:
-      name -> float32 array, named as in the published files. Save it as a safetensors file, or
-      pass it as `from_pretrained(None, config=..., state_dict=...)`, which maps them to the names
-      in memory; `load_state_dict(..., strict=False)` does not, and with transformers 5 would pass
-      over a Swin backbone in silence.
+    The names are those of the published files. Save the float32 arrays as a safetensors file, or
+    pass them as `from_pretrained(None, config=..., state_dict=...)`, which maps them to the names
+    in memory; `load_state_dict(..., strict=False)` does not, and with transformers 5 would pass
+    over a Swin backbone in silence.
 
     Raises:
       ValueError: `params` and the config do not describe the same arrays.
@@ -120,11 +117,7 @@ def segmentor_params_from_detectron2(
 
 
 def detectron2_config(found: Found, kind: str) -> dict[str, Any]:
-    """A `make_segmentor` config by the arrays of a Detectron2 Mask2Former.
-
-    Raises:
-      ValueError: an array that tells a size is missing or of another kind of layer.
-    """
+    """A `make_segmentor` config by the arrays of a Detectron2 Mask2Former."""
     shapes = found.shapes()
     config = read_sizes(_SIZES, shapes, found.naming)
     config["num_heads"] //= _NUM_LEVELS * OURS_FIXED["num_points"]
@@ -139,9 +132,7 @@ def is_imagenet_backbone(arrays: Arrays) -> bool:
     )
 
 
-def backbone_params_from_imagenet(
-    arrays: Arrays,
-) -> tuple[Params, dict[str, Any], LoadingReport]:
+def backbone_params_from_imagenet(arrays: Arrays) -> tuple[Params, dict[str, Any], LoadingReport]:
     """Our backbone's parameters and config `{"backbone": ...}` from a classifier of ImageNet.
 
     A Swin's output norms, which a classifier has not, are newly initialised (scale 1, bias 0).

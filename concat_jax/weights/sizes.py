@@ -10,12 +10,7 @@ from typing import Any
 from concat_jax.weights.names.table import Naming, Shape
 
 # What a field of a config has to be, by the type of its default.
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "a word",
-    list: "a list of whole numbers",
-}
+_KINDS = {int: "a whole number", float: "a number", str: "a word", list: "a list of whole numbers"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +26,7 @@ class HubConfig:
     fixed: Mapping[str, Any]
 
     def read(self, content: Any, where: str) -> dict[str, Any]:
-        """Our fields.
-
-        Args:
-          content: the parsed section.
-          where: how errors call it.
+        """Our fields of a parsed section, which errors call `where`.
 
         Raises:
           ValueError: a field is of another type, or asks for what our network does not do.
@@ -89,11 +80,8 @@ def read_sizes(
 ) -> dict[str, int]:
     """Sizes of a network by where arrays show them.
 
-    Args:
-      sizes: field -> our path with the array's axes, the wanted one called n, such as
-        "query_position [n, _]"; or a path with # in the place of a number, to count the layers.
-      shapes: our path -> shape.
-      naming: of the file, for the names in errors.
+    `sizes` maps a field to our path with the array's axes, the wanted one called n, such as
+    "query_position [n, _]"; or to a path with # in the place of a number, to count the layers.
 
     Raises:
       ValueError: an array is missing or has other axes.

@@ -22,14 +22,8 @@ def segmentor_from_folder(
 ) -> tuple[Params, LoadingReport]:
     """Fill a freshly initialised segmentor with everything that a model's folder has for it.
 
-    Args:
-      folder: as `python -m concat_jax.convert` makes it; of a whole segmentor or of a backbone.
-        Its class head is left out: here text tells the classes.
-      config: the segmentor's `make_segmentor` config.
-      fresh: its freshly initialised parameters; what the folder lacks stays as it is there.
-
-    Returns:
-      The segmentor's parameters, and a report.
+    The folder is of a whole segmentor or of a backbone. Its class head is left out: here text tells
+    the classes. What it lacks stays as in `fresh`.
 
     Raises:
       ValueError: the folder cannot be read, or holds a parameter that the segmentor has not, has

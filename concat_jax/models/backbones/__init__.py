@@ -11,7 +11,4 @@ import flax.linen as nn
 from concat_jax.models.backbones.resnet import ResNet
 from concat_jax.models.backbones.swin import Swin
 
-BACKBONES: dict[str, type[nn.Module]] = {
-    "resnet": ResNet,
-    "swin": Swin,
-}
+BACKBONES: dict[str, type[nn.Module]] = {"resnet": ResNet, "swin": Swin}

@@ -67,7 +67,6 @@ class WeightsFile:
       other: names of what lies beside the weights in a training checkpoint, such as "optimizer",
         and was not read.
       prefixes: what stood before each name and was taken off, the first one first.
-      is_script: whether it is a TorchScript archive.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -91,9 +90,8 @@ class WeightsFile:
 def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
     """Read a file of weights; its format is told by its first bytes, not by its name.
 
-    Args:
-      path: a safetensors file, a pickle of arrays (Detectron2 `.pkl`), a `.pth`, `.pt` or `.bin` of
-        `torch.save` or `torch.jit.save`; or the `.index.json` of weights in several files.
+    It is a safetensors file, a pickle of arrays (Detectron2 `.pkl`), a `.pth`, `.pt` or `.bin` of
+    `torch.save` or `torch.jit.save`; or the `.index.json` of weights in several files.
 
     Raises:
       ValueError: the file is missing, empty, cut off, of another format, holds no weights, or is a

@@ -71,11 +71,7 @@ class Tensor:
     strides: tuple[int, ...]
 
     def numpy(self) -> np.ndarray:
-        """A contiguous copy.
-
-        Raises:
-          ValueError: the view reaches beyond its storage, or shows more numbers than it holds.
-        """
+        """A contiguous copy; ValueError where the view shows more than its storage holds."""
         count = math.prod(self.shape)
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         negative = min((self.offset, *self.shape, *self.strides)) < 0
@@ -310,17 +306,11 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def read_pickle(file: BinaryIO, **options: Any) -> Any:
-    """Read one pickle.
+    """Read one pickle; the file is left behind its last byte.
 
-    Args:
-      file: at the pickle's first byte; it is left behind its last one.
-      **options: `find_storage(key, dtype, size)` for torch's references to storages,
-        `read_nested(content)` for a torch file inside the pickle, `is_script` for that of a
-        TorchScript archive.
-
-    Returns:
-      Dicts, lists, numbers, strings, arrays as what `as_array` takes; `ScriptModule`s where it is a
-      TorchScript archive's.
+    Options are `find_storage(key, dtype, size)` for torch's references to storages,
+    `read_nested(content)` for a torch file inside the pickle, `is_script` for that of a TorchScript
+    archive, which gives `ScriptModule`s. Arrays are what `as_array` takes.
 
     Raises:
       UnsafePickleError: it names a global that is not in the table; nothing has been run.
@@ -337,11 +327,7 @@ def read_pickle(file: BinaryIO, **options: Any) -> Any:
 
 
 def as_array(value: Any) -> np.ndarray | None:
-    """The array that an entry of a pickle is, None if it is something else.
-
-    Raises:
-      ValueError: it is a tensor whose storage is too small or cannot be read.
-    """
+    """The array that an entry of a pickle is, None if it is something else."""
     if isinstance(value, Tensor):
         return value.numpy()
     if isinstance(value, _Array):

@@ -15,12 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from concat_jax.weights.files.restricted_pickle import (
-    ScriptModule,
-    Storage,
-    as_array,
-    read_pickle,
-)
+from concat_jax.weights.files.restricted_pickle import ScriptModule, Storage, as_array, read_pickle
 
 # First pickle of the format without zip, from torch/serialization.py.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -34,19 +29,13 @@ MAX_ATTRIBUTES = 200_000
 
 
 class TorchZip:
-    """The entries of a zip archive that torch wrote.
+    """The entries of a zip archive that torch wrote; `file` stays open as long as tensors are read.
 
-    Attributes:
-      is_script: whether it is a TorchScript program and not what `torch.save` writes.
+    `is_script` tells a TorchScript program from what `torch.save` writes. A ValueError says that
+    the archive is cut off, of another byte order, or none of torch's.
     """
 
     def __init__(self, file: BinaryIO):
-        """Args:
-            file: binary, seekable; it has to stay open as long as tensors are read from it.
-
-        Raises:
-          ValueError: it is cut off, of another byte order, or torch did not write it.
-        """
         try:
             self._archive = zipfile.ZipFile(file)
         except Exception as error:  # zipfile documents none of its own
@@ -63,11 +52,7 @@ class TorchZip:
             raise ValueError("it was written in big-endian byte order; save it on another machine")
 
     def content(self) -> Any:
-        """What `read_pickle` makes of its pickle.
-
-        Raises:
-          ValueError: as `read_pickle`, or an entry is missing, damaged or compressed.
-        """
+        """What `read_pickle` makes of its pickle."""
         return read_pickle(
             io.BytesIO(self._read(f"{self._folder}data.pkl")),
             find_storage=self._find_storage,
@@ -97,9 +82,6 @@ def script_arrays(root: Any) -> dict[str, np.ndarray]:
 
     Tensors that are no parameters (buffers, plain attributes) are among them, since the archive
     does not tell them apart.
-
-    Raises:
-      ValueError: there are no tensors, or modules without end.
     """
     arrays: dict[str, np.ndarray] = {}
     count = 0
@@ -129,16 +111,10 @@ def script_arrays(root: Any) -> dict[str, np.ndarray]:
 
 
 def read_torch_legacy(file: BinaryIO) -> Any:
-    """Content of a file of `torch.save` without zip.
+    """Content of a file of `torch.save` without zip, which stays open as long as tensors are read.
 
     Four pickles (magic number, protocol, the machine, the content) and a fifth with the order of
     the storages, whose numbers follow.
-
-    Args:
-      file: binary, seekable, at its beginning; it stays open as long as tensors are read from it.
-
-    Raises:
-      ValueError: as `read_pickle`, or it is cut off or of another format.
     """
     end = file.seek(0, io.SEEK_END)
     file.seek(0)

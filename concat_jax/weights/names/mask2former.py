@@ -76,11 +76,7 @@ _HF_HEADS, _DETECTRON2_HEADS = columns(_HEADS, "", "", "")
 
 
 def backbone_format(backbone: Mapping[str, Any]) -> BackboneFormat:
-    """The format of a backbone of our config.
-
-    Raises:
-      ValueError: other code bases do not have such a backbone.
-    """
+    """The format of a backbone of our config; ValueError where other code bases have none such."""
     kind = backbone.get("kind", "resnet")
     if kind not in FORMATS:
         raise ValueError(
@@ -97,11 +93,7 @@ def backbone_format(backbone: Mapping[str, Any]) -> BackboneFormat:
 
 
 def hugging_face(backbone: Mapping[str, Any]) -> Naming:
-    """Hugging Face's names, for a backbone of our config.
-
-    Raises:
-      ValueError: as `backbone_format`.
-    """
+    """Hugging Face's names, for a backbone of our config; errors as `backbone_format`."""
     table = backbone_format(backbone).table
     rows, *_ = columns(table, PREFIX, "model.pixel_level_module.encoder.", "", "")
     return Naming(

@@ -52,7 +52,6 @@ class Row:
 
     Attributes:
       ours: path in our tree, joined by "/".
-      theirs: name in the weights file.
       layout: "same", "dense" ([out, in] -> [in, out]), "conv" ([out, in, h, w] -> [h, w, in, out],
         or [in, out] where ours is a product and h = w = 1) or "patches" (-> [h * w * in, out]).
       third: which third of the rows, where torch stacks query, key and value; else None.
@@ -98,12 +97,10 @@ class Naming:
 
 
 def columns(table: str, *prefixes: str) -> tuple[tuple[Row, ...], ...]:
-    """The rows of each code base.
+    """The rows of each code base; prefixes stand before all names of ours, and of each.
 
-    Args:
-      table: lines as above. Those that begin with @ say what stands before the names of the lines
-        below, a column each, "-" for nothing. "=" is the name in the column before.
-      *prefixes: what stands before all names of ours, and of each code base.
+    Lines of the table that begin with @ say what stands before the names of the lines below, a
+    column each, "-" for nothing. "=" is the name in the column before.
     """
     found: tuple[list[Row], ...] = tuple([] for _ in prefixes[1:])
     ours, *theirs = prefixes
@@ -206,8 +203,6 @@ class Found:
     """The arrays of a file by our paths.
 
     Attributes:
-      arrays: name in the file -> array.
-      naming: of the file.
       places: our path -> the row, and the name in the file.
       unknown: names that the table does not have.
       ignored: name -> shape of what no output depends on.
@@ -220,11 +215,7 @@ class Found:
     ignored: Mapping[str, Shape]
 
     def shapes(self) -> dict[str, Shape]:
-        """Our path -> shape of our array.
-
-        Raises:
-          ValueError: an array is no layer of its kind.
-        """
+        """Our path -> shape of our array; ValueError where one is no layer of its kind."""
         return {
             path: our_shape(np.shape(self.arrays[key]), dataclasses.replace(row, theirs=key))
             for path, (row, key) in self.places.items()
@@ -232,11 +223,7 @@ class Found:
 
 
 def find(arrays: Mapping[str, np.ndarray], naming: Naming) -> Found:
-    """Look up every name of a file.
-
-    Raises:
-      ValueError: two names mean the same array.
-    """
+    """Look up every name of a file; ValueError where two names mean the same array."""
     ignored = {k: tuple(np.shape(v)) for k, v in arrays.items() if re.search(naming.ignored, k)}
     places: dict[str, tuple[Row, str]] = {}
     unknown = set()
@@ -255,14 +242,7 @@ def find(arrays: Mapping[str, np.ndarray], naming: Naming) -> Found:
 
 
 def to_ours(found: Found, shapes: Mapping[str, Shape]) -> tuple[dict[str, Any], LoadingReport]:
-    """Our parameters from a file.
-
-    Args:
-      found: the file's arrays, of any float type.
-      shapes: our path -> shape, as the configured model has it.
-
-    Returns:
-      Nested dict of float32 numpy arrays, and a report.
+    """Nested dict of a file's float32 numpy arrays, as `shapes` has them by our path; a report.
 
     Raises:
       ValueError: the file lacks an array, holds one that the config has no place for, or one of
