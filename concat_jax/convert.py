@@ -22,12 +22,7 @@ from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.weights.class_names import Classes, new_head, read_classes
 from concat_jax.weights.convert import Source, load_source
 from concat_jax.weights.hugging_face_folder import save_hf_folder
-from concat_jax.weights.model_folder import (
-    TASKS,
-    ModelCard,
-    check_destination,
-    save_model,
-)
+from concat_jax.weights.model_folder import TASKS, ModelCard, check_destination, save_model
 
 FORMATS = ("orbax", "hf")
 USAGE = "python -m concat_jax.convert SOURCE DESTINATION [flags]"

@@ -57,11 +57,7 @@ def cosine_alignment(predictions: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def info_nce(
-    predictions: jax.Array,
-    targets: jax.Array,
-    valid: jax.Array,
-    *,
-    temperature: float,
+    predictions: jax.Array, targets: jax.Array, valid: jax.Array, *, temperature: float
 ) -> jax.Array:
     """InfoNCE of each prediction against all valid targets; its own is the positive.
 

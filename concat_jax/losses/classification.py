@@ -9,17 +9,11 @@ import jax.numpy as jnp
 def weighted_cross_entropy(
     logits: jax.Array, labels: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy weighted by the target's class, unreduced.
+    """Cross-entropy weighted by the target's class, unreduced: (weighted losses, weights), float32.
 
     Divide the sum of the first by the sum of the second for torch's weighted mean, which
-    Mask2Former uses (`loss_labels`).
-
-    Args:
-      logits: [..., K] of any float type.
-      labels: [...] int32 in 0..K-1, or -1 to leave the row out.
-      weights: [K] float32, the weight of each class.
-
-    Returns (weighted losses [...], weights [...]), float32, both zero where the label is -1.
+    Mask2Former uses (`loss_labels`). Logits are [..., K], labels [...] in 0..K-1 or -1 to leave
+    the row out (both results are zero there), weights [K].
     """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     index = jnp.clip(labels, 0)

@@ -101,10 +101,9 @@ def uncertainty_weights(logits: jax.Array, count: int) -> jax.Array:
 
 
 def mask_bce(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Binary cross-entropy [...] of logits and targets [..., P]. Source: Mask2Former
-    `sigmoid_ce_loss`.
+    """Binary cross-entropy [...] of logits and targets [..., P], mean over points by `weights`.
 
-    `weights` [..., P] are of the mean over points; None weighs all alike.
+    Source: Mask2Former `sigmoid_ce_loss`.
     """
     logits = logits.astype(jnp.float32)
     losses = jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
@@ -114,10 +113,9 @@ def mask_bce(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = 
 
 
 def mask_dice(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Dice loss [...] with +1 smoothing of logits and targets [..., P]. Source: Mask2Former
-    `dice_loss`.
+    """Dice loss [...] in [0, 1] with +1 smoothing over points, which count `weights` times each.
 
-    `weights` [..., P] are how often a point counts; None is once.
+    All arguments are [..., P]. Source: Mask2Former `dice_loss`.
     """
     probs = jax.nn.sigmoid(logits.astype(jnp.float32))
     if weights is None:
@@ -128,8 +126,9 @@ def mask_dice(logits: jax.Array, targets: jax.Array, weights: jax.Array | None =
 
 
 def pairwise_mask_bce(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """BCE [..., N, G] of logits [..., N, P] and targets [..., G, P]. Mask2Former
-    `batch_sigmoid_ce_loss`.
+    """Mean binary cross-entropy [..., N, G] of queries [..., N, P] with segments [..., G, P].
+
+    Source: Mask2Former `batch_sigmoid_ce_loss`.
     """
     logits = logits.astype(jnp.float32)
     # -log sigmoid(x) = softplus(-x) and -log(1 - sigmoid(x)) = softplus(-x) + x, so one product
@@ -139,8 +138,9 @@ def pairwise_mask_bce(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def pairwise_mask_dice(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Dice loss [..., N, G] of logits [..., N, P], targets [..., G, P]. Mask2Former
-    `batch_dice_loss`.
+    """Dice loss [..., N, G] in [0, 1] of queries [..., N, P] with segments [..., G, P].
+
+    Source: Mask2Former `batch_dice_loss`.
     """
     probs = jax.nn.sigmoid(logits.astype(jnp.float32))
     overlap = 2 * jnp.einsum("...np,...gp->...ng", probs, targets)
@@ -149,13 +149,12 @@ def pairwise_mask_dice(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def over_batch_shards(function, num_replicated: int = 0):
-    """Runs `function` on each device's own part of the batch.
+    """Run `function` on each device's own part of the batch.
 
     For what the partitioner does not split by itself: it gives the assignment's loop, which runs
     until its slowest problem is done, a collective an iteration, and gathers the pictures of a
-    network that is vmapped over segments on TPU. Each shard's rows are its own. The batch is the
-    first axis of the function's arguments, but for `num_replicated` trees that every device holds
-    whole.
+    network that is vmapped over segments on TPU. Each shard's rows are its own. `function` takes
+    `num_replicated` trees that every device holds whole, then arrays with the batch axis first.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

@@ -40,11 +40,11 @@ def matching_cost(
 
 
 def match(cost: jax.Array, valid: jax.Array) -> jax.Array:
-    """Hungarian assignment of one query to each valid segment: [B, L, G] int32, -1 for none.
+    """Hungarian assignment: the query [B, L, G] of each segment, -1 where invalid or left over.
 
-    A cost [B, L, N, G] that is not finite counts as worse than every finite one, so a NaN can
-    neither crash the solver nor win. Where segments outnumber queries, the costliest stay
-    unmatched. `valid` [B, G] is False where the segment is padding. No gradient.
+    A `cost` [B, L, N, G] that is not finite counts as worse than every finite one, so a NaN can
+    neither crash the solver nor win. Where `valid` [B, G] segments outnumber queries, the costliest
+    stay unmatched. No gradient.
     """
     cost = jax.lax.stop_gradient(cost)
     usable = valid[:, None, None, :] & jnp.isfinite(cost)

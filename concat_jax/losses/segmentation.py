@@ -16,8 +16,7 @@ class SegmentationLossConfig:
     """Constants of Mask2Former's criterion; the defaults are the reference's.
 
     Attributes:
-      class_weight: of the cross-entropy, in the loss and in the matching cost.
-      mask_weight, dice_weight: of the mask BCE and the dice loss, likewise.
+      class_weight, mask_weight, dice_weight: in the loss and in the matching cost.
       no_object_weight: class weight of no-object, which most queries are.
       num_points: points a mask is compared on, 112 x 112.
       oversample_ratio: candidates drawn per point, at least 1.
@@ -41,11 +40,11 @@ class SegmentationLossConfig:
 
 
 class SegmentationLoss(flax.struct.PyTreeNode):
-    """Loss terms [], weighted and summed over prediction sets; `match` and the class of every
-    query.
+    """Loss terms [], already weighted and summed over prediction sets, and the matching.
 
-    `query_of_segment` [B, L, G] int32, -1 unmatched; `query_labels` [B, L, N] int32, K without a
-    segment.
+    Attributes:
+      query_of_segment: [B, L, G] int32, -1 unmatched.
+      query_labels: [B, L, N] int32 class of every query, K where it holds no segment.
     """
 
     loss_class: jax.Array
@@ -109,7 +108,6 @@ def segmentation_loss(
     in the global batch.
 
     Args:
-      rng: PRNG key for the points.
       class_logits: [B, L, N, K+1]; the last column is no-object.
       mask_embeddings: [B, L, N, D].
       mask_features: [B, h, w, D].

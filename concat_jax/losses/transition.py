@@ -45,9 +45,9 @@ def similarity(a: jax.Array, b: jax.Array, distance: str) -> jax.Array:
 def class_means(
     queries: jax.Array, labels: jax.Array, num_classes: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Means [K, D] of queries [M, D] by class, zero where there is none, and counts [K].
+    """Mean query [K, D] of each class and counts [K], float32; zero for a class without a query.
 
-    `labels` [M] are -1 for queries of no class.
+    Queries are [M, D], labels [M] int32, -1 for queries of no class.
     """
     member = jax.nn.one_hot(labels, num_classes)  # a label of -1 is a row of zeros
     counts = member.sum(axis=0)
@@ -63,13 +63,12 @@ def mmd(
     *,
     bandwidths: Sequence[float],
 ) -> jax.Array:
-    """Maximum mean discrepancy [] between pseudo [M, D] and real [R, D] queries, of Gaussian
-    kernels.
+    """Maximum mean discrepancy between pseudo and real queries, a sum of Gaussian kernels.
 
     The biased V-statistic under a square root, as PADing trains with (GMMN). In float32, clamped
-    before the root: a tiny negative under the root was the reference's NaN. 0 where either side has
-    no valid row. `bandwidths` are v of exp(-d² / (2 v)); PADing: 2, 5, 10, 20, 40, 80 for 256-d
-    queries.
+    before the root: a tiny negative under the root was the reference's NaN. Queries are [M, D] and
+    [R, D], which of them count [M] and [R]; `bandwidths` are v of exp(-d² / (2 v)); PADing: 2, 5,
+    10, 20, 40, 80 for 256-d queries. The result is 0 where either side is empty.
     """
 
     def kernel_sum(a, b, a_valid, b_valid):

@@ -33,10 +33,7 @@ def _quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-_ACTIVATIONS = {
-    "quick_gelu": _quick_gelu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
+_ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
 
 
 def _layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
@@ -101,13 +98,12 @@ class Block(nn.Module):
 def interpolate_positions(
     table: jax.Array, grid: tuple[int, int], target: tuple[int, int], method: str
 ) -> jax.Array:
-    """Learned positions of a class token and a patch grid [1 + h * w, D], resampled to `target`
-    (h', w').
+    """Learned positions of a class token and a patch grid, resampled for another grid.
 
     As `open_clip resize_pos_embed`: the class token's row is kept, the grid is resized with
     antialiasing and half-pixel centres (torch `interpolate(mode="bicubic", antialias=True)` gives
-    the same numbers); `table` itself where the grids are equal. `method` is "bicubic" or
-    "bilinear".
+    the same numbers). `table` is [1 + h * w, D], row 0 the class token's, then the grid (h, w) in
+    row-major order.
     """
     if grid == target:
         return table
@@ -206,9 +202,6 @@ class CLIP(nn.Module):
       embed_dim: C, width of the joint space.
       image_size: native picture side; other sizes interpolate the positions.
       patch_size: pixels a token; a power of two for the "conv" stem.
-      image_width, image_depth, image_heads: the image tower.
-      vocab_size, context_length: number of token ids; longest token sequence.
-      text_width, text_depth, text_heads: the text tower.
       image_mlp_ratio, text_mlp_ratio: hidden width of the MLPs over the tower's width.
       activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact; most OpenCLIP weights).
       stem: "patch" (CLIP's), "conv" (small pictures from scratch, see `ConvStem`) or "resnet" (also
@@ -216,7 +209,6 @@ class CLIP(nn.Module):
       eot_id: pool the text at the first occurrence of this id; None pools at the largest id of the
         row, as OpenAI's code does. A row without `eot_id` is pooled at its first token.
       position_interpolation: "bicubic" or "bilinear", for pictures of another size.
-      dtype: compute type; parameters and outputs are float32.
     """
 
     embed_dim: int = 512
@@ -273,10 +265,10 @@ class CLIP(nn.Module):
         return nn.Dense(self.embed_dim, use_bias=False, kernel_init=init, dtype=self.dtype)
 
     def encode_image(self, images: jax.Array) -> jax.Array:
-        """Projected class tokens [B, C] float32, not L2-normalised, of images as
-        `normalize_clip_images`.
+        """Projected class tokens [B, C] float32, not L2-normalised.
 
-        Raises ValueError unless the shape is [B, H, W, 3] with sides divisible by the patch size.
+        Images are [B, H, W, 3] float, normalised as by `normalize_clip_images`, with sides
+        divisible by the patch size, else ValueError.
         """
         p = self.patch_size
         if images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] % p or images.shape[2] % p:
@@ -287,10 +279,10 @@ class CLIP(nn.Module):
         return self.visual_projection(self.vision_model(images)).astype(jnp.float32)
 
     def encode_text(self, tokens: jax.Array) -> jax.Array:
-        """Projected end-of-text tokens [M, C] float32, not L2-normalised, of token ids [M, L]
-        int32.
+        """Projected end-of-text tokens [M, C] float32, not L2-normalised.
 
-        Raises ValueError unless L <= context_length.
+        Tokens are [M, L] int32 of a tokenizer of `concat_jax.text.tokenizer`, L <= context_length,
+        else ValueError.
         """
         if tokens.ndim != 2 or tokens.shape[1] > self.context_length:
             raise ValueError(
@@ -302,10 +294,10 @@ class CLIP(nn.Module):
     def __call__(
         self, images: jax.Array, tokens: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Both embeddings and the multiplier [] of their cosine similarities.
+        """Embeddings [B, C] and [M, C] and the multiplier [] of their cosine similarities, float32.
 
-        That is exp of the parameter `logit_scale`, at most `MAX_LOGIT_SCALE` (no gradient flows
-        beyond).
+        It is exp of the parameter `logit_scale`, at most `MAX_LOGIT_SCALE` (no gradient flows to
+        the parameter beyond that).
         """
         log_scale = jnp.minimum(self.logit_scale, math.log(MAX_LOGIT_SCALE))
         return self.encode_image(images), self.encode_text(tokens), jnp.exp(log_scale)

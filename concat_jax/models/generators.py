@@ -20,13 +20,8 @@ class QueryGenerator(nn.Module):
     """MLP on [text embedding, Gaussian noise] (CONCAT, semantic to vision).
 
     Real vision queries leave a LayerNorm. The output is normalised likewise and goes through the
-    same frozen scale and bias, so pseudo queries live where real ones can.
-
-    Attributes:
-      width: D of the vision queries.
-      hidden_width: of the MLP.
-      num_layers: hidden layers, at least 1.
-      noise_width: dimensions of z; the spread of a class comes from it.
+    same frozen scale and bias, so pseudo queries live where real ones can. The spread of a class
+    comes from the `noise_width` dimensions of z.
     """
 
     width: int
@@ -106,18 +101,11 @@ class PrimitiveGenerator(nn.Module):
     its own. The defaults are PADing's.
 
     Attributes:
-      width: D of the vision queries; PADing: 256.
       num_primitives: P, learned vectors that classes are composed of.
-      num_layers: of the transformer.
-      num_heads: of the attention; must divide `width`.
-      ffn_width: hidden width of the feed-forward part.
       noise_scale: deviation of the Gaussian noise that is added behind every attention; the spread
         of a class comes from it.
       dropout_rate: PADing trains the generator with it and uses it nowhere else, so it is always
         on: a second source of spread.
-
-    Raises:
-      ValueError: if num_heads does not divide `width`.
     """
 
     width: int
@@ -160,17 +148,16 @@ class PrimitiveGenerator(nn.Module):
 
 
 # Generators by the `kind` of the config.
-GENERATORS: dict[str, type[nn.Module]] = {
-    "mlp": QueryGenerator,
-    "primitives": PrimitiveGenerator,
-}
+GENERATORS: dict[str, type[nn.Module]] = {"mlp": QueryGenerator, "primitives": PrimitiveGenerator}
 
 
 def make_generator(
     config: Mapping[str, Any], query_width: int, where: str = "config.model.generator"
 ) -> nn.Module:
-    """A generator from a section of a config; `kind` is a key of `GENERATORS`, "mlp" where
-    absent.
+    """A generator from a section of a config, called `where`; `kind` is "mlp" where absent.
+
+    Raises:
+      ValueError: for a field that the kind does not have or a value it cannot take.
     """
     fields = dict(config)
     kind = fields.pop("kind", "mlp")

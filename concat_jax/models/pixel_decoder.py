@@ -107,17 +107,13 @@ class EncoderLayer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """MSDeformAttnPixelDecoder.
+    """MSDeformAttnPixelDecoder of `width` D.
 
     Attributes:
-      width: D of everything it returns.
-      num_layers, num_heads, num_points: of the deformable encoder.
-      ffn_width: hidden width of the encoder's feed-forward layers.
       num_groups: groups of GroupNorm; must divide `width`.
       remat: recompute each encoder layer in the backward pass instead of storing it.
       stride: pixels between neighbours of the finest map, which tells the valid area of padded
         images; 4 for the backbones of the publication.
-      dtype: compute type; parameters are float32.
     """
 
     width: int = 256

@@ -66,9 +66,7 @@ def normalize_images(images: jax.Array) -> jax.Array:
 
 
 def mask_logits(mask_embeddings: jax.Array, mask_features: jax.Array) -> jax.Array:
-    """Mask logits [B, ..., N, h, w] float32 of embeddings [B, ..., N, D] and features [B, h, w,
-    D].
-    """
+    """[B, ..., N, h, w] float32 of embeddings [B, ..., N, D] and features [B, h, w, D]."""
     return jnp.einsum(
         "b...nd,bhwd->b...nhw",
         mask_embeddings.astype(mask_features.dtype),
@@ -89,14 +87,12 @@ class LinearClassifier(nn.Module):
 
 
 class Segmentor(nn.Module):
-    """Images in, queries and mask features out.
+    """Images in, queries and mask features out. Each part has the image_size as last argument.
 
     Attributes:
       backbone: returns four maps [B, H/s, W/s, C_s], s = 4, 8, 16, 32.
       pixel_decoder: those maps -> (mask_features, three scales).
       transformer_decoder: (scales, mask_features) -> (queries, mask_embeddings).
-
-    Each takes the image_size as its last argument.
     """
 
     backbone: nn.Module
@@ -109,11 +105,12 @@ class Segmentor(nn.Module):
         return self.backbone.stride
 
     def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> SegmentorOutput:
-        """Segments images [B, H, W, 3] of `normalize_images`.
+        """Segment a batch of images [B, H, W, 3] float from `normalize_images`.
 
-        Beyond `image_size` [B, 2] at the top left is padding, whatever its values: the output is
-        that of the unpadded image run alone at its own size, the first ceil(height / 4) rows and
-        ceil(width / 4) columns of the mask features. None where nothing is padded.
+        `image_size` [B, 2] int32 is the (height, width) of each image's valid area at the top left;
+        None where nothing is padded. The rest is padding, whatever its values: the output is that
+        of the unpadded image run alone at its own size. Of the mask features the first
+        ceil(height / 4) rows and ceil(width / 4) columns belong to the image; the rest is zero.
         """
         if image_size is not None:
             # At least a pixel: statistics and softmaxes over nothing would be NaN.

@@ -11,11 +11,10 @@ MAX_SCALE = 100.0  # CLIP's clip of exp(s): larger logits stop learning.
 
 
 def class_vectors(text: jax.Array) -> jax.Array:
-    """One vector a class, [K, C], for what needs one: a generator's input, a target to be pulled
-    to.
+    """One vector [K, C] a class, for what needs one: a generator's input, a target to be pulled to.
 
-    `text` [K, C] itself, or of [K, S, C] the normalised mean of each class's synonyms, of which one
-    that repeats, since the class has fewer, counts once.
+    `text` is [K, C] L2-normalised, or [K, S, C] with one of each synonym, where a class of fewer
+    synonyms repeats its first: then the normalised mean, repeats counted once.
     """
     if text.ndim == 2:
         return text
@@ -33,7 +32,6 @@ class SemanticProjector(nn.Module):
 
     Attributes:
       joint_width: C, width of the CLIP space.
-      hidden_width: of the MLP.
       num_layers: linear layers of the MLP, at least 1.
       initial_scale: exp(s) at the start; CLIP starts at 1 / 0.07.
       dtype: compute type of the MLP; logits are float32.
@@ -65,10 +63,10 @@ class SemanticProjector(nn.Module):
         return self.layers[-1](x).astype(jnp.float32)
 
     def classify(self, semantic_queries: jax.Array, text: jax.Array) -> jax.Array:
-        """Class logits exp(s) · cos(S, [T; t_∅]), [..., K+1] float32 of [..., C]; the last
-        no-object.
+        """Class logits exp(s) · cos(S, [T; t_∅]), [..., K+1] float32; the last column is no-object.
 
-        With text [K, S, C], one of each synonym, a class is as near as the nearest of its synonyms.
+        `text` is [K, C] L2-normalised, or [K, S, C] with one of each synonym: a class is then as
+        near as the nearest of its synonyms.
         """
         if text.ndim not in (2, 3):
             raise ValueError(f"Text embeddings are [K, C] or [K, S, C], not {text.shape}.")

@@ -116,12 +116,10 @@ class DecoderLayer(nn.Module):
         memory_positions: jax.Array,
         blocked: jax.Array,
     ) -> jax.Array:
-        """One layer on queries [B, N, D], float32.
+        """One layer on queries [B, N, D], with positions [N, D] learned.
 
-        Args:
-          query_positions: [N, D] learned.
-          memory: [B, S, D] one scale of the pixel decoder, with positions [S, D] or [B, S, D].
-          blocked: [B, N, S] bool.
+        `memory` [B, S, D] is one scale of the pixel decoder, its positions are [S, D] or [B, S, D];
+        `blocked` is [B, N, S] bool.
         """
         attention = {"width": self.width, "num_heads": self.num_heads, "dtype": self.dtype}
         norm = {"epsilon": NORM_EPSILON, "dtype": jnp.float32}
@@ -140,18 +138,13 @@ class DecoderLayer(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """MultiScaleMaskedTransformerDecoder without its class head.
+    """MultiScaleMaskedTransformerDecoder without its class head; num_heads and 4 divide D.
 
     Attributes:
-      width: D, divisible by num_heads and by 4.
-      num_queries: N.
       num_layers: decoder layers; prediction sets are one more (the learned queries come first).
-      num_heads: attention heads.
-      ffn_width: hidden width of the feed-forward layers.
       remat: recompute each layer in the backward pass instead of storing it.
-      stride: pixels between neighbours of the mask features, which tells the valid area of padded
-        images.
-      dtype: compute type; parameters are float32.
+      stride: pixels between neighbours of the mask features, which tells the valid area of
+        padded images.
     """
 
     width: int = 256
@@ -170,14 +163,16 @@ class TransformerDecoder(nn.Module):
         mask_features: jax.Array,
         image_size: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Queries and mask embeddings [B, L, N, D] float32 of L = num_layers + 1 sets, after the
-        norm.
+        """Queries and mask embeddings [B, L, N, D] float32 of all L = num_layers + 1 sets.
+
+        The queries are those after the decoder norm; the sets are in order.
 
         Args:
           scales: maps [B, h_s, w_s, D] from coarse to fine, each of half the stride of the one
             before, down to twice that of the mask features; layer i attends to map i mod len.
           mask_features: [B, h, w, D].
-          image_size: [B, 2] int32 (height, width) beyond which no query looks; None: no padding.
+          image_size: [B, 2] int32 (height, width) of each image's valid area, beyond which no
+            query looks; None where nothing is padded.
         """
         if self.width % self.num_heads:
             raise ValueError(

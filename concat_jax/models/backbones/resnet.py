@@ -56,12 +56,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 def _normalize(
-    norm: str,
-    num_groups: int,
-    dtype: Any,
-    features: jax.Array,
-    size: jax.Array | None,
-    name: str,
+    norm: str, num_groups: int, dtype: Any, features: jax.Array, size: jax.Array | None, name: str
 ) -> jax.Array:
     """[B, H, W, C] through the layer called `norm`; its statistics see the valid `size` only."""
     if norm == "frozen_batch":
@@ -140,7 +135,6 @@ class ResNet(nn.Module):
       stem: "standard" (7x7 stride 2 and a 3x3 max-pool of stride 2) or "small" (two 3x3
         convolutions, one of stride 2: halves all strides, for images of a hundred pixels).
       num_groups: groups of GroupNorm; must divide every width. Unused by "frozen_batch".
-      dtype: compute type; parameters are float32.
     """
 
     stage_sizes: Sequence[int] = (3, 4, 6, 3)
@@ -176,12 +170,11 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> list[jax.Array]:
-        """A map [B, ceil(H/s), ceil(W/s), C_s] a stage of images [B, H, W, 3], normalised, in
-        `dtype`.
+        """A map [B, ceil(H/s), ceil(W/s), C_s] a stage, s = 4, 8, 16, 32 (small stem: 2 to 16).
 
-        s = 4, 8, 16, 32 (2, 4, 8, 16 with the small stem); C_s = width * (1, 2, 4, 8), times 4 for
-        bottleneck blocks. `image_size` [B, 2] int32 is the valid area of each image, whose maps are
-        those of the unpadded image, without meaning beyond; None where nothing is padded.
+        C_s = width * (1, 2, 4, 8), times 4 for bottleneck blocks. `image_size` [B, 2] int32
+        (height, width) is each image's valid area, whose maps are those of the unpadded image and
+        without meaning beyond; None where nothing is padded.
         """
         self._check()
         features = images.astype(self.dtype)

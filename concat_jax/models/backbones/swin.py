@@ -140,10 +140,10 @@ class WindowAttention(nn.Module):
 
     @nn.compact
     def __call__(self, windows: jax.Array, blocked: jax.Array | None = None) -> jax.Array:
-        """Attention in windows [B, nh, nw, w**2, C]; logits, bias and softmax are float32.
+        """Attend within windows [B, nh, nw, w**2, C]; logits, bias and softmax are float32.
 
-        `blocked` [nh, nw, w**2, w**2], with a batch axis before it or not, is True where it may not
-        look.
+        `blocked` [nh, nw, w**2, w**2], with a batch axis before it or not, is True where attention
+        is blocked.
         """
         width = windows.shape[-1]
         depth = width // self.num_heads
@@ -245,15 +245,14 @@ class Swin(nn.Module):
     """Swin Transformer returning the normalised feature map of every stage.
 
     Attributes:
-      stage_sizes: number of blocks of each of up to four stages; (2, 2, 6, 2) is Swin-T. The sizes
-        that have names are in `SWIN_VARIANTS`.
+      stage_sizes: number of blocks of each of up to four stages; (2, 2, 6, 2) is Swin-T. The
+        sizes that have names are in `SWIN_VARIANTS`.
       width: channels of the first stage; stage i works with width * 2**i channels.
       num_heads: attention heads of each stage; each must divide its stage's channels.
       window_size: side of the attention windows, in positions of the stage's map.
       patch_size: side of an image patch, which is the stride of the first map.
       mlp_ratio: hidden width of a block's perceptron over its channels.
       remat: recompute each block in the backward pass instead of storing it.
-      dtype: compute type; parameters are float32.
     """
 
     stage_sizes: Sequence[int] = (2, 2, 6, 2)
@@ -299,11 +298,11 @@ class Swin(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> list[jax.Array]:
-        """A map [B, H/s, W/s, C_s] a stage of images [B, H, W, 3], normalised, of any size, in
-        `dtype`.
+        """A map [B, ceil(H/s), ceil(W/s), C_s] a stage, s = patch_size * (1, 2, 4, 8).
 
-        s = patch_size * (1, 2, 4, 8), sides rounded up; C_s = width * (1, 2, 4, 8). `image_size` as
-        of `ResNet.__call__`.
+        C_s = width * (1, 2, 4, 8). Images of any size are padded with zeros to whole patches.
+        `image_size` [B, 2] int32 (height, width) is each image's valid area, whose maps are those
+        of the unpadded image and without meaning beyond; None where nothing is padded.
         """
         self._check()
         norm = {"epsilon": NORM_EPSILON, "dtype": self.dtype}

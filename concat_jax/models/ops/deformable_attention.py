@@ -64,14 +64,11 @@ def _take_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _weighted_row_sum(table: jax.Array, indices: jax.Array, weights: jax.Array) -> jax.Array:
-    """Sum over points and corners of a weight times a row of the table: [B, Q, heads, d] float32.
+    """[B, Q, heads, d] sums over points and corners of a weight times a row of the table [B, S, d].
 
     A scan over the points with the corners unrolled lets XLA fuse gather, product and sum: the
-    gathered rows, 48 times the size of the output, never reach memory.
-
-    Args:
-      table: [B, S, d].
-      indices, weights: [points, 4, B, Q, heads], int32 in 0..S-1 and float32.
+    gathered rows, 48 times the size of the output, never reach memory. Indices and weights are
+    [points, 4, B, Q, heads].
     """
 
     def add_point(total: jax.Array, point: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -85,15 +82,9 @@ def _weighted_row_sum(table: jax.Array, indices: jax.Array, weights: jax.Array) 
 
 
 def _row_gradients(
-    table: jax.Array,
-    indices: jax.Array,
-    weights: jax.Array,
-    gradient: jax.Array,
-    total: jax.Array,
+    table: jax.Array, indices: jax.Array, weights: jax.Array, gradient: jax.Array, total: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `_weighted_row_sum` for the table, added to `total` [B, S, d], and the
-    weights.
-    """
+    """Gradients of `_weighted_row_sum` for the weights and the table, this one added to `total`."""
     # [B, Q, heads, points * 4]: the corners of one query side by side.
     corners = (weights.shape[0] * weights.shape[1], *weights.shape[2:])
     indices = jnp.moveaxis(indices.reshape(corners), 0, -1)
@@ -110,10 +101,9 @@ def _row_gradients(
 def _level_corners(
     value: jax.Array, locations: jax.Array, weights: jax.Array, valid_size: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The table of one level's rows, d channels of one head at one position each, and its corners.
+    """Table [B, H * W * heads, d] of a level's rows; indices into it and weights of the corners.
 
-    Returns:
-      table [B, H * W * heads, d], indices into it and corner weights [points, 4, B, Q, heads].
+    A row is the d channels of one head at one position; the others are [points, 4, B, Q, heads].
     """
     batch, height, row_length, num_heads, depth = value.shape
     table = value.reshape(batch, height * row_length * num_heads, depth)
@@ -226,25 +216,20 @@ def multi_scale_deformable_attention(
     weights: jax.Array,
     valid_sizes: jax.Array | None = None,
 ) -> jax.Array:
-    """Weighted sum of bilinear samples of several feature maps.
+    """Weighted sum [B, Q, heads * d] of bilinear samples of several feature maps, in float32.
 
     Points outside a map read zeros; pixel centres sit at (i + 0.5) / size (align_corners=False).
     The bilinear and the attention weights are folded into one weight a corner before the sum, and
-    each corner is one gathered row of d contiguous channels. Reverse-mode differentiable only.
+    each corner is one gathered row of d contiguous channels. Reverse-mode differentiable only. The
+    result has the type of `values`.
 
     Args:
       values: for each level [B, H_l, W_l, heads, d].
       sampling_locations: [B, Q, heads, levels, points, 2] float32, (x, y) in [0, 1] inside.
       weights: [B, Q, heads, levels, points] float32.
       valid_sizes: [B, levels, 2] int32 (height, width) of the top left part of each map that is
-        image and not padding; locations are in [0, 1] of that part, and what lies beyond it reads
-        zero. None: the whole maps.
-
-    Returns:
-      [B, Q, heads * d] in the type of `values`, summed in float32.
-
-    Raises:
-      ValueError: the number of levels differs between the arguments.
+        image and not padding; locations are in [0, 1] of that part, and what lies beyond it
+        reads zero. None: the whole maps.
     """
     num_levels = sampling_locations.shape[3]
     if len(values) != num_levels:
@@ -268,8 +253,7 @@ def multi_scale_deformable_attention(
 def compass_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndarray:
     """Initial sampling offsets: head h looks along direction h of the compass, point p to p + 1.
 
-    Returns:
-      [num_heads, num_levels, num_points, 2] float32 offsets (x, y) in pixels of each level.
+    [num_heads, num_levels, num_points, 2] float32 (x, y) in pixels of each level.
     """
     angles = np.arange(num_heads) * (2.0 * math.pi / num_heads)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
@@ -281,13 +265,10 @@ def compass_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndar
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Deformable attention layer with its four projections.
+    """Deformable attention layer with its four projections; num_heads divides the width D.
 
-    Attributes:
-      width: D, divisible by num_heads.
-      num_heads, num_levels, num_points: sampling points a query has: their product.
-      dtype: compute type of values and output. Offsets and attention weights are computed in
-        float32 whatever it is, because a bfloat16 location is off by whole pixels.
+    Offsets and attention weights are computed in float32 whatever `dtype` is, because a bfloat16
+    location is off by whole pixels.
     """
 
     width: int

@@ -52,8 +52,9 @@ def sine_position_encoding(
 def valid_sine_position_encoding(
     size: jax.Array, height: int, width: int, channels: int, temperature: float = TEMPERATURE
 ) -> jax.Array:
-    """Encoding [B, height, width, channels] of padded grids: that of a grid of the valid `size`
-    [B, 2].
+    """Encoding [B, height, width, channels] of padded grids: on the valid area that of its size.
+
+    `size` [B, 2] int32 (height, width) is each valid area, traced.
     """
     wavelengths = _wavelengths(channels, temperature)
     half = channels // 2

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 def valid_size(image_size: jax.Array, stride: int) -> jax.Array:
-    """Valid area [B, 2] of the feature map of a stride, rounded up: the unpadded image's map."""
+    """Valid area [B, 2] of the map of a stride, rounded up as that of the unpadded image is."""
     return (image_size + (stride - 1)) // stride
 
 
@@ -32,8 +32,9 @@ def zero_beyond(features: jax.Array, size: jax.Array | None) -> jax.Array:
 
 
 def statistics_mask(features: jax.Array, size: jax.Array | None) -> jax.Array | None:
-    """The mask [B, H, W, C] of flax's GroupNorm that keeps padding out of its statistics, if
-    any.
+    """The `mask` [B, H, W, C] of flax's GroupNorm that keeps the padding out of mean and variance.
+
+    None where `size` is None.
     """
     if size is None:
         return None
