@@ -25,13 +25,11 @@ scores a finished stage as the training command does, by config.eval.settings.ta
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
 from concat_jax.core.files import write_json
-from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, ZSI_THRESHOLDS
 from concat_jax.evaluation.report import format_table
 from concat_jax.evaluation.score_files import score_instances, score_panoptic
@@ -41,20 +39,8 @@ from data_pipelines.labels import load_label_space
 TASKS = ("panoptic", "semantic", "instance")
 PROTOCOLS = {"coco": COCO_THRESHOLDS, "zsi": ZSI_THRESHOLDS}
 # Flags of one way to call this, which mean nothing to the other.
-FILE_FLAGS = (
-    "task",
-    "annotations",
-    "predictions",
-    "split",
-    "annotation_pngs",
-    "png_folder",
-    "annotation_values",
-    "prediction_values",
-    "ignore",
-    "protocol",
-)
-# Seconds between lines of progress.
-PROGRESS_EVERY = 5.0
+FILE_FLAGS = ("task", "annotations", "predictions", "split", "annotation_pngs", "png_folder")
+FILE_FLAGS += ("annotation_values", "prediction_values", "ignore", "protocol")
 
 
 def define_flags(flags: cli.Flags) -> None:
@@ -76,23 +62,6 @@ def define_flags(flags: cli.Flags) -> None:
     flags.string("output", "", "A json file for the report.")
 
 
-def progress_line(name: str) -> Callable[[int, int], None]:
-    """A function of (done, total) that prints a line now and then, with the time left."""
-    start = shown = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if done < total and now - shown < PROGRESS_EVERY:
-            return
-        shown = now
-        rate = done / max(now - start, 1e-9)
-        left = format_seconds((total - done) / rate)
-        print(f"{name}: {done}/{total} images, {rate:.0f}/s, ETA {left}", flush=True)
-
-    return show
-
-
 def evaluate_files(given: cli.Flags) -> dict:
     """Scores the files that the flags name; returns the summary, as `evaluate` has it.
 
@@ -109,19 +78,18 @@ def evaluate_files(given: cli.Flags) -> dict:
         annotation_folder=given.annotation_pngs or None, prediction_folder=given.png_folder or None
     )
     if given.task == "panoptic":
-        return score_panoptic(*files, **folders)[0]
+        return score_panoptic(*files, **folders)
     if given.task == "instance":
-        return {"instance": score_instances(*files, thresholds=PROTOCOLS[given.protocol])[0]}
+        return {"instance": score_instances(*files, thresholds=PROTOCOLS[given.protocol])}
     ignored = [value.strip() for value in given.ignore.split(",") if value.strip()]
     if not all(value.isdecimal() for value in ignored):
         raise ValueError(f"--ignore={given.ignore} is not like --ignore=0,255.")
-    summary, _ = score_semantic(
+    summary = score_semantic(
         *files,
         **folders,
         annotation_values=given.annotation_values,
         prediction_values=given.prediction_values,
         ignored_values=tuple(map(int, ignored)),
-        on_progress=progress_line(given.task),
     )
     return {"semantic": summary}
 
@@ -155,8 +123,7 @@ def evaluate_stage(given: cli.Flags) -> dict:
 def evaluate_flags(given: cli.Flags) -> dict:
     """What the flags ask for: prints the tables, writes the report and returns the summary.
 
-    Raises:
-      ValueError: for flags that do not go together.
+    Raises ValueError for flags that do not go together.
     """
     of_files = [name for name in FILE_FLAGS if given[name].present]
     if any(name in given and given[name].present for name in ("config", "workdir")):

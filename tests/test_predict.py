@@ -282,7 +282,7 @@ def test_a_data_set_names_and_numbers_its_images(loose, zoo, tmp_path, capsys):
     # By their files' names alone the images have other numbers, and are told by name.
     assert predict.run(loose, inputs, tmp_path / "own") == 0
     files = tmp_path / "out" / "panoptic.json", tmp_path / "own" / "panoptic.json"
-    summary, _ = score_panoptic(*files)
+    summary = score_panoptic(*files)
     assert summary["all"]["pq"] == pytest.approx(100) and len(summary["notes"]) == 1
 
 

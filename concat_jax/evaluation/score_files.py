@@ -42,7 +42,7 @@ def score_panoptic(
     *,
     annotation_folder: Path | None = None,
     prediction_folder: Path | None = None,
-) -> tuple[dict, Vocabulary]:
+) -> dict:
     """Panoptic quality of files in COCO's panoptic format.
 
     Args:
@@ -52,8 +52,7 @@ def score_panoptic(
       annotation_folder, prediction_folder: of the PNGs; by default beside each json, by its name.
 
     Returns:
-      `PanopticQuality.summarize` with "images" and "notes", sentences on how the files were read;
-      and the vocabulary.
+      `PanopticQuality.summarize` with "images" and "notes", sentences on how the files were read.
     """
     truth = read_panoptic(annotations)
     found = read_panoptic(predictions, prediction=True)
@@ -68,7 +67,7 @@ def score_panoptic(
     classes = vocabulary.index_of_category, class_of
     quality = _count_panoptic(sides, folders, classes, len(vocabulary))
     summary = quality.summarize(vocabulary)
-    return {**summary, "images": len(pairs), "notes": [*filter(None, [*notes, note])]}, vocabulary
+    return {**summary, "images": len(pairs), "notes": [*filter(None, [*notes, note])]}
 
 
 def png_folder(file: PanopticFile, given: Path | None) -> pathlib.Path:
@@ -173,7 +172,7 @@ def score_instances(
     vocabulary: Vocabulary | None = None,
     *,
     thresholds: Sequence[float] = COCO_THRESHOLDS,
-) -> tuple[dict, Vocabulary]:
+) -> dict:
     """Mask AP of a COCO results list against a COCO instances json; returns as `score_panoptic`.
 
     An image without a result has no detection; annotations may lack classes of the vocabulary
@@ -225,4 +224,4 @@ def score_instances(
         )
     summary = counts.summarize(vocabulary)
     notes = [*filter(None, (note, other_note))]
-    return {**summary, "images": len(truth.images), "notes": notes}, vocabulary
+    return {**summary, "images": len(truth.images), "notes": notes}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from concat_jax.core.coco_writers import InstanceWriter, PanopticWriter, Semanti
 from concat_jax.core.mask_codes import encode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import AveragePrecision
+from concat_jax.evaluation.counts import ClassCounts
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.semantic_iou import SemanticIoU
 from concat_jax.inference.predictor import Prediction
@@ -19,103 +21,77 @@ from concat_jax.inference.segments import ImageSegments
 from concat_jax.visualize import overlay as pictures
 
 
-class PanopticScore(contextlib.ExitStack):
-    """Panoptic quality; `panoptic_predictions.json` and its PNGs.
+class _Score(contextlib.ExitStack):
+    """One metric: its `counts` of the images so far, and its file in `folder`, if there is one."""
 
-    Attributes:
-      counts: the PanopticQuality of the images so far.
-    """
+    _METRIC: ClassVar[type[ClassCounts]]
+    _WRITER: ClassVar[Callable]
+    _FILE: ClassVar[str] = ""
 
     def __init__(self, vocabulary: Vocabulary, folder: Path | None):
-        """Args:
-        vocabulary: the label space.
-        folder: where predictions are written, if anywhere.
-        """
         super().__init__()
-        self.counts = PanopticQuality(len(vocabulary))
-        self._writer = (
-            self.enter_context(PanopticWriter(folder, vocabulary)) if folder is not None else None
-        )
+        self.counts = self._METRIC(len(vocabulary))
+        self._is_thing = np.asarray(vocabulary.is_thing)
+        self._writer = None
+        if folder is not None:
+            self._writer = self.enter_context(self._WRITER(folder / self._FILE, vocabulary))
 
     def add(self, native: Mapping, prediction: Prediction) -> None:
         """Scores and writes one image, whose example at native size is given."""
+        written = self._count(native, prediction)
+        if self._writer:
+            self._writer.add(int(native["image_id"]), native["file_name"], *written)
+
+    def _count(self, native: Mapping, prediction: Prediction) -> tuple:
+        """Scores one image; returns what is written of it."""
+        raise NotImplementedError
+
+
+class PanopticScore(_Score):
+    """Panoptic quality; `panoptic_predictions.json` and its PNGs."""
+
+    _METRIC, _WRITER = PanopticQuality, PanopticWriter
+
+    def _count(self, native: Mapping, prediction: Prediction) -> tuple:
         result = prediction.panoptic
         self.counts.merge(quality_of(native, result, self.counts.num_classes))
-        if self._writer:
-            image_id = int(native["image_id"])
-            self._writer.add(image_id, native["file_name"], result.id_map, result.segments)
+        return result.id_map, result.segments
 
 
-class SemanticScore(contextlib.ExitStack):
-    """Semantic IoU; label maps in `semantic_predictions/`.
-
-    Attributes:
-      counts: the SemanticIoU of the images so far.
+class SemanticScore(_Score):
+    """Semantic IoU; label maps in `semantic_predictions/`. Crowds have their class, as in COCO's
+    semantic maps.
     """
 
-    def __init__(self, vocabulary: Vocabulary, folder: Path | None):
-        """Args:
-        vocabulary: the label space.
-        folder: where predictions are written, if anywhere.
-        """
-        super().__init__()
-        self.counts = SemanticIoU(len(vocabulary))
-        self._writer = (
-            self.enter_context(SemanticWriter(folder / "semantic_predictions", vocabulary))
-            if folder is not None
-            else None
-        )
+    _METRIC, _WRITER, _FILE = SemanticIoU, SemanticWriter, "semantic_predictions"
 
-    def add(self, native: Mapping, prediction: Prediction) -> None:
-        """Scores and writes one image; crowds have their class, as in COCO's semantic maps."""
+    def _count(self, native: Mapping, prediction: Prediction) -> tuple:
         label_of_id = np.append(-1, native["segment_labels"]).astype(np.int32)
         self.counts.update(label_of_id[native["segment_ids"]], prediction.semantic)
-        if self._writer:
-            self._writer.add(int(native["image_id"]), native["file_name"], prediction.semantic)
+        return (prediction.semantic,)
 
 
-class InstanceScore(contextlib.ExitStack):
-    """Mask AP of things; `instance_predictions.json`.
+class InstanceScore(_Score):
+    """Mask AP of things; `instance_predictions.json`."""
 
-    Attributes:
-      counts: the AveragePrecision of the images so far.
-    """
+    _METRIC, _WRITER, _FILE = AveragePrecision, InstanceWriter, "instance_predictions.json"
 
-    def __init__(self, vocabulary: Vocabulary, folder: Path | None):
-        """Args:
-        vocabulary: the label space.
-        folder: where predictions are written, if anywhere.
-        """
-        super().__init__()
-        self.counts = AveragePrecision(len(vocabulary))
-        self._is_thing = np.asarray(vocabulary.is_thing)
-        self._writer = (
-            self.enter_context(InstanceWriter(folder / "instance_predictions.json", vocabulary))
-            if folder is not None
-            else None
-        )
-
-    def add(self, native: Mapping, prediction: Prediction) -> None:
-        """Scores and writes one image's instances of things."""
-        instances = prediction.instances
-        labels = np.asarray(native["segment_labels"])
-        rows = np.flatnonzero((labels >= 0) & self._is_thing[labels])
-        found = (
-            [instance.label for instance in instances],
-            [instance.score for instance in instances],
-        )
-        codes = [instance.rle for instance in instances]
+    def _count(self, native: Mapping, prediction: Prediction) -> tuple:
+        found = prediction.instances
+        labels, scores = [one.label for one in found], [one.score for one in found]
+        codes = [one.rle for one in found]
+        ids, classes = native["segment_ids"], np.asarray(native["segment_labels"])
+        rows = np.flatnonzero((classes >= 0) & self._is_thing[classes])
         self.counts.update(
             int(native["image_id"]),
-            [encode_rle(native["segment_ids"] == row + 1) for row in rows],
-            labels[rows],
+            [encode_rle(ids == row + 1) for row in rows],
+            classes[rows],
             np.asarray(native["segment_is_crowd"])[rows],
             codes,
-            *found,
+            labels,
+            scores,
         )
-        if self._writer:
-            size = np.shape(native["segment_ids"])
-            self._writer.add(int(native["image_id"]), native["file_name"], size, *found, codes)
+        return np.shape(ids), labels, scores, codes
 
 
 SCORES = {"panoptic": PanopticScore, "semantic": SemanticScore, "instance": InstanceScore}

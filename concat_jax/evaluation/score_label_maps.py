@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from concat_jax.core.coco import ImageId, PanopticFile, read_panoptic
 from concat_jax.core.files import FileError, open_image
 from concat_jax.core.mask_codes import read_id_map, segment_rows
 from concat_jax.core.prefetch import prefetch
+from concat_jax.core.progress import Progress
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.result_files import classes_of, pair_images, read_manifest
 from concat_jax.evaluation.score_files import (
@@ -65,8 +67,7 @@ def score_semantic(
     annotation_values: str = "",
     prediction_values: str = "",
     ignored_values: Sequence[int] = IGNORED_VALUES,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict, Vocabulary]:
+) -> dict:
     """Semantic IoU of label maps, or of what panoptic files say of each pixel's class.
 
     Args:
@@ -78,9 +79,8 @@ def score_semantic(
         without one takes them for ids, unless they agree better as positions: that is refused.
       ignored_values: pixel values that are no class: ignored in annotations, nothing predicted in
         predictions. A class of that value remains a class.
-      on_progress: called with (images done, images in all).
 
-    Returns `SemanticIoU.summarize` with "images" and "notes", and the vocabulary.
+    Returns `SemanticIoU.summarize` with "images" and "notes".
     """
     notes: list[str] = []
     if not pathlib.Path(annotations).is_dir():
@@ -103,7 +103,7 @@ def score_semantic(
         notes.append(note)
         found = _panoptic_maps(file, prediction_folder, class_of)
     pairs = _pair_maps(truth, found)
-    counts, agreement = SemanticIoU(len(vocabulary)), _Agreement()
+    counts, agreement = SemanticIoU(len(vocabulary)), Counter()
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 
     def score(number: int) -> tuple[SemanticIoU, dict[str, int]]:
@@ -119,48 +119,33 @@ def score_semantic(
                 agree[side.flag] = int(((again == fixed) & (fixed >= 0)).sum())
         return own, agree
 
-    for done, (own, agree) in enumerate(
-        prefetch(score, 0, len(pairs), depth=2 * workers, num_threads=workers), start=1
-    ):
+    progress = Progress("semantic", 0, len(pairs), every=5.0)
+    scored = prefetch(score, 0, len(pairs), depth=2 * workers, num_threads=workers)
+    for done, (own, agree) in enumerate(scored, start=1):
         counts.merge(own)
-        agreement.add(agree)
-        if on_progress:
-            on_progress(done, len(pairs))
+        agreement.update(agree)
+        progress.tick(done)
     pixels = int(counts.confusion.sum() + counts.unnamed.sum() + counts.ignored)
-    notes += agreement.check(pixels, (truth, found))
+    for side in (truth, found):
+        other = agreement[side.flag] if side.reread else 0
+        if other > agreement[""]:
+            notes.append(_better_reading(side, agreement[""] / pixels, other / pixels))
     summary = counts.summarize(vocabulary)
-    return {**summary, "images": len(pairs), "notes": [*filter(None, notes)]}, vocabulary
+    return {**summary, "images": len(pairs), "notes": [*filter(None, notes)]}
 
 
-class _Agreement:
-    """Pixels that agree as the maps were read, and would in another reading."""
-
-    def __init__(self):
-        self._pixels: dict[str, int] = {}
-
-    def add(self, pixels: Mapping[str, int]) -> None:
-        """Adds one image's."""
-        for flag, number in pixels.items():
-            self._pixels[flag] = self._pixels.get(flag, 0) + number
-
-    def check(self, pixels: int, sides: Sequence[_Maps]) -> list[str]:
-        """Refuses a reading where another one agrees better, or notes it where it was asked for."""
-        notes = []
-        for side in sides:
-            other = self._pixels.get(side.flag, 0)
-            if side.reread and other > self._pixels[""]:
-                own, better = (100 * n / max(pixels, 1) for n in (self._pixels[""], other))
-                words = ("positions in the split", "category ids")
-                words = words if side.flag.endswith("ids") else words[::-1]
-                sentence = (
-                    f"Read as {words[0]}, the pixels of {side.path} agree at {own:.1f} %, as "
-                    f"{words[1]} at {better:.1f} %"
-                )
-                if not side.is_asked:
-                    insist = side.flag.replace("indices", "ids")
-                    raise FileError(f"{sentence}: give {side.flag}, or {insist} to insist.")
-                notes.append(f"{sentence} ({side.flag}).")
-        return notes
+def _better_reading(side: _Maps, own: float, better: float) -> str:
+    """Refuses a reading where another one agrees better, or notes it where it was asked for."""
+    words = ("positions in the split", "category ids")
+    words = words if side.flag.endswith("ids") else words[::-1]
+    sentence = (
+        f"Read as {words[0]}, the pixels of {side.path} agree at {100 * own:.1f} %, as "
+        f"{words[1]} at {100 * better:.1f} %"
+    )
+    if not side.is_asked:
+        insist = side.flag.replace("indices", "ids")
+        raise FileError(f"{sentence}: give {side.flag}, or {insist} to insist.")
+    return f"{sentence} ({side.flag})."
 
 
 def _pair_maps(truth: _Maps, found: _Maps) -> list[tuple[Any, Any]]:

@@ -72,16 +72,16 @@ def write_panoptic(folder, ids, vocabulary=VOCABULARY):
 def test_perfect_predictions_score_100_whatever_their_numbers(tmp_path, ids, numbering):
     truth = write_panoptic(tmp_path / "gt", (2, 1))
     found = write_panoptic(tmp_path / "pred", ids, numbering)
-    summary, _ = score_panoptic(truth, found, VOCABULARY)
+    summary = score_panoptic(truth, found, VOCABULARY)
     assert summary["all"]["pq"] == 100 and summary["all"]["n"] == 3
     assert len(summary["notes"]) == 1
-    summary, _ = score_semantic(truth, found, VOCABULARY)
+    summary = score_semantic(truth, found, VOCABULARY)
     assert summary["all"]["miou"] == 100
     # A list of annotations is all that others' predictions need hold; their PNGs have names, too.
     content = json.loads(found.read_text())
     del content["images"]
     found.write_text(json.dumps(content))
-    assert score_panoptic(truth, found, VOCABULARY)[0]["all"]["pq"] == 100
+    assert score_panoptic(truth, found, VOCABULARY)["all"]["pq"] == 100
 
 
 def test_classes_of_other_names_are_refused(tmp_path):
@@ -97,7 +97,7 @@ def test_a_palette_is_read_by_us_where_the_library_does_not(tmp_path):
     found = write_panoptic(tmp_path / "pred", (2, 1))
     for png in (tmp_path / "pred").glob("*.png"):
         Image.open(png).quantize().save(png)
-    assert score_panoptic(truth, found, VOCABULARY)[0]["all"]["pq"] == 100
+    assert score_panoptic(truth, found, VOCABULARY)["all"]["pq"] == 100
 
 
 def test_the_ground_truth_is_held_to_the_same_rules(tmp_path):
@@ -121,7 +121,7 @@ def write_maps(folder, value_of, suffix=".png"):
 
 
 def miou(*paths, **options):
-    summary, _ = score_semantic(*paths, VOCABULARY, **options)
+    summary = score_semantic(*paths, VOCABULARY, **options)
     return summary["all"]["miou"], summary["notes"]
 
 
@@ -173,7 +173,7 @@ def test_label_maps_lie_in_folders_too(tmp_path):
             (tmp_path / side / camera).mkdir(parents=True)
             write_maps(tmp_path / side / camera, values)
         (tmp_path / side / "._apple.png").write_bytes(b"\0")
-    summary, _ = score_semantic(tmp_path / "gt", tmp_path / "pred", VOCABULARY)
+    summary = score_semantic(tmp_path / "gt", tmp_path / "pred", VOCABULARY)
     assert summary["images"] == 4 and summary["all"]["miou"] == 100
     (tmp_path / "pred" / "cam2" / "apple.png").rename(tmp_path / "pred" / "cam2" / "pear.png")
     with pytest.raises(ValueError, match="pred has no image cam2/apple, which .*gt has"):
@@ -199,11 +199,11 @@ def test_instances_are_told_by_name(tmp_path, numbering):
         for number, (name, mask) in enumerate(masks.items(), start=1):
             writer.add(number, name, mask.shape, [2], [0.9], [encode_rle(mask)])
     files = tmp_path / "gt.json", tmp_path / "instances.json"
-    summary, _ = score_instances(*files, VOCABULARY)
+    summary = score_instances(*files, VOCABULARY)
     assert summary["all"]["ap"] == pytest.approx(100)
     (tmp_path / "instances.manifest.json").unlink()
     if numbering is VOCABULARY:  # the entries name their images as well
-        assert score_instances(*files, VOCABULARY)[0]["all"]["ap"] == pytest.approx(100)
+        assert score_instances(*files, VOCABULARY)["all"]["ap"] == pytest.approx(100)
     else:
         with pytest.raises(ValueError, match="in .*instances.json is 3x4|category 2"):
             score_instances(*files, Vocabulary(("cat",), (True,), (True,), (3,)))
@@ -229,7 +229,7 @@ def test_what_predict_writes_is_what_evaluate_reads(tmp_path, task):
     assert (tmp_path / "cam_a" / "1.overlay.png").exists()
     if task == "panoptic":
         path = tmp_path / "panoptic.json"
-        assert score_panoptic(path, path)[0]["all"]["pq"] == 100
+        assert score_panoptic(path, path)["all"]["pq"] == 100
     if task == "semantic":
         for camera, labels in zip("ab", MAPS.values(), strict=True):
             (tmp_path / "gt" / f"cam_{camera}").mkdir(parents=True)

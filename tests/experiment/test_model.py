@@ -179,9 +179,7 @@ def test_every_way_to_a_prediction_agrees_on_one_image(experiment, tmp_path):
     ]
     with PanopticWriter(tmp_path, vocabulary, name="truth") as writer:
         writer.add(1, "1.png", native["segment_ids"], segments)
-    scored, _ = score_panoptic(
-        tmp_path / "truth.json", tmp_path / "out" / "panoptic.json", vocabulary
-    )
+    scored = score_panoptic(tmp_path / "truth.json", tmp_path / "out" / "panoptic.json", vocabulary)
     for group in ("all", "seen", "unseen"):
         for key in ("pq", "sq", "rq"):
             assert scored[group][key] == pytest.approx(evaluated[group][key], abs=1e-6, nan_ok=True)
