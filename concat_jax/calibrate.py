@@ -114,24 +114,19 @@ def _coco_images(
             lambda step: source.eval_example(indices[step]), 0, len(indices), threads + 1, threads
         )
 
+    name, chosen, other = f"images of {part}", list(everything), None
     if half:
-        halves = {
-            name: [i for i in everything if source.records[i].image_id % 2 == parity]
-            for parity, name in enumerate(HALVES)
-        }
-        other = next(name for name in HALVES if name != half)
-        return HeldOut(
-            f"images of {part} with {half} ids",
-            functools.partial(examples, halves[half]),
-            functools.partial(examples, halves[other]),
+        is_chosen = [source.records[i].image_id % 2 == HALVES.index(half) for i in everything]
+        chosen, other = (
+            [i for i in everything if is_chosen[i] == wanted] for wanted in (True, False)
         )
-    if part == data["train_part"]:
+        name += f" with {half} ids"
+    elif part == data["train_part"]:
         trained = set(source.training_indices.tolist())
-        left_out = [i for i in everything if i not in trained]
-        return HeldOut(
-            f"images of {part} that training leaves out", functools.partial(examples, left_out)
-        )
-    return HeldOut(f"images of {part}", functools.partial(examples, everything))
+        chosen = [i for i in everything if i not in trained]
+        name += " that training leaves out"
+    rest = None if other is None else functools.partial(examples, other)
+    return HeldOut(name, functools.partial(examples, chosen), rest)
 
 
 def calibrate_stage(

@@ -41,10 +41,7 @@ def works(case: Case) -> dict[str, Work]:
     """
     params, card = load_model(case.model)
     networks = method_networks(case, card)
-    trained = {
-        "segmentor": params["segmentor"],
-        "projector": random_params(networks, "projector"),
-    }
+    trained = {"segmentor": params["segmentor"], "projector": random_params(networks, "projector")}
     width = networks.clip.embed_dim
     batch = jax.device_put(make_batch(case, card.vocabulary, width))
     frozen = {TEXT: random_embeddings(len(card.vocabulary), width)}

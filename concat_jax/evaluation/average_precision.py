@@ -54,11 +54,6 @@ class AveragePrecision(ClassCounts):
         categories = [{"id": k, "name": str(k)} for k in range(num_classes)]
         self._counts = StreamingEval(categories, "segm", params=params)
 
-    @property
-    def num_images(self) -> int:
-        """How many images were added."""
-        return len(self._image_ids)
-
     def update(
         self,
         image_id: int,
@@ -79,21 +74,15 @@ class AveragePrecision(ClassCounts):
           scores: [D] floats, finite.
           gt_areas: [G] pixels; COCO's annotations bring their own. None measures the mask.
 
-        Raises ValueError if lengths or sizes differ, or a label, a score or the image is not valid.
+        Raises ValueError if sizes differ, or a score or the image is not valid.
         """
         image_id = int(image_id)
         if image_id in self._image_ids:
             raise ValueError(f"The image {image_id} was added before; give every image once.")
-        num_gt, num_found = len(gt_masks), len(masks)
-        is_crowd = np.zeros(num_gt, bool) if gt_is_crowd is None else np.asarray(gt_is_crowd, bool)
-        gt_labels = self._checked_labels(gt_labels, num_gt, image_id, "ground truth")
-        labels = self._checked_labels(labels, num_found, image_id, "detections")
+        gt_labels, labels = (np.asarray(k, np.int64).reshape(-1) for k in (gt_labels, labels))
+        is_crowd = np.zeros(len(gt_masks), bool) if gt_is_crowd is None else np.array(gt_is_crowd)
+        is_crowd = is_crowd.astype(bool)
         scores = np.asarray(scores, np.float64).reshape(-1)
-        if len(scores) != num_found or len(is_crowd) != num_gt:
-            raise ValueError(
-                f"Image {image_id} has {num_found} detections with {len(scores)} scores and "
-                f"{num_gt} annotations with {len(is_crowd)} crowd flags; give one for each."
-            )
         if not np.isfinite(scores).all():
             bad = scores[~np.isfinite(scores)][0]
             raise ValueError(f"Image {image_id} has a detection with the score {bad}.")
@@ -101,46 +90,28 @@ class AveragePrecision(ClassCounts):
         if len(sizes) > 1:
             raise ValueError(f"Image {image_id} has masks of several sizes: {sorted(sizes)}.")
         height, width = sizes.pop() if sizes else (1, 1)
-        measured = area(list(gt_masks)) if num_gt else ()
-        areas = (
-            measured
-            if gt_areas is None
-            else [
-                own if own is not None else float(mask)
-                for own, mask in zip(gt_areas, measured, strict=True)
-            ]
-        )
+        areas = area(list(gt_masks)) if len(gt_masks) else ()
+        if gt_areas is not None:
+            areas = [mask if a is None else a for a, mask in zip(gt_areas, areas, strict=True)]
+
+        def entry(label: int, mask: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+            common = {"image_id": image_id, "category_id": int(label), "segmentation": dict(mask)}
+            return common | fields
+
+        annotated = enumerate(zip(gt_labels, gt_masks, is_crowd, areas, strict=True), start=1)
         truth = [
-            _entry(image_id, label, mask)
-            | {"id": number, "iscrowd": int(crowd), "area": float(size)}
-            for number, (label, mask, crowd, size) in enumerate(
-                zip(gt_labels, gt_masks, is_crowd, areas, strict=True), start=1
-            )
+            entry(label, mask, id=number, iscrowd=int(crowd), area=float(size))
+            for number, (label, mask, crowd, size) in annotated
         ]
         found = [
-            _entry(image_id, label, mask) | {"score": float(score)}
+            entry(label, mask, score=float(score))
             for label, mask, score in zip(labels, masks, scores, strict=True)
         ]
         self._counts.update([{"id": image_id, "height": height, "width": width}], truth, found)
         self._image_ids.add(image_id)
-        classes = np.arange(self.num_classes)
-        counted = [np.bincount(k, minlength=len(classes)) for k in (gt_labels[~is_crowd], labels)]
-        self.num_gt += counted[0]
-        self.detections += np.minimum(counted[1], MAX_DETECTIONS[-1])
-
-    def _checked_labels(self, labels, length: int, image_id: int, what: str) -> np.ndarray:
-        labels = np.asarray(labels, np.int64).reshape(-1)
-        if len(labels) != length:
-            raise ValueError(
-                f"Image {image_id}: {length} masks but {len(labels)} labels in the {what}."
-            )
-        if length and not 0 <= labels.min() <= labels.max() < self.num_classes:
-            wrong = labels[(labels < 0) | (labels >= self.num_classes)][0]
-            raise ValueError(
-                f"Image {image_id}: the class index {wrong} in the {what} is outside the "
-                f"{self.num_classes} classes of this accumulator."
-            )
-        return labels
+        self.num_gt += np.bincount(gt_labels[~is_crowd], minlength=self.num_classes)
+        found_of = np.bincount(labels, minlength=self.num_classes)
+        self.detections += np.minimum(found_of, MAX_DETECTIONS[-1])
 
     def merge(self, other: Self) -> None:
         """Adds the images of another accumulator, for example of another host.
@@ -220,27 +191,13 @@ class AveragePrecision(ClassCounts):
             return means | {"n": int((self.num_gt[members] > 0).sum())}
 
         def of_class(k: int) -> dict:
-            return {
-                **{
-                    name: 100.0 * mean_of_known(values[name][k])
-                    for name in ("ap", "ap50", "recall50")
-                },
-                "instances": int(self.num_gt[k]),
-                "detections": int(self.detections[k]),
-                "true_positives": _hits(recall[k, 0, -1, at[0.5]], self.num_gt[k]),
-            }
+            names = ("ap", "ap50", "recall50")
+            row = {name: 100.0 * mean_of_known(values[name][k]) for name in names}
+            number, found = int(self.num_gt[k]), values["recall50"][k]
+            hits = round(float(found[0]) * number) if len(found) and number else 0
+            row |= {"instances": number, "detections": int(self.detections[k])}
+            return row | {"true_positives": hits if len(found) else -1}
 
         summary = self._summary(vocabulary, of_group, of_class, harmonic=METRICS)
         summary["thresholds"] = list(self.thresholds)
         return summary
-
-
-def _entry(image_id: int, label: int, mask: Mapping[str, Any]) -> dict[str, Any]:
-    return {"image_id": image_id, "category_id": int(label), "segmentation": dict(mask)}
-
-
-def _hits(recall: np.ndarray, num_gt: int) -> int:
-    """True positives of a class, from its recall at IoU 0.5; -1 if that is no threshold."""
-    if not len(recall):
-        return -1
-    return round(float(recall[0]) * int(num_gt)) if num_gt else 0

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from concat_jax.core.coco import (
@@ -95,6 +95,27 @@ def classes_of(
     return {number: known[category.name] for number, category in categories.items()}, note
 
 
+def classes_in(category_ids: Iterable[int], class_of: Mapping[int, int], what: str) -> list[int]:
+    """Class indices of what has the categories; FileError if one of them is not scored."""
+    for category in category_ids:
+        if category not in class_of:
+            raise FileError(
+                f"{what} has the category {category}, which is not among the classes that are "
+                "scored."
+            )
+    return [class_of[category] for category in category_ids]
+
+
+def check_sizes(truth: Sequence[int], found: Sequence[int], truth_of, found_of) -> None:
+    """Refuses maps of different sizes (height, width) with a FileError."""
+    if tuple(truth) != tuple(found):
+        sizes = (f"{height}x{width}" for height, width in (found, truth))
+        raise FileError(
+            f"{found_of} is {next(sizes)} (height x width) and its ground truth {truth_of} "
+            f"{next(sizes)}; predictions must have the images' own size."
+        )
+
+
 def pair_images(
     truth: Mapping[One, str | None],
     found: Mapping[Other, str | None],
@@ -119,7 +140,7 @@ def pair_images(
     ]
     if fits and not clash:
         return {i: i for i in found}, ""
-    for key in (_path, _stem):
+    for key in (bare_name, _stem):
         by_name = _pair_by(key, truth, found, may_miss)
         if by_name is not None:
             return by_name, (
@@ -140,7 +161,8 @@ def pair_images(
     raise AssertionError("unreachable")
 
 
-def _path(name: str) -> str:
+def bare_name(name: str) -> str:
+    """A path without its extension."""
     return pathlib.PurePath(name).with_suffix("").as_posix()
 
 

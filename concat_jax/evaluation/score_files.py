@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from hotcoco.panoptic import PanopticEval
 
 from concat_jax.core.coco import (
@@ -26,6 +25,8 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, AveragePrecision
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.result_files import (
+    check_sizes,
+    classes_in,
     classes_of,
     pair_images,
     read_instance_results,
@@ -125,7 +126,7 @@ def _count_panoptic(
             id_map = read_id_map(pngs[-1], json_path)
             maps.append(segment_rows(id_map, annotation.ids, pngs[-1], json_path))
             labels.append([class_of[category] for category in annotation.category_ids])
-        check_sizes(*maps, *pngs)
+        check_sizes(maps[0].shape, maps[1].shape, *pngs)
         quality.update(maps[0], labels[0], list(pair[0][0].is_crowd), maps[1], labels[1])
     return quality
 
@@ -138,32 +139,17 @@ def _as_dict(
     """Annotations as hotcoco takes them: images by their position, categories by their class."""
     annotations = []
     for position, (one, json_path) in enumerate(side):
-        unknown = [category for category in one.category_ids if category not in class_of]
-        if unknown:
-            raise FileError(
-                f"A segment of {one.file_name} has the category {unknown[0]} in {json_path}, which "
-                f"is not among the {num_classes} classes that are scored."
-            )
-        rows = zip(one.ids, one.category_ids, one.is_crowd, strict=True)
+        what = f"A segment of {one.file_name} in {json_path}"
+        rows = zip(one.ids, classes_in(one.category_ids, class_of, what), one.is_crowd, strict=True)
         infos = [
-            {"id": number, "category_id": class_of[category], "iscrowd": int(crowd), "area": 0}
-            for number, category, crowd in rows
+            {"id": number, "category_id": label, "iscrowd": int(crowd), "area": 0}
+            for number, label, crowd in rows
         ]
         entry = {"image_id": position, "file_name": one.file_name, "segments_info": infos}
         annotations.append(entry)
     images = [{"id": position, "height": 1, "width": 1} for position in range(len(side))]
     categories = [{"id": k, "name": str(k), "isthing": 1} for k in range(num_classes)]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def check_sizes(truth: np.ndarray, found: np.ndarray, truth_path, found_path) -> None:
-    """Refuses maps of different sizes with a FileError."""
-    if truth.shape != found.shape:
-        sizes = (f"{height}x{width}" for height, width in (found.shape, truth.shape))
-        raise FileError(
-            f"{found_path} is {next(sizes)} (height x width) and its ground truth {truth_path} "
-            f"{next(sizes)}; predictions must have the images' own size."
-        )
 
 
 def score_instances(
@@ -197,20 +183,10 @@ def score_instances(
     # Ids may be texts; what breaks ties between images is their order.
     for number, image_id in enumerate(sorted(truth.images, key=lambda i: (str(type(i)), i))):
         image, results = truth.images[image_id], found_of.get(image_id, [])
+        what = f"A mask of image {image_id} in {predictions}"
+        labels = classes_in([result.category_id for result in results], class_of, what)
         for result in results:
-            if result.category_id not in class_of:
-                raise FileError(
-                    f"A mask of image {image_id} in {predictions} has the category "
-                    f"{result.category_id}, which is not among the {len(class_of)} classes that "
-                    "are scored."
-                )
-            if result.rle["size"] != [image.height, image.width]:
-                height, width = result.rle["size"]
-                raise FileError(
-                    f"A mask of image {image_id} in {predictions} is {height}x{width} (height x "
-                    f"width) and the image in {truth.path} {image.height}x{image.width}; "
-                    "predictions must have the images' own size."
-                )
+            check_sizes((image.height, image.width), result.rle["size"], truth.path, what)
         annotated = truth.annotations[image_id]
         counts.update(
             number,
@@ -218,7 +194,7 @@ def score_instances(
             [vocabulary.index_of_category[one.category_id] for one in annotated],
             [one.is_crowd for one in annotated],
             [one.rle for one in results],
-            [class_of[one.category_id] for one in results],
+            labels,
             [one.score for one in results],
             gt_areas=[one.area for one in annotated],
         )

@@ -21,13 +21,15 @@ from concat_jax.core.mask_codes import read_id_map, segment_rows
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.evaluation.result_files import classes_of, pair_images, read_manifest
-from concat_jax.evaluation.score_files import (
-    Path,
+from concat_jax.evaluation.result_files import (
+    bare_name,
     check_sizes,
-    panoptic_vocabulary,
-    png_folder,
+    classes_in,
+    classes_of,
+    pair_images,
+    read_manifest,
 )
+from concat_jax.evaluation.score_files import Path, panoptic_vocabulary, png_folder
 from concat_jax.evaluation.semantic_iou import SemanticIoU
 
 LABEL_FILES = (".png", ".tif", ".tiff", ".bmp")
@@ -109,9 +111,10 @@ def score_semantic(
     def score(number: int) -> tuple[SemanticIoU, dict[str, int]]:
         one, other = pairs[number]
         labels = truth.read(one), found.read(other)
-        check_sizes(*labels, truth.png(one), found.png(other))
+        shapes = (one.shape for one in labels)
+        check_sizes(*shapes, truth.png(one), found.png(other))
         own = SemanticIoU(len(vocabulary))
-        own.update(*labels, void=VOID)
+        own.update(*labels)
         agree = {"": int(np.trace(own.confusion))}
         for side, key, fixed in ((truth, one, labels[1]), (found, other, labels[0])):
             if side.reread:
@@ -151,19 +154,12 @@ def _better_reading(side: _Maps, own: float, better: float) -> str:
 def _pair_maps(truth: _Maps, found: _Maps) -> list[tuple[Any, Any]]:
     sides = []
     for side in (truth, found):
-        by_name = {_bare(name): key for key, name in side.names.items()}
-        if len(by_name) < len(side.names):
+        sides.append({bare_name(name): key for key, name in side.names.items()})
+        if len(sides[-1]) < len(side.names):
             raise FileError(f"Two label maps in {side.path} differ in their extension only.")
-        sides.append(by_name)
-    names = [dict.fromkeys(side) for side in sides]
-    for side in names:
-        side.update((name, name) for name in side)
-    paired, _ = pair_images(*names, truth.path, found.path)
-    return sorted(((sides[0][one], sides[1][other]) for other, one in paired.items()), key=str)
-
-
-def _bare(name: str) -> str:
-    return pathlib.PurePath(name).with_suffix("").as_posix()
+    own, other = sides
+    paired, _ = pair_images({n: n for n in own}, {n: n for n in other}, truth.path, found.path)
+    return sorted(((own[one], other[two]) for two, one in paired.items()), key=str)
 
 
 def _panoptic_maps(file: PanopticFile, folder: Path | None, class_of: Mapping[int, int]) -> _Maps:
@@ -175,13 +171,8 @@ def _panoptic_maps(file: PanopticFile, folder: Path | None, class_of: Mapping[in
     def read(image_id: ImageId) -> np.ndarray:
         one, path = file.annotations[image_id], png(image_id)
         rows = segment_rows(read_id_map(path, file.path), one.ids, path, file.path)
-        unknown = [category for category in one.category_ids if category not in class_of]
-        if unknown:
-            raise FileError(
-                f"A segment of {path} has the category {unknown[0]} in {file.path}, which is not "
-                "among the classes that are scored."
-            )
-        return np.array([VOID, *(class_of[category] for category in one.category_ids)])[rows]
+        what = f"A segment of {path} in {file.path}"
+        return np.array([VOID, *classes_in(one.category_ids, class_of, what)])[rows]
 
     return _Maps(file.path, {i: a.file_name for i, a in file.annotations.items()}, read, png)
 
@@ -221,7 +212,7 @@ def _folder_maps(
                 f"{manifest.path} does not list {unlisted[0]}; remove what earlier runs left."
             )
         sources = {f: manifest.images[manifest.maps[n]].file_name for f, n in names.items()}
-        if len({_bare(name) for name in sources.values()}) == len(files):
+        if len({bare_name(name) for name in sources.values()}) == len(files):
             names = sources
         flag = ""
     else:

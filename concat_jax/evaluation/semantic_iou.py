@@ -34,42 +34,34 @@ class SemanticIoU(ClassCounts):
         self.unnamed = np.zeros(num_classes, np.int64)
         self.ignored = 0
 
-    def update(self, gt: np.ndarray, pred: np.ndarray, *, void: int = -1) -> None:
-        """Adds one image's maps [H, W] of class indices, or `void`, which is outside 0..K-1.
+    def update(self, gt: np.ndarray, pred: np.ndarray) -> None:
+        """Adds one image's maps [H, W] of class indices, or -1 for void.
 
         Raises ValueError on maps of different shapes, or a value that is neither a class nor void.
         """
-        if 0 <= void < self.num_classes:
-            raise ValueError(f"void is {void}, which is one of the {self.num_classes} classes.")
         gt, pred = np.asarray(gt), np.asarray(pred)
         if gt.shape != pred.shape:
             raise ValueError(
                 f"Ground truth {gt.shape} and prediction {pred.shape} differ in size; resize the "
                 "prediction to the ground truth first."
             )
-        gt_rows = self._rows(gt, void, "ground truth")
-        pred_rows = self._rows(pred, void, "prediction")
         side = self.num_classes + 1
-        codes = gt_rows * np.int64(side) + pred_rows
-        counts = np.bincount(codes, minlength=side * side).reshape(side, side)
+        gt_rows, pred_rows = self._rows(gt, "ground truth"), self._rows(pred, "prediction")
+        counts = np.bincount(gt_rows * side + pred_rows, minlength=side * side).reshape(side, side)
         self.confusion += counts[:-1, :-1]
         self.unnamed += counts[:-1, -1]
         self.ignored += int(counts[-1].sum())
 
-    def _rows(self, labels: np.ndarray, void: int, what: str) -> np.ndarray:
+    def _rows(self, labels: np.ndarray, what: str) -> np.ndarray:
         """Class indices, flat, with K for void."""
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"The {what} map has type {labels.dtype}; labels must be integers.")
         labels = labels.ravel()
-        is_void = labels == void
-        is_class = (labels >= 0) & (labels < self.num_classes)
-        if not (is_void | is_class).all():
-            wrong = labels[~(is_void | is_class)][0]
+        wrong = labels[(labels < -1) | (labels >= self.num_classes)]
+        if len(wrong):
             raise ValueError(
-                f"The {what} map holds the label {wrong}, which is neither void ({void}) nor one "
+                f"The {what} map holds the label {wrong[0]}, which is neither void (-1) nor one "
                 f"of the {self.num_classes} classes."
             )
-        return np.where(is_void, self.num_classes, labels).astype(np.int64)
+        return np.where(labels < 0, self.num_classes, labels).astype(np.int64)
 
     def summarize(self, vocabulary: Vocabulary) -> dict:
         """The metrics in percent for all, seen and unseen classes and for every class.
