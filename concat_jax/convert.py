@@ -154,14 +154,8 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
         return
     if given.stage:
         raise ValueError(f"--stage={given.stage} is for workdirs, and {arguments[0]} is none.")
-    convert(
-        *arguments,
-        classes=given.classes,
-        reinit_head=given.reinit_head,
-        task=given.task,
-        to=given.to,
-        overwrite=given.overwrite,
-    )
+    options = ("classes", "reinit_head", "task", "to", "overwrite")
+    convert(*arguments, **{name: getattr(given, name) for name in options})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

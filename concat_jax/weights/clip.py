@@ -203,11 +203,11 @@ def clip_tokenizer_folder(path: str | os.PathLike[str]) -> Path | None:
     return folder if has_clip_tokenizer(folder) else None
 
 
-def clip_params_for(weights: ClipWeights, abstract: Params, clip: CLIP | None = None) -> Params:
+def clip_params_for(weights: ClipWeights, abstract: Params, clip: CLIP) -> Params:
     """The parameters of `weights`, if they are those of the CLIP that is configured.
 
     `abstract` is the tree of shapes that it has; heads and activation, which no shape shows, are
-    compared where `clip` is given.
+    compared with `clip`'s.
 
     Raises:
       ValueError: the sizes differ; the sentence names the fields of config.model.clip.
@@ -219,8 +219,7 @@ def clip_params_for(weights: ClipWeights, abstract: Params, clip: CLIP | None = 
             "config.model.clip.stem to 'patch'."
         )
     wanted = sizes_from_shapes(wanted_shapes)
-    if clip is not None:
-        wanted |= {f: getattr(clip, f) for f in _SHAPELESS}
+    wanted |= {f: getattr(clip, f) for f in _SHAPELESS}
     different = {
         field: (weights.config[field], mine)
         for field, mine in wanted.items()

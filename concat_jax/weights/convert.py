@@ -53,11 +53,9 @@ class Source:
     @property
     def num_classes(self) -> int | None:
         """K of the class head, None without one."""
-        if "classifier" not in self.params:
-            return None
-        return (
-            self.params["classifier"]["class_embed"]["bias"].shape[0] - 1
-        )  # the last is no-object
+        head = self.params.get("classifier")
+        # The last is no-object.
+        return None if head is None else len(head["class_embed"]["bias"]) - 1
 
 
 def load_source(

@@ -26,11 +26,8 @@ CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAME = "model.safetensors"
 # Where save_pretrained puts the weights, in the order transformers looks for them.
-WEIGHTS_NAMES = (
-    WEIGHTS_NAME,
-    f"{WEIGHTS_NAME}{INDEX_SUFFIX}",
-    "pytorch_model.bin",
-    f"pytorch_model.bin{INDEX_SUFFIX}",
+WEIGHTS_NAMES = tuple(
+    name + end for name in (WEIGHTS_NAME, "pytorch_model.bin") for end in ("", INDEX_SUFFIX)
 )
 
 

@@ -220,10 +220,6 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Ten
     return Tensor(storage, offset, shape, strides)
 
 
-def _parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
-
-
 def _as_it_is(value: Any, *_: Any) -> Any:
     return value
 
@@ -241,7 +237,7 @@ def _globals(
         ("torch", "device"): _Function(lambda *_: _Inert()),
         ("torch._utils", "_rebuild_tensor"): _Function(_tensor),
         ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
-        ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
+        ("torch._utils", "_rebuild_parameter"): _Function(_as_it_is),
     }
     for core in ("numpy.core", "numpy._core"):
         table[f"{core}.multiarray", "_reconstruct"] = _Function(_Array)
