@@ -38,12 +38,11 @@ _STATISTICS = ("spread", "offset")
 
 # Title, part of the cell, group and metric.
 COLUMNS = (
-    ("PQ unseen", "summary", "unseen", "pq"),
-    ("SQ unseen", "summary", "unseen", "sq"),
-    ("RQ unseen", "summary", "unseen", "rq"),
-    ("PQ seen", "summary", "seen", "pq"),
-    ("SQ seen", "summary", "seen", "sq"),
-    ("RQ seen", "summary", "seen", "rq"),
+    *(
+        (f"{metric.upper()} {group}", "summary", group, metric)
+        for group in ("unseen", "seen")
+        for metric in ("pq", "sq", "rq")
+    ),
     ("hPQ", "summary", "harmonic", "pq"),
     ("PQ unseen at γ", "calibrated", "unseen", "pq"),
     ("PQ seen at γ", "calibrated", "seen", "pq"),

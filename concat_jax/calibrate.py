@@ -36,7 +36,6 @@ from concat_jax.core.files import write_json
 from concat_jax.core.prefetch import prefetch
 from concat_jax.evaluation.calibration import (
     GAMMAS,
-    best_gamma,
     calibrate,
     check_gammas,
     format_sweep,
@@ -143,7 +142,7 @@ def calibrate_stage(
     """
     from data_pipelines.datasets import make_datasets
 
-    values = check_gammas((0.0, *gammas))
+    check_gammas((0.0, *gammas))
     images = held_out_images(config.data, part, seed=config.seed, num_images=num_images)
     run = Experiment(config, workdir, make_datasets(config.data, seed=config.seed), trains=False)
     check_choice(stage, run.setup.stages, "--stage names no stage of config.train:")
@@ -152,18 +151,14 @@ def calibrate_stage(
 
     print(f"Stage {stage}, {images.name}:", flush=True)
     sweep_of = functools.partial(run.sweep, stage)
-    if images.rest:
-        found = calibrate(sweep_of, images.held_out(), images.rest(), values)
-        gamma, held_out, rest = found.gamma, found.held_out, found.test
-    else:
-        held_out, rest = sweep_of(images.held_out(), values), {}
-        gamma = best_gamma(held_out)
+    found = calibrate(sweep_of, images.held_out(), images.rest and images.rest(), gammas)
+    gamma, held_out, rest = found.gamma, found.held_out, found.test
     flag = f"--config.eval.settings.gamma={gamma:g}"
     sections = [f"Stage {stage}, {images.name}, percent:", format_sweep(held_out, gamma)]
     if rest:
         sections += ["The other half, which gamma was not chosen on:", format_sweep(rest, gamma)]
     sections.append(f"Best hPQ at gamma {gamma:g}: {flag}")
-    if gamma == values[-1] < 1.0:
+    if gamma == max(held_out) < 1.0:
         sections.append(f"{gamma:g} is the largest gamma tried; a larger one may be better.")
     text = "\n\n".join(sections)
     folder = workdir / stage
@@ -183,17 +178,14 @@ def calibrate_stage(
     return gamma
 
 
-def parse_gammas(texts: Sequence[str]) -> list[float]:
-    """Numbers of the flag --gammas; ValueError for a text that is no number."""
-    gammas = []
-    for text in texts:
-        try:
-            gammas.append(float(text))
-        except ValueError:
-            raise ValueError(
-                f"--gammas holds {text!r}; give numbers like --gammas=0,0.1,0.2."
-            ) from None
-    return gammas
+def parse_gamma(text: str) -> float:
+    """One number of the flag --gammas."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"--gammas holds {text!r}; give numbers like --gammas=0,0.1,0.2."
+        ) from None
 
 
 def define_flags(flags: cli.Flags) -> None:
@@ -207,14 +199,9 @@ def define_flags(flags: cli.Flags) -> None:
 def command(given: cli.Flags, arguments: Sequence[str]) -> None:
     """What the flags ask for."""
     config, workdir = cli.config_and_workdir(given)
-    calibrate_stage(
-        config,
-        workdir,
-        given.stage,
-        parse_gammas(given.gammas),
-        part=given.part,
-        num_images=given.num_images,
-    )
+    gammas = [*map(parse_gamma, given.gammas)]
+    images = dict(part=given.part, num_images=given.num_images)
+    calibrate_stage(config, workdir, given.stage, gammas, **images)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

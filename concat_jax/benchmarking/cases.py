@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,10 @@ def make_cases(given: cli.Flags) -> list[Case]:
             sizes, fields["batch"] = given.train_sizes, given.train_batch
         elif task == "two_stage":
             sizes, fields["batch"] = given.two_stage_sizes, given.batch
-            fields["num_masks"] = parse_counts(given.two_stage_masks)
+            masks = given.two_stage_masks
+            if not masks or not all(text.isdigit() and int(text) > 0 for text in masks):
+                raise ValueError(f"--two_stage_masks={','.join(masks)} is not like 10 or 10,100.")
+            fields["num_masks"] = tuple(dict.fromkeys(map(int, masks)))
             if given.images:
                 fields["files"] = image_files(given.images, given.two_stage_images)
         elif task == "panoptic_quality":
@@ -79,13 +81,6 @@ def parse_clip(text: str) -> dict[str, Any]:
             raise ValueError(f"--clip is not valid JSON: {error}.") from error
     make_clip(config)
     return config
-
-
-def parse_counts(texts: Sequence[str]) -> tuple[int, ...]:
-    """Numbers above zero, each once, in order; ValueError for anything else."""
-    if not texts or not all(text.isdigit() and int(text) > 0 for text in texts):
-        raise ValueError(f"--two_stage_masks={','.join(texts)} is not like 10 or 10,100.")
-    return tuple(dict.fromkeys(map(int, texts)))
 
 
 def image_files(given: str, number: int) -> list[str]:

@@ -11,14 +11,8 @@ import numpy as np
 
 # Memory of a chip in bytes, by the platform part of a topology's name (Google Cloud's TPU pages).
 HBM_BYTES = {"v4": 32e9, "v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
-COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "all-to-all",
-    "collective-permute",
-    "reduce-scatter",
-    "collective-broadcast",
-)
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+COLLECTIVES += ("reduce-scatter", "collective-broadcast")
 _ELEMENT_BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 _COLLECTIVE = re.compile(
     rf"= (?P<result>.*?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\((?!.*-done\()"
@@ -122,7 +116,7 @@ def format_report(report: Report) -> str:
         "Memory of a chip:",
         *(f"  {name:<12} {format_bytes(size):>10}" for name, size in report.memory.items()),
     ]
-    available = HBM_BYTES.get(platform_of(report.topology))
+    available = HBM_BYTES.get(report.topology.split(":")[0])
     of = f" of {format_bytes(available)}" if available else ""
     lines.append(f"  {'in all':<12} {format_bytes(report.peak_bytes):>10}{of}")
     lines.append(f"Gradients to sum over the chips: {format_bytes(report.gradient_bytes)}")
@@ -137,9 +131,7 @@ def format_report(report: Report) -> str:
         lines.append(f"  {kind:<18} {len(mine):>5}  {size:>10}")
         # Sums of gradients and losses are what data parallelism is; say where others come from.
         named = [c for c in mine if kind != "all-reduce" or c.in_loop]
-        sources: dict[str, list[int]] = {}
-        for c in named:
-            sources.setdefault(c.source, []).append(c.num_bytes)
+        sources = {c.source: [x.num_bytes for x in named if x.source == c.source] for c in named}
         ranked = sorted(sources.items(), key=lambda item: -sum(item[1]))
         for source, sizes in ranked[:MAX_SOURCES]:
             loop = "in a loop, " if "/while/" in source else ""
@@ -147,11 +139,6 @@ def format_report(report: Report) -> str:
         if len(ranked) > MAX_SOURCES:
             lines.append(f"    and {len(ranked) - MAX_SOURCES} more sources")
     return "\n".join(lines)
-
-
-def platform_of(topology: str) -> str:
-    """ "v5e" of "v5e:16x16"."""
-    return topology.split(":")[0]
 
 
 def memory_of(compiled: Any) -> dict[str, int]:

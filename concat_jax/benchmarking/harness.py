@@ -80,7 +80,7 @@ def in_turns(
     other round runs backwards: none always follows the one that leaves the caches worst. Memory of
     one that is alone is what was seen; of several the compiler's plan, for they share one peak.
     """
-    seen = ResidentPeak()
+    seen = resident_peak()
     seconds: dict[str, list[float]] = {name: [] for name in works}
     outputs: dict[str, Mapping[str, np.ndarray]] = {}
     for number in range(repeats + 1):
@@ -121,20 +121,15 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
         return pool.submit(function, *arguments).result()
 
 
-class ResidentPeak:
-    """Largest resident memory of this process since the object was made, beyond what it held.
+def resident_peak() -> Callable[[], int]:
+    """A function of the largest resident memory from here on, in bytes beyond what is held now.
 
-    Linux only; elsewhere it reads 0.
+    Linux only; elsewhere it gives 0.
     """
-
-    def __init__(self) -> None:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        self._before = _status("VmRSS")
-
-    def __call__(self) -> int:
-        """Bytes."""
-        return max(_status("VmHWM") - self._before, 0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _status("VmRSS")
+    return lambda: max(_status("VmHWM") - before, 0)
 
 
 def _status(field: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -78,15 +78,11 @@ def images(case: Case) -> np.ndarray:
     """[B, H, W, 3] uint8 of smooth random colours, seeded."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (case.batch, 9, 9, 3)).astype(np.float32)
-    rows = np.linspace(0, 7.999, case.height)
-    columns = np.linspace(0, 7.999, case.width)
+    rows, columns = np.linspace(0, 7.999, case.height), np.linspace(0, 7.999, case.width)
     top, left = rows.astype(int), columns.astype(int)
     down, right = (rows - top)[:, None, None], (columns - left)[:, None]
-    upper = coarse[:, top][:, :, left] * (1 - right) + coarse[:, top][:, :, left + 1] * right
-    lower = (
-        coarse[:, top + 1][:, :, left] * (1 - right) + coarse[:, top + 1][:, :, left + 1] * right
-    )
-    return (upper * (1 - down) + lower * down).astype(np.uint8)
+    across = coarse[:, :, left] * (1 - right) + coarse[:, :, left + 1] * right
+    return (across[:, top] * (1 - down) + across[:, top + 1] * down).astype(np.uint8)
 
 
 def segments(case: Case, num_classes: int = NUM_CLASSES) -> tuple[np.ndarray, np.ndarray]:
@@ -118,14 +114,13 @@ def logits(case: Case, num_queries: int, num_classes: int) -> tuple[np.ndarray, 
     classes[..., -1] += 8
     masks = rng.normal(-6, 1, (case.batch, num_queries, height, width)).astype(np.float32)
     held = rng.permutation(num_queries)[:NUM_HELD]
-    number = len(held)
     y, x = np.mgrid[:height, :width]
     for index in range(case.batch):
-        centres = rng.uniform(size=(number, 2)) * (height, width)
+        centres = rng.uniform(size=(len(held), 2)) * (height, width)
         distance = np.hypot(y - centres[:, :1, None], x - centres[:, 1:, None])
         second = np.sort(distance, axis=0)[1]
         masks[index, held] = np.clip((second - distance) / 3 - 0.5, -8, 8)
-        classes[index, held, rng.integers(0, num_classes, number)] += 14
+        classes[index, held, rng.integers(0, num_classes, len(held))] += 14
     return classes, masks
 
 
@@ -146,11 +141,8 @@ def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tup
     return canvas, (height, width)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-    """Images [M, H, W, 3] uint8 with (height, width) of the valid area and of the panoptic maps
-    [M, 2].
-    """
+class Pictures(NamedTuple):
+    """Images [M, H, W, 3] uint8; (height, width) of the valid areas and panoptic maps, [M, 2]."""
 
     images: np.ndarray
     image_size: np.ndarray

@@ -177,12 +177,9 @@ class Paths:
             image_size=sizes.image,
         )
 
-        def encode(crops: jax.Array) -> jax.Array:
-            return self.networks.clip.apply(
-                {"params": params["clip"]}, crops, method="encode_image"
-            )
-
-        embeddings = l2_normalize(jax.vmap(encode, in_axes=1, out_axes=1)(crops))  # [B, M, C]
+        encode = functools.partial(self.networks.clip.apply, method="encode_image")
+        encode = jax.vmap(encode, in_axes=(None, 1), out_axes=1)
+        embeddings = l2_normalize(encode({"params": params["clip"]}, crops))  # [B, M, C]
         logits = CLIP_SCALE * jnp.einsum("bmc,kc->bmk", embeddings, text)
         named = jnp.pad(jax.nn.softmax(logits, axis=-1), ((0, 0), (0, 0), (0, 1)))
         nothing = jnp.zeros((*masks.shape[:2], named.shape[-1])).at[..., -1].set(1.0)

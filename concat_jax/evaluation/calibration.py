@@ -102,7 +102,7 @@ class Calibration:
 def calibrate(
     sweep_of: Callable[[Examples, Sequence[float]], Summaries],
     held_out: Examples,
-    test: Examples,
+    test: Examples | None,
     gammas: Iterable[float] = GAMMAS,
 ) -> Calibration:
     """Chooses γ on held-out images, then scores the test images, none of them, without it and
@@ -112,7 +112,8 @@ def calibrate(
     """
     found = sweep_of(held_out, check_gammas((0.0, *gammas)))
     chosen = best_gamma(found)
-    return Calibration(chosen, found, sweep_of(test, check_gammas((0.0, chosen))))
+    tested = {} if test is None else sweep_of(test, check_gammas((0.0, chosen)))
+    return Calibration(chosen, found, tested)
 
 
 def format_sweep(summaries: Mapping[float, Mapping], chosen: float) -> str:
