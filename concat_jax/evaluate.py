@@ -107,12 +107,8 @@ def evaluate_stage(given: cli.Flags) -> dict:
     stage = given.stage
     config, workdir = cli.config_and_workdir(given)
     cli.join_hosts(given)
-    datasets = make_datasets(
-        config.data,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    host = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    datasets = make_datasets(config.data, seed=config.seed, **host)
     run = Experiment(config, workdir, datasets, trains=False)
     check_choice(stage, run.setup.stages, "--stage names no stage of config.train:")
     if not run.parameters.is_finished(stage):

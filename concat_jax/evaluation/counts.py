@@ -91,14 +91,10 @@ class ClassCounts:
         summary: dict = {group: of_group(members[group]) for group in groups}
         seen, unseen = summary["seen"], summary["unseen"]
         summary["harmonic"] = {name: harmonic_mean(seen[name], unseen[name]) for name in harmonic}
+        flags = zip(vocabulary.names, is_thing.tolist(), is_seen.tolist(), strict=True)
         summary["per_class"] = [
-            {
-                "name": name,
-                "is_thing": bool(is_thing[k]),
-                "is_seen": bool(is_seen[k]),
-                **of_class(k),
-            }
-            for k, name in enumerate(vocabulary.names)
+            {"name": name, "is_thing": thing, "is_seen": known, **of_class(k)}
+            for k, (name, thing, known) in enumerate(flags)
         ]
         return summary
 

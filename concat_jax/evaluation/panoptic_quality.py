@@ -85,10 +85,7 @@ class PanopticQuality(ClassCounts):
     def __init__(self, num_classes: int):
         """Starts at zero for K = `num_classes` classes, at least one."""
         super().__init__(num_classes)
-        self.iou_sum = np.zeros(num_classes)
-        self.tp = np.zeros(num_classes)
-        self.fp = np.zeros(num_classes)
-        self.fn = np.zeros(num_classes)
+        self.iou_sum, self.tp, self.fp, self.fn = np.zeros((4, num_classes))
 
     def update(
         self,
@@ -177,8 +174,7 @@ class PanopticQuality(ClassCounts):
         occurs, found = weight > 0, self.tp > 0
 
         def ratio(numerator, denominator, where):
-            absent = np.full(self.num_classes, np.nan)
-            absent[occurs] = 0.0
+            absent = np.where(occurs, 0.0, np.nan)
             return 100.0 * np.divide(numerator, denominator, out=absent, where=where)
 
         quality = {

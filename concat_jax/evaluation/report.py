@@ -127,13 +127,11 @@ def _class_table(metric: _Metric, rows: Sequence[Mapping]) -> str:
         # A class that is only predicted has no AP and comes last.
         return -row[score] if math.isfinite(row[score]) else 1.0, row["name"]
 
+    def kind(row: Mapping) -> tuple[str, str]:
+        return "thing" if row["is_thing"] else "stuff", "seen" if row["is_seen"] else "unseen"
+
     cells = [
-        [
-            row["name"],
-            "thing" if row["is_thing"] else "stuff",
-            "seen" if row["is_seen"] else "unseen",
-            *(_number(row[key]) for key in metric.of_class),
-        ]
+        [row["name"], *kind(row), *(_number(row[key]) for key in metric.of_class)]
         for row in sorted(rows, key=order)
         if any(row[key] for key in metric.counts)
     ]

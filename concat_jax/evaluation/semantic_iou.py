@@ -88,23 +88,20 @@ class SemanticIoU(ClassCounts):
 
         def of_group(members: np.ndarray) -> dict:
             shown = members & (annotated > 0)
-            pixels = annotated[shown].sum()
+            whole = annotated[shown].sum()
             return {
                 "miou": mean_of_known(iou[members]),
-                "pixel_accuracy": 100.0 * _share(correct[shown], pixels),
+                "pixel_accuracy": 100.0 * _share(correct[shown], whole),
                 "mean_accuracy": mean_of_known(accuracy[members]),
-                "frequency_weighted_iou": _share(iou[shown] * annotated[shown], pixels),
+                "frequency_weighted_iou": _share(iou[shown] * annotated[shown], whole),
                 "n": int((members & (union > 0)).sum()),
             }
 
+        pixels = {"annotated": annotated, "predicted": predicted, "correct": correct}
+
         def of_class(k: int) -> dict:
-            return {
-                "iou": float(iou[k]),
-                "accuracy": float(accuracy[k]),
-                "annotated": int(annotated[k]),
-                "predicted": int(predicted[k]),
-                "correct": int(correct[k]),
-            }
+            counts = {name: int(values[k]) for name, values in pixels.items()}
+            return {"iou": float(iou[k]), "accuracy": float(accuracy[k]), **counts}
 
         summary = self._summary(vocabulary, of_group, of_class, harmonic=METRICS)
         summary["ignored_pixels"] = int(self.ignored)
