@@ -14,7 +14,10 @@ import numpy as np
 from concat_jax.models.ops.convolution import square_conv
 from concat_jax.models.ops.deformable_attention import MultiScaleDeformableAttention
 from concat_jax.models.ops.linear import Dense, relu
-from concat_jax.models.ops.position_encoding import flat_position_encoding
+from concat_jax.models.ops.position_encoding import (
+    sine_position_encoding,
+    valid_sine_position_encoding,
+)
 from concat_jax.models.ops.valid_area import resize_within, statistics_mask, valid_size, zero_beyond
 
 # PyTorch's default for LayerNorm and GroupNorm; published weights assume it.
@@ -55,13 +58,6 @@ def valid_reference_grid(size: jax.Array, height: int, width: int) -> jax.Array:
     return centres / size[:, None, ::-1].astype(jnp.float32)
 
 
-def _levels(tokens: jax.Array, sizes: Sequence[tuple[int, int]]) -> list[jax.Array]:
-    """[B, S, D] -> for each level of `sizes` [B, H_l, W_l, D]."""
-    bounds = np.cumsum([height * width for height, width in sizes])[:-1]
-    parts = zip(jnp.split(tokens, bounds, axis=1), sizes, strict=True)
-    return [level.reshape(len(tokens), *size, -1) for level, size in parts]
-
-
 class EncoderLayer(nn.Module):
     """Deformable self-attention over all scales, then a feed-forward layer, post-norm."""
 
@@ -88,6 +84,11 @@ class EncoderLayer(nn.Module):
           valid_sizes: [B, levels, 2] int32 (height, width) of each level's valid area, beyond which
             no value is read and in units of which the points are; or None.
         """
+        bounds = np.cumsum([height * width for height, width in sizes])[:-1]
+        levels = [
+            level.reshape(level.shape[0], height, width, self.width)
+            for level, (height, width) in zip(jnp.split(tokens, bounds, axis=1), sizes, strict=True)
+        ]
         attended = MultiScaleDeformableAttention(
             width=self.width,
             num_heads=self.num_heads,
@@ -95,12 +96,7 @@ class EncoderLayer(nn.Module):
             num_points=self.num_points,
             dtype=self.dtype,
             name="self_attention",
-        )(
-            tokens + positions.astype(tokens.dtype),
-            reference_points,
-            _levels(tokens, sizes),
-            valid_sizes,
-        )
+        )(tokens + positions.astype(tokens.dtype), reference_points, levels, valid_sizes)
         norm = {"epsilon": NORM_EPSILON, "dtype": self.dtype}
         xavier = nn.initializers.xavier_uniform()
         dense = {"dtype": self.dtype, "kernel_init": xavier}
@@ -152,13 +148,7 @@ class PixelDecoder(nn.Module):
                 f"{self.num_groups}; change one of them."
             )
         dense = {"dtype": self.dtype}
-
-        def norm(features: jax.Array, size: jax.Array | None, name: str) -> jax.Array:
-            layer = nn.GroupNorm(
-                num_groups=self.num_groups, epsilon=NORM_EPSILON, dtype=self.dtype, name=name
-            )
-            return layer(features, mask=statistics_mask(features, size))
-
+        norm = {"num_groups": self.num_groups, "epsilon": NORM_EPSILON, "dtype": self.dtype}
         level_embedding = self.param(
             "level_embedding", nn.initializers.normal(1.0), (NUM_LEVELS, self.width)
         )
@@ -175,11 +165,16 @@ class PixelDecoder(nn.Module):
                 name=f"input_projection_{level}",
                 **dense,
             )(feature)
-            projected = norm(projected, valid, f"input_norm_{level}")
-            encoding = flat_position_encoding(valid, height, width, self.width)
+            projected = nn.GroupNorm(name=f"input_norm_{level}", **norm)(
+                projected, mask=statistics_mask(projected, valid)
+            )
             if valid is None:
+                encoding = sine_position_encoding(height, width, self.width)
+                encoding = encoding.reshape(-1, self.width)
                 references.append(reference_grid(height, width))
             else:
+                encoding = valid_sine_position_encoding(valid, height, width, self.width)
+                encoding = encoding.reshape(batch, -1, self.width)
                 references.append(valid_reference_grid(valid, height, width))
             tokens.append(projected.reshape(batch, height * width, self.width))
             positions.append(encoding + level_embedding[level])
@@ -202,14 +197,20 @@ class PixelDecoder(nn.Module):
                 dtype=self.dtype,
                 name=f"layer_{index}",
             )(encoded, positions, references, tuple(sizes), level_sizes)
-        scales = _levels(encoded, sizes)
+        bounds = np.cumsum([height * width for height, width in sizes])[:-1]
+        scales = [
+            scale.reshape(scale.shape[0], *size, self.width)
+            for scale, size in zip(jnp.split(encoded, bounds, axis=1), sizes, strict=True)
+        ]
 
         finest = features[0]
         valid = None if image_size is None else valid_size(image_size, self.stride)
         lateral = Dense(
             self.width, use_bias=False, kernel_init=_fpn_init, name="lateral_projection", **dense
         )(finest)
-        lateral = norm(lateral, valid, "lateral_norm")
+        lateral = nn.GroupNorm(name="lateral_norm", **norm)(
+            lateral, mask=statistics_mask(lateral, valid)
+        )
         if valid is None:
             upsampled = resize_bilinear(scales[-1], *finest.shape[1:3])
         else:
@@ -218,7 +219,11 @@ class PixelDecoder(nn.Module):
         output_conv = square_conv(
             self.width, 3, 1, kernel_init=_fpn_init, name="output_conv", **dense
         )
-        merged = relu(norm(output_conv(merged), valid, "output_norm"))
+        merged = output_conv(merged)
+        merged = nn.GroupNorm(name="output_norm", **norm)(
+            merged, mask=statistics_mask(merged, valid)
+        )
+        merged = relu(merged)
         mask_features = Dense(self.width, kernel_init=_fpn_init, name="mask_projection", **dense)(
             merged
         )

@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from concat_jax.models.ops.linear import Dense, relu
-from concat_jax.models.ops.position_encoding import flat_position_encoding
+from concat_jax.models.ops.position_encoding import (
+    sine_position_encoding,
+    valid_sine_position_encoding,
+)
 from concat_jax.models.ops.valid_area import resize_within, valid_mask, valid_size
 from concat_jax.models.pixel_decoder import NORM_EPSILON, resize_bilinear
 
@@ -193,12 +196,15 @@ class TransformerDecoder(nn.Module):
             frozen = jax.lax.stop_gradient(mask_features)
             if image_size is None:
                 valid = None
+                encoding = sine_position_encoding(height, width, self.width)
+                encoding = encoding.reshape(-1, self.width)
                 small = resize_bilinear(frozen, height, width)
             else:
                 valid = valid_size(image_size, self.stride * 2 ** (len(scales) - level))
+                encoding = valid_sine_position_encoding(valid, height, width, self.width)
+                encoding = encoding.reshape(batch, -1, self.width)
                 finest = valid_size(image_size, self.stride)
                 small = resize_within(frozen, finest, height, width, valid)
-            encoding = flat_position_encoding(valid, height, width, self.width)
             memory_positions.append(jnp.asarray(encoding, self.dtype))
             small_mask_features.append(small)
             valid_sizes.append(valid)

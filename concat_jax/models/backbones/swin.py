@@ -59,14 +59,23 @@ def relative_position_index(window: int) -> np.ndarray:
     return (row_steps * (2 * window - 1) + column_steps).astype(np.int32)
 
 
-def _blocked_along_axis(
-    extent: jax.Array | np.ndarray, num_windows: int, window: int, shift: int
-) -> jax.Array:
-    """[B, num_windows, w, w] bool: positions of an axis that the cyclic shift made neighbours.
+def _blocked_along_axis(num_windows: int, window: int, shift: int) -> np.ndarray:
+    """[num_windows, w, w] bool: positions of one axis that the cyclic shift alone made neighbours.
 
-    The final `shift` positions of the last window came round from the other end. Maps end at their
-    `extent` [B]. The unpadded map would be filled up to whole windows, and its tokens see those
-    zeros; only what the bucket adds after them is a region of its own.
+    Only the last window holds any: its final `shift` positions came round from the other end.
+    """
+    is_wrapped = np.arange(num_windows * window) >= num_windows * window - shift
+    is_wrapped = is_wrapped.reshape(num_windows, window)
+    return is_wrapped[:, :, None] != is_wrapped[:, None, :]
+
+
+def _blocked_along_valid_axis(
+    extent: jax.Array, num_windows: int, window: int, shift: int
+) -> jax.Array:
+    """As `_blocked_along_axis` for maps that end at their own `extent` [B]: [B, num_windows, w, w].
+
+    The unpadded map would be filled up to whole windows, and its tokens see those zeros; only what
+    the bucket adds after them is a region of its own.
     """
     length = num_windows * window
     filled = -(-extent // window) * window
@@ -85,15 +94,18 @@ def shifted_window_mask(
     [nh, nw, w**2, w**2] bool for a `grid` of (nh, nw) windows, True where attention is blocked;
     with the valid areas `size` [B, 2] a batch axis before.
     """
-    extents = np.asarray([grid]) * window if size is None else size
-    rows, columns = (
-        _blocked_along_axis(extents[:, axis], n, window, shift) for axis, n in enumerate(grid)
-    )
+    if size is None:
+        rows, columns = (_blocked_along_axis(n, window, shift) for n in grid)
+    else:
+        rows, columns = (
+            _blocked_along_valid_axis(size[:, axis], n, window, shift)
+            for axis, n in enumerate(grid)
+        )
     # Rows and columns are combined by broadcasting in the program: their product as a constant
     # would be tens of megabytes for a large image.
-    blocked = rows[:, :, None, :, None, :, None] | columns[:, None, :, None, :, None, :]
-    blocked = blocked.reshape(-1, *grid, window**2, window**2)
-    return blocked[0] if size is None else blocked
+    rows = jnp.asarray(rows[..., :, None, :, None, :, None])
+    blocked = rows | jnp.asarray(columns[..., None, :, None, :, None, :])
+    return blocked.reshape(*blocked.shape[:-6], *grid, window**2, window**2)
 
 
 def partition_windows(features: jax.Array, window: int) -> jax.Array:

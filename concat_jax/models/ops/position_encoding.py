@@ -49,16 +49,6 @@ def sine_position_encoding(
     return encoding
 
 
-def flat_position_encoding(
-    size: jax.Array | None, height: int, width: int, channels: int
-) -> np.ndarray | jax.Array:
-    """[height * width, channels], or with a batch axis before it on valid areas `size` [B, 2]."""
-    if size is None:
-        return sine_position_encoding(height, width, channels).reshape(-1, channels)
-    encoding = valid_sine_position_encoding(size, height, width, channels)
-    return encoding.reshape(len(size), -1, channels)
-
-
 def valid_sine_position_encoding(
     size: jax.Array, height: int, width: int, channels: int, temperature: float = TEMPERATURE
 ) -> jax.Array:
