@@ -172,7 +172,16 @@ def test_imports_run_one_way(room):
 def test_the_package_root_holds_commands():
     for path in (ROOT / "concat_jax").glob("*.py"):
         if path.name != "__init__.py":
-            assert 'if __name__ == "__main__":' in path.read_text(), path.name
+            text = path.read_text()
+            assert 'if __name__ == "__main__":' in text, path.name
+            assert len(text.splitlines()) <= 250, f"{path.name}: what it does belongs in a room"
+
+
+def test_a_file_and_a_room_can_be_taken_in():
+    paths = [*MODULES, *ROOT.glob("data_pipelines/**/*.py"), *ROOT.glob("configs/*.py")]
+    assert not [str(path) for path in paths if len(path.read_text().splitlines()) > 400]
+    rooms = {folder: list(folder.glob("*.py")) for folder in {path.parent for path in paths}}
+    assert not [str(folder) for folder, files in rooms.items() if len(files) > 16]
 
 
 def test_no_module_imports_tensorflow_or_torch():
