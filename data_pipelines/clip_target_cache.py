@@ -100,8 +100,7 @@ class ClipTargetCache:
     def lookup(
         self, image_ids: np.ndarray, segment_source_ids: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Targets of images [B] and segments [B, G]: [B, C] and [B, G, C] float32 of norm 1, 0
-        if padded.
+        """Targets [B, C] of images [B] and [B, G, C] of segments [B, G], float32, 0 where padded.
 
         Raises StoreError naming an image, or a segment and its image, that the cache lacks.
         """

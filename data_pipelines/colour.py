@@ -17,8 +17,7 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 36.0
 
 
 def colour_jitter(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """A new RGB image: brightness, contrast before or after saturation and hue, each half of the
-    time.
+    """A new image: brightness, contrast before or after saturation and hue, each half of the time.
 
     Draws are made in a fixed order and number.
     """

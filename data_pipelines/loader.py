@@ -64,11 +64,11 @@ class SegmentationLoader:
           max_segments: rows G of the tables, 1..65535. Of an image with more segments after the
             crop, the G largest stay and the others become void. 100 is the number of queries:
             more could not be matched.
-          unseen_images: "drop", "void" or "keep"; see `source.treat_unseen`. on_bad_example: what a
-          training image does that cannot be used: "raise" a FileError, or "skip":
-            the next good image in the epoch's order takes its place, the file is logged once and
-            counted in `skipped`. Evaluation always raises: a skipped image would change the metric
-            in silence.
+          unseen_images: "drop", "void" or "keep"; see `source.treat_unseen`.
+          on_bad_example: what a training image does that cannot be used: "raise" a FileError, or
+            "skip": the next good image in the epoch's order takes its place, the file is logged
+            once and counted in `skipped`. Evaluation always raises: a skipped image would change
+            the metric in silence.
           augment, scale_range, max_class_area: see `augment.augment_example`.
           num_eval_images: evaluate on the first so many images by id; None takes all.
         """
@@ -174,11 +174,11 @@ class SegmentationLoader:
         yield from prefetch(example, 0, number, threads + 1, threads)
 
     def eval_example(self, index: int) -> dict[str, Any]:
-        """The un-augmented example of records[index], without batch axis, at native size;
-        `file_name` too.
+        """The un-augmented example of records[index] at native size, without batch axis.
 
-        No segment is ever left out: tables hold max_segments rows, or as many as the image has if
-        more. Raises FileError if the image cannot be used, also where training would skip it.
+        `file_name` comes with it. No segment is ever left out: tables hold max_segments rows, or as
+        many as the image has if more. Raises FileError if the image cannot be used, also where training
+        would skip it.
         """
         record = self.records[index]
         image, segment_ids = self.source.read(record)

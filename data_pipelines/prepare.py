@@ -52,10 +52,10 @@ def prepare(
     """Checks, counts and, where `out` is given, packs parts of a data set; part -> its counts.
 
     Args:
-      parts: () takes the training and the evaluation part of the layout. split_file: instead of the
-      layout's own, see `open_source`. unseen: see `source.treat_unseen`; None takes what the data
-      set's protocol does. Without `parts`
-        it holds for the training part alone, since evaluation is over all classes.
+      parts: () takes the training and the evaluation part of the layout.
+      split_file: instead of the layout's own, see `open_source`.
+      unseen: see `source.treat_unseen`; None takes what the data set's protocol does. Without
+        `parts` it holds for the training part alone, since evaluation is over all classes.
       num_shards, workers: see `build_shards`.
       skip_bad: leave out images of other parts than the data set's evaluation part that cannot be
         used, count and name them, instead of raising.

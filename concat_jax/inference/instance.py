@@ -48,8 +48,8 @@ def instance_inference(
       source_size: (height, width) of the valid extent of mask_logits, may be a fraction. None: all.
       is_thing: [K] bool: only these classes' pairs are kept, after the best `top` are chosen, as
         the reference does for panoptic models. None keeps all.
-      top: 100, COCO's limit of detections an image. score_threshold: a score must exceed it; 0 in
-      the reference, where average precision wants all.
+      top: 100, COCO's limit of detections an image.
+      score_threshold: to be exceeded; 0 in the reference, where average precision wants all.
     """
     probs = class_probs[:, :-1]
     num_classes = probs.shape[1]

@@ -35,14 +35,15 @@ class PredictConfig:
     """How to predict; the reference's values are Mask2Former's.
 
     Attributes:
-      tasks: any of `TASKS`; the networks run once for all of them. keep_rule: of panoptic maps, see
-      `rank_queries`; "" takes the head's. score_threshold: of the rule "score", 0.8 in the
-      reference. objectness_threshold: of the rule "objectness": even odds of holding a segment.
+      tasks: any of `TASKS`; the networks run once for all of them.
+      keep_rule: of panoptic maps, see `rank_queries`; "" takes the head's.
+      score_threshold: of the rule "score", 0.8 in the reference.
+      objectness_threshold: of the rule "objectness": even odds of holding a segment.
       mask_threshold: mask probability from which a pixel is in the mask, 0.5 in the reference.
       overlap_threshold: share of its mask that a panoptic segment must own, 0.8 in the reference.
-      instance_threshold: 0 in the reference, for average precision wants all. gamma: see
-      `rank_queries`; 0 is no calibration. Several values give a panoptic map for each, from
-        one run of the networks.
+      instance_threshold: 0 in the reference, for average precision wants all.
+      gamma: see `rank_queries`; 0 is no calibration. Several values give a panoptic map for each,
+        from one run of the networks.
       short_side, long_side: of the network's input, see `Buckets`.
       batch_size: images that the network takes at once.
     """

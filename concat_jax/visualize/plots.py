@@ -149,9 +149,7 @@ def _finish_legend(legend) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plane:
-    """The plane through the mean [D] along the two main axes [2, D], and their shares of variance
-    [2].
-    """
+    """The plane through the mean [D] along two axes [2, D], and their shares of variance [2]."""
 
     mean: np.ndarray
     axes: np.ndarray
@@ -163,9 +161,7 @@ class Plane:
 
 
 def principal_plane(points: np.ndarray) -> Plane:
-    """The plane of the largest variance of points [M, D]; ValueError unless M, D >= 2 and all
-    finite.
-    """
+    """The plane of the largest variance of finite points [M, D], M and D at least 2."""
     points = np.asarray(points, np.float64)
     if points.ndim != 2 or min(points.shape) < 2:
         raise ValueError(

@@ -40,9 +40,7 @@ IMAGES_PER_SHARD = 500
 
 @dataclasses.dataclass(frozen=True)
 class BuildReport:
-    """Shards that were finished before and that this call wrote, images in all, and left out ->
-    why.
-    """
+    """Shards that were finished before and that this call wrote, images in all, left out -> why."""
 
     finished_before: int
     written: int

@@ -73,8 +73,7 @@ class FolderSource(Source, Protocol):
 def image_number(image_id: int | str, where: str) -> int:
     """The number that stands for an image: an id, or the digits of a text, read as one.
 
-    "ADE_val_00000017" is 17 and "2007_000032" is 2007000032. FileError if it is not in 0 .. 2^63 -
-    1.
+    "ADE_val_00000017" is 17 and "2007_000032" is 2007000032. FileError beyond 0 .. 2^63 - 1.
     """
     number = image_id
     if isinstance(image_id, str):

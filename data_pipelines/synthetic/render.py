@@ -108,9 +108,7 @@ def _spread_points(rng: np.random.Generator, count: int, tries: int) -> np.ndarr
 def paint_ground(
     rng: np.random.Generator, looks: Sequence[Look], height: int, width: int, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Background: canvas [H, W, 3] float32 in about [0, 1], owner [H, W] uint8, index into
-    `looks`.
-    """
+    """Background: canvas [H, W, 3] float32 in about [0, 1], owner [H, W] uint8 into `looks`."""
     weights = region_weights(rng, height, width, scale, len(looks))
     owner = weights.argmax(axis=0).astype(np.uint8)
     canvas = np.zeros((height, width, 3), np.float32)
@@ -206,8 +204,7 @@ def paint_scene(
     scale: float,
     radius: tuple[float, float],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A whole picture: a ground of regions and things, their radii in pixels, in front of each
-    other.
+    """A whole picture: a ground of regions and things in front of each other; radii in pixels.
 
     Returns:
       image [size, size, 3] uint8; owner [size, size] uint8, 1..R stuff then R+1..R+T things; and
