@@ -137,9 +137,7 @@ def calibrate_stage(
     part: str = "",
     num_images: int = 0,
 ) -> float:
-    """Chooses γ for a finished stage among `gammas` and 0; prints the table and writes the
-    report.
-    """
+    """Chooses γ for a finished stage among `gammas` and 0; writes the report."""
     from data_pipelines.datasets import make_datasets
 
     check_gammas((0.0, *gammas))

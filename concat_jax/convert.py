@@ -54,9 +54,7 @@ def convert(
     to: str = "orbax",
     overwrite: bool = False,
 ) -> ModelCard:
-    """Converts a model and prints what became of its arrays; arguments as the flags of the same
-    names.
-    """
+    """Converts a model and prints what became of its arrays; arguments as the flags."""
     for flag, value, valid in (("to", to, FORMATS), ("task", task, ("", *TASKS))):
         if value not in valid:
             raise ValueError(

@@ -77,9 +77,7 @@ class ClipTargetCache:
     """All targets of a cache in memory, once for all threads, looked up by image and segment id."""
 
     def __init__(self, folder: str | os.PathLike[str], expected: Mapping[str, Any]):
-        """Reads every shard (COCO's take 1.4 GB); StoreError as `find_targets` or if one is
-        missing.
-        """
+        """Reads every shard (COCO's take 1.4 GB); StoreError as `find_targets`, or for one."""
         store = find_targets(folder, expected)
         count = store.manifest.get("num_shards")
         if not isinstance(count, int) or count < 1:

@@ -191,9 +191,7 @@ def _shared(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
 def training_part(
     config: Mapping[str, Any], *, seed: int, process_index: int = 0, process_count: int = 1
 ) -> SegmentationLoader:
-    """The part that a config trains on; ValueError as well for shards of another `unseen`
-    treatment.
-    """
+    """The part that a config trains on; ValueError for shards of another `unseen`."""
     return SegmentationLoader(
         _open(config, "", "train_part", config["unseen_images"]),
         image_size=config["image_size"],

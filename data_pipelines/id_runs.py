@@ -17,8 +17,7 @@ def run_starts(values: np.ndarray) -> np.ndarray:
 def keep_largest_segments(
     segment_ids: np.ndarray, max_segments: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Renumbers an id map [H, W] after a crop so that 1..n are the segments which still have
-    pixels.
+    """Renumbers an id map [H, W] after a crop: 1..n are the segments that still have pixels.
 
     Of more than `max_segments`, the largest stay (by pixels on this map; the lower id wins a tie)
     and the pixels of the others become void.

@@ -177,8 +177,7 @@ class SegmentationLoader:
         """The un-augmented example of records[index] at native size, without batch axis.
 
         `file_name` comes with it. No segment is ever left out: tables hold max_segments rows, or as
-        many as the image has if more. Raises FileError if the image cannot be used, also where training
-        would skip it.
+        many as the image has if more. Raises FileError if the image cannot be used, always.
         """
         record = self.records[index]
         image, segment_ids = self.source.read(record)

@@ -24,9 +24,7 @@ MAX_SOURCES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a compiled program: bytes of its result on one chip, path of what it
-    serves.
-    """
+    """One collective of a compiled program: bytes of its result on one chip, and what it serves."""
 
     kind: str
     num_bytes: int

@@ -49,9 +49,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Seconds of every timed call and of the `first` before them; `memory_bytes` 0 if not
-    measured.
-    """
+    """Seconds of every timed call and of the one before; `memory_bytes` 0 if not measured."""
 
     seconds: tuple[float, ...]
     first: float = 0.0

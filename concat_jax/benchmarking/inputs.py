@@ -130,9 +130,7 @@ def native_size(case: Case) -> tuple[int, int]:
 
 
 def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image [h, w, 3] as large as fits in `size`, at the top left, zero beyond, and its size
-    there.
-    """
+    """An image [h, w, 3] as large as fits in `size`, at the top left, and its size there."""
     scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     canvas = np.zeros((*size, 3), np.uint8)

@@ -154,9 +154,7 @@ class Paths:
     output_size: tuple[int, int]
 
     def ours(self, params: Any, text: jax.Array, images: jax.Array, sizes: Sizes) -> Result:
-        """As `Predictor` with a `TextHead`: the projector names the queries of images [B, H, W,
-        3] uint8.
-        """
+        """As `Predictor` with a `TextHead`: the projector names the queries."""
         head = TextHead(params["projector"], text, None, None, self.networks.projector)
         masks, scores = self._segment(params, head, images, sizes)
         return self._finish(masks, scores.class_probs, sizes)
@@ -218,8 +216,7 @@ class Paths:
 
 
 def largest_masks(masks: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
-    """The `number` M largest masks of logits [B, N, h, w], not positive beyond the image's valid
-    area.
+    """The `number` M largest masks of logits [B, N, h, w], not positive beyond the image.
 
     Returns queries [B, M] int32, largest first, and boxes [B, M, 4] float32 (top, left, height,
     width) in pixels of the logits; that of an empty mask is the whole map, as ZegFormer takes it.

@@ -297,9 +297,7 @@ class SemanticWriter(_Writer):
     def add(
         self, image_id: ImageId, file_name: str, labels: np.ndarray, *, result: str = ""
     ) -> None:
-        """Writes [H, W] class indices, -1 void; ValueError if one is no class or the name was
-        written.
-        """
+        """Writes [H, W] class indices, -1 void; ValueError if one is no class or it was written."""
         labels = np.asarray(labels)
         present, areas = np.unique(labels, return_counts=True)
         if labels.size and not -1 <= present[0] <= present[-1] < len(self._vocabulary):

@@ -53,9 +53,7 @@ class ShardStore:
 
     @classmethod
     def found(cls, folder: Path, kind: StoreKind, expected: Mapping[str, Any]) -> Self:
-        """The store that somebody filled; StoreError if there is none or a field of `expected`
-        differs.
-        """
+        """The store that somebody filled; StoreError if there is none or `expected` differs."""
         store = cls(folder, kind, expected)
         theirs = store._read_manifest()
         if theirs is None:
@@ -99,15 +97,11 @@ class ShardStore:
             partial.write_bytes(safetensors.numpy.save(arrays, metadata))
 
     def open(self, index: int) -> dict[str, np.ndarray]:
-        """A shard mapped into memory; StoreError if its checksum or store is another, or it is
-        missing.
-        """
+        """A shard mapped into memory; StoreError if it is missing, damaged or another store's."""
         return self._open(index, verify=True)
 
     def load(self, count: int) -> dict[str, np.ndarray]:
-        """The arrays of shards 0 .. count - 1 one after the other, in memory, nothing twice; as
-        `open`.
-        """
+        """The arrays of shards 0 .. count - 1 one after the other, in memory; errors as `open`."""
         if missing := self.missing(range(count)):
             raise StoreError(
                 f"{len(missing)} of {count} shards of {self._kind.content} are missing in "
@@ -208,9 +202,7 @@ class ShardedRows:
     """
 
     def __init__(self, parts: Sequence[np.ndarray]):
-        """Args:
-        parts: at least one, of the same dtype and the same shape but for axis 0.
-        """
+        """At least one part, all of the same dtype and the same shape but for axis 0."""
         self._parts = tuple(parts)
         self._ends = np.cumsum([len(part) for part in self._parts])
         self.shape = (int(self._ends[-1]), *self._parts[0].shape[1:])

@@ -39,9 +39,7 @@ class AveragePrecision(ClassCounts):
     _SUMS = ("num_gt", "detections")
 
     def __init__(self, num_classes: int, *, thresholds: Sequence[float] = COCO_THRESHOLDS):
-        """`thresholds` are IoUs in (0, 1] from which a detection is true; AP is the mean over
-        them.
-        """
+        """`thresholds` are IoUs in (0, 1] from which a detection is true; AP is their mean."""
         super().__init__(num_classes)
         self.thresholds = tuple(float(t) for t in thresholds)
         if not self.thresholds or not all(0.0 < t <= 1.0 for t in self.thresholds):

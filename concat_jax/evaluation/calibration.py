@@ -90,9 +90,7 @@ def best_gamma(summaries: Mapping[float, Mapping]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """γ chosen on held-out images; γ -> summary on those, and on the test images for 0 and the
-    choice.
-    """
+    """γ chosen on held-out images; γ -> summary there, and on the test images."""
 
     gamma: float
     held_out: Summaries
@@ -105,8 +103,7 @@ def calibrate(
     test: Examples | None,
     gammas: Iterable[float] = GAMMAS,
 ) -> Calibration:
-    """Chooses γ on held-out images, then scores the test images, none of them, without it and
-    with it.
+    """Chooses γ on held-out images, then scores the test images without it and with it.
 
     `sweep_of` is (examples, gammas) -> `sweep` of one stage; 0 always is among the gammas.
     """

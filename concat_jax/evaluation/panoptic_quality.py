@@ -95,8 +95,7 @@ class PanopticQuality(ClassCounts):
         pred_ids: np.ndarray,
         pred_labels: Table,
     ) -> None:
-        """Adds one image's maps [H, W], 0 void; labels and crowd flags are tables as of
-        `table_rows`.
+        """Adds one image's maps [H, W], 0 void; labels and crowd flags as of `table_rows`.
 
         As panopticapi (`pq_compute_single_core`): a pair matches when classes agree, the ground
         truth is no crowd and IoU > 0.5, where pixels of void ground truth are taken out of the

@@ -11,8 +11,7 @@ GROUPS = ("all", "things", "stuff", "seen", "unseen")
 
 @dataclasses.dataclass(frozen=True)
 class _Metric:
-    """How a metric's summary is shown; columns map its keys to headings, of a comparison and a
-    class.
+    """How a metric's summary is shown; columns map its keys to headings.
 
     `counts` are all 0 where a class does not occur; `rules` are groups that a rule goes before.
     """

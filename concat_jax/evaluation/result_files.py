@@ -52,9 +52,7 @@ class Manifest:
 
 
 def read_manifest(result: str | os.PathLike[str], task: str) -> Manifest | None:
-    """The manifest beside a result, label maps or instances; None where there is none of that
-    task.
-    """
+    """The manifest beside a result, label maps or instances; None where there is none."""
     result = pathlib.Path(result)
     name = f"{result.name}.json" if task == "semantic" else f"{result.stem}.manifest.json"
     path = result.absolute().with_name(name)
@@ -198,9 +196,7 @@ class InstanceResult:
 def read_instance_results(
     path: str | os.PathLike[str],
 ) -> tuple[dict[ImageId, list[InstanceResult]], dict[ImageId, str | None]]:
-    """COCO instance results by image id, and file names by image id, None where entries have
-    none.
-    """
+    """COCO instance results and file names by image id, None where entries have none."""
     path = pathlib.Path(path)
     content = read_json(path, constants=True)
     wanted = "--task=instance needs a list of {image_id, category_id, segmentation, score}"

@@ -59,9 +59,7 @@ class PanopticScore(_Score):
 
 
 class SemanticScore(_Score):
-    """Semantic IoU; label maps in `semantic_predictions/`. Crowds have their class, as in COCO's
-    semantic maps.
-    """
+    """Semantic IoU; maps in `semantic_predictions/`. Crowds have their class, as in COCO's."""
 
     _METRIC, _WRITER, _FILE = SemanticIoU, SemanticWriter, "semantic_predictions"
 

@@ -194,9 +194,7 @@ class Experiment:
     def sweep(
         self, name: str, examples: Iterable[Mapping], gammas: Iterable[float]
     ) -> dict[float, dict]:
-        """What holds after a stage, scored at many γ; ValueError for evaluation on another data
-        set.
-        """
+        """What holds after a stage, scored at many γ."""
         if self.setup.eval_vocabulary is not self.setup.vocabulary:
             raise ValueError(
                 "gamma weighs the seen classes of the training data against the unseen ones; set "

@@ -39,8 +39,7 @@ def _text(run: Experiment, name: str) -> np.ndarray:
 
 
 def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries [M, D] float32 of at most `num_images` evaluation images that hold a segment; classes
-    [M].
+    """Queries [M, D] float32 of evaluation images that hold a segment, and classes [M].
 
     `source` is the stage of the segmentor and of the projector that queries are matched with.
     """

@@ -25,9 +25,7 @@ from concat_jax.training.optimizer import OptimizerConfig
 
 
 class Labels(Protocol):
-    """What of the data decides a run's networks; see `data_pipelines.datasets.Datasets`, which has
-    it.
-    """
+    """What of the data decides a run's networks; `datasets.Datasets` has it."""
 
     vocabulary: Vocabulary
     eval_vocabulary: Vocabulary | None
@@ -37,8 +35,7 @@ class Labels(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a config says, checked: stages in the order of `config.train`, and what they are made
-    with.
+    """What a config says, checked: stages in order, and what they are made with.
 
     `eval_vocabulary` is the same object as `vocabulary` where it is the same.
     """

@@ -14,9 +14,7 @@ from concat_jax.models.semantic_projector import SemanticProjector
 
 
 class ClassScores(NamedTuple):
-    """Class probabilities [B, N, K+1], the last no-object, and objectness [B, N], its complement;
-    float32.
-    """
+    """Class probabilities [B, N, K+1], the last no-object, and objectness [B, N]; float32."""
 
     class_probs: jax.Array
     objectness: jax.Array

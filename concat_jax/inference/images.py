@@ -42,8 +42,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def to_rgb(image: np.ndarray | Image.Image, name: str = "The image") -> np.ndarray:
-    """Any image of Pillow, or array [H, W] or [H, W, 1, 3 or 4] of uint8 or uint16, as [H, W, 3]
-    uint8.
+    """A Pillow image, or array [H, W] or [H, W, 1, 3 or 4], uint8 or uint16, as [H, W, 3] uint8.
 
     Transparent parts show white, as on a page; dropping the transparency instead would show
     whatever colour the file hides there. 16-bit greys are scaled to 8 bit, their range is not
@@ -150,8 +149,7 @@ class Buckets:
         return next(s for s in self.shapes if size[0] <= s[0] and size[1] <= s[1])
 
     def prepare(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-        """[H, W, 3] uint8 resized and padded with zeros to one of `shapes`, and its (height, width)
-        in it.
+        """[H, W, 3] uint8 resized and padded to one of `shapes`, and its (height, width) in it.
 
         Bilinear with antialias, as Pillow does for the reference.
         """

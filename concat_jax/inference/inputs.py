@@ -19,9 +19,7 @@ from concat_jax.inference.images import OVERLAY_SUFFIX, SUFFIXES
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Images to take, each once, in order; sentences for files passed over, and for arguments that
-    failed.
-    """
+    """Images to take, each once, in order; sentences on files passed over and failures."""
 
     paths: list[Path]
     skipped: list[tuple[str, int]]

@@ -53,8 +53,7 @@ def tile_taps(
     image_size: jax.Array | None,
     origin: jax.Array | None,
 ) -> tuple[Taps, Taps, jax.Array]:
-    """Row taps [B, padded_height], column taps [B, W] and where the image ends in a map or tile [B,
-    2].
+    """Row taps [B, padded_height], column taps [B, W], and where images end in a map [B, 2].
 
     Args:
       mask_logits: [B, N, h, w].

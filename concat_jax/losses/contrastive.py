@@ -15,8 +15,7 @@ def contrastive_loss(
     *,
     same_caption: jax.Array | None = None,
 ) -> jax.Array:
-    """Symmetric InfoNCE of a batch of pairs (Radford et al. 2021, figure 3): [B] float32,
-    unreduced.
+    """Symmetric InfoNCE of pairs (Radford et al. 2021, figure 3): [B] float32, unreduced.
 
     Captions that occur more than once in the batch are not each other's negatives: the target of a
     row is uniform over the columns with an equal caption, as in UniCL (Yang et al. 2022).

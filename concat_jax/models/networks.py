@@ -60,9 +60,7 @@ class Networks:
 
 
 def make_networks(config: Mapping[str, Any]) -> Networks:
-    """Networks from the `model` section of a config; ValueError for a field or value they cannot
-    take.
-    """
+    """Networks from the `model` section of a config; ValueError for what they cannot take."""
     what = "config.model.projector has no key"
     check_fields(config["projector"], SemanticProjector, what, "joint_width")
     clip = make_clip(config["clip"])

@@ -130,8 +130,7 @@ class PixelDecoder(nn.Module):
     def __call__(
         self, features: Sequence[jax.Array], image_size: jax.Array | None = None
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """Mask features [B, H/4, W/4, D] and the scales [B, H/s, W/s, D], s = 32, 16, 8, to
-        attend to.
+        """Mask features [B, H/4, W/4, D] and scales [B, H/s, W/s, D], s = 32, 16, 8.
 
         `features` are four maps, s = 4, 8, 16, 32 (times `stride` / 4). For `image_size` [B, 2] the
         result is that of the unpadded image; beyond it mask features are zero, the scales without

@@ -122,8 +122,7 @@ class Segmentor(nn.Module):
 
 
 def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
-    """A segmentor from a nested mapping; what is absent takes the value of `DEFAULTS`
-    (Mask2Former R50).
+    """A segmentor from a nested mapping; the rest is of `DEFAULTS` (Mask2Former R50).
 
     `backbone` holds `kind` (a key of `BACKBONES`) and the fields of that backbone, as `{"kind":
     "swin", **SWIN_VARIANTS["tiny"]}`; its num_groups and remat are the outer ones unless given, its

@@ -81,8 +81,7 @@ def generate(networks: Networks, params, text: jax.Array, rng: jax.Array) -> jax
 
 
 def known_text(text: jax.Array, vocabulary: Vocabulary, unseen_names: bool) -> jax.Array:
-    """Text embeddings [K, C] or [K, S, C] with zeros for unseen classes unless their names are
-    known.
+    """Text embeddings [K, C] or [K, S, C] with zeros for names that are not known.
 
     Masking at the end would not do: a loss may multiply an unknown row by zero, or clip a label of
     "none" to a class that is unseen.

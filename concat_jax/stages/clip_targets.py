@@ -147,8 +147,7 @@ def clip_targets(
     image_size: jax.Array | None = None,
     max_segments: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Targets of CON without gradient: g [B, C] of the image, c [B, G, C] of segments,
-    L2-normalised.
+    """Targets of CON, L2-normalised: g [B, C] of the image, c [B, G, C] of segments.
 
     float32; zeros for a segment that has no pixel or is not among the M largest.
 

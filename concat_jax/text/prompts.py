@@ -20,9 +20,7 @@ Names = Sequence[str | Sequence[str]]
 
 @dataclasses.dataclass(frozen=True)
 class ClassPrompts:
-    """What the text encoder is asked for K classes: texts of each, the first its name's, in
-    templates.
-    """
+    """What the text encoder is asked for K classes: texts of each, the first its name's."""
 
     texts: tuple[tuple[str, ...], ...]
     templates: tuple[str, ...]

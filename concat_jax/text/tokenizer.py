@@ -96,8 +96,7 @@ def has_clip_tokenizer(folder: str | pathlib.Path) -> bool:
 
 
 def make_clip_tokenizer(path: str | pathlib.Path, context_length: int = 77) -> ClipTokenizer:
-    """CLIP's tokenizer from whichever files of it there are; ValueError if there is none, or
-    another's.
+    """CLIP's tokenizer from whichever files of it there are; ValueError if there is none.
 
     `path` is `bpe_simple_vocab_16e6.txt.gz` of github.com/openai/CLIP, Hugging Face's
     `tokenizer.json`, or a folder with it or, if not, with `vocab.json` and `merges.txt`.

@@ -256,9 +256,7 @@ class StageCheckpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Raises:
-        KeyboardInterrupt: for one within the block, saying what is saved.
-        """
+        """A KeyboardInterrupt within the block is raised again, saying what is saved."""
         try:
             self.close()
         except CheckpointError:

@@ -64,8 +64,7 @@ def train_stage(
     loop: LoopConfig,
     optimizer: OptimizerConfig,
 ) -> Any:
-    """Trains a stage to its last step, from its newest checkpoint if there is one; the trained
-    subtrees.
+    """Trains a stage to its last step, from its newest checkpoint if any; the trained subtrees.
 
     Args:
       name: of the stage; its files go to `workdir/name`.

@@ -108,8 +108,8 @@ def paint(
 ) -> np.ndarray:
     """One id map [height, width] uint16 of instances that may overlap, r + 1 for instance r.
 
-    Crowd regions lie below all others; then the smaller one is on top, by pixels of its whole mask; of
-    two alike, the later.
+    Crowd regions lie below all others; then the smaller one is on top, by pixels of its whole mask;
+    of two alike, the later.
     """
     ids = np.zeros((height, width), np.uint16)
     masks = [decode_rle(code) for code in codes]

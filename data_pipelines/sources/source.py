@@ -51,8 +51,7 @@ class Source(Protocol):
     records: Sequence[ImageRecord]
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
-        """The RGB image, EXIF rotation applied, and its id map [H, W] uint8 or uint16; any
-        thread may.
+        """The RGB image, EXIF rotation applied, and its id map [H, W] uint8 or uint16.
 
         0 is void, r + 1 the segment of row r of the record's tables. A segment that others hide has
         a row and no pixel. Raises FileError for files that do not fit together or to the record.
