@@ -6,7 +6,7 @@
 
 The folder has `train2014/`, `val2014/` and `annotations/instances_{train,val}2014.json`, of COCO or
 in `annotations/ZSIS/` those of ZSI (CVPR 2021). Images with an unseen object are not trained on;
-COCO's other 15 classes are no segments. pycocotools draws the outlines (requirements-data.txt).
+COCO's other 15 classes are no segments.
 
 `--config.data.kind=coco_zsi_65_15 --config.data.split_file=coco_instance_65_15` is the 65/15 split.
 Batch, steps and crop are PADing's; its class vectors are word2vec's, here they are CLIP's.
