@@ -51,6 +51,17 @@ def forget_programs():
             trim(0)
 
 
+@pytest.fixture(scope="module")
+def as_users_compile():
+    """For files that compare programs to the bit or measure them: compiled as outside of tests."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")  # for processes that tests start
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def pytest_xdist_make_scheduler(config, log):
     """A file stays on one worker: its module fixtures and its programs are made once."""
     from xdist.scheduler import LoadFileScheduling

@@ -27,6 +27,8 @@ from configs import demo_zps
 from data_pipelines.datasets import make_datasets
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("as_users_compile")
+
 STAGES = {"clip": ("clip",), "con": ("segmentor", "projector"), "finetune": ("projector",)}
 
 

@@ -11,6 +11,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimised(as_users_compile):
+    """Full-size programs run long enough, and their time and memory are what is looked at."""
+
+
 @pytest.fixture(scope="session")
 def run_hosts():
     """A function: arguments of Python -> what two processes print that may join by `join_hosts`."""
