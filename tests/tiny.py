@@ -21,6 +21,8 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive
 KEY = jax.random.key(3)
 SEEN, UNSEEN = [1, 2, 4, 5], [0, 3]  # of `vocabulary`
 SUBTREES = ("clip", "segmentor", "projector", "generator")
+# A backbone whose first map has the stride of published ones; that of `MODEL` has half of it.
+STRIDE_4 = dict(stage_sizes=(1, 1, 1, 1), width=8, block="basic", norm="group")
 
 # The `model` section of a config; 16-d joint space, queries of width 32.
 MODEL: Mapping[str, Mapping[str, Any]] = {

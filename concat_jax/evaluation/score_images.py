@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,9 +43,9 @@ class _Score(contextlib.ExitStack):
         if self._writer:
             self._writer.add(int(native["image_id"]), native["file_name"], *written)
 
+    @abc.abstractmethod
     def _count(self, native: Mapping, prediction: Prediction) -> tuple:
         """Scores one image; returns what is written of it."""
-        raise NotImplementedError
 
 
 class PanopticScore(_Score):

@@ -18,39 +18,14 @@ from concat_jax.inference.predictor import PredictConfig, Predictor, Prepared
 from concat_jax.inference.programs import Network
 from concat_jax.models.clip_images import normalize_clip_images
 from concat_jax.models.networks import make_networks
+from tests import tiny
 
 SIZE, NUM_QUERIES, JOINT_WIDTH = 64, 6, 16
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 NETWORKS = make_networks(
-    {
-        "clip": dict(
-            embed_dim=JOINT_WIDTH,
-            image_size=16,
-            patch_size=8,
-            image_width=16,
-            image_depth=1,
-            image_heads=2,
-            text_width=8,
-            text_depth=1,
-            text_heads=1,
-            vocab_size=12,
-            context_length=5,
-        ),
-        "segmentor": dict(
-            backbone=dict(stage_sizes=(1, 1, 1, 1), width=8, block="basic", norm="group"),
-            width=32,
-            num_queries=NUM_QUERIES,
-            num_encoder_layers=1,
-            num_decoder_layers=1,
-            num_heads=4,
-            num_points=2,
-            ffn_width=32,
-            decoder_ffn_width=32,
-            num_groups=8,
-        ),
-        "projector": dict(hidden_width=16, num_layers=2),
-        "generator": dict(hidden_width=1),
-    }
+    tiny.model(
+        clip=dict(embed_dim=JOINT_WIDTH, text_width=8, text_heads=1),
+        segmentor=dict(backbone=tiny.STRIDE_4, num_queries=NUM_QUERIES),
+    )
 )
 VOCABULARY = Vocabulary(("cat", "sky", "tree"), (True, False, True), (True, True, False), (1, 2, 3))
 
@@ -83,7 +58,7 @@ def inputs():
 
 def run(function, *arguments):
     """Jitted, with little spent on compiling."""
-    return jax.jit(function).lower(*arguments).compile(FAST_COMPILE)(*arguments)
+    return jax.jit(function).lower(*arguments).compile(tiny.FAST_COMPILE)(*arguments)
 
 
 def make_paths():

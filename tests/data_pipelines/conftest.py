@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data_pipelines.coco_world import make_world
+
 CATEGORIES = [
     {"id": 10, "name": "sky", "isthing": 0, "split": "seen"},
     {"id": 4, "name": "road", "isthing": 0, "split": "unseen"},
@@ -23,6 +25,13 @@ TRAIN = {
     12: [(SKY, 0, 0, 24)],
 }
 VAL = {20: [(DOG, 0, 0, 9), (ROAD, 0, 9, 24)], 21: [(SKY, 0, 0, 24)]}
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A folder with the images of `coco_world`."""
+    make_world(tmp_path)
+    return tmp_path
 
 
 def write_part(folder, part, images):

@@ -25,13 +25,6 @@ from tests.data_pipelines.coco_world import (
     write_json,
 )
 
-
-@pytest.fixture
-def world(tmp_path):
-    make_world(tmp_path)
-    return tmp_path
-
-
 # What a batch is.
 
 

@@ -14,47 +14,27 @@ from concat_jax.inference.heads import TextHead
 from concat_jax.inference.programs import Network, run_networks
 from concat_jax.models.networks import make_networks
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
+from tests import tiny
 
 IMAGE_WIDTH, TEXT_WIDTH, JOINT_WIDTH = 37, 41, 16
 # MLPs are as wide as no multiple of anything else here.
 WIDTHS = {IMAGE_WIDTH, TEXT_WIDTH, 3 * IMAGE_WIDTH, 3 * TEXT_WIDTH}
 NETWORKS = make_networks(
-    {
-        "clip": dict(
+    tiny.model(
+        clip=dict(
             embed_dim=JOINT_WIDTH,
-            image_size=16,
-            patch_size=8,
             image_width=IMAGE_WIDTH,
-            image_depth=1,
             image_heads=1,
             image_mlp_ratio=3.0,
             text_width=TEXT_WIDTH,
-            text_depth=1,
             text_heads=1,
             text_mlp_ratio=3.0,
-            vocab_size=12,
-            context_length=5,
         ),
-        "segmentor": dict(
-            backbone=dict(stage_sizes=(1, 1, 1, 1), width=8, block="basic", norm="group"),
-            width=32,
-            num_queries=6,
-            num_encoder_layers=1,
-            num_decoder_layers=1,
-            num_heads=4,
-            num_points=2,
-            ffn_width=32,
-            decoder_ffn_width=32,
-            num_groups=8,
-        ),
-        "projector": dict(hidden_width=16, num_layers=2),
-        "generator": dict(hidden_width=16, num_layers=1, noise_width=4),
-    }
+        segmentor=dict(backbone=tiny.STRIDE_4),
+    )
 )
 NAMES = ("cat", "sky", "tree")
 SIZE = 64
-# Nothing is run, so machine code need not be good; the passes on the program itself all run.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 IMAGES = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
 
 
@@ -77,7 +57,7 @@ def test_inference_compiles_without_clip(is_padded):
     lowered = run_networks.lower(
         network, head, IMAGES, image_size, is_padded=is_padded, canvas=(SIZE, SIZE)
     )
-    found = dimensions(lowered.compile(FAST_COMPILE).as_text())
+    found = dimensions(lowered.compile(tiny.FAST_COMPILE).as_text())
     assert {JOINT_WIDTH, SIZE} < found, "the search reads no shapes"
     assert not WIDTHS & found
 
@@ -89,6 +69,6 @@ def test_the_search_finds_clip_where_it_is():
         return clip_targets(NETWORKS.clip, params, images, ids, 2, CropConfig())
 
     ids = jax.ShapeDtypeStruct(IMAGES.shape[:3], jnp.uint8)
-    program = jax.jit(targets).lower(shapes_of("clip"), IMAGES, ids).compile(FAST_COMPILE)
+    program = jax.jit(targets).lower(shapes_of("clip"), IMAGES, ids).compile(tiny.FAST_COMPILE)
     found = dimensions(program.as_text())
     assert {IMAGE_WIDTH, 3 * IMAGE_WIDTH} <= found and TEXT_WIDTH not in found

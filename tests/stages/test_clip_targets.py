@@ -12,6 +12,7 @@ from concat_jax.models.clip import make_clip
 from concat_jax.models.clip_images import normalize_clip_images
 from concat_jax.stages import clip_targets as module
 from concat_jax.stages.clip_targets import CropConfig, clip_targets, segment_windows
+from tests import tiny
 
 # Small programs that run once: compiling them is what these tests cost.
 fast_jit = functools.partial(
@@ -166,21 +167,7 @@ def test_an_unknown_fill_is_refused():
 @pytest.fixture(scope="module")
 def targets():
     """CLIP, its parameters, and images with their targets."""
-    clip = make_clip(
-        dict(
-            embed_dim=12,
-            image_size=16,
-            patch_size=8,
-            image_width=16,
-            image_depth=1,
-            image_heads=2,
-            text_width=16,
-            text_depth=1,
-            text_heads=2,
-            vocab_size=12,
-            context_length=4,
-        )
-    )
+    clip = make_clip(dict(tiny.MODEL["clip"], embed_dim=12, context_length=4))
     images, ids = two_colours()
     images, ids = np.concatenate([images, images]), np.concatenate([ids, ids])
     images[1] = np.random.default_rng(0).integers(0, 256, images[1].shape)
