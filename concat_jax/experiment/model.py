@@ -104,8 +104,9 @@ def is_workdir(folder: Path) -> bool:
 def open_model(path: str | Path, *, stage: str = "", dtype: str = "") -> Model:
     """A model from a workdir, or from a folder that `python -m concat_jax.convert` made.
 
-    `stage` "" takes the last that the config evaluates, `dtype` "" the model's own. Raises
-    ValueError if the folder is neither, the stage has not finished, or what is there is damaged.
+    `stage` "" takes the last that the config evaluates, or the last of all; `dtype` "" the model's
+    own. Raises ValueError if the folder is neither, the stage has not finished, or what is there
+    is damaged.
     """
     folder = Path(path)
     if (folder / CARD_NAME).is_file():
@@ -150,7 +151,7 @@ def load_workdir(workdir: Path, stage: str = "") -> LoadedModel:
     labels = _read_labels(workdir, config)
     setup = make_setup(config, labels)
     parameters = Parameters(setup, workdir, make_mesh(devices=1))
-    stage = stage or list(config.eval.stages)[-1]
+    stage = stage or (*config.stages, *config.eval.stages)[-1]
     _check_stage(setup, parameters, workdir, stage)
     print(f"Stage {stage} of {workdir}.")
     sources = setup.holds_after(stage)

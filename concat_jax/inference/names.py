@@ -13,14 +13,19 @@ def parse_classes(text: str, training: Vocabulary) -> tuple[Vocabulary, bool]:
 
     A file has a name a line, or is a JSON list of {"name", "isthing"}. A name that is among
     `training` is seen or unseen as it was there; any other is unseen. Returns as well whether it is
-    known which are things. Raises ValueError for an empty name, or one that occurs twice.
+    known which are things. Raises ValueError for a file that is not there, an empty name, or one
+    that occurs twice.
     """
-    if os.path.exists(text):
+    if os.path.isfile(text):
         found = read_classes(text, training)
         names, is_thing = found.vocabulary.names, found.vocabulary.is_thing
         knows_things = found.knows_things
     else:
+        if text.endswith((".txt", ".json")):
+            raise ValueError(f"There is no file {text}; give --classes=FILE or the names.")
         things, _, stuff = text.partition(";")
+        if ";" in stuff:
+            raise ValueError(f"--classes={text} has several semicolons; one ends the things.")
         parts = [_split(part) for part in (things, stuff)]
         names = tuple(name for part in parts for name in part)
         is_thing = (True,) * len(parts[0]) + (False,) * len(parts[1])

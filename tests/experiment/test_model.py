@@ -224,6 +224,8 @@ def test_damaged_labels_are_named(folder, tmp_path):
         ("a, , b", "Name 2 of --classes=a, , b is empty"),
         ("a, A", "holds the name 'A' more than once"),
         ("; ", "holds no name"),
+        ("a; b; c", "has several semicolons"),
+        ("names.txt", "There is no file names.txt"),
     ],
 )
 def test_bad_names_are_named(text, sentence, experiment):
