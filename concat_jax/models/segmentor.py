@@ -137,6 +137,12 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
     if dtype_name not in DTYPES:
         raise ValueError(f"Segmentor dtype is {dtype_name!r}; use one of {', '.join(DTYPES)}.")
     dtype = DTYPES[dtype_name]
+    for divisor in ("num_heads", "num_groups"):
+        if settings["width"] % settings[divisor]:
+            raise ValueError(
+                f"The segmentor's width {settings['width']} is not divisible by {divisor} "
+                f"{settings[divisor]}; change one of them."
+            )
 
     backbone = dict(settings["backbone"])
     kind = backbone.pop("kind", "resnet")

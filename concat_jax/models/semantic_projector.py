@@ -10,6 +10,12 @@ import numpy as np
 MAX_SCALE = 100.0  # CLIP's clip of exp(s): larger logits stop learning.
 
 
+def unit(vectors: jax.Array) -> jax.Array:
+    """L2-normalise the last axis in float32; a zero vector stays zero, with a finite gradient."""
+    vectors = vectors.astype(jnp.float32)
+    return vectors * jax.lax.rsqrt(jnp.sum(vectors**2, axis=-1, keepdims=True) + 1e-12)
+
+
 def class_vectors(text: jax.Array) -> jax.Array:
     """One vector [K, C] a class, for what needs one: a generator's input, a target to be pulled to.
 
@@ -20,8 +26,7 @@ def class_vectors(text: jax.Array) -> jax.Array:
         return text
     text = text.astype(jnp.float32)
     repeats = jnp.all(text == text[:, :1], axis=-1).at[:, 0].set(False)
-    mean = jnp.where(repeats[..., None], 0.0, text).sum(axis=1)
-    return mean * jax.lax.rsqrt(jnp.sum(mean**2, axis=-1, keepdims=True) + 1e-12)
+    return unit(jnp.where(repeats[..., None], 0.0, text).sum(axis=1))
 
 
 class SemanticProjector(nn.Module):
@@ -44,10 +49,10 @@ class SemanticProjector(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
+        widths = (*[self.hidden_width] * (self.num_layers - 1), self.joint_width)
         self.layers = [
-            nn.Dense(self.hidden_width, dtype=self.dtype, name=f"layer_{i}")
-            for i in range(self.num_layers - 1)
-        ] + [nn.Dense(self.joint_width, dtype=self.dtype, name=f"layer_{self.num_layers - 1}")]
+            nn.Dense(width, dtype=self.dtype, name=f"layer_{i}") for i, width in enumerate(widths)
+        ]
         self.no_object_embedding = self.param(
             "no_object_embedding", nn.initializers.normal(1.0), (self.joint_width,)
         )
@@ -70,14 +75,11 @@ class SemanticProjector(nn.Module):
         """
         if text.ndim not in (2, 3):
             raise ValueError(f"Text embeddings are [K, C] or [K, S, C], not {text.shape}.")
-        no_object = self.no_object_embedding
-        no_object = no_object * jax.lax.rsqrt(jnp.sum(no_object**2) + 1e-12)
         words = text.reshape(-1, text.shape[-1])  # one matrix product whatever S is
-        words = jnp.concatenate([words.astype(jnp.float32), no_object[None]])
-        queries = semantic_queries.astype(jnp.float32)
-        queries = queries * jax.lax.rsqrt(jnp.sum(queries**2, axis=-1, keepdims=True) + 1e-12)
+        no_object = unit(self.no_object_embedding)[None]
+        words = jnp.concatenate([words.astype(jnp.float32), no_object])
         scale = jnp.minimum(jnp.exp(self.log_scale), MAX_SCALE)
-        logits = scale * jnp.einsum("...c,kc->...k", queries, words)
+        logits = scale * jnp.einsum("...c,kc->...k", unit(semantic_queries), words)
         if text.ndim == 2:
             return logits
         classes = logits[..., :-1].reshape(*logits.shape[:-1], *text.shape[:2]).max(axis=-1)

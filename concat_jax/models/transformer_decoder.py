@@ -12,26 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from concat_jax.models.ops.linear import Dense, relu
-from concat_jax.models.ops.position_encoding import (
-    sine_position_encoding,
-    valid_sine_position_encoding,
-)
+from concat_jax.models.ops.position_encoding import sine_position_encoding
 from concat_jax.models.ops.valid_area import resize_within, valid_mask, valid_size
-from concat_jax.models.pixel_decoder import NORM_EPSILON, resize_bilinear
+from concat_jax.models.pixel_decoder import NORM_EPSILON
 
 # The reference's stacked [3 D, D] projection draws Xavier over all three matrices at once, which
 # gives each of them this variance times D.
 _attention_init = nn.initializers.variance_scaling(0.5, "fan_in", "uniform")
-
-
-def _torch_linear_bias(fan_in: int):
-    """PyTorch's default bias of a Linear layer: uniform in +-1 / sqrt(fan_in)."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 def attention_block_mask(
@@ -174,11 +161,6 @@ class TransformerDecoder(nn.Module):
           image_size: [B, 2] int32 (height, width) of each image's valid area, beyond which no
             query looks; None where nothing is padded.
         """
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"Transformer decoder width {self.width} is not divisible by num_heads "
-                f"{self.num_heads}; change one of them."
-            )
         normal = nn.initializers.normal(1.0)
         table = (self.num_queries, self.width)
         query_features = self.param("query_feature_embedding", normal, table)
@@ -194,29 +176,26 @@ class TransformerDecoder(nn.Module):
             # Mask logits are linear in the mask features, and so is the resize: resizing the
             # features once for each scale equals resizing the logits of every layer.
             frozen = jax.lax.stop_gradient(mask_features)
-            if image_size is None:
-                valid = None
-                encoding = sine_position_encoding(height, width, self.width)
-                encoding = encoding.reshape(-1, self.width)
-                small = resize_bilinear(frozen, height, width)
-            else:
-                valid = valid_size(image_size, self.stride * 2 ** (len(scales) - level))
-                encoding = valid_sine_position_encoding(valid, height, width, self.width)
-                encoding = encoding.reshape(batch, -1, self.width)
-                finest = valid_size(image_size, self.stride)
-                small = resize_within(frozen, finest, height, width, valid)
+            valid = valid_size(image_size, self.stride * 2 ** (len(scales) - level))
+            encoding = sine_position_encoding(height, width, self.width, valid)
+            encoding = encoding.reshape(*encoding.shape[:-3], -1, self.width)
             memory_positions.append(jnp.asarray(encoding, self.dtype))
-            small_mask_features.append(small)
+            finest = valid_size(image_size, self.stride)
+            small_mask_features.append(resize_within(frozen, finest, height, width, valid))
             valid_sizes.append(valid)
 
         # Float32 whatever the compute type: these are what losses and class logits are made of.
         decoder_norm = nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, name="decoder_norm")
+
+        def torch_bias_init(key, shape, dtype):  # PyTorch's default: uniform in +-1 / sqrt(fan in)
+            return jax.random.uniform(key, shape, dtype, -(self.width**-0.5), self.width**-0.5)
+
         mask_mlp = [
             Dense(
                 self.width,
                 dtype=jnp.float32,
                 kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-                bias_init=_torch_linear_bias(self.width),
+                bias_init=torch_bias_init,
                 name=f"mask_mlp_{i}",
             )
             for i in range(3)

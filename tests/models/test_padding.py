@@ -9,12 +9,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from concat_jax.models.backbones import swin as swin_lib
-from concat_jax.models.ops.position_encoding import (
-    sine_position_encoding,
-    valid_sine_position_encoding,
-)
+from concat_jax.models.ops.position_encoding import sine_position_encoding
 from concat_jax.models.ops.valid_area import resize_within, valid_mask, valid_size, zero_beyond
-from concat_jax.models.pixel_decoder import reference_grid, valid_reference_grid
+from concat_jax.models.pixel_decoder import reference_grid
 from concat_jax.models.segmentor import make_segmentor, mask_logits, normalize_images
 from concat_jax.models.transformer_decoder import attention_block_mask
 from tests.golden.cases import relative_error
@@ -226,8 +223,8 @@ def test_resize_within_reads_the_valid_area_only():
 
 def test_positions_and_references_follow_the_valid_area():
     sizes = [(5, 7), (8, 3), (300, 200)]
-    encodings = valid_sine_position_encoding(jnp.asarray(sizes), 300, 200, 16)
-    grids = valid_reference_grid(jnp.asarray(sizes), 300, 200).reshape(3, 300, 200, 2)
+    encodings = sine_position_encoding(300, 200, 16, jnp.asarray(sizes))
+    grids = reference_grid(300, 200, jnp.asarray(sizes)).reshape(3, 300, 200, 2)
     for encoding, grid, (height, width) in zip(encodings, grids, sizes, strict=True):
         expected = sine_position_encoding(height, width, 16)
         np.testing.assert_allclose(encoding[:height, :width], expected, atol=3e-6)

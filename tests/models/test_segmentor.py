@@ -306,6 +306,8 @@ def test_full_size_shapes_and_parameter_count():
         ({"backbone": {"widht": 3}}, "'resnet' has no key 'widht'; did you mean 'width'"),
         ({"backbone": {"kind": "vgg"}}, "kind is 'vgg'; use one of"),
         ({"dtype": "float16"}, "dtype is 'float16'; use one of float32, bfloat16"),
+        ({"num_heads": 7}, "width 256 is not divisible by num_heads 7"),
+        ({"width": 24}, "width 24 is not divisible by num_groups 32"),
     ],
 )
 def test_bad_config(config, message):

@@ -103,7 +103,7 @@ class ResidualBlock(nn.Module):
     def __call__(self, features: jax.Array, size: jax.Array | None = None) -> jax.Array:
         """[B, H, W, C], valid [B, 2] or None -> [B, ceil(H/stride), ceil(W/stride), out_width]."""
         norm = functools.partial(_normalize, self.norm, self.num_groups, self.dtype)
-        out_size = None if size is None else valid_size(size, self.stride)
+        out_size = valid_size(size, self.stride)
         out_width = self.width
         if self.block == "bottleneck":
             out_width = self.width * BOTTLENECK_EXPANSION
@@ -151,12 +151,8 @@ class ResNet(nn.Module):
         return 2 if self.stem == "small" else 4
 
     def _check(self) -> None:
-        for field, value, valid in (
-            ("block", self.block, BLOCKS),
-            ("norm", self.norm, NORMS),
-            ("stem", self.stem, STEMS),
-        ):
-            if value not in valid:
+        for field, valid in (("block", BLOCKS), ("norm", NORMS), ("stem", STEMS)):
+            if (value := getattr(self, field)) not in valid:
                 raise ValueError(f"ResNet {field} is {value!r}; use one of {', '.join(valid)}.")
         if not 1 <= len(self.stage_sizes) <= 4:
             raise ValueError(
@@ -180,9 +176,7 @@ class ResNet(nn.Module):
         features = images.astype(self.dtype)
         norm = functools.partial(_normalize, self.norm, self.num_groups, self.dtype)
 
-        def size_at(stride: int) -> jax.Array | None:
-            return None if image_size is None else valid_size(image_size, stride)
-
+        size_at = functools.partial(valid_size, image_size)
         if self.stem == "standard":
             features = _conv(features, self.width, 7, 2, self.dtype, image_size, "stem_conv")
             features = relu(norm(features, size_at(2), "stem_norm"))

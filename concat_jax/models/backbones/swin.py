@@ -27,21 +27,12 @@ BLOCKED_LOGIT = -100.0
 
 # Published sizes as fields of `Swin`: T and S of the paper, B and L with the windows of 12 that
 # their 384 x 384 pretraining, and so every Mask2Former built on them, uses.
+_PRETRAINED_AT_384 = {"stage_sizes": (2, 2, 18, 2), "window_size": 12}
 SWIN_VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "tiny": {"stage_sizes": (2, 2, 6, 2), "width": 96, "num_heads": (3, 6, 12, 24)},
     "small": {"stage_sizes": (2, 2, 18, 2), "width": 96, "num_heads": (3, 6, 12, 24)},
-    "base": {
-        "stage_sizes": (2, 2, 18, 2),
-        "width": 128,
-        "num_heads": (4, 8, 16, 32),
-        "window_size": 12,
-    },
-    "large": {
-        "stage_sizes": (2, 2, 18, 2),
-        "width": 192,
-        "num_heads": (6, 12, 24, 48),
-        "window_size": 12,
-    },
+    "base": {"width": 128, "num_heads": (4, 8, 16, 32), **_PRETRAINED_AT_384},
+    "large": {"width": 192, "num_heads": (6, 12, 24, 48), **_PRETRAINED_AT_384},
 }
 
 _dense_init = nn.initializers.truncated_normal(0.02)
@@ -232,13 +223,8 @@ class PatchMerging(nn.Module):
         patches = patches.transpose(0, 1, 3, 4, 2, 5)
         patches = patches.reshape(batch, height // 2, width // 2, 4 * channels)
         patches = nn.LayerNorm(epsilon=NORM_EPSILON, dtype=self.dtype, name="norm")(patches)
-        return Dense(
-            2 * channels,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=_dense_init,
-            name="reduction",
-        )(patches)
+        dense = {"dtype": self.dtype, "kernel_init": _dense_init}
+        return Dense(2 * channels, use_bias=False, name="reduction", **dense)(patches)
 
 
 class Swin(nn.Module):
@@ -280,13 +266,8 @@ class Swin(nn.Module):
                 f"Swin num_heads is {heads} but there are {len(sizes)} stages; give one number of "
                 "heads a stage."
             )
-        for field, value in (
-            ("width", self.width),
-            ("window_size", self.window_size),
-            ("patch_size", self.patch_size),
-            ("mlp_ratio", self.mlp_ratio),
-        ):
-            if value < 1:
+        for field in ("width", "window_size", "patch_size", "mlp_ratio"):
+            if (value := getattr(self, field)) < 1:
                 raise ValueError(f"Swin {field} is {value}; give a number of 1 or more.")
         for stage, count in enumerate(heads):
             channels = self.width * 2**stage
@@ -308,11 +289,10 @@ class Swin(nn.Module):
         norm = {"epsilon": NORM_EPSILON, "dtype": self.dtype}
         patch = (self.patch_size, self.patch_size)
 
-        def size_at(stage: int) -> jax.Array | None:
-            if image_size is None:
-                return None
-            return valid_size(image_size, self.patch_size * 2**stage)
-
+        sizes = [
+            valid_size(image_size, self.patch_size * 2**stage)
+            for stage in range(len(self.stage_sizes))
+        ]
         images = zero_beyond(images.astype(self.dtype), image_size)
         features = nn.Conv(
             self.width,
@@ -331,9 +311,8 @@ class Swin(nn.Module):
             zip(self.stage_sizes, self.num_heads, strict=True)
         ):
             if stage > 0:
-                features = PatchMerging(self.dtype, name=f"merging_{stage}")(
-                    features, size_at(stage - 1)
-                )
+                merging = PatchMerging(self.dtype, name=f"merging_{stage}")
+                features = merging(features, sizes[stage - 1])
             for index in range(num_blocks):
                 features = block_class(
                     num_heads=num_heads,
@@ -342,6 +321,6 @@ class Swin(nn.Module):
                     mlp_ratio=self.mlp_ratio,
                     dtype=self.dtype,
                     name=f"stage_{stage}_block_{index}",
-                )(features, size_at(stage))
+                )(features, sizes[stage])
             outputs.append(nn.LayerNorm(name=f"output_norm_{stage}", **norm)(features))
         return outputs

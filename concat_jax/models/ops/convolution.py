@@ -26,12 +26,6 @@ def _plain(inputs: jax.Array, kernel: jax.Array, settings: tuple) -> jax.Array:
 _convolve = jax.custom_vjp(_plain, nondiff_argnums=(2,))
 
 
-def _convolve_forward(
-    inputs: jax.Array, kernel: jax.Array, settings: tuple
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _convolve(inputs, kernel, settings), (inputs, kernel)
-
-
 def _convolve_backward(
     settings: tuple, residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -60,7 +54,7 @@ def _convolve_backward(
     return input_gradient, kernel_gradient
 
 
-_convolve.defvjp(_convolve_forward, _convolve_backward)
+_convolve.defvjp(lambda x, k, how: (_convolve(x, k, how), (x, k)), _convolve_backward)
 
 
 def _conv_general_dilated(

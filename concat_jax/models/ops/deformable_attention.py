@@ -21,41 +21,6 @@ from concat_jax.models.ops.linear import Dense
 QUERIES_A_CHUNK = 64
 
 
-def _corner_rows(
-    locations: jax.Array,
-    weights: jax.Array,
-    height: int | jax.Array,
-    width: int | jax.Array,
-    row_length: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Positions and weights of the four corners around each sampling point of one level.
-
-    Args:
-      locations: [B, Q, heads, points, 2] float32, (x, y) in [0, 1] inside the map.
-      weights: [B, Q, heads, points] float32 attention weights.
-      height, width: valid size of the level, for all images or [B, 1, 1] int32.
-      row_length: positions from one row of the level to the next, at least `width`.
-
-    Returns:
-      positions [points, 4, B, Q, heads] int32 into the flattened map, always in range, and
-      corner weights of the same shape: bilinear times attention weight, 0 outside the map.
-    """
-    x = jnp.moveaxis(locations[..., 0], -1, 0) * width - 0.5
-    y = jnp.moveaxis(locations[..., 1], -1, 0) * height - 0.5
-    weights = jnp.moveaxis(weights, -1, 0)
-    left, top = jnp.floor(x), jnp.floor(y)
-    right_share, bottom_share = x - left, y - top
-    positions, corner_weights = [], []
-    for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
-        row_share = jnp.where((row >= 0) & (row <= height - 1), row_share, 0.0) * weights
-        row_start = jnp.clip(row, 0, height - 1).astype(jnp.int32) * row_length
-        for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
-            inside = (column >= 0) & (column <= width - 1)
-            corner_weights.append(jnp.where(inside, column_share, 0.0) * row_share)
-            positions.append(row_start + jnp.clip(column, 0, width - 1).astype(jnp.int32))
-    return jnp.stack(positions, axis=1), jnp.stack(corner_weights, axis=1)
-
-
 def _take_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
     """[B, S, d] at int [B, ...] -> [B, ..., d]; the batch stays an axis of its own."""
     return jax.vmap(lambda rows, index: rows.at[index].get(mode="promise_in_bounds"))(
@@ -81,38 +46,35 @@ def _weighted_row_sum(table: jax.Array, indices: jax.Array, weights: jax.Array) 
     return jax.lax.scan(add_point, zeros, (indices, weights))[0]
 
 
-def _row_gradients(
-    table: jax.Array, indices: jax.Array, weights: jax.Array, gradient: jax.Array, total: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `_weighted_row_sum` for the weights and the table, this one added to `total`."""
-    # [B, Q, heads, points * 4]: the corners of one query side by side.
-    corners = (weights.shape[0] * weights.shape[1], *weights.shape[2:])
-    indices = jnp.moveaxis(indices.reshape(corners), 0, -1)
-    by_query = jnp.moveaxis(weights.reshape(corners), 0, -1)
-    rows = _take_rows(table, indices).astype(jnp.float32)
-    weight_gradient = jnp.einsum("bqhkd,bqhd->bqhk", rows, gradient)
-    updates = gradient[:, :, :, None] * by_query[..., None]
-    total = jax.vmap(
-        lambda sum_, index, update: sum_.at[index].add(update, mode="promise_in_bounds")
-    )(total, indices, updates)
-    return total, jnp.moveaxis(weight_gradient, -1, 0).reshape(weights.shape)
-
-
 def _level_corners(
     value: jax.Array, locations: jax.Array, weights: jax.Array, valid_size: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Table [B, H * W * heads, d] of a level's rows; indices into it and weights of the corners.
 
-    A row is the d channels of one head at one position; the others are [points, 4, B, Q, heads].
+    A row is the d channels of one head at one position. Of the four corners around each sampling
+    point, [points, 4, B, Q, heads]: int32 indices, always in range, and weights, bilinear times
+    attention weight, 0 outside the map.
     """
     batch, height, row_length, num_heads, depth = value.shape
     table = value.reshape(batch, height * row_length * num_heads, depth)
     width = row_length
     if valid_size is not None:
         height, width = (valid_size[:, axis, None, None] for axis in (0, 1))
-    positions, corner_weights = _corner_rows(locations, weights, height, width, row_length)
-    indices = positions * num_heads + jnp.arange(num_heads, dtype=jnp.int32)
-    return table, indices, corner_weights
+    x = jnp.moveaxis(locations[..., 0], -1, 0) * width - 0.5
+    y = jnp.moveaxis(locations[..., 1], -1, 0) * height - 0.5
+    weights = jnp.moveaxis(weights, -1, 0)
+    left, top = jnp.floor(x), jnp.floor(y)
+    right_share, bottom_share = x - left, y - top
+    positions, corner_weights = [], []
+    for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
+        row_share = jnp.where((row >= 0) & (row <= height - 1), row_share, 0.0) * weights
+        row_start = jnp.clip(row, 0, height - 1).astype(jnp.int32) * row_length
+        for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
+            inside = (column >= 0) & (column <= width - 1)
+            corner_weights.append(jnp.where(inside, column_share, 0.0) * row_share)
+            positions.append(row_start + jnp.clip(column, 0, width - 1).astype(jnp.int32))
+    indices = jnp.stack(positions, axis=1) * num_heads + jnp.arange(num_heads, dtype=jnp.int32)
+    return table, indices, jnp.stack(corner_weights, axis=1)
 
 
 @jax.custom_vjp
@@ -127,23 +89,10 @@ def _sample_level(
     return _weighted_row_sum(*_level_corners(value, locations, weights, valid_size))
 
 
-def _sample_level_forward(
-    value: jax.Array, locations: jax.Array, weights: jax.Array, valid_size: jax.Array | None
-) -> tuple[jax.Array, tuple]:
-    inputs = (value, locations, weights, valid_size)
-    return _sample_level(*inputs), inputs
-
-
 def _sample_level_backward(residuals: tuple, gradient: jax.Array) -> tuple:
-    value, locations, weights, valid_size = residuals
+    value = residuals[0]
     total, *gradients = jax.lax.platform_dependent(
-        value,
-        locations,
-        weights,
-        valid_size,
-        gradient,
-        cpu=_level_gradients_in_chunks,
-        default=_level_gradients,
+        *residuals, gradient, cpu=_level_gradients_in_chunks, default=_level_gradients
     )
     return total.reshape(value.shape).astype(value.dtype), *gradients, None
 
@@ -168,8 +117,17 @@ def _level_gradients(
     by_corner, pull, (table, indices) = jax.vjp(corner_weights, locations, weights, has_aux=True)
     if total is None:
         total = jnp.zeros(table.shape, jnp.float32)
-    total, corner_gradient = _row_gradients(table, indices, by_corner, gradient, total)
-    return total, *pull(corner_gradient)
+    # [B, Q, heads, points * 4]: the corners of one query side by side.
+    indices, by_query = (
+        jnp.moveaxis(array.reshape(-1, *array.shape[2:]), 0, -1) for array in (indices, by_corner)
+    )
+    rows = _take_rows(table, indices).astype(jnp.float32)
+    corner_gradient = jnp.einsum("bqhkd,bqhd->bqhk", rows, gradient)
+    updates = gradient[:, :, :, None] * by_query[..., None]
+    total = jax.vmap(
+        lambda sum_, index, update: sum_.at[index].add(update, mode="promise_in_bounds")
+    )(total, indices, updates)
+    return total, *pull(jnp.moveaxis(corner_gradient, -1, 0).reshape(by_corner.shape))
 
 
 def _level_gradients_in_chunks(
@@ -207,7 +165,7 @@ def _level_gradients_in_chunks(
     return total, *map(join, gradients)
 
 
-_sample_level.defvjp(_sample_level_forward, _sample_level_backward)
+_sample_level.defvjp(lambda *inputs: (_sample_level(*inputs), inputs), _sample_level_backward)
 
 
 def multi_scale_deformable_attention(
@@ -231,15 +189,8 @@ def multi_scale_deformable_attention(
         image and not padding; locations are in [0, 1] of that part, and what lies beyond it
         reads zero. None: the whole maps.
     """
-    num_levels = sampling_locations.shape[3]
-    if len(values) != num_levels:
-        raise ValueError(
-            f"Deformable attention got {len(values)} feature maps but sampling locations for "
-            f"{num_levels} levels; pass one map for each level."
-        )
-    batch, num_queries, num_heads = sampling_locations.shape[:3]
     depth = values[0].shape[-1]
-    output = jnp.zeros((batch, num_queries, num_heads, depth), jnp.float32)
+    output = jnp.zeros((*sampling_locations.shape[:3], depth), jnp.float32)
     for level, value in enumerate(values):
         output += _sample_level(
             value,
@@ -247,7 +198,7 @@ def multi_scale_deformable_attention(
             weights[:, :, :, level],
             None if valid_sizes is None else valid_sizes[:, level],
         )
-    return output.reshape(batch, num_queries, num_heads * depth).astype(values[0].dtype)
+    return output.reshape(*output.shape[:2], -1).astype(values[0].dtype)
 
 
 def compass_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndarray:
@@ -260,8 +211,7 @@ def compass_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndar
     directions /= np.abs(directions).max(axis=-1, keepdims=True)
     distances = np.arange(1, num_points + 1)
     offsets = directions[:, None, None, :] * distances[None, None, :, None]
-    shape = (num_heads, num_levels, num_points, 2)
-    return np.ascontiguousarray(np.broadcast_to(offsets, shape)).astype(np.float32)
+    return np.tile(offsets, (1, num_levels, 1, 1)).astype(np.float32)
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -273,7 +223,6 @@ class MultiScaleDeformableAttention(nn.Module):
 
     width: int
     num_heads: int = 8
-    num_levels: int = 3
     num_points: int = 4
     dtype: Any = jnp.float32
 
@@ -292,22 +241,12 @@ class MultiScaleDeformableAttention(nn.Module):
           features: for each level [B, H_l, W_l, D].
           valid_sizes: [B, levels, 2] int32 (height, width) of each level's valid area; None: all.
         """
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"Deformable attention width {self.width} is not divisible by num_heads "
-                f"{self.num_heads}; change one of them."
-            )
-        if len(features) != self.num_levels:
-            raise ValueError(
-                f"Deformable attention was built for {self.num_levels} levels but got "
-                f"{len(features)} feature maps; set num_levels to the number of maps."
-            )
-        xavier = nn.initializers.xavier_uniform()
         zeros = nn.initializers.zeros
+        dense = {"dtype": self.dtype, "kernel_init": nn.initializers.xavier_uniform()}
         batch, num_queries, _ = queries.shape
-        points = (batch, num_queries, self.num_heads, self.num_levels, self.num_points)
+        points = (batch, num_queries, self.num_heads, len(features), self.num_points)
 
-        offsets_init = compass_offsets(self.num_heads, self.num_levels, self.num_points).reshape(-1)
+        offsets_init = compass_offsets(*points[2:]).reshape(-1)
         # TPUs multiply float32 matrices in bfloat16 unless told otherwise.
         exact = {"dtype": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
         offsets = Dense(
@@ -329,12 +268,8 @@ class MultiScaleDeformableAttention(nn.Module):
         reference_points = jnp.broadcast_to(reference_points, (batch, num_queries, 2))
         locations = reference_points[:, :, None, None, None] + offsets / sizes[..., None, :]
 
-        value_projection = Dense(
-            self.width, dtype=self.dtype, kernel_init=xavier, name="value_projection"
-        )
+        value_projection = Dense(self.width, name="value_projection", **dense)
         split = (self.num_heads, self.width // self.num_heads)
         values = [value_projection(f).reshape(*f.shape[:3], *split) for f in features]
         output = multi_scale_deformable_attention(values, locations, weights, valid_sizes)
-        return Dense(self.width, dtype=self.dtype, kernel_init=xavier, name="output_projection")(
-            output
-        )
+        return Dense(self.width, name="output_projection", **dense)(output)

@@ -17,12 +17,6 @@ def _matmul(inputs: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:
     return jax.lax.dot_general(inputs, kernel, (contracted, ((), ())), precision=precision)
 
 
-def _matmul_forward(
-    inputs: jax.Array, kernel: jax.Array, precision: Any
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _matmul(inputs, kernel, precision), (inputs, kernel)
-
-
 def _matmul_backward(
     precision: Any, residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -48,7 +42,7 @@ def _matmul_backward(
     return input_gradient, kernel_gradient
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(lambda x, k, how: (_matmul(x, k, how), (x, k)), _matmul_backward)
 
 
 def _dot_general(
@@ -73,13 +67,9 @@ def relu(inputs: jax.Array) -> jax.Array:
     return jax.nn.relu(inputs)
 
 
-def _relu_forward(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.nn.relu(inputs), jnp.packbits(inputs > 0, axis=-1)
-
-
 def _relu_backward(is_positive: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
     bits = jnp.unpackbits(is_positive, axis=-1, count=gradient.shape[-1])
     return (jnp.where(bits == 1, gradient, 0),)
 
 
-relu.defvjp(_relu_forward, _relu_backward)
+relu.defvjp(lambda x: (jax.nn.relu(x), jnp.packbits(x > 0, axis=-1)), _relu_backward)

@@ -16,57 +16,35 @@ TEMPERATURE = 10000.0
 EXTENT_EPSILON = 1e-6
 
 
-def _wavelengths(channels: int, temperature: float) -> np.ndarray:
-    """[channels / 2] divisors of the angles of one axis; `channels` must be a multiple of 4."""
+def sine_position_encoding(
+    height: int, width: int, channels: int, size: jax.Array | None = None
+) -> np.ndarray | jax.Array:
+    """Fixed encoding [height, width, channels] float32 of a grid; y in the first half, then x.
+
+    Of static shapes only, so it is computed in numpy and becomes a constant of the compiled
+    program. With the valid areas `size` [B, 2] int32 of padded grids, traced, it has a batch axis
+    before, and is on each valid area that of a grid of its size.
+    """
     if channels % 4:
         raise ValueError(
             f"The position encoding needs a channel count that is a multiple of 4, not {channels}."
         )
     half = channels // 2
-    return temperature ** (2 * (np.arange(half) // 2) / half)
+    wavelengths = TEMPERATURE ** (2 * (np.arange(half) // 2) / half)
+    xp, batch = (np, ()) if size is None else (jnp, (len(size),))
 
+    def encode_axis(axis: int, length: int) -> np.ndarray | jax.Array:
+        if size is None:
+            positions = np.arange(1, length + 1) / (length + EXTENT_EPSILON) * (2 * math.pi)
+            angles = positions[:, None] / wavelengths
+        else:
+            places = np.arange(1, length + 1, dtype=np.float32)
+            positions = places / (size[:, axis, None] + EXTENT_EPSILON)
+            angles = positions[..., None] * (2 * math.pi / wavelengths).astype(np.float32)
+        pairs = xp.stack([xp.sin(angles[..., 0::2]), xp.cos(angles[..., 1::2])], axis=-1)
+        return pairs.reshape(*batch, length, half).astype(np.float32)
 
-def sine_position_encoding(
-    height: int, width: int, channels: int, temperature: float = TEMPERATURE
-) -> np.ndarray:
-    """Fixed encoding [height, width, channels] float32 of a grid; y in the first half, then x.
-
-    It depends on static shapes only, so it is computed in numpy and becomes a constant of the
-    compiled program. `temperature` is the ratio of the longest to the shortest wavelength.
-    """
-    wavelengths = _wavelengths(channels, temperature)
-    half = channels // 2
-
-    def encode_axis(size: int) -> np.ndarray:
-        positions = np.arange(1, size + 1) / (size + EXTENT_EPSILON) * (2 * math.pi)
-        angles = positions[:, None] / wavelengths
-        pairs = np.stack([np.sin(angles[:, 0::2]), np.cos(angles[:, 1::2])], axis=-1)
-        return pairs.reshape(size, half).astype(np.float32)
-
-    encoding = np.empty((height, width, channels), np.float32)
-    encoding[..., :half] = encode_axis(height)[:, None]
-    encoding[..., half:] = encode_axis(width)[None, :]
-    return encoding
-
-
-def valid_sine_position_encoding(
-    size: jax.Array, height: int, width: int, channels: int, temperature: float = TEMPERATURE
-) -> jax.Array:
-    """Encoding [B, height, width, channels] of padded grids: on the valid area that of its size.
-
-    `size` [B, 2] int32 (height, width) is each valid area, traced.
-    """
-    wavelengths = _wavelengths(channels, temperature)
-    half = channels // 2
-
-    def encode_axis(extent: jax.Array, length: int) -> jax.Array:
-        places = np.arange(1, length + 1, dtype=np.float32)
-        positions = places / (extent[:, None] + EXTENT_EPSILON)
-        angles = positions[..., None] * (2 * math.pi / wavelengths).astype(np.float32)
-        pairs = jnp.stack([jnp.sin(angles[..., 0::2]), jnp.cos(angles[..., 1::2])], axis=-1)
-        return pairs.reshape(-1, length, half)
-
-    shape = (size.shape[0], height, width, half)
-    y = jnp.broadcast_to(encode_axis(size[:, 0], height)[:, :, None], shape)
-    x = jnp.broadcast_to(encode_axis(size[:, 1], width)[:, None, :], shape)
-    return jnp.concatenate([y, x], axis=-1)
+    shape = (*batch, height, width, half)
+    y = xp.broadcast_to(encode_axis(0, height)[..., :, None, :], shape)
+    x = xp.broadcast_to(encode_axis(1, width)[..., None, :, :], shape)
+    return xp.concatenate([y, x], axis=-1)

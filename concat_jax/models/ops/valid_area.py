@@ -5,16 +5,17 @@ bucket. The functions here let a network compute on the valid area what it would
 unpadded image: what lies beyond is set to zero before every operation that looks at neighbours
 (which is what the zero padding of a convolution would read there), and kept out of statistics.
 
-A `size` is [B, 2] int32, the (height, width) of each image's valid area on one feature map, traced.
+A `size` is [B, 2] int32, the (height, width) of each image's valid area on one feature map, traced;
+None where nothing is padded.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def valid_size(image_size: jax.Array, stride: int) -> jax.Array:
+def valid_size(image_size: jax.Array | None, stride: int) -> jax.Array | None:
     """Valid area [B, 2] of the map of a stride, rounded up as that of the unpadded image is."""
-    return (image_size + (stride - 1)) // stride
+    return None if image_size is None else (image_size + (stride - 1)) // stride
 
 
 def valid_mask(size: jax.Array, height: int, width: int) -> jax.Array:
@@ -32,14 +33,25 @@ def zero_beyond(features: jax.Array, size: jax.Array | None) -> jax.Array:
 
 
 def statistics_mask(features: jax.Array, size: jax.Array | None) -> jax.Array | None:
-    """The `mask` [B, H, W, C] of flax's GroupNorm that keeps the padding out of mean and variance.
-
-    None where `size` is None.
-    """
+    """The `mask` [B, H, W, C] of flax's GroupNorm that keeps the padding out, or None."""
     if size is None:
         return None
     mask = valid_mask(size, *features.shape[1:3])[..., None]
     return jnp.broadcast_to(mask, features.shape)
+
+
+def resize_bilinear(features: jax.Array, height: int, width: int) -> jax.Array:
+    """[B, H, W, C] resized without antialiasing, torch's `interpolate(align_corners=False)`."""
+    in_height, in_width = features.shape[1:3]
+    ratio = in_height // height
+    if ratio > 0 and ratio % 2 == 0 and (in_height, in_width) == (ratio * height, ratio * width):
+        # Every output pixel sits in the middle of four input pixels: their mean, read by slices.
+        first, second = (slice(ratio // 2 - 1 + i, None, ratio) for i in (0, 1))
+        top = features[:, first, first] + features[:, first, second]
+        bottom = features[:, second, first] + features[:, second, second]
+        return (top + bottom) * 0.25
+    shape = (features.shape[0], height, width, features.shape[3])
+    return jax.image.resize(features, shape, "bilinear", antialias=False)
 
 
 def _interpolation_matrix(
@@ -62,13 +74,19 @@ def _interpolation_matrix(
 
 
 def resize_within(
-    features: jax.Array, size: jax.Array, height: int, width: int, new_size: jax.Array
+    features: jax.Array,
+    size: jax.Array | None,
+    height: int,
+    width: int,
+    new_size: jax.Array | None,
 ) -> jax.Array:
-    """Bilinear resize of each image's valid area, torch's `interpolate(align_corners=False)`.
+    """`resize_bilinear` of each image's valid area, summed in float32.
 
     From [B, H, W, C], of which nothing beyond `size` [B, 2] is read, to [B, height, width, C], of
-    which what lies beyond `new_size` [B, 2] repeats the edge; summed in float32.
+    which what lies beyond `new_size` [B, 2] repeats the edge.
     """
+    if size is None:
+        return resize_bilinear(features, height, width)
     rows = _interpolation_matrix(size[:, 0], new_size[:, 0], features.shape[1], height)
     columns = _interpolation_matrix(size[:, 1], new_size[:, 1], features.shape[2], width)
     # TPUs multiply float32 matrices in bfloat16 unless told otherwise.
