@@ -7,7 +7,6 @@ import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 
-from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.synthetic import patterns
 
@@ -22,7 +21,7 @@ STUFF_TABLES = {"colour": patterns.STUFF_COLOURS, "texture": patterns.STUFF_TEXT
 
 @dataclasses.dataclass(frozen=True)
 class WorldClass:
-    """One class: its name, and the attributes that every instance of it has.
+    """One class: its name, and the attributes, keys of the tables, that all its instances have.
 
     An attribute that is None is nuisance: drawn anew for each instance. Stuff has no shape. The
     name need not mention the attributes, so opaque names are a matter of data.
@@ -37,29 +36,11 @@ class WorldClass:
 
 @dataclasses.dataclass(frozen=True)
 class WorldPreset:
-    """A label space with its looks.
-
-    Raises:
-      ValueError: if a class has an attribute that the renderer does not know, or one side is empty.
-    """
+    """A label space with its looks."""
 
     name: str
     things: tuple[WorldClass, ...]
     stuff: tuple[WorldClass, ...]
-
-    def __post_init__(self):
-        for what, classes, tables in (
-            ("thing", self.things, THING_TABLES),
-            ("stuff", self.stuff, STUFF_TABLES),
-        ):
-            if not classes:
-                raise ValueError(
-                    f"The preset {self.name!r} has no {what} class; give at least one."
-                )
-            for entry, (attribute, table) in itertools.product(classes, tables.items()):
-                value = getattr(entry, attribute)
-                if value is not None:
-                    check_choice(value, table, f"Class {entry.name!r}: no {what} {attribute}")
 
     @functools.cached_property
     def classes(self) -> tuple[WorldClass, ...]:
@@ -81,11 +62,8 @@ def _compose(
     template: str, axes: Mapping[str, Sequence[str]], unseen: Collection[tuple[str, ...]]
 ) -> tuple[WorldClass, ...]:
     """All combinations of the attributes in `axes`, named by `template`, all seen but `unseen`."""
-    combinations = [dict(zip(axes, c, strict=True)) for c in itertools.product(*axes.values())]
-    return tuple(
-        WorldClass(template.format(**c), is_seen=tuple(c.values()) not in unseen, **c)
-        for c in combinations
-    )
+    looks = ((c, dict(zip(axes, c, strict=True))) for c in itertools.product(*axes.values()))
+    return tuple(WorldClass(template.format(**look), c not in unseen, **look) for c, look in looks)
 
 
 # Unseen combinations lie on a diagonal: each attribute value is missing in at most two of its
@@ -98,12 +76,7 @@ _GROUNDS = _compose(
 _TEXTURED = _compose(
     "{colour} {texture} balloon",
     {"colour": tuple(patterns.THING_COLOURS), "texture": tuple(patterns.THING_TEXTURES)},
-    unseen={
-        ("red", "striped"),
-        ("yellow", "checkered"),
-        ("blue", "dotted"),
-        ("purple", "plain"),
-    },
+    unseen={("red", "striped"), ("yellow", "checkered"), ("blue", "dotted"), ("purple", "plain")},
 )
 # One invented word a class: nothing in the name of an unseen class points to seen ones.
 _OPAQUE_THINGS = (
@@ -117,9 +90,8 @@ _OPAQUE_STUFF = (
 
 
 def _renamed(classes: Sequence[WorldClass], names: Sequence[str]) -> tuple[WorldClass, ...]:
-    return tuple(
-        dataclasses.replace(entry, name=name) for entry, name in zip(classes, names, strict=True)
-    )
+    pairs = zip(classes, names, strict=True)
+    return tuple(dataclasses.replace(entry, name=name) for entry, name in pairs)
 
 
 PRESETS: dict[str, WorldPreset] = {
@@ -148,26 +120,3 @@ PRESETS: dict[str, WorldPreset] = {
         stuff=_GROUNDS,
     ),
 }
-
-
-def get_preset(preset: str | WorldPreset) -> WorldPreset:
-    """Preset of a name; a `WorldPreset` passes through.
-
-    Raises:
-      ValueError: if the name is unknown; the message gives the nearest one.
-    """
-    if isinstance(preset, WorldPreset):
-        return preset
-    check_choice(preset, PRESETS, "There is no preset")
-    return PRESETS[preset]
-
-
-def caption(names: Sequence[str]) -> str:
-    """One caption for class names: "a red striped balloon and a grey wavy ground".
-
-    Raises:
-      ValueError: if `names` is empty.
-    """
-    if not names:
-        raise ValueError("A caption needs at least one class name; got none.")
-    return " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names)

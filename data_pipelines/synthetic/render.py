@@ -6,22 +6,18 @@ hard while colours blend. `scale` is the number of pixels per pixel of the 64 x 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from data_pipelines.synthetic import patterns
+from data_pipelines.synthetic.presets import WorldClass
 
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """How one region is painted: keys of the tables of this file; `shape` is None for stuff."""
-
-    colour: str
-    texture: str
-    shape: str | None = None
+# Standard deviation of a picture's pixel noise.
+NOISE = 0.012
+# Least and greatest radius of a thing in the reference scene.
+RADIUS = (8.0, 15.0)
 
 
 @functools.lru_cache(maxsize=256)
@@ -106,7 +102,7 @@ def _spread_points(rng: np.random.Generator, count: int, tries: int) -> np.ndarr
 
 
 def paint_ground(
-    rng: np.random.Generator, looks: Sequence[Look], height: int, width: int, scale: float
+    rng: np.random.Generator, looks: Sequence[WorldClass], height: int, width: int, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Background: canvas [H, W, 3] float32 in about [0, 1], owner [H, W] uint8 into `looks`."""
     weights = region_weights(rng, height, width, scale, len(looks))
@@ -128,7 +124,7 @@ def _overlap(start: int, length: int, size: int) -> tuple[slice, slice]:
 def paint_thing(
     rng: np.random.Generator,
     canvas: np.ndarray,
-    look: Look,
+    look: WorldClass,
     *,
     centre: tuple[float, float],
     radius: float,
@@ -179,32 +175,25 @@ def paint_thing(
     return (rows, columns), inside[window_rows, window_columns], int(np.count_nonzero(inside))
 
 
-def finish(
-    rng: np.random.Generator, canvas: np.ndarray, light: tuple[float, float], noise: float = 0.012
-) -> np.ndarray:
-    """Adds a slight fall-off of the light and pixel noise (standard deviation `noise`).
-
-    Returns:
-      [H, W, 3] uint8.
-    """
+def finish(rng: np.random.Generator, canvas: np.ndarray, light: tuple[float, float]) -> np.ndarray:
+    """[H, W, 3] uint8 of a canvas, with a slight fall-off of the light and pixel noise."""
     height, width = canvas.shape[:2]
     x, y = _pixel_grid(height, width)
     fall_off = (x / width - 0.5) * (0.12 * light[0]) + (y / height - 0.5) * (0.12 * light[1]) + 1.0
     canvas = canvas * fall_off[..., None]
-    canvas += noise * rng.standard_normal(canvas.shape, dtype=np.float32)
+    canvas += NOISE * rng.standard_normal(canvas.shape, dtype=np.float32)
     return (np.clip(canvas, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
 def paint_scene(
     rng: np.random.Generator,
-    stuff: Sequence[Look],
-    things: Sequence[Look],
+    stuff: Sequence[WorldClass],
+    things: Sequence[WorldClass],
     *,
     size: int,
     scale: float,
-    radius: tuple[float, float],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A whole picture: a ground of regions and things in front of each other; radii in pixels.
+    """A whole picture: a ground of regions and things in front of each other.
 
     Returns:
       image [size, size, 3] uint8; owner [size, size] uint8, 1..R stuff then R+1..R+T things; and
@@ -217,7 +206,7 @@ def paint_scene(
     # Two tries a centre: things keep some distance, yet about one in three overlaps another.
     centres = _spread_points(rng, len(things), tries=2) if things else ()
     for number, (look, centre) in enumerate(zip(things, centres, strict=True)):
-        r = rng.uniform(*radius)
+        r = rng.uniform(RADIUS[0] * scale, RADIUS[1] * scale)
         # The outer tenth of the scene lets things stick out of the picture, as in photographs.
         margin = 0.55 * r
         x, y = (margin + centre * (size - 2 * margin)).tolist()

@@ -12,7 +12,8 @@ data in `presets.py`:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -20,15 +21,14 @@ from concat_jax.core.batch import pad_table
 from concat_jax.core.config import check_choice
 from data_pipelines.synthetic import render
 from data_pipelines.synthetic.presets import (
+    PRESETS,
     STUFF_TABLES,
     THING_TABLES,
     WorldClass,
     WorldPreset,
-    caption,
-    get_preset,
 )
 
-# Textures of 5 to 7 pixels and radii of 8 to 15 are for this scene size; others scale with it.
+# Textures of 5 to 7 pixels and `render.RADIUS` are for this scene size; others scale with it.
 REFERENCE_SIZE = 64
 SPLITS = ("train", "validation", "test")
 # Least and most regions and things of a scene.
@@ -68,13 +68,18 @@ def _allowed(preset: WorldPreset, which: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _look(
     rng: np.random.Generator, entry: WorldClass, tables: Mapping[str, Collection[str]]
-) -> render.Look:
-    """One instance's look: the class's attributes, with nuisance filled in at random."""
-    drawn = {}
-    for attribute, table in tables.items():
-        value = getattr(entry, attribute)
-        drawn[attribute] = value or tuple(table)[rng.integers(len(table))]
-    return render.Look(**drawn)
+) -> WorldClass:
+    """One instance: the class with its nuisance filled in at random."""
+    drawn = {
+        attribute: getattr(entry, attribute) or tuple(table)[rng.integers(len(table))]
+        for attribute, table in tables.items()
+    }
+    return dataclasses.replace(entry, **drawn)
+
+
+def caption(names: Sequence[str]) -> str:
+    """One caption for class names: "a red striped balloon and a grey wavy ground"."""
+    return " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names)
 
 
 class SyntheticWorld:
@@ -98,7 +103,10 @@ class SyntheticWorld:
         max_segments: int = 12,
         num_eval_images: int = 200,
     ):
-        self.preset = get_preset(preset)
+        if not isinstance(preset, WorldPreset):
+            check_choice(preset, PRESETS, "There is no preset")
+            preset = PRESETS[preset]
+        self.preset = preset
         self.vocabulary = self.preset.vocabulary
         # Below 16 pixels a thing has a radius of 2 to 4 and no texture is left.
         self.image_size = _require_at_least(image_size, 16, "image_size")
@@ -128,7 +136,6 @@ class SyntheticWorld:
 
         Segment ids are without gaps, source ids 1, 2, ...; image ids are unique over the splits.
         """
-        index = _require_at_least(index, 0, "Scene index")
         stream = SPLITS.index(self.split)
         rng = np.random.default_rng([self.seed, stream, index])
         image, segment_ids, labels = self._draw(rng)
@@ -163,7 +170,6 @@ class SyntheticWorld:
             [_look(rng, entries[k], THING_TABLES) for k in things],
             size=self.image_size,
             scale=self._scale,
-            radius=(8.0 * self._scale, 15.0 * self._scale),
         )
         areas = np.bincount(owner.ravel(), minlength=len(labels) + 1)[1:]
         needed = np.full(len(labels), max(MIN_AREA * self._scale**2, 1.0))
@@ -174,12 +180,8 @@ class SyntheticWorld:
         return image, new_ids[owner], labels[kept]
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Batch `step`: the fields of `example` stacked on a leading batch axis [B, ...].
-
-        Raises:
-          ValueError: if `step` is negative.
-        """
-        first = _require_at_least(step, 0, "step") * self.batch_size
+        """Batch `step`: the fields of `example` stacked on a leading batch axis [B, ...]."""
+        first = step * self.batch_size
         examples = [self.example(first + b) for b in range(self.batch_size)]
         return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
@@ -237,8 +239,7 @@ class CaptionWorld:
                 f"Scenes of {image_size} pixels cannot be averaged down to crop_size {crop_size}; "
                 "make image_size a multiple of it or set scene_ratio to 0."
             )
-        self._seed = self._scenes.seed
-        self._stream = _CAPTION_STREAM + SPLITS.index(split)
+        self._key = [self._scenes.seed, _CAPTION_STREAM + SPLITS.index(split)]
         self._labels = np.concatenate(_allowed(self.preset, classes))
         self._scale = image_size / REFERENCE_SIZE
 
@@ -249,8 +250,7 @@ class CaptionWorld:
         crop and -1 for a scene. Crops of K allowed classes hold each class floor or ceil of their
         number / K times, so up to K crops all differ.
         """
-        step = _require_at_least(step, 0, "step")
-        rng = np.random.default_rng([self._seed, self._stream, step])
+        rng = np.random.default_rng([*self._key, step])
         num_crops = self.batch_size - self._num_scenes
         rounds = 1 + num_crops // len(self._labels)
         crops = np.concatenate([rng.permutation(self._labels) for _ in range(rounds)])[:num_crops]
@@ -283,7 +283,7 @@ class CaptionWorld:
             canvas,
             _look(rng, entry, THING_TABLES),
             centre=(centre[0], centre[1]),
-            radius=min(rng.uniform(8.0, 15.0) * scale, 0.5 * size),
+            radius=min(rng.uniform(*render.RADIUS) * scale, 0.5 * size),
             scale=scale,
             light=light,
         )

@@ -7,13 +7,8 @@ import pytest
 
 from data_pipelines.synthetic import patterns, render
 from data_pipelines.synthetic import world as worlds
-from data_pipelines.synthetic.presets import (
-    PRESETS,
-    WorldClass,
-    WorldPreset,
-    caption,
-)
-from data_pipelines.synthetic.world import SPLITS, CaptionWorld, SyntheticWorld
+from data_pipelines.synthetic.presets import PRESETS, WorldClass, WorldPreset
+from data_pipelines.synthetic.world import SPLITS, CaptionWorld, SyntheticWorld, caption
 
 
 def assert_same(first, second):
@@ -163,12 +158,11 @@ def test_small_and_hidden_segments_become_void(monkeypatch):
 
 def test_things_occlude_each_other_and_both_sides_stay_common():
     rng = np.random.default_rng(0)
-    ground, thing = render.Look("grey", "smooth"), render.Look("red", "striped", "round")
+    ground = WorldClass("ground", True, "grey", "smooth")
+    thing = WorldClass("thing", True, "red", "striped", "round")
     hidden = 0
     for _ in range(100):
-        _, owner, full = render.paint_scene(
-            rng, [ground], [thing] * 3, size=64, scale=1.0, radius=(8.0, 15.0)
-        )
+        _, owner, full = render.paint_scene(rng, [ground], [thing] * 3, size=64, scale=1.0)
         for number, area in enumerate(full):
             rows, columns = np.nonzero(owner == 2 + number)
             inside = len(rows) and min(rows.min(), columns.min()) > 0
@@ -233,8 +227,6 @@ def test_stuff_has_lower_contrast_than_things():
 def test_captions():
     assert caption(["red star balloon"]) == "a red star balloon"
     assert caption(["orange cat", "grey wavy ground"]) == "an orange cat and a grey wavy ground"
-    with pytest.raises(ValueError, match="at least one class name"):
-        caption([])
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -339,16 +331,8 @@ def test_bad_caption_arguments(arguments, message):
         CaptionWorld(**arguments)
 
 
-def test_bad_steps_and_presets():
-    with pytest.raises(ValueError, match="step must be an integer of at least 0, got -1"):
-        SyntheticWorld().batch(-1)
-    with pytest.raises(ValueError, match="step must be an integer of at least 0, got -2"):
-        CaptionWorld().batch(-2)
+def test_a_preset_without_classes_of_a_kind():
     good = PRESETS["texture"]
-    with pytest.raises(ValueError, match="Class 'x': no thing colour 'redd'; did you mean 'red'"):
-        dataclasses.replace(good, things=(WorldClass("x", True, colour="redd"),))
-    with pytest.raises(ValueError, match="has no stuff class"):
-        dataclasses.replace(good, stuff=())
     no_unseen = dataclasses.replace(good, things=good.things[:1])
     with pytest.raises(ValueError, match="no unseen thing"):
         SyntheticWorld(preset=no_unseen, classes="unseen")
