@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from concat_jax.core.batch import TARGET_FIELDS
 from concat_jax.core.files import FileError
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
-from concat_jax.experiment.clip_target_batches import PlannedBatch, batch_rows, plan_batches
-from concat_jax.experiment.clip_targets import clip_target_identity
+from concat_jax.experiment.batches import clip_target_identity
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.models.clip import CLIP
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
@@ -30,8 +29,83 @@ from concat_jax.training.sharding import along_batch, mesh_of, replicated
 from data_pipelines.clip_target_cache import DTYPE, dataset_identity, target_store
 from data_pipelines.datasets import make_datasets, training_part
 from data_pipelines.loader import SegmentationLoader
+from data_pipelines.sources.source import ImageRecord
 
 logger = logging.getLogger(__name__)
+
+# Canvases are squares of 640, 960, 1280, 1920, 2560, ... pixels. COCO's longest side is 640, and
+# the resize of a canvas that is mostly empty costs little beside a pass of ViT-B/16.
+SMALLEST_SIDE = 640
+# Tables are of 8, 16, 32, ... segments: every row costs a pass of CLIP, empty or not.
+FEWEST_SEGMENTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Shapes of one program: the canvas's side in pixels, and the rows of the segment table."""
+
+    side: int
+    num_segments: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatch:
+    """Images to embed together: positions in the list of training images, and rows of a batch."""
+
+    bucket: Bucket
+    positions: tuple[int, ...]
+    num_rows: int
+
+
+def bucket_of(record: ImageRecord) -> Bucket:
+    """The smallest bucket that holds an image with all its segments."""
+    doublings = [2**k for k in range(32)]
+    sides = (share * n // 2 for n in doublings for share in (2 * SMALLEST_SIDE, 3 * SMALLEST_SIDE))
+    rows = (FEWEST_SEGMENTS * n for n in doublings)
+    return Bucket(
+        side=next(side for side in sides if side >= max(record.height, record.width)),
+        num_segments=next(n for n in rows if n >= len(record.source_ids)),
+    )
+
+
+def plan_batches(
+    records: Sequence[ImageRecord],
+    shards: Sequence[int],
+    images_per_shard: int,
+    pictures: int,
+    multiple: int,
+) -> list[PlannedBatch]:
+    """Which images go together, so that few rows stay empty and shards finish one after another.
+
+    A batch of at most `pictures` segments over all devices takes images of several shards where one
+    alone does not fill it, but waits only so long as about four least batches are waiting in all.
+    """
+    rows_of = functools.partial(batch_rows, pictures=pictures, multiple=multiple)
+    patience = 4 * rows_of(Bucket(SMALLEST_SIDE, FEWEST_SEGMENTS)) // images_per_shard
+    queues: dict[Bucket, list[int]] = defaultdict(list)
+    plan = []
+
+    def emit(bucket: Bucket) -> None:
+        plan.append(PlannedBatch(bucket, tuple(queues.pop(bucket)), rows_of(bucket)))
+
+    for number, shard in enumerate(shards):
+        first = shard * images_per_shard
+        for position in range(first, min(first + images_per_shard, len(records))):
+            bucket = bucket_of(records[position])
+            queues[bucket].append(position)
+            if len(queues[bucket]) == rows_of(bucket):
+                emit(bucket)
+        due = shards[number - patience] if number >= patience else -1
+        for bucket in [b for b, queue in queues.items() if queue[0] // images_per_shard <= due]:
+            emit(bucket)
+    for bucket in list(queues):
+        emit(bucket)
+    return plan
+
+
+def batch_rows(bucket: Bucket, *, pictures: int, multiple: int) -> int:
+    """Images of a batch: about the same number of pictures for CLIP in every bucket."""
+    return multiple * max(1, pictures // (bucket.num_segments * multiple))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,19 +182,8 @@ def fill_cache(
     bad = 0
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(futures.ThreadPoolExecutor(num_threads, "cache_clip_targets"))
-        batches = prefetch(
-            lambda step: _load(
-                data,
-                pool,
-                skip_bad,
-                plan[step],
-                batch_rows(plan[step].bucket, pictures=pictures, multiple=mesh.size),
-            ),
-            0,
-            len(plan),
-            depth=2,
-            num_threads=1,
-        )
+        load = functools.partial(_load, data, pool, skip_bad)
+        batches = prefetch(lambda step: load(plan[step]), 0, len(plan), depth=2, num_threads=1)
         # Closed before the pool: what stops this loop stops the loading, too.
         stack.enter_context(contextlib.closing(batches))
         for planned, targets in zip(plan, _embed(clip, params, crops, batches, mesh), strict=True):
@@ -139,11 +202,7 @@ def fill_cache(
 
 
 def _load(
-    data: SegmentationLoader,
-    pool: futures.Executor,
-    skip_bad: bool,
-    planned: PlannedBatch,
-    num_rows: int,
+    data: SegmentationLoader, pool: futures.Executor, skip_bad: bool, planned: PlannedBatch
 ) -> _Loaded:
     def read(position: int) -> Mapping[str, Any] | None:
         try:
@@ -154,7 +213,7 @@ def _load(
             logger.warning("Left out a training image: %s", error)
             return None
 
-    side, ids = planned.bucket.side, []
+    num_rows, side, ids = planned.num_rows, planned.bucket.side, []
     images = np.zeros((num_rows, side, side, 3), np.uint8)
     segment_ids = np.zeros((num_rows, side, side), np.uint16)
     image_size = np.ones((num_rows, 2), np.int32)  # an empty row is a picture of one pixel
@@ -191,9 +250,8 @@ def _embed(
         for loaded in batches:
             arrays = (loaded.images, loaded.segment_ids, loaded.image_size)
             inputs = jax.device_put(arrays, along_batch(mesh))
-            waiting.append(
-                (loaded, _embed_batch(clip, crops, loaded.num_segments, params, *inputs))
-            )
+            outputs = _embed_batch(clip, crops, loaded.num_segments, params, *inputs)
+            waiting.append((loaded, outputs))
             if len(waiting) > 1:  # the devices work on one batch while the last is fetched
                 yield fetch(*waiting.popleft())
         while waiting:
@@ -215,24 +273,6 @@ def _shard(targets: Mapping[int, _Targets], width: int) -> dict[str, np.ndarray]
         "segment_source_ids": np.concatenate([image_ids[:0], *(ids for _, ids, _, _ in ordered)]),
         "segments": np.concatenate([nothing, *(rows for *_, rows in ordered)], dtype=DTYPE),
     }
-
-
-def clip_source(run: Experiment) -> str:
-    """The stage that gives CLIP to the stages that learn from cached targets, or "init".
-
-    Raises:
-      ValueError: if there is no such stage, or they take different ones.
-    """
-    stages = {name: run.setup.make_stage(name) for name in run.setup.stages}
-    learn = [name for name in stages if set(TARGET_FIELDS) <= set(stages[name].batch_fields)]
-    sources = {run.setup.stages[name].takes["clip"] for name in learn}
-    if len(sources) != 1:
-        found = " and ".join(sorted(sources)) or "nowhere"
-        raise ValueError(
-            f"The stages that learn from cached targets take CLIP from {found}; a cache holds the "
-            "targets of one CLIP."
-        )
-    return sources.pop()
 
 
 def cache(
@@ -258,7 +298,16 @@ def cache(
         raise ValueError("Nowhere to write: set config.data.clip_targets to the cache's folder.")
     datasets = make_datasets(config.data, seed=config.seed)
     run = Experiment(config, Path(workdir or folder), datasets, trains=False)
-    source = clip_source(run)
+    stages = {name: run.setup.make_stage(name) for name in run.setup.stages}
+    learn = [name for name in stages if set(TARGET_FIELDS) <= set(stages[name].batch_fields)]
+    sources = {run.setup.stages[name].takes["clip"] for name in learn}
+    if len(sources) != 1:
+        found = " and ".join(sorted(sources)) or "nowhere"
+        raise ValueError(
+            f"The stages that learn from cached targets take CLIP from {found}; a cache holds the "
+            "targets of one CLIP."
+        )
+    (source,) = sources
     if source != "init" and not workdir:
         raise ValueError(
             f"This config's CLIP is trained by its stage {source!r}; give --workdir=DIR of the run "

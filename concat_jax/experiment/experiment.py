@@ -19,9 +19,8 @@ from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation import calibration, report
 from concat_jax.evaluation.evaluate import PICTURES, evaluate
-from concat_jax.experiment.batches import stage_batches
+from concat_jax.experiment.batches import check_clip_targets, stage_batches
 from concat_jax.experiment.class_embeddings import ClassEmbeddings
-from concat_jax.experiment.clip_targets import check_clip_targets
 from concat_jax.experiment.copy_parameters import copy_parameters
 from concat_jax.experiment.model import write_labels
 from concat_jax.experiment.parameters import INIT, Parameters, initial_path

@@ -11,8 +11,8 @@ import ml_collections
 
 from concat_jax.core.config import build, check_choice
 from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.experiment.batches import BankConfig
 from concat_jax.experiment.class_embeddings import check_names, check_text, make_tokenizer
-from concat_jax.experiment.query_extraction import BankConfig
 from concat_jax.inference.predictor import PredictConfig
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.generators import make_generator

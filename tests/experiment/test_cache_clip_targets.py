@@ -15,7 +15,6 @@ from PIL import Image
 from concat_jax import cache_clip_targets as command
 from concat_jax.core.files import FileError
 from concat_jax.core.shard_store import ShardStore, StoreError
-from concat_jax.experiment import clip_target_batches as planning
 from concat_jax.experiment import clip_target_cache as filling
 from concat_jax.experiment import experiment as run_module
 from concat_jax.experiment.class_embeddings import ClassEmbeddings
@@ -129,7 +128,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_canvas(monkeypatch):
-    monkeypatch.setattr(planning, "SMALLEST_SIDE", 48)
+    monkeypatch.setattr(filling, "SMALLEST_SIDE", 48)
 
 
 def load(root, **options):
@@ -166,7 +165,7 @@ def filled(world, tmp_path_factory):
     """A cache of the whole world in shards of three images, by one device."""
     folder = tmp_path_factory.mktemp("caches") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "SMALLEST_SIDE", 48)
+        patch.setattr(filling, "SMALLEST_SIDE", 48)
         report = fill(folder, load(world))
     assert report == filling.FillReport(skipped=0, written=4, bad_images=0)
     return folder
@@ -186,10 +185,10 @@ def record(number, segments, side=40):
 
 
 def test_buckets_are_few_and_hold_what_they_must(monkeypatch):
-    monkeypatch.setattr(planning, "SMALLEST_SIDE", 640)
-    sides = [planning.bucket_of(record(0, 1, n)).side for n in (3, 640, 641, 961, 1281, 2000)]
+    monkeypatch.setattr(filling, "SMALLEST_SIDE", 640)
+    sides = [filling.bucket_of(record(0, 1, n)).side for n in (3, 640, 641, 961, 1281, 2000)]
     assert sides == [640, 640, 960, 1280, 1920, 2560]
-    rows = [planning.bucket_of(record(0, n)).num_segments for n in (0, 8, 9, 17, 300)]
+    rows = [filling.bucket_of(record(0, n)).num_segments for n in (0, 8, 9, 17, 300)]
     assert rows == [8, 8, 16, 32, 512]
 
 
@@ -198,16 +197,16 @@ def test_a_plan_holds_every_image_once_and_shards_finish_in_turn(per_shard, devi
     rng = np.random.default_rng(0)
     records = [record(i, int(n)) for i, n in enumerate(rng.gamma(2, 6, 1000))]
     shards = list(range(0, -(-1000 // per_shard), 2))  # as the first of two hosts
-    plan = planning.plan_batches(records, shards, per_shard, 128 * devices, devices)
+    plan = filling.plan_batches(records, shards, per_shard, 128 * devices, devices)
     wanted = [i for i in range(1000) if i // per_shard % 2 == 0]
     assert sorted(p for batch in plan for p in batch.positions) == wanted
     rows = 0
     last = {}
     for number, batch in enumerate(plan):
-        size = planning.batch_rows(batch.bucket, pictures=128 * devices, multiple=devices)
+        size = filling.batch_rows(batch.bucket, pictures=128 * devices, multiple=devices)
         assert len(batch.positions) <= size and size % devices == 0
         assert size * batch.bucket.num_segments <= 128 * devices
-        assert {planning.bucket_of(records[p]) for p in batch.positions} == {batch.bucket}
+        assert {filling.bucket_of(records[p]) for p in batch.positions} == {batch.bucket}
         rows += size
         last |= {p // per_shard: number for p in batch.positions}
     assert len(wanted) / rows > 0.6
@@ -215,7 +214,7 @@ def test_a_plan_holds_every_image_once_and_shards_finish_in_turn(per_shard, devi
     open_shards = (
         1
         + 4
-        * planning.batch_rows(planning.Bucket(48, 8), pictures=128 * devices, multiple=devices)
+        * filling.batch_rows(filling.Bucket(48, 8), pictures=128 * devices, multiple=devices)
         // per_shard
     )
     for number, shard in enumerate(shards[:-open_shards]):
@@ -356,7 +355,7 @@ def trained(world, tmp_path_factory):
     )
     finish_clip(config, folder / "workdir")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "SMALLEST_SIDE", 48)
+        patch.setattr(filling, "SMALLEST_SIDE", 48)
         report = filling.cache(
             config, str(folder / "workdir"), images_per_shard=4, pictures_per_device=16
         )
@@ -543,7 +542,7 @@ def test_an_interrupted_command_goes_on_where_it_stood(trained, tmp_path, monkey
     with pytest.raises(SystemExit, match="^Error: The disk is full.$"):
         command.main(["cache_clip_targets", *flags])
     monkeypatch.undo()
-    monkeypatch.setattr(planning, "SMALLEST_SIDE", 48)
+    monkeypatch.setattr(filling, "SMALLEST_SIDE", 48)
     command.main(["cache_clip_targets", *flags])
     printed = capsys.readouterr().out
     assert "1 of 3 shards of this host are finished and skipped, 2 to do" in printed
@@ -566,7 +565,7 @@ def mini(shared_data):
 
 def test_online_and_cached_targets_agree_on_real_images(mini, tmp_path, monkeypatch):
     """Online as training does it without augmentation, of the images whose size it keeps."""
-    monkeypatch.setattr(planning, "SMALLEST_SIDE", 640)
+    monkeypatch.setattr(filling, "SMALLEST_SIDE", 640)
     options = dict(unseen_images="keep", image_size=640, max_segments=48, num_threads=4)
     source = open_source("coco_panoptic_zps", mini, "train2017")
     source.records = source.records[:32]

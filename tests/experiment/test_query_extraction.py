@@ -9,8 +9,8 @@ import safetensors.numpy
 
 from concat_jax.core.files import FileError
 from concat_jax.core.shard_store import ShardStore, StoreError
-from concat_jax.experiment import query_extraction
-from concat_jax.experiment.query_extraction import BankConfig, fill_bank
+from concat_jax.experiment import batches
+from concat_jax.experiment.batches import BankConfig, fill_bank
 
 IDENTITY = {"stage": "con", "steps": 10, "images": 10}
 BATCH, QUERIES, WIDTH = 2, 3, 4
@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_the_finished_shards(tmp_path, monkeypatch):
 def test_hosts_write_their_own_shards_and_read_all(tmp_path, monkeypatch):
     # One host after the other in one process: what is missing is what both saw at the start.
     agreed = np.ones(3, bool)
-    monkeypatch.setattr(query_extraction, "of_first_host", lambda missing: agreed)
+    monkeypatch.setattr(batches, "of_first_host", lambda missing: agreed)
     calls = []
     for host, own in ((1, [SHARDS[1]]), (0, SHARDS)):
         extract = Extractor()

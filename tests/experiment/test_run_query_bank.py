@@ -52,7 +52,7 @@ def make_bank(tmp_path, monkeypatch):
         for subtree in ("segmentor", "projector"):
             run.parameters.keep(subtree, "con", {"kernel": np.float32(weights)})
         monkeypatch.setattr(
-            "concat_jax.experiment.query_extraction.extract_queries",
+            "concat_jax.experiment.batches.extract_queries",
             lambda *args: (jnp.ones((1, 2, 4)), jnp.asarray([labels])),
         )
         return query_bank(run, "cat", np.zeros((3, 4), np.float32))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from concat_jax.core.cli import join_hosts
 from concat_jax.core.hosts import gathered
-from concat_jax.experiment.query_extraction import BankConfig, fill_bank
+from concat_jax.experiment.batches import BankConfig, fill_bank
 from concat_jax.training.sharding import make_mesh, shard_batch
 from pathlib import Path
 from types import SimpleNamespace

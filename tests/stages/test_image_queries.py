@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.experiment.query_extraction import BankConfig, fill_bank
+from concat_jax.experiment.batches import BankConfig, fill_bank
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.generators import QueryGenerator
 from concat_jax.models.networks import Networks
