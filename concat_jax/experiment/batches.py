@@ -23,10 +23,10 @@ from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
 from concat_jax.core.runtime import light_compiler_options
 from concat_jax.core.shard_store import ShardedRows, ShardStore, StoreKind
-from concat_jax.experiment.parameters import INIT
 from concat_jax.stages import con
 from concat_jax.stages.queries import IMAGE_FIELDS, QueryBank, extract_queries, missing_classes
 from concat_jax.stages.registry import learns_from, method_of
+from concat_jax.stages.stage import INIT
 from concat_jax.training.sharding import shard_batch
 
 if TYPE_CHECKING:

@@ -13,13 +13,12 @@ from concat_jax.core.config import check_choice
 from concat_jax.core.runtime import light_compiler_options
 from concat_jax.experiment.setup import Setup
 from concat_jax.models.networks import Networks, Params
+from concat_jax.stages.stage import INIT
 from concat_jax.training.checkpoints import StageCheckpoints, is_saved
 from concat_jax.training.sharding import replicated
 from concat_jax.weights.clip import clip_params_for, read_clip
 from concat_jax.weights.model_folder import load_card
 from concat_jax.weights.warm_start import segmentor_from_folder
-
-INIT = "init"  # the source of what no stage gives
 
 
 class Parameters:

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from concat_jax.losses import classification, masks, matching
+from concat_jax.losses import masks, matching
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,22 @@ class SegmentationLoss(flax.struct.PyTreeNode):
     loss_dice: jax.Array
     query_of_segment: jax.Array
     query_labels: jax.Array
+
+
+def weighted_cross_entropy(
+    logits: jax.Array, labels: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy weighted by the target's class, unreduced: (weighted losses, weights), float32.
+
+    Divide the sum of the first by the sum of the second for torch's weighted mean, which
+    Mask2Former uses (`loss_labels`). Logits are [..., K], labels [...] in 0..K-1 or -1 to leave
+    the row out (both results are zero there), weights [K].
+    """
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    index = jnp.clip(labels, 0)
+    losses = -jnp.take_along_axis(log_probs, index[..., None], axis=-1)[..., 0]
+    row_weights = jnp.where(labels >= 0, weights[index], 0.0)
+    return losses * row_weights, row_weights
 
 
 def match_queries(
@@ -127,9 +143,7 @@ def segmentation_loss(
         query_of_segment, labels, num_queries, no_object=num_logits - 1
     )
     class_weights = jnp.ones(num_logits).at[-1].set(config.no_object_weight)
-    losses, weights = classification.weighted_cross_entropy(
-        class_logits, query_labels, class_weights
-    )
+    losses, weights = weighted_cross_entropy(class_logits, query_labels, class_weights)
     loss_class = jnp.sum(losses.sum(axis=(0, 2)) / weights.sum(axis=(0, 2)))
 
     # Mask logits at points, of matched queries only; full masks are formed nowhere.

@@ -36,7 +36,6 @@ def similarity(a: jax.Array, b: jax.Array, distance: str) -> jax.Array:
     "cosine", or "euclidean" for minus the squared distance over D, which also compares lengths and
     so cannot be satisfied by direction alone.
     """
-    _check_distance(distance)
     if distance == "cosine":
         return jnp.einsum("md,rd->mr", directions(a), directions(b))
     return -squared_distances(a, b) / a.shape[-1]
@@ -151,7 +150,6 @@ def spread_match(
     alone is content with a class that has collapsed to a point; this is not. Valid where both sides
     have two queries at least; arguments as `query_contrast` has them.
     """
-    _check_distance(distance)
 
     def log_spread(queries, labels):
         queries = directions(queries) if distance == "cosine" else queries
@@ -166,8 +164,3 @@ def spread_match(
     real_spread, real_counts = log_spread(jax.lax.stop_gradient(real), real_labels)
     valid = (pseudo_counts >= 2) & (real_counts >= 2)
     return jnp.where(valid, (pseudo_spread - real_spread) ** 2, 0.0), valid
-
-
-def _check_distance(distance: str) -> None:
-    if distance not in DISTANCES:
-        raise ValueError(f"Distance {distance!r} is unknown; choose {' or '.join(DISTANCES)}.")

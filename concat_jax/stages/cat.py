@@ -19,10 +19,10 @@ from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses import transition
 from concat_jax.losses.alignment import cosine_alignment
-from concat_jax.losses.classification import weighted_cross_entropy
+from concat_jax.losses.segmentation import weighted_cross_entropy
 from concat_jax.models.networks import Networks
 from concat_jax.models.semantic_projector import class_vectors
-from concat_jax.stages.stage import PLAIN_RULES, TEXT, Batch, Context, Stage
+from concat_jax.stages.stage import PLAIN_RULES, TEXT, Batch, Context, Metrics, Stage
 
 LEARNS_FROM = "queries"
 # Pseudo queries of each unseen class in a step, for the cycle. Ours, not tuned: noise is drawn anew
@@ -103,11 +103,7 @@ def require_unseen(vocabulary: Vocabulary, what: str, remedy: str) -> None:
 
 
 def make_stage(context: Context, config: Config) -> Stage:
-    """CAT as a `Stage` on query batches: trains the generator, reads segmentor and projector.
-
-    Raises:
-      ValueError: if unseen names are to be used and there are none.
-    """
+    """CAT as a `Stage` on query batches; ValueError for unseen names where there are none."""
     networks, vocabulary = context.networks, context.vocabulary
     num_classes = len(vocabulary)
     if config.unseen_names:
@@ -126,31 +122,16 @@ def make_stage(context: Context, config: Config) -> Stage:
         pseudo = generate(networks, everything, vectors[jnp.clip(pseudo_labels, 0)], rng_seen)
 
         matched = labels[of_batch] >= 0
-        terms = {
-            "mmd": transition.mmd(
-                pseudo[of_batch],
-                real[of_batch],
-                matched,
-                matched,
-                bandwidths=config.mmd_bandwidths,
-            )
-        }
-        weights = {
-            "mmd": config.mmd_weight,
-            "contrast": config.contrast_weight,
-            "spread": config.spread_weight,
-            "cycle": config.cycle_weight,
-        }
         sides = (pseudo, pseudo_labels, real, labels)
         distance = config.contrast_distance
-        terms["contrast"] = _mean_of_valid(
-            *transition.query_contrast(
-                *sides,
-                temperature=config.contrast_temperature,
-                distance=distance,
-                real_valid=valid,
-            )
+        contrast = transition.query_contrast(
+            *sides, temperature=config.contrast_temperature, distance=distance, real_valid=valid
         )
+        compared = (pseudo[of_batch], real[of_batch], matched, matched)
+        terms = {
+            "mmd": transition.mmd(*compared, bandwidths=config.mmd_bandwidths),
+            "contrast": _mean_of_valid(*contrast),
+        }
         if config.spread_weight:
             terms["spread"] = _mean_of_valid(
                 *transition.spread_match(*sides, num_classes=num_classes, distance=distance)
@@ -176,7 +157,7 @@ def make_stage(context: Context, config: Config) -> Stage:
         pull = cosine_alignment(semantic, vectors[jnp.clip(cycle_labels, 0)]) * counted
         terms["cycle"] = (cross_entropy.sum() + pull.sum()) / jnp.maximum(counted.sum(), 1)
 
-        total = sum(weights[name] * term for name, term in terms.items())
+        total = sum(getattr(config, f"{name}_weight") * term for name, term in terms.items())
         return total, {
             "loss": total,
             **{f"loss_{name}": term for name, term in terms.items()},
@@ -209,19 +190,12 @@ def _mean_of_valid(losses: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.where(valid, losses, 0.0).sum() / jnp.maximum(valid.sum(), 1)
 
 
-def _class_statistics(
-    pseudo: jax.Array,
-    pseudo_labels: jax.Array,
-    real: jax.Array,
-    labels: jax.Array,
-    num_classes: int,
-) -> dict[str, jax.Array]:
+def _class_statistics(pseudo, pseudo_labels, real, labels, num_classes: int) -> Metrics:
     """How pseudo classes lie against real ones, in units of the real classes' spread.
 
-    Returns:
-      "spread_ratio": mean distance of pseudo queries to the mean of their class; a collapse shows
-      as a small one. "offset_ratio": mean distance between the means of a class's pseudo and real
-      queries; classes that are off show as a large one.
+    "spread_ratio" is the mean distance of pseudo queries to the mean of their class; a collapse
+    shows as a small one. "offset_ratio" is the mean distance between the means of a class's pseudo
+    and real queries; classes that are off show as a large one.
     """
     means, _ = transition.class_means(pseudo, pseudo_labels, num_classes)
     real_means, _ = transition.class_means(real, labels, num_classes)

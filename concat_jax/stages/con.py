@@ -72,13 +72,8 @@ class Config:
 
 # What of CLIP decides its image embeddings besides the parameters.
 _IMAGE_FIELDS = (
-    "embed_dim",
-    "image_size",
-    "patch_size",
-    "image_heads",
-    "activation",
-    "stem",
-    "position_interpolation",
+    *("embed_dim", "image_size", "patch_size", "image_heads"),
+    *("activation", "stem", "position_interpolation"),
 )
 
 
@@ -153,12 +148,8 @@ def make_stage(context: Context, config: Config) -> Stage:
             labels,
             context.loss,
         )
-        metrics = {
-            "accuracy": matched_accuracy(logits[:, -1], terms.query_labels[:, -1]),
-            "loss_class": terms.loss_class,
-            "loss_mask": terms.loss_mask,
-            "loss_dice": terms.loss_dice,
-        }
+        metrics = {"accuracy": matched_accuracy(logits[:, -1], terms.query_labels[:, -1])}
+        metrics |= {f"loss_{x}": getattr(terms, f"loss_{x}") for x in ("class", "mask", "dice")}
         total = terms.loss_class + terms.loss_mask + terms.loss_dice
         if align:
             if cached:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.core.batch import QUERY_FIELDS
-from concat_jax.losses.classification import weighted_cross_entropy
+from concat_jax.losses.segmentation import weighted_cross_entropy
 from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages.cat import generate, known_text, require_unseen
 from concat_jax.stages.stage import PLAIN_RULES, TEXT, Context, Stage
@@ -76,20 +76,16 @@ def sample_deviations(
 def make_stage(context: Context, config: Config) -> Stage:
     """Union finetune as a `Stage` on query batches: trains the projector only.
 
-    Raises:
-      ValueError: if pseudo queries of unseen classes are asked for and there is no such class.
+    Raises ValueError for pseudo queries of unseen classes where there is no such class.
     """
     networks, vocabulary = context.networks, context.vocabulary
     if config.pseudo_per_class and config.unseen_names:
         method = "--config.train.STAGE.method"
         remedy = f"{method}.unseen_names=False {method}.pseudo_seen=True"
         require_unseen(vocabulary, "The finetune", remedy)
-    pseudo_classes = np.concatenate(
-        [
-            vocabulary.seen if config.pseudo_seen else [],
-            vocabulary.unseen if config.unseen_names else [],
-        ]
-    ).astype(np.int32)
+    sides = ((vocabulary.seen, config.pseudo_seen), (vocabulary.unseen, config.unseen_names))
+    pseudo_classes = np.concatenate([side if wanted else [] for side, wanted in sides])
+    pseudo_classes = pseudo_classes.astype(np.int32)
     with_pseudo = config.pseudo_per_class > 0 and len(pseudo_classes) > 0
 
     def loss(params, frozen, batch, rng):
@@ -101,12 +97,11 @@ def make_stage(context: Context, config: Config) -> Stage:
         weights = weights.at[num_classes].set(config.no_object_weight)
 
         def classify(x):
-            logits = networks.projector.apply(
-                {"params": params["projector"]}, x, text, method="predict"
-            )
-            return (
-                logits if config.unseen_names else logits.at[..., vocabulary.unseen].set(-jnp.inf)
-            )
+            projector = {"params": params["projector"]}
+            logits = networks.projector.apply(projector, x, text, method="predict")
+            if config.unseen_names:
+                return logits
+            return logits.at[..., vocabulary.unseen].set(-jnp.inf)
 
         logits = classify(queries)
         losses, row_weights = weighted_cross_entropy(logits, labels, weights)

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from concat_jax.losses.contrastive import contrastive_loss
+from concat_jax.losses.alignment import contrastive_loss
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images
 from concat_jax.stages.stage import PLAIN_RULES, Context, Stage
 

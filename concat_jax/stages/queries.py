@@ -125,8 +125,6 @@ class QueryBank:
         self._own = slice(process_index * share, (process_index + 1) * share)
         self._memory_per_class = memory_per_class
         if memory_per_class:
-            if not num_classes:
-                raise ValueError("A memory of each class needs num_classes of the query bank.")
             # Rows are classes, and hosts and devices share them as evenly as a batch's images.
             rows = -(-num_classes // batch_size) * batch_size
             share = rows // process_count

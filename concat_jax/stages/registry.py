@@ -11,7 +11,7 @@ from concat_jax.core.config import build, check_choice
 from concat_jax.models.networks import SUBTREES
 from concat_jax.stages import cat, con, finetune, pretrain_clip
 from concat_jax.stages.queries import on_images
-from concat_jax.stages.stage import COMES_WITH, Context, Stage, StageConfig
+from concat_jax.stages.stage import COMES_WITH, INIT, Context, Stage, StageConfig
 
 # A new stage is a module, see `stage.py`, and a line here.
 STAGES: dict[str, ModuleType] = {
@@ -40,11 +40,7 @@ def learns_from(settings: StageConfig) -> str:
 
 
 def method_of(name: str, settings: StageConfig) -> Any:
-    """The constants of stage `name`, a `Config` of its kind.
-
-    Raises:
-      ValueError: for an unknown kind, a field that the kind lacks, or a value it refuses.
-    """
+    """The constants of stage `name`, a `Config` of its kind; ValueError for what it refuses."""
     check_choice(settings.kind, STAGES, f"config.train.{name}.kind is unknown:")
     with _remedies_of(name):
         return build(STAGES[settings.kind].Config, settings.method, f"config.train.{name}.method")
@@ -53,15 +49,14 @@ def method_of(name: str, settings: StageConfig) -> Any:
 def make_stage(name: str, settings: StageConfig, context: Context) -> Stage:
     """The stage that the settings describe.
 
-    Raises:
-      ValueError: as `method_of`; for a source of vision queries that the stage cannot have; or for
-        something it reads that the settings do not say where to take from.
+    Raises ValueError as `method_of`, for a source of vision queries that it cannot have, or for
+    something it reads that the settings do not say where to take from.
     """
     where = f"config.train.{name}"
     method = method_of(name, settings)
     check_choice(settings.queries, QUERY_SOURCES, f"{where}.queries is")
     module = STAGES[settings.kind]
-    if module.LEARNS_FROM == "queries" and settings.takes.get("segmentor", "init") == "init":
+    if module.LEARNS_FROM == "queries" and settings.takes.get("segmentor", INIT) == INIT:
         raise ValueError(
             f"Stage {name!r} learns from vision queries; say in {where}.takes.segmentor which "
             "stage trained the segmentor, and the projector that goes with it."

@@ -29,6 +29,7 @@ LossFn = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
 # segment, while a stage may train another one under "projector".
 TEXT = "text"
 MATCHING_PROJECTOR = "matching_projector"
+INIT = "init"  # in `takes`, the source of what no stage gives
 # The subtree whose `takes` entry decides where each of them comes from.
 COMES_WITH = {TEXT: "clip", MATCHING_PROJECTOR: "segmentor"}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from concat_jax.losses.classification import weighted_cross_entropy
+from concat_jax.losses.segmentation import weighted_cross_entropy
 
 
 def test_equals_torch_weighted_mean():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from concat_jax.losses.contrastive import contrastive_loss
+from concat_jax.losses.alignment import contrastive_loss
 
 
 def test_two_pairs_by_hand():

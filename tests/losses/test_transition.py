@@ -184,9 +184,3 @@ def test_terms_of_nothing_are_zero_with_finite_gradients(term, monkeypatch):
         lambda pseudo: TERMS[term](pseudo, normal(5, 3), "cosine").sum()
     )(normal(4, 3))
     assert value == 0 and not np.asarray(gradient).any()
-
-
-@pytest.mark.parametrize("term", ["query", "spread"])
-def test_unknown_distance_is_refused(term):
-    with pytest.raises(ValueError, match="'manhattan' is unknown; choose cosine or euclidean"):
-        TERMS[term](normal(4, 2), normal(5, 2), "manhattan")

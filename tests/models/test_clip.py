@@ -9,7 +9,7 @@ import optax
 import pytest
 import safetensors.numpy
 
-from concat_jax.losses.contrastive import contrastive_loss
+from concat_jax.losses.alignment import contrastive_loss
 from concat_jax.models.clip import interpolate_positions, make_clip
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images
 from concat_jax.weights.clip import read_clip

@@ -99,11 +99,6 @@ def test_hosts_share_a_memory_in_rows_that_devices_can_split():
         assert len(hosts[0][name]) == len(value) // 2
 
 
-def test_a_memory_needs_the_number_of_classes():
-    with pytest.raises(ValueError, match="needs num_classes"):
-        memory_bank(num_classes=0)
-
-
 def test_rows_in_shards_of_half_precision_give_the_same_batches():
     halves = MEMORY_QUERIES.astype(np.float16)
     shards = ShardedRows([halves[:1], halves[1:5], halves[5:]])

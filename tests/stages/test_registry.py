@@ -13,7 +13,7 @@ import pytest
 from concat_jax.core import cli
 from concat_jax.core.config import build
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.losses.classification import weighted_cross_entropy
+from concat_jax.losses.segmentation import weighted_cross_entropy
 from concat_jax.models.backbones import BACKBONES
 from concat_jax.models.networks import make_networks
 from concat_jax.stages.queries import IMAGE_FIELDS, QUERY_FIELDS
