@@ -96,10 +96,6 @@ class ShardStore:
         with replacing(self.path(index)) as partial:
             partial.write_bytes(safetensors.numpy.save(arrays, metadata))
 
-    def open(self, index: int) -> dict[str, np.ndarray]:
-        """A shard mapped into memory; StoreError if it is missing, damaged or another store's."""
-        return self._open(index, verify=True)
-
     def load(self, count: int) -> dict[str, np.ndarray]:
         """The arrays of shards 0 .. count - 1 one after the other, in memory; errors as `open`."""
         if missing := self.missing(range(count)):
@@ -108,23 +104,22 @@ class ShardStore:
                 f"{self._folder}, the first is {self.path(missing[0]).name}; {self._kind.again}."
             )
         # First the sizes alone: a mapped shard holds its file open.
-        shapes = [
-            {
-                name: (array.shape, array.dtype)
-                for name, array in self._open(i, verify=False).items()
-            }
-            for i in range(count)
-        ]
-        whole, ends = {}, dict.fromkeys(self._kind.arrays, 0)
-        for name, (shape, dtype) in shapes[0].items():
-            whole[name] = np.empty((sum(part[name][0][0] for part in shapes), *shape[1:]), dtype)
+        sizes, ends = dict.fromkeys(self._kind.arrays, 0), dict.fromkeys(self._kind.arrays, 0)
+        for index in range(count):
+            shard = self.open(index, verify=False)
+            sizes = {name: size + len(shard[name]) for name, size in sizes.items()}
+        whole = {k: np.empty((sizes[k], *a.shape[1:]), a.dtype) for k, a in shard.items()}
         for index in range(count):
             for name, array in self.open(index).items():
                 begin, ends[name] = ends[name], ends[name] + len(array)
                 whole[name][begin : ends[name]] = array
         return whole
 
-    def _open(self, index: int, *, verify: bool) -> dict[str, np.ndarray]:
+    def open(self, index: int, *, verify: bool = True) -> dict[str, np.ndarray]:
+        """A shard mapped into memory; StoreError if it is missing, damaged or another store's.
+
+        Unless told to `verify`, it is taken for what its header says, and its arrays are not read.
+        """
         path = self.path(index)
         try:
             # Refuses a file whose length is not what its header says.

@@ -121,15 +121,9 @@ class FillReport:
 _Targets = tuple[int, np.ndarray, np.ndarray, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Loaded:
-    """A batch on the host: of each image its id and its segments' ids, or None; padded arrays."""
-
-    ids: tuple[tuple[int, np.ndarray] | None, ...]
-    num_segments: int
-    images: np.ndarray
-    segment_ids: np.ndarray
-    image_size: np.ndarray
+# A batch on the host: of each image its id and its segments' ids, or None; the rows of its table;
+# and images, segment ids and image sizes, padded.
+_Loaded = tuple[list[tuple[int, np.ndarray] | None], int, tuple[np.ndarray, ...]]
 
 
 def fill_cache(
@@ -226,7 +220,7 @@ def _load(
         segment_ids[row, :height, :width] = example["segment_ids"]
         sources = example["segment_source_ids"][example["segment_labels"] >= 0]
         ids.append((int(example["image_id"]), sources))
-    return _Loaded(tuple(ids), planned.bucket.num_segments, images, segment_ids, image_size)
+    return ids, planned.bucket.num_segments, (images, segment_ids, image_size)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -237,21 +231,16 @@ def _embed_batch(clip: CLIP, crops: CropConfig, num_segments: int, params, image
 def _embed(
     clip: CLIP, params: Any, crops: CropConfig, batches: Iterator[_Loaded], mesh: Mesh
 ) -> Iterator[list[_Targets | None]]:
-    def fetch(loaded: _Loaded, outputs) -> list[_Targets | None]:
-        image_targets, segment_targets = jax.device_get(outputs)
-        return [
-            ids and (*ids, image_targets[i], segment_targets[i, : len(ids[1])])
-            for i, ids in enumerate(loaded.ids)
-        ]
+    def fetch(ids, outputs) -> list[_Targets | None]:
+        images, segments = jax.device_get(outputs)
+        return [own and (*own, images[i], segments[i, : len(own[1])]) for i, own in enumerate(ids)]
 
     params = jax.device_put(params, replicated(mesh))
-    waiting: deque[tuple[_Loaded, Any]] = deque()
+    waiting: deque[tuple[Any, Any]] = deque()
     with jax.set_mesh(mesh):
-        for loaded in batches:
-            arrays = (loaded.images, loaded.segment_ids, loaded.image_size)
+        for ids, num_segments, arrays in batches:
             inputs = jax.device_put(arrays, along_batch(mesh))
-            outputs = _embed_batch(clip, crops, loaded.num_segments, params, *inputs)
-            waiting.append((loaded, outputs))
+            waiting.append((ids, _embed_batch(clip, crops, num_segments, params, *inputs)))
             if len(waiting) > 1:  # the devices work on one batch while the last is fetched
                 yield fetch(*waiting.popleft())
         while waiting:

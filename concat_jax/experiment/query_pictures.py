@@ -46,10 +46,8 @@ def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndar
     params = {s: run.parameters.get(s, source) for s in ("segmentor", "projector")}
     text = jnp.asarray(_text(run, source))
     # Every class may be matched here: the picture shows the unseen ones.
-    vocabulary = dataclasses.replace(
-        run.setup.vocabulary, is_seen=(True,) * len(run.setup.vocabulary)
-    )
-    context = dataclasses.replace(run.setup.context, vocabulary=vocabulary)
+    every = dataclasses.replace(run.setup.vocabulary, is_seen=(True,) * len(run.setup.vocabulary))
+    context = dataclasses.replace(run.setup.context, vocabulary=every)
     extract = jax.jit(functools.partial(extract_queries, context, params, text))
     size = run.setup.predict.batch_size
     examples = (resize_longest(e, run.datasets.eval_size) for e in run.datasets.evaluation())
@@ -103,14 +101,11 @@ def query_figure(
     generator = name if "generator" in trains else settings.takes.get("generator")
     if generator:
         labels = np.repeat(np.arange(len(run.setup.vocabulary), dtype=np.int32), per_class)
-        params = {
-            "generator": run.parameters.get("generator", generator),
-            "segmentor": run.parameters.get("segmentor", source),
-        }
-        vectors = class_vectors(jnp.asarray(_text(run, name)))
-        pseudo = generate(
-            run.setup.networks_of(generator), params, vectors[labels], jax.random.key(0)
-        )
+        sources = {"generator": generator, "segmentor": source}
+        params = {s: run.parameters.get(s, stage) for s, stage in sources.items()}
+        vectors = class_vectors(jnp.asarray(_text(run, name)))[labels]
+        networks = run.setup.networks_of(generator)
+        pseudo = generate(networks, params, vectors, jax.random.key(0))
     what = "Real and pseudo vision queries" if "generator" in trains else "Real vision queries"
     if trains == ("projector",):
         what = "Semantic queries"

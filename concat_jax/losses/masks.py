@@ -107,19 +107,15 @@ def mask_bce(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = 
     """
     logits = logits.astype(jnp.float32)
     losses = jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-    if weights is None:
-        return losses.mean(axis=-1)
-    return jnp.sum(losses * weights, axis=-1) / jnp.sum(weights, axis=-1)
+    return jnp.average(losses, axis=-1, weights=weights)
 
 
-def mask_dice(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+def mask_dice(logits: jax.Array, targets: jax.Array, weights: jax.Array | float = 1.0) -> jax.Array:
     """Dice loss [...] in [0, 1] with +1 smoothing over points, which count `weights` times each.
 
     All arguments are [..., P]. Source: Mask2Former `dice_loss`.
     """
     probs = jax.nn.sigmoid(logits.astype(jnp.float32))
-    if weights is None:
-        weights = jnp.ones((), jnp.float32)
     overlap = 2 * jnp.sum(probs * targets * weights, axis=-1)
     total = jnp.sum((probs + targets) * weights, axis=-1)
     return 1 - (overlap + 1) / (total + 1)

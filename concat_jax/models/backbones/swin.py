@@ -50,30 +50,23 @@ def relative_position_index(window: int) -> np.ndarray:
     return (row_steps * (2 * window - 1) + column_steps).astype(np.int32)
 
 
-def _blocked_along_axis(num_windows: int, window: int, shift: int) -> np.ndarray:
+def _blocked_along_axis(
+    num_windows: int, window: int, shift: int, extent: jax.Array | None
+) -> np.ndarray | jax.Array:
     """[num_windows, w, w] bool: positions of one axis that the cyclic shift alone made neighbours.
 
-    Only the last window holds any: its final `shift` positions came round from the other end.
-    """
-    is_wrapped = np.arange(num_windows * window) >= num_windows * window - shift
-    is_wrapped = is_wrapped.reshape(num_windows, window)
-    return is_wrapped[:, :, None] != is_wrapped[:, None, :]
-
-
-def _blocked_along_valid_axis(
-    extent: jax.Array, num_windows: int, window: int, shift: int
-) -> jax.Array:
-    """As `_blocked_along_axis` for maps that end at their own `extent` [B]: [B, num_windows, w, w].
-
-    The unpadded map would be filled up to whole windows, and its tokens see those zeros; only what
-    the bucket adds after them is a region of its own.
+    The last window's final `shift` positions came round from the other end. For maps that end at
+    their own `extent` [B], [B, num_windows, w, w]: the unpadded map would be filled up to whole
+    windows, and its tokens see those zeros; only what the bucket adds after them is a region of its
+    own.
     """
     length = num_windows * window
-    filled = -(-extent // window) * window
     places = np.arange(length)
-    is_wrapped = places >= length - shift
-    is_beyond = (places + shift) % length >= filled[:, None]
-    region = jnp.where(is_wrapped, 2, is_beyond).reshape(-1, num_windows, window)
+    region = places >= length - shift
+    if extent is not None:
+        filled = -(-extent // window) * window
+        region = jnp.where(region, 2, (places + shift) % length >= filled[:, None])
+    region = region.reshape(*region.shape[:-1], num_windows, window)
     return region[..., :, None] != region[..., None, :]
 
 
@@ -85,13 +78,11 @@ def shifted_window_mask(
     [nh, nw, w**2, w**2] bool for a `grid` of (nh, nw) windows, True where attention is blocked;
     with the valid areas `size` [B, 2] a batch axis before.
     """
-    if size is None:
-        rows, columns = (_blocked_along_axis(n, window, shift) for n in grid)
-    else:
-        rows, columns = (
-            _blocked_along_valid_axis(size[:, axis], n, window, shift)
-            for axis, n in enumerate(grid)
-        )
+    extents = (None, None) if size is None else (size[:, 0], size[:, 1])
+    rows, columns = (
+        _blocked_along_axis(n, window, shift, extent)
+        for n, extent in zip(grid, extents, strict=True)
+    )
     # Rows and columns are combined by broadcasting in the program: their product as a constant
     # would be tens of megabytes for a large image.
     rows = jnp.asarray(rows[..., :, None, :, None, :, None])
