@@ -20,11 +20,7 @@ from concat_jax.weights.clip import clip_tokenizer_folder
 
 
 def check_text(text: ml_collections.ConfigDict) -> None:
-    """Refuse a config's `text` section whose templates or synonyms cannot be.
-
-    Raises:
-      ValueError: naming the nearest choice.
-    """
+    """Refuses a config's `text` section by a ValueError that names the nearest choice."""
     find_templates(text.templates)
     check_choice(text.synonyms, SYNONYM_MODES, "config.text.synonyms is")
 
@@ -50,16 +46,10 @@ def make_tokenizer(config: ml_collections.ConfigDict, caption_words: Sequence[st
 def check_names(
     text: ml_collections.ConfigDict, tokenizer: Tokenizer, vocabulary: Vocabulary
 ) -> None:
-    """Refuse names that `ClassEmbeddings` would, without a text tower.
-
-    Raises:
-      ValueError: listing names that are empty, too long, or not to be told apart.
-    """
+    """Refuses, without a text tower, names that are empty, too long, or not to be told apart."""
+    templates = find_templates(text.templates)
     prompts = make_prompts(
-        vocabulary.texts,
-        find_templates(text.templates),
-        clean=text.clean_names,
-        synonyms=text.synonyms,
+        vocabulary.texts, templates, clean=text.clean_names, synonyms=text.synonyms
     )
     tokenize(tokenizer, prompts)
 
@@ -79,22 +69,14 @@ class ClassEmbeddings:
         self._clip_params = clip_params
         self._made: dict[tuple[str, Vocabulary], np.ndarray] = {}
 
-    def tower(self, source: str) -> TextTower:
-        """The text tower of a source."""
-        params, text = self._clip_params(source), self._text
-        return TextTower(
-            self._clip,
-            {name: params[name] for name in SUBTREES},
-            self._tokenizer,
-            text.templates,
-            text.clean_names,
-            text.synonyms,
-        )
-
     def get(self, source: str, vocabulary: Vocabulary) -> np.ndarray:
         """Embeddings of a vocabulary by the CLIP of `source`, see `TextTower.embed`."""
         if (source, vocabulary) not in self._made:
+            params, text = self._clip_params(source), self._text
+            params = {name: params[name] for name in SUBTREES}
+            names = (text.templates, text.clean_names, text.synonyms)
+            tower = TextTower(self._clip, params, self._tokenizer, *names)
             # Several hosts run the tower together: none may find its answer on a disk of its own.
-            cache = self._text.cache if jax.process_count() == 1 else ""
-            self._made[source, vocabulary] = self.tower(source).embed(vocabulary, cache=cache)
+            cache = text.cache if jax.process_count() == 1 else ""
+            self._made[source, vocabulary] = tower.embed(vocabulary, cache=cache)
         return self._made[source, vocabulary]

@@ -264,18 +264,11 @@ def _shard(targets: Mapping[int, _Targets], width: int) -> dict[str, np.ndarray]
     }
 
 
-def cache(
-    config: ml_collections.ConfigDict,
-    workdir: str = "",
-    *,
-    images_per_shard: int = 256,
-    pictures_per_device: int = 128,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> FillReport:
+def cache(config: ml_collections.ConfigDict, workdir: str = "", **options: int) -> FillReport:
     """Fills `config.data.clip_targets` with what the config's CON stage would compute.
 
-    `workdir` is of the run that trained CLIP, where it is not a file. Raises as `fill_cache`.
+    `workdir` is of the run that trained CLIP, where it is not a file. Options and errors are those
+    of `fill_cache`: shards, pictures, and which host of how many this is.
     """
     if config.data.kind == "synthetic":
         raise ValueError(
@@ -313,11 +306,8 @@ def cache(
         jax.device_get(run.parameters.get("clip", source)),
         run.setup.context.crops,
         clip_target_identity(run, source),
-        images_per_shard=images_per_shard,
-        pictures_per_device=pictures_per_device,
         mesh=mesh_of(run.mesh.local_devices),
         num_threads=config.data.num_threads,
         skip_bad=config.data.on_bad_example == "skip",
-        process_index=process_index,
-        process_count=process_count,
+        **options,
     )

@@ -156,8 +156,7 @@ def make_generator(
 ) -> nn.Module:
     """A generator from a section of a config, called `where`; `kind` is "mlp" where absent.
 
-    Raises:
-      ValueError: for a field that the kind does not have or a value it cannot take.
+    Raises ValueError for a field that the kind does not have or a value it cannot take.
     """
     fields = dict(config)
     kind = fields.pop("kind", "mlp")

@@ -117,8 +117,7 @@ class SyntheticWorld:
         check_choice(split, SPLITS, "The synthetic world has no split")
         self.split = split
         self.batch_size = _require_at_least(batch_size, 1, "batch_size")
-        self.classes = classes
-        self._things, self._stuff = _allowed(self.preset, self.classes)
+        self._things, self._stuff = _allowed(self.preset, classes)
         most = NUM_STUFF[1] + NUM_THINGS[1]
         if most > max_segments:
             raise ValueError(
@@ -267,26 +266,20 @@ class CaptionWorld:
         """Picture [h, w, 3] uint8 of one class and its name."""
         entry, size = self.preset.classes[label], self.crop_size
         scale = self._scale * rng.uniform(*ZOOM)
-        light = render.light_direction(rng)
-        if label >= len(self.preset.things):
-            ground = _look(rng, entry, STUFF_TABLES)
-            canvas, _ = render.paint_ground(rng, [ground], size, size, scale)
-            return render.finish(rng, canvas, light), entry.name
-        # Behind a thing may be any allowed ground, now and then the border of two.
-        stuff = self._labels[self._labels >= len(self.preset.things)]
-        behind = rng.permutation(stuff)[: 1 + (rng.random() < 0.3)]
+        light, is_thing = render.light_direction(rng), label < len(self.preset.things)
+        behind = [label]
+        if is_thing:  # in front of any allowed ground, now and then of the border of two
+            stuff = self._labels[self._labels >= len(self.preset.things)]
+            behind = rng.permutation(stuff)[: 1 + (rng.random() < 0.3)]
         grounds = [_look(rng, self.preset.classes[k], STUFF_TABLES) for k in behind]
         canvas, _ = render.paint_ground(rng, grounds, size, size, scale)
-        centre = (size * (0.5 + rng.uniform(-0.1, 0.1, 2))).tolist()
-        render.paint_thing(
-            rng,
-            canvas,
-            _look(rng, entry, THING_TABLES),
-            centre=(centre[0], centre[1]),
-            radius=min(rng.uniform(*render.RADIUS) * scale, 0.5 * size),
-            scale=scale,
-            light=light,
-        )
+        if is_thing:
+            x, y = (size * (0.5 + rng.uniform(-0.1, 0.1, 2))).tolist()
+            look = _look(rng, entry, THING_TABLES)
+            radius = min(rng.uniform(*render.RADIUS) * scale, 0.5 * size)
+            render.paint_thing(
+                rng, canvas, look, centre=(x, y), radius=radius, scale=scale, light=light
+            )
         return render.finish(rng, canvas, light), entry.name
 
     def _scene(self, rng: np.random.Generator) -> tuple[np.ndarray, str]:
