@@ -36,20 +36,26 @@ class Networks:
 
     def init(self, name: str, rng: jax.Array) -> Params:
         """Fresh parameters, float32, of "clip", "segmentor", "projector" or "generator"."""
-        size, width = self.clip.image_size, self.query_width
-        text = jnp.zeros((1, self.clip.embed_dim))
         if name == "clip":
-            inputs = (jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), jnp.int32))
-            variables = self.clip.init(rng, *inputs)
+            size = self.clip.image_size
+            images = jnp.zeros((1, size, size, 3))
+            variables = self.clip.init(rng, images, jnp.zeros((1, 1), jnp.int32))
         elif name == "segmentor":
             # Parameter shapes don't depend on the image size; 64 is the least with a pixel at
             # stride 32 on either side of the centre.
             variables = self.segmentor.init(rng, jnp.zeros((1, 64, 64, 3)))
         elif name == "projector":
-            variables = self.projector.init(rng, jnp.zeros((1, width)), text, method="predict")
+            variables = self.projector.init(
+                rng,
+                jnp.zeros((1, self.query_width)),
+                jnp.zeros((1, self.clip.embed_dim)),
+                method="predict",
+            )
         else:
             rng, noise = jax.random.split(rng)
-            variables = self.generator.init(rng, text, noise, jnp.ones(width), jnp.ones(width))
+            norm = jnp.ones(self.query_width)
+            text = jnp.zeros((1, self.clip.embed_dim))
+            variables = self.generator.init(rng, text, noise, norm, norm)
         return variables["params"]
 
 

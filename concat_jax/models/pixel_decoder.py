@@ -75,18 +75,14 @@ class EncoderLayer(nn.Module):
           valid_sizes: [B, levels, 2] int32 (height, width) of each level's valid area, beyond which
             no value is read and in units of which the points are; or None.
         """
+        levels = _split_levels(tokens, sizes)
         attended = MultiScaleDeformableAttention(
             width=self.width,
             num_heads=self.num_heads,
             num_points=self.num_points,
             dtype=self.dtype,
             name="self_attention",
-        )(
-            tokens + positions.astype(tokens.dtype),
-            reference_points,
-            _split_levels(tokens, sizes),
-            valid_sizes,
-        )
+        )(tokens + positions.astype(tokens.dtype), reference_points, levels, valid_sizes)
         norm = {"epsilon": NORM_EPSILON, "dtype": self.dtype}
         xavier = nn.initializers.xavier_uniform()
         dense = {"dtype": self.dtype, "kernel_init": xavier}
@@ -151,9 +147,9 @@ class PixelDecoder(nn.Module):
             )
             encoding = sine_position_encoding(height, width, self.width, valid)
             encoding = encoding.reshape(*encoding.shape[:-3], -1, self.width)
+            references.append(reference_grid(height, width, valid))
             tokens.append(projected.reshape(batch, height * width, self.width))
             positions.append(encoding + level_embedding[level])
-            references.append(reference_grid(height, width, valid))
             sizes.append((height, width))
             valid_sizes.append(valid)
 

@@ -75,11 +75,13 @@ class SemanticProjector(nn.Module):
         """
         if text.ndim not in (2, 3):
             raise ValueError(f"Text embeddings are [K, C] or [K, S, C], not {text.shape}.")
+        no_object = self.no_object_embedding
+        no_object = no_object * jax.lax.rsqrt(jnp.sum(no_object**2) + 1e-12)
         words = text.reshape(-1, text.shape[-1])  # one matrix product whatever S is
-        no_object = unit(self.no_object_embedding)[None]
-        words = jnp.concatenate([words.astype(jnp.float32), no_object])
+        words = jnp.concatenate([words.astype(jnp.float32), no_object[None]])
+        queries = unit(semantic_queries)
         scale = jnp.minimum(jnp.exp(self.log_scale), MAX_SCALE)
-        logits = scale * jnp.einsum("...c,kc->...k", unit(semantic_queries), words)
+        logits = scale * jnp.einsum("...c,kc->...k", queries, words)
         if text.ndim == 2:
             return logits
         classes = logits[..., :-1].reshape(*logits.shape[:-1], *text.shape[:2]).max(axis=-1)

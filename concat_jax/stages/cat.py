@@ -122,16 +122,14 @@ def make_stage(context: Context, config: Config) -> Stage:
         pseudo = generate(networks, everything, vectors[jnp.clip(pseudo_labels, 0)], rng_seen)
 
         matched = labels[of_batch] >= 0
+        compared = (pseudo[of_batch], real[of_batch], matched, matched)
+        terms = {"mmd": transition.mmd(*compared, bandwidths=config.mmd_bandwidths)}
         sides = (pseudo, pseudo_labels, real, labels)
         distance = config.contrast_distance
         contrast = transition.query_contrast(
             *sides, temperature=config.contrast_temperature, distance=distance, real_valid=valid
         )
-        compared = (pseudo[of_batch], real[of_batch], matched, matched)
-        terms = {
-            "mmd": transition.mmd(*compared, bandwidths=config.mmd_bandwidths),
-            "contrast": _mean_of_valid(*contrast),
-        }
+        terms["contrast"] = _mean_of_valid(*contrast)
         if config.spread_weight:
             terms["spread"] = _mean_of_valid(
                 *transition.spread_match(*sides, num_classes=num_classes, distance=distance)

@@ -280,10 +280,9 @@ class Swin(nn.Module):
         norm = {"epsilon": NORM_EPSILON, "dtype": self.dtype}
         patch = (self.patch_size, self.patch_size)
 
-        sizes = [
-            valid_size(image_size, self.patch_size * 2**stage)
-            for stage in range(len(self.stage_sizes))
-        ]
+        def size_at(stage: int) -> jax.Array | None:
+            return valid_size(image_size, self.patch_size * 2**stage)
+
         images = zero_beyond(images.astype(self.dtype), image_size)
         features = nn.Conv(
             self.width,
@@ -303,7 +302,7 @@ class Swin(nn.Module):
         ):
             if stage > 0:
                 merging = PatchMerging(self.dtype, name=f"merging_{stage}")
-                features = merging(features, sizes[stage - 1])
+                features = merging(features, size_at(stage - 1))
             for index in range(num_blocks):
                 features = block_class(
                     num_heads=num_heads,
@@ -312,6 +311,6 @@ class Swin(nn.Module):
                     mlp_ratio=self.mlp_ratio,
                     dtype=self.dtype,
                     name=f"stage_{stage}_block_{index}",
-                )(features, sizes[stage])
+                )(features, size_at(stage))
             outputs.append(nn.LayerNorm(name=f"output_norm_{stage}", **norm)(features))
         return outputs

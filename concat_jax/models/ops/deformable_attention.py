@@ -73,8 +73,8 @@ def _level_corners(
             inside = (column >= 0) & (column <= width - 1)
             corner_weights.append(jnp.where(inside, column_share, 0.0) * row_share)
             positions.append(row_start + jnp.clip(column, 0, width - 1).astype(jnp.int32))
-    indices = jnp.stack(positions, axis=1) * num_heads + jnp.arange(num_heads, dtype=jnp.int32)
-    return table, indices, jnp.stack(corner_weights, axis=1)
+    rows, by_corner = jnp.stack(positions, axis=1), jnp.stack(corner_weights, axis=1)
+    return table, rows * num_heads + jnp.arange(num_heads, dtype=jnp.int32), by_corner
 
 
 @jax.custom_vjp
