@@ -78,10 +78,9 @@ def shifted_window_mask(
     [nh, nw, w**2, w**2] bool for a `grid` of (nh, nw) windows, True where attention is blocked;
     with the valid areas `size` [B, 2] a batch axis before.
     """
-    extents = (None, None) if size is None else (size[:, 0], size[:, 1])
     rows, columns = (
-        _blocked_along_axis(n, window, shift, extent)
-        for n, extent in zip(grid, extents, strict=True)
+        _blocked_along_axis(n, window, shift, None if size is None else size[:, axis])
+        for axis, n in enumerate(grid)
     )
     # Rows and columns are combined by broadcasting in the program: their product as a constant
     # would be tens of megabytes for a large image.
