@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -149,13 +149,36 @@ def _translate(name: str, source: str, target: str) -> str | None:
     return _NUMBER.sub(lambda place: str(numbers[place[1]] + int(place[2] or 0)), target)
 
 
-def our_shape(shape: Sequence[int], row: Row) -> Shape:
+def _as_ours(array: np.ndarray, row: Row) -> np.ndarray:
+    """A torch array in our layout, as a view where that can be."""
+    if row.third is not None:
+        array = np.split(array, 3)[row.third]
+    if row.layout == "dense":
+        return array.T
+    if row.layout == "same":
+        return array
+    array = array.transpose(2, 3, 1, 0)
+    return array.reshape(-1, array.shape[-1]) if row.layout == "patches" else array
+
+
+def _as_torchs(array: np.ndarray, row: Row) -> np.ndarray:
+    """The inverse of `_as_ours`, of one third where there are three."""
+    if row.layout == "dense":
+        return array.T
+    if row.layout == "same":
+        return array
+    if array.ndim == 2:
+        side = math.isqrt(array.shape[0] // 3) if row.layout == "patches" else 1
+        array = array.reshape(side, side, -1, array.shape[1])
+    return array.transpose(3, 2, 0, 1)
+
+
+def our_shape(shape: Shape, row: Row) -> Shape:
     """Shape of our array, from that of the whole torch array that a row reads.
 
     Raises:
       ValueError: it has other axes than the layer.
     """
-    shape = tuple(shape)
     axes = {"dense": 2, "conv": 4, "patches": 4}.get(row.layout, len(shape))
     if len(shape) != axes or (row.third is not None and (not shape or shape[0] % 3)):
         raise ValueError(f"its {row.theirs} has shape {shape}, which is none of such a layer")
@@ -164,38 +187,13 @@ def our_shape(shape: Sequence[int], row: Row) -> Shape:
             f"its {row.theirs} has shape {shape}, which is no convolution of square patches of RGB "
             "pictures"
         )
-    if row.third is not None:
-        shape = (shape[0] // 3, *shape[1:])
-    if row.layout == "conv":
-        return (*shape[2:], *shape[1::-1])
-    if row.layout == "patches":
-        return (math.prod(shape[1:]), shape[0])
-    return shape[::-1] if row.layout == "dense" else shape
+    return _as_ours(np.broadcast_to(0, shape), row).shape
 
 
-def torch_shape(shape: Sequence[int], row: Row) -> Shape:
+def torch_shape(shape: Shape, row: Row) -> Shape:
     """Shape of the whole torch array that a row reads, from that of our array."""
-    shape = tuple(shape)
-    if row.layout == "dense":
-        shape = shape[::-1]
-    elif row.layout == "patches":
-        side = math.isqrt(shape[0] // 3)
-        shape = (shape[1], 3, side, side)
-    elif row.layout == "conv":
-        *window, inputs, outputs = shape
-        shape = (outputs, inputs, *(window or (1, 1)))
+    shape = _as_torchs(np.broadcast_to(0, shape), row).shape
     return shape if row.third is None else (3 * shape[0], *shape[1:])
-
-
-def _turned(array: np.ndarray, row: Row, shape: Shape) -> np.ndarray:
-    """A torch array as ours of a shape."""
-    if row.third is not None:
-        array = np.split(array, 3)[row.third]
-    if row.layout == "dense":
-        array = array.T
-    elif row.layout != "same":
-        array = array.transpose(2, 3, 1, 0)
-    return np.array(array.reshape(shape), dtype=np.float32, order="C")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,14 +248,14 @@ def to_ours(found: Found, shapes: Mapping[str, Shape]) -> tuple[dict[str, Any], 
     """
     missing = {found.naming.theirs(path) for path in shapes.keys() - found.places.keys()}
     extra = {key for path, (_, key) in found.places.items() if path not in shapes}
-    for what, keys in (("lacks", missing), ("also holds", extra | found.unknown)):
+    for what, keys, place in (
+        ("lacks", missing, "needs"),
+        ("also holds", extra | found.unknown, "has no place for"),
+    ):
         if keys:
-            count = f"{len(keys)} array" + "s" * (len(keys) > 1)
-            place = (
-                "that the config needs" if what == "lacks" else "that the config has no place for"
-            )
             raise ValueError(
-                f"it {what} {count} {place} ({name_keys(keys)}); check depths and backbone"
+                f"it {what} {len(keys)} array{'s' * (len(keys) > 1)} that the config {place} "
+                f"({name_keys(keys)}); check depths and backbone"
             )
     flat: dict[str, np.ndarray] = {}
     checked: set[str] = set()
@@ -269,11 +267,9 @@ def to_ours(found: Found, shapes: Mapping[str, Shape]) -> tuple[dict[str, Any], 
         if key not in checked and not np.isfinite(array.astype(np.float32, copy=False)).all():
             raise ValueError(f"its {key} holds a value that is not finite; use another one")
         checked.add(key)
-        flat[path] = _turned(array, row, shape)
+        flat[path] = np.array(_as_ours(array, row).reshape(shape), np.float32, order="C")
     loaded = {path: found.places[path][1] for path in flat}
-    report = LoadingReport(
-        loaded, {path: array.shape for path, array in flat.items()}, {}, found.ignored
-    )
+    report = LoadingReport(loaded, dict(shapes), ignored=found.ignored)
     return traverse_util.unflatten_dict(flat, sep="/"), report
 
 
@@ -283,16 +279,10 @@ def to_theirs(params: Mapping[str, Any], naming: Naming) -> dict[str, np.ndarray
     for path, array in traverse_util.flatten_dict(dict(params), sep="/").items():
         if (row := naming.row(path)) is None:
             raise ValueError(f"The format has no name for {path}; it cannot be written.")
-        array = np.asarray(array, np.float32)
-        if row.layout == "dense":
-            array = array.T
-        elif row.layout != "same":
-            outputs, inputs, *window = torch_shape(array.shape, row)
-            array = array.reshape(*window, inputs, outputs).transpose(3, 2, 0, 1)
+        array = _as_torchs(np.asarray(array, np.float32), row)
         parts.setdefault(row.theirs, {})[row.third] = np.ascontiguousarray(array)
+    # One part has no third, or there are all three.
     return {
-        name: np.concatenate([p[third] for third in sorted(p)])
-        if len(p) > 1
-        else next(iter(p.values()))
-        for name, p in parts.items()
+        name: part[None] if None in part else np.concatenate([part[i] for i in sorted(part)])
+        for name, part in parts.items()
     }
