@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from concat_jax.core import cli
-from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.model import export_workdir, is_workdir
-from concat_jax.models.segmentor import DEFAULTS
-from concat_jax.weights.class_names import Classes, new_head, read_classes
-from concat_jax.weights.convert import Source, load_source
+from concat_jax.weights.class_names import Classes, read_classes
+from concat_jax.weights.convert import load_source
 from concat_jax.weights.hugging_face_folder import save_hf_folder
 from concat_jax.weights.model_folder import TASKS, ModelCard, check_destination, save_model
+from data_pipelines.labels import load_label_space
 
 FORMATS = ("orbax", "hf")
 USAGE = "python -m concat_jax.convert SOURCE DESTINATION [flags]"
@@ -64,13 +63,12 @@ def convert(
         if "://" in path:
             raise ValueError(f"{path} is not a local path; give a file or folder of this machine.")
     check_destination(destination, overwrite=overwrite)
-    known = _coco_classes()
+    known = load_label_space(COCO_SPLIT)
+    known = dataclasses.replace(known, is_seen=(True,) * len(known))
     named = read_classes(classes, known) if classes else None
 
     model = load_source(source, known, named, new_head=reinit_head)
-    print(f"{source} is {model.kind}.")
-    model = _with_classes(model, named, reinit_head)
-    print(model.report)
+    print(f"{source} is {model.kind}.", model.report, sep="\n")
     card = ModelCard(
         segmentor=model.config,
         vocabulary=model.classes.vocabulary if model.classes else None,
@@ -79,50 +77,11 @@ def convert(
         knows_things=model.classes is not None and model.classes.knows_things,
         **model.sides,
     )
-    for note in (*model.notes, *_describe(card, model.classes)):
-        print(note)
+    print(*model.notes, *_describe(card, model.classes), sep="\n")
     save = save_hf_folder if to == "hf" else save_model
     save(destination, model.params, card, overwrite=overwrite)
     print(f"Wrote {destination}.")
     return card
-
-
-def _coco_classes() -> Vocabulary:
-    from data_pipelines.labels import load_label_space
-
-    split = load_label_space(COCO_SPLIT)
-    return dataclasses.replace(split, is_seen=(True,) * len(split))
-
-
-def _with_classes(model: Source, named: Classes | None, reinit_head: bool) -> Source:
-    """The model with the classes that were asked for, and a new head if that was."""
-    if named is None and not reinit_head:
-        return model
-    if set(model.params["segmentor"]) == {"backbone"}:
-        raise ValueError(
-            "The source is a backbone alone and has no class head; leave out --classes and "
-            "--reinit_head."
-        )
-    classes = model.classes
-    if classes is None:
-        raise ValueError("The source has no class head; pass --classes with --reinit_head.")
-    if not reinit_head:
-        have, want = model.num_classes, len(classes.vocabulary)
-        if have is None:
-            raise ValueError(
-                "The source has no class head to name the classes of; pass --reinit_head for a new "
-                "one."
-            )
-        if have != want:
-            raise ValueError(
-                f"{classes.origin} names {want} classes, but the class head is for {have}; pass "
-                "--reinit_head for a new head, which has to be trained."
-            )
-        return model
-    params, report = new_head(
-        model.params, model.report, len(classes.vocabulary), {**DEFAULTS, **model.config}["width"]
-    )
-    return dataclasses.replace(model, params=params, report=report)
 
 
 def _describe(card: ModelCard, classes: Classes | None) -> list[str]:

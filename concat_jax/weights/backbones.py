@@ -65,7 +65,6 @@ class BackboneFormat:
       first: our path of an array by whose name the backbone is told.
       config: fields of backbone_config in Hugging Face's config.json.
       sizes: (our path -> shape, naming) -> fields of our backbone.
-      derived: fields of `config` -> those among them that follow from the others.
       needed: what our own fields have to be, as other code bases have nothing else.
       absent: how paths begin of what a classifier of ImageNet does not have.
     """
@@ -74,7 +73,6 @@ class BackboneFormat:
     first: str
     config: HubConfig
     sizes: Callable[[Mapping[str, Shape], Naming], dict[str, Any]]
-    derived: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda fields: {}
     needed: Sequence[tuple[str, Any]] = ()
     absent: tuple[str, ...] = ()
 
@@ -140,9 +138,9 @@ FORMATS: Mapping[str, BackboneFormat] = MappingProxyType(
                     "downsample_in_bottleneck": False,
                     "out_features": _STAGES,
                 },
+                _hidden_sizes,
             ),
             _resnet_sizes,
-            _hidden_sizes,
             (("norm", "frozen_batch"), ("stem", "standard")),
         ),
         "swin": BackboneFormat(

@@ -16,7 +16,7 @@ import numpy as np
 from concat_jax.core.files import read_json, read_text
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import LinearClassifier
-from concat_jax.weights.hugging_face_config import EXTRA_KEY
+from concat_jax.weights.hugging_face_folder import EXTRA_KEY
 from concat_jax.weights.model_folder import Params
 from concat_jax.weights.report import LoadingReport, name_keys
 
@@ -175,7 +175,7 @@ def default_classes(count: int, known: Vocabulary | None = None) -> Classes:
     return _classes(names, "numbered, because nothing names them; pass --classes to name them")
 
 
-def new_head(
+def fresh_head(
     params: Params, report: LoadingReport, num_classes: int, width: int, seed: int = 0
 ) -> tuple[Params, LoadingReport]:
     """Replace the class head, or add one, by a fresh one for K classes and queries of `width`.

@@ -18,10 +18,10 @@ import numpy as np
 from flax import traverse_util
 
 from concat_jax.models.clip import CLIP, make_clip
+from concat_jax.models.clip_images import CLIP_MEAN, CLIP_STD
 from concat_jax.models.clip_variants import CLIP_VARIANTS
 from concat_jax.text.tokenizer import has_clip_tokenizer
 from concat_jax.weights.clip_sizes import (
-    check_statistics,
     clip_config_from_hf,
     clip_config_from_open_clip,
     heads_as_openai,
@@ -38,6 +38,7 @@ from concat_jax.weights.hugging_face_folder import (
 from concat_jax.weights.names import clip as names
 from concat_jax.weights.names.table import find, to_ours
 from concat_jax.weights.report import LoadingReport, name_keys
+from concat_jax.weights.sizes import check_statistics
 
 Params = Mapping[str, Any]
 
@@ -158,8 +159,8 @@ def _of_hf(file: Path, content: WeightsFile, sizes: dict[str, Any]) -> Descripti
     """Config, kind, and the fields of it that nothing tells."""
     beside, preprocessor = file.parent / CONFIG_NAME, file.parent / PREPROCESSOR_NAME
     if preprocessor.is_file():
-        preprocessing = read_json_object(preprocessor)
-        check_statistics(preprocessing.get("image_mean"), preprocessing.get("image_std"))
+        needed = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+        check_statistics(read_json_object(preprocessor), f"its {PREPROCESSOR_NAME}", needed)
     if sizes:
         return {**heads_as_openai(sizes), "activation": "quick_gelu"}, "Hugging Face", _SHAPELESS
     try:

@@ -12,16 +12,13 @@ from typing import Any
 
 from concat_jax.models.clip_images import CLIP_MEAN, CLIP_STD
 from concat_jax.models.clip_variants import CLIP_VARIANTS
-from concat_jax.weights.hugging_face_config import is_close
 from concat_jax.weights.names.clip import TEXT, VISION
 from concat_jax.weights.names.table import Naming, Shape
-from concat_jax.weights.sizes import HubConfig, read_sizes
+from concat_jax.weights.sizes import HubConfig, check_statistics, read_sizes
 
 Config = dict[str, Any]
 # Of an attention head in every CLIP of OpenAI (`clip/model.py build_model`).
 HEAD_WIDTH = 64
-# Pixel statistics that differ by less are the same ones, rounded.
-_STATISTICS_TOLERANCE = 1e-3
 _VISION = HubConfig(
     {
         "image_width": ("hidden_size", 768),
@@ -152,26 +149,17 @@ def clip_config_from_open_clip(content: Mapping[str, Any], sizes: Config) -> Con
             if key in _OPEN_CLIP_PLAIN and value not in _OPEN_CLIP_PLAIN[key]:
                 raise ValueError(f"its {name}.{key} is {value!r}, which CLIP here does not do")
     preprocessing = content.get("preprocess_cfg") or {}
-    check_statistics(preprocessing.get("mean"), preprocessing.get("std"))
-    width = HubConfig({"head": ("head_width", HEAD_WIDTH)}, {})
-    head = width.read(sections["vision_cfg"], "its vision_cfg")["head"]
-    heads = HubConfig({"text_heads": ("heads", 8)}, {}).read(sections["text_cfg"], "its text_cfg")
+    check_statistics(preprocessing, "its preprocess_cfg", {"mean": CLIP_MEAN, "std": CLIP_STD})
+    head = HubConfig({"width": ("head_width", HEAD_WIDTH)}).read(
+        sections["vision_cfg"], "its vision_cfg"
+    )
+    heads = HubConfig({"text_heads": ("heads", 8)}).read(sections["text_cfg"], "its text_cfg")
     return {
         **sizes,
-        "image_heads": sizes["image_width"] // head,
+        "image_heads": sizes["image_width"] // head["width"],
         **heads,
         "activation": "quick_gelu" if model.get("quick_gelu", False) else "gelu",
     }
-
-
-def check_statistics(mean: Any, std: Any) -> None:
-    """Refuse pixel statistics that are not OpenAI's by a ValueError; None is not given."""
-    for theirs, ours, name in ((mean, CLIP_MEAN, "mean"), (std, CLIP_STD, "std")):
-        if theirs is not None and not is_close(theirs, ours, _STATISTICS_TOLERANCE):
-            raise ValueError(
-                f"its pictures are normalised with the {name} {theirs!r}, and here with CLIP's "
-                f"{list(ours)}"
-            )
 
 
 def heads_as_openai(sizes: Config) -> Config:

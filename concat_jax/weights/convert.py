@@ -13,10 +13,18 @@ import numpy as np
 from flax import traverse_util
 
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.weights.class_names import Classes, classes_from_hf, default_classes
+from concat_jax.models.segmentor import DEFAULTS
+from concat_jax.weights.class_names import Classes, classes_from_hf, default_classes, fresh_head
 from concat_jax.weights.files.readers import read_weights
-from concat_jax.weights.hugging_face_config import EXTRA_KEY
-from concat_jax.weights.hugging_face_folder import CONFIG_NAME, load_hf_folder
+from concat_jax.weights.hugging_face_folder import (
+    CONFIG_NAME,
+    EXTRA_KEY,
+    PREPROCESSOR_NAME,
+    WEIGHTS_NAMES,
+    check_preprocessing,
+    read_json_object,
+    segmentor_config_from_hf,
+)
 from concat_jax.weights.model_folder import CARD_NAME, TASKS, Params, load_model
 from concat_jax.weights.names.mask2former import PADING_MODULES
 from concat_jax.weights.report import LoadingReport, name_keys
@@ -24,6 +32,7 @@ from concat_jax.weights.segmentors import (
     backbone_params_from_imagenet,
     is_imagenet_backbone,
     segmentor_params_from_detectron2,
+    segmentor_params_from_hf,
 )
 
 
@@ -36,26 +45,21 @@ class Source:
       params: as `save_model` takes them.
       config: for `make_segmentor`.
       classes: of the class head, None without one.
-      task: one of `TASKS`, or "" where nothing tells.
+      task: one of `TASKS`, or "" where nothing tells; None until it is guessed.
       notes: sentences that somebody who uses the weights should read.
       sides: short_side and long_side of a card, where the source says them.
+      content: of Hugging Face's config.json.
     """
 
     kind: str
     params: Params
     config: Mapping[str, Any]
     report: LoadingReport
-    classes: Classes | None
-    task: str
     notes: tuple[str, ...] = ()
+    classes: Classes | None = None
+    task: str | None = None
     sides: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    @property
-    def num_classes(self) -> int | None:
-        """K of the class head, None without one."""
-        head = self.params.get("classifier")
-        # The last is no-object.
-        return None if head is None else len(head["class_embed"]["bias"]) - 1
+    content: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_source(
@@ -72,30 +76,66 @@ def load_source(
       known: COCO panoptic's classes: for heads of as many classes that nothing names, and for the
         thing flags of heads whose names are among them.
       named: the classes, where somebody named them; the source's own are not looked at then.
-      new_head: the class head is to be replaced: the source may name other classes than it has.
+      new_head: replace the class head by a fresh one for `named` or for all classes that the source
+        names, be they more than it has.
 
     Raises:
-      ValueError: it is none of these, broken, or of an architecture that is none of ours.
+      ValueError: it is none of these, broken, or of an architecture that is none of ours; or
+        its head is not for as many classes as were named.
       OSError: it cannot be read.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"There is no file or folder {path}.")
-    with _named(path):
+    with _naming(path):
         if not path.is_dir():
-            return _from_file(path, known, named)
-        if (path / CARD_NAME).is_file():
-            return _from_model_folder(path, named)
-        if (path / CONFIG_NAME).is_file():
-            return _from_hf_folder(path, known, named, new_head)
-    raise ValueError(
-        f"{path} holds neither {CARD_NAME} (a model of ours) nor {CONFIG_NAME} (a Hugging Face "
-        "model); name a folder with one of them, or a file of weights."
-    )
+            source = _from_file(path)
+        elif (path / CARD_NAME).is_file():
+            source = _from_model_folder(path)
+        elif (path / CONFIG_NAME).is_file():
+            source = _from_hf_folder(path)
+        else:
+            raise ValueError(
+                f"{path} holds neither {CARD_NAME} (a model of ours) nor {CONFIG_NAME} (a Hugging "
+                "Face model); name a folder with one of them, or a file of weights."
+            )
+        head = source.params.get("classifier")
+        # The last is no-object.
+        count = None if head is None else len(head["class_embed"]["bias"]) - 1
+        classes = named or source.classes
+        if classes is None and count is not None:
+            classes = classes_from_hf(source.content, None if new_head else count, known)
+            classes = classes or default_classes(count, known)
+    task = _guess_task(path, classes) if source.task is None else source.task
+    source = dataclasses.replace(source, classes=classes, task=task)
+    if named is None and not new_head:
+        return source
+    if set(source.params["segmentor"]) == {"backbone"}:
+        raise ValueError(
+            "The source is a backbone alone and has no class head; leave out --classes and "
+            "--reinit_head."
+        )
+    if classes is None:
+        raise ValueError("The source has no class head; pass --classes with --reinit_head.")
+    want = len(classes.vocabulary)
+    if new_head:
+        width = {**DEFAULTS, **source.config}["width"]
+        params, report = fresh_head(source.params, source.report, want, width)
+        return dataclasses.replace(source, params=params, report=report)
+    if count is None:
+        raise ValueError(
+            "The source has no class head to name the classes of; pass --reinit_head for a new one."
+        )
+    if count != want:
+        raise ValueError(
+            f"{classes.origin} names {want} classes, but the class head is for {count}; pass "
+            "--reinit_head for a new head, which has to be trained."
+        )
+    return source
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _naming(path: Path) -> Iterator[None]:
     """Errors name the source."""
     try:
         yield
@@ -105,36 +145,39 @@ def _named(path: Path) -> Iterator[None]:
         raise ValueError(f"{what}.") from error
 
 
-def _from_model_folder(path: Path, named: Classes | None) -> Source:
+def _from_model_folder(path: Path) -> Source:
     params, card = load_model(path)
     flat = traverse_util.flatten_dict(params, sep="/")
     report = LoadingReport({name: name for name in flat}, {k: np.shape(v) for k, v in flat.items()})
-    classes = named
-    if card.vocabulary is not None and named is None:
+    classes = None
+    if card.vocabulary is not None:
         classes = Classes(card.vocabulary, card.knows_things, f"{path / CARD_NAME}")
     sides = {"short_side": card.short_side, "long_side": card.long_side}
     kind = "a model folder"
-    return Source(kind, params, card.segmentor, report, classes, card.task, (), sides)
+    return Source(kind, params, card.segmentor, report, (), classes, card.task, sides)
 
 
-def _from_hf_folder(
-    path: Path, known: Vocabulary | None, named: Classes | None, new_head: bool
-) -> Source:
-    params, config, report, content, sides, notes = load_hf_folder(path)
-    model = Source("a Hugging Face Mask2Former", params, config, report, named, "", notes, sides)
-    if (count := model.num_classes) is not None and named is None:
-        classes = classes_from_hf(content, None if new_head else count, known)
-        model = dataclasses.replace(model, classes=classes or default_classes(count, known))
+def _from_hf_folder(path: Path) -> Source:
+    """A Hugging Face Mask2Former; preprocessor_config.json may be absent."""
+    content = read_json_object(path / CONFIG_NAME)
+    config = segmentor_config_from_hf(content)
+    sides, notes = {}, ()
+    if (path / PREPROCESSOR_NAME).is_file():
+        sides, notes = check_preprocessing(read_json_object(path / PREPROCESSOR_NAME))
+    names = [name for name in WEIGHTS_NAMES if (path / name).is_file()]
+    if not names:
+        raise ValueError(f"{path} holds no weights; they are {' or '.join(WEIGHTS_NAMES)}.")
+    file = read_weights(path / names[0])
+    params, report = segmentor_params_from_hf(file.arrays, config)
     extra = content.get(EXTRA_KEY)
-    task = extra.get("task") if isinstance(extra, Mapping) else ""
-    return dataclasses.replace(
-        model, task=task if task in TASKS else _guess_task(path, model.classes)
-    )
+    task = extra.get("task") if isinstance(extra, Mapping) else None
+    task, kind = task if task in TASKS else None, "a Hugging Face Mask2Former"
+    notes = (*file.notes, *notes)
+    return Source(kind, params, config, report, notes, None, task, sides, content)
 
 
-def _from_file(path: Path, known: Vocabulary | None, named: Classes | None) -> Source:
+def _from_file(path: Path) -> Source:
     file = read_weights(path)
-    notes = list(file.notes)
     if any(".pixel_level_module." in f".{key}" for key in file.arrays):
         raise ValueError(
             f"{path} holds a Hugging Face Mask2Former, whose sizes stand in its config.json; name "
@@ -142,20 +185,16 @@ def _from_file(path: Path, known: Vocabulary | None, named: Classes | None) -> S
         )
     if any(key.startswith("sem_seg_head.") for key in file.arrays):
         params, config, report = segmentor_params_from_detectron2(file.arrays)
+        notes = file.notes
         if any(key.startswith("new_fc.") for key in report.ignored):
-            notes.append(
+            notes += (
                 "It is a checkpoint of PADing's second stage: the class head is the first stage's "
-                f"class_embed; the second stage's {', '.join(PADING_MODULES)} are ignored."
+                f"class_embed; the second stage's {', '.join(PADING_MODULES)} are ignored.",
             )
-        kind = "a Detectron2 Mask2Former"
-        model = Source(kind, params, config, report, named, "", tuple(notes))
-        if model.num_classes is not None and named is None:
-            model = dataclasses.replace(model, classes=default_classes(model.num_classes, known))
-        return dataclasses.replace(model, task=_guess_task(path, model.classes))
+        return Source("a Detectron2 Mask2Former", params, config, report, notes)
     if is_imagenet_backbone(file.arrays):
-        params, config, report = backbone_params_from_imagenet(file.arrays)
-        kind = "a backbone trained on ImageNet"
-        return Source(kind, params, config, report, None, "", tuple(notes))
+        loaded = backbone_params_from_imagenet(file.arrays)
+        return Source("a backbone trained on ImageNet", *loaded, file.notes, task="")
     raise ValueError(
         f"{path} holds weights of an unknown model ({name_keys(file.arrays)}); what can be "
         "converted are a Detectron2 Mask2Former, PADing, and a ResNet or Swin of ImageNet."
@@ -167,6 +206,5 @@ def _guess_task(path: Path, classes: Classes | None) -> str:
     named = [task for task in TASKS if task in path.resolve().name.lower()]
     if len(named) == 1:
         return named[0]
-    if classes is None or not classes.knows_things:
-        return ""
-    return "panoptic" if len(set(classes.vocabulary.is_thing)) == 2 else ""
+    is_thing = classes.vocabulary.is_thing if classes and classes.knows_things else ()
+    return "panoptic" if len(set(is_thing)) == 2 else ""

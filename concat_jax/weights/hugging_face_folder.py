@@ -1,4 +1,8 @@
-"""Folders of `save_pretrained`: config.json, weights and preprocessor_config.json."""
+"""Folders of a Hugging Face Mask2Former: config.json, preprocessor_config.json and the weights.
+
+Source: `transformers` `models/mask2former/configuration_mask2former.py`. What our segmentor has no
+place for is refused by name, so that a folder which is read gives the outputs it gives there.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.numpy
 
 from concat_jax.core import files
+from concat_jax.models.segmentor import DEFAULTS, IMAGENET_MEAN, IMAGENET_STD
+from concat_jax.weights.backbones import FORMATS
 from concat_jax.weights.disk import one_reason
-from concat_jax.weights.files.readers import INDEX_SUFFIX, read_weights
-from concat_jax.weights.hugging_face_config import (
-    check_preprocessing,
-    config_to_hf,
-    preprocessing_to_hf,
-    segmentor_config_from_hf,
-)
-from concat_jax.weights.model_folder import ModelCard, Params, new_folder
-from concat_jax.weights.report import LoadingReport
-from concat_jax.weights.segmentors import segmentor_params_from_hf, segmentor_params_to_hf
+from concat_jax.weights.files.readers import INDEX_SUFFIX
+from concat_jax.weights.model_folder import ModelCard, new_folder
+from concat_jax.weights.names.mask2former import OURS_FIXED, backbone_format
+from concat_jax.weights.segmentors import segmentor_params_to_hf
+from concat_jax.weights.sizes import HubConfig, check_statistics
 
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
@@ -29,6 +31,148 @@ WEIGHTS_NAME = "model.safetensors"
 WEIGHTS_NAMES = tuple(
     name + end for name in (WEIGHTS_NAME, "pytorch_model.bin") for end in ("", INDEX_SUFFIX)
 )
+# Our own entry of config.json: what the format has no field for; transformers passes over it.
+EXTRA_KEY = "concat_jax"
+_CONFIG = HubConfig(
+    {
+        "width": ("hidden_dim", 256),
+        "feature_size": ("feature_size", 256),
+        "mask_feature_size": ("mask_feature_size", 256),
+        "num_queries": ("num_queries", 100),
+        # transformers counts the prediction from the learned queries as a layer.
+        "num_decoder_layers": ("decoder_layers", 10),
+        "num_encoder_layers": ("encoder_layers", 6),
+        "num_heads": ("num_attention_heads", 8),
+        "ffn_width": ("encoder_feedforward_dim", 1024),
+        "decoder_ffn_width": ("dim_feedforward", 2048),
+    },
+    {
+        "activation_function": "relu",
+        "pre_norm": False,
+        "enforce_input_projection": False,
+        "common_stride": 4,
+        "feature_strides": [4, 8, 16, 32],
+    },
+    # The segmentor has one width.
+    lambda fields: dict.fromkeys(("feature_size", "mask_feature_size"), fields["width"]),
+)
+# Of pixels in 0..1.
+_MEAN, _STD = (np.asarray(numbers) / 255 for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def segmentor_config_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A `make_segmentor` config of every size from config.json or `Mask2FormerConfig.to_dict()`.
+
+    Raises:
+      ValueError: it is another model, on a backbone that is none of ours, or set to something that
+        our segmentor does not do.
+    """
+    if (kind := content.get("model_type")) != "mask2former":
+        raise ValueError(
+            f"{CONFIG_NAME} is of a model of type {kind!r}; only 'mask2former' can be converted."
+        )
+    backbone = content.get("backbone_config")
+    if not isinstance(backbone, Mapping):
+        named = f" for its backbone {name!r}" if (name := content.get("backbone")) else ""
+        raise ValueError(
+            f"{CONFIG_NAME} has no backbone_config{named}; save the model again with "
+            "save_pretrained, and with its backbone's config."
+        )
+    fields = _CONFIG.read(content, CONFIG_NAME)
+    fields["num_decoder_layers"] -= 1
+    kind, where = backbone.get("model_type"), f"backbone_config in {CONFIG_NAME}"
+    if not isinstance(kind, str) or kind not in FORMATS:
+        kinds = " and ".join(map(repr, FORMATS))
+        raise ValueError(f"{where} is of a {kind!r}; only {kinds} can be converted.")
+    backbone = {"kind": kind, **FORMATS[kind].config.read(backbone, where)}
+    return {"backbone": backbone, **fields, **OURS_FIXED}
+
+
+def config_to_hf(card: ModelCard) -> dict[str, Any]:
+    """Content of config.json for a whole segmentor, the inverse of `segmentor_config_from_hf`.
+
+    What the format has no field for stands under `EXTRA_KEY`.
+
+    Raises:
+      ValueError: the config asks for something that transformers does not do.
+    """
+    settings = {**DEFAULTS, **card.segmentor}
+    for field, needed in OURS_FIXED.items():
+        if settings[field] != needed:
+            raise ValueError(
+                f"The segmentor has {field} {settings[field]}, but a Hugging Face Mask2Former "
+                f"always has {needed}; it cannot be written."
+            )
+    backbone = settings["backbone"]
+    kind, fields = backbone.get("kind", "resnet"), backbone_format(backbone).config.write(backbone)
+    settings["num_decoder_layers"] += 1
+    content = {
+        "architectures": ["Mask2FormerForUniversalSegmentation"],
+        "model_type": "mask2former",
+        "backbone_config": {"model_type": kind, **fields},
+        **_CONFIG.write(settings),
+    }
+    extra: dict[str, Any] = {"task": card.task, "source": card.source}
+    if (classes := card.vocabulary) is not None:
+        content["id2label"] = {str(index): name for index, name in enumerate(classes.names)}
+        content["label2id"] = {name: index for index, name in enumerate(classes.names)}
+        extra["knows_things"] = card.knows_things
+        extra |= {
+            key: list(getattr(classes, key)) for key in ("is_thing", "is_seen", "category_ids")
+        }
+    return {**content, EXTRA_KEY: extra}
+
+
+def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Refuse a preprocessor_config.json that feeds the model other numbers than we do.
+
+    Returns:
+      The sides of the network's input that it asks for, as fields of `ModelCard`, empty where it
+      asks for none that a card can hold; and sentences to be read.
+
+    Raises:
+      ValueError: the images are not scaled to 0..1 and normalised with ImageNet's statistics.
+    """
+    where = PREPROCESSOR_NAME
+    for field in ("do_normalize", "do_rescale"):
+        if content.get(field, True) is not True:
+            raise ValueError(
+                f"{where} has {field} {content[field]!r}; the segmentor is fed images that are "
+                "rescaled and normalised."
+            )
+    check_statistics(content, where, {"image_mean": _MEAN, "image_std": _STD})
+    size = content.get("size")
+    if not content.get("do_resize", True) or size in (None, {}):
+        return {}, ()
+    if not isinstance(size, Mapping):  # as transformers before 4.27 wrote it
+        size = {"shortest_edge": size, "longest_edge": content.get("max_size")}
+    short, longest = size.get("shortest_edge"), size.get("longest_edge")
+    long = round(short * 1333 / 800) if type(short) is int and longest is None else longest
+    if type(short) is not int or type(long) is not int or not 1 <= short <= long:
+        asked = ", ".join(f"{side} {value!r}" for side, value in sorted(size.items()))
+        return {}, (
+            f"By {where}, images are to have the size {asked}; here they keep their shape, and "
+            "predict takes the shorter side as --short_side.",
+        )
+    note = f"By {where}, images get a shorter side of {short} and a longer one of at most {long}."
+    return {"short_side": short, "long_side": long}, (note,)
+
+
+def preprocessing_to_hf(card: ModelCard) -> dict[str, Any]:
+    """Content of preprocessor_config.json: the card's sizes, ImageNet's statistics."""
+    return {
+        "image_processor_type": "Mask2FormerImageProcessor",
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_reduce_labels": False,
+        "image_mean": _MEAN.round(6).tolist(),
+        "image_std": _STD.round(6).tolist(),
+        "resample": 2,  # bilinear
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": card.short_side, "longest_edge": card.long_side},
+        "size_divisor": 32,
+    }
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -37,35 +181,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must be a JSON object.")
     return content
-
-
-def load_hf_folder(
-    folder: str | os.PathLike[str],
-) -> tuple[Params, dict[str, Any], LoadingReport, dict[str, Any], dict[str, int], tuple[str, ...]]:
-    """Read a Hugging Face Mask2Former; preprocessor_config.json may be absent.
-
-    Returns:
-      Parameters, `make_segmentor` config, report, the parsed config.json, the sides of the
-      network's input as `check_preprocessing` gives them, and sentences that somebody who uses the
-      weights should read.
-
-    Raises:
-      ValueError: a file is missing or broken, the model is none of ours, or its images are
-        normalised otherwise.
-    """
-    folder = Path(folder)
-    content = read_json_object(folder / CONFIG_NAME)
-    config = segmentor_config_from_hf(content)
-    sides: dict[str, int] = {}
-    notes: tuple[str, ...] = ()
-    if (folder / PREPROCESSOR_NAME).is_file():
-        sides, notes = check_preprocessing(read_json_object(folder / PREPROCESSOR_NAME))
-    names = [name for name in WEIGHTS_NAMES if (folder / name).is_file()]
-    if not names:
-        raise ValueError(f"{folder} holds no weights; they are {' or '.join(WEIGHTS_NAMES)}.")
-    file = read_weights(folder / names[0])
-    params, report = segmentor_params_from_hf(file.arrays, config)
-    return params, config, report, content, sides, (*file.notes, *notes)
 
 
 def save_hf_folder(

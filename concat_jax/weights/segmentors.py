@@ -18,9 +18,8 @@ import numpy as np
 from flax import traverse_util
 
 from concat_jax.weights.backbones import FORMATS, PREFIX
-from concat_jax.weights.hugging_face_config import OURS_FIXED
 from concat_jax.weights.model_folder import Params, parameter_shapes
-from concat_jax.weights.names.mask2former import detectron2, hugging_face, imagenet
+from concat_jax.weights.names.mask2former import OURS_FIXED, detectron2, hugging_face, imagenet
 from concat_jax.weights.names.table import Found, Naming, Shape, find, to_ours, to_theirs
 from concat_jax.weights.report import LoadingReport, name_keys
 from concat_jax.weights.sizes import read_sizes

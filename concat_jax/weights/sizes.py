@@ -1,14 +1,19 @@
-"""The sizes of a network, read off a config of Hugging Face or off arrays, by tables of fields."""
+"""What a config of Hugging Face or the arrays say of a network, read by tables of fields."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from concat_jax.weights.names.table import Naming, Shape
 
+# Published files round pixel statistics to three digits or to float32.
+_STATISTICS_TOLERANCE = 1e-3
 # What a field of a config has to be, by the type of its default.
 _KINDS = {int: "a whole number", float: "a number", str: "a word", list: "a list of whole numbers"}
 
@@ -20,10 +25,12 @@ class HubConfig:
     Attributes:
       fields: our field -> theirs, and what transformers assumes where it is absent.
       fixed: their field -> the value that our network is built for, which transformers assumes too.
+      derived: our fields -> those among them that follow from the others, and that we do not have.
     """
 
     fields: Mapping[str, tuple[str, Any]]
-    fixed: Mapping[str, Any]
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    derived: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda fields: {}
 
     def read(self, content: Any, where: str) -> dict[str, Any]:
         """Our fields of a parsed section, which errors call `where`.
@@ -33,10 +40,9 @@ class HubConfig:
         """
         if not isinstance(content, Mapping):
             raise ValueError(f"{where} is no JSON object")
-        given = {field: value for field, value in content.items() if value is not None}
+        given = {field: _listed(value) for field, value in content.items() if value is not None}
         for field, needed in self.fixed.items():
-            value = given.get(field, needed)
-            if value != needed and list(value if isinstance(value, tuple) else ()) != needed:
+            if (value := given.get(field, needed)) != needed:
                 raise ValueError(
                     f"{where} has {field} {value!r}, which is not done here; it must be {needed!r}"
                 )
@@ -48,31 +54,54 @@ class HubConfig:
                 raise ValueError(
                     f"{where} has {theirs} {value!r}; it must be {_KINDS[type(default)]}"
                 )
+        for ours, needed in self.derived(fields).items():
+            if (value := fields.pop(ours)) != needed:
+                raise ValueError(
+                    f"{where} has {self.fields[ours][0]} {value!r}, which is not done here; by its "
+                    f"other fields it must be {needed!r}"
+                )
         return fields
 
     def write(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The inverse of `read`; a field that is absent takes the default."""
-        content = {
-            theirs: fields.get(ours, default) for ours, (theirs, default) in self.fields.items()
-        }
-        return {
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in content.items()},
-            **self.fixed,
-        }
+        whole = {ours: fields.get(ours, default) for ours, (_, default) in self.fields.items()}
+        whole |= self.derived(whole)
+        content = {theirs: _listed(whole[ours]) for ours, (theirs, _) in self.fields.items()}
+        return {**content, **self.fixed}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _as_kind(value: Any, kind: type) -> Any:
     """The value as a field of this type, None if it is none."""
     if kind is list:
-        whole = [_as_kind(v, int) for v in value] if isinstance(value, list | tuple) else []
+        whole = [_as_kind(v, int) for v in value] if isinstance(value, list) else []
         return whole if whole and None not in whole else None
-    if kind is int and isinstance(value, list | tuple) and len(set(map(str, value))) == 1:
+    if kind is int and isinstance(value, list) and len(set(map(str, value))) == 1:
         value = value[0]  # the sides of a square
     if isinstance(value, bool) or not isinstance(value, str if kind is str else int | float):
         return None
     if kind is int:
         return int(value) if value == value // 1 and value >= 1 else None
     return value
+
+
+def check_statistics(
+    content: Mapping[str, Any], where: str, needed: Mapping[str, Sequence[float]]
+) -> None:
+    """Raise a ValueError where fields of a config are given and are not these pixel statistics."""
+    for field, ours in needed.items():
+        value = content.get(field)
+        with contextlib.suppress(TypeError, ValueError):
+            theirs = np.asarray(ours if value is None else value, np.float64)
+            if theirs.shape == (3,) and np.allclose(theirs, ours, 0, _STATISTICS_TOLERANCE):
+                continue
+        raise ValueError(
+            f"{where} has {field} {value!r}, but pictures are normalised here with "
+            f"{np.round(ours, 4).tolist()}"
+        )
 
 
 def read_sizes(

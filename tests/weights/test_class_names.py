@@ -12,7 +12,7 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.weights.class_names import (
     classes_from_hf,
     default_classes,
-    new_head,
+    fresh_head,
     read_classes,
 )
 from concat_jax.weights.report import LoadingReport
@@ -172,7 +172,7 @@ def test_new_head():
         loaded={"segmentor/x": "x", paths[0]: "c.weight", paths[1]: "c.bias"},
         shapes={"segmentor/x": (2,), paths[0]: (4, 3), paths[1]: (3,)},
     )
-    made, told = new_head(params, report, 5, 4)
+    made, told = fresh_head(params, report, 5, 4)
     head = made["classifier"]["class_embed"]
     assert head["kernel"].shape == (4, 6) and head["bias"].shape == (6,)
     assert np.abs(head["kernel"]).max() > 0
@@ -180,5 +180,5 @@ def test_new_head():
     assert told.new == {paths[0]: (4, 6), paths[1]: (6,)}
     assert told.ignored == {"c.weight": (3, 4), "c.bias": (3,)}
     assert told.num_parameters == 2
-    again, _ = new_head(params, report, 5, 4)
+    again, _ = fresh_head(params, report, 5, 4)
     np.testing.assert_array_equal(again["classifier"]["class_embed"]["kernel"], head["kernel"])

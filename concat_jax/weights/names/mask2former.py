@@ -12,6 +12,9 @@ from typing import Any
 from concat_jax.weights.backbones import FORMATS, PREFIX, BackboneFormat
 from concat_jax.weights.names.table import Naming, columns
 
+# Values of the segmentor that other code bases have no field for.
+OURS_FIXED = {"num_points": 4, "num_groups": 32}
+
 # Columns: Hugging Face, Detectron2.
 _HEADS = """
 @ classifier/  -  sem_seg_head.predictor.

@@ -98,7 +98,7 @@ def test_other_pixel_statistics_are_refused(clip_hf_folder, tools, tmp_path):
     tools.write_json(preprocessor, {"image_mean": [0.481, 0.458, 0.408], "do_resize": True})
     read_clip(tmp_path)
     tools.write_json(preprocessor, {"image_std": [0.5, 0.5, 0.5]})
-    assert "normalised with the std [0.5, 0.5, 0.5], and here" in refusal(tmp_path)
+    assert "its preprocessor_config.json has image_std [0.5, 0.5, 0.5], but" in refusal(tmp_path)
 
 
 def test_resnet_clips_and_other_models(clip_state, tmp_path):

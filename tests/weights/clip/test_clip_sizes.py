@@ -54,7 +54,7 @@ def test_open_clips_config_says_heads_and_activation(open_clip_file, tmp_path, t
         with pytest.raises(ValueError, match=rf"its {change} is {value!r}, which CLIP here"):
             read_clip(file)
     beside.write_text(json.dumps(open_clip_config(tools) | {"preprocess_cfg": {"mean": [0.5] * 3}}))
-    with pytest.raises(ValueError, match=r"normalised with the mean \[0\.5, 0\.5, 0\.5\]"):
+    with pytest.raises(ValueError, match=r"preprocess_cfg has mean \[0\.5, 0\.5, 0\.5\], but"):
         read_clip(file)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from concat_jax.models.backbones.swin import relative_position_index
 from concat_jax.models.segmentor import make_segmentor
-from concat_jax.weights.hugging_face_folder import load_hf_folder
+from concat_jax.weights.convert import load_source
 from concat_jax.weights.names.mask2former import backbone_format
 from concat_jax.weights.report import MAX_KEYS_NAMED
 from concat_jax.weights.segmentors import segmentor_params_from_hf, segmentor_params_to_hf
@@ -78,9 +78,9 @@ def test_other_files_of_weights_in_a_folder(hf_folder, hf_arrays, config, tmp_pa
         (tmp_path / part).write_bytes((hf_folder / "model.safetensors").read_bytes())
         index = {"weight_map": dict.fromkeys(hf_arrays, part)}
         (tmp_path / name).write_text(json.dumps(index))
-    params, found, *_ = load_hf_folder(tmp_path)
-    assert make_segmentor(found) == make_segmentor(config)
-    for key, array in segmentor_params_to_hf(params, found).items():
+    found = load_source(tmp_path)
+    assert make_segmentor(found.config) == make_segmentor(config)
+    for key, array in segmentor_params_to_hf(found.params, found.config).items():
         np.testing.assert_array_equal(array, hf_arrays[key], err_msg=key)
 
 

@@ -8,7 +8,7 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.backbones.swin import SWIN_VARIANTS
 from concat_jax.models.segmentor import DEFAULTS, make_segmentor
 from concat_jax.weights.class_names import classes_from_hf
-from concat_jax.weights.hugging_face_config import (
+from concat_jax.weights.hugging_face_folder import (
     check_preprocessing,
     config_to_hf,
     preprocessing_to_hf,
@@ -69,10 +69,16 @@ SWIN = {"model_type": "swin"}
         ({"model_type": "maskformer"}, "type 'maskformer'; only 'mask2former'"),
         ({}, "type None"),
         ({"model_type": "mask2former"}, "no backbone_config"),
-        ({"model_type": "mask2former", "backbone": "resnet50"}, "'resnet50' without"),
+        (
+            {"model_type": "mask2former", "backbone": "resnet50"},
+            "no backbone_config for its backbone 'resnet50'",
+        ),
         ({"backbone_config": {"model_type": "convnext"}}, "of a 'convnext'; only"),
         ({"backbone_config": SWIN, "pre_norm": True}, "pre_norm True"),
-        ({"backbone_config": SWIN, "mask_feature_size": 128}, "mask_feature_size 128 and"),
+        (
+            {"backbone_config": SWIN, "mask_feature_size": 128},
+            "mask_feature_size 128, .* it must be 256",
+        ),
         ({"backbone_config": SWIN, "common_stride": 8}, "common_stride 8"),
         ({"backbone_config": {**SWIN, "use_absolute_embeddings": True}}, "use_absolute_embedd"),
         ({"backbone_config": {**SWIN, "out_features": ["stage4"]}}, "out_features"),
@@ -102,7 +108,7 @@ def test_preprocessing_of_published_models_is_ours():
     check_preprocessing({})
     with pytest.raises(ValueError, match="image_mean 'grey'"):
         check_preprocessing({"image_mean": "grey"})
-    with pytest.raises(ValueError, match=r"image_mean \[0.5, 0.5, 0.5\], but the segmentor"):
+    with pytest.raises(ValueError, match=r"image_mean \[0.5, 0.5, 0.5\], but pictures"):
         check_preprocessing({"image_mean": [0.5, 0.5, 0.5]})
     with pytest.raises(ValueError, match="image_std"):
         check_preprocessing({"image_std": [0.225]})
