@@ -19,8 +19,9 @@ from concat_jax.core import cli
 from concat_jax.experiment.model import export_workdir, is_workdir
 from concat_jax.weights.class_names import Classes, read_classes
 from concat_jax.weights.convert import load_source
+from concat_jax.weights.disk import check_destination
 from concat_jax.weights.hugging_face_folder import save_hf_folder
-from concat_jax.weights.model_folder import TASKS, ModelCard, check_destination, save_model
+from concat_jax.weights.model_folder import TASKS, ModelCard, save_model
 from data_pipelines.labels import load_label_space
 
 FORMATS = ("orbax", "hf")

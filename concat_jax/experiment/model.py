@@ -22,12 +22,12 @@ from concat_jax.models.networks import Params
 from concat_jax.text.templates import find_templates
 from concat_jax.text.tokenizer import Tokenizer
 from concat_jax.training.sharding import make_mesh
+from concat_jax.weights.disk import check_destination
 from concat_jax.weights.model_folder import (
     CARD_NAME,
     TASKS,
     ModelCard,
     TextCard,
-    check_destination,
     save_model,
 )
 

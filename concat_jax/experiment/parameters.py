@@ -17,8 +17,7 @@ from concat_jax.stages.stage import INIT
 from concat_jax.training.checkpoints import StageCheckpoints, is_saved
 from concat_jax.training.sharding import replicated
 from concat_jax.weights.clip import clip_params_for, read_clip
-from concat_jax.weights.model_folder import load_card
-from concat_jax.weights.warm_start import segmentor_from_folder
+from concat_jax.weights.model_folder import load_card, segmentor_from_folder
 
 
 class Parameters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,11 +17,11 @@ from concat_jax.inference.predictor import PredictConfig, Predictor
 from concat_jax.inference.programs import Network
 from concat_jax.inference.text_tower import TextTower
 from concat_jax.models.segmentor import DTYPES, make_segmentor
-from concat_jax.text.tokenizer import Tokenizer
+from concat_jax.text.tokenizer import Tokenizer, load_tokenizer
 from concat_jax.weights.model_folder import (
+    TOKENIZER_NAME,
     ModelCard,
     load_model,
-    load_model_tokenizer,
     text_modules,
 )
 
@@ -86,7 +87,9 @@ class Model:
           ValueError: as `load_model` and `Model`.
         """
         params, card = load_model(folder)
-        tokenizer = load_model_tokenizer(folder, card.text) if card.text else None
+        tokenizer = None
+        if card.text:
+            tokenizer = load_tokenizer(Path(folder) / TOKENIZER_NAME, card.text.tokenizer)
         return cls(params, card, tokenizer, dtype=dtype)
 
     def predictor(

@@ -9,9 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from flax import traverse_util
-
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.weights.class_names import Classes, classes_from_hf, default_classes, fresh_head
@@ -27,7 +24,7 @@ from concat_jax.weights.hugging_face_folder import (
 )
 from concat_jax.weights.model_folder import CARD_NAME, TASKS, Params, load_model
 from concat_jax.weights.names.mask2former import PADING_MODULES
-from concat_jax.weights.report import LoadingReport, name_keys
+from concat_jax.weights.report import LoadingReport, name_keys, shapes_of
 from concat_jax.weights.segmentors import (
     backbone_params_from_imagenet,
     is_imagenet_backbone,
@@ -147,8 +144,8 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _from_model_folder(path: Path) -> Source:
     params, card = load_model(path)
-    flat = traverse_util.flatten_dict(params, sep="/")
-    report = LoadingReport({name: name for name in flat}, {k: np.shape(v) for k, v in flat.items()})
+    shapes = shapes_of(params)
+    report = LoadingReport({name: name for name in shapes}, shapes)
     classes = None
     if card.vocabulary is not None:
         classes = Classes(card.vocabulary, card.knows_things, f"{path / CARD_NAME}")

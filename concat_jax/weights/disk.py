@@ -1,10 +1,11 @@
-"""What a disk refuses while a model is written, as one sentence."""
+"""Folders that appear whole or not at all; what a disk refuses on the way, as one sentence."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -16,15 +17,67 @@ import jax
 import numpy as np
 from absl import logging
 
+# Files that a folder this package writes has at its top: what `overwrite` may replace.
+CARD_NAME = "model.json"
+MARKERS = (CARD_NAME, "config.json")
+
 
 @contextlib.contextmanager
-def one_reason(destination: str | os.PathLike[str], params: Mapping[str, Any]) -> Iterator[None]:
+def new_folder(
+    folder: str | os.PathLike[str], params: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[Path]:
+    """A temporary folder for a model, which takes its final name only if the block does not raise.
+
+    `overwrite` replaces what is there, if it is a model's folder or an empty one.
+
+    Raises:
+      ValueError: as `check_destination`.
+      OSError: there is no room for `params`, or a file cannot be written.
+    """
+    # realpath: a link to a folder stays a link to what replaces that folder.
+    final = Path(os.path.realpath(folder))
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
+    check_destination(final, overwrite=overwrite)
+    with _one_reason(folder, params):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            check_destination(final, overwrite=overwrite)
+            if final.exists():
+                old = temporary.with_suffix(".old")
+                final.rename(old)
+                temporary.rename(final)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Raise a ValueError if the name is taken, with `overwrite` by something that is no model."""
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder to write to.")
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{folder} is there already; name another folder or pass --overwrite.")
+    if not any((folder / marker).is_file() for marker in MARKERS):
+        raise ValueError(
+            f"{folder} holds no model ({' or '.join(MARKERS)}), so --overwrite leaves it alone; "
+            "name another folder."
+        )
+
+
+@contextlib.contextmanager
+def _one_reason(destination: str | os.PathLike[str], params: Mapping[str, Any]) -> Iterator[None]:
     """Turns whatever Orbax, safetensors and their threads tell about a full disk into a sentence.
 
     The size of `params` is compared with the room before anything is written.
-
-    Raises:
-      OSError: there is no room, or a file cannot be written.
     """
     size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
     folder = Path(os.path.realpath(destination)).parent

@@ -17,9 +17,9 @@ import safetensors.numpy
 from concat_jax.core import files
 from concat_jax.models.segmentor import DEFAULTS, IMAGENET_MEAN, IMAGENET_STD
 from concat_jax.weights.backbones import FORMATS
-from concat_jax.weights.disk import one_reason
+from concat_jax.weights.disk import new_folder
 from concat_jax.weights.files.readers import INDEX_SUFFIX
-from concat_jax.weights.model_folder import ModelCard, new_folder
+from concat_jax.weights.model_folder import ModelCard
 from concat_jax.weights.names.mask2former import OURS_FIXED, backbone_format
 from concat_jax.weights.segmentors import segmentor_params_to_hf
 from concat_jax.weights.sizes import HubConfig, check_statistics
@@ -209,7 +209,7 @@ def save_hf_folder(
         )
     content = config_to_hf(card)
     arrays = segmentor_params_to_hf(params, card.segmentor)
-    with one_reason(folder, params), new_folder(folder, overwrite=overwrite) as temporary:
+    with new_folder(folder, params, overwrite=overwrite) as temporary:
         files.write_json(temporary / CONFIG_NAME, content)
         files.write_json(temporary / PREPROCESSOR_NAME, preprocessing_to_hf(card))
         weights = temporary / WEIGHTS_NAME

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +16,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from concat_jax.core.files import read_json
+from concat_jax.core.files import read_json, write_json
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.clip import CLIP, make_clip
 from concat_jax.models.segmentor import DEFAULTS, LinearClassifier, make_segmentor
 from concat_jax.models.semantic_projector import SemanticProjector
-from concat_jax.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from concat_jax.weights.disk import one_reason
+from concat_jax.text.tokenizer import Tokenizer, save_tokenizer
+from concat_jax.weights.disk import CARD_NAME, new_folder
+from concat_jax.weights.report import LoadingReport, Shape, shapes_of
 
-CARD_NAME = "model.json"
 PARAMS_NAME = "params"
 TOKENIZER_NAME = "tokenizer"
 TASKS = ("panoptic", "instance", "semantic")
 # Of the file's layout; raised when a reader of today could no longer read it.
 FORMAT = 2
-# Files that a folder this package writes has at its top: what `overwrite` may replace.
-MARKERS = (CARD_NAME, "config.json")
+# Fields of a segmentor's config that no parameter's shape tells.
+_SHAPELESS = ("num_heads", "num_points", "num_groups")
 
 Params = dict[str, Any]
 
@@ -91,97 +87,39 @@ def text_modules(card: TextCard) -> tuple[CLIP, SemanticProjector]:
     return clip, SemanticProjector(joint_width=clip.embed_dim, **card.projector)
 
 
-def parameter_shapes(
-    config: Mapping[str, Any], num_classes: int | None = None
-) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Shape]:
     """Shapes of the parameters of a segmentor and a linear head of K classes, without making them.
 
     Paths joined by "/" begin with "segmentor/" or "classifier/".
     """
     # Parameter shapes do not depend on the image size; the smallest one traces fastest.
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    tree = {"segmentor": _shapes(make_segmentor(config), image)}
+    tree = {"segmentor": _abstract(make_segmentor(config), image)}
     if num_classes is not None:
-        queries = jax.ShapeDtypeStruct((1, 1, _width(config)), jnp.float32)
-        tree["classifier"] = _shapes(LinearClassifier(num_classes), queries)
-    return traverse_util.flatten_dict(tree, sep="/")
+        tree["classifier"] = _abstract(LinearClassifier(num_classes), _queries(config))
+    return shapes_of(tree)
 
 
-def _width(config: Mapping[str, Any]) -> int:
-    return {**DEFAULTS, **config}["width"]
+def _queries(config: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, {**DEFAULTS, **config}["width"]), jnp.float32)
 
 
-def _shapes(module: nn.Module, *inputs: jax.ShapeDtypeStruct, **options) -> Any:
-    init = functools.partial(module.init, **options)
+def _abstract(module: nn.Module, *inputs: jax.ShapeDtypeStruct, **options: Any) -> Params:
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(init, key, *inputs)["params"])
+    return jax.eval_shape(functools.partial(module.init, **options), key, *inputs)["params"]
 
 
-def _text_shapes(card: ModelCard) -> dict[str, tuple[int, ...]]:
-    """As `parameter_shapes`, of "projector/", "text_tower/" and the array "training_text"."""
+def _text_shapes(card: ModelCard) -> dict[str, Shape]:
+    """As `parameter_shapes`, of "projector/" and "text_tower/"."""
     clip, projector = text_modules(card.text)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    row, text = (
-        jax.ShapeDtypeStruct((1, width), jnp.float32)
-        for width in (_width(card.segmentor), clip.embed_dim)
-    )
+    text = jax.ShapeDtypeStruct((1, clip.embed_dim), jnp.float32)
+    queries = _queries(card.segmentor)
     tree = {
-        "projector": _shapes(projector, row, text, method="predict"),
-        "text_tower": _shapes(clip, tokens, method="encode_text"),
+        "projector": _abstract(projector, queries, text, method="predict"),
+        "text_tower": _abstract(clip, tokens, method="encode_text"),
     }
-    return traverse_util.flatten_dict(tree, sep="/")
-
-
-@contextlib.contextmanager
-def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder to fill, which takes its final name only when the block has not raised.
-
-    `overwrite` replaces what is there, if it is a model's folder or an empty one.
-
-    Raises:
-      ValueError: the final name is taken, or by something that is no model and is kept even with
-        `overwrite`.
-    """
-    # realpath: a link to a folder stays a link to what replaces that folder.
-    final = Path(os.path.realpath(folder))
-    check_destination(final, overwrite=overwrite)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
-    try:
-        # mkdtemp keeps others out; a model is as readable as any other new folder.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        yield temporary
-        check_destination(final, overwrite=overwrite)
-        if final.exists():
-            old = temporary.with_suffix(".old")
-            final.rename(old)
-            temporary.rename(final)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Raise the ValueError of `new_folder` about `folder` before any work is done."""
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder to write to.")
-    if not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"{folder} is there already; name another folder or pass --overwrite.")
-    if not any((folder / marker).is_file() for marker in MARKERS):
-        raise ValueError(
-            f"{folder} holds no model ({' or '.join(MARKERS)}), so --overwrite leaves it alone; "
-            "name another folder."
-        )
+    return shapes_of(tree)
 
 
 def save_model(
@@ -204,17 +142,12 @@ def save_model(
     """
     _check_together(params, card, "The parameters")
     content = {"format": FORMAT, **dataclasses.asdict(card)}
-    with one_reason(folder, params), new_folder(folder, overwrite=overwrite) as temporary:
+    with new_folder(folder, params, overwrite=overwrite) as temporary:
         if tokenizer is not None:
             content["text"]["tokenizer"] = save_tokenizer(tokenizer, temporary / TOKENIZER_NAME)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(temporary / PARAMS_NAME, jax.tree.map(np.asarray, params))
-        (temporary / CARD_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def load_model_tokenizer(folder: str | os.PathLike[str], card: TextCard) -> Tokenizer:
-    """The tokenizer of a model's text tower."""
-    return load_tokenizer(Path(folder) / TOKENIZER_NAME, card.tokenizer)
+        write_json(temporary / CARD_NAME, content)
 
 
 def load_card(folder: str | os.PathLike[str]) -> ModelCard:
@@ -246,14 +179,13 @@ def load_card(folder: str | os.PathLike[str]) -> ModelCard:
     for name, build in (("vocabulary", Vocabulary), ("text", TextCard)):
         if content.get(name) is not None:
             try:
-                content[name] = build(**{k: _tuples(v) for k, v in content[name].items()})
+                section = content[name].items()
+                content[name] = build(
+                    **{k: tuple(v) if isinstance(v, list) else v for k, v in section}
+                )
             except (AttributeError, TypeError, ValueError) as error:
                 raise ValueError(f"{path} holds no usable {name}: {error}") from error
     return ModelCard(**content)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Params, ModelCard]:
@@ -284,23 +216,18 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Params, ModelCard]:
 
 def _check_together(params: Params, card: ModelCard, what: str) -> None:
     """Every array of the parameters where the card's config has it, and with its shape."""
-    found = {
-        k: tuple(np.shape(v)) for k, v in traverse_util.flatten_dict(dict(params), sep="/").items()
-    }
-    classes = len(card.vocabulary) if card.vocabulary else None
+    found, classes = shapes_of(params), len(card.vocabulary) if card.vocabulary else None
     if card.text is not None:
         wanted = parameter_shapes(card.segmentor) | _text_shapes(card)
         # One row a class, whatever the synonyms make of it.
         rows = found.pop("training_text", (0,))[0]
         if rows != classes:
             raise ValueError(f"{what} have text for {rows} classes where the card has {classes}.")
+    elif ("classifier" in params) != (classes is not None):
+        has = "a class head" if "classifier" in params else "no class head"
+        given = "absent" if classes is None else "there"
+        raise ValueError(f"{what} have {has} but the vocabulary is {given}; the two go together.")
     else:
-        if ("classifier" in params) != (card.vocabulary is not None):
-            has = "a class head" if "classifier" in params else "no class head"
-            raise ValueError(
-                f"{what} have {has} but the vocabulary is "
-                f"{'absent' if card.vocabulary is None else 'there'}; the two go together."
-            )
         wanted = parameter_shapes(card.segmentor, classes)
     if set(params.get("segmentor", {})) == {"backbone"}:
         wanted = {k: v for k, v in wanted.items() if k.startswith("segmentor/backbone/")}
@@ -310,3 +237,41 @@ def _check_together(params: Params, card: ModelCard, what: str) -> None:
                 f"{what} have {found.get(name, 'nothing')} at {name} where the model of the card "
                 f"has {wanted.get(name, 'nothing')}; the two must be of one architecture."
             )
+
+
+def segmentor_from_folder(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], fresh: Params
+) -> tuple[Params, LoadingReport]:
+    """Fill a freshly initialised segmentor with everything that a model's folder has for it.
+
+    The folder is of a whole segmentor or of a backbone. Its class head is left out: here text tells
+    the classes. What it lacks stays as in `fresh`.
+
+    Raises:
+      ValueError: the folder cannot be read, or holds a parameter that the segmentor has not, has
+        in another shape, or uses otherwise.
+    """
+    params, card = load_model(folder)
+    ours, theirs = shapes_of({"segmentor": fresh}), shapes_of({"segmentor": params["segmentor"]})
+    for name, shape in theirs.items():
+        if shape != (mine := ours.get(name, "nothing")):
+            raise ValueError(
+                f"{folder} holds {shape} for {name} where the config's segmentor has {mine}; "
+                "make config.model.segmentor fit the folder."
+            )
+    is_whole = set(params["segmentor"]) != {"backbone"}
+    for field in _SHAPELESS if is_whole else ():
+        mine, value = ({**DEFAULTS, **c}[field] for c in (config, card.segmentor))
+        if mine != value:
+            raise ValueError(
+                f"{folder} is of a segmentor with {field} {value} where the config's has {mine}; "
+                "make config.model.segmentor fit the folder."
+            )
+    report = LoadingReport(
+        loaded={name: name for name in theirs},
+        shapes=theirs,
+        new={name: shape for name, shape in ours.items() if name not in theirs},
+        ignored=shapes_of({"classifier": params.get("classifier", {})}),
+    )
+    fresh, given = (traverse_util.flatten_dict(tree) for tree in (fresh, params["segmentor"]))
+    return traverse_util.unflatten_dict({**fresh, **given}), report

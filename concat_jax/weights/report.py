@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
 
 Shape = tuple[int, ...]
 
@@ -28,6 +32,12 @@ def name_keys(keys: Iterable[str]) -> str:
     keys = sorted(keys)
     more = f" and {len(keys) - MAX_KEYS_NAMED} more" if len(keys) > MAX_KEYS_NAMED else ""
     return ", ".join(keys[:MAX_KEYS_NAMED]) + more
+
+
+def shapes_of(params: Mapping[str, Any]) -> dict[str, Shape]:
+    """Path of an array, joined by "/", to its shape."""
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    return {path: tuple(np.shape(array)) for path, array in flat.items()}
 
 
 @dataclasses.dataclass(frozen=True)

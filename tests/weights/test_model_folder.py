@@ -108,13 +108,13 @@ def test_a_failure_leaves_nothing_behind(params, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(model_folder.json, "dumps", fail)
+    monkeypatch.setattr(json, "dumps", fail)
     with pytest.raises(OSError, match="No space"):
         save_model(folder, params, CARD)
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
     save_model(folder, params, CARD)
-    monkeypatch.setattr(model_folder.json, "dumps", fail)
+    monkeypatch.setattr(json, "dumps", fail)
     with pytest.raises(OSError, match="No space"):
         save_model(folder, params, ModelCard(CONFIG, VOCABULARY, "semantic"), overwrite=True)
     assert load_card(folder).task == "panoptic"

@@ -6,8 +6,7 @@ import pytest
 
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import make_segmentor
-from concat_jax.weights.model_folder import ModelCard, save_model
-from concat_jax.weights.warm_start import segmentor_from_folder
+from concat_jax.weights.model_folder import ModelCard, save_model, segmentor_from_folder
 
 CONFIG = {
     "backbone": {"kind": "resnet", "stage_sizes": (1, 1, 1, 1), "width": 8, "block": "basic"},
