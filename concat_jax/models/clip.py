@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -19,12 +20,26 @@ import jax.numpy as jnp
 
 from concat_jax.core.config import check_choice
 from concat_jax.models.clip_stems import STEMS
-from concat_jax.models.clip_variants import CLIP_VARIANTS
 
 # The largest multiplier CLIP lets its similarities have (section 2.5), kept against instability.
 MAX_LOGIT_SCALE = 100.0
 # "equivalent of 0.07" in section 2.5: the temperature that training starts from.
 INITIAL_LOGIT_SCALE = 1.0 / 0.07
+
+# The sizes that OpenAI published (Radford et al. 2021, table 20) as fields of `CLIP`. What is not
+# here (MLP ratio 4, quick GELU, 77 tokens of 49408) is the same in all of them, and its default.
+_BASE = dict(embed_dim=512, image_size=224, image_width=768, image_depth=12, image_heads=12)
+_BASE |= dict(text_width=512, text_depth=12, text_heads=8)
+_LARGE = dict(embed_dim=768, image_size=224, image_width=1024, image_depth=24, image_heads=16)
+_LARGE |= dict(text_width=768, text_depth=12, text_heads=12, patch_size=14)
+CLIP_VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "ViT-B/32": {**_BASE, "patch_size": 32},
+        "ViT-B/16": {**_BASE, "patch_size": 16},
+        "ViT-L/14": _LARGE,
+        "ViT-L/14@336": {**_LARGE, "image_size": 336},
+    }
+)
 
 _LAYER_NORM_EPSILON = 1e-5  # torch's default, which CLIP was trained with; linen's is 1e-6
 
@@ -113,34 +128,38 @@ def interpolate_positions(
     return jnp.concatenate([table[:1], patches.reshape(-1, width)])
 
 
-def _transformer(tower: VisionTower | TextTower, x: jax.Array, is_causal: bool) -> jax.Array:
-    """The blocks of a tower, [B, L, D] -> [B, L, D]; call it inside the tower's compact method."""
-    for layer in range(tower.depth):
-        x = Block(
-            num_heads=tower.num_heads,
-            depth=tower.depth,
-            mlp_ratio=tower.mlp_ratio,
-            activation=tower.activation,
-            is_causal=is_causal,
-            dtype=tower.dtype,
-            name=f"layers_{layer}",
-        )(x)
-    return x
+class _Tower(nn.Module):
+    """What both towers have."""
 
-
-class VisionTower(nn.Module):
-    """ViT up to the normalised class token, [B, H, W, 3] -> [B, D]."""
-
-    image_size: int
-    patch_size: int
     width: int
     depth: int
     num_heads: int
     mlp_ratio: float
     activation: str
+    dtype: Any
+
+    def transformer(self, x: jax.Array, is_causal: bool) -> jax.Array:
+        """The blocks, [B, L, D] -> [B, L, D]; to be called inside the compact method."""
+        for layer in range(self.depth):
+            x = Block(
+                num_heads=self.num_heads,
+                depth=self.depth,
+                mlp_ratio=self.mlp_ratio,
+                activation=self.activation,
+                is_causal=is_causal,
+                dtype=self.dtype,
+                name=f"layers_{layer}",
+            )(x)
+        return x
+
+
+class VisionTower(_Tower):
+    """ViT up to the normalised class token, [B, H, W, 3] -> [B, D]."""
+
+    image_size: int
+    patch_size: int
     stem: str
     position_interpolation: str
-    dtype: Any
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -159,22 +178,16 @@ class VisionTower(nn.Module):
         x = jnp.concatenate([cls, x.reshape(batch, rows * columns, width)], axis=1)
         x = x + table.astype(self.dtype)
         x = _layer_norm(self.dtype, "pre_layrnorm")(x)  # the checkpoints' own spelling
-        x = _transformer(self, x, is_causal=False)
+        x = self.transformer(x, is_causal=False)
         return _layer_norm(self.dtype, "post_layernorm")(x[:, 0])
 
 
-class TextTower(nn.Module):
+class TextTower(_Tower):
     """Causal transformer up to the normalised end-of-text token, [M, L] int32 -> [M, D]."""
 
     vocab_size: int
     context_length: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
-    activation: str
     eot_id: int | None
-    dtype: Any
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -189,7 +202,7 @@ class TextTower(nn.Module):
             "position_embedding", nn.initializers.normal(0.01), (self.context_length, self.width)
         )
         x = embed(tokens) + positions[: tokens.shape[1]].astype(self.dtype)
-        x = _transformer(self, x, is_causal=True)
+        x = self.transformer(x, is_causal=True)
         x = _layer_norm(self.dtype, "final_layer_norm")(x)
         eot = jnp.argmax(tokens if self.eot_id is None else tokens == self.eot_id, axis=1)
         return jnp.take_along_axis(x, eot[:, None, None], axis=1)[:, 0]
@@ -234,31 +247,27 @@ class CLIP(nn.Module):
         self.vision_model = VisionTower(
             image_size=self.image_size,
             patch_size=self.patch_size,
-            width=self.image_width,
-            depth=self.image_depth,
-            num_heads=self.image_heads,
-            mlp_ratio=self.image_mlp_ratio,
-            activation=self.activation,
             stem=self.stem,
             position_interpolation=self.position_interpolation,
-            dtype=self.dtype,
+            **self._shared("image"),
         )
         self.text_model = TextTower(
             vocab_size=self.vocab_size,
             context_length=self.context_length,
-            width=self.text_width,
-            depth=self.text_depth,
-            num_heads=self.text_heads,
-            mlp_ratio=self.text_mlp_ratio,
-            activation=self.activation,
             eot_id=self.eot_id,
-            dtype=self.dtype,
+            **self._shared("text"),
         )
         self.visual_projection = self._projection(self.image_width)
         self.text_projection = self._projection(self.text_width)
         self.logit_scale = self.param(
             "logit_scale", nn.initializers.constant(math.log(INITIAL_LOGIT_SCALE)), ()
         )
+
+    def _shared(self, tower: str) -> dict[str, Any]:
+        own = ("width", "depth", "heads", "mlp_ratio")
+        width, depth, heads, mlp_ratio = (getattr(self, f"{tower}_{field}") for field in own)
+        shared = {"width": width, "depth": depth, "num_heads": heads, "mlp_ratio": mlp_ratio}
+        return {**shared, "activation": self.activation, "dtype": self.dtype}
 
     def _projection(self, width: int) -> nn.Dense:
         init = nn.initializers.normal(width**-0.5)

@@ -14,12 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
 
-from concat_jax.models.clip import CLIP, make_clip
+from concat_jax.models.clip import CLIP, CLIP_VARIANTS, make_clip
 from concat_jax.models.clip_images import CLIP_MEAN, CLIP_STD
-from concat_jax.models.clip_variants import CLIP_VARIANTS
 from concat_jax.text.tokenizer import has_clip_tokenizer
 from concat_jax.weights.clip_sizes import (
     clip_config_from_hf,
@@ -36,8 +33,8 @@ from concat_jax.weights.hugging_face_folder import (
     read_json_object,
 )
 from concat_jax.weights.names import clip as names
-from concat_jax.weights.names.table import find, to_ours
-from concat_jax.weights.report import LoadingReport, name_keys
+from concat_jax.weights.names.table import Found, find, to_ours
+from concat_jax.weights.report import LoadingReport, name_keys, shapes_of
 from concat_jax.weights.sizes import check_statistics
 
 Params = Mapping[str, Any]
@@ -70,10 +67,10 @@ class ClipWeights:
     params: Params
     tokenizer_files: Path | None
     source: str
-    kind: str = "CLIP"
-    assumed: tuple[str, ...] = ()
-    report: LoadingReport = dataclasses.field(default_factory=lambda: LoadingReport({}, {}))
-    notes: tuple[str, ...] = ()
+    kind: str
+    assumed: tuple[str, ...]
+    report: LoadingReport
+    notes: tuple[str, ...]
 
     def __str__(self) -> str:
         config, ignored = self.config, self.report.ignored
@@ -81,17 +78,15 @@ class ClipWeights:
             f"ViT of {config['image_width']} x {config['image_depth']} on patches of "
             f"{config['patch_size']} with text of {config['text_width']} x {config['text_depth']}"
         )
-        line = (
+        parts = [
             f"{name} at {config['image_size']} pixels from {self.source} ({self.kind}): "
             f"{self.report.num_parameters:,} numbers in {len(self.report.loaded)} arrays loaded, "
-            f"{len(ignored)} entries ignored"
-        )
-        if ignored:
-            line += f" ({name_keys(ignored)})"
+            f"{len(ignored)} entries ignored" + (f" ({name_keys(ignored)})" if ignored else "")
+        ]
         if self.assumed:
             fields = ", ".join(f"{field} {config[field]!r}" for field in self.assumed)
-            line += f"; assumed, since nothing beside the file tells: {fields}"
-        return "; ".join((line, *(note.rstrip(".") for note in self.notes)))
+            parts.append(f"assumed, since nothing beside the file tells: {fields}")
+        return "; ".join((*parts, *(note.rstrip(".") for note in self.notes)))
 
 
 def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
@@ -120,25 +115,13 @@ def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
         if not is_hf and "visual.conv1.weight" not in content.arrays:
             raise ValueError(f"it holds weights of another model ({name_keys(content.arrays)})")
         found = find(content.arrays, names.HUGGING_FACE if is_hf else names.OPENAI)
-        config: dict[str, Any] = {}
-        if not is_hf or not (file.parent / CONFIG_NAME).is_file():
-            config = {**sizes_from_shapes(found.shapes(), found.naming), "eot_id": None}
-        describe = _of_hf if is_hf else _of_openai
-        config, kind, assumed = describe(file, content, config)
-        params, report = to_ours(found, _shapes(_abstract(make_clip(config))))
+        config, kind, assumed = _describe(file, content, found, is_hf)
+        params, report = to_ours(found, shapes_of(_abstract(make_clip(config))))
     except ValueError as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"{path} cannot be read as a CLIP: {reason}.") from error
-    return ClipWeights(
-        config=config,
-        params=params,
-        tokenizer_files=clip_tokenizer_folder(file),
-        source=str(path),
-        kind=kind,
-        assumed=assumed,
-        report=report,
-        notes=content.notes,
-    )
+    tokenizer = clip_tokenizer_folder(file)
+    return ClipWeights(config, params, tokenizer, str(path), kind, assumed, report, content.notes)
 
 
 def _weights_file(folder: Path) -> Path:
@@ -152,37 +135,33 @@ def _weights_file(folder: Path) -> Path:
     raise ValueError(f"{folder} holds no weights of a CLIP; they are {' or '.join(sum(both, ()))}.")
 
 
-Description = tuple[dict[str, Any], str, tuple[str, ...]]
-
-
-def _of_hf(file: Path, content: WeightsFile, sizes: dict[str, Any]) -> Description:
+def _describe(
+    file: Path, content: WeightsFile, found: Found, is_hf: bool
+) -> tuple[dict[str, Any], str, tuple[str, ...]]:
     """Config, kind, and the fields of it that nothing tells."""
-    beside, preprocessor = file.parent / CONFIG_NAME, file.parent / PREPROCESSOR_NAME
-    if preprocessor.is_file():
+    preprocessor = file.parent / PREPROCESSOR_NAME
+    if is_hf and preprocessor.is_file():
         needed = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
         check_statistics(read_json_object(preprocessor), f"its {PREPROCESSOR_NAME}", needed)
-    if sizes:
-        return {**heads_as_openai(sizes), "activation": "quick_gelu"}, "Hugging Face", _SHAPELESS
-    try:
-        return clip_config_from_hf(read_json_object(beside)), "Hugging Face", ()
-    except ValueError as error:
-        raise ValueError(f"of its {CONFIG_NAME}, {error}") from error
-
-
-def _of_openai(file: Path, content: WeightsFile, sizes: dict[str, Any]) -> Description:
-    """As `_of_hf`."""
-    if (beside := file.parent / OPEN_CLIP_CONFIG_NAME).is_file():
+    beside = file.parent / (CONFIG_NAME if is_hf else OPEN_CLIP_CONFIG_NAME)
+    sizes = {}
+    if not is_hf or not beside.is_file():
+        sizes = {**sizes_from_shapes(found.shapes(), found.naming), "eot_id": None}
+    if beside.is_file():
         try:
-            return clip_config_from_open_clip(read_json_object(beside), sizes), "open_clip", ()
+            described = read_json_object(beside)
+            if is_hf:
+                return clip_config_from_hf(described), "Hugging Face", ()
+            return clip_config_from_open_clip(described, sizes), "open_clip", ()
         except ValueError as error:
-            raise ValueError(f"of its {OPEN_CLIP_CONFIG_NAME}, {error}") from error
+            raise ValueError(f"of its {beside.name}, {error}") from error
     # open_clip's are safetensors, and checkpoints of training on several devices.
     is_open_clips = file.suffix == ".safetensors" or file.name in OPEN_CLIP_WEIGHTS_NAMES
     is_open_clips |= bool(content.other) or "module." in content.prefixes
     has_sizes = any(name in content.arrays for name in names.OPENAI_SIZES)  # as OpenAI's own have
-    is_openais = content.is_script or has_sizes or not is_open_clips
-    config = {**heads_as_openai(sizes), "activation": "quick_gelu" if is_openais else "gelu"}
-    kind = "OpenAI" if is_openais else "open_clip"
+    is_open_clips &= not (is_hf or content.is_script or has_sizes)
+    kind = "Hugging Face" if is_hf else "open_clip" if is_open_clips else "OpenAI"
+    config = {**heads_as_openai(sizes), "activation": "gelu" if is_open_clips else "quick_gelu"}
     return config, kind, () if has_sizes else _SHAPELESS
 
 
@@ -190,11 +169,6 @@ def _abstract(clip: CLIP) -> Params:
     images = jax.ShapeDtypeStruct((1, clip.image_size, clip.image_size, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(clip.init, jax.random.key(0), images, tokens)["params"]
-
-
-def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
-    return {name: tuple(np.shape(value)) for name, value in flat.items()}
 
 
 def clip_tokenizer_folder(path: str | os.PathLike[str]) -> Path | None:
@@ -213,22 +187,18 @@ def clip_params_for(weights: ClipWeights, abstract: Params, clip: CLIP) -> Param
     Raises:
       ValueError: the sizes differ; the sentence names the fields of config.model.clip.
     """
-    wanted_shapes = _shapes(abstract)
+    wanted_shapes = shapes_of(abstract)
     if PATCH_STEM != {name for name in wanted_shapes if "/patch_embedding/" in name}:
         raise ValueError(
             f"{weights.source} does not fit config.model.clip, whose stem is not CLIP's own; set "
             "config.model.clip.stem to 'patch'."
         )
-    wanted = sizes_from_shapes(wanted_shapes)
-    wanted |= {f: getattr(clip, f) for f in _SHAPELESS}
-    different = {
-        field: (weights.config[field], mine)
-        for field, mine in wanted.items()
-        if field in weights.config and weights.config[field] != mine
-    }
+    wanted = sizes_from_shapes(wanted_shapes) | {f: getattr(clip, f) for f in _SHAPELESS}
+    given = weights.config
+    different = {f: (given[f], mine) for f, mine in wanted.items() if given[f] != mine}
     if different:
         raise ValueError(_misfit(weights, different))
-    if _shapes(weights.params) != wanted_shapes:
+    if shapes_of(weights.params) != wanted_shapes:
         raise ValueError(
             f"{weights.source} and config.model.clip describe different layers; make "
             "config.model.clip fit the file."
@@ -238,7 +208,7 @@ def clip_params_for(weights: ClipWeights, abstract: Params, clip: CLIP) -> Param
 
 def _misfit(weights: ClipWeights, different: Mapping[str, tuple[Any, Any]]) -> str:
     fields = ", ".join(f"{f} is {theirs!r} not {mine!r}" for f, (theirs, mine) in different.items())
-    settings = {f: weights.config[f] for f in different if f not in _TOKENIZER_FIELDS}
+    settings = {f: theirs for f, (theirs, _) in different.items() if f not in _TOKENIZER_FIELDS}
     remedies = []
     if settings:
         if variant := variant_of(weights.config):

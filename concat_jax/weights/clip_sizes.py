@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from concat_jax.models.clip import CLIP_VARIANTS
 from concat_jax.models.clip_images import CLIP_MEAN, CLIP_STD
-from concat_jax.models.clip_variants import CLIP_VARIANTS
 from concat_jax.weights.names.clip import TEXT, VISION
 from concat_jax.weights.names.table import Naming, Shape
 from concat_jax.weights.sizes import HubConfig, check_statistics, read_sizes
@@ -59,6 +59,10 @@ _SIZES = {
     "text_depth": f"{TEXT}/layers_#",
     "text_hidden": f"{TEXT}/layers_0/fc1/kernel [_, n]",
 }
+_OPEN_CLIP = {
+    "vision_cfg": HubConfig({"head_width": ("head_width", HEAD_WIDTH)}),
+    "text_cfg": HubConfig({"text_heads": ("heads", 8)}),
+}
 # Keys of open_clip's vision_cfg and text_cfg (open_clip src/open_clip/{model,transformer}.py) that
 # change what the same parameters compute, and their values in the plain CLIP. Keys that are not
 # here only matter in training, or add parameters, which the rename table then names.
@@ -105,11 +109,9 @@ def clip_config_from_hf(content: Mapping[str, Any]) -> Config:
 
 
 def _with_ratios(config: Config) -> Config:
-    ratios = {
-        f"{t}_mlp_ratio": config.pop(f"{t}_hidden") / config[f"{t}_width"]
-        for t in ("image", "text")
-    }
-    return {**config, **ratios}
+    for tower in ("image", "text"):
+        config[f"{tower}_mlp_ratio"] = config.pop(f"{tower}_hidden") / config[f"{tower}_width"]
+    return config
 
 
 def sizes_from_shapes(shapes: Mapping[str, Shape], naming: Naming | None = None) -> Config:
@@ -141,25 +143,19 @@ def clip_config_from_open_clip(content: Mapping[str, Any], sizes: Config) -> Con
       ValueError: it describes towers that `CLIP` does not have.
     """
     model = content.get("model_cfg", content)
-    sections = {name: model.get(name) for name in ("vision_cfg", "text_cfg")}
-    if not all(isinstance(section, Mapping) for section in sections.values()):
-        raise ValueError("it has no vision_cfg and text_cfg")
-    for name, entries in sections.items():
+    config = {**sizes, "activation": "quick_gelu" if model.get("quick_gelu", False) else "gelu"}
+    for name, section in _OPEN_CLIP.items():
+        entries = model.get(name)
+        if not isinstance(entries, Mapping):
+            raise ValueError("it has no vision_cfg and text_cfg")
         for key, value in entries.items():
             if key in _OPEN_CLIP_PLAIN and value not in _OPEN_CLIP_PLAIN[key]:
                 raise ValueError(f"its {name}.{key} is {value!r}, which CLIP here does not do")
+        config |= section.read(entries, f"its {name}")
     preprocessing = content.get("preprocess_cfg") or {}
     check_statistics(preprocessing, "its preprocess_cfg", {"mean": CLIP_MEAN, "std": CLIP_STD})
-    head = HubConfig({"width": ("head_width", HEAD_WIDTH)}).read(
-        sections["vision_cfg"], "its vision_cfg"
-    )
-    heads = HubConfig({"text_heads": ("heads", 8)}).read(sections["text_cfg"], "its text_cfg")
-    return {
-        **sizes,
-        "image_heads": sizes["image_width"] // head["width"],
-        **heads,
-        "activation": "quick_gelu" if model.get("quick_gelu", False) else "gelu",
-    }
+    config["image_heads"] = config["image_width"] // config.pop("head_width")
+    return config
 
 
 def heads_as_openai(sizes: Config) -> Config:
@@ -168,18 +164,18 @@ def heads_as_openai(sizes: Config) -> Config:
     Raises:
       ValueError: a tower's width is no multiple of it.
     """
+    heads = {}
     for tower in ("image", "text"):
-        if (width := sizes[f"{tower}_width"]) % HEAD_WIDTH:
+        heads[f"{tower}_heads"], rest = divmod(width := sizes[f"{tower}_width"], HEAD_WIDTH)
+        if rest:
             raise ValueError(
                 f"its {tower} tower is {width} wide, so its heads cannot all be {HEAD_WIDTH} wide "
                 "as in OpenAI's CLIPs; put its config.json or open_clip_config.json beside it"
             )
-    return {**sizes, **{f"{t}_heads": sizes[f"{t}_width"] // HEAD_WIDTH for t in ("image", "text")}}
+    return {**sizes, **heads}
 
 
 def variant_of(config: Mapping[str, Any]) -> str:
     """The name in `CLIP_VARIANTS` of a CLIP of these sizes, "" where it has none."""
-    for name, fields in CLIP_VARIANTS.items():
-        if all(config.get(key) == value for key, value in fields.items()):
-            return name
-    return ""
+    fitting = (name for name, fields in CLIP_VARIANTS.items() if fields.items() <= config.items())
+    return next(fitting, "")

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from concat_jax.models.clip import make_clip
+from concat_jax.models.clip import CLIP_VARIANTS, make_clip
 from concat_jax.models.clip_images import l2_normalize
-from concat_jax.models.clip_variants import CLIP_VARIANTS
 from concat_jax.weights.clip import read_clip
 from concat_jax.weights.clip_sizes import variant_of
 

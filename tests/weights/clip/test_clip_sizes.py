@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from concat_jax.models.clip import CLIP, make_clip
-from concat_jax.models.clip_variants import CLIP_VARIANTS
+from concat_jax.models.clip import CLIP, CLIP_VARIANTS, make_clip
 from concat_jax.weights.clip import clip_params_for, read_clip
 from concat_jax.weights.clip_sizes import clip_config_from_hf
 
