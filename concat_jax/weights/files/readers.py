@@ -12,18 +12,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 import safetensors
 
 from concat_jax.core.files import read_json
-from concat_jax.weights.files.restricted_pickle import Tensor, as_array, read_pickle
+from concat_jax.weights.files.restricted_pickle import (
+    SAFETENSORS_TYPES,
+    as_array,
+    read_pickle,
+)
 from concat_jax.weights.files.torch_files import (
     LEGACY_START,
     ZIP_START,
-    TorchZip,
     read_storage,
     read_torch_legacy,
+    read_torch_zip,
     script_arrays,
 )
 from concat_jax.weights.report import name_keys
@@ -35,19 +38,6 @@ WEIGHT_ENTRIES = ("model", "state_dict", "model_state_dict", "module")
 PREFIXES = ("module.", "model.", "state_dict.")
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 INDEX_SUFFIX = ".index.json"
-# What safetensors calls the types that weights have.
-_SAFETENSORS_TYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": ml_dtypes.bfloat16,
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "i1",
-    "U8": "u1",
-    "BOOL": "?",
-}
 # Of a safetensors header in bytes: the format's own limit.
 _MAX_HEADER = 100_000_000
 # How files begin that people have in the place of weights.
@@ -77,14 +67,9 @@ class WeightsFile:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about what was left out of the file."""
-        notes = []
-        if self.other:
-            notes.append(f"Beside the weights the file holds {name_keys(self.other)}; ignored.")
-        if self.prefixes:
-            notes.append(
-                f"{' and '.join(map(repr, self.prefixes))} was taken off the names of the file."
-            )
-        return tuple(notes)
+        other = f"Beside the weights the file holds {name_keys(self.other)}; ignored."
+        prefixes = f"{' and '.join(map(repr, self.prefixes))} was taken off the names of the file."
+        return (other,) * bool(self.other) + (prefixes,) * bool(self.prefixes)
 
 
 def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
@@ -142,10 +127,10 @@ def _read(file: BinaryIO, suffix: str) -> WeightsFile:
     if not start:
         raise ValueError("it is empty")
     if start.startswith(ZIP_START):
-        archive = TorchZip(file)
-        if archive.is_script:
-            return WeightsFile(script_arrays(archive.content()), is_script=True)
-        return _pick_weights(archive.content())
+        content, is_script = read_torch_zip(file)
+        if is_script:
+            return WeightsFile(script_arrays(content), is_script=True)
+        return _pick_weights(content)
     if start.startswith(LEGACY_START):
         return _pick_weights(read_torch_legacy(file))
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER:
@@ -166,10 +151,9 @@ def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
         raise ValueError(f"it is cut off or no safetensors file ({error})") from error
     arrays = {}
     for name, entry in entries:
-        if entry["dtype"] not in _SAFETENSORS_TYPES:
-            raise ValueError(f"{name} is of type {entry['dtype']}, which weights do not have")
-        numbers = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[entry["dtype"]])
-        arrays[name] = numbers.reshape(entry["shape"])
+        if (kind := entry["dtype"]) not in SAFETENSORS_TYPES:
+            raise ValueError(f"{name} is of type {kind}, which weights do not have")
+        arrays[name] = np.frombuffer(entry["data"], SAFETENSORS_TYPES[kind]).reshape(entry["shape"])
     if not arrays:
         raise ValueError("it holds no arrays")
     return arrays
@@ -198,10 +182,8 @@ def _pick_weights(content: Any) -> WeightsFile:
             break
         other += tuple(str(key) for key in content if key != entry)
         content = content[entry]
-    if isinstance(content, Tensor) or not isinstance(content, dict) or not content:
-        raise ValueError("it holds no weights by name (a state_dict)")
     arrays: dict[str, np.ndarray] = {}
-    for name, value in content.items():
+    for name, value in content.items() if isinstance(content, dict) else ():
         array = as_array(value)
         if array is None and not isinstance(value, int | float):
             raise ValueError(

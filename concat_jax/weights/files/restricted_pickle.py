@@ -9,10 +9,10 @@ asked to rebuild anything, and a name that is not in the table ends the reading.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pickle
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -23,21 +23,21 @@ class UnsafePickleError(ValueError):
     """A pickle that names something weights have no need of."""
 
 
-# Types of torch storages, by the names that pickles call them.
-TORCH_DTYPES: Mapping[str, np.dtype] = MappingProxyType(
-    {
-        "DoubleStorage": np.dtype("<f8"),
-        "FloatStorage": np.dtype("<f4"),
-        "HalfStorage": np.dtype("<f2"),
-        "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-        "LongStorage": np.dtype("<i8"),
-        "IntStorage": np.dtype("<i4"),
-        "ShortStorage": np.dtype("<i2"),
-        "CharStorage": np.dtype("i1"),
-        "ByteStorage": np.dtype("u1"),
-        "BoolStorage": np.dtype("?"),
-    }
+# Types that tensors of weights have: torch's word for a storage, safetensors' name, numpy's type.
+_TENSOR_TYPES = (
+    ("Double", "F64", "<f8"),
+    ("Float", "F32", "<f4"),
+    ("Half", "F16", "<f2"),
+    ("BFloat16", "BF16", ml_dtypes.bfloat16),
+    ("Long", "I64", "<i8"),
+    ("Int", "I32", "<i4"),
+    ("Short", "I16", "<i2"),
+    ("Char", "I8", "i1"),
+    ("Byte", "U8", "u1"),
+    ("Bool", "BOOL", "?"),
 )
+_STORAGE_TYPES = {f"{word}Storage": np.dtype(kind) for word, _, kind in _TENSOR_TYPES}
+SAFETENSORS_TYPES = {name: np.dtype(kind) for _, name, kind in _TENSOR_TYPES}
 # Types that numpy arrays of weights have, by numpy's own short names.
 _NUMPY_TYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 
@@ -49,16 +49,14 @@ class Storage:
     dtype: np.dtype
     size: int
     read: Callable[[], bytes]
-    _numbers: np.ndarray | None = None
 
+    @functools.cached_property
     def numbers(self) -> np.ndarray:
         """[size] array."""
-        if self._numbers is None:
-            content = self.read()
-            if len(content) != self.size * self.dtype.itemsize:
-                raise ValueError("a tensor has other bytes than it says")
-            self._numbers = np.frombuffer(content, self.dtype)
-        return self._numbers
+        content = self.read()
+        if len(content) != self.size * self.dtype.itemsize:
+            raise ValueError("a tensor has other bytes than it says")
+        return np.frombuffer(content, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,48 +77,26 @@ class Tensor:
             raise ValueError("a tensor reaches beyond its storage")
         if not count:
             return np.empty(self.shape, self.storage.dtype)
-        numbers = self.storage.numbers()[self.offset :]
+        numbers = self.storage.numbers[self.offset :]
         steps = tuple(s * numbers.itemsize for s in self.strides)
         return np.array(np.lib.stride_tricks.as_strided(numbers, self.shape, steps))
 
 
-class _Sealed:
-    """A stand-in that a pickle can neither change nor make new ones of."""
+class _Global:
+    """Stands for a global that a pickle calls, or mentions as the type of a storage."""
 
-    __slots__ = ()
+    __slots__ = ("_call", "dtype")
+
+    def __init__(self, call: Callable[..., Any] | None = None, dtype: np.dtype | None = None):
+        self._call, self.dtype = call, dtype
+
+    def __call__(self, *args: Any) -> Any:
+        if self._call is None:
+            raise ValueError("the pickle calls what weights only mention")
+        return self._call(*args)
 
     def __setstate__(self, state: Any) -> None:
         raise ValueError("the pickle sets attributes where weights have none")
-
-
-class _Function(_Sealed):
-    """Stands for a global that a pickle calls."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable[..., Any]):
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-
-class _Marker(_Sealed):
-    """Stands for a global that a pickle only mentions: a class, a type of storage."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str):
-        self.name = name
-
-
-class _Inert(_Sealed):
-    """Something that weights do not need, such as a device."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        """Forget it."""
 
 
 class _Dict(dict):
@@ -224,39 +200,30 @@ def _as_it_is(value: Any, *_: Any) -> Any:
     return value
 
 
-def _globals(
-    read_nested: Callable[[bytes], Any] | None, is_script: bool
-) -> dict[tuple[str, str], Any]:
-    table: dict[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): _Function(lambda *items: _Dict(*items)),
-        ("collections", "Counter"): _Function(lambda *items: _Dict(*items)),
-        ("_codecs", "encode"): _Function(_encode),
-        ("numpy", "ndarray"): _Marker("ndarray"),
-        ("numpy", "dtype"): _Function(_Type),
-        ("torch", "Size"): _Function(lambda sizes=(): tuple(sizes)),
-        ("torch", "device"): _Function(lambda *_: _Inert()),
-        ("torch._utils", "_rebuild_tensor"): _Function(_tensor),
-        ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
-        ("torch._utils", "_rebuild_parameter"): _Function(_as_it_is),
-    }
-    for core in ("numpy.core", "numpy._core"):
-        table[f"{core}.multiarray", "_reconstruct"] = _Function(_Array)
-        table[f"{core}.multiarray", "scalar"] = _Function(_scalar)
-        table[f"{core}.numeric", "_frombuffer"] = _Function(_frombuffer)
-    for name in TORCH_DTYPES:
-        table["torch", name] = _Marker(name)
-    if read_nested is not None:
-        # A tensor that was pickled without torch.save carries its storage as a file of its own.
-        table["torch.storage", "_load_from_bytes"] = _Function(read_nested)
-    if is_script:
-        # TorchScript's lists of one type, and its notes of what type a container is.
-        for kind in ("int", "double", "bool", "tensor"):
-            table["torch.jit._pickle", f"build_{kind}list"] = _Function(_as_it_is)
-        table["torch.jit._pickle", "restore_type_tag"] = _Function(_as_it_is)
-    return table
+# What pickles of weights name, and what each calls here.
+_CALLS: Mapping[str, Callable[..., Any] | None] = {
+    "collections.OrderedDict": _Dict,
+    "collections.Counter": _Dict,
+    "_codecs.encode": _encode,
+    "numpy.ndarray": None,
+    "numpy.dtype": _Type,
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _frombuffer,
+    "torch.Size": lambda sizes=(): tuple(sizes),
+    "torch.device": lambda *_: _Dict(),
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _as_it_is,
+}
+# TorchScript's lists of one type, and its notes of what type a container is.
+_SCRIPT_CALLS = {
+    f"torch.jit._pickle.{name}": _as_it_is
+    for name in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
+} | {"torch.jit._pickle.restore_type_tag": _as_it_is}
 
 
-class RestrictedUnpickler(pickle.Unpickler):
+class _Unpickler(pickle.Unpickler):
     """Reads one pickle; see `read_pickle`."""
 
     def __init__(
@@ -269,7 +236,14 @@ class RestrictedUnpickler(pickle.Unpickler):
     ):
         # Detectron2's oldest files were written by Python 2, whose strings are bytes.
         super().__init__(file, encoding="latin1")
-        self._globals = _globals(read_nested, is_script)
+        calls = dict(_CALLS)
+        if read_nested is not None:
+            # A tensor that was pickled without torch.save carries its storage as a file of its own.
+            calls["torch.storage._load_from_bytes"] = read_nested
+        if is_script:
+            calls |= _SCRIPT_CALLS
+        self._globals = {name: _Global(call) for name, call in calls.items()}
+        self._globals |= {f"torch.{name}": _Global(dtype=d) for name, d in _STORAGE_TYPES.items()}
         self._is_script = is_script
         self._find_storage = find_storage
 
@@ -278,12 +252,12 @@ class RestrictedUnpickler(pickle.Unpickler):
         # The classes of a TorchScript archive stand in its own code, which nobody looks at.
         if self._is_script and module.split(".")[0] == "__torch__":
             return ScriptModule
-        try:
-            return self._globals[module, name]
-        except KeyError:
+        whole = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # as before numpy 2
+        if (found := self._globals.get(whole)) is None:
             raise UnsafePickleError(
                 f"it names {module}.{name}, which weights have no need of; nothing of it was run"
-            ) from None
+            )
+        return found
 
     def persistent_load(self, pid: Any) -> Storage:
         """The storage of a tensor, as torch.save refers to it."""
@@ -291,14 +265,13 @@ class RestrictedUnpickler(pickle.Unpickler):
         if self._find_storage is None or not is_storage:
             raise ValueError("it refers to something outside of it")
         kind, key, size = pid[1], pid[2], pid[4]
-        if not isinstance(kind, _Marker) or kind.name not in TORCH_DTYPES:
+        if not isinstance(kind, _Global) or kind.dtype is None:
             raise ValueError("a storage is of an unknown type")
         if not isinstance(key, str) or type(size) is not int or size < 0:
             raise ValueError("a storage has no name or size")
-        view = pid[5] if len(pid) > 5 else None
-        if view is not None:
+        if len(pid) > 5 and pid[5] is not None:
             raise ValueError("a storage is a part of another, as torch before 0.4 wrote them")
-        return self._find_storage(key, TORCH_DTYPES[kind.name], size)
+        return self._find_storage(key, kind.dtype, size)
 
 
 def read_pickle(file: BinaryIO, **options: Any) -> Any:
@@ -313,7 +286,7 @@ def read_pickle(file: BinaryIO, **options: Any) -> Any:
       ValueError: it is broken, or no pickle.
     """
     try:
-        return RestrictedUnpickler(file, **options).load()
+        return _Unpickler(file, **options).load()
     except ValueError:
         raise
     except MemoryError as error:
@@ -326,6 +299,4 @@ def as_array(value: Any) -> np.ndarray | None:
     """The array that an entry of a pickle is, None if it is something else."""
     if isinstance(value, Tensor):
         return value.numpy()
-    if isinstance(value, _Array):
-        return value.value
-    return None
+    return value.value if isinstance(value, _Array) else None

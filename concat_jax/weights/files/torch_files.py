@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -26,55 +27,47 @@ ZIP_START = b"PK\x03\x04"
 # Of the attributes of all modules, counted once a path: far more than any network has, and few
 # enough that modules which share modules which share modules come to an end.
 MAX_ATTRIBUTES = 200_000
+MAX_DEPTH = 100
+_BIG_ENDIAN = "it was written in big-endian byte order; save it on another machine"
 
 
-class TorchZip:
-    """The entries of a zip archive that torch wrote; `file` stays open as long as tensors are read.
+def read_torch_zip(file: BinaryIO) -> tuple[Any, bool]:
+    """Content of a zip archive that torch wrote, and whether it is a TorchScript program.
 
-    `is_script` tells a TorchScript program from what `torch.save` writes. A ValueError says that
-    the archive is cut off, of another byte order, or none of torch's.
+    `file` stays open as long as tensors are read. A ValueError says that the archive is cut off, of
+    another byte order, or none of torch's.
     """
+    try:
+        archive = zipfile.ZipFile(file)
+    except Exception as error:  # zipfile documents none of its own
+        raise ValueError(f"it is cut off or no zip archive ({error})") from error
+    entries = {info.filename: info for info in archive.infolist()}
+    pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("it is a zip archive without one data.pkl, which torch.save writes")
+    folder = pickles[0].removesuffix("data.pkl")
+    storages: dict[str, Storage] = {}
 
-    def __init__(self, file: BinaryIO):
-        try:
-            self._archive = zipfile.ZipFile(file)
-        except Exception as error:  # zipfile documents none of its own
-            raise ValueError(f"it is cut off or no zip archive ({error})") from error
-        self._entries = {info.filename: info for info in self._archive.infolist()}
-        self._storages: dict[str, Storage] = {}
-        pickles = [n for n in self._entries if n.count("/") == 1 and n.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError("it is a zip archive without one data.pkl, which torch.save writes")
-        self._folder = pickles[0].removesuffix("data.pkl")
-        self.is_script = f"{self._folder}constants.pkl" in self._entries
-        order = f"{self._folder}byteorder"
-        if order in self._entries and self._read(order).strip() != b"little":
-            raise ValueError("it was written in big-endian byte order; save it on another machine")
-
-    def content(self) -> Any:
-        """What `read_pickle` makes of its pickle."""
-        return read_pickle(
-            io.BytesIO(self._read(f"{self._folder}data.pkl")),
-            find_storage=self._find_storage,
-            is_script=self.is_script,
-        )
-
-    def _read(self, name: str) -> bytes:
-        if name not in self._entries:
+    def read(name: str) -> bytes:
+        name = folder + name
+        if name not in entries:
             raise ValueError(f"it lacks the entry {name}")
         # torch never compresses numbers; what does could grow without limit.
-        if self._entries[name].compress_type != zipfile.ZIP_STORED:
+        if entries[name].compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"its entry {name} is compressed, which torch.save does not do")
         try:
-            return self._archive.read(name)
+            return archive.read(name)
         except Exception as error:  # zipfile documents none of its own
             raise ValueError(f"its entry {name} is damaged ({error})") from error
 
-    def _find_storage(self, key: str, dtype: np.dtype, size: int) -> Storage:
-        if key not in self._storages:
-            entry = f"{self._folder}data/{key}"
-            self._storages[key] = Storage(dtype, size, lambda: self._read(entry))
-        return self._storages[key]
+    def find_storage(key: str, dtype: np.dtype, size: int) -> Storage:
+        return storages.setdefault(key, Storage(dtype, size, lambda: read(f"data/{key}")))
+
+    if f"{folder}byteorder" in entries and read("byteorder").strip() != b"little":
+        raise ValueError(_BIG_ENDIAN)
+    is_script = f"{folder}constants.pkl" in entries
+    pickled = io.BytesIO(read("data.pkl"))
+    return read_pickle(pickled, find_storage=find_storage, is_script=is_script), is_script
 
 
 def script_arrays(root: Any) -> dict[str, np.ndarray]:
@@ -83,31 +76,29 @@ def script_arrays(root: Any) -> dict[str, np.ndarray]:
     Tensors that are no parameters (buffers, plain attributes) are among them, since the archive
     does not tell them apart.
     """
-    arrays: dict[str, np.ndarray] = {}
-    count = 0
-
-    def visit(module: ScriptModule, prefix: str, above: tuple[int, ...]) -> None:
-        nonlocal count
-        if id(module) in above:
-            raise ValueError(f"its module {prefix[:-1]} holds itself")
-        for name, value in module.attributes.items():
-            count += 1
-            if count > MAX_ATTRIBUTES:
-                raise ValueError(f"its modules have over {MAX_ATTRIBUTES:,} attributes")
-            if isinstance(value, ScriptModule):
-                visit(value, f"{prefix}{name}.", (*above, id(module)))
-            elif (array := as_array(value)) is not None:
-                arrays[prefix + name] = array
-
     if not isinstance(root, ScriptModule):
         raise ValueError("it holds no module")
-    try:
-        visit(root, "", ())
-    except RecursionError as error:
-        raise ValueError("its modules nest too deep") from error
+    arrays: dict[str, np.ndarray] = {}
+    for count, (name, value) in enumerate(_attributes(root)):
+        if count >= MAX_ATTRIBUTES:
+            raise ValueError(f"its modules have over {MAX_ATTRIBUTES:,} attributes")
+        if (array := as_array(value)) is not None:
+            arrays[name] = array
     if not arrays:
         raise ValueError("its modules hold no tensors")
     return arrays
+
+
+def _attributes(
+    module: ScriptModule, prefix: str = "", depth: int = 0
+) -> Iterator[tuple[str, Any]]:
+    """The attributes of a module and of all modules in it, by name."""
+    if depth > MAX_DEPTH:
+        raise ValueError("its modules nest too deep, or hold themselves")
+    for name, value in module.attributes.items():
+        yield prefix + name, value
+        if isinstance(value, ScriptModule):
+            yield from _attributes(value, f"{prefix}{name}.", depth + 1)
 
 
 def read_torch_legacy(file: BinaryIO) -> Any:
@@ -122,7 +113,7 @@ def read_torch_legacy(file: BinaryIO) -> Any:
         raise ValueError("it is no file of torch.save")
     machine = read_pickle(file)
     if isinstance(machine, dict) and machine.get("little_endian") is False:
-        raise ValueError("it was written in big-endian byte order; save it on another machine")
+        raise ValueError(_BIG_ENDIAN)
     storages: dict[str, Storage] = {}
     places: dict[str, int] = {}
 
@@ -158,4 +149,4 @@ def read_torch_legacy(file: BinaryIO) -> Any:
 def read_storage(content: bytes) -> Any:
     """The storage that a tensor carries when it was pickled without `torch.save`."""
     file = io.BytesIO(content)
-    return TorchZip(file).content() if content.startswith(ZIP_START) else read_torch_legacy(file)
+    return read_torch_zip(file)[0] if content.startswith(ZIP_START) else read_torch_legacy(file)

@@ -198,7 +198,10 @@ MODULE = b"c__torch__.a.b\nM\n)\x81"
         (MODULE, "its modules hold no tensors"),
         (b"}", "it holds no module"),
         # A module that is its own child.
-        (MODULE + b"q\x00}X\x01\x00\x00\x00ah\x00sb", "its module a holds itself"),
+        (
+            MODULE + b"q\x00}X\x01\x00\x00\x00ah\x00sb",
+            "its modules nest too deep, or hold themselves",
+        ),
     ],
 )
 def test_modules_that_are_none(clip_archive, tmp_path, program, message):
