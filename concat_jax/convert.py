@@ -44,45 +44,48 @@ def define_flags(flags: cli.Flags) -> None:
     flags.switch("overwrite", "Replace a model at DESTINATION.")
 
 
-def convert(
-    source: str,
-    destination: str,
-    *,
-    classes: str = "",
-    reinit_head: bool = False,
-    task: str = "",
-    to: str = "orbax",
-    overwrite: bool = False,
-) -> ModelCard:
-    """Converts a model and prints what became of its arrays; arguments as the flags."""
-    for flag, value, valid in (("to", to, FORMATS), ("task", task, ("", *TASKS))):
-        if value not in valid:
+def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+    """What the flags ask for."""
+    if len(arguments) != 2:
+        raise ValueError(f"give a source and a destination: {USAGE}")
+    source, destination = arguments
+    if is_workdir(Path(source)):
+        for name in ("classes", "reinit_head", "task"):
+            if given[name].present:
+                raise ValueError(f"--{name} is for weights of others, not for a workdir.")
+        if given.to != "orbax":
+            raise ValueError(f"--to={given.to} cannot hold a model that names classes by text.")
+        export_workdir(source, destination, stage=given.stage, overwrite=given.overwrite)
+        return
+    if given.stage:
+        raise ValueError(f"--stage={given.stage} is for workdirs, and {source} is none.")
+    for flag, valid in (("to", FORMATS), ("task", ("", *TASKS))):
+        if (value := given[flag].value) not in valid:
             raise ValueError(
                 f"--{flag}={value} is unknown; use {' or '.join(filter(None, valid))}."
             )
-    for path in (source, destination):
+    for path in arguments:
         if "://" in path:
             raise ValueError(f"{path} is not a local path; give a file or folder of this machine.")
-    check_destination(destination, overwrite=overwrite)
+    check_destination(destination, overwrite=given.overwrite)
     known = load_label_space(COCO_SPLIT)
     known = dataclasses.replace(known, is_seen=(True,) * len(known))
-    named = read_classes(classes, known) if classes else None
+    named = read_classes(given.classes, known) if given.classes else None
 
-    model = load_source(source, known, named, new_head=reinit_head)
+    model = load_source(source, known, named, new_head=given.reinit_head)
     print(f"{source} is {model.kind}.", model.report, sep="\n")
     card = ModelCard(
         segmentor=model.config,
         vocabulary=model.classes.vocabulary if model.classes else None,
-        task=task or model.task,
+        task=given.task or model.task,
         source=Path(source).resolve().name,
         knows_things=model.classes is not None and model.classes.knows_things,
         **model.sides,
     )
     print(*model.notes, *_describe(card, model.classes), sep="\n")
-    save = save_hf_folder if to == "hf" else save_model
-    save(destination, model.params, card, overwrite=overwrite)
+    save = save_hf_folder if given.to == "hf" else save_model
+    save(destination, model.params, card, overwrite=given.overwrite)
     print(f"Wrote {destination}.")
-    return card
 
 
 def _describe(card: ModelCard, classes: Classes | None) -> list[str]:
@@ -96,24 +99,6 @@ def _describe(card: ModelCard, classes: Classes | None) -> list[str]:
         f"Classes: {len(classes.vocabulary)}, {things}; from {classes.origin}.",
         f"Task: {card.task or 'unknown; pass --task to say it'}.",
     ]
-
-
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
-    """What the flags ask for."""
-    if len(arguments) != 2:
-        raise ValueError(f"give a source and a destination: {USAGE}")
-    if is_workdir(Path(arguments[0])):
-        for name in ("classes", "reinit_head", "task"):
-            if given[name].present:
-                raise ValueError(f"--{name} is for weights of others, not for a workdir.")
-        if given.to != "orbax":
-            raise ValueError(f"--to={given.to} cannot hold a model that names classes by text.")
-        export_workdir(*arguments, stage=given.stage, overwrite=given.overwrite)
-        return
-    if given.stage:
-        raise ValueError(f"--stage={given.stage} is for workdirs, and {arguments[0]} is none.")
-    options = ("classes", "reinit_head", "task", "to", "overwrite")
-    convert(*arguments, **{name: getattr(given, name) for name in options})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

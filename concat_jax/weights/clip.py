@@ -32,6 +32,7 @@ from concat_jax.weights.hugging_face_folder import (
     WEIGHTS_NAMES,
     read_json_object,
 )
+from concat_jax.weights.model_folder import abstract_params
 from concat_jax.weights.names import clip as names
 from concat_jax.weights.names.table import Found, find, to_ours
 from concat_jax.weights.report import LoadingReport, name_keys, shapes_of
@@ -116,7 +117,10 @@ def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
             raise ValueError(f"it holds weights of another model ({name_keys(content.arrays)})")
         found = find(content.arrays, names.HUGGING_FACE if is_hf else names.OPENAI)
         config, kind, assumed = _describe(file, content, found, is_hf)
-        params, report = to_ours(found, shapes_of(_abstract(make_clip(config))))
+        clip = make_clip(config)
+        images = jax.ShapeDtypeStruct((1, clip.image_size, clip.image_size, 3), jnp.float32)
+        wanted = abstract_params(clip, images, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+        params, report = to_ours(found, shapes_of(wanted))
     except ValueError as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"{path} cannot be read as a CLIP: {reason}.") from error
@@ -163,12 +167,6 @@ def _describe(
     kind = "Hugging Face" if is_hf else "open_clip" if is_open_clips else "OpenAI"
     config = {**heads_as_openai(sizes), "activation": "gelu" if is_open_clips else "quick_gelu"}
     return config, kind, () if has_sizes else _SHAPELESS
-
-
-def _abstract(clip: CLIP) -> Params:
-    images = jax.ShapeDtypeStruct((1, clip.image_size, clip.image_size, 3), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(clip.init, jax.random.key(0), images, tokens)["params"]
 
 
 def clip_tokenizer_folder(path: str | os.PathLike[str]) -> Path | None:

@@ -27,7 +27,6 @@ from concat_jax.weights.names.mask2former import PADING_MODULES
 from concat_jax.weights.report import LoadingReport, name_keys, shapes_of
 from concat_jax.weights.segmentors import (
     backbone_params_from_imagenet,
-    is_imagenet_backbone,
     segmentor_params_from_detectron2,
     segmentor_params_from_hf,
 )
@@ -189,8 +188,7 @@ def _from_file(path: Path) -> Source:
                 f"class_embed; the second stage's {', '.join(PADING_MODULES)} are ignored.",
             )
         return Source("a Detectron2 Mask2Former", params, config, report, notes)
-    if is_imagenet_backbone(file.arrays):
-        loaded = backbone_params_from_imagenet(file.arrays)
+    if loaded := backbone_params_from_imagenet(file.arrays):
         return Source("a backbone trained on ImageNet", *loaded, file.notes, task="")
     raise ValueError(
         f"{path} holds weights of an unknown model ({name_keys(file.arrays)}); what can be "

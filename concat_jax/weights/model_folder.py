@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,11 +93,17 @@ def parameter_shapes(config: Mapping[str, Any], num_classes: int | None = None) 
 
     Paths joined by "/" begin with "segmentor/" or "classifier/".
     """
+    return dict(_traced_shapes(json.dumps(dict(config), default=dict), num_classes))
+
+
+@functools.lru_cache(maxsize=8)
+def _traced_shapes(text: str, num_classes: int | None) -> dict[str, Shape]:
+    config = json.loads(text)
     # Parameter shapes do not depend on the image size; the smallest one traces fastest.
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    tree = {"segmentor": _abstract(make_segmentor(config), image)}
+    tree = {"segmentor": abstract_params(make_segmentor(config), image)}
     if num_classes is not None:
-        tree["classifier"] = _abstract(LinearClassifier(num_classes), _queries(config))
+        tree["classifier"] = abstract_params(LinearClassifier(num_classes), _queries(config))
     return shapes_of(tree)
 
 
@@ -104,7 +111,8 @@ def _queries(config: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, {**DEFAULTS, **config}["width"]), jnp.float32)
 
 
-def _abstract(module: nn.Module, *inputs: jax.ShapeDtypeStruct, **options: Any) -> Params:
+def abstract_params(module: nn.Module, *inputs: jax.ShapeDtypeStruct, **options: Any) -> Params:
+    """The parameters that `module.init` would make, as shapes and types."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(functools.partial(module.init, **options), key, *inputs)["params"]
 
@@ -116,8 +124,8 @@ def _text_shapes(card: ModelCard) -> dict[str, Shape]:
     text = jax.ShapeDtypeStruct((1, clip.embed_dim), jnp.float32)
     queries = _queries(card.segmentor)
     tree = {
-        "projector": _abstract(projector, queries, text, method="predict"),
-        "text_tower": _abstract(clip, tokens, method="encode_text"),
+        "projector": abstract_params(projector, queries, text, method="predict"),
+        "text_tower": abstract_params(clip, tokens, method="encode_text"),
     }
     return shapes_of(tree)
 

@@ -66,9 +66,11 @@ class LoadingReport:
             f"loaded {_count(self.shapes)}, newly initialised {_count(self.new)}, "
             f"ignored {len(self.ignored)} entries of the file"
         ]
-        for group, prefix in (*GROUPS.items(), ("other", "")):
-            loaded = _of_group(self.shapes, prefix)
-            new = _of_group(self.new, prefix)
+        for group in (*GROUPS, "other"):
+            loaded, new = (
+                {path: shape for path, shape in shapes.items() if _group(path) == group}
+                for shapes in (self.shapes, self.new)
+            )
             if loaded or new:
                 lines.append(f"  {group:<20}loaded {_count(loaded)}")
             if new:
@@ -78,11 +80,8 @@ class LoadingReport:
         return "\n".join(lines)
 
 
-def _of_group(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
-    if prefix:
-        return {path: shape for path, shape in shapes.items() if path.startswith(prefix)}
-    known = tuple(GROUPS.values())
-    return {path: shape for path, shape in shapes.items() if not path.startswith(known)}
+def _group(path: str) -> str:
+    return next((group for group, prefix in GROUPS.items() if path.startswith(prefix)), "other")
 
 
 def _count(shapes: Mapping[str, Shape]) -> str:

@@ -8,8 +8,6 @@ where there is a class head, and "backbone" alone in "segmentor" for a classifie
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,7 +18,7 @@ from flax import traverse_util
 from concat_jax.weights.backbones import FORMATS, PREFIX
 from concat_jax.weights.model_folder import Params, parameter_shapes
 from concat_jax.weights.names.mask2former import OURS_FIXED, detectron2, hugging_face, imagenet
-from concat_jax.weights.names.table import Found, Naming, Shape, find, to_ours, to_theirs
+from concat_jax.weights.names.table import Found, Naming, find, to_ours, to_theirs
 from concat_jax.weights.report import LoadingReport, name_keys
 from concat_jax.weights.sizes import read_sizes
 
@@ -44,22 +42,12 @@ _CAFFE2 = re.compile(r"(conv1_w|res\d+_\d+_branch\d\w?_(w|b)|res_conv1_bn_\w+)$"
 _NUM_LEVELS = 3
 
 
-@functools.lru_cache(maxsize=8)
-def _shapes(config: str, num_classes: int | None) -> dict[str, Shape]:
-    return parameter_shapes(json.loads(config), num_classes)
-
-
-def _text(config: Mapping[str, Any]) -> str:
-    return json.dumps({**config, "backbone": dict(config.get("backbone", {"kind": "resnet"}))})
-
-
 def _load(found: Found, config: Mapping[str, Any]) -> tuple[Params, LoadingReport]:
     """The parameters in a file, with a class head if it has one."""
     heads = [found.arrays[key] for path, (_, key) in found.places.items() if path.startswith(_HEAD)]
-    count = None
-    if heads:
-        count = len(np.atleast_1d(heads[0])) - 1  # the last is no-object
-    return to_ours(found, _shapes(_text(config), count))
+    # The last is no-object.
+    count = len(np.atleast_1d(heads[0])) - 1 if heads else None
+    return to_ours(found, parameter_shapes(config, count))
 
 
 def segmentor_params_from_hf(
@@ -89,7 +77,7 @@ def segmentor_params_to_hf(params: Mapping[str, Any], config: Mapping[str, Any])
     """
     naming = hugging_face(config.get("backbone", {}))
     head = params.get("classifier", {}).get("class_embed", {}).get("bias")
-    wanted = _shapes(_text(config), None if head is None else len(head) - 1)
+    wanted = parameter_shapes(config, None if head is None else len(head) - 1)
     if different := traverse_util.flatten_dict(dict(params), sep="/").keys() ^ wanted.keys():
         raise ValueError(
             f"The parameters and the config differ in {len(different)} arrays "
@@ -109,7 +97,9 @@ def segmentor_params_from_detectron2(
     namings = {kind: detectron2(kind) for kind in FORMATS}
     kind, found = _find_backbone(arrays, namings.items())
     if found is None:
-        raise ValueError(f"its backbone is none that can be converted: it lacks {_firsts(namings)}")
+        firsts = {kind: n.theirs(PREFIX + FORMATS[kind].first) for kind, n in namings.items()}
+        lacks = " and ".join(f"{first} of a {kind}" for kind, first in firsts.items())
+        raise ValueError(f"its backbone is none that can be converted: it lacks {lacks}")
     config = detectron2_config(found, kind)
     params, report = _load(found, config)
     return params, config, report
@@ -124,17 +114,13 @@ def detectron2_config(found: Found, kind: str) -> dict[str, Any]:
     return {"backbone": backbone, **config, **OURS_FIXED}
 
 
-def is_imagenet_backbone(arrays: Arrays) -> bool:
-    """Whether these are the names of a backbone with nothing around it."""
-    return _find_backbone(arrays, _IMAGENET)[1] is not None or any(
-        _CAFFE2.match(key) for key in arrays
-    )
-
-
-def backbone_params_from_imagenet(arrays: Arrays) -> tuple[Params, dict[str, Any], LoadingReport]:
+def backbone_params_from_imagenet(
+    arrays: Arrays,
+) -> tuple[Params, dict[str, Any], LoadingReport] | None:
     """Our backbone's parameters and config `{"backbone": ...}` from a classifier of ImageNet.
 
-    A Swin's output norms, which a classifier has not, are newly initialised (scale 1, bias 0).
+    None where these are no names of a backbone with nothing around it. A Swin's output norms, which
+    a classifier has not, are newly initialised (scale 1, bias 0).
 
     Raises:
       ValueError: as `segmentor_params_from_hf`, or it is a ResNet of MSRA.
@@ -147,10 +133,10 @@ def backbone_params_from_imagenet(arrays: Arrays) -> tuple[Params, dict[str, Any
         )
     kind, found = _find_backbone(arrays, _IMAGENET)
     if found is None:
-        raise ValueError(f"it lacks {_firsts(dict(_IMAGENET))}")
+        return None
     form = FORMATS[kind]
     config = {"backbone": {"kind": kind, **form.sizes(found.shapes(), found.naming)}}
-    whole = _shapes(_text({**config, "num_encoder_layers": 1, "num_decoder_layers": 1}), None)
+    whole = parameter_shapes({**config, "num_encoder_layers": 1, "num_decoder_layers": 1})
     wanted = {path: shape for path, shape in whole.items() if path.startswith(PREFIX)}
     absent = tuple(PREFIX + part for part in form.absent)
     new = {path: shape for path, shape in wanted.items() if absent and path.startswith(absent)}
@@ -177,8 +163,3 @@ def _find_backbone(
         if any(naming.spelt(key) == first for key in arrays):
             return kind, find(arrays, naming)
     return "", None
-
-
-def _firsts(namings: Mapping[str, Naming]) -> str:
-    firsts = {kind: n.theirs(PREFIX + FORMATS[kind].first) for kind, n in namings.items()}
-    return " and ".join(f"{first} of a {kind}" for kind, first in firsts.items())
