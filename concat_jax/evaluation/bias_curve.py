@@ -1,0 +1,129 @@
+"""Seen against unseen scores while a bias on the names' logits sweeps: what no bias can fake.
+
+A generalized zero-shot score at one bias compares how much two models favour seen names, which one
+number corrects (calibrated stacking, Chao et al., arXiv 1605.04253). The area under the curve of
+seen against unseen accuracy (AUSUC, ibid.) does not depend on the bias that a model was trained to.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from concat_jax.evaluation.counts import harmonic_mean
+
+
+class NamedQueries(NamedTuple):
+    """What the names of Q queries, each of which holds a segment, make of every bias.
+
+    Attributes:
+      labels: [Q] int, the segments' classes.
+      gaps: [Q] float, the best seen name's logit over the best unseen one's: a query gets an unseen
+        name once the bias exceeds it.
+      seen_right, unseen_right: [Q] bool, the best name of that side is the segment's.
+      images: [Q] int, the number of the image.
+    """
+
+    labels: np.ndarray
+    gaps: np.ndarray
+    seen_right: np.ndarray
+    unseen_right: np.ndarray
+    images: np.ndarray
+
+
+class Naming(NamedTuple):
+    """How queries are named; accuracies are means over classes, in percent.
+
+    Attributes:
+      among_seen, among_unseen: where only names of the own side compete.
+      seen, unseen, harmonic: where all names compete and none has a bias.
+      area: under `unseen` against `seen` as the bias sweeps (AUSUC).
+      best_bias, best_harmonic: where the harmonic mean of the curve is highest.
+      curve: seen and unseen accuracy [P] by the bias.
+    """
+
+    among_seen: float
+    among_unseen: float
+    seen: float
+    unseen: float
+    harmonic: float
+    area: float
+    best_bias: float
+    best_harmonic: float
+    curve: tuple[np.ndarray, np.ndarray]
+
+
+def name_queries(
+    log_probs: np.ndarray, labels: np.ndarray, is_seen: np.ndarray, images: np.ndarray
+) -> NamedQueries:
+    """Of logits, or logarithms of probabilities, [Q, K] of K classes."""
+    rows = np.arange(len(labels))
+    best = [
+        side[np.argmax(log_probs[:, side], axis=1)]
+        for side in (np.flatnonzero(is_seen), np.flatnonzero(~np.asarray(is_seen, bool)))
+    ]
+    gaps = log_probs[rows, best[0]] - log_probs[rows, best[1]]
+    return NamedQueries(labels, gaps, best[0] == labels, best[1] == labels, images)
+
+
+def curve_area(seen: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+    """Area [...] under scores `unseen` [..., P] against `seen` [..., P], percent of the square.
+
+    Points are in the order of the bias, from the one that leaves seen names alone to the one that
+    leaves unseen ones, in percent; trapezoids between them.
+    """
+    steps = seen[..., :-1] - seen[..., 1:]
+    return np.sum(steps * (unseen[..., :-1] + unseen[..., 1:]) / 2, axis=-1) / 100.0
+
+
+def accuracy_curve(
+    names: NamedQueries, is_seen: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Seen and unseen accuracy [..., P] with `weights` [..., Q] of the queries, and P - 1 biases.
+
+    Exact: a point for each bias at which a query changes sides. Each class counts alike, whatever
+    its number of queries.
+    """
+    # Queries of one gap change sides together.
+    edges, step = np.unique(names.gaps, return_inverse=True)
+    shape = (*weights.shape[:-1], len(edges) + 1)
+    gains = []
+    for right, side in ((names.seen_right, is_seen), (names.unseen_right, ~is_seen)):
+        member = np.eye(len(is_seen), dtype=weights.dtype)[names.labels] * side  # [Q, K]
+        totals = weights @ member  # [..., K]
+        share = np.divide(100.0, totals, out=np.zeros_like(totals), where=totals > 0)
+        share = share / np.maximum((totals > 0).sum(axis=-1, keepdims=True), 1)
+        gain = np.zeros(shape)
+        hits = np.flatnonzero(right)
+        values = weights[..., hits] * share[..., names.labels[hits]]
+        np.add.at(gain, (..., step[hits] + 1), values)
+        gains.append(np.cumsum(gain, axis=-1))
+    lost, gained = gains
+    return lost[..., -1:] - lost, gained, edges
+
+
+def naming_curve(names: NamedQueries, is_seen: np.ndarray) -> Naming:
+    """What a sweep of the bias makes of the names; NaN if one side has no query."""
+    is_seen = np.asarray(is_seen, bool)
+    of_seen = is_seen[names.labels]
+    if not of_seen.any() or of_seen.all():
+        nothing = np.full(1, np.nan)
+        return Naming(*[float("nan")] * 8, (nothing, nothing))
+    seen, unseen, edges = accuracy_curve(names, is_seen, np.ones(len(names.labels)))
+    # Point 0 holds up to the first edge, point p from edge p - 1 on.
+    at_zero = int(np.searchsorted(edges, 0.0))
+    harmonic = np.array([harmonic_mean(*pair) for pair in zip(seen, unseen, strict=True)])
+    best = int(harmonic.argmax())
+    low, high = edges[max(best - 1, 0)], edges[min(best, len(edges) - 1)]
+    return Naming(
+        among_seen=float(seen[0]),
+        among_unseen=float(unseen[-1]),
+        seen=float(seen[at_zero]),
+        unseen=float(unseen[at_zero]),
+        harmonic=float(harmonic[at_zero]),
+        area=float(curve_area(seen, unseen)),
+        best_bias=float((low + high) / 2),
+        best_harmonic=float(harmonic[best]),
+        curve=(seen, unseen),
+    )

@@ -1,0 +1,66 @@
+"""How sure a score and a difference of scores are: a bootstrap over scenes and over seeds.
+
+Rows of a table are paired: a draw takes the same scenes, and the same seeds, for all of them
+(Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+class Estimate(NamedTuple):
+    """A value, its standard deviation over the draws, and the middle 95 % of them."""
+
+    value: float
+    deviation: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+def draw_weights(rng: np.random.Generator, number: int, draws: int) -> np.ndarray:
+    """How often each of `number` things is in samples of as many, [draws, number]."""
+    return rng.multinomial(number, np.full(number, 1.0 / number), size=draws).astype(np.float32)
+
+
+def resampled(
+    counts: np.ndarray, statistic: Statistic, *, draws: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """A statistic of all scenes, [] and of resampled ones, [draws].
+
+    Args:
+      counts: [S, M, ...] of S seeds and M scenes, which add up over the scenes.
+      statistic: sums [..., counts' other axes] over scenes to values [...]. What several seeds give
+        is averaged.
+      seed: of the draws; the same for rows that are to be paired.
+    """
+    rng = np.random.default_rng(seed)
+    num_seeds, num_scenes = counts.shape[:2]
+    scenes = draw_weights(rng, num_scenes, draws)
+    # One seed says nothing of how seeds differ.
+    seeds = draw_weights(rng, num_seeds, draws) / num_seeds
+    flat = counts.reshape(num_seeds, num_scenes, -1)
+    whole, drawn = [], []
+    for of_seed in flat:
+        whole.append(statistic(of_seed.sum(axis=0).reshape(counts.shape[2:])))
+        drawn.append(statistic((scenes @ of_seed).reshape(draws, *counts.shape[2:])))
+    return np.mean(whole), np.einsum("sd,ds->d", np.stack(drawn), seeds)
+
+
+def estimate(value: float, drawn: np.ndarray) -> Estimate:
+    """Of a value and its draws [draws]."""
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(float(value), float(np.std(drawn, ddof=1)), float(low), float(high))
+
+
+def difference(row: tuple[np.ndarray, np.ndarray], base: tuple[np.ndarray, np.ndarray]) -> Estimate:
+    """How far a row is above another, both `resampled` with one seed and number of draws."""
+    return estimate(float(row[0] - base[0]), row[1] - base[1])

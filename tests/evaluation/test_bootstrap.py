@@ -1,0 +1,50 @@
+"""The bootstrap of scores and of differences of paired rows."""
+
+import numpy as np
+import pytest
+
+from concat_jax.evaluation.bootstrap import difference, estimate, resampled
+
+
+def mean_score(sums):
+    """Share of hits, percent, of sums [..., 2] of hits and trials."""
+    return 100 * sums[..., 0] / sums[..., 1]
+
+
+def scenes(rng, rate, seeds=1, number=400):
+    trials = rng.integers(2, 8, (seeds, number))
+    return np.stack([rng.binomial(trials, rate), trials], axis=-1).astype(np.float32)
+
+
+def test_deviation_is_that_of_new_scenes():
+    """The oracle: how much the score of as many new scenes varies."""
+    rng = np.random.default_rng(0)
+    found = estimate(*resampled(scenes(rng, 0.4, number=2000), mean_score, draws=2000))
+    anew = [mean_score(scenes(rng, 0.4, number=2000)[0].sum(axis=0)) for _ in range(2000)]
+    assert found.deviation == pytest.approx(np.std(anew), rel=0.1)
+    assert found.low < found.value < found.high
+
+
+def test_pairs_are_told_apart_where_alone_they_are_not():
+    """A row that wins one trial more in every tenth scene, among scenes that differ much."""
+    rng = np.random.default_rng(1)
+    base = scenes(rng, rng.uniform(0.1, 0.9, (1, 400)))
+    better = base.copy()
+    gains = (np.arange(400) % 10 == 0) & (base[0, :, 0] < base[0, :, 1])
+    better[0, gains, 0] += 1
+    rows = [resampled(counts, mean_score, draws=1000) for counts in (better, base)]
+    paired = difference(*rows)
+    assert paired.low > 0
+    alone = [estimate(*row) for row in rows]
+    assert alone[0].low < alone[1].high
+    assert paired.value == pytest.approx(alone[0].value - alone[1].value)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    rng = np.random.default_rng(2)
+    alike = np.concatenate([scenes(rng, 0.5) for _ in range(4)])
+    apart = np.concatenate([scenes(rng, rate) for rate in (0.35, 0.45, 0.55, 0.65)])
+    narrow, wide = (
+        estimate(*resampled(counts, mean_score, draws=1000)) for counts in (alike, apart)
+    )
+    assert wide.deviation > 2 * narrow.deviation
