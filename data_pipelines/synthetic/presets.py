@@ -7,8 +7,17 @@ import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
+
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.synthetic import patterns
+from data_pipelines.synthetic.attributes import (
+    STUFF_ATTRIBUTES,
+    THING_ATTRIBUTES,
+    AttributeClass,
+    attribute_classes,
+)
+from data_pipelines.synthetic.render import Look
 
 # Attributes of a class and the values that the renderer knows for each.
 THING_TABLES = {
@@ -33,17 +42,33 @@ class WorldClass:
     texture: str | None = None
     shape: str | None = None
 
+    def look(self, rng: np.random.Generator, is_thing: bool) -> Look:
+        """One instance, with its nuisance filled in at random."""
+        tables = THING_TABLES if is_thing else STUFF_TABLES
+        drawn = {
+            attribute: table[getattr(self, attribute) or tuple(table)[rng.integers(len(table))]]
+            for attribute, table in tables.items()
+        }
+        return Look(**drawn) if is_thing else Look(**drawn, turn=(-0.45, 0.45))
+
 
 @dataclasses.dataclass(frozen=True)
 class WorldPreset:
-    """A label space with its looks."""
+    """A label space with its looks.
+
+    Attributes:
+      num_things: least and most of a scene.
+      radius: least and greatest of a thing, in pixels of the reference scene.
+    """
 
     name: str
-    things: tuple[WorldClass, ...]
-    stuff: tuple[WorldClass, ...]
+    things: tuple[WorldClass | AttributeClass, ...]
+    stuff: tuple[WorldClass | AttributeClass, ...]
+    num_things: tuple[int, int] = (2, 5)
+    radius: tuple[float, float] = (8.0, 15.0)
 
     @functools.cached_property
-    def classes(self) -> tuple[WorldClass, ...]:
+    def classes(self) -> tuple[WorldClass | AttributeClass, ...]:
         """All K classes in vocabulary order: things, then stuff."""
         return self.things + self.stuff
 
@@ -94,6 +119,24 @@ def _renamed(classes: Sequence[WorldClass], names: Sequence[str]) -> tuple[World
     return tuple(dataclasses.replace(entry, name=name) for entry, name in pairs)
 
 
+def _attributes(
+    name: str, *, unseen: tuple[int, int] = (20, 8), opaque: bool = False, beyond: bool = False
+) -> WorldPreset:
+    """64 things and 24 grounds of continuous attributes; `unseen` of either are unseen.
+
+    Things are fewer and larger than elsewhere: their stripes are to be read.
+    """
+    options = dict(opaque=opaque, beyond=beyond)
+    things, stuff = unseen
+    return WorldPreset(
+        name,
+        attribute_classes(64, things, THING_ATTRIBUTES, "egg", **options),
+        attribute_classes(24, stuff, STUFF_ATTRIBUTES, "ground", **options),
+        num_things=(1, 3),
+        radius=(10.0, 17.0),
+    )
+
+
 PRESETS: dict[str, WorldPreset] = {
     "texture": WorldPreset(name="texture", things=_TEXTURED, stuff=_GROUNDS),
     "opaque": WorldPreset(
@@ -119,4 +162,8 @@ PRESETS: dict[str, WorldPreset] = {
         ),
         stuff=_GROUNDS,
     ),
+    "attributes": _attributes("attributes"),
+    "attributes_opaque": _attributes("attributes_opaque", opaque=True),
+    "attributes_few": _attributes("attributes_few", unseen=(48, 14)),
+    "attributes_beyond": _attributes("attributes_beyond", beyond=True),
 }

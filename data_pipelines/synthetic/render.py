@@ -6,18 +6,33 @@ hard while colours blend. `scale` is the number of pixels per pixel of the 64 x 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from data_pipelines.synthetic import patterns
-from data_pipelines.synthetic.presets import WorldClass
 
 # Standard deviation of a picture's pixel noise.
 NOISE = 0.012
-# Least and greatest radius of a thing in the reference scene.
-RADIUS = (8.0, 15.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How one region is painted.
+
+    Attributes:
+      colour: red, green and blue in [0, 1].
+      texture: of a thing (u, v) -> share of the second tone, of stuff (u, v, rng) -> brightness.
+      shape: a signed distance of `patterns`, None for stuff.
+      turn: least and greatest angle in radians that it is turned by.
+    """
+
+    colour: Sequence[float]
+    texture: Callable[..., np.ndarray]
+    shape: patterns.Field | None = None
+    turn: tuple[float, float] = (0.0, 2 * np.pi)
 
 
 @functools.lru_cache(maxsize=256)
@@ -44,19 +59,19 @@ def light_direction(rng: np.random.Generator) -> tuple[float, float]:
 
 
 def ground_tone(
-    rng: np.random.Generator, texture: str, height: int, width: int, scale: float
+    rng: np.random.Generator, look: Look, height: int, width: int, scale: float
 ) -> np.ndarray:
     """Brightness [H, W] float32 of a stuff texture with random phase and a slight turn.
 
     `scale` is pixels per pixel of the reference scene, here and below.
     """
     x, y = _pixel_grid(height, width)
-    angle = rng.uniform(-0.45, 0.45)
+    angle = rng.uniform(*look.turn)
     cos, sin = float(np.cos(angle)) / scale, float(np.sin(angle)) / scale
     u0, v0 = rng.uniform(0.0, 64.0, 2).tolist()
     u = x * cos + (y * sin + u0)
     v = y * cos - (x * sin - v0)
-    return patterns.STUFF_TEXTURES[texture](u, v, rng)
+    return look.texture(u, v, rng)
 
 
 def region_weights(
@@ -102,15 +117,15 @@ def _spread_points(rng: np.random.Generator, count: int, tries: int) -> np.ndarr
 
 
 def paint_ground(
-    rng: np.random.Generator, looks: Sequence[WorldClass], height: int, width: int, scale: float
+    rng: np.random.Generator, looks: Sequence[Look], height: int, width: int, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Background: canvas [H, W, 3] float32 in about [0, 1], owner [H, W] uint8 into `looks`."""
     weights = region_weights(rng, height, width, scale, len(looks))
     owner = weights.argmax(axis=0).astype(np.uint8)
     canvas = np.zeros((height, width, 3), np.float32)
     for weight, look in zip(weights, looks, strict=True):
-        tone = ground_tone(rng, look.texture, height, width, scale)
-        colour = _jittered(rng, patterns.STUFF_COLOURS[look.colour], 0.015, 0.05)
+        tone = ground_tone(rng, look, height, width, scale)
+        colour = _jittered(rng, look.colour, 0.015, 0.05)
         canvas += (weight * tone)[..., None] * colour
     return canvas, owner
 
@@ -124,7 +139,7 @@ def _overlap(start: int, length: int, size: int) -> tuple[slice, slice]:
 def paint_thing(
     rng: np.random.Generator,
     canvas: np.ndarray,
-    look: WorldClass,
+    look: Look,
     *,
     centre: tuple[float, float],
     radius: float,
@@ -142,15 +157,15 @@ def paint_thing(
     span = int(np.ceil(2 * reach)) + 1
     gx, gy = _pixel_grid(span, span)
     dx, dy = gx - (centre[0] - left), gy - (centre[1] - top)
-    angle = rng.uniform(0.0, 2 * np.pi)
+    angle = rng.uniform(*look.turn)
     cos, sin = float(np.cos(angle)), float(np.sin(angle))
     u, v = dx * cos + dy * sin, dy * cos - dx * sin
-    distance = patterns.SHAPES[look.shape](u / radius, v / radius) * radius
+    distance = look.shape(u / radius, v / radius) * radius
     inside = distance <= 0.0
 
     phase = rng.uniform(0.0, 6.0, 2).tolist()
-    share = patterns.THING_TEXTURES[look.texture](u / scale + phase[0], v / scale + phase[1])
-    colour = _jittered(rng, patterns.THING_COLOURS[look.colour], 0.06, 0.06)
+    share = look.texture(u / scale + phase[0], v / scale + phase[1])
+    colour = _jittered(rng, look.colour, 0.06, 0.06)
     paint = colour + share[..., None] * (patterns.CREAM - colour)
 
     # Balloon shading: brighter towards the light, darker rim, one small glint.
@@ -187,13 +202,14 @@ def finish(rng: np.random.Generator, canvas: np.ndarray, light: tuple[float, flo
 
 def paint_scene(
     rng: np.random.Generator,
-    stuff: Sequence[WorldClass],
-    things: Sequence[WorldClass],
+    stuff: Sequence[Look],
+    things: Sequence[Look],
     *,
     size: int,
     scale: float,
+    radius: tuple[float, float],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A whole picture: a ground of regions and things in front of each other.
+    """A whole picture: a ground of regions and things in front of each other, of a `radius`.
 
     Returns:
       image [size, size, 3] uint8; owner [size, size] uint8, 1..R stuff then R+1..R+T things; and
@@ -206,7 +222,7 @@ def paint_scene(
     # Two tries a centre: things keep some distance, yet about one in three overlaps another.
     centres = _spread_points(rng, len(things), tries=2) if things else ()
     for number, (look, centre) in enumerate(zip(things, centres, strict=True)):
-        r = rng.uniform(RADIUS[0] * scale, RADIUS[1] * scale)
+        r = rng.uniform(radius[0] * scale, radius[1] * scale)
         # The outer tenth of the scene lets things stick out of the picture, as in photographs.
         margin = 0.55 * r
         x, y = (margin + centre * (size - 2 * margin)).tolist()

@@ -8,12 +8,15 @@ data in `presets.py`:
   shape    harder: 20 things (4 colours x 5 shapes, any texture) and the same 12 stuff.
   opaque   harder: the looks of texture, with an invented word for each name, so that what unseen
            classes look like is known from captions alone.
+  attributes
+           harder: 64 things and 24 stuff in continuous attributes, which instances scatter about;
+           also with invented words (attributes_opaque), with 16 things seen (attributes_few), and
+           with finer stripes than any seen class has (attributes_beyond).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -22,17 +25,14 @@ from concat_jax.core.config import check_choice
 from data_pipelines.synthetic import render
 from data_pipelines.synthetic.presets import (
     PRESETS,
-    STUFF_TABLES,
-    THING_TABLES,
-    WorldClass,
     WorldPreset,
 )
 
-# Textures of 5 to 7 pixels and `render.RADIUS` are for this scene size; others scale with it.
+# Textures of 5 to 7 pixels and radii are for this scene size; others scale with it.
 REFERENCE_SIZE = 64
 SPLITS = ("train", "validation", "test")
-# Least and most regions and things of a scene.
-NUM_STUFF, NUM_THINGS = (2, 4), (2, 5)
+# Least and most regions of a scene.
+NUM_STUFF = (2, 4)
 # A segment of fewer pixels of the 64 x 64 scene becomes void, as no texture can be told below; so
 # does a thing of which a smaller share is visible.
 MIN_AREA, MIN_VISIBLE = 40, 0.4
@@ -64,17 +64,6 @@ def _allowed(preset: WorldPreset, which: str) -> tuple[np.ndarray, np.ndarray]:
             "choose other classes."
         )
     return things, stuff
-
-
-def _look(
-    rng: np.random.Generator, entry: WorldClass, tables: Mapping[str, Collection[str]]
-) -> WorldClass:
-    """One instance: the class with its nuisance filled in at random."""
-    drawn = {
-        attribute: getattr(entry, attribute) or tuple(table)[rng.integers(len(table))]
-        for attribute, table in tables.items()
-    }
-    return dataclasses.replace(entry, **drawn)
 
 
 def caption(names: Sequence[str]) -> str:
@@ -118,11 +107,11 @@ class SyntheticWorld:
         self.split = split
         self.batch_size = _require_at_least(batch_size, 1, "batch_size")
         self._things, self._stuff = _allowed(self.preset, classes)
-        most = NUM_STUFF[1] + NUM_THINGS[1]
+        most = NUM_STUFF[1] + self.preset.num_things[1]
         if most > max_segments:
             raise ValueError(
                 f"max_segments is {max_segments}, but a scene may hold {NUM_STUFF[1]} stuff and "
-                f"{NUM_THINGS[1]} thing segments; raise it to {most}."
+                f"{self.preset.num_things[1]} thing segments; raise it to {most}."
             )
         if max_segments > 255:
             raise ValueError(f"max_segments must be at most 255 for 8-bit ids, got {max_segments}.")
@@ -159,16 +148,17 @@ class SyntheticWorld:
         most = min(NUM_STUFF[1], len(self._stuff))
         fewest = min(NUM_STUFF[0], most)
         stuff = rng.permutation(self._stuff)[: rng.integers(fewest, most + 1)]
-        num_things = rng.integers(NUM_THINGS[0], NUM_THINGS[1] + 1)
+        num_things = rng.integers(self.preset.num_things[0], self.preset.num_things[1] + 1)
         things = rng.choice(self._things, num_things)
         labels = np.concatenate([stuff, things])
         entries = self.preset.classes
         image, owner, full_areas = render.paint_scene(
             rng,
-            [_look(rng, entries[k], STUFF_TABLES) for k in stuff],
-            [_look(rng, entries[k], THING_TABLES) for k in things],
+            [entries[k].look(rng, False) for k in stuff],
+            [entries[k].look(rng, True) for k in things],
             size=self.image_size,
             scale=self._scale,
+            radius=self.preset.radius,
         )
         areas = np.bincount(owner.ravel(), minlength=len(labels) + 1)[1:]
         needed = np.full(len(labels), max(MIN_AREA * self._scale**2, 1.0))
@@ -271,12 +261,12 @@ class CaptionWorld:
         if is_thing:  # in front of any allowed ground, now and then of the border of two
             stuff = self._labels[self._labels >= len(self.preset.things)]
             behind = rng.permutation(stuff)[: 1 + (rng.random() < 0.3)]
-        grounds = [_look(rng, self.preset.classes[k], STUFF_TABLES) for k in behind]
+        grounds = [self.preset.classes[k].look(rng, False) for k in behind]
         canvas, _ = render.paint_ground(rng, grounds, size, size, scale)
         if is_thing:
             x, y = (size * (0.5 + rng.uniform(-0.1, 0.1, 2))).tolist()
-            look = _look(rng, entry, THING_TABLES)
-            radius = min(rng.uniform(*render.RADIUS) * scale, 0.5 * size)
+            look = entry.look(rng, True)
+            radius = min(rng.uniform(*self.preset.radius) * scale, 0.5 * size)
             render.paint_thing(
                 rng, canvas, look, centre=(x, y), radius=radius, scale=scale, light=light
             )

@@ -1,5 +1,6 @@
 """The synthetic world: the batch contract, determinism, the seen-unseen wall and the drawing."""
 
+import colorsys
 import dataclasses
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from data_pipelines.synthetic import patterns, render
 from data_pipelines.synthetic import world as worlds
+from data_pipelines.synthetic.attributes import DEVIATION, AttributeClass
 from data_pipelines.synthetic.presets import PRESETS, WorldClass, WorldPreset
 from data_pipelines.synthetic.world import SPLITS, CaptionWorld, SyntheticWorld, caption
 
@@ -77,39 +79,39 @@ def test_eval_examples_are_the_first_scenes():
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("classes", ["seen", "unseen", "all"])
-def test_only_allowed_looks_are_drawn(preset, classes, monkeypatch):
-    """Looks handed to the renderer, so that voided segments count too."""
-    drawn = set()
-    paint = render.paint_scene
+def test_only_allowed_classes_are_drawn(preset, classes, monkeypatch):
+    """What is asked for its look is painted, so that voided segments count too."""
+    asked = set()
+    for kind in (WorldClass, AttributeClass):
+        look = kind.look
 
-    def spy(rng, stuff, things, **options):
-        drawn.update([(look.colour, look.texture, look.shape) for look in [*stuff, *things]])
-        return paint(rng, stuff, things, **options)
+        def spy(entry, rng, is_thing, look=look):
+            asked.add(entry.name)
+            return look(entry, rng, is_thing)
 
-    monkeypatch.setattr(render, "paint_scene", spy)
+        monkeypatch.setattr(kind, "look", spy)
     world = SyntheticWorld(preset=preset, classes=classes)
     labels = np.concatenate([world.example(i)["segment_labels"] for i in range(150)])
-    wanted = [
-        e for e in world.preset.classes if classes == "all" or e.is_seen == (classes == "seen")
-    ]
-    others = [e for e in world.preset.classes if e not in wanted]
-
-    def shown(entry):
-        own = (entry.colour, entry.texture, entry.shape)
-        is_thing = entry in world.preset.things
-        return any(
-            (look[2] is not None) == is_thing
-            and all(a is None or a == b for a, b in zip(own, look, strict=True))
-            for look in drawn
-        )
-
-    assert all(shown(entry) for entry in wanted)
-    assert not any(shown(entry) for entry in others)
+    wanted = {
+        e.name for e in world.preset.classes if classes == "all" or e.is_seen == (classes == "seen")
+    }
+    assert asked <= wanted and len(asked) > 0.9 * len(wanted)
     names = {world.vocabulary.names[k] for k in labels if k >= 0}
-    assert names == {entry.name for entry in wanted}
+    assert names <= asked and len(names) > 0.9 * len(wanted)
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_a_look_is_that_of_the_class_and_the_rest_is_drawn():
+    entry = WorldClass("x", True, colour="red", texture="striped")
+    looks = [entry.look(np.random.default_rng(i), is_thing=True) for i in range(60)]
+    assert {look.colour for look in looks} == {patterns.THING_COLOURS["red"]}
+    assert {look.texture for look in looks} == {patterns.THING_TEXTURES["striped"]}
+    assert {look.shape for look in looks} == set(patterns.SHAPES.values())
+    ground = WorldClass("y", True, colour="mint", texture="brick")
+    look = ground.look(np.random.default_rng(0), is_thing=False)
+    assert look.shape is None and look.texture is patterns.STUFF_TEXTURES["brick"]
+
+
+@pytest.mark.parametrize("preset", ["opaque", "shape", "texture"])
 def test_label_space_counts_and_compositional_split(preset):
     chosen = PRESETS[preset]
     vocabulary = chosen.vocabulary
@@ -130,6 +132,45 @@ def test_label_space_counts_and_compositional_split(preset):
         assert vocabulary.names[0].split()[0] == chosen.things[0].colour
 
 
+@pytest.mark.parametrize(
+    ("preset", "unseen"),
+    [
+        ("attributes", (20, 8)),
+        ("attributes_opaque", (20, 8)),
+        ("attributes_few", (48, 14)),
+        ("attributes_beyond", (20, 8)),
+    ],
+)
+def test_attribute_classes_are_apart_and_named_for_what_they_are(preset, unseen):
+    chosen = PRESETS[preset]
+    names = chosen.vocabulary.names
+    assert len(set(names)) == len(names) == 88
+    for side, count, wanted in zip((chosen.things, chosen.stuff), (64, 24), unseen, strict=True):
+        points = np.array([entry.prototype for entry in side])
+        hidden = np.array([not entry.is_seen for entry in side])
+        assert len(side) == count and hidden.sum() == wanted
+        apart = np.abs(points[:, None] - points)
+        circle = np.array([True, False, True, False])[: points.shape[1]]
+        apart = np.where(circle, np.minimum(apart, 1 - apart), apart)
+        nearest = np.sort(np.linalg.norm(apart, axis=-1), axis=1)[:, 1]
+        assert nearest.min() > 3 * DEVIATION  # instances mostly lie at their own name
+        if preset == "attributes_beyond":  # no seen class has stripes as fine
+            assert points[hidden, 1].min() >= points[~hidden, 1].max()
+    words = {word for name in names for word in name.split()}
+    assert (len(words) < 40) == (preset != "attributes_opaque")
+
+
+def test_instances_scatter_about_their_class():
+    """In colour and stripes; what is the same for two classes is nuisance."""
+    entry = AttributeClass("x", True, (0.0, 0.5, 0.25, 0.5))
+    looks = [entry.look(np.random.default_rng(i), is_thing=True) for i in range(300)]
+    hues = np.array([colorsys.rgb_to_hsv(*look.colour)[0] for look in looks])
+    hues = (hues + 0.5) % 1 - 0.5  # about red
+    assert abs(hues.mean()) < 0.02 and hues.std() == pytest.approx(DEVIATION, rel=0.15)
+    values = np.array([colorsys.rgb_to_hsv(*look.colour)[2] for look in looks])
+    assert values.std() > 0.1  # light
+
+
 def test_small_and_hidden_segments_become_void(monkeypatch):
     owner = np.full((64, 64), 2, np.uint8)
     owner[0, :39] = 1  # stuff of 39 px: void
@@ -140,8 +181,8 @@ def test_small_and_hidden_segments_become_void(monkeypatch):
     image = np.zeros((64, 64, 3), np.uint8)
     monkeypatch.setattr(render, "paint_scene", lambda *a, **k: (image, owner, full_areas))
     monkeypatch.setattr(worlds, "NUM_STUFF", (2, 2))
-    monkeypatch.setattr(worlds, "NUM_THINGS", (3, 3))
-    world = SyntheticWorld(classes="all")
+    preset = dataclasses.replace(PRESETS["texture"], num_things=(3, 3))
+    world = SyntheticWorld(preset=preset, classes="all")
     example = world.example(0)
     expected = np.select([owner == 2, owner == 4], [1, 2], 0)
     np.testing.assert_array_equal(example["segment_ids"], expected)
@@ -151,17 +192,19 @@ def test_small_and_hidden_segments_become_void(monkeypatch):
     monkeypatch.setattr(
         render, "paint_scene", lambda *a, **k: (image, owner, np.array([40, 40, 39]))
     )
-    large = SyntheticWorld(image_size=128)
+    large = SyntheticWorld(preset=preset, image_size=128)
     assert (large.example(0)["segment_labels"] >= 0).sum() == 1
 
 
 def test_things_occlude_each_other_and_both_sides_stay_common():
     rng = np.random.default_rng(0)
-    ground = WorldClass("ground", True, "grey", "smooth")
-    thing = WorldClass("thing", True, "red", "striped", "round")
+    ground = WorldClass("ground", True, "grey", "smooth").look(rng, is_thing=False)
+    thing = WorldClass("thing", True, "red", "striped", "round").look(rng, is_thing=True)
     hidden = 0
     for _ in range(100):
-        _, owner, full = render.paint_scene(rng, [ground], [thing] * 3, size=64, scale=1.0)
+        _, owner, full = render.paint_scene(
+            rng, [ground], [thing] * 3, size=64, scale=1.0, radius=(8.0, 15.0)
+        )
         for number, area in enumerate(full):
             rows, columns = np.nonzero(owner == 2 + number)
             inside = len(rows) and min(rows.min(), columns.min()) > 0
@@ -217,7 +260,8 @@ def test_thing_textures_have_their_share_and_period():
 def test_stuff_has_lower_contrast_than_things():
     rng = np.random.default_rng(0)
     for texture in patterns.STUFF_TEXTURES:
-        tone = render.ground_tone(rng, texture, 64, 64, 1.0)
+        look = WorldClass("x", True, "grey", texture).look(rng, is_thing=False)
+        tone = render.ground_tone(rng, look, 64, 64, 1.0)
         assert tone.shape == (64, 64) and tone.dtype == np.float32
         assert 0.7 < tone.min() and tone.max() < 1.1
         assert (tone.std() > 0.03) == (texture != "smooth")
@@ -241,7 +285,7 @@ def test_caption_batches(preset):
         if label >= 0:
             assert text == world.vocabulary.names[label]
         else:
-            assert text.startswith("a ") and " and a " in text
+            assert text.startswith(("a ", "an ")) and " and a" in text
     again = CaptionWorld(preset=preset, batch_size=40, scene_ratio=0.25).batch(3)
     np.testing.assert_array_equal(batch["image"], again["image"])
     assert batch["captions"] == again["captions"]
