@@ -2,10 +2,10 @@
 
     python -m concat_jax.calibrate --config=configs/demo_zps.py --workdir=runs/demo
 
-Scores the stage at many γ in one pass over held-out images, prints hPQ, seen and unseen PQ against
-γ, writes the table to `calibration.md` and `calibration.json` in the stage's folder, and ends with
-the flag that sets the chosen γ. --stage=finetune, --gammas=0,0.05,… and --num_images=2000 are the
-defaults. Which images are held out:
+γ is taken from the logits of seen names. Scores the stage at many γ in one pass over held-out
+images, prints hPQ, seen and unseen PQ against γ and the area under their curve, writes the table to
+`calibration.md` and `calibration.json` in the stage's folder and the curve to `calibration.png`,
+and ends with the flag that sets the chosen γ. Which images are held out:
 
 - The synthetic world draws its validation split, whatever `config.data.eval_split` says.
 - Data in COCO's layout need --part=NAME, one of
@@ -36,11 +36,14 @@ from concat_jax.core.files import write_json
 from concat_jax.core.prefetch import prefetch
 from concat_jax.evaluation.calibration import (
     GAMMAS,
+    Sweep,
     calibrate,
     check_gammas,
+    format_areas,
     format_sweep,
 )
 from concat_jax.experiment.experiment import Experiment
+from concat_jax.visualize import plots
 
 HALVES = ("even", "odd")
 
@@ -153,11 +156,16 @@ def calibrate_stage(
     gamma, held_out, rest = found.gamma, found.held_out, found.test
     flag = f"--config.eval.settings.gamma={gamma:g}"
     sections = [f"Stage {stage}, {images.name}, percent:", format_sweep(held_out, gamma)]
+    sections.append(format_areas(held_out))
     if rest:
-        sections += ["The other half, which gamma was not chosen on:", format_sweep(rest, gamma)]
+        sections += [
+            "The other half, which gamma was not chosen on:",
+            format_sweep(rest, gamma, (0.0, gamma)),
+            format_areas(rest),
+        ]
     sections.append(f"Best hPQ at gamma {gamma:g}: {flag}")
-    if gamma == max(held_out) < 1.0:
-        sections.append(f"{gamma:g} is the largest gamma tried; a larger one may be better.")
+    if gamma in (held_out.gammas[0], held_out.gammas[-1]):
+        sections.append(f"{gamma:g} is the last gamma tried; one beyond may be better.")
     text = "\n\n".join(sections)
     folder = workdir / stage
     (folder / "calibration.md").write_text(text + "\n", encoding="utf-8")
@@ -168,12 +176,18 @@ def calibrate_stage(
             "images": images.name,
             "gamma": gamma,
             "flag": flag,
-            "held_out": [{"gamma": g, "summary": summary} for g, summary in held_out.items()],
-            "other_half": [{"gamma": g, "summary": summary} for g, summary in rest.items()],
+            "held_out": _summaries(held_out),
+            "other_half": _summaries(rest) if rest else [],
         },
     )
+    curves = {images.name: held_out.curve()} | ({"the other half": rest.curve()} if rest else {})
+    plots.save_figure(plots.bias_curves(curves), folder / "calibration.png")
     print(f"\n{text}\n\nReport: {folder / 'calibration.md'}")
     return gamma
+
+
+def _summaries(found: Sweep) -> list[dict]:
+    return [{"gamma": gamma, "summary": found.summary(gamma)} for gamma in found.gammas]
 
 
 def parse_gamma(text: str) -> float:
@@ -181,15 +195,15 @@ def parse_gamma(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(
-            f"--gammas holds {text!r}; give numbers like --gammas=0,0.1,0.2."
-        ) from None
+        raise ValueError(f"--gammas holds {text!r}; give numbers like --gammas=0,0.5,1.") from None
 
 
 def define_flags(flags: cli.Flags) -> None:
     """The flags of this command, besides those of a config."""
     flags.string("stage", "finetune", "Stage of config.train to calibrate.")
-    flags.strings("gammas", [f"{gamma:g}" for gamma in GAMMAS], "Values to try, 0 to 1.")
+    flags.strings(
+        "gammas", [], f"Values to try; {len(GAMMAS)} from {GAMMAS[0]:g} to {GAMMAS[-1]:g}."
+    )
     flags.string("part", "", "Held-out part of data in COCO's layout; see above.")
     flags.integer("num_images", 2000, "Held-out images at most; 0 is all.", 0)
 
@@ -197,7 +211,7 @@ def define_flags(flags: cli.Flags) -> None:
 def command(given: cli.Flags, arguments: Sequence[str]) -> None:
     """What the flags ask for."""
     config, workdir = cli.config_and_workdir(given)
-    gammas = [*map(parse_gamma, given.gammas)]
+    gammas = [*map(parse_gamma, given.gammas)] or GAMMAS
     images = dict(part=given.part, num_images=given.num_images)
     calibrate_stage(config, workdir, given.stage, gammas, **images)
 

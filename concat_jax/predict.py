@@ -61,7 +61,7 @@ def define_flags(flags: cli.Flags) -> None:
     flags.number("objectness_threshold", 0.5, "Of --keep_rule=objectness.")
     flags.number("mask_threshold", 0.5, "Mask probability of a panoptic pixel.")
     flags.number("overlap_threshold", 0.8, "Share of its mask that a segment owns.")
-    flags.number("gamma", 0.0, "Subtracted from the probabilities of names seen in training.")
+    flags.number("gamma", 0.0, "Taken from the logits of names seen in training.")
     flags.integer("short_side", None, "Of the network's input; the model's own by default.")
     flags.integer("long_side", None, "Bound on its longer side.")
     flags.string("dtype", "", "float32 or bfloat16; the model's own by default.")

@@ -176,14 +176,18 @@ class SegmentationLoader:
     def eval_example(self, index: int) -> dict[str, Any]:
         """The un-augmented example of records[index] at native size, without batch axis.
 
-        `file_name` comes with it. No segment is ever left out: tables hold max_segments rows, or as
-        many as the image has if more. Raises FileError if the image cannot be used, always.
+        `file_name` comes with it, and of instances that may hide each other `segment_masks`, the
+        run lengths of the tables' first rows: what is scored, as the id map is not. No segment is
+        ever left out: tables hold max_segments rows, or as many as the image has if more. Raises
+        FileError if the image cannot be used, always.
         """
         record = self.records[index]
         image, segment_ids = self.source.read(record)
         length = max(self._max_segments, len(record.labels))
         segment_ids, rows = keep_largest_segments(segment_ids, length)
+        masks = getattr(self.source, "masks", None)
         return {
+            **({} if masks is None else {"segment_masks": [masks(record)[row] for row in rows]}),
             "image": np.array(image),
             "segment_ids": segment_ids,
             **self._tables(record, rows, segment_ids.shape, length),

@@ -6,8 +6,11 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from concat_jax import calibrate
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.evaluation.calibration import Sweep
 from configs import coco_zps, demo_zps
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -81,7 +84,7 @@ def test_images_that_are_tested_or_trained_on_are_refused(part, data, sentence, 
 
 
 class FakeRun:
-    """hPQ peaks at gamma 0.2 on held-out images and at 0 on others."""
+    """hPQ peaks at gamma 2 on held-out images and at 0 on others."""
 
     asked = []
 
@@ -93,13 +96,13 @@ class FakeRun:
 
     def sweep(self, name, examples, gammas):
         self.asked.append((name, examples, gammas))
-        best = 0.2 if examples == "held out" else 0.0
-        return {
-            gamma: {
-                group: {"pq": 50.0 - abs(gamma - best)} for group in ("harmonic", "seen", "unseen")
-            }
-            for gamma in gammas
-        }
+        best = 2.0 if examples == "held out" else 0.0
+        counts = np.zeros((len(gammas), 1, 4, 2), np.float32)
+        counts[:, 0, 0] = np.subtract(50.0, np.abs(np.subtract(gammas, best)))[:, None]
+        counts[:, 0, 1] = 100.0
+        return Sweep(
+            Vocabulary(("cat", "lynx"), (True,) * 2, (True, False), (1, 2)), gammas, counts
+        )
 
 
 @pytest.fixture
@@ -115,28 +118,31 @@ def fake_run(monkeypatch):
 def test_the_report(fake_run, tmp_path, capsys):
     (tmp_path / "finetune").mkdir()
     config = demo_zps.get_config("smoke")
-    assert calibrate.calibrate_stage(config, tmp_path, "finetune", [0.4, 0.2]) == 0.2
+    assert calibrate.calibrate_stage(config, tmp_path, "finetune", [4, 2]) == 2
     assert FakeRun.asked == [
-        ("finetune", "held out", (0.0, 0.2, 0.4)),
-        ("finetune", "other half", (0.0, 0.2)),
+        ("finetune", "held out", (0.0, 2.0, 4.0)),
+        ("finetune", "other half", (0.0, 2.0, 4.0)),
     ]
     text = (tmp_path / "finetune" / "calibration.md").read_text()
-    assert "| **0.2** | **50.0** |" in text and "| 0.4 | 49.8 |" in text
-    assert "--config.eval.settings.gamma=0.2" in text and "largest gamma" not in text
+    assert "| **2** | **50.0** |" in text and "| 4 | 48.0 |" in text
+    assert "Area under unseen against seen PQ" in text
+    assert "--config.eval.settings.gamma=2" in text and "last gamma" not in text
     assert text.strip() in capsys.readouterr().out
     saved = json.loads((tmp_path / "finetune" / "calibration.json").read_text())
-    assert saved["gamma"] == 0.2 and saved["images"] == "some images"
-    assert [row["gamma"] for row in saved["held_out"]] == [0.0, 0.2, 0.4]
-    assert saved["other_half"][1]["summary"]["harmonic"]["pq"] == pytest.approx(49.8)
+    assert saved["gamma"] == 2 and saved["images"] == "some images"
+    assert [row["gamma"] for row in saved["held_out"]] == [0.0, 2.0, 4.0]
+    assert saved["other_half"][1]["summary"]["harmonic"]["pq"] == pytest.approx(48)
+    with Image.open(tmp_path / "finetune" / "calibration.png") as picture:
+        assert min(picture.size) > 300
 
 
 def test_the_end_of_the_list_is_pointed_out(fake_run, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(calibrate, "held_out_images", lambda *args, **kwargs: images)
     images = fake_run._replace(rest=None)
     (tmp_path / "finetune").mkdir()
-    calibrate.calibrate_stage(demo_zps.get_config("smoke"), tmp_path, "finetune", [0.1])
-    assert FakeRun.asked == [("finetune", "held out", (0.0, 0.1))], "the test part is not scored"
-    assert "0.1 is the largest gamma tried" in capsys.readouterr().out
+    calibrate.calibrate_stage(demo_zps.get_config("smoke"), tmp_path, "finetune", [1])
+    assert FakeRun.asked == [("finetune", "held out", (0.0, 1.0))], "the test part is not scored"
+    assert "1 is the last gamma tried" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,7 @@ def test_the_command_ends_in_one_sentence(monkeypatch, tmp_path):
     given = [f"--config={ROOT}/configs/demo_zps.py:smoke", f"--workdir={tmp_path}/run"]
     for flag, sentence in (
         ("--gammas=0,much", "--gammas holds 'much'; give numbers"),
-        ("--gammas=0,1.5", "must lie in 0 to 1, got 1.5"),
+        ("--gammas=0,nan", "must be a number, got nan"),
         ("--gammas=0", "Stage 'finetune' has not finished in"),
     ):
         with pytest.raises(SystemExit, match=f"Error: .*{sentence}") as error:

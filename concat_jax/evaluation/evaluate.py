@@ -46,8 +46,9 @@ def evaluate(
     Returns:
       `PanopticQuality.summarize` if panoptic is among the predictor's tasks, with "semantic":
       `SemanticIoU.summarize` and "instance": `AveragePrecision.summarize` if they are, "images"
-      and "images_per_second" (compilation included). Instances are scored against the things of
-      the panoptic ground truth, which do not overlap; COCO's own instance annotations do.
+      and "images_per_second" (compilation included). Instances are scored against
+      the masks of the annotations where the data set has them ("segment_masks"), else against the
+      things of the panoptic ground truth, which do not overlap.
     """
     vocabulary = predictor.vocabulary
     rows: list[overlay.ComparisonRow] = []

@@ -73,6 +73,26 @@ def _runs(gt_ids: np.ndarray, pred_ids: np.ndarray) -> tuple[np.ndarray, ...]:
     return gt[starts], pred[starts], np.diff(starts, append=gt.size)
 
 
+def class_quality(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """PQ, SQ and RQ [..., K] in percent of counts [..., 4, K], in the order of `PanopticQuality`.
+
+    NaN for a class that occurs nowhere.
+    """
+    iou_sum, tp, fp, fn = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
+    weight = tp + 0.5 * fp + 0.5 * fn
+    occurs, found = weight > 0, tp > 0
+
+    def ratio(numerator, denominator, where):
+        absent = np.where(occurs, 0.0, np.nan)
+        return 100.0 * np.divide(numerator, denominator, out=absent, where=where)
+
+    return {
+        "pq": ratio(iou_sum, weight, occurs),
+        "sq": ratio(iou_sum, tp, found),
+        "rq": ratio(tp, weight, occurs),
+    }
+
+
 class PanopticQuality(ClassCounts):
     """Accumulates matches over images; sums of several accumulators merge exactly.
 
@@ -86,6 +106,11 @@ class PanopticQuality(ClassCounts):
         """Starts at zero for K = `num_classes` classes, at least one."""
         super().__init__(num_classes)
         self.iou_sum, self.tp, self.fp, self.fn = np.zeros((4, num_classes))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[4, K]: the attributes in their order."""
+        return np.stack([getattr(self, name) for name in self._SUMS])
 
     def update(
         self,
@@ -169,18 +194,8 @@ class PanopticQuality(ClassCounts):
           "is_thing", "is_seen", "pq", "sq", "rq" (percent), "tp", "fp", "fn" (ints)}.
           A mean over no class, and the qualities of a class that occurs nowhere, are NaN.
         """
-        weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
-        occurs, found = weight > 0, self.tp > 0
-
-        def ratio(numerator, denominator, where):
-            absent = np.where(occurs, 0.0, np.nan)
-            return 100.0 * np.divide(numerator, denominator, out=absent, where=where)
-
-        quality = {
-            "pq": ratio(self.iou_sum, weight, occurs),
-            "sq": ratio(self.iou_sum, self.tp, found),
-            "rq": ratio(self.tp, weight, occurs),
-        }
+        quality = class_quality(self.counts)
+        found, occurs = self.tp > 0, ~np.isnan(quality["pq"])
 
         def of_group(members: np.ndarray) -> dict:
             means = {name: mean_of_known(values[members]) for name, values in quality.items()}

@@ -81,9 +81,11 @@ class InstanceScore(_Score):
         codes = [one.rle for one in found]
         ids, classes = native["segment_ids"], np.asarray(native["segment_labels"])
         rows = np.flatnonzero((classes >= 0) & self._is_thing[classes])
+        # Instances that may hide each other come with their whole masks.
+        masks = native.get("segment_masks")
         self.counts.update(
             int(native["image_id"]),
-            [encode_rle(ids == row + 1) for row in rows],
+            [masks[row] if masks else encode_rle(ids == row + 1) for row in rows],
             classes[rows],
             np.asarray(native["segment_is_crowd"])[rows],
             codes,

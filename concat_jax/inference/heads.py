@@ -12,6 +12,8 @@ import numpy as np
 from concat_jax.models.segmentor import LinearClassifier
 from concat_jax.models.semantic_projector import SemanticProjector
 
+Array = jax.Array | np.ndarray
+
 
 class ClassScores(NamedTuple):
     """Class probabilities [B, N, K+1], the last no-object, and objectness [B, N]; float32."""
@@ -103,6 +105,28 @@ class TextHead:
 def _scores(logits: jax.Array) -> ClassScores:
     probs = jax.nn.softmax(logits, axis=-1)
     return ClassScores(probs, 1.0 - probs[..., -1])
+
+
+def bias_names(class_probs: Array, is_seen: Array, gamma: Array | float) -> Array:
+    """Probabilities [..., K+1] as if γ had been taken from the logits of the seen names.
+
+    No-object, the last, keeps its probability: γ says which name a query has, and not whether it
+    has one. Calibrated stacking (Chao et al., arXiv 1605.04253) takes γ from scores; taken from
+    probabilities, as ZegFormer does, no γ undoes what a confident model says, and a model that is
+    more confident is at a disadvantage that has nothing to do with naming.
+
+    Args:
+      class_probs: float, the last no-object.
+      is_seen: [K] bool.
+      gamma: one number, which may be infinite: then one side's names alone compete.
+    """
+    xp = jnp if isinstance(class_probs, jax.Array) else np
+    real = class_probs[..., :-1]
+    # Factors of at most 1: nothing overflows.
+    biased = real * xp.where(is_seen, xp.exp(-xp.maximum(gamma, 0)), xp.exp(xp.minimum(gamma, 0)))
+    left = biased.sum(axis=-1, keepdims=True)
+    biased = biased * (real.sum(axis=-1, keepdims=True) / xp.where(left > 0, left, 1))
+    return xp.concatenate([biased, class_probs[..., -1:]], axis=-1)
 
 
 # Names asked for are filled up to so many times a power of two, so that other names in another

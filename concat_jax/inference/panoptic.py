@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from concat_jax.inference.assign_pixels import PixelCounts, RankedQueries, assign_pixels
+from concat_jax.inference.heads import bias_names
 
 KEEP_RULES = ("objectness", "score")
 
@@ -143,14 +144,14 @@ def rank_queries(
         the best real class: a threshold on the class score costs unseen classes most. "score" is
         the reference: the best of all K+1 classes must not be no-object, and its probability must
         exceed score_threshold.
-      gamma: subtracted from the probability of every seen class before the best is chosen
-        (calibrated stacking, as in ZegFormer; PADing uses none).
+      gamma: see `heads.bias_names`; it names queries and decides nothing else.
     """
     if keep_rule not in KEEP_RULES:
         raise ValueError(f"keep_rule is {keep_rule!r}; choose one of {', '.join(KEEP_RULES)}.")
     class_probs = class_probs.astype(jnp.float32)
     real_probs, no_object = class_probs[..., :-1], class_probs[..., -1]
-    labels = jnp.argmax(real_probs - gamma * is_seen, axis=-1).astype(jnp.int32)  # [B, N]
+    biased = bias_names(class_probs, is_seen, gamma)
+    labels = jnp.argmax(biased[..., :-1], axis=-1).astype(jnp.int32)  # [B, N]
     if keep_rule == "score":
         keep_scores = real_probs.max(axis=-1)
         is_object = keep_scores >= no_object

@@ -15,7 +15,7 @@ from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference import programs
 from concat_jax.inference.assign_pixels import PixelCounts
-from concat_jax.inference.heads import ClassScores, Head
+from concat_jax.inference.heads import ClassScores, Head, bias_names
 from concat_jax.inference.images import Buckets, to_rgb
 from concat_jax.inference.instance import Instance, instance_inference
 from concat_jax.inference.panoptic import KEEP_RULES, SegmentTables
@@ -24,7 +24,8 @@ from concat_jax.inference.segments import ImageSegments, list_segments
 
 T = TypeVar("T")
 
-TASKS = ("panoptic", "semantic", "instance")
+# "queries" hands out the masks and names of all queries, for what is measured on them.
+TASKS = ("panoptic", "semantic", "instance", "queries")
 # Sides of the square tiles that maps at native size are made in: an image takes the first that it
 # fits, or as many of the last as cover it. Few programs serve every size, at bounded memory.
 TILE_SIDES = (64, 320, 640, 1344)
@@ -42,8 +43,8 @@ class PredictConfig:
       mask_threshold: mask probability from which a pixel is in the mask, 0.5 in the reference.
       overlap_threshold: share of its mask that a panoptic segment must own, 0.8 in the reference.
       instance_threshold: 0 in the reference, for average precision wants all.
-      gamma: see `rank_queries`; 0 is no calibration. Several values give a panoptic map for each,
-        from one run of the networks.
+      gamma: see `heads.bias_names`; 0 is no calibration. Several values give a panoptic map for
+        each, from one run of the networks.
       short_side, long_side: of the network's input, see `Buckets`.
       batch_size: images that the network takes at once.
     """
@@ -73,7 +74,7 @@ class PredictConfig:
             value = getattr(self, field.name)
             if field.name.endswith("_threshold") and not 0 <= value <= 1:
                 raise ValueError(f"{field.name} is {value} and must lie in 0..1.")
-        if isinstance(self.gamma, tuple) and tuple(self.tasks) != ("panoptic",):
+        if isinstance(self.gamma, tuple) and {"semantic", "instance"} & set(self.tasks):
             raise ValueError("Several values of gamma are for the task panoptic alone.")
 
     @property
@@ -90,6 +91,19 @@ class Prepared(NamedTuple):
     native_size: tuple[int, int]
 
 
+class Queries(NamedTuple):
+    """All queries of an image, whose masks are where the logits exceed 0.
+
+    Attributes:
+      class_probs: [N, K+1] float32, the last no-object.
+      mask_logits: [N, h, w] float32, of which `source_size` (height, width) is the image.
+    """
+
+    class_probs: np.ndarray
+    mask_logits: np.ndarray
+    source_size: tuple[float, float]
+
+
 class Prediction(NamedTuple):
     """What was predicted of one image; None for a task that was not asked for.
 
@@ -100,6 +114,7 @@ class Prediction(NamedTuple):
     panoptic: ImageSegments | tuple[ImageSegments, ...] | None = None
     semantic: np.ndarray | None = None
     instances: list[Instance] | None = None
+    queries: Queries | None = None
 
 
 class Predictor:
@@ -181,14 +196,18 @@ class Predictor:
             canvas=self.buckets.canvas,
         )
         native = [item.native_size for item in batch]
-        panoptic = semantic = instances = (None,) * len(batch)
+        panoptic = semantic = instances = queries = (None,) * len(batch)
         if "panoptic" in self.config.tasks:
             panoptic = self._panoptic(logits, scores, sizes, native)
         if "semantic" in self.config.tasks:
             semantic = self._semantic(logits, scores, sizes, native)
         if "instance" in self.config.tasks:
             instances = self._instances(logits, scores, sizes, native)
-        return [Prediction(*row) for row in zip(panoptic, semantic, instances, strict=True)]
+        if "queries" in self.config.tasks:
+            host = jax.device_get((scores.class_probs, logits, sizes.source_size))
+            queries = [Queries(*row) for row in zip(*host, strict=True)][: len(batch)]
+        outputs = zip(panoptic, semantic, instances, queries, strict=True)
+        return [Prediction(*row) for row in outputs]
 
     def stream(self, items: Iterable[tuple[T, Prepared]]) -> Iterator[tuple[T, Prediction]]:
         """Predicts any number of images, as batches of one padded shape fill up.
@@ -264,23 +283,25 @@ class Predictor:
         return results if isinstance(config.gamma, tuple) else [one for (one,) in results]
 
     def _semantic(self, logits, scores, sizes, native) -> list[np.ndarray]:
-        shift = np.float32(self.config.gamma) * self._is_seen
+        gamma = np.float32(self.config.gamma)
 
         def tile(origin: np.ndarray, side: int) -> jax.Array:
             self._use(f"semantic map {side}x{side}")
-            return programs.semantic_tile(logits, scores, shift, sizes, origin, side=side)
+            return programs.semantic_tile(
+                logits, scores, self._is_seen, gamma, sizes, origin, side=side
+            )
 
         return _in_tiles(tile, native)
 
     def _instances(self, logits, scores, sizes, native) -> list[list[Instance]]:
         logits, probs, source_size = jax.device_get((logits, scores.class_probs, sizes.source_size))
-        shift = np.append(np.float32(self.config.gamma) * self._is_seen, np.float32(0))
+        probs = bias_names(probs, self._is_seen, np.float32(self.config.gamma))
         # A panoptic model also has queries for stuff, which holds no instances.
         things = self._is_thing if self._is_thing.any() else None
         return [
             instance_inference(
                 logits[row],
-                np.maximum(probs[row] - shift, 0),
+                probs[row],
                 image_size=size,
                 source_size=tuple(map(float, source_size[row])),
                 is_thing=things,

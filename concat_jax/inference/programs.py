@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from concat_jax.inference.assign_pixels import PixelCounts, assign_pixels
-from concat_jax.inference.heads import ClassScores, Head
+from concat_jax.inference.heads import ClassScores, Head, bias_names
 from concat_jax.inference.panoptic import SegmentTables, rank_queries, settle_segments
 from concat_jax.inference.semantic import semantic_inference
 from concat_jax.models.segmentor import Segmentor, mask_logits, normalize_images
@@ -89,8 +89,8 @@ def settle(
 
 
 @functools.partial(jax.jit, static_argnames="side")
-def semantic_tile(logits, scores, shift, sizes, origin, *, side) -> jax.Array:
-    probs = jnp.maximum(scores.class_probs - jnp.append(shift, 0.0), 0.0)
+def semantic_tile(logits, scores, is_seen, gamma, sizes, origin, *, side) -> jax.Array:
+    probs = bias_names(scores.class_probs, is_seen, gamma)
     return semantic_inference(
         logits, probs, output_size=(side, side), origin=origin, **sizes._asdict()
     )

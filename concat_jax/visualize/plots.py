@@ -109,6 +109,29 @@ def bar_chart(
     return figure
 
 
+def bias_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str = "") -> Figure:
+    """Unseen against seen scores [P] in percent, a line a name, as a bias between them sweeps.
+
+    The better, the further to the upper right; a bias moves along a line and to no other.
+    """
+    figure, axes = _figure(title or "Unseen against seen PQ, as a bias on seen names sweeps", 5.5)
+    for number, (name, (seen, unseen)) in enumerate(curves.items()):
+        colour = BAR_COLOURS[number % len(BAR_COLOURS)]
+        style = ("-", "--", ":")[number // len(BAR_COLOURS) % 3]
+        axes.plot(seen, unseen, style, color=colour, label=textwrap.fill(name, 40), linewidth=1.8)
+    limit = 1.05 * max(np.max(values) for curve in curves.values() for values in curve)
+    axes.set_xlim(0, max(limit, 1))
+    axes.set_ylim(0, max(limit, 1))
+    axes.set_aspect("equal")
+    axes.set_xlabel("seen, %", fontsize=9, color=FAINT)
+    axes.set_ylabel("unseen, %", fontsize=9, color=FAINT)
+    axes.tick_params(length=0, labelsize=9, labelcolor=FAINT)
+    axes.grid(color=GRID)
+    axes.spines[:].set_visible(False)
+    _finish_legend(axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False))
+    return figure
+
+
 def _clean(mean: float | None, deviation: float | None) -> Value:
     """Plain numbers, None for what was not measured."""
     mean, deviation = (

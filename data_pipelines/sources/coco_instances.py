@@ -96,6 +96,10 @@ class CocoInstanceSource:
         self.records = sorted(records, key=lambda record: record.image_id)
         check_presence("image", images, [record.file_name for record in self.records])
 
+    def masks(self, record: ImageRecord) -> Sequence[Mapping[str, Any]]:
+        """The run lengths of the record's instances, whole where others hide them."""
+        return self._masks[record.image_id]
+
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
         """As `Source.read`."""
         image = read_picture(self.images_folder, record, self._json_path)

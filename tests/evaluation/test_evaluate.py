@@ -1,11 +1,13 @@
 """Evaluation at native size, with networks that answer with a known picture."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from concat_jax.core.mask_codes import encode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.evaluate import PICTURES, evaluate
 from concat_jax.inference.predictor import PredictConfig, Predictor
@@ -29,10 +31,12 @@ def examples(sizes=SIZES):
     return [example(number, *size) for number, size in enumerate(sizes)]
 
 
-def run(examples, folder=None, *, traced=None, sharding=None, **settings):
+def run(examples, folder=None, *, traced=None, sharding=None, unseen=(), **settings):
     config = PredictConfig(short_side=32, long_side=32, **settings)
     head = fakes.FakeHead(PROBS)
-    predictor = Predictor(fakes.network(traced), head, VOCABULARY, config, sharding=sharding)
+    seen = tuple(name not in unseen for name in VOCABULARY.names)
+    vocabulary = dataclasses.replace(VOCABULARY, is_seen=seen)
+    predictor = Predictor(fakes.network(traced), head, vocabulary, config, sharding=sharding)
     folders = dict(coco_folder=folder, picture_folder=folder)
     return evaluate(predictor, examples, name="test", num_pictures=1, **folders)
 
@@ -85,11 +89,29 @@ def test_tasks_do_without_panoptic_maps_and_skip_padding(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["0.png", "1.png"]
 
 
-def test_gamma_lowers_seen_classes_in_every_metric():
-    """Both classes are seen: with all probability gone, neither metric finds what it found."""
-    summary = run(examples([(32, 32)]), tasks=("semantic", "instance"), gamma=1.0)
-    assert summary["instance"]["all"]["ap"] == 0.0
-    assert summary["semantic"]["all"]["miou"] < 60
+def test_gamma_lowers_seen_classes_in_every_metric(tmp_path):
+    """At γ = 10 the cat's query is sky, and a cat with a score of 0.98 / (0.98 + 0.01 e^10)."""
+    scores = []
+    for gamma in (0.0, 10.0):
+        folder, tasks = tmp_path / f"{gamma:g}", ("semantic", "instance")
+        summary = run(examples([(32, 32)]), folder, tasks=tasks, gamma=gamma, unseen=("sky",))
+        (cat, *_) = json.loads((folder / "instance_predictions.json").read_text())
+        scores.append((summary["semantic"]["all"]["miou"], cat["score"]))
+    (before, cat_before), (after, cat_after) = scores
+    assert before == pytest.approx(100) and after < 60
+    assert cat_after / cat_before == pytest.approx(0.99 / (0.98 + 0.01 * np.exp(10)), rel=1e-3)
+
+
+def test_instances_are_scored_against_their_whole_masks():
+    """Half of the cat is hidden in the id map: found whole it is right, and was wrong."""
+    given = examples([(32, 32)])
+    ids = given[0]["segment_ids"]
+    whole = ids == 1
+    ids[:20][whole[:20]] = 0  # under an IoU of 0.5 of the cat is left
+    painted = run(given, tasks=("instance",))["instance"]["all"]["ap50"]
+    given[0]["segment_masks"] = [encode_rle(whole), encode_rle(ids == 2)]
+    assert painted == 0
+    assert run(given, tasks=("instance",))["instance"]["all"]["ap50"] == pytest.approx(100)
 
 
 def test_no_image_is_an_error():

@@ -131,7 +131,7 @@ def test_gamma_renames_towards_unseen_and_moves_no_pixel():
     masks = masks_of(["1100", "0011"])
     probs = [[0.5, 0.4, 0.1], [0.9, 0.05, 0.05]]
     plain = infer(masks, probs, [True, True], [True, False])
-    calibrated = infer(masks, probs, [True, True], [True, False], gamma=0.2)
+    calibrated = infer(masks, probs, [True, True], [True, False], gamma=0.3)
     assert plain.labels[0].tolist() == [0, 0]
     assert calibrated.labels[0].tolist() == [1, 0]
     np.testing.assert_array_equal(plain.segment_ids, calibrated.segment_ids)
