@@ -38,11 +38,13 @@ def recipe() -> ConfigDict:
         augment="semantic",
         image_size=640,
         scale_range=(0.5, 1.5),  # of the shorter side: 320 to 960
-        eval_size=864,  # PADing tests at a shorter side of 640
+        eval_size=864,
     )
+    config.crops.hide_void = True  # unseen classes are void here, and CLIP must not see them
     config.train.con.steps = 120_000
     config.train.con.optimizer.weight_decay = 1e-4
     config.train.cat.steps = 2_000
     config.train.cat.save_every = config.train.finetune.save_every = 1_000
-    config.eval.settings.tasks = ("semantic",)
+    config.eval.settings.update(tasks=("semantic",), short_side=640, long_side=2560)  # PADing's
+    config.eval.keep_rules = ()  # of panoptic maps
     return config

@@ -42,7 +42,8 @@ def recipe() -> ConfigDict:
     # Weights that start a subtree: CLIP's, of Hugging Face, OpenAI or open_clip; the segmentor's, a
     # folder that `python -m concat_jax.convert` made of ImageNet's or a Mask2Former's. The
     # published recipe starts from an ImageNet ResNet-50; "" is random numbers.
-    config.init = dict(clip="", segmentor="")
+    # A segmentor that was trained on an unseen class is refused unless allow_unseen_weights is set.
+    config.init = dict(clip="", segmentor="", allow_unseen_weights=False)
 
     config.data = dict(
         kind="coco_panoptic_zps",  # a name of data_pipelines/sources/registry.py
@@ -58,7 +59,7 @@ def recipe() -> ConfigDict:
         image_size=928,
         scale_range=(0.1, 2.0),
         augment="lsj",  # "semantic" for label maps of classes, or "none"
-        eval_size=1344,  # of the longer side; PADing: 1333, shorter at most 800
+        eval_size=1344,  # longer side of pictures of the query space
         max_segments=100,
         num_eval_images=0,  # all
         num_threads=16,
@@ -141,7 +142,10 @@ def recipe() -> ConfigDict:
     config.eval = dict(
         # stage -> its name in the table
         stages=dict(con="stage 1 (CON)", finetune="full (CON + CAT + union finetune)"),
-        settings=dict(batch_size=4, tasks=("panoptic",)),
+        # Mask2Former's and PADing's sizes.
+        settings=dict(batch_size=4, tasks=("panoptic",), short_side=800, long_side=1333),
+        # Ours, and Mask2Former's on class scores, which PADing and CONCAT are scored by.
+        keep_rules=("objectness", "score"),
         num_pictures=6,
         write_coco=True,
     )
@@ -170,6 +174,7 @@ def mini(config: ConfigDict) -> None:
         projector=dict(hidden_width=128, num_layers=2),
         generator=dict(hidden_width=128, num_layers=2, noise_width=32),
     )
+    config.eval.settings.update(short_side=128, long_side=128)
     config.loss.num_points = 256
     config.crops.dtype = "float32"
     adam = dict(learning_rate=1e-3, weight_decay=0.05, clip_norm=1.0)

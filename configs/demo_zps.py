@@ -11,8 +11,8 @@ from concat_jax.core.config import with_arguments
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The demo's config; `arg` is "" or "smoke"."""
-    return with_arguments(recipe(), arg, smoke=smoke)
+    """The demo's config; `arg` is "", "attributes", "smoke" or both, as "attributes,smoke"."""
+    return with_arguments(recipe(), arg, attributes=attributes, smoke=smoke)
 
 
 def recipe() -> ConfigDict:
@@ -102,7 +102,10 @@ def recipe() -> ConfigDict:
             log_every=100,
             save_every=500,
             optimizer=dict(learning_rate=1e-3, weight_decay=0.01, **schedule),
-            method=dict(backbone_multiplier=1.0, global_weight=0.5, instance_weight=0.5),
+            # Here CLIP knows less than the segmentor learns; a strong pull would hold it back.
+            method=dict(
+                backbone_multiplier=1.0, global_weight=0.25, instance_weight=0.25, aligned_sets=1
+            ),
         ),
         cat=dict(
             kind="cat",
@@ -148,10 +151,35 @@ def recipe() -> ConfigDict:
             tasks=("panoptic",),  # "semantic" and "instance" too, if wanted
             batch_size=25,
         ),
+        bias_split="validation",  # scenes that the bias between seen and unseen names is chosen on
         num_pictures=6,
         write_coco=False,
     )
     return config
+
+
+def attributes(config: ConfigDict) -> None:
+    """The world whose names are hard: continuous attributes, a CLIP that is trained for longer.
+
+    The backbone starts from the trunk of a second CLIP, which saw pictures and names of seen
+    classes alone: as ImageNet's weights it knows how to look, and nothing of unseen names.
+    """
+    config.data.preset = "attributes"
+    config.stages = ("trunk", *config.stages)
+    config.train.clip.update(steps=5000)
+    config.train.clip.optimizer.learning_rate = 2e-3
+    config.train.trunk = dict(config.train.clip.to_dict(), steps=3000, captions="seen")
+    config.train.con.copies = {
+        "segmentor/backbone": "trunk:clip/vision_model/patch_embedding/trunk"
+    }
+    config.train.con.steps = 4000
+    config.train.con.method.update(global_weight=0.0, instance_weight=4.0, aligned_sets=0)
+    for stage in (config.train.finetune, config.train.control):
+        stage.steps = 600
+        stage.optimizer.learning_rate = 1e-3
+        stage.method.con_weight = 1.0
+    # As many pseudo queries of all unseen classes as the batch has real ones, at equal weight.
+    config.train.finetune.method.update(pseudo_per_class=4, unseen_weight=1.0)
 
 
 def smoke(config: ConfigDict) -> None:

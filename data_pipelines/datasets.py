@@ -33,8 +33,8 @@ class Datasets:
     Attributes:
       train: batch size -> batch function; no batch holds a pixel of an unseen class. Where cached
         CLIP targets are configured, batches carry them.
-      captions: (batch size, side) -> batch function of "image" [B, side, side, 3] uint8 and
-        "captions", a list of B strings.
+      captions: (batch size, side, "all" or "seen" classes) -> batch function of "image"
+        [B, side, side, 3] uint8 and "captions", a list of B strings.
       caption_words: texts that hold every word of a caption or a class name.
       evaluation: () -> examples of all images at native size, or (process_index, process_count) ->
         those of this host's share of the images.
@@ -50,7 +50,7 @@ class Datasets:
 
     vocabulary: Vocabulary
     train: Callable[[int], BatchFn]
-    captions: Callable[[int, int], BatchFn]
+    captions: Callable[..., BatchFn]
     caption_words: tuple[str, ...]
     evaluation: Callable[..., Iterable[Mapping]]
     eval_size: int
@@ -69,8 +69,14 @@ def make_datasets(
     return make(config, seed, process_index, process_count)
 
 
+# Steps of a run in a world that several share: each goes on where the one before ends.
+_STEPS_OF_A_RUN = 1 << 24
+
+
 def _synthetic(config, seed: int, process_index: int, process_count: int) -> Datasets:
-    shared = dict(preset=config["preset"], image_size=config["image_size"], seed=seed)
+    world = config.get("world_seed", seed)
+    first = 0 if world == seed else (seed + 1) * _STEPS_OF_A_RUN
+    shared = dict(preset=config["preset"], image_size=config["image_size"], seed=world)
     segments = dict(max_segments=config["max_segments"])
 
     def of_this_host(world: type, batch_size: int, **options) -> BatchFn:
@@ -81,11 +87,11 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
             )
         # Scenes are endless, so hosts take different steps of one stream and stay disjoint.
         batch = world(**shared, **options, batch_size=batch_size // process_count).batch
-        return lambda step: batch(step * process_count + process_index)
+        return lambda step: batch((first + step) * process_count + process_index)
 
-    def captions(batch_size: int, side: int) -> BatchFn:
-        share = config["caption_scene_ratio"]
-        return of_this_host(CaptionWorld, batch_size, crop_size=side, scene_ratio=share)
+    def captions(batch_size: int, side: int, classes: str = "all") -> BatchFn:
+        options = dict(crop_size=side, scene_ratio=config["caption_scene_ratio"], classes=classes)
+        return of_this_host(CaptionWorld, batch_size, **options)
 
     scenes = functools.partial(of_this_host, SyntheticWorld, **segments)
     test = SyntheticWorld(
@@ -147,7 +153,7 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
     return Datasets(
         vocabulary=vocabulary,
         train=train,
-        captions=lambda batch_size, side: (
+        captions=lambda batch_size, side, classes="all": (
             lambda step: training().caption_batch(step, batch_size, side)
         ),
         caption_words=tuple(word for words in texts for word in words),

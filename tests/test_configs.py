@@ -12,6 +12,8 @@ from concat_jax.core import config as configuration
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.ablation_rows import with_rows
 from concat_jax.experiment.experiment import Experiment
+from concat_jax.inference.images import Buckets
+from concat_jax.inference.predictor import PredictConfig
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
 from concat_jax.stages.registry import STAGES
@@ -29,7 +31,8 @@ from data_pipelines.sources.registry import DATASETS, label_space
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 ON_DISK = ("coco_zps", "coco_zps_inductive", "coco_stuff_zss", "coco_zsi_48_17", "ade20k_ovss")
-ARGUMENTS = {"demo_zps": ("", "smoke"), **dict.fromkeys(ON_DISK, ("", "mini"))}
+ARGUMENTS = dict.fromkeys(ON_DISK, ("", "mini"))
+ARGUMENTS["demo_zps"] = ("", "attributes", "attributes,smoke", "smoke")
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
 
 VOCABULARY = Vocabulary(
@@ -220,3 +223,22 @@ def test_stage_config_fields_are_what_configs_use():
         for section in config.train.values():
             used |= set(section)
     assert used == {field for field in StageConfig.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "resized"),
+    [("coco_zps", (480, 640), (800, 1067)), ("coco_zps", (300, 640), (625, 1333))]
+    + [("coco_zsi_48_17", (480, 640), (800, 1067)), ("coco_stuff_zss", (480, 640), (640, 853))],
+)
+def test_images_are_evaluated_at_the_sizes_of_the_protocol(name, size, resized, tmp_path):
+    """detectron2's ResizeShortestEdge: 800 and at most 1333; of semantic maps 640 and 2560."""
+    config = get_config(name).eval.settings.to_dict()
+    buckets = PredictConfig(**config)
+    assert Buckets(buckets.short_side, buckets.long_side).resized(*size) == resized
+
+
+def test_clip_sees_no_pixel_of_an_unseen_class_of_coco_stuff():
+    """They are void in its training images, and in those of no other config."""
+    for name in ON_DISK:
+        config = get_config(name)
+        assert config.crops.get("hide_void", False) == (config.data.unseen_images == "void")

@@ -41,6 +41,7 @@ FIELDS: Mapping[str, Field] = {
     # A batch of vision queries.
     "queries": Field("float32", ("B", "N", "D"), 0.0, "vision queries of an image"),
     "query_labels": Field("int32", ("B", "N"), -1, "class index of the segment that a query holds"),
+    "query_targets": Field("float32", ("B", "N", "C"), 0.0, "CLIP's embedding of that segment"),
     "memory_queries": Field("float32", ("K", "M", "D"), 0.0, "real queries of each class"),
     "memory_valid": Field("bool", ("K", "M"), False, "whether there is such a query"),
 }
@@ -50,6 +51,7 @@ IMAGE_FIELDS = ("image", "segment_ids", *SEGMENT_TABLES, "image_id", "image_size
 TARGET_FIELDS = ("clip_image_target", "clip_segment_targets")
 CAPTION_FIELDS = ("image", "tokens")
 QUERY_FIELDS = ("queries", "query_labels")
+QUERY_TARGETS = "query_targets"
 MEMORY_FIELDS = ("memory_queries", "memory_valid")
 
 

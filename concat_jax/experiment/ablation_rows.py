@@ -17,18 +17,19 @@ class Row:
     """A stage made of one of the config's with some `changes`, scored where it has a title.
 
     `takes` is subtree to the row that gives it, where that is not the config's stage; None: it is
-    not taken.
+    not taken. `base` is the row that it is compared to, seed by seed and scene by scene.
     """
 
     title: str
     stage: str
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     takes: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    base: str = ""
 
 
-_STAGE_1 = {"segmentor": "con_both", "projector": "con_both"}
+_STAGE_1 = {"segmentor": "con", "projector": "con"}
 _PROJECTION = {"segmentor": "projection", "projector": "projection"}
-_INSTANCE = {"segmentor": "con_instance", "projector": "con_instance"}
+_NO_PULL = {"method.global_weight": 0.0, "method.instance_weight": 0.0}
 _INDUCTIVE = {"method.unseen_names": False}
 
 # PADing's generator, cut down to the demo's widths, and its losses without those of structure: MMD,
@@ -41,11 +42,16 @@ _PADING = {
     "method.cycle_weight": 0.001,
 }
 
-# Query contrast without MMD. A sharp one is content once a pseudo query is nearer to its class than
-# to any other, wherever that is; a smooth one pulls on, and takes the spread, which is given back.
-_CONTRAST = {"method.mmd_weight": 0.0, "method.contrast_weight": 1.0}
-_SHARP = {**_CONTRAST, "method.contrast_temperature": 0.1}
-_SPREAD = {"method.spread_weight": 0.1, "method.memory_per_class": 8, "method.memory_pseudo": True}
+
+def _regression(on: str) -> dict[str, Any]:
+    """Of a stage in closed form instead of CAT; pseudo queries are its means and deviations."""
+    return {
+        "kind": "regression",
+        "steps": 0,
+        "generator": dict(kind="regression"),
+        "method": dict(on=on),
+        "oracle": on == "means",
+    }
 
 
 def _with_cat(
@@ -54,84 +60,67 @@ def _with_cat(
     """A variant of CAT and the finetune on its pseudo queries, which is the row that is scored."""
     return {
         f"cat_{name}": Row("", "cat", changes, stage_1),
-        name: Row(title, "finetune", {}, {**stage_1, "generator": f"cat_{name}"}),
+        name: Row(title, "finetune", {}, {**stage_1, "generator": f"cat_{name}"}, base="fair"),
     }
 
 
-# Rows whose hPQ are the ends of the gap that the others close a share of.
-GAP = ("control", "oracle")
+def _pull(weight: float, name: str) -> dict[str, Row]:
+    """CON's instance term at another weight, alone."""
+    changes = {"method.global_weight": 0.0, "method.instance_weight": weight}
+    return {name: Row(f"instance pull {weight:g}", "con", changes, base="projection")}
+
 
 ROWS: Mapping[str, Row] = {
-    "projection": Row(
-        "stage 1, projection only",
-        "con",
-        {"method.global_weight": 0.0, "method.instance_weight": 0.0},
-    ),
-    "con_global": Row("stage 1 + CON, global", "con", {"method.instance_weight": 0.0}),
-    "con_instance": Row("stage 1 + CON, instance", "con", {"method.global_weight": 0.0}),
-    "con_both": Row("stage 1 + CON, both", "con"),
+    "projection": Row("stage 1, projection only", "con", _NO_PULL),
+    **_pull(0.25, "pull_quarter"),
+    **_pull(1.0, "pull_1"),
+    **_pull(4.0, "pull_4"),
+    **_pull(16.0, "pull_16"),
+    "con": Row("stage 1 + CON", "con", base="projection"),
     "control": Row(
+        "CON, finetune without pseudo queries and without its term",
+        "finetune",
+        {"method.pseudo_per_class": 0, "method.con_weight": 0.0},
+        {**_STAGE_1, "generator": None},
+        base="fair",
+    ),
+    "fair": Row(
         "CON, finetune without pseudo queries",
         "finetune",
         {"method.pseudo_per_class": 0},
         {**_STAGE_1, "generator": None},
+        base="con",
     ),
     "cat_pading": Row("", "cat", _PADING, _PROJECTION),
     "pading": Row(
         "PADing-style generator and finetune, no CON",
         "finetune",
-        {"method.deviation": 0.0, "method.pseudo_per_class": 1},
+        {"method.deviation": 0.0, "method.pseudo_per_class": 1, "method.con_weight": 0.0},
         {**_PROJECTION, "generator": "cat_pading"},
+        base="fair",
     ),
     **_with_cat("CON + CAT", "full", {}),
     **_with_cat("CON + CAT, no cycle", "no_cycle", {"method.cycle_weight": 0.0}),
     **_with_cat("CON + CAT, no query contrast", "no_contrast", {"method.contrast_weight": 0.0}),
     **_with_cat("CON + CAT, no MMD", "no_mmd", {"method.mmd_weight": 0.0}),
-    **_with_cat(
-        "contrast instead of MMD: cosine, temperature 0.1",
-        "cosine",
-        {**_SHARP, "method.contrast_distance": "cosine"},
-    ),
-    **_with_cat("contrast instead of MMD: Euclidean, temperature 0.1", "sharp", _SHARP),
-    **_with_cat("contrast instead of MMD: Euclidean, temperature 1", "smooth", _CONTRAST),
-    **_with_cat(
-        "contrast instead of MMD: temperature 1, spread and memory",
-        "contrast",
-        {**_CONTRAST, **_SPREAD},
-    ),
-    "no_deviation": Row(
-        "CON + CAT, no deviations in the finetune",
-        "finetune",
-        {"method.deviation": 0.0},
-        {**_STAGE_1, "generator": "cat_full"},
-    ),
-    "unseen_2": Row(
-        "CON + CAT, unseen classes weigh 2 in the finetune",
-        "finetune",
-        {"method.unseen_weight": 2.0},
-        {**_STAGE_1, "generator": "cat_full"},
-    ),
-    **_with_cat("CON's instance term alone + CAT", "instance", {}, _INSTANCE),
+    **_with_cat("CON, ridge of class means on text", "text_ridge", _regression("text")),
+    **_with_cat("CON, kernel regression on CLIP's instances", "kernel", _regression("images")),
+    **_with_cat("CON, real means of all classes", "means", _regression("means")),
     **_with_cat("no CON + CAT", "no_con", {}, _PROJECTION),
-    "cat_images": Row("", "cat", {"queries": "images"}, _STAGE_1),
-    "images": Row(
-        "CON + CAT, images in the loop",
-        "finetune",
-        {"queries": "images"},
-        {**_STAGE_1, "generator": "cat_images"},
-    ),
     "cat_inductive": Row("", "cat", _INDUCTIVE, _STAGE_1),
     "inductive": Row(
         "CON + CAT, inductive",
         "finetune",
         {**_INDUCTIVE, "method.pseudo_seen": True},
         {**_STAGE_1, "generator": "cat_inductive"},
+        base="fair",
     ),
     "oracle": Row(
         "oracle: CON, finetune on real unseen queries",
         "finetune",
         {"method.pseudo_per_class": 0, "oracle": True},
         {**_STAGE_1, "generator": None},
+        base="fair",
     ),
 }
 SCORED = tuple(name for name, row in ROWS.items() if row.title)
@@ -146,9 +135,10 @@ def with_rows(config: ml_collections.ConfigDict, seed: int) -> ml_collections.Co
     config = copy.deepcopy(config)
     with config.unlocked():
         config.seed = seed
+        stages = {name: stage.to_dict() for name, stage in config.train.items()}
         for key, row in ROWS.items():
-            check_choice(row.stage, config.train, f"Row {key!r} copies a stage that is not there:")
-            stage = config.train[row.stage].to_dict()
+            check_choice(row.stage, stages, f"Row {key!r} copies a stage that is not there:")
+            stage = copy.deepcopy(stages[row.stage])
             for field, value in row.changes.items():
                 *folders, name = field.split(".")
                 section = stage

@@ -11,12 +11,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
 from concat_jax.core.arrays import fingerprint
+from concat_jax.core.batch import QUERY_TARGETS, TARGET_FIELDS
 from concat_jax.core.config import check_choice, flat
 from concat_jax.core.hosts import gathered, of_first_host, wait_for_hosts
 from concat_jax.core.prefetch import prefetch
@@ -24,7 +25,14 @@ from concat_jax.core.progress import Progress
 from concat_jax.core.runtime import light_compiler_options
 from concat_jax.core.shard_store import ShardedRows, ShardStore, StoreKind
 from concat_jax.stages import con
-from concat_jax.stages.queries import IMAGE_FIELDS, QueryBank, extract_queries, missing_classes
+from concat_jax.stages.queries import (
+    IMAGE_FIELDS,
+    QueryBank,
+    Targets,
+    extract_queries,
+    missing_classes,
+    target_inputs,
+)
 from concat_jax.stages.registry import learns_from, method_of
 from concat_jax.stages.stage import INIT
 from concat_jax.training.sharding import shard_batch
@@ -38,6 +46,8 @@ LABEL_DTYPE = np.int16
 KIND = StoreKind(
     "the query bank", ("queries", "labels"), "start again: it is extracted anew", "bank.json"
 )
+# Of the queries that hold a segment, by their place in the shard (image times N plus query).
+TARGET_ARRAYS = ("target_places", "targets")
 
 Batch = Mapping[str, np.ndarray]
 BatchFn = Callable[[int], Batch]
@@ -74,7 +84,9 @@ def stage_batches(experiment: Experiment, name: str, text: np.ndarray | None) ->
         return experiment.datasets.train(settings.batch_size)
     if source == "queries":
         return query_bank(experiment, name, text).batch
-    pairs = experiment.datasets.captions(settings.batch_size, setup.networks.clip.image_size)
+    pairs = experiment.datasets.captions(
+        settings.batch_size, setup.networks.clip.image_size, settings.captions
+    )
 
     def caption_batch(step: int) -> Mapping[str, np.ndarray]:
         batch = pairs(step)
@@ -101,7 +113,9 @@ def check_clip_targets(experiment: Experiment, name: str, *, with_weights: bool)
     CLIP's parameters have to be read for `with_weights`. Raises ValueError saying what to do.
     """
     setup = experiment.setup
-    if not set(con.TARGET_FIELDS) <= set(setup.make_stage(name).batch_fields):
+    fields = set(setup.make_stage(name).batch_fields)
+    of_bank = QUERY_TARGETS in fields and setup.context.has_clip_targets
+    if not of_bank and not set(TARGET_FIELDS) <= fields:
         return
     check = experiment.datasets.check_clip_targets
     if check is None:
@@ -134,6 +148,8 @@ def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank
     size = setup.stages[source].batch_size
     # The projector that stage 1 trained names the queries, whatever this stage starts from.
     params = {s: experiment.parameters.get(s, source) for s in ("segmentor", "projector")}
+    weights = fingerprint(jax.device_get(params))[:16]
+    with_targets = QUERY_TARGETS in setup.make_stage(name).batch_fields
     num_batches = -(-settings.bank_images // size)
     num_images = num_batches * size
     model = flat(config.model).items()
@@ -147,13 +163,22 @@ def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank
         every = dataclasses.replace(setup.vocabulary, is_seen=(True,) * len(setup.vocabulary))
         context = dataclasses.replace(context, vocabulary=every)
         batches, kind = datasets.oracle, "oracle_bank"
+    fields, identity = IMAGE_FIELDS, {}
+    if with_targets:
+        kind += "_with_targets"
+        inputs = target_inputs(context)
+        fields += inputs["fields"]
+        clip_source = settings.takes["clip"]
+        params |= {read: experiment.parameters.get(read, clip_source) for read in inputs["reads"]}
+        identity = {"targets": clip_target_identity(experiment, clip_source)}
     extract_fn = jax.jit(
-        functools.partial(extract_queries, context), compiler_options=light_compiler_options()
+        functools.partial(extract_queries, context, with_targets=with_targets),
+        compiler_options=light_compiler_options(),
     )
     rng = jax.random.key(config.seed)
 
-    def extract(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        inputs = shard_batch({name: batch[name] for name in IMAGE_FIELDS}, experiment.mesh)
+    def extract(batch: Batch) -> Batch:
+        inputs = shard_batch({name: batch[name] for name in fields}, experiment.mesh)
         with jax.set_mesh(experiment.mesh):
             found = extract_fn(params, text, inputs, rng)
         # A batch of queries is small, and so any host can write any shard.
@@ -161,61 +186,72 @@ def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank
 
     batch_fn = batches(size)
     host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    queries, labels = fill_bank(
+    bank = fill_bank(
         experiment.workdir / source / f"{kind}_{num_images}",
         {
+            **identity,
             "kind": kind,
             "stage": source,
             "steps": setup.stages[source].steps,
             "images": num_images,
             "model": str(sorted(item for item in model if not item[0].startswith("generator"))),
-            "weights": fingerprint(jax.device_get(params))[:16],
+            "weights": weights,
         },
         extract,
         lambda steps: prefetch(lambda i: batch_fn(steps[i]), 0, len(steps), num_threads=1),
         num_batches=num_batches,
         batch_size=size,
         config=setup.bank,
+        with_targets=with_targets,
         **host,
     )
-    warning = missing_classes(labels, setup.vocabulary)
+    warning = missing_classes(bank.labels, setup.vocabulary)
     if warning and jax.process_index() == 0:
         print(f"Warning: {warning}")
     return QueryBank(
-        queries,
-        labels,
+        bank.queries,
+        bank.labels,
         batch_size=settings.batch_size,
         seed=config.seed,
         memory_per_class=getattr(method_of(name, settings), "memory_per_class", 0),
         num_classes=len(setup.vocabulary),
+        targets=bank.targets,
         **host,
     )
+
+
+class Bank(NamedTuple):
+    """Queries [M, N, D] of the config's dtype, labels [M, N] int16, and targets, if wanted."""
+
+    queries: ShardedRows
+    labels: np.ndarray
+    targets: Targets | None
 
 
 def fill_bank(
     folder: Path,
     identity: Mapping[str, Any],
-    extract: Callable[[Batch], tuple[np.ndarray, np.ndarray]],
+    extract: Callable[[Batch], Batch],
     batches: Callable[[Sequence[int]], Generator[Batch]],
     *,
     num_batches: int,
     batch_size: int,
     config: BankConfig,
+    with_targets: bool = False,
     process_index: int = 0,
     process_count: int = 1,
-) -> tuple[ShardedRows, np.ndarray]:
+) -> Bank:
     """Opens the bank in `folder`, after extracting the shards that it lacks, on all hosts together.
 
     Args:
       folder: the same for all hosts; made if absent.
       identity: what the queries depend on; a bank with another identity is refused.
-      extract: batch of images -> queries [B, N, D] and labels [B, N] of the global batch, class
-        index or -1, on every host. All hosts call it as often.
+      extract: batch of images -> what `extract_queries` finds in the global batch, on every host.
+        All hosts call it as often.
       num_batches: steps 0 .. num_batches - 1 make the bank.
 
-    Returns:
-      queries [M, N, D] of the config's dtype, on disk, and labels [M, N] int16, in memory, 9 MB of
-      COCO's. Row s·B + b is image b of step s.
+    Row s·B + b is image b of step s. Queries and targets stay on disk, labels, 9 MB of COCO's, are
+    read.
 
     Raises ValueError for another or a damaged bank, nothing to extract, or a query not storable.
     """
@@ -225,7 +261,10 @@ def fill_bank(
             "images whose queries it learns from."
         )
     manifest = {"format": FORMAT, **identity, **dataclasses.asdict(config), "batch": batch_size}
-    store = ShardStore(folder, KIND, manifest)
+    kind = KIND
+    if with_targets:
+        kind = dataclasses.replace(KIND, arrays=KIND.arrays + TARGET_ARRAYS)
+    store = ShardStore(folder, kind, manifest)
     store.claim(leads=process_index == 0)
     steps_per_shard = -(-config.images_per_shard // batch_size)
     steps = range(num_batches)
@@ -248,22 +287,22 @@ def fill_bank(
             for index in todo:
                 parts = []
                 for step in shards[index]:
-                    part = _stored(*extract(next(ahead)), config.dtype, step)
+                    part = _stored(extract(next(ahead)), config.dtype, step)
                     if index % process_count == process_index:
                         parts.append(part)
                     done += batch_size
                     if process_index == 0:
                         progress.tick(done)
                 if parts:
-                    queries, labels = (np.concatenate(x) for x in zip(*parts, strict=True))
-                    store.write(index, {"queries": queries, "labels": labels})
+                    store.write(index, _shard(parts))
         wait_for_hosts("query bank")
     opened = [store.open(index) for index in range(len(shards))]
     for index, shard in enumerate(opened):
         if shard["queries"].shape[:2] != shard["labels"].shape:
             raise store.damaged(index, "it does not hold a label for each query")
     labels = np.concatenate([shard["labels"] for shard in opened])
-    return ShardedRows([shard["queries"] for shard in opened]), labels
+    targets = _targets(opened, labels.shape) if with_targets else None
+    return Bank(ShardedRows([shard["queries"] for shard in opened]), labels, targets)
 
 
 @contextlib.contextmanager
@@ -276,10 +315,8 @@ def _kept_if_interrupted() -> Generator[None]:
         ) from None
 
 
-def _stored(
-    queries: np.ndarray, labels: np.ndarray, dtype: str, step: int
-) -> tuple[np.ndarray, np.ndarray]:
-    queries = np.asarray(queries)
+def _stored(batch: Batch, dtype: str, step: int) -> dict[str, np.ndarray]:
+    queries = np.asarray(batch["queries"])
     if not np.isfinite(queries).all():
         raise ValueError(
             f"The segmentor gives vision queries that are not finite for batch {step} of the "
@@ -292,4 +329,28 @@ def _stored(
             f"A vision query holds {np.abs(queries).max():g}, too large for {dtype}; set "
             "config.bank.dtype to 'float32'."
         )
-    return stored, np.asarray(labels).astype(LABEL_DTYPE)
+    found = {"queries": stored, "labels": np.asarray(batch["query_labels"]).astype(LABEL_DTYPE)}
+    if QUERY_TARGETS in batch:
+        # Half precision turns an embedding by less than 1e-7 in cosine.
+        found[QUERY_TARGETS] = np.asarray(batch[QUERY_TARGETS]).astype(np.float16)
+    return found
+
+
+def _shard(parts: Sequence[Batch]) -> dict[str, np.ndarray]:
+    """A shard's arrays; of the targets only those that there are."""
+    shard = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if QUERY_TARGETS in shard:
+        targets = shard.pop(QUERY_TARGETS).reshape(shard["labels"].size, -1)
+        places = np.flatnonzero(targets.any(axis=1))
+        shard |= {"target_places": places.astype(np.int32), "targets": targets[places]}
+    return shard
+
+
+def _targets(shards: Sequence[Batch], shape: tuple[int, int]) -> Targets:
+    rows = np.full(shape[0] * shape[1], -1, np.int32)
+    first = count = 0
+    for shard in shards:
+        places = shard["target_places"]
+        rows[first + places] = np.arange(count, count + len(places))
+        first, count = first + shard["labels"].size, count + len(places)
+    return Targets(ShardedRows([shard["targets"] for shard in shards]), rows.reshape(shape))

@@ -19,7 +19,8 @@ from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation import calibration, report
 from concat_jax.evaluation.evaluate import PICTURES, evaluate
-from concat_jax.experiment.batches import check_clip_targets, stage_batches
+from concat_jax.experiment import evidence
+from concat_jax.experiment.batches import check_clip_targets, query_bank, stage_batches
 from concat_jax.experiment.class_embeddings import ClassEmbeddings
 from concat_jax.experiment.copy_parameters import copy_parameters
 from concat_jax.experiment.model import write_labels
@@ -78,9 +79,15 @@ class Experiment:
             # A mistake in a late stage's settings must not show after days of earlier ones.
             self.setup.optimizer(name)
             self.setup.make_stage(name)
-            for subtree, source in stages[name].takes.items():
+            sources = dict(stages[name].takes)
+            for copied in stages[name].copies.values():
+                *stage_name, part = copied.split(":")
+                sources |= {f"{part} of {source}": source for source in stage_name}
+            for subtree, source in sources.items():
                 if source == INIT:
-                    initial_path(config, subtree)
+                    path = initial_path(config, subtree)
+                    if subtree == "segmentor" and path is not None:
+                        self.parameters.check_unseen(path)
                     continue
                 check_choice(source, stages, f"config.train.{name}.takes.{subtree} names no stage:")
                 if source not in before and not self.parameters.is_finished(source):
@@ -109,22 +116,49 @@ class Experiment:
         titles = {n: t for n, t in config.eval.stages.items() if self.parameters.is_finished(n)}
         if not trained and (saved := read_report(report_path)):
             # A run of fewer stages may have left a report of fewer.
-            if saved["config"] == shown and set(saved["results"]) == set(titles.values()):
+            if saved["config"] == shown and saved.get("stages_evaluated") == sorted(titles):
                 print(f"This run is finished; its report is {report_path}.\n")
                 print(saved["table"])
                 return saved
-        results = {title: self.evaluate(name) for name, title in titles.items()}
+        rules = config.eval.get("keep_rules", ()) or (self.setup.predict.keep_rule,)
+        results = {
+            f"{title}{f', rule {rule}' if len(rules) > 1 else ''}": self.evaluate(name, rule)
+            for name, title in titles.items()
+            for rule in rules
+        }
         table = report.format_comparison(results) if results else "No stage is evaluated."
+        measured = self._evidence(titles)
+        if measured:
+            table += f"\n\n{evidence.format_evidence(measured)}"
         for title, summary in results.items():
             print(f"\n{title}\n{report.format_table(summary)}")
         print(f"\n{table}\n")
         seconds = time.monotonic() - start
-        out = {"stages": trained, "results": results, "table": table}
-        out |= {"seconds": round(seconds, 1), "config": shown}
+        out = {"stages": trained, "results": results, "evidence": measured, "table": table}
+        out |= {"seconds": round(seconds, 1), "config": shown, "stages_evaluated": sorted(titles)}
+        if config.get("init", {}).get("allow_unseen_weights", False):
+            out["not_zero_shot"] = "config.init.allow_unseen_weights: the segmentor may know them"
         if jax.process_index() == 0:
             write_json(report_path, out)
         print(f"Done in {format_seconds(seconds)}; report: {report_path}")
         return out
+
+    def _evidence(self, titles: Mapping[str, str]) -> dict[str, Any]:
+        """Title to what no bias can fake of a stage; γ is chosen on the world's other split."""
+        config = self.setup.config
+        if not config.eval.get("bias_split", ""):
+            return {}
+        from data_pipelines.datasets import make_datasets
+
+        held_out = make_datasets(
+            {**config.data, "eval_split": config.eval.bias_split}, seed=config.seed
+        )
+        return {
+            title: evidence.measure(
+                self, name, held_out.evaluation(), self.datasets.evaluation(), self.workdir / name
+            )
+            for name, title in titles.items()
+        }
 
     def train(self, name: str) -> None:
         """Train one stage to its end."""
@@ -138,9 +172,16 @@ class Experiment:
             for subtree in stage.trains
         }
         for target, source in settings.copies.items():
-            params = copy_parameters(params, target, taken, source)
+            *stage_name, part = source.split(":")
+            subtree = part.split("/")[0]
+            given = {subtree: self.parameters.get(subtree, *stage_name)} if stage_name else taken
+            params = copy_parameters(params, target, given, part)
         frozen = {read: self._read(read, setup.source_of(read, name)) for read in stage.reads}
-        batch_fn = stage_batches(self, name, frozen.get(TEXT))
+        if stage.start is None:
+            batch_fn = stage_batches(self, name, frozen.get(TEXT))
+        else:
+            bank = query_bank(self, name, frozen[TEXT])
+            params, batch_fn = stage.start(bank, frozen), bank.batch
         trained = train_stage(
             name,
             stage,
@@ -192,22 +233,27 @@ class Experiment:
 
     def sweep(
         self, name: str, examples: Iterable[Mapping], gammas: Iterable[float]
-    ) -> dict[float, dict]:
-        """What holds after a stage, scored at many γ."""
+    ) -> calibration.Sweep:
+        """What holds after a stage, scored at many γ, and how it names queries."""
         if self.setup.eval_vocabulary is not self.setup.vocabulary:
             raise ValueError(
                 "gamma weighs the seen classes of the training data against the unseen ones; set "
                 "config.data.eval_kind to '' to choose it."
             )
         gammas = calibration.check_gammas(gammas)
-        predictor = self.predictor(name, gamma=gammas, tasks=("panoptic",))
+        predictor = self.predictor(name, gamma=gammas, tasks=("panoptic", "queries"))
         return calibration.sweep(predictor, examples, name=name)
 
-    def evaluate(self, name: str) -> dict:
-        """Score what holds after stage `name`; pictures and predictions go to its folder."""
+    def evaluate(self, name: str, keep_rule: str = "") -> dict:
+        """Score what holds after stage `name`; pictures and predictions go to its folder.
+
+        Under another keep rule than the config's they go to a folder of the rule in there.
+        """
         config, folder = self.setup.config, self.workdir / name
+        if keep_rule != self.setup.predict.keep_rule:
+            folder = folder / f"rule_{keep_rule}"
         leads = jax.process_index() == 0  # shows pictures of the images that are its own
-        predictor = self.predictor(name)
+        predictor = self.predictor(name, keep_rule=keep_rule)
         summary = evaluate(
             predictor,
             self.datasets.evaluation(jax.process_index(), jax.process_count()),
@@ -223,4 +269,4 @@ class Experiment:
         if leads and config.eval.num_pictures and "panoptic" in predictor.config.tasks:
             writer.images(step, {"eval/pictures": np.asarray(Image.open(folder / PICTURES))})
         writer.close()
-        return summary
+        return summary | {"keep_rule": predictor.config.keep_rule}

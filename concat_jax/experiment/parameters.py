@@ -63,6 +63,29 @@ class Parameters:
         init = self._setup.networks_of(name).init
         return jax.jit(init, static_argnums=0, compiler_options=options)(subtree, rng)
 
+    def check_unseen(self, path: Path) -> None:
+        """Refuses a segmentor that was trained on classes that are to be unseen.
+
+        A backbone's folder names no classes. Raises ValueError unless
+        config.init.allow_unseen_weights says that the run is not zero-shot.
+        """
+        vocabulary, config = self._setup.vocabulary, self._setup.config
+        hidden = {vocabulary.names[k].casefold() for k in vocabulary.unseen}
+        trained_on = load_card(path).vocabulary
+        known = [n for n in trained_on.names if n.casefold() in hidden] if trained_on else []
+        if not known:
+            return
+        said = (
+            f"{path} was trained on {len(known)} classes that this run calls unseen "
+            f"({', '.join(known[:3])}{', …' if len(known) > 3 else ''})"
+        )
+        if not config.init.get("allow_unseen_weights", False):
+            raise ValueError(
+                f"{said}, so it would not be zero-shot; give a backbone alone, or "
+                "--config.init.allow_unseen_weights=True, which the report will tell."
+            )
+        print(f"Warning: {said}: its scores of unseen classes are not zero-shot.")
+
     def _initial(self, subtree: str, abstract: Params) -> Params:
         config = self._setup.config
         path = initial_path(config, subtree)
@@ -77,6 +100,7 @@ class Parameters:
                 "empty); the published recipe starts from ImageNet weights of the backbone."
             )
             return fresh
+        self.check_unseen(path)
         params, loaded = segmentor_from_folder(path, config.model.segmentor, fresh)
         print(f"The segmentor starts from {path}: {loaded}")
         return params

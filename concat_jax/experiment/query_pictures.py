@@ -58,8 +58,8 @@ def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndar
             break
         batch = {name: np.stack([example[name] for example in chunk]) for name in IMAGE_FIELDS}
         found = jax.device_get(extract(batch, jax.random.key(number)))
-        queries.append(found[0].reshape(-1, found[0].shape[-1]))
-        labels.append(found[1].reshape(-1))
+        queries.append(found["queries"].reshape(-1, found["queries"].shape[-1]))
+        labels.append(found["query_labels"].reshape(-1))
     if not queries:
         raise ValueError(
             f"The evaluation data hold fewer images than config.eval.settings.batch_size = {size}; "

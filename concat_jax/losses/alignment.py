@@ -52,16 +52,25 @@ def cosine_alignment(predictions: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def info_nce(
-    predictions: jax.Array, targets: jax.Array, valid: jax.Array, *, temperature: float
+    predictions: jax.Array,
+    targets: jax.Array,
+    valid: jax.Array,
+    *,
+    temperature: float,
+    labels: jax.Array | None = None,
 ) -> jax.Array:
     """InfoNCE of each prediction against all valid targets; its own is the positive.
 
     From [..., M, C], with valid [..., M], False for rows that are no positives and no negatives, to
-    [..., M] float32, zero where invalid.
+    [..., M] float32, zero where invalid. With labels [..., M] targets of the same class are no
+    negatives: what they have in common is not to be unlearnt.
     """
     logits = pairwise_cosine(predictions, targets) / temperature
     own = jnp.eye(logits.shape[-1], dtype=bool)
-    logits = jnp.where(valid[..., None, :] | own, logits, -jnp.inf)
+    negative = jnp.broadcast_to(valid[..., None, :], logits.shape)
+    if labels is not None:
+        negative &= labels[..., :, None] != labels[..., None, :]
+    logits = jnp.where(negative | own, logits, -jnp.inf)
     own_log_probs = jnp.diagonal(jax.nn.log_softmax(logits, axis=-1), axis1=-2, axis2=-1)
     return jnp.where(valid, -own_log_probs, 0.0)
 

@@ -12,8 +12,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from concat_jax.core.config import check_choice, check_fields
+from concat_jax.models.clip_images import l2_normalize
 
 
 class QueryGenerator(nn.Module):
@@ -147,8 +149,55 @@ class PrimitiveGenerator(nn.Module):
         return x * norm_scale + norm_bias
 
 
+class RegressionGenerator(nn.Module):
+    """The mean query of a class by a regression, see `stages.regression`; it draws no noise.
+
+    Attributes:
+      num_centres: R, instances that the kernel compares with.
+    """
+
+    width: int
+    num_centres: int = 1024
+
+    @nn.compact
+    def __call__(
+        self, text: jax.Array, rng: jax.Array, norm_scale: jax.Array, norm_bias: jax.Array
+    ) -> jax.Array:
+        """Queries [..., D], as `QueryGenerator`; alike for equal texts."""
+        shapes = self._shapes(text.shape[-1])
+        p = {name: self.param(name, nn.initializers.zeros, shape) for name, shape in shapes.items()}
+        moved = text - p["text_mean"]
+        place = l2_normalize(p["image_mean"] + moved @ p["text_map"])
+        cosines = jnp.einsum("...c,rc->...r", place, p["centres"])
+        values = jnp.exp(p["sharpness"] * (cosines - 1.0))
+        return p["offset"] + moved @ p["linear"] + values @ p["weights"]
+
+    def _shapes(self, joint_width: int) -> dict[str, tuple[int, ...]]:
+        c, d, r = joint_width, self.width, self.num_centres
+        vectors = {"text_mean": (c,), "image_mean": (c,), "offset": (d,), "sharpness": ()}
+        return vectors | {
+            "text_map": (c, c),
+            "linear": (c, d),
+            "centres": (r, c),
+            "weights": (r, d),
+        }
+
+    def filled(self, fitted: Mapping[str, np.ndarray], joint_width: int) -> dict[str, np.ndarray]:
+        """Parameters of what a regression fitted; what it lacks, centres included, is zero."""
+        params = {}
+        for name, shape in self._shapes(joint_width).items():
+            params[name] = np.zeros(shape, np.float32)
+            value = np.asarray(fitted.get(name, 0.0))
+            params[name][tuple(slice(n) for n in value.shape)] = value
+        return params
+
+
 # Generators by the `kind` of the config.
-GENERATORS: dict[str, type[nn.Module]] = {"mlp": QueryGenerator, "primitives": PrimitiveGenerator}
+GENERATORS: dict[str, type[nn.Module]] = {
+    "mlp": QueryGenerator,
+    "primitives": PrimitiveGenerator,
+    "regression": RegressionGenerator,
+}
 
 
 def make_generator(

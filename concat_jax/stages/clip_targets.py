@@ -11,6 +11,7 @@ from concat_jax.core.config import check_choice
 from concat_jax.losses.masks import over_batch_shards
 from concat_jax.models.clip import CLIP
 from concat_jax.models.clip_images import (
+    CLIP_MEAN,
     l2_normalize,
     normalize_clip_images,
     resize_for_clip,
@@ -32,6 +33,8 @@ class CropConfig:
       fill: "mean" paints what is not the segment in CLIP's mean colour, "none" leaves it.
       size: side of the pictures that CLIP sees, 0 for the one it was trained at; its positions are
         interpolated for others.
+      hide_void: paint void pixels in the picture of the whole image. Where unseen classes are void
+        in training images, as in COCO-Stuff's protocol, the target must not look at them.
       dtype: compute type of CLIP's image tower, "bfloat16" on accelerators; targets are float32.
     """
 
@@ -40,6 +43,7 @@ class CropConfig:
     max_side: float = 0.0
     fill: str = "mean"
     size: int = 0
+    hide_void: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -165,7 +169,11 @@ def clip_targets(
         image_size = jnp.broadcast_to(jnp.asarray([height, width]), (len(images), 2))
 
     def targets(params, images, segment_ids, image_size) -> tuple[jax.Array, jax.Array]:
-        whole = resize_for_clip(images, size, fit="squash", image_size=image_size)
+        shown = images
+        if config.hide_void:
+            mean = 255.0 * jnp.asarray(CLIP_MEAN)
+            shown = jnp.where((segment_ids == 0)[..., None], mean, images)
+        whole = resize_for_clip(shown, size, fit="squash", image_size=image_size)
         ids, rows, areas = keep_largest(segment_ids, num_segments, count)
         crops = masked_crops(images, ids, count, size, config, image_size=image_size)
         pictures = jnp.concatenate([normalize_clip_images(whole)[:, None], crops], axis=1)

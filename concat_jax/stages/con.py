@@ -1,11 +1,12 @@
 """Stage 1, CON: the segmentor and the semantic projector on seen classes, aligned to CLIP.
 
-L = 2·CE + 5·BCE + 5·Dice + λ_g · L_global + λ_i · L_instance
+L = 2·(CE + λ_g · L_global + λ_i · L_instance) + 5·BCE + 5·Dice
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -33,13 +34,16 @@ class Config:
     """Constants of CON. The two alignments are the paper's; each value here is ours.
 
     Attributes:
-      global_weight: λ_g.
-      instance_weight: λ_i.
-      alignment: "cosine" (one minus the cosine) or "infonce" (other images and other segments of
-        the image as negatives).
+      global_weight: λ_g, over the weight of the cross-entropy.
+      instance_weight: λ_i, likewise. At a tenth of the cross-entropy the pull is noise beside it.
+      alignment: "cosine" (one minus the cosine) or "infonce" (other images and segments of other
+        classes in the image as negatives).
       temperature: of InfoNCE; CLIP's own at the start of its training.
       aligned_sets: how many of the decoder's prediction sets are aligned, the last ones, whose
-        terms are averaged; 0 for all. Test time uses the last set only.
+        terms are summed as those of the cross-entropy are; 0 for all.
+      global_target: "image", CLIP's embedding of the picture, as in the paper, or "segments", the
+        mean of those of its segments, which says what is in the picture and how often.
+      min_area: pixels of the smallest segment whose crop is taken to show what it is.
       pooling: "objectness", "similarity" or "mean", see `alignment.pool_queries`.
       targets: "online" runs CLIP on every batch; "cached" takes the targets from the batch, where
         they were looked up: of un-augmented images at native size, so the same up to what jitter,
@@ -51,11 +55,13 @@ class Config:
         weights, 1 from scratch.
     """
 
-    global_weight: float = 1.0
-    instance_weight: float = 1.0
+    global_weight: float = 0.25
+    instance_weight: float = 4.0
     alignment: str = "cosine"
     temperature: float = 0.07
-    aligned_sets: int = 1
+    aligned_sets: int = 0
+    global_target: str = "image"
+    min_area: int = 0
     pooling: str = "objectness"
     targets: str = ""
     max_segments: int = 0
@@ -65,6 +71,7 @@ class Config:
         if self.alignment not in ("cosine", "infonce"):
             raise ValueError(f"CON alignment is {self.alignment!r}; choose 'cosine' or 'infonce'.")
         check_choice(self.pooling, alignment.POOLINGS, "CON pooling is")
+        check_choice(self.global_target, ("image", "segments"), "CON global_target is")
         check_choice(self.targets, ("", "online", "cached"), "CON targets are")
         if self.aligned_sets < 0:
             raise ValueError(f"CON aligned_sets is {self.aligned_sets} and must be 0 or more.")
@@ -79,10 +86,10 @@ _IMAGE_FIELDS = (
 
 def target_identity(clip: CLIP, crops: CropConfig) -> dict[str, Any]:
     """What targets depend on besides CLIP's parameters and the images: `clip` and `crops`."""
-    return {
-        "clip": {field: getattr(clip, field) for field in _IMAGE_FIELDS},
-        "crops": dataclasses.asdict(crops),
-    }
+    settings = dataclasses.asdict(crops)
+    if not crops.hide_void:  # caches that know nothing of it show everything
+        del settings["hide_void"]
+    return {"clip": {field: getattr(clip, field) for field in _IMAGE_FIELDS}, "crops": settings}
 
 
 def training_labels(labels: jax.Array, is_crowd: jax.Array, vocabulary: Vocabulary) -> jax.Array:
@@ -109,12 +116,14 @@ def make_stage(context: Context, config: Config) -> Stage:
     cached = align and (config.targets or at_hand) == "cached"
     networks, vocabulary = context.networks, context.vocabulary
 
-    def pull(predictions, targets, valid):
+    def pull(predictions, targets, valid, labels=None):
         if config.alignment == "cosine":
             return jnp.where(valid, alignment.cosine_alignment(predictions, targets), 0.0)
-        return alignment.info_nce(predictions, targets, valid, temperature=config.temperature)
+        return alignment.info_nce(
+            predictions, targets, valid, temperature=config.temperature, labels=labels
+        )
 
-    def align_set(semantic, objectness, query_of_segment, image_target, segment_targets):
+    def align_set(semantic, objectness, query_of_segment, image_target, segment_targets, labels):
         # One prediction set: [B, N, C], [B, N] and [B, G] against [B, C] and [B, G, C].
         pooled = alignment.pool_queries(
             semantic,
@@ -127,7 +136,7 @@ def make_stage(context: Context, config: Config) -> Stage:
         matched = (query_of_segment >= 0) & jnp.any(segment_targets != 0, axis=-1)
         rows = jnp.clip(query_of_segment, 0)[..., None]
         holders = jnp.take_along_axis(semantic, rows, axis=1)
-        losses = pull(holders, segment_targets, matched)
+        losses = pull(holders, segment_targets, matched, labels)
         return loss_global, losses.sum() / jnp.maximum(matched.sum(), 1)
 
     def loss(params, frozen, batch, rng):
@@ -165,6 +174,14 @@ def make_stage(context: Context, config: Config) -> Stage:
                     image_size=batch["image_size"],
                     max_segments=config.max_segments,
                 )
+            if config.min_area:
+                areas = jax.vmap(functools.partial(jnp.bincount, length=labels.shape[1] + 1))(
+                    batch["segment_ids"].reshape(len(labels), -1).astype(jnp.int32)
+                )[:, 1:]
+                large = (areas >= config.min_area)[..., None]
+                segment_targets = jnp.where(large, segment_targets, 0.0)
+            if config.global_target == "segments":
+                image_target = alignment.unit(segment_targets.sum(axis=1))
             num_sets = logits.shape[1]
             pulls = [
                 align_set(
@@ -173,13 +190,17 @@ def make_stage(context: Context, config: Config) -> Stage:
                     terms.query_of_segment[:, i],
                     image_target,
                     segment_targets,
+                    labels,
                 )
                 for i in range(num_sets - min(config.aligned_sets or num_sets, num_sets), num_sets)
             ]
-            loss_global, loss_instance = (sum(x) / len(pulls) for x in zip(*pulls, strict=True))
-            metrics |= {"loss_global": loss_global, "loss_instance": loss_instance}
-            total += config.global_weight * loss_global
-            total += config.instance_weight * loss_instance
+            weights = (config.global_weight, config.instance_weight)
+            aligned = [
+                context.loss.class_weight * weight * sum(terms)
+                for weight, terms in zip(weights, zip(*pulls, strict=True), strict=True)
+            ]
+            metrics |= dict(zip(("loss_global", "loss_instance"), aligned, strict=True))
+            total = total + aligned[0] + aligned[1]
         return total, {"loss": total, **metrics}
 
     rate = config.backbone_multiplier

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.core.batch import MEMORY_FIELDS, QUERY_FIELDS
+from concat_jax.core.batch import MEMORY_FIELDS, QUERY_TARGETS, TARGET_FIELDS
 from concat_jax.core.shard_store import ShardedRows
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.matching import labels_of_queries
 from concat_jax.losses.segmentation import match_queries
 from concat_jax.models.networks import Params
 from concat_jax.models.segmentor import normalize_images
+from concat_jax.stages.clip_targets import clip_targets
 from concat_jax.stages.con import training_labels
 from concat_jax.stages.stage import MATCHING_PROJECTOR, TEXT, Batch, Context, Stage
 
@@ -26,12 +27,19 @@ IMAGE_FIELDS = ("image", "segment_ids", "segment_labels", "segment_is_crowd")
 
 
 def extract_queries(
-    context: Context, params: Params, text: jax.Array, batch: Batch, rng: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    context: Context,
+    params: Params,
+    text: jax.Array,
+    batch: Batch,
+    rng: jax.Array,
+    *,
+    with_targets: bool = False,
+) -> Batch:
     """Vision queries [B, N, D] float32 of a batch of images, and classes [B, N] int32, -1 for none.
 
     `params` holds "segmentor" and "projector", frozen; `text` is [K, C]; `rng` draws matching
-    points.
+    points. With targets also CLIP's embeddings [B, N, C] float32 of the segments that queries hold,
+    0 for none: those of the batch where it has them, else by "clip" of `params`.
     """
     networks, vocabulary = context.networks, context.vocabulary
     rows = training_labels(batch["segment_labels"], batch["segment_is_crowd"], vocabulary)
@@ -53,7 +61,35 @@ def extract_queries(
     )
     labels = jnp.where(rows >= 0, batch["segment_labels"], -1)
     query_labels = labels_of_queries(query_of_segment, labels, queries.shape[1], no_object=-1)
-    return jax.lax.stop_gradient(queries), query_labels[:, 0]
+    found = {"queries": queries, "query_labels": query_labels[:, 0]}
+    if with_targets:
+        found[QUERY_TARGETS] = _targets_of_queries(
+            segment_targets(context, params, batch), query_of_segment[:, 0], queries.shape[1]
+        )
+    return jax.lax.stop_gradient(found)
+
+
+def segment_targets(context: Context, params: Params, batch: Batch) -> jax.Array:
+    """CLIP's embeddings [B, G, C] of a batch's segments, cached or made here."""
+    cached = TARGET_FIELDS[1]
+    if cached in batch:
+        return batch[cached]
+    _, targets = clip_targets(
+        context.networks.clip,
+        params["clip"],
+        batch["image"],
+        batch["segment_ids"],
+        batch["segment_labels"].shape[1],
+        context.crops,
+        image_size=batch["image_size"],
+    )
+    return targets
+
+
+def _targets_of_queries(targets: jax.Array, query_of_segment: jax.Array, count: int) -> jax.Array:
+    """Targets [B, G, C] of segments at the queries [B, G] that hold them, -1 none: [B, N, C]."""
+    holds = jax.nn.one_hot(query_of_segment, count, dtype=targets.dtype)  # -1 is a row of zeros
+    return jnp.einsum("bgn,bgc->bnc", holds, targets)
 
 
 def matching_key(rng: jax.Array) -> jax.Array:
@@ -74,14 +110,48 @@ def on_images(stage: Stage, context: Context) -> Stage:
             "--config.train.STAGE.method.memory_per_class=0."
         )
 
+    with_targets = QUERY_TARGETS in stage.batch_fields
+    extra = target_inputs(context) if with_targets else {}
+
     def loss(params, frozen, batch, rng):
         namers = {"segmentor": frozen["segmentor"], "projector": frozen[MATCHING_PROJECTOR]}
+        namers |= {name: frozen[name] for name in extra.get("reads", ())}
         namers, text = jax.lax.stop_gradient((namers, frozen[TEXT]))
-        queries = extract_queries(context, namers, text, batch, matching_key(rng))
-        return stage.loss(params, frozen, dict(zip(QUERY_FIELDS, queries, strict=True)), rng)
+        queries = extract_queries(
+            context, namers, text, batch, matching_key(rng), with_targets=with_targets
+        )
+        return stage.loss(params, frozen, queries, rng)
 
-    reads = tuple(dict.fromkeys((*stage.reads, "segmentor", TEXT, MATCHING_PROJECTOR)))
-    return dataclasses.replace(stage, reads=reads, loss=loss, batch_fields=IMAGE_FIELDS)
+    reads = (*stage.reads, "segmentor", TEXT, MATCHING_PROJECTOR, *extra.get("reads", ()))
+    fields = IMAGE_FIELDS + extra.get("fields", ())
+    reads = tuple(dict.fromkeys(reads))
+    return dataclasses.replace(stage, reads=reads, loss=loss, batch_fields=fields)
+
+
+def target_inputs(context: Context) -> dict[str, tuple[str, ...]]:
+    """What of a batch and of the parameters targets are made of: `fields` and `reads`."""
+    if context.has_clip_targets:
+        return {"fields": TARGET_FIELDS[1:], "reads": ()}
+    return {"fields": ("image_size",), "reads": ("clip",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """CLIP's embeddings of the segments that queries hold.
+
+    Attributes:
+      values: [T, C] float, may lie on disk.
+      rows: [M, N] int32, which of them is a query's, -1 for none.
+    """
+
+    values: np.ndarray | ShardedRows
+    rows: np.ndarray
+
+    def of_images(self, images: np.ndarray) -> np.ndarray:
+        """[B, N, C] float32, 0 where a query has none."""
+        rows = self.rows[images]
+        found = self.values[np.maximum(rows, 0)].astype(np.float32)
+        return np.where(rows[..., None] >= 0, found, 0)
 
 
 class QueryBank:
@@ -103,11 +173,13 @@ class QueryBank:
         num_classes: int = 0,
         process_index: int = 0,
         process_count: int = 1,
+        targets: Targets | None = None,
     ):
         """Queries [M, N, D] float32 or float16 may lie on disk: a batch reads its own rows.
 
-        Labels [M, N] int16 are -1 where a query holds no segment. The `batch_size` rows of the
-        global batch are shared by `process_count` hosts evenly; a memory needs `num_classes`.
+        Labels [M, N] int16 are -1 where a query holds no segment. Batches have `targets`, if any.
+        The `batch_size` rows of the global batch are shared by `process_count` hosts evenly; a
+        memory needs `num_classes`.
         """
         if batch_size % process_count:
             raise ValueError(
@@ -119,7 +191,7 @@ class QueryBank:
                 f"The query bank holds {len(queries)} images, fewer than the batch size "
                 f"{batch_size}; extract more or make the batch smaller."
             )
-        self.queries, self.labels = queries, labels
+        self.queries, self.labels, self.targets = queries, labels, targets
         self._batch_size, self._seed = batch_size, seed
         share = batch_size // process_count
         self._own = slice(process_index * share, (process_index + 1) * share)
@@ -151,6 +223,8 @@ class QueryBank:
             "queries": self.queries[rows].astype(np.float32),
             "query_labels": self.labels[rows].astype(np.int32),
         }
+        if self.targets is not None:
+            batch[QUERY_TARGETS] = self.targets.of_images(rows)
         return batch | self._memory(step) if self._memory_per_class else batch
 
     def _memory(self, step: int) -> dict[str, np.ndarray]:

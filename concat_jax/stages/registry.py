@@ -9,7 +9,7 @@ from typing import Any
 
 from concat_jax.core.config import build, check_choice
 from concat_jax.models.networks import SUBTREES
-from concat_jax.stages import cat, con, finetune, pretrain_clip
+from concat_jax.stages import cat, con, finetune, pretrain_clip, regression
 from concat_jax.stages.queries import on_images
 from concat_jax.stages.stage import COMES_WITH, INIT, Context, Stage, StageConfig
 
@@ -19,6 +19,7 @@ STAGES: dict[str, ModuleType] = {
     "con": con,
     "cat": cat,
     "finetune": finetune,
+    "regression": regression,
 }
 QUERY_SOURCES = ("bank", "images")
 

@@ -46,6 +46,8 @@ class Stage:
       rules: (regex, learning-rate multiplier, weight-decay multiplier); the first that matches
         "subtree/module/…/leaf" decides. A multiplier of 0 freezes the parameter.
       batch_fields: what of a batch the loss uses; the rest stays on the host.
+      start: (query bank, frozen) -> subtrees that training starts from instead of random numbers;
+        of a stage in closed form they are all, and its settings have 0 steps.
     """
 
     trains: tuple[str, ...]
@@ -53,6 +55,7 @@ class Stage:
     loss: LossFn
     rules: tuple[tuple[str, float, float], ...]
     batch_fields: tuple[str, ...]
+    start: Callable[[Any, Any], dict[str, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,7 @@ class StageConfig:
     Attributes:
       kind: a key of `registry.STAGES`.
       takes: subtree -> name of the stage that gave it, or "init" for a file of `config.init`.
-      steps: batches.
+      steps: batches; 0 for a stage in closed form.
       batch_size: images a step, over all hosts.
       optimizer: fields of `OptimizerConfig`.
       method: fields of the kind's own `Config`.
@@ -90,7 +93,9 @@ class StageConfig:
       generator: the network that this stage trains in place of `config.model.generator`, in the
         same form; stages that take its generator follow. {} for the config's.
       copies: part of a fresh subtree -> part of a taken one that it starts from, as
-        "segmentor/backbone": "clip/vision_model/patch_embedding/trunk".
+        "segmentor/backbone": "clip/vision_model/patch_embedding/trunk"; a name and a colon before
+        it take it from another stage than `takes` does.
+      captions: of a stage on captions: "all" classes, as the web has them, or "seen" ones alone.
     """
 
     kind: str
@@ -106,6 +111,7 @@ class StageConfig:
     oracle: bool = False
     generator: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    captions: str = "all"
 
 
 # Norms, biases, embeddings and scalars have no weight decay, as in CLIP; Mask2Former decays biases.

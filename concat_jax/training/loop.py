@@ -94,8 +94,10 @@ def train_stage(
         state = checkpoints.restore(abstract, everywhere)
     start = int(state.step)
     if start >= loop.steps:
+        with checkpoints:
+            if resumed is None:  # a stage in closed form
+                checkpoints.save(state, start)
         print(f"{name}: finished at step {start}, nothing to train.")
-        checkpoints.close()
         return state.params
 
     frozen = jax.device_put(frozen, everywhere)

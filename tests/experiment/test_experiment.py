@@ -7,12 +7,13 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from concat_jax import main
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.stages.queries import QueryBank
-from concat_jax.weights.model_folder import ModelCard, save_model
+from concat_jax.weights.model_folder import ModelCard, parameter_shapes, save_model
 from data_pipelines.datasets import Datasets, make_datasets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -106,14 +107,72 @@ def test_a_model_key_that_no_checkpoint_can_tell_is_held_fast(tmp_path):
         make_run(config, tmp_path)
 
 
+def make_segmentor(folder, *names):
+    """A tiny segmentor that knows the names, as `python -m concat_jax.convert` leaves it."""
+    vocabulary = Vocabulary(
+        names, (True,) * len(names), (True,) * len(names), tuple(range(len(names)))
+    )
+    config = {"backbone": dict(kind="resnet", stage_sizes=(1, 1, 1, 1), width=8, block="basic")}
+    shapes = parameter_shapes(config, len(names))
+    flat = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    save_model(folder, params, ModelCard(config, vocabulary, "", "tiny", False))
+
+
+def test_a_segmentor_that_knows_an_unseen_class_starts_no_zero_shot_run(tmp_path, monkeypatch):
+    """The stage trains seen classes alone, and would have learnt the others before."""
+    config = smoke_config()
+    config.stages = ("clip", "con")
+    folder = tmp_path / "model"
+    make_segmentor(folder, "cat", "Sky")
+    with config.unlocked():
+        config.train.con.takes.segmentor = "init"
+        config.init = dict(segmentor=str(folder))
+    with pytest.raises(ValueError, match="1 classes that this run calls unseen .Sky.*zero-shot"):
+        make_run(config, tmp_path / "run")
+    with config.unlocked():
+        config.init.allow_unseen_weights = True
+    make_run(config, tmp_path / "run")
+    make_segmentor(tmp_path / "seen", "cat", "dog")
+    with config.unlocked():
+        config.init = dict(segmentor=str(tmp_path / "seen"))
+    make_run(config, tmp_path / "other")
+
+
+def test_both_keep_rules_are_scored_and_named(tmp_path, monkeypatch):
+    evaluated = []
+
+    def evaluate(self, name, rule):
+        evaluated.append((name, rule))
+        return {"keep_rule": rule}
+
+    monkeypatch.setattr(Experiment, "evaluate", evaluate)
+    monkeypatch.setattr("concat_jax.experiment.experiment.report.format_comparison", str)
+    monkeypatch.setattr("concat_jax.experiment.experiment.report.format_table", str)
+    config = smoke_config()
+    with config.unlocked():
+        config.eval.keep_rules, config.eval.bias_split = ("objectness", "score"), ""
+    finish(tmp_path, config, "clip", "con")
+    config.stages = ("clip", "con")
+    make_run(config, tmp_path).run()
+    assert evaluated == [("con", "objectness"), ("con", "score")]
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["results"] == {
+        f"stage 1 (CON), rule {rule}": {"keep_rule": rule} for rule in ("objectness", "score")
+    }
+    make_run(config, tmp_path).run()
+    assert len(evaluated) == 2, "a finished run is not evaluated again"
+
+
 def test_only_finished_stages_are_evaluated_and_a_report_of_fewer_is_stale(tmp_path, monkeypatch):
     evaluated = []
-    monkeypatch.setattr(Experiment, "evaluate", lambda self, name: evaluated.append(name))
+    monkeypatch.setattr(Experiment, "evaluate", lambda self, name, rule: evaluated.append(name))
     monkeypatch.setattr(
         "concat_jax.experiment.experiment.report.format_comparison", lambda results: str(results)
     )
     monkeypatch.setattr("concat_jax.experiment.experiment.report.format_table", str)
     config = smoke_config()
+    config.eval.bias_split = ""
     finish(tmp_path, config, "clip", "con")
     config.stages = ("clip", "con")
     make_run(config, tmp_path).run()
@@ -121,6 +180,7 @@ def test_only_finished_stages_are_evaluated_and_a_report_of_fewer_is_stale(tmp_p
     assert evaluated == ["con"]  # the second time the report stands
     # The other stages finished, and the process died before it wrote their report.
     config = smoke_config()
+    config.eval.bias_split = ""
     finish(tmp_path, config, "cat", "finetune", "control")
     make_run(config, tmp_path).run()
     assert evaluated == ["con", "con", "control", "finetune"]

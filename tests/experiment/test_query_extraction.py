@@ -31,7 +31,7 @@ class Extractor:
         queries = np.broadcast_to(images, (BATCH, QUERIES, WIDTH)).astype(np.float32)
         if self._value is not None:
             queries[0, 0, 0] = self._value
-        return queries, np.full((BATCH, QUERIES), step - 1, np.int32)
+        return {"queries": queries, "query_labels": np.full((BATCH, QUERIES), step - 1, np.int32)}
 
 
 def fill(folder, extract, *, identity=IDENTITY, num_batches=5, host=(0, 1), **config):
@@ -64,7 +64,7 @@ SHARDS = ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_bank_is_read_back_from_disk_and_not_extracted_again(tmp_path, dtype):
     extract = Extractor()
-    queries, labels = fill(tmp_path / "bank", extract, dtype=dtype)
+    queries, labels, _ = fill(tmp_path / "bank", extract, dtype=dtype)
     rows = np.arange(10)
     assert queries.shape == (10, QUERIES, WIDTH) and queries.dtype == dtype
     assert labels.shape == (10, QUERIES) and labels.dtype == np.int16
@@ -72,7 +72,7 @@ def test_a_bank_is_read_back_from_disk_and_not_extracted_again(tmp_path, dtype):
     np.testing.assert_array_equal(labels[:, 0], rows // 2 - 1)
     assert extract.steps == [0, 1, 2, 3, 4]
     assert names(tmp_path / "bank") == [*SHARDS, "bank.json"]
-    again, again_labels = fill(
+    again, again_labels, _ = fill(
         tmp_path / "bank", extract, identity=dict(reversed(IDENTITY.items())), dtype=dtype
     )
     assert len(extract.steps) == 5
@@ -82,7 +82,7 @@ def test_a_bank_is_read_back_from_disk_and_not_extracted_again(tmp_path, dtype):
 
 def test_the_queries_of_a_bank_are_mapped_and_not_read(tmp_path):
     """Else a bank of COCO's size would have to fit into memory."""
-    queries, _ = fill(tmp_path, Extractor())
+    queries, *_ = fill(tmp_path, Extractor())
     assert [len(part) for part in queries._parts] == [4, 4, 2]
     for part in queries._parts:
         assert isinstance(part, np.memmap) and not part.flags.writeable
@@ -95,7 +95,7 @@ def test_an_interrupted_extraction_goes_on_with_the_shards_that_are_missing(tmp_
     first = (tmp_path / SHARDS[0]).stat().st_mtime_ns
     extract = Extractor()
     capsys.readouterr()
-    queries, _ = fill(tmp_path, extract)
+    queries, *_ = fill(tmp_path, extract)
     printed = capsys.readouterr().out
     assert "1 of 3 shards are finished, 2 to extract." in printed and " 10/10 " in printed
     assert extract.steps == [2, 3, 4]
@@ -133,7 +133,7 @@ def test_hosts_write_their_own_shards_and_read_all(tmp_path, monkeypatch):
             with pytest.raises(StoreError, match="cannot be read: No such file"):
                 fill(tmp_path, extract, host=(host, 2))
         else:
-            queries, _ = fill(tmp_path, extract, host=(host, 2))
+            queries, *_ = fill(tmp_path, extract, host=(host, 2))
         calls.append(extract.steps)
         assert [name for name in names(tmp_path) if name in SHARDS] == own
     assert calls == [[0, 1, 2, 3, 4]] * 2  # extraction is one program of both
@@ -172,7 +172,7 @@ def test_a_bank_of_before_is_read_and_filled_up(tmp_path, dtype):
     as_before(tmp_path)
     (tmp_path / SHARDS[2]).unlink()
     extract = Extractor()
-    queries, labels = fill(tmp_path, extract, dtype=dtype)
+    queries, labels, _ = fill(tmp_path, extract, dtype=dtype)
     assert extract.steps == [4]
     np.testing.assert_array_equal(queries[np.arange(10)][:, 0, 0], expected().astype(dtype))
     np.testing.assert_array_equal(labels[:, 0], np.arange(10) // 2 - 1)

@@ -125,7 +125,8 @@ def test_real_queries_are_the_matched_ones_of_evaluation_images(monkeypatch):
     def extract(context, params, text, batch, rng):
         matched.append(context.vocabulary.is_seen)
         labels = np.where(batch["image"][:, :1] == 2, -1, 1)
-        return np.repeat(batch["image"][:, None, :], 1, axis=1), labels
+        queries = np.repeat(batch["image"][:, None, :], 1, axis=1)
+        return {"queries": queries, "query_labels": labels}
 
     monkeypatch.setattr(query_pictures, "extract_queries", extract)
     monkeypatch.setattr(query_pictures.jax, "jit", lambda fn: fn)

@@ -53,7 +53,10 @@ def make_bank(tmp_path, monkeypatch):
             run.parameters.keep(subtree, "con", {"kernel": np.float32(weights)})
         monkeypatch.setattr(
             "concat_jax.experiment.batches.extract_queries",
-            lambda *args: (jnp.ones((1, 2, 4)), jnp.asarray([labels])),
+            lambda *args, **options: {
+                "queries": jnp.ones((1, 2, 4)),
+                "query_labels": jnp.asarray([labels]),
+            },
         )
         return query_bank(run, "cat", np.zeros((3, 4), np.float32))
 

@@ -48,6 +48,8 @@ def test_stage_1_overfits_eight_images(eight_images, tmp_path):
     config.data.root = str(eight_images)
     config.data.augment = "none"
     config.data.image_size = config.data.eval_size = 256
+    config.eval.settings.update(short_side=256, long_side=256)
+    config.eval.keep_rules = ()
     config.model.segmentor.backbone.stem = "small"  # masks at half the resolution: small segments
     config.model.segmentor.num_queries = 40
     config.model.segmentor.num_points = 2

@@ -26,14 +26,14 @@ asked = []
 def extract(batch):
     with jax.set_mesh(mesh):
         queries = repeat(shard_batch(batch, mesh)["image"])
-    return gathered((queries, queries[..., 0]))
+    return gathered({"queries": queries, "query_labels": queries[..., 0]})
 
 def batches(steps):
     asked.extend(steps)
     first = [4 * step + 2 * index for step in steps]
     return ({"image": np.arange(x, x + 2, dtype=np.float32)} for x in first)
 
-queries, labels = fill_bank(
+queries, labels, _ = fill_bank(
     folder, {}, extract, batches, num_batches=5, batch_size=4, config=BankConfig("float16", 4),
     process_index=index, process_count=2)
 assert (queries[np.arange(20)] == np.arange(20)[:, None, None]).all(), queries[np.arange(20)]

@@ -250,3 +250,34 @@ def test_bfloat16_and_other_sizes(targets):
     larger = segments(size=32)
     assert cosines(larger, expected).min() > 0.5
     assert np.abs(larger - expected).max() > 1e-3
+
+
+def test_void_is_hidden_from_the_target_of_the_image_where_it_is_told_to():
+    """What is there does not matter then; to CLIP it has the mean colour."""
+    clip = make_clip(
+        dict(
+            embed_dim=8,
+            image_size=16,
+            patch_size=8,
+            image_width=16,
+            image_depth=1,
+            image_heads=2,
+            text_width=16,
+            text_depth=1,
+            text_heads=2,
+            vocab_size=8,
+            context_length=4,
+        )
+    )
+    params = clip.init(tiny.KEY, jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 4), jnp.int32))["params"]
+    ids = np.zeros((1, 16, 16), np.uint8)
+    ids[:, :, :8] = 1
+    images = np.full((1, 16, 16, 3), RED, np.uint8)
+    others = np.where(ids[..., None] == 0, np.uint8(BLUE), images)
+
+    def of_image(pictures, hide):
+        config = CropConfig(hide_void=hide)
+        return np.asarray(clip_targets(clip, params, pictures, ids, 1, config)[0])
+
+    np.testing.assert_array_equal(of_image(images, True), of_image(others, True))
+    assert np.abs(of_image(images, False) - of_image(others, False)).max() > 1e-3

@@ -133,7 +133,7 @@ def test_con_learns_the_same_from_cached_targets_which_are_taken_where_at_hand(
 
 
 def test_con_aligns_the_sets_that_it_is_told_to(online, cached_batch):
-    """The mean over prediction sets of the global term, written out; the last set by default."""
+    """The sum over prediction sets of the global term, written out; all sets by default."""
 
     def expected(params, text, batch):
         output = NETWORKS.segmentor.apply(
@@ -150,14 +150,15 @@ def test_con_aligns_the_sets_that_it_is_told_to(online, cached_batch):
         cosines = jnp.einsum("blc,bc->bl", pooled, batch["clip_image_target"])
         return 1 - cosines.mean(axis=0)
 
-    stage = con.make_stage(CONTEXT, con.Config(targets="cached", aligned_sets=0))
+    stage = con.make_stage(CONTEXT, con.Config(targets="cached", aligned_sets=1))
     params, text = tiny.trained(stage), tiny.text()
     by_set = jax.jit(expected, compiler_options=FAST_COMPILE)(params, text, cached_batch)
     assert len(by_set) == 2 and np.ptp(by_set) > 1e-3
     loss = jax.jit(stage.loss, compiler_options=FAST_COMPILE)
     _, metrics = loss(params, tiny.frozen(stage), cached_batch, KEY)
-    np.testing.assert_allclose(metrics["loss_global"], by_set.mean(), rtol=1e-4)
-    np.testing.assert_allclose(online[2][0][1]["loss_global"], by_set[-1], rtol=1e-3)
+    weight = CONTEXT.loss.class_weight * con.Config().global_weight
+    np.testing.assert_allclose(metrics["loss_global"], weight * by_set[-1], rtol=1e-4)
+    np.testing.assert_allclose(online[2][0][1]["loss_global"], weight * by_set.sum(), rtol=1e-3)
 
 
 def test_con_with_cached_targets_holds_no_clip(online, cached_batch):

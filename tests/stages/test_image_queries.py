@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from concat_jax.core.batch import TARGET_FIELDS
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.batches import BankConfig, fill_bank
 from concat_jax.losses.segmentation import SegmentationLossConfig
@@ -19,7 +20,6 @@ from concat_jax.models.semantic_projector import SemanticProjector
 from concat_jax.stages import cat, finetune
 from concat_jax.stages.queries import (
     IMAGE_FIELDS,
-    QUERY_FIELDS,
     QueryBank,
     extract_queries,
     matching_key,
@@ -94,14 +94,21 @@ def image_batch():
         "segment_ids": ids,
         "segment_labels": labels,
         "segment_is_crowd": np.array([[False] * 3] * 3 + [[False, True, False]]),
+        # Of half precision, as the bank holds them.
+        TARGET_FIELDS[1]: tiny.unit(rng.normal(size=(BATCH, 3, JOINT)))
+        .astype(np.float16)
+        .astype(np.float32),
     }
 
 
-CONTEXT = Context(NETWORKS, VOCABULARY, LOSS)
+CONTEXT = Context(NETWORKS, VOCABULARY, LOSS, has_clip_targets=True)
 STAGES = {
     "cat": cat.make_stage(CONTEXT, cat.Config(unseen_names=False)),
     "finetune": finetune.make_stage(CONTEXT, finetune.Config(pseudo_per_class=2, deviation=0.7)),
     "control": finetune.make_stage(CONTEXT, finetune.Config(pseudo_per_class=0)),
+    "fair control": finetune.make_stage(
+        CONTEXT, finetune.Config(pseudo_per_class=0, con_weight=4.0)
+    ),
 }
 ON_IMAGES = {name: on_images(stage, CONTEXT) for name, stage in STAGES.items()}
 
@@ -110,7 +117,9 @@ ON_IMAGES = {name: on_images(stage, CONTEXT) for name, stage in STAGES.items()}
 def bank_queries():
     """Queries of the batch as the bank's extraction gives them."""
     extract = jax.jit(
-        lambda params, batch: extract_queries(CONTEXT, params, TEXT, batch, matching_key(KEY)),
+        lambda params, batch: extract_queries(
+            CONTEXT, params, TEXT, batch, matching_key(KEY), with_targets=True
+        ),
         compiler_options=tiny.FAST_COMPILE,
     )
     params = {"segmentor": SEGMENTOR, "projector": PROJECTOR}
@@ -129,7 +138,7 @@ def evaluate(stage, batch):
     subtrees |= {"text": TEXT, MATCHING_PROJECTOR: PROJECTOR}
     frozen = {name: subtrees[name] for name in stage.reads}
     params = {name: MOVED if name == "projector" else subtrees[name] for name in stage.trains}
-    assert set(batch) == set(stage.batch_fields)
+    batch = {field: batch[field] for field in stage.batch_fields}
     return gradient_of(stage)(params, frozen, batch, KEY)
 
 
@@ -137,7 +146,7 @@ def evaluate(stage, batch):
 def test_the_first_step_from_images_is_that_from_their_bank(name, tmp_path):
     """Loss, metrics and gradients, through the files of a bank of these very images."""
     stage, variant = STAGES[name], ON_IMAGES[name]
-    queries, labels = fill_bank(
+    bank = fill_bank(
         tmp_path,
         {},
         lambda batch: bank_queries(),
@@ -145,13 +154,12 @@ def test_the_first_step_from_images_is_that_from_their_bank(name, tmp_path):
         num_batches=1,
         batch_size=BATCH,
         config=BankConfig(),
+        with_targets=True,
     )
-    batch = QueryBank(queries, labels, batch_size=BATCH, seed=0).batch(0)
-    order = np.argsort(
-        [np.abs(bank_queries()[0] - q).sum((1, 2)).argmin() for q in batch["queries"]]
-    )
-    batch = {field: value[order] for field, value in batch.items()}
-    from_bank = evaluate(stage, {field: batch[field] for field in QUERY_FIELDS})
+    batch = QueryBank(*bank[:2], batch_size=BATCH, seed=0, targets=bank.targets).batch(0)
+    extracted = bank_queries()["queries"]
+    order = np.argsort([np.abs(extracted - q).sum((1, 2)).argmin() for q in batch["queries"]])
+    from_bank = evaluate(stage, {field: value[order] for field, value in batch.items()})
     assert variant.trains == stage.trains and variant.rules == stage.rules
     from_images = evaluate(variant, image_batch())
 
@@ -171,11 +179,18 @@ def test_the_first_step_from_images_is_that_from_their_bank(name, tmp_path):
 
 
 def test_the_batch_is_worth_a_test():
-    queries, labels = bank_queries()
+    queries, labels, targets = bank_queries().values()
     assert queries.shape == (BATCH, QUERIES, WIDTH) and labels.shape == (BATCH, QUERIES)
     # Seen segments that are no crowd, each held by one query; unseen and crowd by none.
     found = [sorted(row[row >= 0]) for row in labels]
     assert found == [[1, 2], [1, 3], [2, 3], [1, 2]]
+    # A target is where a segment is held, and it is that segment's.
+    np.testing.assert_array_equal(targets.any(axis=-1), labels >= 0)
+    row, query = np.argwhere(labels == 3)[0]
+    segment = np.flatnonzero(image_batch()["segment_labels"][row] == 3)[0]
+    np.testing.assert_array_equal(
+        targets[row, query], image_batch()[TARGET_FIELDS[1]][row, segment]
+    )
 
 
 def test_other_views_of_the_images_give_another_loss():

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from concat_jax.core import cli
+from concat_jax.core.batch import QUERY_FIELDS
 from concat_jax.core.config import build
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import weighted_cross_entropy
 from concat_jax.models.backbones import BACKBONES
 from concat_jax.models.networks import make_networks
-from concat_jax.stages.queries import IMAGE_FIELDS, QUERY_FIELDS
+from concat_jax.stages.queries import IMAGE_FIELDS
 from concat_jax.stages.registry import STAGES, learns_from, make_stage, method_of
 from concat_jax.stages.stage import MATCHING_PROJECTOR, PLAIN_RULES, TEXT, Stage, StageConfig
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
