@@ -70,9 +70,7 @@ def read_classes(path: str | os.PathLike[str], known: Vocabulary | None = None) 
 
     JSON is `{"id": 1, "name": "person", "isthing": 1}` as COCO's panoptic categories are (id and
     isthing may be absent). Flags and ids of `known` hold where a text file names nothing but them.
-
-    Raises:
-      ValueError: the file is missing or not of this form.
+    Raises ValueError if the file is missing or not of this form.
     """
     path = Path(path)
     if not path.is_file():
@@ -108,12 +106,10 @@ def classes_from_hf(
 ) -> Classes | None:
     """Classes from the content of config.json, None where it only numbers them.
 
-    They are id2label's in ascending order of its numbers; `Classes.notes` say where these are not
-    0 to K - 1, or more than K, and which classes have no name. Flags and ids of `known` hold where
+    They are id2label's in ascending order of its numbers; `Classes.notes` say where these are not 0
+    to K - 1, or more than K, and which classes have no name. Flags and ids of `known` hold where
     id2label names nothing but them. `count` is K of the head, None for as many as there are names.
-
-    Raises:
-      ValueError: id2label is not about K classes.
+    Raises ValueError if id2label is not about K classes.
     """
     where = "id2label in config.json"
     labels = content.get("id2label") or {}

@@ -97,11 +97,9 @@ def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
     or state_dict); a file of open_clip, or its folder. A file without a config beside it is taken
     for what OpenAI made: heads 64 wide, and quick GELU unless it looks like open_clip's
     (safetensors, or a training checkpoint), whose default is GELU. What was so decided is in
-    `ClipWeights.assumed`.
-
-    Raises:
-      ValueError: it is missing, broken, no such CLIP, of an architecture that `CLIP` does not have,
-        of other sizes than its config says, or holds values that are not finite.
+    `ClipWeights.assumed`. Raises ValueError if it is missing, broken, no such CLIP, of an
+    architecture that `CLIP` does not have, of other sizes than its config says, or holds values
+    that are not finite.
     """
     path = Path(path)
     file = _weights_file(path) if path.is_dir() else path
@@ -180,10 +178,8 @@ def clip_params_for(weights: ClipWeights, abstract: Params, clip: CLIP) -> Param
     """The parameters of `weights`, if they are those of the CLIP that is configured.
 
     `abstract` is the tree of shapes that it has; heads and activation, which no shape shows, are
-    compared with `clip`'s.
-
-    Raises:
-      ValueError: the sizes differ; the sentence names the fields of config.model.clip.
+    compared with `clip`'s. Raises ValueError if the sizes differ; the sentence names the fields of
+    config.model.clip.
     """
     wanted_shapes = shapes_of(abstract)
     if PATCH_STEM != {name for name in wanted_shapes if "/patch_embedding/" in name}:

@@ -87,11 +87,8 @@ def clip_config_from_hf(content: Mapping[str, Any]) -> Config:
     """Fields for `make_clip` from the config.json of a Hugging Face CLIP.
 
     The legacy `eos_token_id` 2 becomes `eot_id` None, which is how transformers reads it: pool at
-    the largest id.
-
-    Raises:
-      ValueError: it describes another model, the towers' activations differ, or a value is one that
-        `CLIP` does not have.
+    the largest id. Raises ValueError if it describes another model, the towers' activations differ,
+    or a value is one that `CLIP` does not have.
     """
     config = _BOTH.read(content, "it")
     for name, section in (("vision_config", _VISION), ("text_config", _TEXT)):
@@ -118,10 +115,7 @@ def sizes_from_shapes(shapes: Mapping[str, Shape], naming: Naming | None = None)
     """Fields for `make_clip` that shapes show: all but heads, activation and end of text.
 
     Shapes are by our path ("vision_model/class_embedding"), of a CLIP with patch stem; errors use
-    the file's `naming`.
-
-    Raises:
-      ValueError: the shapes are no CLIP's.
+    the file's `naming`. Raises ValueError if the shapes are no CLIP's.
     """
     config = read_sizes(_SIZES, shapes, naming)
     numbers, positions = config.pop("patch_numbers"), config.pop("image_positions")
@@ -137,10 +131,8 @@ def sizes_from_shapes(shapes: Mapping[str, Shape], naming: Naming | None = None)
 def clip_config_from_open_clip(content: Mapping[str, Any], sizes: Config) -> Config:
     """Fields for `make_clip` from the open_clip_config.json beside open_clip's weights.
 
-    It adds what shapes do not show to `sizes`, which they do.
-
-    Raises:
-      ValueError: it describes towers that `CLIP` does not have.
+    It adds what shapes do not show to `sizes`, which they do. Raises ValueError if it describes
+    towers that `CLIP` does not have.
     """
     model = content.get("model_cfg", content)
     config = {**sizes, "activation": "quick_gelu" if model.get("quick_gelu", False) else "gelu"}
@@ -161,8 +153,7 @@ def clip_config_from_open_clip(content: Mapping[str, Any], sizes: Config) -> Con
 def heads_as_openai(sizes: Config) -> Config:
     """`sizes` with heads of OpenAI's width, for files that do not say how many there are.
 
-    Raises:
-      ValueError: a tower's width is no multiple of it.
+    Raises ValueError if a tower's width is no multiple of it.
     """
     heads = {}
     for tower in ("image", "text"):

@@ -63,9 +63,8 @@ _MEAN, _STD = (np.asarray(numbers) / 255 for numbers in (IMAGENET_MEAN, IMAGENET
 def segmentor_config_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
     """A `make_segmentor` config of every size from config.json or `Mask2FormerConfig.to_dict()`.
 
-    Raises:
-      ValueError: it is another model, on a backbone that is none of ours, or set to something that
-        our segmentor does not do.
+    Raises ValueError if it is another model, on a backbone that is none of ours, or set to
+    something that our segmentor does not do.
     """
     if (kind := content.get("model_type")) != "mask2former":
         raise ValueError(
@@ -91,10 +90,8 @@ def segmentor_config_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
 def config_to_hf(card: ModelCard) -> dict[str, Any]:
     """Content of config.json for a whole segmentor, the inverse of `segmentor_config_from_hf`.
 
-    What the format has no field for stands under `EXTRA_KEY`.
-
-    Raises:
-      ValueError: the config asks for something that transformers does not do.
+    What the format has no field for stands under `EXTRA_KEY`. Raises ValueError if the config asks
+    for something that transformers does not do.
     """
     settings = {**DEFAULTS, **card.segmentor}
     for field, needed in OURS_FIXED.items():

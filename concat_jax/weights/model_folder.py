@@ -161,8 +161,8 @@ def save_model(
 def load_card(folder: str | os.PathLike[str]) -> ModelCard:
     """What the model in a folder is, without its arrays.
 
-    Raises:
-      ValueError: the folder or its `model.json` is missing, or does not say what a card says.
+    Raises ValueError if the folder or its `model.json` is missing, or does not say what a card
+    says.
     """
     path = Path(folder) / CARD_NAME
     if not path.is_file():
@@ -199,8 +199,8 @@ def load_card(folder: str | os.PathLike[str]) -> ModelCard:
 def load_model(folder: str | os.PathLike[str]) -> tuple[Params, ModelCard]:
     """Read a folder of `save_model`: nested dicts of numpy arrays in host memory, and the card.
 
-    Raises:
-      ValueError: as `load_card`; or the arrays are missing, unreadable or not those of the card.
+    Raises ValueError as `load_card`; or the arrays are missing, unreadable or not those of the
+    card.
     """
     card = load_card(folder)
     path = Path(folder).absolute() / PARAMS_NAME
@@ -253,11 +253,8 @@ def segmentor_from_folder(
     """Fill a freshly initialised segmentor with everything that a model's folder has for it.
 
     The folder is of a whole segmentor or of a backbone. Its class head is left out: here text tells
-    the classes. What it lacks stays as in `fresh`.
-
-    Raises:
-      ValueError: the folder cannot be read, or holds a parameter that the segmentor has not, has
-        in another shape, or uses otherwise.
+    the classes. What it lacks stays as in `fresh`. Raises ValueError if the folder cannot be read,
+    or holds a parameter that the segmentor has not, has in another shape, or uses otherwise.
     """
     params, card = load_model(folder)
     ours, theirs = shapes_of({"segmentor": fresh}), shapes_of({"segmentor": params["segmentor"]})

@@ -55,11 +55,9 @@ def segmentor_params_from_hf(
 ) -> tuple[Params, LoadingReport]:
     """Our parameters from the weights of a Hugging Face Mask2Former of a `make_segmentor` config.
 
-    Arrays are named as in the published files or `model.state_dict()`.
-
-    Raises:
-      ValueError: an array is missing, one too many, of another shape than the config asks for or
-        not finite, or other code bases do not have the config's backbone.
+    Arrays are named as in the published files or `model.state_dict()`. Raises ValueError if an
+    array is missing, one too many, of another shape than the config asks for or not finite, or
+    other code bases do not have the config's backbone.
     """
     return _load(find(arrays, hugging_face(config.get("backbone", {}))), config)
 
@@ -70,10 +68,8 @@ def segmentor_params_to_hf(params: Mapping[str, Any], config: Mapping[str, Any])
     The names are those of the published files. Save the float32 arrays as a safetensors file, or
     pass them as `from_pretrained(None, config=..., state_dict=...)`, which maps them to the names
     in memory; `load_state_dict(..., strict=False)` does not, and with transformers 5 would pass
-    over a Swin backbone in silence.
-
-    Raises:
-      ValueError: `params` and the config do not describe the same arrays.
+    over a Swin backbone in silence. Raises ValueError if `params` and the config do not describe
+    the same arrays.
     """
     naming = hugging_face(config.get("backbone", {}))
     head = params.get("classifier", {}).get("class_embed", {}).get("bias")
@@ -91,8 +87,7 @@ def segmentor_params_from_detectron2(
 ) -> tuple[Params, dict[str, Any], LoadingReport]:
     """Our parameters and `make_segmentor` config from a Detectron2 Mask2Former or PADing.
 
-    Raises:
-      ValueError: as `segmentor_params_from_hf`, or an array that tells a size is missing.
+    Raises ValueError as `segmentor_params_from_hf`, or an array that tells a size is missing.
     """
     namings = {kind: detectron2(kind) for kind in FORMATS}
     kind, found = _find_backbone(arrays, namings.items())
@@ -120,10 +115,8 @@ def backbone_params_from_imagenet(
     """Our backbone's parameters and config `{"backbone": ...}` from a classifier of ImageNet.
 
     None where these are no names of a backbone with nothing around it. A Swin's output norms, which
-    a classifier has not, are newly initialised (scale 1, bias 0).
-
-    Raises:
-      ValueError: as `segmentor_params_from_hf`, or it is a ResNet of MSRA.
+    a classifier has not, are newly initialised (scale 1, bias 0). Raises ValueError as
+    `segmentor_params_from_hf`, or it is a ResNet of MSRA.
     """
     if any(_CAFFE2.match(key) for key in arrays):
         raise ValueError(

@@ -35,8 +35,7 @@ class HubConfig:
     def read(self, content: Any, where: str) -> dict[str, Any]:
         """Our fields of a parsed section, which errors call `where`.
 
-        Raises:
-          ValueError: a field is of another type, or asks for what our network does not do.
+        Raises ValueError if a field is of another type, or asks for what our network does not do.
         """
         if not isinstance(content, Mapping):
             raise ValueError(f"{where} is no JSON object")
@@ -111,9 +110,7 @@ def read_sizes(
 
     `sizes` maps a field to our path with the array's axes, the wanted one called n, such as
     "query_position [n, _]"; or to a path with # in the place of a number, to count the layers.
-
-    Raises:
-      ValueError: an array is missing or has other axes.
+    Raises ValueError if an array is missing or has other axes.
     """
     values = {}
     for field, place in sizes.items():

@@ -76,11 +76,9 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
     """Read a file of weights; its format is told by its first bytes, not by its name.
 
     It is a safetensors file, a pickle of arrays (Detectron2 `.pkl`), a `.pth`, `.pt` or `.bin` of
-    `torch.save` or `torch.jit.save`; or the `.index.json` of weights in several files.
-
-    Raises:
-      ValueError: the file is missing, empty, cut off, of another format, holds no weights, or is a
-        pickle that names something weights have no need of; the sentence names the file.
+    `torch.save` or `torch.jit.save`; or the `.index.json` of weights in several files. Raises
+    ValueError if the file is missing, empty, cut off, of another format, holds no weights, or is a
+    pickle that names something weights have no need of; the sentence names the file.
     """
     path = Path(path)
     content = _read_parts(path) if path.name.endswith(INDEX_SUFFIX) else _read_file(path)

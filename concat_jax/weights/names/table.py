@@ -176,8 +176,7 @@ def _as_torchs(array: np.ndarray, row: Row) -> np.ndarray:
 def our_shape(shape: Shape, row: Row) -> Shape:
     """Shape of our array, from that of the whole torch array that a row reads.
 
-    Raises:
-      ValueError: it has other axes than the layer.
+    Raises ValueError if it has other axes than the layer.
     """
     axes = {"dense": 2, "conv": 4, "patches": 4}.get(row.layout, len(shape))
     if len(shape) != axes or (row.third is not None and (not shape or shape[0] % 3)):
@@ -242,9 +241,8 @@ def find(arrays: Mapping[str, np.ndarray], naming: Naming) -> Found:
 def to_ours(found: Found, shapes: Mapping[str, Shape]) -> tuple[dict[str, Any], LoadingReport]:
     """Nested dict of a file's float32 numpy arrays, as `shapes` has them by our path; a report.
 
-    Raises:
-      ValueError: the file lacks an array, holds one that the config has no place for, or one of
-        another shape or with a value that is not finite.
+    Raises ValueError if the file lacks an array, holds one that the config has no place for, or one
+    of another shape or with a value that is not finite.
     """
     missing = {found.naming.theirs(path) for path in shapes.keys() - found.places.keys()}
     extra = {key for path, (_, key) in found.places.items() if path not in shapes}
