@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -83,35 +83,36 @@ def _hidden_sizes(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resnet_sizes(shapes: Mapping[str, Shape], naming: Naming) -> dict[str, Any]:
-    stages = {f"{stage}": f"{PREFIX}res{stage}_block#" for stage in range(2, 6)}
     is_bottleneck = f"{PREFIX}res2_block0/conv3/kernel" in shapes
     return {
-        "stage_sizes": list(read_sizes(stages, shapes, naming).values()),
+        "stage_sizes": _by_stage("res{}_block#", range(2, 6), shapes, naming),
         **read_sizes({"width": f"{PREFIX}stem_conv/kernel [_, _, _, n]"}, shapes, naming),
         "block": "bottleneck" if is_bottleneck else "basic",
     }
 
 
+def _by_stage(
+    place: str, stages: Iterable[int], shapes: Mapping[str, Shape], naming: Naming
+) -> list[int]:
+    places = {str(stage): PREFIX + place.format(stage) for stage in stages}
+    return list(read_sizes(places, shapes, naming).values())
+
+
 def _swin_sizes(shapes: Mapping[str, Shape], naming: Naming) -> dict[str, Any]:
-    found = read_sizes(
-        {
-            "width": f"{PREFIX}patch_projection/kernel [_, _, _, n]",
-            "patch_size": f"{PREFIX}patch_projection/kernel [n, _, _, _]",
-            "rows": f"{PREFIX}stage_0_block_0/attention/relative_position_bias [n, _]",
-            "hidden": f"{PREFIX}stage_0_block_0/ffn_in/kernel [_, n]",
-            "stages": f"{PREFIX}stage_#_block_0",
-        },
-        shapes,
-        naming,
-    )
+    places = {
+        "width": "patch_projection/kernel [_, _, _, n]",
+        "patch_size": "patch_projection/kernel [n, _, _, _]",
+        "rows": "stage_0_block_0/attention/relative_position_bias [n, _]",
+        "hidden": "stage_0_block_0/ffn_in/kernel [_, n]",
+        "stages": "stage_#_block_0",
+    }
+    found = read_sizes({k: PREFIX + place for k, place in places.items()}, shapes, naming)
     stages = range(found["stages"])
-    table = "attention/relative_position_bias [_, n]"
-    heads = {str(stage): f"{PREFIX}stage_{stage}_block_0/{table}" for stage in stages}
-    blocks = {str(stage): f"{PREFIX}stage_{stage}_block_#" for stage in stages}
+    heads = "stage_{}_block_0/attention/relative_position_bias [_, n]"
     return {
-        "stage_sizes": list(read_sizes(blocks, shapes, naming).values()),
+        "stage_sizes": _by_stage("stage_{}_block_#", stages, shapes, naming),
         "width": found["width"],
-        "num_heads": list(read_sizes(heads, shapes, naming).values()),
+        "num_heads": _by_stage(heads, stages, shapes, naming),
         # The table has a row for each of the (2 w - 1)**2 steps from token to token of a window.
         "window_size": (math.isqrt(found["rows"]) + 1) // 2,
         "patch_size": found["patch_size"],
@@ -119,53 +120,51 @@ def _swin_sizes(shapes: Mapping[str, Shape], naming: Naming) -> dict[str, Any]:
     }
 
 
+_RESNET_CONFIG = HubConfig(
+    {
+        "stage_sizes": ("depths", [3, 4, 6, 3]),
+        "width": ("embedding_size", 64),
+        "block": ("layer_type", "bottleneck"),
+        "hidden_sizes": ("hidden_sizes", [256, 512, 1024, 2048]),
+    },
+    {
+        "num_channels": 3,
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": False,
+        "out_features": _STAGES,
+    },
+    _hidden_sizes,
+)
+_SWIN_CONFIG = HubConfig(
+    {
+        "stage_sizes": ("depths", [2, 2, 6, 2]),
+        "width": ("embed_dim", 96),
+        "num_heads": ("num_heads", [3, 6, 12, 24]),
+        "window_size": ("window_size", 7),
+        "patch_size": ("patch_size", 4),
+        "mlp_ratio": ("mlp_ratio", 4),
+    },
+    {
+        "num_channels": 3,
+        "qkv_bias": True,
+        "hidden_act": "gelu",
+        "use_absolute_embeddings": False,
+        "layer_norm_eps": NORM_EPSILON,
+        "out_features": _STAGES,
+    },
+)
 FORMATS: Mapping[str, BackboneFormat] = MappingProxyType(
     {
         "resnet": BackboneFormat(
             _RESNET,
             "stem_conv/kernel",
-            HubConfig(
-                {
-                    "stage_sizes": ("depths", [3, 4, 6, 3]),
-                    "width": ("embedding_size", 64),
-                    "block": ("layer_type", "bottleneck"),
-                    "hidden_sizes": ("hidden_sizes", [256, 512, 1024, 2048]),
-                },
-                {
-                    "num_channels": 3,
-                    "hidden_act": "relu",
-                    "downsample_in_first_stage": False,
-                    "downsample_in_bottleneck": False,
-                    "out_features": _STAGES,
-                },
-                _hidden_sizes,
-            ),
+            _RESNET_CONFIG,
             _resnet_sizes,
-            (("norm", "frozen_batch"), ("stem", "standard")),
+            needed=(("norm", "frozen_batch"), ("stem", "standard")),
         ),
         "swin": BackboneFormat(
-            _SWIN,
-            "patch_projection/kernel",
-            HubConfig(
-                {
-                    "stage_sizes": ("depths", [2, 2, 6, 2]),
-                    "width": ("embed_dim", 96),
-                    "num_heads": ("num_heads", [3, 6, 12, 24]),
-                    "window_size": ("window_size", 7),
-                    "patch_size": ("patch_size", 4),
-                    "mlp_ratio": ("mlp_ratio", 4),
-                },
-                {
-                    "num_channels": 3,
-                    "qkv_bias": True,
-                    "hidden_act": "gelu",
-                    "use_absolute_embeddings": False,
-                    "layer_norm_eps": NORM_EPSILON,
-                    "out_features": _STAGES,
-                },
-            ),
-            _swin_sizes,
-            absent=("output_norm_",),
+            _SWIN, "patch_projection/kernel", _SWIN_CONFIG, _swin_sizes, absent=("output_norm_",)
         ),
     }
 )

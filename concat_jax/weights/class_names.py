@@ -18,7 +18,7 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import LinearClassifier
 from concat_jax.weights.hugging_face_folder import EXTRA_KEY
 from concat_jax.weights.model_folder import Params
-from concat_jax.weights.report import LoadingReport, name_keys
+from concat_jax.weights.report import LoadingReport, name_keys, shapes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +49,17 @@ def _classes(
     A name that occurs twice (ADE20K's long list has such) gets its index, as names tell classes
     apart here.
     """
-    counts = collections.Counter(names)
-    unique = [n if counts[n] == 1 else f"{n} ({i})" for i, n in enumerate(names)]
+    counts, count = collections.Counter(names), len(names)
+    unique = tuple(n if counts[n] == 1 else f"{n} ({i})" for i, n in enumerate(names))
     if is_thing is None and known is not None and set(unique) <= set(known.names):
         places = [known.names.index(name) for name in unique]
         is_thing = [known.is_thing[place] for place in places]
         category_ids = [known.category_ids[place] for place in places]
-    count = len(unique)
-    vocabulary = Vocabulary(
-        names=tuple(unique),
-        is_thing=(False,) * count if is_thing is None else tuple(is_thing),
-        is_seen=(True,) * count,
-        category_ids=tuple(range(count)) if category_ids is None else tuple(category_ids),
-    )
-    return Classes(vocabulary, is_thing is not None, origin)
+    knows_things = is_thing is not None
+    is_thing = tuple(is_thing) if knows_things else (False,) * count
+    category_ids = tuple(range(count) if category_ids is None else category_ids)
+    vocabulary = Vocabulary(unique, is_thing, (True,) * count, category_ids)
+    return Classes(vocabulary, knows_things, origin)
 
 
 def read_classes(path: str | os.PathLike[str], known: Vocabulary | None = None) -> Classes:
@@ -85,15 +82,15 @@ def read_classes(path: str | os.PathLike[str], known: Vocabulary | None = None) 
     try:
         if not isinstance(content, list) or not all(isinstance(c, dict) for c in content):
             raise ValueError('it must be a list of {"id", "name", "isthing"}')
-        names = [entry.get("name") for entry in content]
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError('every class needs a "name"')
-        things = [entry.get("isthing") for entry in content]
+        names, things = ([entry.get(key) for entry in content] for key in ("name", "isthing"))
         ids = [entry.get("id", index) for index, entry in enumerate(content)]
-        if not all(flag in (0, 1, None) for flag in things):
-            raise ValueError('"isthing" must be 0 or 1')
-        if not all(type(i) is int for i in ids):
-            raise ValueError('"id" must be an integer')
+        for is_right, needed in (
+            (names and all(isinstance(name, str) for name in names), 'every class needs a "name"'),
+            (all(flag in (0, 1, None) for flag in things), '"isthing" must be 0 or 1'),
+            (all(type(i) is int for i in ids), '"id" must be an integer'),
+        ):
+            if not is_right:
+                raise ValueError(needed)
         is_thing = None if None in things else [bool(flag) for flag in things]
         return _classes(names, str(path), None, is_thing, ids)
     except ValueError as error:
@@ -185,10 +182,7 @@ def fresh_head(
     report = LoadingReport(
         loaded={p: key for p, key in report.loaded.items() if p not in old},
         shapes={p: shape for p, shape in report.shapes.items() if p not in old},
-        new={
-            **report.new,
-            **{f"classifier/class_embed/{k}": v.shape for k, v in head["class_embed"].items()},
-        },
+        new={**report.new, **shapes_of({"classifier": head})},
         ignored={**report.ignored, **{report.loaded[p]: report.shapes[p][::-1] for p in old}},
     )
     return {**params, "classifier": head}, report
