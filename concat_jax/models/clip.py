@@ -96,16 +96,15 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        y = _layer_norm(self.dtype, "layer_norm1")(x)
-        x = x + Attention(self.num_heads, self.depth, self.is_causal, self.dtype, name="self_attn")(
-            y
-        )
-        y = _layer_norm(self.dtype, "layer_norm2")(x)
         into = nn.initializers.normal((2 * width) ** -0.5)
         out_of = nn.initializers.normal(width**-0.5 * (2 * self.depth) ** -0.5)
-        y = nn.Dense(round(width * self.mlp_ratio), kernel_init=into, dtype=self.dtype, name="fc1")(
-            y
+        hidden = round(width * self.mlp_ratio)
+        attention = Attention(
+            self.num_heads, self.depth, self.is_causal, self.dtype, name="self_attn"
         )
+        x = x + attention(_layer_norm(self.dtype, "layer_norm1")(x))
+        y = _layer_norm(self.dtype, "layer_norm2")(x)
+        y = nn.Dense(hidden, kernel_init=into, dtype=self.dtype, name="fc1")(y)
         y = _ACTIVATIONS[self.activation](y)
         return x + nn.Dense(width, kernel_init=out_of, dtype=self.dtype, name="fc2")(y)
 
@@ -264,10 +263,9 @@ class CLIP(nn.Module):
         )
 
     def _shared(self, tower: str) -> dict[str, Any]:
-        own = ("width", "depth", "heads", "mlp_ratio")
-        width, depth, heads, mlp_ratio = (getattr(self, f"{tower}_{field}") for field in own)
-        shared = {"width": width, "depth": depth, "num_heads": heads, "mlp_ratio": mlp_ratio}
-        return {**shared, "activation": self.activation, "dtype": self.dtype}
+        names = {"width": "width", "depth": "depth", "num_heads": "heads", "mlp_ratio": "mlp_ratio"}
+        own = {field: getattr(self, f"{tower}_{name}") for field, name in names.items()}
+        return {**own, "activation": self.activation, "dtype": self.dtype}
 
     def _projection(self, width: int) -> nn.Dense:
         init = nn.initializers.normal(width**-0.5)
@@ -319,8 +317,7 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
     for a key that is no field (the nearest is named) and for values that do not fit together.
     """
     config = dict(config)
-    if "variant" in config:
-        variant = config.pop("variant")
+    if (variant := config.pop("variant", None)) is not None:
         check_choice(variant, CLIP_VARIANTS, "CLIP has no variant")
         config = {**CLIP_VARIANTS[variant], **config}
     names = [f.name for f in dataclasses.fields(CLIP) if f.name not in ("parent", "name")]
@@ -330,14 +327,12 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
         config["dtype"] = jnp.dtype(config["dtype"])
     clip = CLIP(**config)
     for field, allowed in (
-        ("stem", tuple(STEMS)),
-        ("activation", tuple(_ACTIVATIONS)),
+        ("stem", STEMS),
+        ("activation", _ACTIVATIONS),
         ("position_interpolation", ("bicubic", "bilinear")),
     ):
-        if getattr(clip, field) not in allowed:
-            raise ValueError(
-                f"CLIP's {field} is {getattr(clip, field)!r}; choose one of {allowed}."
-            )
+        if (value := getattr(clip, field)) not in allowed:
+            raise ValueError(f"CLIP's {field} is {value!r}; choose one of {tuple(allowed)}.")
     for tower in ("image", "text"):
         width, heads = getattr(clip, f"{tower}_width"), getattr(clip, f"{tower}_heads")
         if width % heads:

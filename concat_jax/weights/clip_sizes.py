@@ -19,31 +19,33 @@ from concat_jax.weights.sizes import HubConfig, check_statistics, read_sizes
 Config = dict[str, Any]
 # Of an attention head in every CLIP of OpenAI (`clip/model.py build_model`).
 HEAD_WIDTH = 64
-_VISION = HubConfig(
-    {
-        "image_width": ("hidden_size", 768),
-        "image_hidden": ("intermediate_size", 3072),
-        "image_depth": ("num_hidden_layers", 12),
-        "image_heads": ("num_attention_heads", 12),
-        "image_size": ("image_size", 224),
-        "patch_size": ("patch_size", 32),
+
+
+def _tower(name: str, width: int, heads: int, **own: tuple[str, Any]) -> HubConfig:
+    """A tower's section, with transformers' defaults."""
+    fields = {
+        f"{name}_width": ("hidden_size", width),
+        f"{name}_hidden": ("intermediate_size", 4 * width),
+        f"{name}_depth": ("num_hidden_layers", 12),
+        f"{name}_heads": ("num_attention_heads", heads),
         "activation": ("hidden_act", "quick_gelu"),
-    },
-    {"num_channels": 3, "layer_norm_eps": 1e-5},
-)
-_TEXT = HubConfig(
-    {
-        "text_width": ("hidden_size", 512),
-        "text_hidden": ("intermediate_size", 2048),
-        "text_depth": ("num_hidden_layers", 12),
-        "text_heads": ("num_attention_heads", 8),
-        "vocab_size": ("vocab_size", 49408),
-        "context_length": ("max_position_embeddings", 77),
-        "activation": ("hidden_act", "quick_gelu"),
-        "eot_id": ("eos_token_id", 49407),
-    },
-    {"layer_norm_eps": 1e-5},
-)
+    }
+    return HubConfig(fields | own, {"num_channels": 3, "layer_norm_eps": 1e-5})
+
+
+_TOWERS = {
+    "vision_config": _tower(
+        "image", 768, 12, image_size=("image_size", 224), patch_size=("patch_size", 32)
+    ),
+    "text_config": _tower(
+        "text",
+        512,
+        8,
+        vocab_size=("vocab_size", 49408),
+        context_length=("max_position_embeddings", 77),
+        eot_id=("eos_token_id", 49407),
+    ),
+}
 _BOTH = HubConfig({"embed_dim": ("projection_dim", 512)}, {"model_type": "clip"})
 # What shapes show: all but heads, activation and end of text.
 _SIZES = {
@@ -91,7 +93,7 @@ def clip_config_from_hf(content: Mapping[str, Any]) -> Config:
     or a value is one that `CLIP` does not have.
     """
     config = _BOTH.read(content, "it")
-    for name, section in (("vision_config", _VISION), ("text_config", _TEXT)):
+    for name, section in _TOWERS.items():
         # OpenAI's own folders have both; transformers lets the second win, its defaults included.
         given = content.get(f"{name}_dict") or content.get(name) or {}
         fields = section.read(given, f"its {name}")

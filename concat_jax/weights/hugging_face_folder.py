@@ -123,12 +123,8 @@ def config_to_hf(card: ModelCard) -> dict[str, Any]:
 def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, int], tuple[str, ...]]:
     """Refuse a preprocessor_config.json that feeds the model other numbers than we do.
 
-    Returns:
-      The sides of the network's input that it asks for, as fields of `ModelCard`, empty where it
-      asks for none that a card can hold; and sentences to be read.
-
-    Raises:
-      ValueError: the images are not scaled to 0..1 and normalised with ImageNet's statistics.
+    Returns the sides of the network's input that it asks for, as fields of `ModelCard`, empty where
+    it asks for none that a card can hold; and sentences to be read.
     """
     where = PREPROCESSOR_NAME
     for field in ("do_normalize", "do_rescale"):

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from concat_jax.core.config import build
 from concat_jax.core.files import read_json, write_json
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.clip import CLIP, make_clip
@@ -171,12 +172,7 @@ def load_card(folder: str | os.PathLike[str]) -> ModelCard:
             "`python -m concat_jax.convert SOURCE DESTINATION`."
         )
     content = read_json(path)
-    fields = {field.name: field for field in dataclasses.fields(ModelCard)}
-    if not isinstance(content, dict) or not set(content) <= {"format", *fields}:
-        raise ValueError(
-            f"{path} has other keys than {', '.join(('format', *fields))}; convert the model again."
-        )
-    if content.pop("format", None) not in (1, FORMAT) or "segmentor" not in content:
+    if not isinstance(content, dict) or content.pop("format", None) not in (1, FORMAT):
         raise ValueError(
             f"{path} is no card of format 1 to {FORMAT}; convert the model again with this version."
         )
@@ -184,16 +180,13 @@ def load_card(folder: str | os.PathLike[str]) -> ModelCard:
         raise ValueError(
             f"{path} names the task {content['task']!r}; use one of {', '.join(TASKS)}."
         )
-    for name, build in (("vocabulary", Vocabulary), ("text", TextCard)):
+    for name, kind in (("vocabulary", Vocabulary), ("text", TextCard)):
         if content.get(name) is not None:
             try:
-                section = content[name].items()
-                content[name] = build(
-                    **{k: tuple(v) if isinstance(v, list) else v for k, v in section}
-                )
+                content[name] = build(kind, content[name], "it")
             except (AttributeError, TypeError, ValueError) as error:
                 raise ValueError(f"{path} holds no usable {name}: {error}") from error
-    return ModelCard(**content)
+    return build(ModelCard, content, str(path))
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Params, ModelCard]:

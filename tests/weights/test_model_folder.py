@@ -138,8 +138,8 @@ def test_damaged_folders(params, tmp_path):
     good = json.loads(card.read_text())
     for content, message in (
         ("{", "not valid JSON"),
-        ("[]", "other keys"),
-        (json.dumps({**good, "extra": 1}), "other keys"),
+        ("[]", "no card of format"),
+        (json.dumps({**good, "extra": 1}), "has no key 'extra'"),
         (json.dumps({**good, "format": 99}), "no card of format"),
         (json.dumps({**good, "task": "depth"}), "names the task 'depth'"),
         (json.dumps({**good, "vocabulary": {"names": ["a"]}}), "no usable vocabulary"),

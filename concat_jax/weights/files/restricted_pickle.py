@@ -18,11 +18,6 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-
-class UnsafePickleError(ValueError):
-    """A pickle that names something weights have no need of."""
-
-
 # Types that tensors of weights have: torch's word for a storage, safetensors' name, numpy's type.
 _TENSOR_TYPES = (
     ("Double", "F64", "<f8"),
@@ -147,15 +142,15 @@ class _Array:
 
     __slots__ = ("value",)
 
-    def __init__(self, *_: Any):
-        self.value = np.empty(0, np.float32)
+    def __init__(self, value: np.ndarray):
+        self.value = value
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, is_fortran, content = state
         self.value = _array(content, kind, shape, "F" if is_fortran else "C")
 
 
-def _array(content: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
+def _array(content: Any, kind: Any, shape: Any, order: Any = "C") -> np.ndarray:
     if isinstance(content, str):  # Python 2 wrote bytes as text
         content = content.encode("latin1")
     if not isinstance(content, bytes | bytearray) or not isinstance(kind, _Type):
@@ -169,16 +164,6 @@ def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or not all(type(v) is int for v in values):
         raise ValueError("a shape is no list of integers")
     return tuple(values)
-
-
-def _frombuffer(content: Any, kind: Any, shape: Any, order: Any = "C") -> _Array:
-    array = _Array()
-    array.value = _array(content, kind, shape, order)
-    return array
-
-
-def _scalar(kind: Any, content: Any) -> float | int:
-    return _array(content, kind, (), "C").item()
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
@@ -196,7 +181,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Ten
     return Tensor(storage, offset, shape, strides)
 
 
-def _as_it_is(value: Any, *_: Any) -> Any:
+def _first(value: Any, *_: Any) -> Any:
     return value
 
 
@@ -207,20 +192,20 @@ _CALLS: Mapping[str, Callable[..., Any] | None] = {
     "_codecs.encode": _encode,
     "numpy.ndarray": None,
     "numpy.dtype": _Type,
-    "numpy.core.multiarray._reconstruct": _Array,
-    "numpy.core.multiarray.scalar": _scalar,
-    "numpy.core.numeric._frombuffer": _frombuffer,
+    "numpy.core.multiarray._reconstruct": lambda *_: _Array(np.empty(0, np.float32)),
+    "numpy.core.multiarray.scalar": lambda kind, content: _array(content, kind, (), "C").item(),
+    "numpy.core.numeric._frombuffer": lambda *given: _Array(_array(*given)),
     "torch.Size": lambda sizes=(): tuple(sizes),
     "torch.device": lambda *_: _Dict(),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _as_it_is,
+    "torch._utils._rebuild_parameter": _first,
 }
 # TorchScript's lists of one type, and its notes of what type a container is.
 _SCRIPT_CALLS = {
-    f"torch.jit._pickle.{name}": _as_it_is
+    f"torch.jit._pickle.{name}": _first
     for name in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
-} | {"torch.jit._pickle.restore_type_tag": _as_it_is}
+} | {"torch.jit._pickle.restore_type_tag": _first}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -254,7 +239,7 @@ class _Unpickler(pickle.Unpickler):
             return ScriptModule
         whole = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # as before numpy 2
         if (found := self._globals.get(whole)) is None:
-            raise UnsafePickleError(
+            raise ValueError(
                 f"it names {module}.{name}, which weights have no need of; nothing of it was run"
             )
         return found
@@ -282,8 +267,8 @@ def read_pickle(file: BinaryIO, **options: Any) -> Any:
     archive, which gives `ScriptModule`s. Arrays are what `as_array` takes.
 
     Raises:
-      UnsafePickleError: it names a global that is not in the table; nothing has been run.
-      ValueError: it is broken, or no pickle.
+      ValueError: it is broken, no pickle, or names a global that is not in the table; nothing has
+        been run.
     """
     try:
         return _Unpickler(file, **options).load()
