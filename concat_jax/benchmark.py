@@ -36,11 +36,16 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from concat_jax.benchmarking import tables
-from concat_jax.benchmarking.cases import COMPARED, ON_HOST, TASKS, make_cases
-from concat_jax.benchmarking.harness import Measurement, in_own_process, machine, measure
-from concat_jax.benchmarking.inputs import Case
-from concat_jax.benchmarking.models import BACKBONES, prepare_models
+from concat_jax.benchmarking.cases import COMPARED, ON_HOST, TASKS, Case, make_cases
+from concat_jax.benchmarking.harness import (
+    Measurement,
+    in_own_process,
+    machine,
+    measure,
+    table_in_turns,
+    table_of_compared,
+)
+from concat_jax.benchmarking.programs import BACKBONES, prepare_models
 from concat_jax.benchmarking.reference import is_installed
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
@@ -90,7 +95,7 @@ def measure_case(
     results: dict[str, Measurement | str] = {}
     for name in names:
         ours = name == "ours"
-        module = "reference" if not ours else "ours" if case.task in COMPARED else case.task
+        module = "reference" if not ours else "programs" if case.task in COMPARED else case.task
         model = str(folder / ("ours" if ours else "reference"))
         settings = dataclasses.replace(case, model=model, compiled=name == "torch.compile")
         # Our training command sets it; the reference runs as its users run it, unless asked.
@@ -161,13 +166,13 @@ def _as_markdown(source: str, about: dict[str, str], repeats: int, measured: lis
     machine_ = ", ".join(f"{key} {value}" for key, value in about.items())
     parts = [f"Model: {source}. {machine_}. Median of {repeats} calls after a warm-up."]
     if compared := [(c.name, results) for c, results in measured if c.task in COMPARED]:
-        parts.append(tables.compared(compared))
+        parts.append(table_of_compared(compared))
     for case, results in measured:
         if case.task in COMPARED:
             continue
         failed = [result for result in results.values() if isinstance(result, str)]
         module = importlib.import_module(f"concat_jax.benchmarking.{case.task}")
-        table = getattr(module, "table", lambda case, results: tables.in_turns(results))
+        table = getattr(module, "table", lambda case, results: table_in_turns(results))
         parts.append(f"{case.name}:")
         parts.append(f"Failed: {failed[0]}" if failed else table(case, results))
     return "\n\n".join(parts) + "\n"

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from concat_jax.benchmarking import inputs
+from concat_jax.benchmarking import cases
+from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import Work
-from concat_jax.benchmarking.inputs import Case
 from concat_jax.benchmarking.programs import (
     Trainer,
     method_networks,
@@ -61,9 +61,9 @@ def works(case: Case) -> dict[str, Work]:
 
 def make_batch(case: Case, vocabulary: Vocabulary, width: int) -> dict[str, Any]:
     """A batch with every field that a variant of stage 1 reads; CLIP's targets are random."""
-    segment_ids, labels = inputs.segments(case)
+    segment_ids, labels = cases.segments(case)
     return {
-        "image": inputs.images(case),
+        "image": cases.images(case),
         "segment_ids": segment_ids,
         "segment_labels": vocabulary.seen[labels % len(vocabulary.seen)],
         "segment_is_crowd": np.zeros(labels.shape, bool),

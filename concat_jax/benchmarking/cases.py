@@ -1,16 +1,20 @@
-"""From the flags of the benchmark to its cases."""
+"""From the benchmark's flags to its cases, and their inputs, the same for all implementations."""
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from concat_jax.benchmarking.inputs import Case
+import numpy as np
+from PIL import Image
+
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.inference.images import SUFFIXES
+from concat_jax.inference.images import SUFFIXES, read_image
 from concat_jax.models.clip import make_clip
 
 # Ours beside the reference, a process each.
@@ -19,6 +23,67 @@ COMPARED = ("forward", "postprocess", "train")
 WITH_CLIP = ("alignment", "two_stage", "query_stages")
 ON_HOST = ("panoptic_quality", "input_pipeline")
 TASKS = (*COMPARED, *WITH_CLIP, *ON_HOST)
+# Classes of COCO panoptic; the class head's size hardly matters to speed.
+NUM_CLASSES = 133
+# Queries that hold a segment in the post-processing case; COCO images have about eleven.
+NUM_HELD = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One thing to measure; what a task does not name below it does not read.
+
+    Attributes:
+      task: "forward" (image to class and mask logits), "postprocess" (those logits to a panoptic
+        map), "train" (forward, losses, gradients, AdamW), "alignment" (stage 1 without CLIP's
+        targets, with cached and with online ones), "two_stage" (images to panoptic maps by our
+        path, and with CLIP on every mask), "panoptic_quality" (id maps to counts), "query_stages"
+        (stages 2 and 3 from a query bank) or "input_pipeline" (files to training batches).
+      height, width: of the network's input, or of drawn maps.
+      segments: annotated segments an image.
+      clip: config for `make_clip` ("alignment", "two_stage", "query_stages").
+      num_images: images in all, a multiple of `batch` ("two_stage", "panoptic_quality").
+      num_masks: how many masks of an image CLIP sees, a variant each ("two_stage").
+      source: where images are from, in words or as a path; "" draws them.
+      compiled: by the reference's compiler.
+    """
+
+    task: str
+    height: int = 0
+    width: int = 0
+    batch: int = 1
+    segments: int = 12
+    dtype: str = "float32"
+    clip: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    num_images: int = 20
+    num_masks: Sequence[int] = (10,)
+    source: str = ""
+    files: Sequence[str] = ()
+    model: str = ""
+    compiled: bool = False
+
+    def __post_init__(self):
+        if self.task == "two_stage" and self.num_images % self.batch:
+            raise ValueError(
+                f"{self.num_images} images do not fill batches of {self.batch}; choose a batch "
+                "that divides their number."
+            )
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        if self.task == "panoptic_quality":
+            drawn = self.source or f"drawn, {self.height}x{self.width}"
+            return f"{self.task} of {self.num_images} pairs ({drawn})"
+        if self.task == "query_stages":
+            return f"{self.task}, {self.segments} of an image's queries hold a segment"
+        if self.task == "input_pipeline":
+            return f"{self.task}, large-scale jitter to {self.height} ({self.source})"
+        batch = f"batch {self.batch}"
+        if self.task == "two_stage":
+            source = self.source or "random pixels"
+            batch = f"{self.num_images} images ({source}), {self.batch} at once"
+        return f"{self.task} {self.height}x{self.width}, {batch}, {self.dtype}"
 
 
 def make_cases(given: cli.Flags) -> list[Case]:
@@ -94,3 +159,93 @@ def image_files(given: str, number: int) -> list[str]:
             "or lower --two_stage_images."
         )
     return [str(file) for file in files[:number]]
+
+
+def images(case: Case) -> np.ndarray:
+    """[B, H, W, 3] uint8 of smooth random colours, seeded."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (case.batch, 9, 9, 3)).astype(np.float32)
+    rows, columns = np.linspace(0, 7.999, case.height), np.linspace(0, 7.999, case.width)
+    top, left = rows.astype(int), columns.astype(int)
+    down, right = (rows - top)[:, None, None], (columns - left)[:, None]
+    across = coarse[:, :, left] * (1 - right) + coarse[:, :, left + 1] * right
+    return (across[:, top] * (1 - down) + across[:, top + 1] * down).astype(np.uint8)
+
+
+def segments(case: Case, num_classes: int = NUM_CLASSES) -> tuple[np.ndarray, np.ndarray]:
+    """Id map [B, H, W] uint8 of `segments` blobs and void, and labels [B, G] int32, seeded.
+
+    A pixel belongs to the nearest of G + 1 random centres; the last of them is void.
+    """
+    rng = np.random.default_rng(1)
+    ids = np.empty((case.batch, case.height, case.width), np.uint8)
+    for index in range(case.batch):
+        centres = rng.uniform(size=(case.segments + 1, 2)) * (case.height, case.width)
+        y, x = np.mgrid[: case.height, : case.width]
+        distance = (y[..., None] - centres[:, 0]) ** 2 + (x[..., None] - centres[:, 1]) ** 2
+        nearest = distance.argmin(axis=-1)
+        ids[index] = np.where(nearest == case.segments, 0, nearest + 1)
+    labels = rng.integers(0, num_classes, (case.batch, case.segments)).astype(np.int32)
+    return ids, labels
+
+
+def logits(case: Case, num_queries: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits like a trained network's: some confident blobs among queries that hold nothing.
+
+    Returns:
+      class logits [B, N, K + 1] and mask logits [B, N, H / 4, W / 4], float32, seeded.
+    """
+    rng = np.random.default_rng(2)
+    height, width = -(-case.height // 4), -(-case.width // 4)
+    classes = rng.normal(size=(case.batch, num_queries, num_classes + 1)).astype(np.float32)
+    classes[..., -1] += 8
+    masks = rng.normal(-6, 1, (case.batch, num_queries, height, width)).astype(np.float32)
+    held = rng.permutation(num_queries)[:NUM_HELD]
+    y, x = np.mgrid[:height, :width]
+    for index in range(case.batch):
+        centres = rng.uniform(size=(len(held), 2)) * (height, width)
+        distance = np.hypot(y - centres[:, :1, None], x - centres[:, 1:, None])
+        second = np.sort(distance, axis=0)[1]
+        masks[index, held] = np.clip((second - distance) / 3 - 0.5, -8, 8)
+        classes[index, held, rng.integers(0, num_classes, len(held))] += 14
+    return classes, masks
+
+
+def native_size(case: Case) -> tuple[int, int]:
+    """Size of the picture that post-processing writes: 0.6 of the input, as COCO's mostly is."""
+    return round(case.height * 0.6), round(case.width * 0.6)
+
+
+def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """An image [h, w, 3] as large as fits in `size`, at the top left, and its size there."""
+    scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    canvas = np.zeros((*size, 3), np.uint8)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    canvas[:height, :width] = resized
+    return canvas, (height, width)
+
+
+class Pictures(NamedTuple):
+    """Images [M, H, W, 3] uint8; (height, width) of the valid areas and panoptic maps, [M, 2]."""
+
+    images: np.ndarray
+    image_size: np.ndarray
+    native_size: np.ndarray
+
+
+def pictures(case: Case) -> Pictures:
+    """The images of "two_stage": its files letterboxed, or random pixels that fill the input.
+
+    Raises:
+      ValueError: if a file cannot be read.
+    """
+    size = case.height, case.width
+    if not case.files:
+        full = np.full((case.num_images, 2), size, np.int32)
+        seeded = images(dataclasses.replace(case, batch=case.num_images))
+        return Pictures(seeded, full, full)
+    natives = [read_image(file) for file in case.files]
+    canvases, valid = zip(*(letterbox(image, size) for image in natives), strict=True)
+    sizes = (np.array(s, np.int32) for s in (valid, [image.shape[:2] for image in natives]))
+    return Pictures(np.stack(canvases), *sizes)

@@ -1,4 +1,4 @@
-"""The harness: names and callables in, times and memory out, each kept from disturbing the other.
+"""The harness: names and callables in; times, memory and their tables in markdown out.
 
 A module of this room that measures something has `works(case) -> {name: Work}`, and where the
 general table does not say it, `table(case, results) -> str`.
@@ -15,15 +15,16 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from concat_jax.benchmarking.inputs import Case
+from concat_jax.benchmarking.cases import Case
 from concat_jax.core.runtime import keep_freed_memory
+from concat_jax.evaluation.report import markdown_table
 
 T = TypeVar("T")
 
@@ -160,3 +161,80 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         **versions,
     }
+
+
+Results = Mapping[str, Measurement | str]
+
+
+def table_of_compared(cases: Sequence[tuple[str, Results]]) -> str:
+    """Cases by ours and the reference, and how far their outputs agree.
+
+    Args:
+      cases: name, and implementation to its measurement, or to the reason why it has none.
+    """
+    heads = ["case", "by", "s (fastest to slowest)", "ratio", "memory, GB", "GFLOP", "compile, s"]
+    rows, notes = [], []
+    for name, results in cases:
+        ours = results.get("ours")
+        for by, result in results.items():
+            if isinstance(result, str):
+                rows.append([name, by, "failed", *[""] * 4])
+                continue
+            ratio = f"{result.median / ours.median:.2f}" if isinstance(ours, Measurement) else ""
+            end = [_gigabytes(result), gigaflop(result), f"{result.compile:.0f}"]
+            rows.append([name, by, result.show(), ratio, *end])
+        notes += _agreement(name, {k: r for k, r in results.items() if not isinstance(r, str)})
+    return "\n\n".join(
+        ["Ratio: the implementation's time over ours, above 1 ours is faster."]
+        + [markdown_table(heads, rows), *notes]
+    )
+
+
+def _agreement(name: str, results: Mapping[str, Measurement]) -> Iterator[str]:
+    theirs = [by for by in results if by != "ours"]
+    if "ours" not in results or not theirs:
+        return
+    ours, reference = results["ours"].outputs, results[theirs[0]].outputs
+    logits = [key for key in ours if key.endswith("logits")]
+    if logits:
+        parts = [f"{key} {relative_difference(ours[key], reference[key]):.1e}" for key in logits]
+        yield f"{name}: largest relative difference: {', '.join(parts)}."
+    for key in set(ours) - set(logits):
+        parts = [f"{by} {result.outputs[key].tolist()}" for by, result in results.items()]
+        what = {"segments": "segments found", "loss": "loss at points of their own"}[key]
+        yield f"{name}: {what}: {', '.join(parts)}."
+
+
+def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference over the largest number of theirs."""
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def table_in_turns(results: Mapping[str, Measurement]) -> str:
+    """Variants of ours; ratios are to the first, so above 1 that one is better."""
+    base_name, base = next(iter(results.items()))
+    heads = ["variant", "s (fastest to slowest)", "ratio (lowest to highest of a round)", "GFLOP"]
+    rows = []
+    for name, result in results.items():
+        rounds = np.divide(result.seconds, base.seconds)
+        ratio = f"{result.median / base.median:.3f}"
+        if name != base_name:
+            ratio += f" ({rounds.min():.3f} to {rounds.max():.3f})"
+        flops = f"{result.flops / base.flops:.2f}" if base.flops else ""
+        end = [gigaflop(result), flops, _gigabytes(result), f"{result.compile:.0f}"]
+        rows.append([name, result.show(), ratio, *end])
+    return (
+        f"{markdown_table([*heads, 'GFLOP ratio', 'temporaries, GB', 'compile, s'], rows)}\n\n"
+        f"Ratio: the variant's time over that of {base_name!r}; they took turns in one process. "
+        "FLOPs and temporaries by XLA's own account of the compiled programs."
+    )
+
+
+def gigaflop(result: Measurement) -> str:
+    """Thousands of them in full, and fractions of one at small sizes."""
+    number = result.flops / 1e9
+    return f"{number:.{0 if number >= 100 else 3}f}" if number else "not counted"
+
+
+def _gigabytes(result: Measurement) -> str:
+    return f"{result.memory_bytes / 1e9:.2f}" if result.memory_bytes else "not measured"

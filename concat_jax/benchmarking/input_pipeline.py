@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import Measurement, Work
-from concat_jax.benchmarking.inputs import Case
 from concat_jax.evaluation.report import markdown_table
 from data_pipelines import augment, placement
 from data_pipelines.loader import SegmentationLoader

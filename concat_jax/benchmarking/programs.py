@@ -1,24 +1,38 @@
-"""Compiled programs of ours as works: what they share."""
+"""Programs of ours as works: what they share, and our side of the comparison with transformers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.benchmarking import cases
+from concat_jax.benchmarking.cases import NUM_CLASSES, Case
 from concat_jax.benchmarking.harness import Work
-from concat_jax.benchmarking.inputs import Case
 from concat_jax.core.arrays import unit
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.inference.panoptic import panoptic_inference
+from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
+from concat_jax.models.backbones.swin import SWIN_VARIANTS
 from concat_jax.models.networks import Networks, make_networks
-from concat_jax.models.segmentor import DEFAULTS
+from concat_jax.models.segmentor import (
+    DEFAULTS,
+    LinearClassifier,
+    make_segmentor,
+    mask_logits,
+    normalize_images,
+)
 from concat_jax.stages.stage import LossFn
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
 from concat_jax.training.sharding import make_mesh
 from concat_jax.training.state import TrainState, jit_train_step
-from concat_jax.weights.model_folder import ModelCard
+from concat_jax.weights.hugging_face_folder import save_hf_folder
+from concat_jax.weights.model_folder import ModelCard, load_model, save_model
 
 
 def compile_program(function: Any, *arguments: Any, calls: int = 1) -> tuple[Any, dict[str, Any]]:
@@ -92,3 +106,106 @@ def random_params(networks: Networks, name: str) -> Any:
 def random_embeddings(*shape: int) -> np.ndarray:
     """Normalised vectors [..., C] float32, seeded: in the place of texts' or CLIP's targets."""
     return unit(np.random.default_rng(3).normal(size=shape).astype(np.float32))
+
+
+# Backbones with random weights, when no converted model is given.
+BACKBONES = {
+    "resnet50": {"kind": "resnet"},
+    "resnet101": {"kind": "resnet", "stage_sizes": (3, 4, 23, 3)},
+    **{f"swin_{name}": {"kind": "swin", **fields} for name, fields in SWIN_VARIANTS.items()},
+}
+
+
+def prepare_models(model: str, backbone: str, folder: Path, with_reference: bool) -> str:
+    """Writes the weights of every implementation into a folder each; returns what they are."""
+    if model:
+        params, card = load_model(model)
+        source = card.source
+    else:
+        config = {"backbone": BACKBONES[backbone]}
+        rng, flags = jax.random.key(0), (True,) * NUM_CLASSES
+        ids = tuple(range(1, NUM_CLASSES + 1))
+        vocabulary = Vocabulary(tuple(f"class_{i - 1}" for i in ids), flags, flags, ids)
+        init = jax.jit(make_segmentor(config).init)
+        params = {
+            "segmentor": init(rng, np.zeros((1, 64, 64, 3)))["params"],
+            "classifier": LinearClassifier(NUM_CLASSES).init(rng, np.zeros((1, 1, 256)))["params"],
+        }
+        card = ModelCard(config, vocabulary, "panoptic", "random weights", True)
+        source = f"{backbone}, random weights"
+    save_model(folder / "ours", params, card)
+    if with_reference:
+        save_hf_folder(folder / "reference", params, card)
+    return source
+
+
+def works(case: Case) -> dict[str, Work]:
+    """ "forward", "postprocess" or "train", with the model's linear class head."""
+    params, card = load_model(case.model)
+    segmentor = make_segmentor({**card.segmentor, "dtype": case.dtype})
+    classifier = LinearClassifier(len(card.vocabulary))
+    make = {"forward": _forward, "postprocess": _postprocess, "train": _train}[case.task]
+    return {"ours": make(case, segmentor, classifier, jax.device_put(params), card.vocabulary)}
+
+
+def _forward(case: Case, segmentor, classifier, params: Any, vocabulary) -> Work:
+    images = jnp.asarray(cases.images(case))
+
+    @jax.jit
+    def predict(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        output = segmentor.apply({"params": params["segmentor"]}, normalize_images(images))
+        queries = output.queries[:, -1]
+        return {
+            "class_logits": classifier.apply({"params": params["classifier"]}, queries),
+            "mask_logits": mask_logits(output.mask_embeddings[:, -1], output.mask_features),
+        }
+
+    program, fields = compile_program(predict, params, images)
+    return Work(lambda: jax.device_get(program(params, images)), **fields)
+
+
+def _postprocess(case: Case, segmentor, classifier, params: Any, vocabulary) -> Work:
+    num_queries = params["segmentor"]["transformer_decoder"]["query_feature_embedding"].shape[0]
+    logits, masks = map(jnp.asarray, cases.logits(case, num_queries, len(vocabulary)))
+
+    @jax.jit
+    def postprocess(logits: jax.Array, masks: jax.Array) -> jax.Array:
+        segment_ids, _ = panoptic_inference(
+            masks,
+            jax.nn.softmax(logits, axis=-1),
+            jnp.asarray(vocabulary.is_thing),
+            jnp.ones(len(vocabulary), bool),
+            output_size=cases.native_size(case),
+            keep_rule="score",
+        )
+        return segment_ids
+
+    program, fields = compile_program(postprocess, logits, masks)
+
+    def call() -> dict[str, np.ndarray]:
+        maps = jax.device_get(program(logits, masks))
+        return {"segments": np.array([len(np.unique(ids[ids > 0])) for ids in maps])}
+
+    return Work(call, **fields)
+
+
+def _train(case: Case, segmentor, classifier, params: Any, vocabulary) -> Work:
+    def loss(params, frozen, batch, rng):
+        output = segmentor.apply({"params": params["segmentor"]}, normalize_images(batch["image"]))
+        terms = segmentation_loss(
+            rng,
+            classifier.apply({"params": params["classifier"]}, output.queries),
+            output.mask_embeddings,
+            output.mask_features,
+            batch["segment_ids"],
+            batch["segment_labels"],
+            SegmentationLossConfig(),
+        )
+        total = terms.loss_class + terms.loss_mask + terms.loss_dice
+        return total, {"loss": total}
+
+    names = ("image", "segment_ids", "segment_labels")
+    arrays = (cases.images(case), *cases.segments(case, len(vocabulary)))
+    batch = jax.device_put(dict(zip(names, arrays, strict=True)))
+    trainer = Trainer(params, ((r".*/frozen_\w+", 0.0, 0.0), (r".*", 1.0, 1.0)))
+    return trainer.work(loss, {}, lambda number: batch)

@@ -12,15 +12,14 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from concat_jax.benchmarking.harness import Measurement, Work
-from concat_jax.benchmarking.inputs import Case
+from concat_jax.benchmarking.cases import Case
+from concat_jax.benchmarking.harness import Measurement, Work, gigaflop
 from concat_jax.benchmarking.programs import (
     Trainer,
     method_networks,
     random_embeddings,
     random_params,
 )
-from concat_jax.benchmarking.tables import gigaflop
 from concat_jax.evaluation.report import markdown_table
 from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.stages import cat, finetune

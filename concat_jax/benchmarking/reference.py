@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from concat_jax.benchmarking import inputs
+from concat_jax.benchmarking import cases
+from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import Work
-from concat_jax.benchmarking.inputs import Case
 from concat_jax.models.segmentor import IMAGENET_MEAN, IMAGENET_STD
 from concat_jax.training.optimizer import OptimizerConfig
 
@@ -40,7 +40,7 @@ def works(case: Case) -> dict[str, Work]:
     autocast = torch.autocast(device.type, dtype, enabled=case.dtype != "float32")
 
     mean, std = (np.asarray(values, np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    pixels = (inputs.images(case) - mean) / std
+    pixels = (cases.images(case) - mean) / std
     pixels = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).to(device)
 
     def wait() -> None:
@@ -63,7 +63,7 @@ def works(case: Case) -> dict[str, Work]:
     elif case.task == "postprocess":
         work, read = _postprocess(case, network, device)
     else:
-        ids, labels = inputs.segments(case, network.config.num_labels)
+        ids, labels = cases.segments(case, network.config.num_labels)
         values = np.arange(1, case.segments + 1)[:, None, None]
         masks = [torch.from_numpy((one == values).astype(np.float32)).to(device) for one in ids]
         classes = [torch.from_numpy(one.astype(np.int64)).to(device) for one in labels]
@@ -124,7 +124,7 @@ def _postprocess(case: Case, network: Any, device: Any) -> tuple[Any, Any]:
         Mask2FormerForUniversalSegmentationOutput,
     )
 
-    logits, masks = inputs.logits(case, network.config.num_queries, network.config.num_labels)
+    logits, masks = cases.logits(case, network.config.num_queries, network.config.num_labels)
     output = Mask2FormerForUniversalSegmentationOutput(
         class_queries_logits=torch.from_numpy(logits).to(device),
         masks_queries_logits=torch.from_numpy(masks).to(device),
@@ -139,7 +139,7 @@ def _postprocess(case: Case, network: Any, device: Any) -> tuple[Any, Any]:
                 mask_threshold=0.5,
                 overlap_mask_area_threshold=0.8,
                 label_ids_to_fuse=set(),
-                target_sizes=[inputs.native_size(case)] * case.batch,
+                target_sizes=[cases.native_size(case)] * case.batch,
             )
 
     def read(results: Any) -> dict[str, np.ndarray]:

@@ -23,9 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.benchmarking import tables
-from concat_jax.benchmarking.harness import Measurement, Work
-from concat_jax.benchmarking.inputs import Case, pictures
+from concat_jax.benchmarking.cases import Case, pictures
+from concat_jax.benchmarking.harness import Measurement, Work, table_in_turns
 from concat_jax.benchmarking.programs import (
     compile_program,
     method_networks,
@@ -114,7 +113,7 @@ def table(case: Case, results: Mapping[str, Measurement]) -> str:
     (_, ours), *others = results.items()
     proposals, kept = (np.asarray(ours.outputs[key]) for key in ("proposals", "kept"))
     lines = [
-        f"{tables.in_turns(results)}",
+        table_in_turns(results),
         f"Of an image's queries {proposals.mean():.1f} have a mask with a pixel; our "
         f"post-processing keeps {kept.mean():.1f} ({kept.min()} to {kept.max()}).",
     ]

@@ -12,9 +12,9 @@ from flax import traverse_util
 from PIL import Image
 
 from concat_jax import benchmark as command
-from concat_jax.benchmarking import alignment, query_stages, tables, two_stage
+from concat_jax.benchmarking import alignment, harness, query_stages, two_stage
+from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import Measurement, Work, in_turns
-from concat_jax.benchmarking.inputs import Case
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.training import state
 from concat_jax.weights.model_folder import ModelCard, parameter_shapes, save_model
@@ -144,7 +144,7 @@ def test_ours_and_the_reference_of_known_figures():
         ),
         ("train", {"ours": measured([3.0], loss=np.array(1.5)), "torch": "out of memory"}),
     ]
-    text = tables.compared(cases)
+    text = harness.table_of_compared(cases)
     assert "| forward | ours | 1.000 (1.000 to 1.000) | 1.00 | 2.50 | 5.000 | 7 |" in text
     assert "| forward | torch | 2.000 (1.500 to 2.500) | 2.00 | 2.50 | not counted | 7 |" in text
     assert "| train | torch | failed |" in text

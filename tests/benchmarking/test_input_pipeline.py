@@ -3,8 +3,8 @@
 import dataclasses
 
 from concat_jax.benchmarking import input_pipeline
+from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import Measurement, in_turns
-from concat_jax.benchmarking.inputs import Case
 
 
 def test_measures_every_variant_and_part_once_a_round(shared_data):

@@ -5,9 +5,8 @@ import dataclasses
 import numpy as np
 
 from concat_jax.benchmarking import panoptic_quality
+from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import in_turns
-from concat_jax.benchmarking.inputs import Case
-from concat_jax.benchmarking.official_panoptic_quality import OfficialPanopticQuality
 from concat_jax.core.coco_writers import PanopticWriter
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
@@ -31,7 +30,7 @@ def test_the_reference_counts_as_ours_on_random_maps():
             int(i): {"label": labels[int(i)], "is_crowd": crowd[int(i)], "area": int(area)}
             for i, area in zip(ids, areas, strict=True)
         }
-        official, ours = OfficialPanopticQuality(), PanopticQuality(3)
+        official, ours = panoptic_quality.OfficialPanopticQuality(), PanopticQuality(3)
         official.update(gt, segments, pred, found)
         ours.update(gt, labels, crowd, pred, found)
         counts = official.counts(3)

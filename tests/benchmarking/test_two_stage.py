@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concat_jax.benchmarking.inputs import Case, letterbox, pictures
+from concat_jax.benchmarking.cases import Case, letterbox, pictures
 from concat_jax.benchmarking.two_stage import Paths, Sizes, cut_out, largest_masks
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.heads import TextHead
