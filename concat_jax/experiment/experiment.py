@@ -30,7 +30,7 @@ from concat_jax.experiment.workdir import claim_workdir, evaluation_settings, re
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.predictor import Predictor
 from concat_jax.inference.programs import Network
-from concat_jax.stages.stage import MATCHING_PROJECTOR, TEXT
+from concat_jax.stages.stage import COMES_WITH, MATCHING_PROJECTOR, TEXT
 from concat_jax.training.checkpoints import CheckpointError
 from concat_jax.training.loop import LoopConfig, train_stage
 from concat_jax.training.metrics import MetricWriter
@@ -176,7 +176,10 @@ class Experiment:
             subtree = part.split("/")[0]
             given = {subtree: self.parameters.get(subtree, *stage_name)} if stage_name else taken
             params = copy_parameters(params, target, given, part)
-        frozen = {read: self._read(read, setup.source_of(read, name)) for read in stage.reads}
+        frozen = {
+            read: self._read(read, settings.takes[COMES_WITH.get(read, read)])
+            for read in stage.reads
+        }
         if stage.start is None:
             batch_fn = stage_batches(self, name, frozen.get(TEXT))
         else:

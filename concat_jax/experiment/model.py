@@ -56,14 +56,6 @@ class SavedLabels(NamedTuple):
     eval_vocabulary: Vocabulary | None = None
 
 
-class LoadedModel(NamedTuple):
-    """Parameters as `save_model` takes them, the card, and the tokenizer of the text tower."""
-
-    params: Params
-    card: ModelCard
-    tokenizer: Tokenizer
-
-
 def write_labels(workdir: Path, labels: Labels) -> None:
     """Keeps in a workdir what `load_workdir` needs of the data."""
     content = {
@@ -133,16 +125,15 @@ def export_workdir(
 ) -> None:
     """Writes what holds after a stage as a model's folder, to be handed to somebody."""
     check_destination(destination, overwrite=overwrite)
-    model = load_workdir(Path(workdir), stage)
-    for name, tree in model.params.items():
+    params, card, tokenizer = load_workdir(Path(workdir), stage)
+    for name, tree in params.items():
         count = sum(leaf.size for leaf in jax.tree.leaves(tree))
         print(f"  {name:<14}{count:>12,} numbers")
-    params, card, tokenizer = model
     save_model(destination, params, card, tokenizer=tokenizer, overwrite=overwrite)
     print(f"Wrote {destination}, {len(card.vocabulary)} classes of training and any other names.")
 
 
-def load_workdir(workdir: Path, stage: str = "") -> LoadedModel:
+def load_workdir(workdir: Path, stage: str = "") -> tuple[Params, ModelCard, Tokenizer]:
     """What holds after a stage of a workdir, without optimizer and image tower of CLIP."""
     config = unflatten(read_json(workdir / CONFIG_NAME))
     fields = {field.name for field in dataclasses.fields(PredictConfig)}
@@ -182,7 +173,7 @@ def load_workdir(workdir: Path, stage: str = "") -> LoadedModel:
         short_side=setup.predict.short_side,
         long_side=setup.predict.long_side,
     )
-    return LoadedModel(jax.device_get(params), card, setup.tokenizer)
+    return jax.device_get(params), card, setup.tokenizer
 
 
 # What a prediction needs.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import ml_collections
 
@@ -19,7 +18,7 @@ from concat_jax.models.generators import make_generator
 from concat_jax.models.networks import Networks, make_networks
 from concat_jax.stages.clip_targets import CropConfig
 from concat_jax.stages.registry import make_stage
-from concat_jax.stages.stage import COMES_WITH, Context, Stage, StageConfig
+from concat_jax.stages.stage import Context, Stage, StageConfig
 from concat_jax.text.tokenizer import Tokenizer
 from concat_jax.training.optimizer import OptimizerConfig
 
@@ -77,10 +76,6 @@ class Setup:
         context = dataclasses.replace(self.context, networks=self.networks_of(name))
         return make_stage(name, self.stages[name], context)
 
-    def source_of(self, read: str, name: str) -> str:
-        """The stage, or "init", that gives what stage `name` reads."""
-        return self.stages[name].takes[COMES_WITH.get(read, read)]
-
     def holds_after(self, name: str) -> dict[str, str]:
         """Subtree to the stage that gave it, of all that holds once stage `name` has finished."""
         return {**self.stages[name].takes, **{s: name for s in self.make_stage(name).trains}}
@@ -111,13 +106,23 @@ def make_setup(
         tokenizer = make_tokenizer(config, labels.caption_words)
         for vocabulary in {labels.vocabulary, evaluated}:
             check_names(config.text, tokenizer, vocabulary)
-    section = functools.partial(_section, config)
+    model = config.model.to_dict()
+    sizes = ("vocab_size", "context_length", "eot_id")
+    model["clip"] |= {size: getattr(tokenizer, size) for size in sizes}
+    loss, crops, bank = (
+        build(cls, config.get(name, {}), f"config.{name}")
+        for name, cls in (
+            ("loss", SegmentationLossConfig),
+            ("crops", CropConfig),
+            ("bank", BankConfig),
+        )
+    )
     sides = {"short_side": labels.eval_size, "long_side": labels.eval_size}
     context = Context(
-        make_networks(_model_section(config, tokenizer)),
+        make_networks(model),
         labels.vocabulary,
-        section(SegmentationLossConfig, "loss"),
-        section(CropConfig, "crops"),
+        loss,
+        crops,
         has_clip_targets=bool(config.data.get("clip_targets", "")),
     )
     return Setup(
@@ -127,20 +132,6 @@ def make_setup(
         evaluated,
         tokenizer,
         build(PredictConfig, {**sides, **config.eval.settings}, "config.eval.settings"),
-        section(BankConfig, "bank"),
+        bank,
         context,
     )
-
-
-def _section(config: ml_collections.ConfigDict, cls: type, name: str) -> Any:
-    return build(cls, config.get(name, {}), f"config.{name}")
-
-
-def _model_section(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
-    model = config.model.to_dict()
-    model["clip"] |= {
-        "vocab_size": tokenizer.vocab_size,
-        "context_length": tokenizer.context_length,
-        "eot_id": tokenizer.eot_id,
-    }
-    return model
