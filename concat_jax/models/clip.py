@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -32,14 +31,12 @@ _BASE = dict(embed_dim=512, image_size=224, image_width=768, image_depth=12, ima
 _BASE |= dict(text_width=512, text_depth=12, text_heads=8)
 _LARGE = dict(embed_dim=768, image_size=224, image_width=1024, image_depth=24, image_heads=16)
 _LARGE |= dict(text_width=768, text_depth=12, text_heads=12, patch_size=14)
-CLIP_VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "ViT-B/32": {**_BASE, "patch_size": 32},
-        "ViT-B/16": {**_BASE, "patch_size": 16},
-        "ViT-L/14": _LARGE,
-        "ViT-L/14@336": {**_LARGE, "image_size": 336},
-    }
-)
+CLIP_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "ViT-B/32": {**_BASE, "patch_size": 32},
+    "ViT-B/16": {**_BASE, "patch_size": 16},
+    "ViT-L/14": _LARGE,
+    "ViT-L/14@336": {**_LARGE, "image_size": 336},
+}
 
 _LAYER_NORM_EPSILON = 1e-5  # torch's default, which CLIP was trained with; linen's is 1e-6
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from concat_jax.models.backbones.resnet import BOTTLENECK_EXPANSION
@@ -154,17 +153,15 @@ _SWIN_CONFIG = HubConfig(
         "out_features": _STAGES,
     },
 )
-FORMATS: Mapping[str, BackboneFormat] = MappingProxyType(
-    {
-        "resnet": BackboneFormat(
-            _RESNET,
-            "stem_conv/kernel",
-            _RESNET_CONFIG,
-            _resnet_sizes,
-            needed=(("norm", "frozen_batch"), ("stem", "standard")),
-        ),
-        "swin": BackboneFormat(
-            _SWIN, "patch_projection/kernel", _SWIN_CONFIG, _swin_sizes, absent=("output_norm_",)
-        ),
-    }
-)
+FORMATS: Mapping[str, BackboneFormat] = {
+    "resnet": BackboneFormat(
+        _RESNET,
+        "stem_conv/kernel",
+        _RESNET_CONFIG,
+        _resnet_sizes,
+        needed=(("norm", "frozen_batch"), ("stem", "standard")),
+    ),
+    "swin": BackboneFormat(
+        _SWIN, "patch_projection/kernel", _SWIN_CONFIG, _swin_sizes, absent=("output_norm_",)
+    ),
+}

@@ -169,14 +169,14 @@ def default_classes(count: int, known: Vocabulary | None = None) -> Classes:
 
 
 def fresh_head(
-    params: Params, report: LoadingReport, num_classes: int, width: int, seed: int = 0
+    params: Params, report: LoadingReport, num_classes: int, width: int
 ) -> tuple[Params, LoadingReport]:
     """Replace the class head, or add one, by a fresh one for K classes and queries of `width`.
 
     The report then has the old head among the ignored and names the new one.
     """
     queries = jnp.zeros((1, 1, width), jnp.float32)
-    head = LinearClassifier(num_classes).init(jax.random.key(seed), queries)["params"]
+    head = LinearClassifier(num_classes).init(jax.random.key(0), queries)["params"]
     head = jax.tree.map(np.asarray, head)
     old = [path for path in report.loaded if path.startswith("classifier/")]
     report = LoadingReport(

@@ -31,6 +31,7 @@ from concat_jax.weights.hugging_face_folder import (
     PREPROCESSOR_NAME,
     WEIGHTS_NAMES,
     read_json_object,
+    weights_in,
 )
 from concat_jax.weights.model_folder import abstract_params
 from concat_jax.weights.names import clip as names
@@ -56,12 +57,9 @@ class ClipWeights:
 
     Attributes:
       config: fields for `make_clip`; image_size is the resolution that the file was trained at.
-      params: float32 numpy "params" collection of `CLIP`.
-      tokenizer_files: folder with tokenizer.json, or vocab.json and merges.txt; None where the
-        source has none.
+      tokenizer_files: folder with tokenizer.json, or vocab.json and merges.txt, if there are.
       kind: what the source is, for a person to read.
       assumed: fields of `config` that nothing in or beside the source tells.
-      notes: sentences about what was left out of the file.
     """
 
     config: Mapping[str, Any]
@@ -131,10 +129,7 @@ def _weights_file(folder: Path) -> Path:
     is_hf = config.is_file() and read_json_object(config).get("model_type") == "clip"
     # Folders of open_clip's weights may hold a config.json and a model of another library, too.
     both = (WEIGHTS_NAMES, OPEN_CLIP_WEIGHTS_NAMES)
-    for name in sum(both if is_hf else both[::-1], ()):
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{folder} holds no weights of a CLIP; they are {' or '.join(sum(both, ()))}.")
+    return weights_in(folder, sum(both if is_hf else both[::-1], ()), "weights of a CLIP")
 
 
 def _describe(

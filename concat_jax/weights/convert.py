@@ -21,6 +21,7 @@ from concat_jax.weights.hugging_face_folder import (
     check_preprocessing,
     read_json_object,
     segmentor_config_from_hf,
+    weights_in,
 )
 from concat_jax.weights.model_folder import CARD_NAME, TASKS, Params, load_model
 from concat_jax.weights.names.mask2former import PADING_MODULES
@@ -38,11 +39,8 @@ class Source:
 
     Attributes:
       kind: what it is, for a person to read.
-      params: as `save_model` takes them.
-      config: for `make_segmentor`.
-      classes: of the class head, None without one.
-      task: one of `TASKS`, or "" where nothing tells; None until it is guessed.
       notes: sentences that somebody who uses the weights should read.
+      task: one of `TASKS`, or "" where nothing tells; None until it is guessed.
       sides: short_side and long_side of a card, where the source says them.
       content: of Hugging Face's config.json.
     """
@@ -160,15 +158,12 @@ def _from_hf_folder(path: Path) -> Source:
     sides, notes = {}, ()
     if (path / PREPROCESSOR_NAME).is_file():
         sides, notes = check_preprocessing(read_json_object(path / PREPROCESSOR_NAME))
-    names = [name for name in WEIGHTS_NAMES if (path / name).is_file()]
-    if not names:
-        raise ValueError(f"{path} holds no weights; they are {' or '.join(WEIGHTS_NAMES)}.")
-    file = read_weights(path / names[0])
+    file = read_weights(weights_in(path, WEIGHTS_NAMES))
     params, report = segmentor_params_from_hf(file.arrays, config)
     extra = content.get(EXTRA_KEY)
     task = extra.get("task") if isinstance(extra, Mapping) else None
-    task, kind = task if task in TASKS else None, "a Hugging Face Mask2Former"
-    notes = (*file.notes, *notes)
+    task, notes = task if task in TASKS else None, (*file.notes, *notes)
+    kind = "a Hugging Face Mask2Former"
     return Source(kind, params, config, report, notes, None, task, sides, content)
 
 

@@ -43,13 +43,12 @@ def new_folder(
             temporary.mkdir(parents=True)
             yield temporary
             check_destination(final, overwrite=overwrite)
-            if final.exists():
-                old = temporary.with_suffix(".old")
+            old = temporary.with_suffix(".old")
+            if is_there := final.exists():
                 final.rename(old)
-                temporary.rename(final)
+            temporary.rename(final)
+            if is_there:
                 shutil.rmtree(old)
-            else:
-                temporary.rename(final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -7,7 +7,7 @@ place for is refused by name, so that a folder which is read gives the outputs i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,9 @@ def config_to_hf(card: ModelCard) -> dict[str, Any]:
     if (classes := card.vocabulary) is not None:
         content["id2label"] = {str(index): name for index, name in enumerate(classes.names)}
         content["label2id"] = {name: index for index, name in enumerate(classes.names)}
+        columns = ("is_thing", "is_seen", "category_ids")
+        extra |= {key: list(getattr(classes, key)) for key in columns}
         extra["knows_things"] = card.knows_things
-        extra |= {
-            key: list(getattr(classes, key)) for key in ("is_thing", "is_seen", "category_ids")
-        }
     return {**content, EXTRA_KEY: extra}
 
 
@@ -152,7 +151,7 @@ def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, int], tup
 
 
 def preprocessing_to_hf(card: ModelCard) -> dict[str, Any]:
-    """Content of preprocessor_config.json: the card's sizes, ImageNet's statistics."""
+    """Content of preprocessor_config.json."""
     return {
         "image_processor_type": "Mask2FormerImageProcessor",
         "do_resize": True,
@@ -174,6 +173,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must be a JSON object.")
     return content
+
+
+def weights_in(folder: Path, names: Sequence[str], what: str = "weights") -> Path:
+    """The first of these files that a folder holds, else ValueError."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder} holds no {what}; they are {' or '.join(names)}.")
 
 
 def save_hf_folder(

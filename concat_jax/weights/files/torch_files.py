@@ -9,7 +9,6 @@ neither run nor looked at.
 from __future__ import annotations
 
 import io
-import struct
 import zipfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -136,7 +135,7 @@ def read_torch_legacy(file: BinaryIO) -> Any:
         length = file.read(8)
         if len(length) < 8 or key not in storages:
             raise ValueError("it is cut off in its storages")
-        (size,) = struct.unpack("<q", length)
+        size = int.from_bytes(length, "little", signed=True)
         if size != storages[key].size:
             raise ValueError("a storage has another size than its tensors say")
         places[key] = place + 8
