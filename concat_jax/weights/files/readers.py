@@ -16,11 +16,7 @@ import numpy as np
 import safetensors
 
 from concat_jax.core.files import read_json
-from concat_jax.weights.files.restricted_pickle import (
-    SAFETENSORS_TYPES,
-    as_array,
-    read_pickle,
-)
+from concat_jax.weights.files.restricted_pickle import SAFETENSORS_TYPES, as_array, read_pickle
 from concat_jax.weights.files.torch_files import (
     LEGACY_START,
     ZIP_START,
