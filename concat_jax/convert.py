@@ -74,14 +74,7 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
 
     model = load_source(source, known, named, new_head=given.reinit_head)
     print(f"{source} is {model.kind}.", model.report, sep="\n")
-    card = ModelCard(
-        segmentor=model.config,
-        vocabulary=model.classes.vocabulary if model.classes else None,
-        task=given.task or model.task,
-        source=Path(source).resolve().name,
-        knows_things=model.classes is not None and model.classes.knows_things,
-        **model.sides,
-    )
+    card = dataclasses.replace(model.card, task=given.task or model.card.task)
     print(*model.notes, *_describe(card, model.classes), sep="\n")
     save = save_hf_folder if given.to == "hf" else save_model
     save(destination, model.params, card, overwrite=given.overwrite)

@@ -23,7 +23,7 @@ from concat_jax.weights.hugging_face_folder import (
     segmentor_config_from_hf,
     weights_in,
 )
-from concat_jax.weights.model_folder import CARD_NAME, TASKS, Params, load_model
+from concat_jax.weights.model_folder import CARD_NAME, TASKS, ModelCard, Params, load_model
 from concat_jax.weights.names.mask2former import PADING_MODULES
 from concat_jax.weights.report import LoadingReport, name_keys, shapes_of
 from concat_jax.weights.segmentors import (
@@ -39,20 +39,18 @@ class Source:
 
     Attributes:
       kind: what it is, for a person to read.
+      card: what `save_model` writes beside `params`.
       notes: sentences that somebody who uses the weights should read.
-      task: one of `TASKS`, or "" where nothing tells; None until it is guessed.
-      sides: short_side and long_side of a card, where the source says them.
+      classes: those of the card, None without a class head.
       content: of Hugging Face's config.json.
     """
 
     kind: str
     params: Params
-    config: Mapping[str, Any]
+    card: ModelCard
     report: LoadingReport
     notes: tuple[str, ...] = ()
     classes: Classes | None = None
-    task: str | None = None
-    sides: Mapping[str, int] = dataclasses.field(default_factory=dict)
     content: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -100,11 +98,18 @@ def load_source(
         if classes is None and count is not None:
             classes = classes_from_hf(source.content, None if new_head else count, known)
             classes = classes or default_classes(count, known)
-    task = _guess_task(path, classes) if source.task is None else source.task
-    source = dataclasses.replace(source, classes=classes, task=task)
+    is_backbone = set(source.params["segmentor"]) == {"backbone"}
+    card = dataclasses.replace(
+        source.card,
+        vocabulary=classes.vocabulary if classes else None,
+        knows_things=classes is not None and classes.knows_things,
+        task=source.card.task or ("" if is_backbone else _guess_task(path, classes)),
+        source=path.resolve().name,
+    )
+    source = dataclasses.replace(source, classes=classes, card=card)
     if named is None and not new_head:
         return source
-    if set(source.params["segmentor"]) == {"backbone"}:
+    if is_backbone:
         raise ValueError(
             "The source is a backbone alone and has no class head; leave out --classes and "
             "--reinit_head."
@@ -113,7 +118,7 @@ def load_source(
         raise ValueError("The source has no class head; pass --classes with --reinit_head.")
     want = len(classes.vocabulary)
     if new_head:
-        width = {**DEFAULTS, **source.config}["width"]
+        width = {**DEFAULTS, **card.segmentor}["width"]
         params, report = fresh_head(source.params, source.report, want, width)
         return dataclasses.replace(source, params=params, report=report)
     if count is None:
@@ -141,14 +146,16 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _from_model_folder(path: Path) -> Source:
     params, card = load_model(path)
+    if card.text is not None:
+        raise ValueError(
+            f"{path} names classes by text: it is used as it is, and no other format can hold it."
+        )
     shapes = shapes_of(params)
     report = LoadingReport({name: name for name in shapes}, shapes)
     classes = None
     if card.vocabulary is not None:
         classes = Classes(card.vocabulary, card.knows_things, f"{path / CARD_NAME}")
-    sides = {"short_side": card.short_side, "long_side": card.long_side}
-    kind = "a model folder"
-    return Source(kind, params, card.segmentor, report, (), classes, card.task, sides)
+    return Source("a model folder", params, card, report, classes=classes)
 
 
 def _from_hf_folder(path: Path) -> Source:
@@ -162,9 +169,9 @@ def _from_hf_folder(path: Path) -> Source:
     params, report = segmentor_params_from_hf(file.arrays, config)
     extra = content.get(EXTRA_KEY)
     task = extra.get("task") if isinstance(extra, Mapping) else None
-    task, notes = task if task in TASKS else None, (*file.notes, *notes)
-    kind = "a Hugging Face Mask2Former"
-    return Source(kind, params, config, report, notes, None, task, sides, content)
+    card = ModelCard(config, task=task if task in TASKS else "", **sides)
+    notes = (*file.notes, *notes)
+    return Source("a Hugging Face Mask2Former", params, card, report, notes, content=content)
 
 
 def _from_file(path: Path) -> Source:
@@ -182,9 +189,11 @@ def _from_file(path: Path) -> Source:
                 "It is a checkpoint of PADing's second stage: the class head is the first stage's "
                 f"class_embed; the second stage's {', '.join(PADING_MODULES)} are ignored.",
             )
-        return Source("a Detectron2 Mask2Former", params, config, report, notes)
+        return Source("a Detectron2 Mask2Former", params, ModelCard(config), report, notes)
     if loaded := backbone_params_from_imagenet(file.arrays):
-        return Source("a backbone trained on ImageNet", *loaded, file.notes, task="")
+        params, config, report = loaded
+        kind = "a backbone trained on ImageNet"
+        return Source(kind, params, ModelCard(config), report, file.notes)
     raise ValueError(
         f"{path} holds weights of an unknown model ({name_keys(file.arrays)}); what can be "
         "converted are a Detectron2 Mask2Former, PADing, and a ResNet or Swin of ImageNet."

@@ -122,6 +122,8 @@ def test_an_exported_folder_gives_the_same_segments_bit_for_bit(folder, tmp_path
     for classes in (None, names(model, 5)):
         pair = (m.predictor(LOOSE, classes)(image).panoptic for m in (model, exported))
         same(*pair)
+    with pytest.raises(SystemExit, match="names classes by text: it is used as it is"):
+        convert.main(["convert", str(tmp_path / "mine"), str(tmp_path / "again")])
 
 
 def test_other_names_compile_nothing_again(folder):

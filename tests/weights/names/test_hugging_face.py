@@ -79,8 +79,8 @@ def test_other_files_of_weights_in_a_folder(hf_folder, hf_arrays, config, tmp_pa
         index = {"weight_map": dict.fromkeys(hf_arrays, part)}
         (tmp_path / name).write_text(json.dumps(index))
     found = load_source(tmp_path)
-    assert make_segmentor(found.config) == make_segmentor(config)
-    for key, array in segmentor_params_to_hf(found.params, found.config).items():
+    assert make_segmentor(found.card.segmentor) == make_segmentor(config)
+    for key, array in segmentor_params_to_hf(found.params, found.card.segmentor).items():
         np.testing.assert_array_equal(array, hf_arrays[key], err_msg=key)
 
 
