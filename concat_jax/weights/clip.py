@@ -33,13 +33,11 @@ from concat_jax.weights.hugging_face_folder import (
     read_json_object,
     weights_in,
 )
-from concat_jax.weights.model_folder import abstract_params
+from concat_jax.weights.model_folder import Params, abstract_params
 from concat_jax.weights.names import clip as names
 from concat_jax.weights.names.table import Found, find, to_ours
 from concat_jax.weights.report import LoadingReport, name_keys, shapes_of
 from concat_jax.weights.sizes import check_statistics
-
-Params = Mapping[str, Any]
 
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def load_source(
     path = Path(path)
     if not path.exists():
         raise ValueError(f"There is no file or folder {path}.")
-    with _naming(path):
+    try:
         if not path.is_dir():
             source = _from_file(path)
         elif (path / CARD_NAME).is_file():
@@ -98,6 +97,10 @@ def load_source(
         if classes is None and count is not None:
             classes = classes_from_hf(source.content, None if new_head else count, known)
             classes = classes or default_classes(count, known)
+    except ValueError as error:
+        reason = str(error).rstrip(".")
+        what = reason if str(path) in reason else f"{path} cannot be converted: {reason}"
+        raise ValueError(f"{what}.") from error
     is_backbone = set(source.params["segmentor"]) == {"backbone"}
     card = dataclasses.replace(
         source.card,
@@ -131,17 +134,6 @@ def load_source(
             "--reinit_head for a new head, which has to be trained."
         )
     return source
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors name the source."""
-    try:
-        yield
-    except ValueError as error:
-        reason = str(error).rstrip(".")
-        what = reason if str(path) in reason else f"{path} cannot be converted: {reason}"
-        raise ValueError(f"{what}.") from error
 
 
 def _from_model_folder(path: Path) -> Source:

@@ -28,11 +28,8 @@ def new_folder(
 ) -> Iterator[Path]:
     """A temporary folder for a model, which takes its final name only if the block does not raise.
 
-    `overwrite` replaces what is there, if it is a model's folder or an empty one.
-
-    Raises:
-      ValueError: as `check_destination`.
-      OSError: there is no room for `params`, or a file cannot be written.
+    `overwrite` replaces what is there, if it is a model's folder or an empty one. Raises ValueError
+    as `check_destination`; OSError if there is no room for `params` or a file cannot be written.
     """
     # realpath: a link to a folder stays a link to what replaces that folder.
     final = Path(os.path.realpath(folder))

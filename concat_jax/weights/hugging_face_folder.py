@@ -192,10 +192,8 @@ def save_hf_folder(
 ) -> None:
     """Write a folder that transformers' `from_pretrained` loads, complete or not at all.
 
-    Raises:
-      ValueError: it is a backbone alone or has no class head, transformers does not do what the
-        config asks for, or the folder's name is taken.
-      OSError: the disk refuses.
+    Raises ValueError if it is a backbone alone or has no class head, transformers does not do what
+    the config asks for, or the folder's name is taken; OSError if the disk refuses.
     """
     if set(params.get("segmentor", {})) == {"backbone"}:
         raise ValueError(

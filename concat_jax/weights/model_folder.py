@@ -143,11 +143,8 @@ def save_model(
 
     `params` are trees of arrays: "segmentor", and "classifier" where there is a linear head, or
     "projector", "text_tower" and "training_text" [K, C] where text names the classes;
-    `{"segmentor": {"backbone": ...}}` for the weights of a backbone alone.
-
-    Raises:
-      ValueError: the name is taken, or params and card do not belong together.
-      OSError: the disk refuses.
+    `{"segmentor": {"backbone": ...}}` for the weights of a backbone alone. Raises ValueError if the
+    name is taken, or params and card do not belong together; OSError if the disk refuses.
     """
     _check_together(params, card, "The parameters")
     content = {"format": FORMAT, **dataclasses.asdict(card)}

@@ -27,11 +27,11 @@ MAX_NAMED = 6
 MAX_KEYS_NAMED = 5
 
 
-def name_keys(keys: Iterable[str]) -> str:
+def name_keys(keys: Iterable[str], most: int = MAX_KEYS_NAMED) -> str:
     """The first keys in alphabetical order, and how many more there are."""
     keys = sorted(keys)
-    more = f" and {len(keys) - MAX_KEYS_NAMED} more" if len(keys) > MAX_KEYS_NAMED else ""
-    return ", ".join(keys[:MAX_KEYS_NAMED]) + more
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
 
 
 def shapes_of(params: Mapping[str, Any]) -> dict[str, Shape]:
@@ -90,10 +90,7 @@ def _count(shapes: Mapping[str, Shape]) -> str:
 
 
 def _names(shapes: Mapping[str, Shape]) -> str:
-    names = sorted(shapes)
-    named = ", ".join(f"{name} {list(shapes[name])}" for name in names[:MAX_NAMED])
-    more = len(names) - MAX_NAMED
-    return named if more <= 0 else f"{named} and {more} more"
+    return name_keys((f"{name} {list(shape)}" for name, shape in shapes.items()), MAX_NAMED)
 
 
 def _ignored_names(shapes: Mapping[str, Shape]) -> str:

@@ -264,11 +264,8 @@ def read_pickle(file: BinaryIO, **options: Any) -> Any:
 
     Options are `find_storage(key, dtype, size)` for torch's references to storages,
     `read_nested(content)` for a torch file inside the pickle, `is_script` for that of a TorchScript
-    archive, which gives `ScriptModule`s. Arrays are what `as_array` takes.
-
-    Raises:
-      ValueError: it is broken, no pickle, or names a global that is not in the table; nothing has
-        been run.
+    archive, which gives `ScriptModule`s. Arrays are what `as_array` takes. Raises ValueError if it
+    is broken, no pickle, or names a global that is not in the table; nothing has been run.
     """
     try:
         return _Unpickler(file, **options).load()
