@@ -25,6 +25,7 @@ scores a finished stage as the training command does, by config.eval.settings.ta
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Sequence
 
 from concat_jax.core import cli
@@ -37,6 +38,12 @@ from concat_jax.evaluation.score_label_maps import IGNORED_VALUES, score_semanti
 from data_pipelines.labels import load_label_space
 
 TASKS = ("panoptic", "semantic", "instance")
+# What `python -m concat_jax.predict --output=DIR`, and evaluation in a stage's folder, call them.
+RESULTS = {
+    "panoptic": ("panoptic.json", "panoptic_predictions.json"),
+    "semantic": ("semantic", "semantic_predictions"),
+    "instance": ("instances.json", "instance_predictions.json"),
+}
 PROTOCOLS = {"coco": COCO_THRESHOLDS, "zsi": ZSI_THRESHOLDS}
 # Flags of one way to call this, which mean nothing to the other.
 FILE_FLAGS = ("task", "annotations", "predictions", "split", "annotation_pngs", "png_folder")
@@ -48,7 +55,7 @@ def define_flags(flags: cli.Flags) -> None:
     values = ("", "ids", "indices")
     flags.string("task", "", f"Of files: one of {', '.join(TASKS)}.")
     flags.string("annotations", "", "Ground truth: a json, or a folder of label maps.")
-    flags.string("predictions", "", "Predictions: a json, or a folder of label maps.")
+    flags.string("predictions", "", "A json, a folder of label maps, or of what predict wrote.")
     flags.string("split", "", "Split file or vocabulary, or the name of one that ships.")
     flags.string("annotation_pngs", "", "PNGs of --annotations, if not beside it.")
     flags.string("png_folder", "", "PNGs of --predictions, if not beside it.")
@@ -62,6 +69,15 @@ def define_flags(flags: cli.Flags) -> None:
     flags.string("output", "", "A json file for the report.")
 
 
+def result_in(given: str, task: str) -> str:
+    """A task's result in a folder that `predict` or a stage's evaluation filled; else as given."""
+    for name in RESULTS[task]:
+        path = pathlib.Path(given) / name
+        if path.exists():
+            return str(path)
+    return given
+
+
 def evaluate_files(given: cli.Flags) -> dict:
     """Scores the files that the flags name; returns the summary, as `evaluate` has it.
 
@@ -73,7 +89,7 @@ def evaluate_files(given: cli.Flags) -> dict:
         if not getattr(given, name):
             raise ValueError(f"Scoring files needs --{name}.")
     vocabulary = load_label_space(given.split) if given.split else None
-    files = given.annotations, given.predictions, vocabulary
+    files = given.annotations, result_in(given.predictions, given.task), vocabulary
     folders = dict(
         annotation_folder=given.annotation_pngs or None, prediction_folder=given.png_folder or None
     )

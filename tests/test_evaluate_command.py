@@ -1,6 +1,7 @@
 """`python -m concat_jax.evaluate`: tables, report and sentences."""
 
 import json
+import shutil
 import types
 
 import numpy as np
@@ -49,6 +50,17 @@ def run(*arguments):
 def of_files(folder, *more):
     files = f"--annotations={folder / 'truth.json'}", f"--predictions={folder / 'found.json'}"
     return ("--task=panoptic", *files, *more)
+
+
+def test_the_folder_that_predict_wrote_is_as_good_as_the_file_in_it(files, tmp_path):
+    """As `predict` calls it, and as evaluation of a stage does."""
+    expected = run(*of_files(files))
+    for name in ("panoptic", "panoptic_predictions"):
+        folder = tmp_path / f"of_{name}"
+        shutil.copytree(files / "found", folder / name)
+        shutil.copy(files / "found.json", folder / f"{name}.json")
+        given = f"--annotations={files / 'truth.json'}", f"--predictions={folder}"
+        assert run("--task=panoptic", *given)["all"] == expected["all"]
 
 
 def test_files_become_tables_and_a_report(files, capsys):

@@ -37,8 +37,15 @@ SAFETENSORS_TYPES = {name: np.dtype(kind) for _, name, kind in _TENSOR_TYPES}
 _NUMPY_TYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 
 
+class _Sealed:
+    """What a pickle may make and never change: a storage of another size would be read past."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("the pickle sets attributes where weights have none")
+
+
 @dataclasses.dataclass
-class Storage:
+class Storage(_Sealed):
     """Numbers that tensors are views of; `read` gives their bytes when somebody wants them."""
 
     dtype: np.dtype
@@ -55,7 +62,7 @@ class Storage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class Tensor(_Sealed):
     """A strided view of a storage, not yet read."""
 
     storage: Storage
@@ -77,7 +84,7 @@ class Tensor:
         return np.array(np.lib.stride_tricks.as_strided(numbers, self.shape, steps))
 
 
-class _Global:
+class _Global(_Sealed):
     """Stands for a global that a pickle calls, or mentions as the type of a storage."""
 
     __slots__ = ("_call", "dtype")
@@ -89,9 +96,6 @@ class _Global:
         if self._call is None:
             raise ValueError("the pickle calls what weights only mention")
         return self._call(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise ValueError("the pickle sets attributes where weights have none")
 
 
 class _Dict(dict):

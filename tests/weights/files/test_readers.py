@@ -234,6 +234,14 @@ def test_stand_ins_cannot_be_changed_by_a_pickle():
         attack = b"\x80\x02" + name.encode() + b"}U\x05_callU\x01xsb."
         with pytest.raises(ValueError, match="sets attributes"):
             restricted_pickle.read_pickle(io.BytesIO(attack))
+    # A storage that says it is larger than it is would be read past its end.
+    reference = b"(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQ"
+    attack = b"\x80\x02" + reference + b"}U\x04sizeK\x63sb."
+    with pytest.raises(ValueError, match="sets attributes"):
+        restricted_pickle.read_pickle(
+            io.BytesIO(attack),
+            find_storage=lambda key, dtype, size: restricted_pickle.Storage(dtype, size, bytes),
+        )
     with pytest.raises(ValueError):  # NEWOBJ: a new one of a stand-in
         restricted_pickle.read_pickle(io.BytesIO(b"\x80\x02cnumpy\nndarray\n)\x81."))
 
