@@ -3,7 +3,7 @@
 Beside a result lies its manifest, the json object that says what the result holds: the task, what
 the pixels mean, the categories, and which image has which id and file. `panoptic.json` is its own,
 `semantic.json` lies beside the folder `semantic/`, `instances.manifest.json` beside
-`instances.json`, which must be a bare list. `coco.read_manifest` reads it.
+`instances.json`, which must be a bare list. `evaluation.result_files` reads it.
 """
 
 from __future__ import annotations
