@@ -138,6 +138,8 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> int:
     """What the flags ask for; 1 if an image failed."""
     if not (given.model and given.output and arguments):
         raise ValueError("give --model=DIR, --output=DIR and the images to segment.")
+    if Path(given.output).is_file():
+        raise ValueError(f"--output={given.output} is a file; name a folder.")
     model = open_model(given.model, stage=given.stage, dtype=given.dtype)
     config = config_of(given, model)
     notice, classes = model.notice, None

@@ -318,6 +318,7 @@ def test_a_backbone_alone_is_refused(random_params, tmp_path):
         (["--mask_threshold=2", "--model=m", "--output=o", "a.png"], "mask_threshold is 2.0"),
         (["--short_side=x", "--model=m", "--output=o", "a.png"], "flag --short_side=x"),
         (["--batch_size=0", "--model=m", "--output=o", "a.png"], "batch_size is 0"),
+        (["--model=m", "--output=README.md", "a.png"], "--output=README.md is a file"),
     ],
 )
 def test_mistakes_end_in_one_sentence(model, arguments, message):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging as native_logging
 import os
 import re
@@ -195,6 +196,7 @@ def _show_unraisable(unraisable: Any) -> None:
 
 def _parse(values: Flags, argv: Sequence[str]) -> list[str]:
     """What is left of a command line without its flags; a typo's ValueError names the nearest."""
+    _check_config_file(argv)
     try:
         rest = values(argv)[1:]
         _check_added_keys(values)
@@ -213,6 +215,16 @@ def _parse(values: Flags, argv: Sequence[str]) -> list[str]:
     except (flags.Error, ValueError, OSError) as error:
         # ml_collections quotes the whole traceback of a config file; its last line says it all.
         raise ValueError(re.split(r"\w+Error: ", str(error))[-1]) from error
+
+
+def _check_config_file(argv: Sequence[str]) -> None:
+    """Refuses --config=FILE where there is no such file, naming the nearest beside it."""
+    given = [word.partition("=")[2] for word in argv if re.match("--?config=", word)]
+    given += [word for flag, word in itertools.pairwise(argv) if flag in ("-config", "--config")]
+    for path in (word.partition(":")[0] for word in given):
+        if not os.path.isfile(path):
+            beside = [str(file) for file in Path(path).parent.glob("[a-z]*.py")]
+            check_choice(path, beside, "there is no config file")
 
 
 def _check_added_keys(values: Flags) -> None:

@@ -240,3 +240,12 @@ def test_a_flag_may_add_a_field_where_the_section_knows_its_fields(flag, result,
         assert str(result) in stop.code
     else:
         assert found == [result]
+
+
+@pytest.mark.parametrize("given", [["--config=DIR/demo.py:smoke"], ["--config", "DIR/demo.py"]])
+def test_a_config_file_that_is_not_there_names_its_neighbour(given, tmp_path, capsys):
+    """absl's own words quote a module's name that nobody typed."""
+    (tmp_path / "demos.py").write_text("")
+    given = [word.replace("DIR", str(tmp_path)) for word in given]
+    code, _ = ended(given, capsys=capsys, with_config=True)
+    assert f"no config file '{tmp_path}/demo.py'; did you mean '{tmp_path}/demos.py'?" in code
