@@ -115,8 +115,7 @@ def format_ablation(cells: Cells, found: Mapping[str, Mapping]) -> str:
     """
     lines, pairs = [], []
     for row, values in found.items():
-        estimates = [estimate(*values[key]) for key in SCORES]
-        numbers = [f"{e.value:.1f} ± {e.deviation:.1f}" for e in estimates]
+        numbers = [estimate(*values[key]).as_score() for key in SCORES]
         parts = [
             np.mean([cell["calibrated"][group]["pq"] for cell in cells[row]])
             for group in ("seen", "unseen")
@@ -127,7 +126,7 @@ def format_ablation(cells: Cells, found: Mapping[str, Mapping]) -> str:
         lines.append([ROWS[row].title, *numbers, shown, gammas, seconds])
         base = ROWS[row].base
         if base in found:
-            apart = [str(difference(values[key], found[base][key])) for key in SCORES]
+            apart = [difference(values[key], found[base][key]).as_difference() for key in SCORES]
             pairs.append([ROWS[row].title, ROWS[base].title, *apart])
     titles = [*SCORES.values()]
     table = markdown_table(["row", *titles, "seen/unseen at γ", "γ", "time a seed"], lines)

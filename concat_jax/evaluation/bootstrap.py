@@ -22,8 +22,14 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+    def as_score(self) -> str:
+        """ "57.7 ± 1.1", or a dash for what was not measured."""
+        return "-" if np.isnan(self.value) else f"{self.value:.1f} ± {self.deviation:.1f}"
+
+    def as_difference(self) -> str:
+        """ "+2.0 [+0.9, +3.2]", likewise."""
+        interval = f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        return "-" if np.isnan(self.value) else interval
 
 
 def draw_weights(rng: np.random.Generator, number: int, draws: int) -> np.ndarray:

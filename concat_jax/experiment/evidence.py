@@ -130,7 +130,6 @@ def format_evidence(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown table of title -> what `measure` returned: percent, ± deviation over scenes."""
     lines = []
     for title, found in rows.items():
-        cells = [Estimate(**found["scores"][key]) for key in SCORES]
-        numbers = [f"{cell.value:.1f} ± {cell.deviation:.1f}" for cell in cells]
+        numbers = [Estimate(**found["scores"][key]).as_score() for key in SCORES]
         lines.append([title, *numbers, f"{found['gamma']:g}"])
     return markdown_table(["row", *SCORES.values(), "γ"], lines)

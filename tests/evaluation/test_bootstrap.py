@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from concat_jax.evaluation.bootstrap import difference, estimate, resampled
+from concat_jax.evaluation.bootstrap import Estimate, difference, estimate, resampled
 
 
 def mean_score(sums):
@@ -48,3 +48,10 @@ def test_seeds_that_differ_widen_the_interval():
         estimate(*resampled(counts, mean_score, draws=1000)) for counts in (alike, apart)
     )
     assert wide.deviation > 2 * narrow.deviation
+
+
+def test_what_was_not_measured_is_a_dash():
+    assert Estimate(57.71, 1.12, 55.0, 60.0).as_score() == "57.7 ± 1.1"
+    assert Estimate(2.04, 0.6, 0.91, 3.2).as_difference() == "+2.0 [+0.9, +3.2]"
+    nothing = Estimate(float("nan"), 0.0, 0.0, 0.0)
+    assert nothing.as_score() == nothing.as_difference() == "-"
