@@ -143,6 +143,8 @@ def ablation(
     Raises:
       ValueError: for an unknown row, or a config that lacks what a row needs.
     """
+    if not rows:
+        raise ValueError("There is no row to run; give some, as --rows=projection,con.")
     for row in rows:
         check_choice(row, SCORED, "There is no row")
     if config.data.kind != "synthetic":

@@ -49,6 +49,12 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
     if len(arguments) != 2:
         raise ValueError(f"give a source and a destination: {USAGE}")
     source, destination = arguments
+    places = [Path(path).resolve() for path in arguments]
+    if places[1] in (places[0], *places[0].parents):
+        raise ValueError(
+            f"{destination} is or holds the source {source}, which would be lost; name another "
+            "folder."
+        )
     if is_workdir(Path(source)):
         for name in ("classes", "reinit_head", "task"):
             if given[name].present:

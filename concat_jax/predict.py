@@ -12,6 +12,7 @@ showed no pixel of carry a star in the pictures.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -113,7 +114,10 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: 
                 yield item, item.prepared
 
     (task,), vocabulary = predictor.config.tasks, predictor.vocabulary
-    with ResultWriter(output, task, vocabulary, vocabulary.is_thing) as writer:
+    with contextlib.ExitStack() as stack:
+        if paths:  # else the results of an earlier call stay
+            result = ResultWriter(output, task, vocabulary, vocabulary.is_thing)
+            writer = stack.enter_context(result)
         for item, prediction in predictor.stream(readable()):
             of_image = names[item.index], ids[item.index], sources[item.index]
             part = next(part for part in prediction if part is not None)

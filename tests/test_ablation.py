@@ -179,6 +179,8 @@ def test_real_data_has_no_validation_world(tmp_path):
         ablation.ablation(coco_zps.get_config("mini"), ["projection"], 1, 0, tmp_path)
 
 
-def test_an_unknown_row_is_refused(tmp_path):
+def test_an_unknown_row_and_none_at_all_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no row to run; give some, as --rows=projection,con"):
+        ablation.ablation(demo_zps.get_config(), [], 1, 0, tmp_path)
     with pytest.raises(ValueError, match="no row 'projectio'; did you mean 'projection'"):
         ablation.ablation(demo_zps.get_config(), ["projectio"], 1, 0, tmp_path)

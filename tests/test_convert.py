@@ -23,6 +23,7 @@ from concat_jax.models.segmentor import (
     mask_logits,
     normalize_images,
 )
+from concat_jax.weights.disk import check_destination
 from concat_jax.weights.model_folder import load_model
 from concat_jax.weights.names.mask2former import detectron2
 from concat_jax.weights.names.table import to_theirs
@@ -475,3 +476,16 @@ def test_help_and_exit_code(tmp_path, capsys):
         f"Error: There is no file or folder {tmp_path / 'absent'}."
     )
     assert "Traceback" not in result.stderr
+
+
+def test_a_training_run_and_the_source_itself_are_never_overwritten(tmp_path):
+    """--overwrite is for models; a run of days has a config.json, too."""
+    run = tmp_path / "run"
+    (run / "con" / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a training run, which --overwrite leaves alone"):
+        check_destination(run, overwrite=True)
+    for destination in (run, tmp_path):
+        with pytest.raises(SystemExit, match="would be lost; name another folder"):
+            convert.main(["convert", str(run), str(destination), "--overwrite"])
+    assert (run / "con" / "checkpoints").is_dir()

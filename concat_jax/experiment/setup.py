@@ -12,6 +12,7 @@ from concat_jax.core.config import build, check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.batches import BankConfig
 from concat_jax.experiment.class_embeddings import check_names, check_text, make_tokenizer
+from concat_jax.inference.panoptic import KEEP_RULES
 from concat_jax.inference.predictor import PredictConfig
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.generators import make_generator
@@ -100,6 +101,8 @@ def make_setup(
     for where, names in (("stages", config.stages), ("eval.stages", config.eval.stages)):
         for name in names:
             check_choice(name, stages, f"config.{where} names no stage of")
+    for rule in config.eval.get("keep_rules", ()):
+        check_choice(rule, KEEP_RULES, "config.eval.keep_rules names no rule:")
     check_text(config.text)
     evaluated = labels.eval_vocabulary or labels.vocabulary
     if tokenizer is None:

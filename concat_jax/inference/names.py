@@ -20,6 +20,8 @@ def parse_classes(text: str, training: Vocabulary) -> tuple[Vocabulary, bool]:
         found = read_classes(text, training)
         names, is_thing = found.vocabulary.names, found.vocabulary.is_thing
         knows_things = found.knows_things
+        if not knows_things:  # as of any model that does not say
+            is_thing = (True,) * len(names)
     else:
         if text.endswith((".txt", ".json")):
             raise ValueError(f"There is no file {text}; give --classes=FILE or the names.")

@@ -74,6 +74,9 @@ class PredictConfig:
             value = getattr(self, field.name)
             if field.name.endswith("_threshold") and not 0 <= value <= 1:
                 raise ValueError(f"{field.name} is {value} and must lie in 0..1.")
+        if not isinstance(self.gamma, tuple) and not np.isfinite(self.gamma):
+            raise ValueError(f"gamma is {self.gamma} and must be a finite number.")
+        Buckets(self.short_side, self.long_side)  # refuses sides that cannot be
         if isinstance(self.gamma, tuple) and {"semantic", "instance"} & set(self.tasks):
             raise ValueError("Several values of gamma are for the task panoptic alone.")
 

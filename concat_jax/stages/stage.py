@@ -113,6 +113,11 @@ class StageConfig:
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     captions: str = "all"
 
+    def __post_init__(self):
+        for field, least in (("steps", 0), ("batch_size", 1), ("log_every", 1), ("save_every", 0)):
+            if (value := getattr(self, field)) < least:
+                raise ValueError(f"{field} of a stage is {value} and must be at least {least}.")
+
 
 # Norms, biases, embeddings and scalars have no weight decay, as in CLIP; Mask2Former decays biases.
 NO_DECAY = r".*(scale|bias|embedding|bias_table)"

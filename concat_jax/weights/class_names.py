@@ -87,6 +87,7 @@ def read_classes(path: str | os.PathLike[str], known: Vocabulary | None = None) 
         for is_right, needed in (
             (names and all(isinstance(name, str) for name in names), 'every class needs a "name"'),
             (all(flag in (0, 1, None) for flag in things), '"isthing" must be 0 or 1'),
+            (len({flag is None for flag in things}) == 1, 'every class or none needs "isthing"'),
             (all(type(i) is int for i in ids), '"id" must be an integer'),
         ):
             if not is_right:

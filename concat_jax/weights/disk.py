@@ -62,6 +62,10 @@ def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> Non
         return
     if not overwrite:
         raise ValueError(f"{folder} is there already; name another folder or pass --overwrite.")
+    if any(folder.glob("*/checkpoints")):
+        raise ValueError(
+            f"{folder} holds a training run, which --overwrite leaves alone; name another folder."
+        )
     if not any((folder / marker).is_file() for marker in MARKERS):
         raise ValueError(
             f"{folder} holds no model ({' or '.join(MARKERS)}), so --overwrite leaves it alone; "

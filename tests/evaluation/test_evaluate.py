@@ -127,6 +127,7 @@ def test_no_image_is_an_error():
         ({"tasks": "semantic"}, "give a tuple"),
         ({"keep_rule": "scores"}, "did you mean 'score'"),
         ({"mask_threshold": 2.0}, "mask_threshold is 2.0"),
+        ({"gamma": float("nan")}, "gamma is nan and must be a finite number"),
         ({"tasks": ("semantic",), "gamma": (0.0, 0.1)}, "for the task panoptic alone"),
     ],
 )

@@ -77,6 +77,18 @@ def unknown_network_field(config):
     config.model.generator.noise = 3
 
 
+def unknown_rule(config):
+    config.eval.keep_rules = ("objectnes",)
+
+
+def no_progress(config):
+    config.train.finetune.log_every = 0
+
+
+def no_size(config):
+    config.eval.settings.short_side = 0
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -85,6 +97,9 @@ def unknown_network_field(config):
         (unknown_optimizer_field, "config.train.control.optimizer has no key 'momentum'"),
         (unknown_choice, "CAT contrast_distance is 'manhattan'"),
         (unknown_evaluation, "config.eval.stages names no stage of 'finetuned'.*'finetune'"),
+        (unknown_rule, "config.eval.keep_rules names no rule: 'objectnes'.*'objectness'"),
+        (no_progress, "log_every of a stage is 0 and must be at least 1"),
+        (no_size, "short_side is 0"),
         (unknown_network_field, "config.model.generator has no key 'noise'.*'noise_width'"),
     ],
 )

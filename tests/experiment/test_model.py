@@ -251,3 +251,14 @@ def test_a_linear_head_takes_no_other_names():
     model = Model(params, ModelCard(tiny.MODEL["segmentor"], vocabulary, knows_things=True))
     with pytest.raises(ValueError, match="is linear and names its own 6 classes alone"):
         model.predictor(classes=parse_classes("cat, zebra", vocabulary)[0])
+
+
+def test_a_file_that_does_not_say_which_are_things_gives_things(tmp_path, experiment):
+    """As the command says then, and as linear heads do."""
+    path = tmp_path / "names.txt"
+    path.write_text("cat dog\ndog cat\n")
+    found, knows_things = parse_classes(str(path), experiment.setup.vocabulary)
+    assert found.is_thing == (True, True) and not knows_things
+    path.write_text('[{"name": "a", "isthing": 1}, {"name": "b"}]')
+    with pytest.raises(ValueError, match='every class or none needs "isthing"'):
+        parse_classes(str(path), experiment.setup.vocabulary)
