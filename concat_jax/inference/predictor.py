@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -74,7 +75,8 @@ class PredictConfig:
             value = getattr(self, field.name)
             if field.name.endswith("_threshold") and not 0 <= value <= 1:
                 raise ValueError(f"{field.name} is {value} and must lie in 0..1.")
-        if not isinstance(self.gamma, tuple) and not np.isfinite(self.gamma):
+        is_number = isinstance(self.gamma, numbers.Real) and np.isfinite(self.gamma)
+        if not isinstance(self.gamma, tuple) and not is_number:
             raise ValueError(f"gamma is {self.gamma} and must be a finite number.")
         Buckets(self.short_side, self.long_side)  # refuses sides that cannot be
         if isinstance(self.gamma, tuple) and {"semantic", "instance"} & set(self.tasks):

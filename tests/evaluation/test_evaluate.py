@@ -128,6 +128,7 @@ def test_no_image_is_an_error():
         ({"keep_rule": "scores"}, "did you mean 'score'"),
         ({"mask_threshold": 2.0}, "mask_threshold is 2.0"),
         ({"gamma": float("nan")}, "gamma is nan and must be a finite number"),
+        ({"gamma": "much"}, "gamma is much and must be a finite number"),
         ({"tasks": ("semantic",), "gamma": (0.0, 0.1)}, "for the task panoptic alone"),
     ],
 )
