@@ -110,6 +110,8 @@ def abstract_step(setup: Setup, name: str, mesh: Mesh) -> tuple[Any, tuple[Any, 
             f"The batch of {settings.batch_size} images cannot be split over {mesh.size} chips; "
             f"set config.train.{name}.batch_size to a multiple."
         )
+    if stage.loss is None:
+        raise ValueError(f"Stage {name!r} is in closed form: it has no step to compile.")
     networks, text = setup.networks_of(name), (len(setup.vocabulary), setup.networks.clip.embed_dim)
 
     def shapes(read: str) -> Any:

@@ -37,22 +37,28 @@ def draw_weights(rng: np.random.Generator, number: int, draws: int) -> np.ndarra
     return rng.multinomial(number, np.full(number, 1.0 / number), size=draws).astype(np.float32)
 
 
+def draw_samples(num_seeds: int, num_scenes: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of seeds [draws, S], which sum to 1, and of scenes [draws, M]; always the same.
+
+    So rows that are scored on the same scenes are paired.
+    """
+    rng = np.random.default_rng(0)
+    scenes = draw_weights(rng, num_scenes, draws)
+    return draw_weights(rng, num_seeds, draws) / num_seeds, scenes
+
+
 def resampled(
-    counts: np.ndarray, statistic: Statistic, *, draws: int, seed: int = 0
+    counts: np.ndarray, statistic: Statistic, *, draws: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """A statistic of all scenes, [] and of resampled ones, [draws].
 
     Args:
       counts: [S, M, ...] of S seeds and M scenes, which add up over the scenes.
       statistic: sums [..., counts' other axes] over scenes to values [...]. What several seeds give
-        is averaged.
-      seed: of the draws; the same for rows that are to be paired.
+        is averaged; one seed says nothing of how seeds differ.
     """
-    rng = np.random.default_rng(seed)
     num_seeds, num_scenes = counts.shape[:2]
-    scenes = draw_weights(rng, num_scenes, draws)
-    # One seed says nothing of how seeds differ.
-    seeds = draw_weights(rng, num_seeds, draws) / num_seeds
+    seeds, scenes = draw_samples(num_seeds, num_scenes, draws)
     flat = counts.reshape(num_seeds, num_scenes, -1)
     whole, drawn = [], []
     for of_seed in flat:
@@ -68,5 +74,5 @@ def estimate(value: float, drawn: np.ndarray) -> Estimate:
 
 
 def difference(row: tuple[np.ndarray, np.ndarray], base: tuple[np.ndarray, np.ndarray]) -> Estimate:
-    """How far a row is above another, both `resampled` with one seed and number of draws."""
+    """How far a row is above another, both `resampled` with one number of draws."""
     return estimate(float(row[0] - base[0]), row[1] - base[1])

@@ -166,10 +166,10 @@ def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank
     fields, identity = IMAGE_FIELDS, {}
     if with_targets:
         kind += "_with_targets"
-        inputs = target_inputs(context)
-        fields += inputs["fields"]
+        extra_fields, reads = target_inputs(context)
+        fields += extra_fields
         clip_source = settings.takes["clip"]
-        params |= {read: experiment.parameters.get(read, clip_source) for read in inputs["reads"]}
+        params |= {read: experiment.parameters.get(read, clip_source) for read in reads}
         identity = {"targets": clip_target_identity(experiment, clip_source)}
     extract_fn = jax.jit(
         functools.partial(extract_queries, context, with_targets=with_targets),

@@ -16,7 +16,7 @@ from concat_jax.evaluation.bias_curve import (
     curve_area,
     naming_curve,
 )
-from concat_jax.evaluation.bootstrap import Estimate, draw_weights, estimate, resampled
+from concat_jax.evaluation.bootstrap import Estimate, draw_samples, estimate, resampled
 from concat_jax.evaluation.calibration import Sweep, calibrate, sides
 from concat_jax.evaluation.report import markdown_table
 
@@ -82,10 +82,7 @@ def scores(
 def _names(
     sweeps: Sequence[Sweep], is_seen: np.ndarray, draws: int
 ) -> dict[str, tuple[float, np.ndarray]]:
-    # The draws of `resampled`.
-    rng = np.random.default_rng(0)
-    scenes = draw_weights(rng, sweeps[0].counts.shape[1], draws)
-    seeds = draw_weights(rng, len(sweeps), draws) / len(sweeps)
+    seeds, scenes = draw_samples(len(sweeps), sweeps[0].counts.shape[1], draws)
     whole, drawn = [], []
     for one in sweeps:
         found = naming_curve(one.names, is_seen)

@@ -166,25 +166,22 @@ class Experiment:
         stage = setup.make_stage(name)
         check_clip_targets(self, name, with_weights=True)
         taken = {s: self.parameters.get(s, source) for s, source in settings.takes.items()}
-        # A subtree that a stage both takes and trains is a warm start.
-        params = {
-            subtree: taken[subtree] if subtree in taken else self.parameters.fresh(subtree, name)
-            for subtree in stage.trains
-        }
-        for target, source in settings.copies.items():
-            *stage_name, part = source.split(":")
-            subtree = part.split("/")[0]
-            given = {subtree: self.parameters.get(subtree, *stage_name)} if stage_name else taken
-            params = copy_parameters(params, target, given, part)
         frozen = {
             read: self._read(read, settings.takes[COMES_WITH.get(read, read)])
             for read in stage.reads
         }
         if stage.start is None:
+            # A subtree that a stage both takes and trains is a warm start.
+            params = {s: taken.get(s) or self.parameters.fresh(s, name) for s in stage.trains}
             batch_fn = stage_batches(self, name, frozen.get(TEXT))
         else:
             bank = query_bank(self, name, frozen[TEXT])
             params, batch_fn = stage.start(bank, frozen), bank.batch
+        for target, source in settings.copies.items():
+            *stage_name, part = source.split(":")
+            subtree = part.split("/")[0]
+            given = {subtree: self.parameters.get(subtree, *stage_name)} if stage_name else taken
+            params = copy_parameters(params, target, given, part)
         trained = train_stage(
             name,
             stage,

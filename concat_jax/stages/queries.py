@@ -111,28 +111,28 @@ def on_images(stage: Stage, context: Context) -> Stage:
         )
 
     with_targets = QUERY_TARGETS in stage.batch_fields
-    extra = target_inputs(context) if with_targets else {}
+    extra_fields, extra_reads = target_inputs(context) if with_targets else ((), ())
 
     def loss(params, frozen, batch, rng):
         namers = {"segmentor": frozen["segmentor"], "projector": frozen[MATCHING_PROJECTOR]}
-        namers |= {name: frozen[name] for name in extra.get("reads", ())}
+        namers |= {name: frozen[name] for name in extra_reads}
         namers, text = jax.lax.stop_gradient((namers, frozen[TEXT]))
         queries = extract_queries(
             context, namers, text, batch, matching_key(rng), with_targets=with_targets
         )
         return stage.loss(params, frozen, queries, rng)
 
-    reads = (*stage.reads, "segmentor", TEXT, MATCHING_PROJECTOR, *extra.get("reads", ()))
-    fields = IMAGE_FIELDS + extra.get("fields", ())
+    reads = (*stage.reads, "segmentor", TEXT, MATCHING_PROJECTOR, *extra_reads)
+    fields = IMAGE_FIELDS + extra_fields
     reads = tuple(dict.fromkeys(reads))
     return dataclasses.replace(stage, reads=reads, loss=loss, batch_fields=fields)
 
 
-def target_inputs(context: Context) -> dict[str, tuple[str, ...]]:
-    """What of a batch and of the parameters targets are made of: `fields` and `reads`."""
+def target_inputs(context: Context) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Fields of a batch, and subtrees of the parameters, that targets are made of."""
     if context.has_clip_targets:
-        return {"fields": TARGET_FIELDS[1:], "reads": ()}
-    return {"fields": ("image_size",), "reads": ("clip",)}
+        return TARGET_FIELDS[1:], ()
+    return ("image_size",), ("clip",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,6 +68,13 @@ def make_stage(name: str, settings: StageConfig, context: Context) -> Stage:
         check_choice(subtree, SUBTREES, f"{where}.takes names no subtree:")
     with _remedies_of(name):
         stage = module.make_stage(context, method)
+        if stage.loss is None and (settings.steps or settings.queries != "bank"):
+            raise ValueError(
+                f"Stage {name!r} is in closed form, from a bank; set --{where}.steps=0 and "
+                f"--{where}.queries=bank."
+            )
+        if stage.loss is not None and not settings.steps:
+            raise ValueError(f"{where}.steps is 0; set --{where}.steps=1 or more.")
         if learns_from(settings) != module.LEARNS_FROM:
             stage = on_images(stage, context)
     for read in stage.reads:

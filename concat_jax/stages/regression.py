@@ -13,12 +13,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.core.arrays import unit
 from concat_jax.core.batch import QUERY_FIELDS, QUERY_TARGETS
 from concat_jax.core.config import check_choice
 from concat_jax.models.generators import RegressionGenerator
+from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages.queries import QueryBank
 from concat_jax.stages.stage import PLAIN_RULES, TEXT, Context, Stage
 
@@ -206,8 +208,7 @@ def make_stage(context: Context, config: Config) -> Stage:
         )
 
     def start(bank: QueryBank, frozen: Mapping[str, Any]) -> dict[str, Any]:
-        text = np.asarray(frozen[TEXT], np.float64)
-        text = unit(text.mean(axis=1)) if text.ndim == 3 else text
+        text = np.asarray(class_vectors(jnp.asarray(frozen[TEXT])), np.float64)
         pairs = _pairs(bank, np.random.default_rng(0), config.on == "images")
         if config.on == "means":
             params = _fit_means(pairs, text)
@@ -228,8 +229,5 @@ def make_stage(context: Context, config: Config) -> Stage:
             params = fit(pairs, text, *best)
         return {"generator": generator.filled(params, text.shape[1])}
 
-    def loss(params, frozen, batch, rng):
-        raise NotImplementedError("A regression has no steps; set config.train.STAGE.steps to 0.")
-
     fields = QUERY_FIELDS + ((QUERY_TARGETS,) if config.on == "images" else ())
-    return Stage(("generator",), (TEXT,), loss, PLAIN_RULES, fields, start)
+    return Stage(("generator",), (TEXT,), None, PLAIN_RULES, fields, start)

@@ -46,13 +46,13 @@ class Stage:
       rules: (regex, learning-rate multiplier, weight-decay multiplier); the first that matches
         "subtree/module/…/leaf" decides. A multiplier of 0 freezes the parameter.
       batch_fields: what of a batch the loss uses; the rest stays on the host.
-      start: (query bank, frozen) -> subtrees that training starts from instead of random numbers;
-        of a stage in closed form they are all, and its settings have 0 steps.
+      start: of a stage in closed form, which has no loss: (query bank, frozen) -> the subtrees that
+        it gives.
     """
 
     trains: tuple[str, ...]
     reads: tuple[str, ...]
-    loss: LossFn
+    loss: LossFn | None
     rules: tuple[tuple[str, float, float], ...]
     batch_fields: tuple[str, ...]
     start: Callable[[Any, Any], dict[str, Any]] | None = None

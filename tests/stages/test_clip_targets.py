@@ -254,22 +254,7 @@ def test_bfloat16_and_other_sizes(targets):
 
 def test_void_is_hidden_from_the_target_of_the_image_where_it_is_told_to():
     """What is there does not matter then; to CLIP it has the mean colour."""
-    clip = make_clip(
-        dict(
-            embed_dim=8,
-            image_size=16,
-            patch_size=8,
-            image_width=16,
-            image_depth=1,
-            image_heads=2,
-            text_width=16,
-            text_depth=1,
-            text_heads=2,
-            vocab_size=8,
-            context_length=4,
-        )
-    )
-    params = clip.init(tiny.KEY, jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 4), jnp.int32))["params"]
+    clip, params = tiny.networks().clip, tiny.params("clip")
     ids = np.zeros((1, 16, 16), np.uint8)
     ids[:, :, :8] = 1
     images = np.full((1, 16, 16, 3), RED, np.uint8)

@@ -9,6 +9,8 @@ from concat_jax.core.batch import QUERY_TARGETS
 from concat_jax.models.generators import RegressionGenerator
 from concat_jax.stages import finetune, regression
 from concat_jax.stages.queries import QueryBank, Targets
+from concat_jax.stages.registry import make_stage
+from concat_jax.stages.stage import StageConfig
 from tests import tiny
 
 WIDTH, JOINT, CLASSES = 12, 8, 10
@@ -154,3 +156,16 @@ def test_the_finetune_takes_its_pseudo_queries(context):
     )
     np.testing.assert_array_equal(pseudo[0], pseudo[1])
     assert np.abs(pseudo[0] - pseudo[2]).max() > 0.05
+
+
+def test_a_closed_form_has_no_steps_and_a_loss_has_some(context):
+    takes = {"clip": "clip", "segmentor": "con", "projector": "con"}
+    settings = dict(batch_size=2, optimizer={}, takes=takes)
+    fitted_stage = StageConfig("regression", steps=0, **settings)
+    assert make_stage("fit", fitted_stage, context).loss is None
+    for changes in (dict(steps=3), dict(queries="images")):
+        wrong = dataclasses.replace(fitted_stage, **changes)
+        with pytest.raises(ValueError, match="'fit' is in closed form, from a bank"):
+            make_stage("fit", wrong, context)
+    with pytest.raises(ValueError, match="config.train.cat.steps is 0; set --config.train.cat"):
+        make_stage("cat", StageConfig("cat", steps=0, **settings), tiny.context())
