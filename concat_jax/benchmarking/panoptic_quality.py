@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,11 @@ SHIFT = (4, 8)
 
 
 class Pair(NamedTuple):
-    """One image's maps [H, W] uint32, 0 void, and what their ids are."""
+    """One image's maps [H, W] uint32, 0 void, and what their ids are.
+
+    `segments` are those of the truth, id -> {"label", "is_crowd", "area"}, areas as the official
+    json brings them.
+    """
 
     gt_ids: np.ndarray
     pred_ids: np.ndarray
@@ -46,10 +50,7 @@ def works(case: Case) -> dict[str, Work]:
     pngs = [_encode(ids) for pair in pairs for ids in (pair.gt_ids, pair.pred_ids)]
 
     def official() -> dict[str, np.ndarray]:
-        quality = OfficialPanopticQuality()
-        for pair in pairs:
-            quality.update(pair.gt_ids, pair.segments, pair.pred_ids, pair.pred_labels)
-        return {"counts": quality.counts(num_classes)}
+        return {"counts": official_counts(pairs, num_classes)}
 
     def ours() -> dict[str, np.ndarray]:
         quality = PanopticQuality(num_classes)
@@ -142,65 +143,42 @@ def _encode(ids: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-class OfficialPanopticQuality:
-    """Counts as panopticapi does, class by class."""
-
-    def __init__(self) -> None:
-        """Starts at zero."""
-        # Class to summed IoU, true positives, false positives, false negatives.
-        self._counts: dict[int, list[float]] = defaultdict(lambda: [0.0, 0, 0, 0])
-
-    def update(
-        self,
-        gt_ids: np.ndarray,
-        gt_segments: Mapping[int, Mapping],
-        pred_ids: np.ndarray,
-        pred_labels: Mapping[int, int],
-    ) -> None:
-        """Adds one image.
-
-        Args:
-          gt_ids, pred_ids: [H, W] ints below 256^3, 0 void.
-          gt_segments: id -> {"label", "is_crowd", "area"}, areas as the official json brings them.
-        """
-        ids, sizes = np.unique(pred_ids, return_counts=True)
+def official_counts(pairs: Iterable[Pair], num_classes: int) -> np.ndarray:
+    """Summed IoU, TP, FP and FN of every class, [4, K] float64, as panopticapi counts them."""
+    counts = np.zeros((4, num_classes))
+    for pair in pairs:
+        ids, sizes = np.unique(pair.pred_ids, return_counts=True)
         areas = {int(i): int(size) for i, size in zip(ids, sizes, strict=True) if i}
-        if areas.keys() != pred_labels.keys():
-            raise ValueError("The prediction's map and table hold different ids.")
-        codes = gt_ids.astype(np.uint64) * 256**3 + pred_ids.astype(np.uint64)
+        codes = pair.gt_ids.astype(np.uint64) * 256**3 + pair.pred_ids.astype(np.uint64)
         shared = defaultdict(int)
         for code, count in zip(*np.unique(codes, return_counts=True), strict=True):
             shared[int(code) // 256**3, int(code) % 256**3] = int(count)
 
         matched_gt, matched_pred = set(), set()
         for (gt, pred), intersection in list(shared.items()):
-            if gt not in gt_segments or pred not in pred_labels:
+            if gt not in pair.segments or pred not in pair.pred_labels:
                 continue
-            truth = gt_segments[gt]
-            if truth["is_crowd"] or truth["label"] != pred_labels[pred]:
+            truth = pair.segments[gt]
+            if truth["is_crowd"] or truth["label"] != pair.pred_labels[pred]:
                 continue
             iou = intersection / (areas[pred] + truth["area"] - intersection - shared[0, pred])
             if iou > 0.5:
-                self._counts[truth["label"]][0] += iou
-                self._counts[truth["label"]][1] += 1
+                counts[:2, truth["label"]] += iou, 1
                 matched_gt.add(gt)
                 matched_pred.add(pred)
 
         crowd_of_label = {}
-        for gt, truth in gt_segments.items():
+        for gt, truth in pair.segments.items():
             if gt not in matched_gt and truth["is_crowd"]:
                 crowd_of_label[truth["label"]] = gt
             elif gt not in matched_gt:
-                self._counts[truth["label"]][3] += 1
-        for pred, label in pred_labels.items():
+                counts[3, truth["label"]] += 1
+        for pred, label in pair.pred_labels.items():
             if pred in matched_pred:
                 continue
             ignored = shared[0, pred]
             if label in crowd_of_label:
                 ignored += shared[crowd_of_label[label], pred]
             if ignored / areas[pred] <= 0.5:
-                self._counts[label][2] += 1
-
-    def counts(self, num_classes: int) -> np.ndarray:
-        """[4, K] float64: summed IoU, TP, FP and FN of every class."""
-        return np.array([self._counts[k] for k in range(num_classes)], float).T
+                counts[2, label] += 1
+    return counts

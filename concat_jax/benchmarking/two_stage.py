@@ -18,7 +18,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,24 +33,15 @@ from concat_jax.benchmarking.programs import (
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.panoptic import Fate, SegmentTables, panoptic_inference
-from concat_jax.inference.predictor import PredictConfig
 from concat_jax.inference.programs import Network, run_networks
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images, resize_windows
 from concat_jax.models.networks import Networks
 from concat_jax.weights.model_folder import load_model
 
-OURS = "ours"
 # CLIP's multiplier of cosines, as OVSeg has it.
 CLIP_SCALE = 100.0
 # Every query of a published Mask2Former: what pipelines that name all proposals would encode.
 ALL_QUERIES = 100
-
-
-class Sizes(NamedTuple):
-    """[B, 2] int32 (height, width) of the valid area of the images, and of the maps wanted."""
-
-    image: jax.Array
-    native: jax.Array
 
 
 def works(case: Case) -> dict[str, Work]:
@@ -70,10 +60,7 @@ def works(case: Case) -> dict[str, Work]:
         )
     source = pictures(case)
     rows = [slice(x, x + case.batch) for x in range(0, len(source.images), case.batch)]
-    chunks = [
-        jax.device_put((source.images[r], Sizes(source.image_size[r], source.native_size[r])))
-        for r in rows
-    ]
+    chunks = [jax.device_put([column[r] for column in source]) for r in rows]
     paths = Paths(
         networks,
         card.vocabulary,
@@ -81,13 +68,13 @@ def works(case: Case) -> dict[str, Work]:
         output_size=tuple(source.native_size.max(axis=0).tolist()),
     )
     text = jnp.asarray(random_embeddings(len(card.vocabulary), networks.clip.embed_dim))
-    segmentor = jax.device_put(params["segmentor"])
-    projector, clip = (random_params(networks, name) for name in ("projector", "clip"))
+    params = {name: random_params(networks, name) for name in ("projector", "clip")} | {
+        "segmentor": jax.device_put(params["segmentor"])
+    }
 
-    def work(path: Callable[..., Result], params: Any) -> Work:
-        program, fields = compile_program(
-            jax.jit(path), params, text, *chunks[0], calls=len(chunks)
-        )
+    def work(path: Callable[..., Result]) -> Work:
+        jitted = jax.jit(path)  # which drops the parameters that a path does not read
+        program, fields = compile_program(jitted, params, text, *chunks[0], calls=len(chunks))
 
         def call() -> dict[str, np.ndarray]:
             # A batch at a time is what fits; the next must not be under way beside it.
@@ -100,12 +87,11 @@ def works(case: Case) -> dict[str, Work]:
 
         return Work(call, **fields)
 
-    found = {OURS: work(paths.ours, {"segmentor": segmentor, "projector": projector})}
-    for number in case.num_masks:
-        path = functools.partial(paths.two_stage, num_masks=number)
-        name = f"CLIP on {number} masks an image"
-        found[name] = work(path, {"segmentor": segmentor, "clip": clip})
-    return found
+    with_clip = {
+        f"CLIP on {number} masks an image": functools.partial(paths.two_stage, num_masks=number)
+        for number in case.num_masks
+    }
+    return {name: work(path) for name, path in {"ours": paths.ours, **with_clip}.items()}
 
 
 def table(case: Case, results: Mapping[str, Measurement]) -> str:
@@ -135,81 +121,71 @@ class Result(NamedTuple):
     num_proposals: jax.Array
 
 
-@flax.struct.dataclass
-class _NoHead:
-    """Of the path that names crops of the image."""
-
-    def __call__(self, queries: jax.Array) -> tuple[()]:
-        return ()
-
-
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """The two ways from images to panoptic maps, each of which `output_size` fits."""
+    """The two ways from images to panoptic maps, each of which `output_size` fits.
+
+    Both take parameters by subtree, text [K, C], images [B, H, W, 3], and [B, 2] int32 (height,
+    width) of their valid areas and of the maps wanted.
+    """
 
     networks: Networks
     vocabulary: Vocabulary
     is_padded: bool
     output_size: tuple[int, int]
 
-    def ours(self, params: Any, text: jax.Array, images: jax.Array, sizes: Sizes) -> Result:
+    def ours(self, params: Any, text: jax.Array, images, image_size, native_size) -> Result:
         """As `Predictor` with a `TextHead`: the projector names the queries."""
-        head = TextHead(params["projector"], text, None, None, self.networks.projector)
-        masks, scores = self._segment(params, head, images, sizes)
-        return self._finish(masks, scores.class_probs, sizes)
+        masks, scores = self.segment(params, text, images, image_size)
+        return self._finish(masks, scores.class_probs, image_size, native_size)
 
     def two_stage(
-        self, params: Any, text: jax.Array, images: jax.Array, sizes: Sizes, *, num_masks: int
+        self, params: Any, text: jax.Array, images, image_size, native_size, *, num_masks: int
     ) -> Result:
         """CLIP names the `num_masks` largest masks of an image; the others hold nothing."""
-        masks, _ = self._segment(params, _NoHead(), images, sizes)
-        stride = self.networks.segmentor.stride
+        # Nothing reads the scores, so that the compiler leaves the projector out.
+        masks, _ = self.segment(params, text, images, image_size)
+        clip = self.networks.clip
         chosen, windows = largest_masks(masks, num_masks)
         crops = cut_out(
             images,
             jnp.take_along_axis(masks, chosen[:, :, None, None], axis=1),
             windows,
-            stride=stride,
-            size=self.networks.clip.image_size,
-            image_size=sizes.image,
+            stride=self.networks.segmentor.stride,
+            size=clip.image_size,
+            image_size=image_size,
         )
-
-        encode = functools.partial(self.networks.clip.apply, method="encode_image")
-        encode = jax.vmap(encode, in_axes=(None, 1), out_axes=1)
+        encode = jax.vmap(
+            functools.partial(clip.apply, method="encode_image"), in_axes=(None, 1), out_axes=1
+        )
         embeddings = l2_normalize(encode({"params": params["clip"]}, crops))  # [B, M, C]
         logits = CLIP_SCALE * jnp.einsum("bmc,kc->bmk", embeddings, text)
         named = jnp.pad(jax.nn.softmax(logits, axis=-1), ((0, 0), (0, 0), (0, 1)))
         nothing = jnp.zeros((*masks.shape[:2], named.shape[-1])).at[..., -1].set(1.0)
-        probs = jax.vmap(lambda table, rows, values: table.at[rows].set(values))(
-            nothing, chosen, named
-        )
-        return self._finish(masks, probs, sizes)
+        put = jax.vmap(lambda table, rows, values: table.at[rows].set(values))
+        return self._finish(masks, put(nothing, chosen, named), image_size, native_size)
 
-    def _segment(self, params, head, images, sizes: Sizes) -> tuple[jax.Array, Any]:
-        """Mask logits [B, N, h, w], and what the head says of the queries."""
+    def segment(self, params: Any, text: jax.Array, images, image_size) -> Any:
+        """Mask logits [B, N, h, w], and what the projector says of the queries."""
         return run_networks(
             Network(params["segmentor"], self.networks.segmentor),
-            head,
+            TextHead(params["projector"], text, None, None, self.networks.projector),
             images,
-            sizes.image,
+            image_size,
             is_padded=self.is_padded,
             canvas=images.shape[1:3],
         )
 
-    def _finish(self, masks: jax.Array, probs: jax.Array, sizes: Sizes) -> Result:
-        config = PredictConfig()
+    def _finish(self, masks: jax.Array, probs: jax.Array, image_size, native_size) -> Result:
         segment_ids, tables = panoptic_inference(
             masks,
             probs,
             jnp.asarray(self.vocabulary.is_thing),
             jnp.asarray(self.vocabulary.is_seen),
             output_size=self.output_size,
-            source_size=sizes.image / self.networks.segmentor.stride,
-            image_size=sizes.native,
+            source_size=image_size / self.networks.segmentor.stride,
+            image_size=native_size,
             keep_rule=TextHead.KEEP_RULE,
-            objectness_threshold=config.objectness_threshold,
-            mask_threshold=config.mask_threshold,
-            overlap_threshold=config.overlap_threshold,
         )
         return Result(segment_ids, tables, (masks > 0).any(axis=(2, 3)).sum(axis=1))
 

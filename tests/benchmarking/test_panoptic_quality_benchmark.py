@@ -7,6 +7,7 @@ import numpy as np
 from concat_jax.benchmarking import panoptic_quality
 from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import in_turns
+from concat_jax.benchmarking.panoptic_quality import Pair, official_counts
 from concat_jax.core.coco_writers import PanopticWriter
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
@@ -30,10 +31,9 @@ def test_the_reference_counts_as_ours_on_random_maps():
             int(i): {"label": labels[int(i)], "is_crowd": crowd[int(i)], "area": int(area)}
             for i, area in zip(ids, areas, strict=True)
         }
-        official, ours = panoptic_quality.OfficialPanopticQuality(), PanopticQuality(3)
-        official.update(gt, segments, pred, found)
+        counts = official_counts([Pair(gt, pred, segments, found)], 3)
+        ours = PanopticQuality(3)
         ours.update(gt, labels, crowd, pred, found)
-        counts = official.counts(3)
         np.testing.assert_allclose([ours.iou_sum, ours.tp, ours.fp, ours.fn], counts, atol=1e-12)
         total += counts.sum(axis=1)
     assert (total > 20).all()

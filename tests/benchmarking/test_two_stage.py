@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from concat_jax.benchmarking.cases import Case, letterbox, pictures
-from concat_jax.benchmarking.two_stage import Paths, Sizes, cut_out, largest_masks
+from concat_jax.benchmarking.two_stage import Paths, cut_out, largest_masks
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.panoptic import Fate
@@ -52,8 +52,8 @@ def inputs():
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     images = rng.integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
     images[1, :, 40:] = 0
-    sizes = Sizes(np.array([[64, 64], [64, 40]]), np.array([[64, 64], [60, 38]]))
-    return params, text, images, sizes
+    sizes = np.array([[[64, 64], [64, 40]], [[64, 64], [60, 38]]])  # valid areas and maps
+    return params, text, images, *sizes
 
 
 def run(function, *arguments):
@@ -66,13 +66,13 @@ def make_paths():
 
 
 def test_our_path_is_that_of_prediction(inputs):
-    params, text, images, sizes = inputs
-    ours = run(make_paths().ours, params, text, images, sizes)
+    params, text, images, image_size, native_size = inputs
+    ours = run(make_paths().ours, *inputs)
     head = TextHead(params["projector"], text, None, None, NETWORKS.projector)
     network = Network(params["segmentor"], NETWORKS.segmentor)
     config = PredictConfig(short_side=SIZE, long_side=SIZE, batch_size=2)
     predictor = Predictor(network, head, VOCABULARY, config)
-    pairs = zip(images, sizes.image.tolist(), sizes.native.tolist(), strict=True)
+    pairs = zip(images, image_size.tolist(), native_size.tolist(), strict=True)
     theirs = predictor.predict(
         [Prepared(i, tuple(size), tuple(native)) for i, size, native in pairs]
     )
@@ -84,16 +84,13 @@ def test_our_path_is_that_of_prediction(inputs):
 
 def test_clip_names_the_largest_masks_and_no_other(inputs):
     """Beside CLIP run by hand, crop by crop, on the masks of the same segmentor."""
-    params, text, images, sizes = inputs
+    params, text, images, *_ = inputs
     paths = make_paths()
 
     def with_masks(*arguments):
-        params, text, images, sizes = arguments
-        head = TextHead(params["projector"], text, None, None, NETWORKS.projector)
-        masks, _ = paths._segment(params, head, images, sizes)
-        return paths.two_stage(*arguments, num_masks=3), masks
+        return paths.two_stage(*arguments, num_masks=3), paths.segment(*arguments[:4])[0]
 
-    result, masks = run(with_masks, params, text, images, sizes)
+    result, masks = run(with_masks, *inputs)
     masks = np.asarray(masks)
 
     @jax.jit
