@@ -13,6 +13,9 @@ import numpy as np
 HBM_BYTES = {"v4": 32e9, "v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
 COLLECTIVES += ("reduce-scatter", "collective-broadcast")
+# Names of XLA's analysis of the memory.
+_MEMORY = {"arguments": "argument", "outputs": "output", "donated": "alias"}
+_MEMORY |= {"temporaries": "temp", "program": "generated_code"}
 _ELEMENT_BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 _COLLECTIVE = re.compile(
     rf"= (?P<result>.*?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\((?!.*-done\()"
@@ -142,13 +145,7 @@ def format_report(report: Report) -> str:
 def memory_of(compiled: Any) -> dict[str, int]:
     """The `memory` of a `Report` of a compiled program."""
     analysis = compiled.memory_analysis()
-    return {
-        "arguments": analysis.argument_size_in_bytes,
-        "outputs": analysis.output_size_in_bytes,
-        "donated": analysis.alias_size_in_bytes,
-        "temporaries": analysis.temp_size_in_bytes,
-        "program": analysis.generated_code_size_in_bytes,
-    }
+    return {name: getattr(analysis, f"{of}_size_in_bytes") for name, of in _MEMORY.items()}
 
 
 def compile_error(message: str, topology: str) -> str:
