@@ -12,8 +12,6 @@ how many it is (--process_index=1 --process_count=4), since they have nothing to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 
 from concat_jax.core import cli
@@ -28,7 +26,13 @@ def define_flags(flags: cli.Flags) -> None:
     flags.integer("process_count", None, "Hosts; JAX's own by default.")
 
 
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+@cli.command(
+    __doc__,
+    define_flags,
+    with_config=True,
+    interrupted="Stopped; finished shards are kept, and the same command goes on.",
+)
+def main(given: cli.Flags) -> None:
     """What the flags ask for."""
     config = cli.config_of(given)
     cli.join_hosts(given)
@@ -43,18 +47,6 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
     )
     left_out = f" {report.bad_images} unreadable images are left out." if report.bad_images else ""
     print(f"Done: {report.written} shards written, {report.skipped} skipped.{left_out}")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    cli.main(
-        __doc__,
-        define_flags,
-        command,
-        argv,
-        with_config=True,
-        interrupted="Stopped; finished shards are kept, and the same command goes on.",
-    )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,13 @@ def define_flags(flags: cli.Flags) -> None:
     flags.switch("overwrite", "Replace a model at DESTINATION.")
 
 
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+@cli.command(
+    __doc__,
+    define_flags,
+    arguments="SOURCE DESTINATION",
+    interrupted="Stopped; nothing was written to the destination.",
+)
+def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     """What the flags ask for."""
     if len(arguments) != 2:
         raise ValueError(f"give a source and a destination: {USAGE}")
@@ -98,18 +104,6 @@ def _describe(card: ModelCard, classes: Classes | None) -> list[str]:
         f"Classes: {len(classes.vocabulary)}, {things}; from {classes.origin}.",
         f"Task: {card.task or 'unknown; pass --task to say it'}.",
     ]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    cli.main(
-        __doc__,
-        define_flags,
-        command,
-        argv,
-        arguments="SOURCE DESTINATION",
-        interrupted="Stopped; nothing was written to the destination.",
-    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ scores a finished stage as the training command does, by config.eval.settings.ta
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
@@ -162,21 +161,15 @@ def evaluate_flags(given: cli.Flags) -> dict:
     return summary
 
 
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+@cli.command(
+    __doc__,
+    define_flags,
+    with_config=True,
+    interrupted="Stopped; nothing was scored, and the same command starts anew.",
+)
+def main(given: cli.Flags) -> None:
     """What the flags ask for."""
     evaluate_flags(given)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    cli.main(
-        __doc__,
-        define_flags,
-        command,
-        argv,
-        with_config=True,
-        interrupted="Stopped; nothing was scored, and the same command starts anew.",
-    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python -m concat_jax.main --config=configs/demo_zps.py --workdir=runs/demo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -28,23 +27,16 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict:
     return Experiment(config, Path(workdir), datasets).run()
 
 
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+@cli.command(
+    __doc__,
+    with_config=True,
+    interrupted="Stopped; what is saved stays, and the same command goes on from there.",
+)
+def main(given: cli.Flags) -> None:
     """What the flags ask for."""
     config, workdir = cli.config_and_workdir(given)
     cli.join_hosts(given)
     run(config, workdir)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    cli.main(
-        __doc__,
-        lambda flags: None,
-        command,
-        argv,
-        with_config=True,
-        interrupted="Stopped; what is saved stays, and the same command goes on from there.",
-    )
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ of evaluation images, of unseen classes too: to be looked at, nothing learns fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from concat_jax.core import cli
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.experiment.query_pictures import has_queries, write_picture
 
 
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+@cli.command(__doc__, with_config=True)
+def main(given: cli.Flags) -> None:
     """Draws the pictures of a workdir's finished stages."""
     from data_pipelines.datasets import make_datasets
 
@@ -33,11 +32,6 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
         )
     for name in drawn:
         print(write_picture(run, name))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    cli.main(__doc__, lambda flags: None, command, argv, with_config=True)
 
 
 if __name__ == "__main__":

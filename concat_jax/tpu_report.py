@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import time
 import types
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -191,16 +190,12 @@ def define_flags(flags: cli.Flags) -> None:
     flags.string("stage", "con", "Stage of the config.")
 
 
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+@cli.command(__doc__, define_flags, with_config=True, computes=False)
+def main(given: cli.Flags) -> None:
     """What the flags ask for."""
     # The chips are described, never opened; everything that runs, runs here.
     jax.config.update("jax_platforms", "cpu")
     print(format_report(make_report(cli.config_of(given), given.stage, given.topology)))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    cli.main(__doc__, define_flags, command, argv, with_config=True, computes=False)
 
 
 if __name__ == "__main__":

@@ -182,7 +182,14 @@ def define_flags(flags: cli.Flags) -> None:
     flags.choice("on_bad_example", "raise", ("raise", "skip"), "Unusable images for training.")
 
 
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+@cli.command(
+    __doc__,
+    define_flags,
+    arguments="DATASET",
+    computes=False,
+    interrupted="Stopped; finished shards are kept, and the same command goes on.",
+)
+def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     """What the flags ask for."""
     if len(arguments) != 1 or not given.root:
         raise ValueError(
@@ -200,19 +207,6 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> None:
         num_shards=given.shards,
         workers=given.workers,
         skip_bad=given.on_bad_example == "skip",
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    cli.main(
-        __doc__,
-        define_flags,
-        command,
-        argv,
-        arguments="DATASET",
-        computes=False,
-        interrupted="Stopped; finished shards are kept, and the same command goes on.",
     )
 
 

@@ -3,11 +3,11 @@
 def define_flags(flags: cli.Flags) -> None:
   flags.string("output", "", "A folder.")
 
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
+@cli.command(__doc__, define_flags)
+def main(given: cli.Flags) -> None:
   print(given.output)
 
-def main(argv: Sequence[str] | None = None) -> None:
-  cli.main(__doc__, define_flags, command, argv)
+main(["program", "--output=folder"]), or main() for those of the process.
 """
 
 from __future__ import annotations
@@ -121,6 +121,21 @@ def main(
         sys.exit(INTERRUPTED)
     if code:
         sys.exit(code)
+
+
+def command(
+    doc: str, define_flags: Callable[[Flags], None] = lambda flags: None, **settings: Any
+) -> Callable[[Callable[..., int | None]], Callable[..., None]]:
+    """Makes the `main(argv)` of a command of a function of its flags; `settings` are of `main`.
+
+    Where these have `arguments`, the function takes them as a list behind the flags.
+    """
+
+    def decorated(function: Callable[..., int | None]) -> Callable[..., None]:
+        run = function if settings.get("arguments") else lambda given, rest: function(given)
+        return functools.partial(main, doc, define_flags, run, **settings)
+
+    return decorated
 
 
 @contextlib.contextmanager
