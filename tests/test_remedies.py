@@ -67,7 +67,8 @@ def commands():
     for package in PACKAGES:
         for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             spec = importlib.util.find_spec(info.name)
-            if info.ispkg or "cli.main(" not in pathlib.Path(spec.origin).read_text("utf-8"):
+            source = pathlib.Path(spec.origin).read_text("utf-8")
+            if info.ispkg or not re.search(r"cli\.(command|main)\(", source):
                 continue
             module = importlib.import_module(info.name)
             flags = cli.Flags()
