@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from concat_jax.core.files import FileError, read_json
@@ -96,8 +96,8 @@ def read_panoptic(path: str | os.PathLike[str], *, prediction: bool = False) -> 
     if content.get("images") is not None:
         images = read_images(path, content)
     annotations: dict[ImageId, PanopticAnnotation] = {}
-    for position, entry in enumerate(_list(content, "annotations", path)):
-        annotation = _panoptic_annotation(entry, f"annotation {position} of {path}", categories)
+    for entry in _entries(content, "annotations", "annotation", path):
+        annotation = _panoptic_annotation(entry, categories)
         if annotation.image_id in annotations:
             raise FileError(f"{path} annotates the image {annotation.image_id} more than once.")
         if images and annotation.image_id not in images:
@@ -122,25 +122,21 @@ def read_instances(
     categories = read_categories(path, content, must_say_things=False)
     images = read_images(path, content)
     annotations: dict[ImageId, list[InstanceAnnotation]] = {image_id: [] for image_id in images}
-    seen: set[int] = set()
-    for position, entry in enumerate(_list(content, "annotations", path)):
-        where = f"annotation {position} of {path}"
-        number = _whole(_object(entry, where), "id", where)
-        where = f"annotation {number} of {path}"
-        if number in seen:
-            raise FileError(f"{path} lists the annotation id {number} more than once.")
-        seen.add(number)
-        image_id = _image_id(entry, "image_id", where)
-        if image_id not in images:
-            raise FileError(f"{_upper(where)} is of image {image_id!r}, which 'images' lack.")
-        category = _known_category(entry, where, categories)
-        image = images[image_id]
-        is_crowd = bool(_whole(entry, "iscrowd", where, high=1, default=0))
+    seen: dict[int, None] = {}
+    for entry in _entries(content, "annotations", "annotation", path):
+        number = entry.whole("id")
+        entry.where = f"annotation {number} of {path}"
+        _put(seen, number, None, "annotation", path)
+        if (image_id := entry.image_id("image_id")) not in images:
+            raise entry.fault(f"is of image {image_id!r}, which 'images' lack")
+        category, is_crowd = entry.category(categories), entry.flag("iscrowd", 0)
+        image, area = images[image_id], entry.content.get("area")
         try:
-            rle = outline(entry.get("segmentation"), (image.height, image.width), where)
-            area = entry.get("area")
-            if area is not None and not _is_number(area, 0):
-                raise FileError(f"The area of {where} is {area!r:.50} and must be a number.")
+            segmentation = entry.content.get("segmentation")
+            rle = outline(segmentation, (image.height, image.width), entry.where)
+            is_number = isinstance(area, int | float) and not isinstance(area, bool)
+            if area is not None and not (is_number and 0 <= area < math.inf):
+                raise FileError(f"The area of {entry.where} is {area!r:.50} and must be a number.")
         except FileError as error:
             if on_fault is None:
                 raise
@@ -228,6 +224,56 @@ def check_categories(
         )
 
 
+def read_categories(
+    path: pathlib.Path, content: Mapping, *, must_say_things: bool
+) -> dict[int, Category]:
+    """The list "categories" of a json's content, by id; faults as of `read_panoptic`."""
+    categories: dict[int, Category] = {}
+    for entry in _entries(content, "categories", "category", path):
+        number, name = entry.whole("id"), entry.content.get("name")
+        entry.where = f"category {number} ({ascii(name):.50}) of {path}"
+        if not isinstance(name, str) or not name.strip():
+            raise FileError(f"The 'name' of {entry.where} must be a text.")
+        says = must_say_things or "isthing" in entry.content
+        is_thing = entry.flag("isthing") if says else None
+        _put(categories, number, Category(number, name, is_thing), "category", path)
+    return categories
+
+
+def read_images(path: pathlib.Path, content: Mapping) -> dict[ImageId, CocoImage]:
+    """The list "images" of a json's content, by id; faults as of `read_panoptic`."""
+    images: dict[ImageId, CocoImage] = {}
+    for entry in _entries(content, "images", "image", path):
+        image_id = entry.image_id("id")
+        entry.where = f"image {image_id!r} of {path}"
+        height, width = (entry.whole(side, low=1) for side in ("height", "width"))
+        image = CocoImage(image_id, entry.file_name(), height, width)
+        _put(images, image_id, image, "image", path)
+    return images
+
+
+def _panoptic_annotation(
+    entry: _Entry, categories: Mapping[int, Category] | None
+) -> PanopticAnnotation:
+    name = entry.file_name()
+    entry.where = entry.where.replace(" of ", f" ({ascii(name)}) of ", 1)
+    image_id, segments = entry.image_id("image_id"), entry.content.get("segments_info")
+    if not isinstance(segments, list):
+        raise entry.fault("has no list of 'segments_info'")
+    rows: dict[int, tuple[int, bool]] = {}
+    for content in segments:
+        segment = _Entry(content, f"a segment of {entry.where}")
+        number = segment.whole("id")
+        segment.where = f"segment {number} of {entry.where}"
+        if not 1 <= number <= MAX_ID:
+            why = "0 is void; number segments from 1" if number == 0 else f"ids end at {MAX_ID}"
+            raise segment.fault(f"cannot be told in a PNG: {why}")
+        row = segment.category(categories), segment.flag("iscrowd", 0)
+        _put(rows, number, row, "segment", _upper(entry.where))
+    labels, crowd = (tuple(row[column] for row in rows.values()) for column in (0, 1))
+    return PanopticAnnotation(image_id, name, tuple(rows), labels, crowd)
+
+
 def _content(path: pathlib.Path, kind: str) -> dict:
     content = read_json(path)
     if not isinstance(content, dict):
@@ -235,125 +281,67 @@ def _content(path: pathlib.Path, kind: str) -> dict:
     return content
 
 
-def _list(content: Mapping, key: str, where: Any) -> list:
-    if not isinstance(content.get(key), list):
-        raise FileError(f"{where} has no list of {key!r}; is it of COCO's format?")
-    return content[key]
-
-
-def _object(entry: Any, where: str) -> Mapping:
-    if not isinstance(entry, Mapping):
-        raise FileError(f"{_upper(where)} is {ascii(entry):.50} and must be an object.")
-    return entry
+def _put(table: dict, number: ImageId, value: Any, what: str, where: Any) -> None:
+    """Adds an entry whose id must be new."""
+    if number in table:
+        raise FileError(f"{where} lists the {what} id {number!r} more than once.")
+    table[number] = value
 
 
 def _upper(where: str) -> str:
     return where[0].upper() + where[1:]
 
 
-def _is_number(value: Any, low: float) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= low
+def _entries(content: Mapping, key: str, what: str, path: pathlib.Path) -> Iterator[_Entry]:
+    """The objects of a list of a file, called by their position."""
+    if not isinstance(content.get(key), list):
+        raise FileError(f"{path} has no list of {key!r}; is it of COCO's format?")
+    for position, entry in enumerate(content[key]):
+        yield _Entry(entry, f"{what} {position} of {path}")
 
 
-def _whole(
-    entry: Mapping,
-    key: str,
-    where: Any,
-    *,
-    low: int = 0,
-    high: int = 2**63 - 1,
-    default: int | None = None,
-) -> int:
-    # Converters write true and false, integers to Python, for 1 and 0.
-    value = entry.get(key, default)
-    if isinstance(value, int) and low <= value <= high and (high == 1 or value is not True):
-        return int(value)
-    wanted = "0 or 1" if high == 1 else f"a whole number from {low} on"
-    raise FileError(f"The {key!r} of {where} {_has(entry, key)}; it must be {wanted}.")
+class _Entry:
+    """An object of a json, read key by key; `where` is what a FileError calls it."""
 
+    __slots__ = ("content", "where")
 
-def _has(entry: Mapping, key: str) -> str:
-    return f"is {ascii(entry[key]):.50}" if key in entry else "is missing"
+    def __init__(self, content: Any, where: str):
+        self.content, self.where = content, where
+        if not isinstance(content, Mapping):
+            raise self.fault(f"is {ascii(content):.50} and must be an object")
 
+    def fault(self, what: str) -> FileError:
+        return FileError(f"{_upper(self.where)} {what}.")
 
-def _image_id(entry: Mapping, key: str, where: str) -> ImageId:
-    value = entry.get(key)
-    return value if isinstance(value, str) and value else _whole(entry, key, where)
+    def _wrong(self, key: str, wanted: str) -> FileError:
+        has = f"is {ascii(self.content[key]):.50}" if key in self.content else "is missing"
+        return FileError(f"The {key!r} of {self.where} {has}; it must be {wanted}.")
 
+    def whole(self, key: str, low: int = 0) -> int:
+        value = self.content.get(key)
+        if isinstance(value, int) and value is not True and low <= value < 2**63:
+            return int(value)  # of false, which converters write for 0
+        raise self._wrong(key, f"a whole number from {low} on")
 
-def _file_name(entry: Mapping, where: str) -> str:
-    name = entry.get("file_name")
-    # Of other characters, no file system has a name, and no terminal can show it.
-    if not isinstance(name, str) or not name or not name.replace(" ", "_").isprintable():
-        has = _has(entry, "file_name")
-        raise FileError(f"The 'file_name' of {where} {has}; it must be a file's name.")
-    return name
+    def flag(self, key: str, default: int | None = None) -> bool:
+        value = self.content.get(key, default)
+        if isinstance(value, int) and value in (0, 1):  # or true and false
+            return bool(value)
+        raise self._wrong(key, "0 or 1")
 
+    def image_id(self, key: str) -> ImageId:
+        value = self.content.get(key)
+        return value if isinstance(value, str) and value else self.whole(key)
 
-def _known_category(entry: Mapping, where: str, categories: Mapping | None) -> int:
-    number = _whole(entry, "category_id", where)
-    if categories is not None and number not in categories:
-        raise FileError(f"{_upper(where)} has the category {number}, which the file does not list.")
-    return number
+    def file_name(self) -> str:
+        name = self.content.get("file_name")
+        # Of other characters, no file system has a name, and no terminal can show it.
+        if not isinstance(name, str) or not name or not name.replace(" ", "_").isprintable():
+            raise self._wrong("file_name", "a file's name")
+        return name
 
-
-def read_categories(
-    path: pathlib.Path, content: Mapping, *, must_say_things: bool
-) -> dict[int, Category]:
-    """The list "categories" of a json's content, by id; faults as of `read_panoptic`."""
-    categories: dict[int, Category] = {}
-    for position, entry in enumerate(_list(content, "categories", path)):
-        where = f"category {position} of {path}"
-        number = _whole(_object(entry, where), "id", where)
-        name = entry.get("name")
-        where = f"category {number} ({ascii(name):.50}) of {path}"
-        if not isinstance(name, str) or not name.strip():
-            raise FileError(f"The 'name' of {where} must be a text.")
-        if number in categories:
-            raise FileError(f"{path} lists the category id {number} more than once.")
-        is_thing = None
-        if must_say_things or "isthing" in entry:
-            is_thing = bool(_whole(entry, "isthing", where, high=1))
-        categories[number] = Category(number, name, is_thing)
-    return categories
-
-
-def read_images(path: pathlib.Path, content: Mapping) -> dict[ImageId, CocoImage]:
-    """The list "images" of a json's content, by id; faults as of `read_panoptic`."""
-    images: dict[ImageId, CocoImage] = {}
-    for position, entry in enumerate(_list(content, "images", path)):
-        where = f"image {position} of {path}"
-        image_id = _image_id(_object(entry, where), "id", where)
-        where = f"image {image_id!r} of {path}"
-        if image_id in images:
-            raise FileError(f"{path} lists the image id {image_id!r} more than once.")
-        height, width = (_whole(entry, side, where, low=1) for side in ("height", "width"))
-        images[image_id] = CocoImage(image_id, _file_name(entry, where), height, width)
-    return images
-
-
-def _panoptic_annotation(
-    entry: Any, where: str, categories: Mapping[int, Category] | None
-) -> PanopticAnnotation:
-    name = _file_name(_object(entry, where), where)
-    where = where.replace(" of ", f" ({ascii(name)}) of ", 1)
-    image_id = _image_id(entry, "image_id", where)
-    segments = entry.get("segments_info")
-    if not isinstance(segments, list):
-        raise FileError(f"{_upper(where)} has no list of 'segments_info'.")
-    ids, labels, crowd = [], [], []
-    for segment in segments:
-        of_segment = f"a segment of {where}"
-        number = _whole(_object(segment, of_segment), "id", of_segment)
-        of_segment = f"segment {number} of {where}"
-        if not 1 <= number <= MAX_ID:
-            why = "0 is void; number segments from 1" if number == 0 else f"ids end at {MAX_ID}"
-            raise FileError(f"{_upper(of_segment)} cannot be told in a PNG: {why}.")
-        ids.append(number)
-        labels.append(_known_category(segment, of_segment, categories))
-        crowd.append(bool(_whole(segment, "iscrowd", of_segment, high=1, default=0)))
-    if len(set(ids)) < len(ids):
-        double = next(number for number in ids if ids.count(number) > 1)
-        raise FileError(f"{_upper(where)} lists the segment id {double} more than once.")
-    return PanopticAnnotation(image_id, name, tuple(ids), tuple(labels), tuple(crowd))
+    def category(self, categories: Mapping[int, Category] | None) -> int:
+        number = self.whole("category_id")
+        if categories is not None and number not in categories:
+            raise self.fault(f"has the category {number}, which the file does not list")
+        return number
