@@ -2,14 +2,7 @@
 
 import json
 
-from concat_jax.text.name_cleaning import (
-    ADE20K_NAMES,
-    COCO_PANOPTIC_NAMES,
-    COCO_STUFF_NAMES,
-    PASCAL_NAMES,
-    READABLE_NAMES,
-    clean_name,
-)
+from concat_jax.text.name_cleaning import READABLE_NAMES, clean_name
 from data_pipelines.labels import load_label_space
 
 
@@ -17,12 +10,12 @@ def test_every_coco_panoptic_name_becomes_readable(shared_data):
     path = shared_data / "vocabularies" / "panoptic_coco_categories.json"
     raw = [category["name"] for category in json.loads(path.read_text())]
     assert len(raw) == 133
-    assert set(COCO_PANOPTIC_NAMES) <= set(raw)
+    assert set(READABLE_NAMES["coco_panoptic"]) <= set(raw)
     clean = [clean_name(name) for name in raw]
     assert len(set(clean)) == 133
     assert not any("-" in name or "merged" in name for name in clean)
     unchanged = {name for name in raw if clean_name(name) == name}
-    assert len(unchanged) == 133 - len(COCO_PANOPTIC_NAMES)
+    assert len(unchanged) == 133 - len(READABLE_NAMES["coco_panoptic"])
     assert clean_name("a name of another data set-merged") == "a name of another data set-merged"
 
 
@@ -31,14 +24,14 @@ def test_every_coco_stuff_name_becomes_readable():
     clean = [clean_name(name) for name in names]
     assert len(set(clean)) == 171
     assert not any("-" in name for name in clean)
-    assert {name for name in names if clean_name(name) != name} == set(COCO_STUFF_NAMES)
+    assert {name for name in names if clean_name(name) != name} == set(READABLE_NAMES["coco_stuff"])
     assert clean_name("structural-other") == "structure"
 
 
 def test_tables_hold_names_that_exist_and_agree_where_they_meet():
     pascal = [load_label_space(name).names for name in ("pascal_voc_21", "pascal_context_459")]
-    assert set(PASCAL_NAMES) <= {name for names in pascal for name in names}
-    assert set(ADE20K_NAMES) <= set(load_label_space("ade20k_847").names)
-    for table in (COCO_PANOPTIC_NAMES, COCO_STUFF_NAMES, PASCAL_NAMES, ADE20K_NAMES):
-        assert all(READABLE_NAMES[name] == readable for name, readable in table.items())
+    assert set(READABLE_NAMES["pascal"]) <= {name for names in pascal for name in names}
+    assert set(READABLE_NAMES["ade20k_847"]) <= set(load_label_space("ade20k_847").names)
+    for table in READABLE_NAMES.values():
+        assert all(clean_name(name) == readable for name, readable in table.items())
         assert all(clean_name(readable) == readable for readable in table.values())
