@@ -26,10 +26,11 @@ scores a finished stage as the training command does, by config.eval.settings.ta
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import write_json
+from concat_jax.core.files import FileError, write_json
 from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, ZSI_THRESHOLDS
 from concat_jax.evaluation.report import format_table
 from concat_jax.evaluation.score_files import score_instances, score_panoptic
@@ -40,13 +41,14 @@ TASKS = ("panoptic", "semantic", "instance")
 # What `python -m concat_jax.predict --output=DIR`, and evaluation in a stage's folder, call them.
 RESULTS = {
     "panoptic": ("panoptic.json", "panoptic_predictions.json"),
-    "semantic": ("semantic", "semantic_predictions"),
+    "semantic": ("semantic", "semantic_predictions", "panoptic.json", "panoptic_predictions.json"),
     "instance": ("instances.json", "instance_predictions.json"),
 }
 PROTOCOLS = {"coco": COCO_THRESHOLDS, "zsi": ZSI_THRESHOLDS}
 # Flags of one way to call this, which mean nothing to the other.
 FILE_FLAGS = ("task", "annotations", "predictions", "split", "annotation_pngs", "png_folder")
 FILE_FLAGS += ("annotation_values", "prediction_values", "ignore", "protocol")
+_MAPS, _PNGS = "label maps, with --task=semantic", "a panoptic json"
 
 
 def define_flags(flags: cli.Flags) -> None:
@@ -70,11 +72,33 @@ def define_flags(flags: cli.Flags) -> None:
 
 def result_in(given: str, task: str) -> str:
     """A task's result in a folder that `predict` or a stage's evaluation filled; else as given."""
-    for name in RESULTS[task]:
-        path = pathlib.Path(given) / name
-        if path.exists():
-            return str(path)
+    folder = pathlib.Path(given)
+    for kind in (task, *RESULTS):
+        for path in (folder / name for name in RESULTS[kind]):
+            if path.exists() and kind != task:
+                raise FileError(
+                    f"{given} holds what --task={kind} makes; score that, or predict with "
+                    f"--task={task}."
+                )
+            if path.exists():
+                return str(path)
+    if folder.is_dir() and task != "semantic":
+        raise FileError(f"{given} is a folder without {RESULTS[task][0]}; name the json.")
     return given
+
+
+def _check_flags(given: cli.Flags, files: Sequence[str]) -> None:
+    """Refuses flags that mean nothing to the task and its files, ground truth first."""
+    task = given.task
+    are_maps = [task == "semantic" and pathlib.Path(path).is_dir() for path in files]
+    rules = [("protocol", task == "instance", "--task=instance"), ("ignore", any(are_maps), _MAPS)]
+    flags = ("annotation_values", "annotation_pngs"), ("prediction_values", "png_folder")
+    for (values, pngs), of_maps in zip(flags, are_maps, strict=True):
+        has_pngs = task != "instance" and not of_maps
+        rules += [(values, of_maps, _MAPS), (pngs, has_pngs, _PNGS)]
+    for name, has_meaning, what in rules:
+        if given[name].present and not has_meaning:
+            raise ValueError(f"--{name} is for {what}, and would change nothing; leave it out.")
 
 
 def evaluate_files(given: cli.Flags) -> dict:
@@ -88,7 +112,9 @@ def evaluate_files(given: cli.Flags) -> dict:
         if not getattr(given, name):
             raise ValueError(f"Scoring files needs --{name}.")
     vocabulary = load_label_space(given.split) if given.split else None
-    files = given.annotations, result_in(given.predictions, given.task), vocabulary
+    paths = [result_in(path, given.task) for path in (given.annotations, given.predictions)]
+    _check_flags(given, paths)
+    files = *paths, vocabulary
     folders = dict(
         annotation_folder=given.annotation_pngs or None, prediction_folder=given.png_folder or None
     )

@@ -99,8 +99,40 @@ def test_flags_that_do_not_suffice_are_refused(arguments, message):
 
 
 def test_values_to_ignore_are_numbers(files):
+    maps = f"--annotations={files / 'found'}", f"--split={files / 'two.json'}"
     with pytest.raises(ValueError, match="is not like --ignore=0,255"):
-        run(*of_files(files, "--task=semantic", "--ignore=0,void"))
+        run(*of_files(files, "--task=semantic", *maps, "--ignore=0,void"))
+
+
+@pytest.mark.parametrize(
+    ("task", "flag"),
+    [
+        ("panoptic", "--protocol=zsi"),
+        ("panoptic", "--ignore=7"),
+        ("panoptic", "--prediction_values=indices"),
+        ("semantic", "--annotation_values=ids"),  # of a panoptic json
+        ("semantic", "--protocol=coco"),
+        ("instance", "--png_folder=x"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(files, task, flag):
+    name = flag.partition("=")[0]
+    with pytest.raises(ValueError, match=f"{name} is for .* leave it out"):
+        run(*of_files(files, f"--task={task}", flag))
+
+
+def test_a_folder_of_another_task_is_scored_or_named(files):
+    """As `predict` wrote it: panoptic maps say the class of every pixel, other results do not."""
+    (files / "found").rename(files / "panoptic")
+    (files / "found.json").rename(files / "panoptic.json")
+    folder, split = f"--predictions={files}", f"--split={files / 'two.json'}"
+    given = ("--task=semantic", f"--annotations={files / 'truth.json'}", folder)
+    assert run(*given)["semantic"]["all"]["miou"] == pytest.approx(50 * (32 / 40 + 40 / 48))
+    assert run("--task=panoptic", f"--annotations={files}", folder, split)["all"]["pq"] == 100
+    with pytest.raises(ValueError, match="holds what --task=panoptic makes; score that"):
+        run("--task=instance", *given[1:])
+    with pytest.raises(ValueError, match="truth is a folder without panoptic.json"):
+        run("--task=panoptic", f"--annotations={files / 'truth'}", folder)
 
 
 def test_flags_of_files_and_of_a_config_do_not_mix(files, capsys):

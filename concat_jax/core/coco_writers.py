@@ -3,7 +3,8 @@
 Beside a result lies its manifest, the json object that says what the result holds: the task, what
 the pixels mean, the categories, and which image has which id and file. `panoptic.json` is its own,
 `semantic.json` lies beside the folder `semantic/`, `instances.manifest.json` beside
-`instances.json`, which must be a bare list. `evaluation.result_files` reads it.
+`instances.json`, which must be a bare list. A copy may lose it, so label maps and entries have the
+names of their classes as well. `evaluation.result_files` reads both.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from typing import Any, Self
 import jax
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from concat_jax.core.coco import ImageId
 from concat_jax.core.files import replacing
 from concat_jax.core.hosts import wait_for_hosts
 from concat_jax.core.mask_codes import bounding_box, ids_to_rgb
 from concat_jax.core.vocabulary import Vocabulary
+
+# The text of a label map that says what its values are: a JSON object of names, null for void.
+MAP_CLASSES = "concat_jax.classes"
 
 
 class StreamedJson:
@@ -236,7 +241,7 @@ class PanopticWriter(_Writer):
 
 
 class InstanceWriter(_Writer):
-    """A list of {image_id, file_name, category_id, segmentation, score}, and its manifest.
+    """COCO's list of results, with the names of images and categories, and its manifest.
 
     Without boxes: pycocotools' `loadRes` would take their areas for those of the masks.
     """
@@ -268,6 +273,7 @@ class InstanceWriter(_Writer):
             if not math.isfinite(score):
                 raise ValueError(f"Image {image_id} has an instance of score {score}.")
             entry = {"image_id": _id(image_id), "file_name": file_name, "category_id": category}
+            entry["category_name"] = self._vocabulary.names[label]
             self._json.append(entry | {"segmentation": dict(code), "score": float(score)})
         self._manifest.append(_image(image_id, file_name, size), "images")
 
@@ -306,7 +312,10 @@ class SemanticWriter(_Writer):
                 f"indices of the vocabulary of {len(self._vocabulary)}, or -1."
             )
         png = self._png(self.folder, f"{result}.png" if result else file_name)
-        Image.fromarray(self._values[labels]).save(self.folder / png)
+        names, said = (*self._vocabulary.names, None), PngInfo()
+        text = json.dumps({int(self._values[k]): names[k] for k in (-1, *present.tolist())})
+        said.add_text(MAP_CLASSES, text)
+        Image.fromarray(self._values[labels]).save(self.folder / png, pnginfo=said)
         classes = [
             {"id": int(self._vocabulary.category_ids[k]), "name": self._vocabulary.names[k]}
             | {"area": int(area)}

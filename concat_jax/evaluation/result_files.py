@@ -2,12 +2,13 @@
 
 Ids are a data set's own business, and whoever makes predictions may number images and classes in
 another way. Names say what is meant where both sides have them: the manifest beside a result
-(`coco_writers`) and COCO's "images" and "categories".
+(`coco_writers`), what the result itself says, and COCO's "images" and "categories".
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -22,7 +23,8 @@ from concat_jax.core.coco import (
     read_categories,
     read_images,
 )
-from concat_jax.core.files import FileError, read_json
+from concat_jax.core.coco_writers import MAP_CLASSES
+from concat_jax.core.files import FileError, open_image, read_json
 from concat_jax.core.mask_codes import checked_rle
 from concat_jax.core.vocabulary import Vocabulary
 
@@ -39,16 +41,15 @@ NUMBER_ALIKE = (
 class Manifest:
     """What lies beside a result of ours, see `coco_writers`.
 
-    `pixels` of a label map are "category_ids" or "indices" into the categories, `void` is no class;
-    `maps` are label maps, relative to their folder, to the ids of their images.
+    `categories` are by the pixels of label maps, of which `void` is no class; `maps` are these,
+    relative to their folder, to the file names of their images.
     """
 
     path: pathlib.Path
-    pixels: str
     void: int | None
     categories: dict[int, Category]
     images: dict[ImageId, CocoImage]
-    maps: dict[str, ImageId]
+    maps: dict[str, str]
 
 
 def read_manifest(result: str | os.PathLike[str], task: str) -> Manifest | None:
@@ -62,14 +63,64 @@ def read_manifest(result: str | os.PathLike[str], task: str) -> Manifest | None:
     if not isinstance(content, dict) or content.get("task") != task:
         return None
     images = read_images(path, content)
-    maps = {entry.get("map", ""): entry["id"] for entry in content["images"]}
+    maps = {entry.get("map", ""): entry["file_name"] for entry in content["images"]}
     pixels, void = content.get("pixels"), content.get("void")
     if task == "semantic" and (
         pixels not in ("category_ids", "indices") or type(void) is not int or "" in maps
     ):
         raise FileError(f"{path} does not say what the label maps of {result} hold.")
     categories = read_categories(path, content, must_say_things=False)
-    return Manifest(path, str(pixels), void, categories, images, maps)
+    if pixels == "indices":
+        categories = dict(enumerate(categories.values()))
+    return Manifest(path, void, categories, images, maps)
+
+
+def manifest_in(folder: pathlib.Path, maps: Sequence[str]) -> Manifest | None:
+    """What a folder's label maps say themselves; None where one of them does not."""
+    named: set[tuple[int, str]] = set()
+    void = -1
+    for name in maps:
+        with open_image(folder / name) as image:
+            text = image.info.get(MAP_CLASSES)
+        if text is None:
+            return None
+        said = {int(value): name for value, name in json.loads(text).items()}
+        void = next((value for value, name in said.items() if name is None), void)
+        named |= said.items() - {(void, None)}
+    if not named:
+        return None
+    return Manifest(folder, void, _categories(named, folder), {}, {name: name for name in maps})
+
+
+def _categories(named: Iterable[tuple[int, str]], path: pathlib.Path) -> dict[int, Category]:
+    categories: dict[int, Category] = {}
+    for number, name in named:
+        other = categories.setdefault(number, Category(number, name, None)).name
+        if other != name:
+            names = " and ".join(sorted((repr(name), repr(other))))
+            raise FileError(
+                f"{path} calls the class {number} both {names}; keep results of two models apart."
+            )
+    return categories
+
+
+def check_counts(
+    annotated: int,
+    predicted: int,
+    right: float,
+    truth: str | os.PathLike[str],
+    found: str | os.PathLike[str],
+    *,
+    is_told: bool,
+) -> None:
+    """Refuses what has no score, and a score of 0 where nothing told the classes."""
+    if not annotated:
+        raise FileError(f"{truth} shows no class that is scored; there is nothing to score.")
+    if predicted and not right and not is_told:
+        raise FileError(
+            f"Nothing in {found} is right, a score of 0, and nothing there names its classes: "
+            f"their numbers may be of another list; number them as {truth} does."
+        )
 
 
 def classes_of(
@@ -138,12 +189,14 @@ def pair_images(
     ]
     if fits and not clash:
         return {i: i for i in found}, ""
-    for key in (bare_name, _stem):
-        by_name = _pair_by(key, truth, found, may_miss)
+    sides = [(bare_name, truth, found), (_stem, truth, found)]
+    if not (clash or all(truth.values()) and all(found.values())):
+        sides.append((str, *({i: i for i in side} for side in (truth, found))))  # "1" is 1
+    for key, *names in sides:
+        by_name = _pair_by(key, *names, may_miss)
         if by_name is not None:
-            return by_name, (
-                f"{found_path} numbers its images in another way; they were told by their names."
-            )
+            note = f"{found_path} numbers its images in another way; they were told by their names."
+            return by_name, "" if key is str else note
     if clash:
         image_id = clash[0]
         raise FileError(
@@ -195,8 +248,10 @@ class InstanceResult:
 
 def read_instance_results(
     path: str | os.PathLike[str],
-) -> tuple[dict[ImageId, list[InstanceResult]], dict[ImageId, str | None]]:
-    """COCO instance results and file names by image id, None where entries have none."""
+) -> tuple[
+    dict[ImageId, list[InstanceResult]], dict[ImageId, str | None], dict[int, Category] | None
+]:
+    """COCO instance results and file names by image id, and categories; None where not said."""
     path = pathlib.Path(path)
     content = read_json(path, constants=True)
     wanted = "--task=instance needs a list of {image_id, category_id, segmentation, score}"
@@ -204,6 +259,7 @@ def read_instance_results(
         raise FileError(f"{path} is not a list; {wanted}.")
     results: dict[ImageId, list[InstanceResult]] = {}
     names: dict[ImageId, str | None] = {}
+    named: set[tuple[int, Any]] = set()
     for position, entry in enumerate(content):
         where = f"Entry {position} of {path}"
         result = _instance_result(entry, where, wanted)
@@ -211,7 +267,10 @@ def read_instance_results(
         results.setdefault(image_id, []).append(result)
         name = entry.get("file_name")
         names[image_id] = name if isinstance(name, str) and name else None
-    return results, names
+        category = entry.get("category_name")
+        named.add((result.category_id, category if isinstance(category, str) else None))
+    says = named and all(name for _, name in named)
+    return results, names, _categories(named, path) if says else None
 
 
 def _instance_result(entry: Any, where: str, wanted: str) -> InstanceResult:

@@ -25,6 +25,7 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, AveragePrecision
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.result_files import (
+    check_counts,
     check_sizes,
     classes_in,
     classes_of,
@@ -67,6 +68,9 @@ def score_panoptic(
     )
     classes = vocabulary.index_of_category, class_of
     quality = _count_panoptic(sides, folders, classes, len(vocabulary))
+    right, missed, wrong = (int(n.sum()) for n in (quality.tp, quality.fn, quality.fp))
+    is_told = found.categories is not None
+    check_counts(right + missed, wrong, right, truth.path, found.path, is_told=is_told)
     summary = quality.summarize(vocabulary)
     return {**summary, "images": len(pairs), "notes": [*filter(None, [*notes, note])]}
 
@@ -169,11 +173,12 @@ def score_instances(
         vocabulary = vocabulary_of(truth.path, truth.categories)
     check_categories(truth.path, truth.categories, vocabulary, must_have_all=False)
     predictions = pathlib.Path(predictions)
-    found, names = read_instance_results(predictions)
+    found, names, categories = read_instance_results(predictions)
     manifest = read_manifest(predictions, "instance")
     if manifest is not None:
         names = {i: image.file_name for i, image in manifest.images.items()}
-    class_of, note = classes_of(predictions, manifest.categories if manifest else None, vocabulary)
+        categories = manifest.categories
+    class_of, note = classes_of(predictions, categories, vocabulary)
     own_names = {i: image.file_name for i, image in truth.images.items()}
     pairs, other_note = pair_images(
         own_names, names, truth.path, predictions, may_miss=manifest is None
@@ -199,5 +204,7 @@ def score_instances(
             gt_areas=[one.area for one in annotated],
         )
     summary = counts.summarize(vocabulary)
+    numbers = counts.num_gt.sum(), counts.detections.sum(), summary["all"]["ar"]
+    check_counts(*numbers, truth.path, predictions, is_told=categories is not None)
     notes = [*filter(None, (note, other_note))]
     return {**summary, "images": len(truth.images), "notes": notes}

@@ -23,9 +23,11 @@ from concat_jax.core.progress import Progress
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.result_files import (
     bare_name,
+    check_counts,
     check_sizes,
     classes_in,
     classes_of,
+    manifest_in,
     pair_images,
     read_manifest,
 )
@@ -47,7 +49,8 @@ class _Maps:
       read: map to its labels [H, W]: classes, `VOID`, or `_UNKNOWN` where a pixel means nothing.
       reread: the same read in the other way, ids as positions or positions as ids; None where a
         file says how they are meant.
-      flag: of the other reading; `is_asked`, this one was asked for.
+      flag: of the other reading.
+      is_told: a flag or a file says which classes the numbers are.
     """
 
     path: pathlib.Path
@@ -56,7 +59,7 @@ class _Maps:
     png: Callable[[Any], pathlib.Path]
     reread: Callable[[Any], np.ndarray] | None = None
     flag: str = ""
-    is_asked: bool = False
+    is_told: bool = False
 
 
 def score_semantic(
@@ -128,11 +131,13 @@ def score_semantic(
         counts.merge(own)
         agreement.update(agree)
         progress.tick(done)
-    pixels = int(counts.confusion.sum() + counts.unnamed.sum() + counts.ignored)
+    right, named = agreement[""], int(counts.confusion.sum())
+    annotated = named + int(counts.unnamed.sum())
     for side in (truth, found):
-        other = agreement[side.flag] if side.reread else 0
-        if other > agreement[""]:
-            notes.append(_better_reading(side, agreement[""] / pixels, other / pixels))
+        other, pixels = agreement[side.flag] if side.reread else 0, annotated + int(counts.ignored)
+        if other > right:
+            notes.append(_better_reading(side, right / pixels, other / pixels))
+    check_counts(annotated, named, right, truth.path, found.path, is_told=found.is_told)
     summary = counts.summarize(vocabulary)
     return {**summary, "images": len(pairs), "notes": [*filter(None, notes)]}
 
@@ -145,7 +150,7 @@ def _better_reading(side: _Maps, own: float, better: float) -> str:
         f"Read as {words[0]}, the pixels of {side.path} agree at {100 * own:.1f} %, as "
         f"{words[1]} at {100 * better:.1f} %"
     )
-    if not side.is_asked:
+    if not side.is_told:
         insist = side.flag.replace("indices", "ids")
         raise FileError(f"{sentence}: give {side.flag}, or {insist} to insist.")
     return f"{sentence} ({side.flag})."
@@ -174,7 +179,8 @@ def _panoptic_maps(file: PanopticFile, folder: Path | None, class_of: Mapping[in
         what = f"A segment of {path} in {file.path}"
         return np.array([VOID, *classes_in(one.category_ids, class_of, what)])[rows]
 
-    return _Maps(file.path, {i: a.file_name for i, a in file.annotations.items()}, read, png)
+    names = {i: a.file_name for i, a in file.annotations.items()}
+    return _Maps(file.path, names, read, png, is_told=file.categories is not None)
 
 
 def _folder_maps(
@@ -199,19 +205,19 @@ def _folder_maps(
     flag = f"--{side}_values={opposite}"
     positions = dict(enumerate(range(len(vocabulary))))
     ids = vocabulary.index_of_category
-    manifest = None if values else read_manifest(folder, "semantic")
+    manifest = None
+    if not values:
+        manifest = read_manifest(folder, "semantic") or manifest_in(folder, [*names.values()])
     if manifest is not None:
         class_of, note = classes_of(manifest.path, manifest.categories, vocabulary)
         notes.append(note)
-        if manifest.pixels == "indices":
-            class_of = {k: class_of[i] for k, i in enumerate(manifest.categories)}
         lookup = _lookup(class_of, [manifest.void])
         unlisted = [file for file, name in names.items() if name not in manifest.maps]
         if unlisted:
             raise FileError(
                 f"{manifest.path} does not list {unlisted[0]}; remove what earlier runs left."
             )
-        sources = {f: manifest.images[manifest.maps[n]].file_name for f, n in names.items()}
+        sources = {f: manifest.maps[n] for f, n in names.items()}
         if len({bare_name(name) for name in sources.values()}) == len(files):
             names = sources
         flag = ""
@@ -238,8 +244,8 @@ def _folder_maps(
     def reread(file: pathlib.Path) -> np.ndarray:
         return _look_up(other, read_label_map(file))
 
-    again = reread if manifest is None else None
-    return _Maps(folder, names, read, lambda file: file, again, flag, bool(values))
+    again, is_told = reread if manifest is None else None, bool(values or manifest)
+    return _Maps(folder, names, read, lambda file: file, again, flag, is_told)
 
 
 def _lookup(class_of: Mapping[int, int], ignored: Sequence[int | None]) -> np.ndarray:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from concat_jax.core.coco import read_panoptic
 from concat_jax.core.coco_writers import (
+    MAP_CLASSES,
     InstanceWriter,
     PanopticWriter,
     SemanticWriter,
@@ -153,8 +154,10 @@ def test_label_maps_hold_category_ids_and_say_so(tmp_path):
     image = Image.open(tmp_path / "maps/folder/1.png")
     assert np.asarray(image).tolist() == [[17, 187], [255, 17]]
     manifest = read_manifest(tmp_path / "maps", "semantic")
-    assert (manifest.pixels, manifest.void) == ("category_ids", 255)
-    assert manifest.maps == {"folder/1.png": 7, "folder/1.bmp.png": 8}
+    assert {k: c.name for k, c in manifest.categories.items()} == {17: "cat", 187: "sky"}
+    assert manifest.void == 255
+    assert manifest.maps == {"folder/1.png": "folder/1.jpg", "folder/1.bmp.png": "folder/1.bmp"}
+    assert json.loads(image.text[MAP_CLASSES]) == {"17": "cat", "187": "sky", "255": None}
     content = json.loads((tmp_path / "maps.json").read_text())
     assert content["images"][0]["classes"] == [
         {"id": 17, "name": "cat", "area": 2},
@@ -171,7 +174,8 @@ def test_large_ids_take_two_bytes_and_larger_ones_positions(tmp_path):
     with SemanticWriter(tmp_path / "more", vocabulary) as writer:
         writer.add(1, "1.jpg", np.array([[0, 1, -1]]))
     assert np.asarray(Image.open(tmp_path / "more/1.png")).tolist() == [[0, 1, 255]]
-    assert read_manifest(tmp_path / "more", "semantic").pixels == "indices"
+    categories = read_manifest(tmp_path / "more", "semantic").categories
+    assert {value: category.id for value, category in categories.items()} == {0: 70000, 1: 3}
 
 
 def test_names_never_collide():

@@ -1,6 +1,7 @@
 """Whose numbers are whose: images and classes that two sides number differently, and label maps."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -134,6 +135,9 @@ def test_the_manifest_beside_label_maps_says_what_they_hold(tmp_path, numbering)
         for number, (name, labels) in enumerate(MAPS.items()):
             writer.add(number, name, labels)
     assert miou(truth, tmp_path / "semantic")[0] == 100
+    # A copy without the manifest: the maps name their values themselves.
+    shutil.copytree(tmp_path / "semantic", tmp_path / "copy")
+    assert miou(truth, tmp_path / "copy")[0] == 100
     (tmp_path / "semantic" / "old.png").write_bytes(
         (tmp_path / "semantic" / "apple.png").read_bytes()
     )
@@ -165,6 +169,35 @@ def test_pixels_that_fit_another_reading_are_asked_about(tmp_path):
         truth, found, prediction_values="indices", annotation_values="indices", ignored_values=(3,)
     )
     assert score < 50 and "as category ids at 100.0 % (--annotation_values=ids)" in note
+
+
+def test_nothing_is_no_score(tmp_path):
+    """Ground truth that shows nothing; predictions of which nothing is right, nobody knows why."""
+    truth, found = (write_maps(tmp_path / name, (1, 2, 3)) for name in ("gt", "pred"))
+    void = write_maps(tmp_path / "void", (255, 255, 255))
+    with pytest.raises(ValueError, match="void shows no class that is scored"):
+        miou(void, found)
+    turned = write_maps(tmp_path / "turned", (3, 255, 1))
+    with pytest.raises(ValueError, match="Nothing in .*turned is right"):
+        miou(truth, turned)
+    truth, found = (write_panoptic(tmp_path / f"{name}_p", (1, 2)) for name in ("gt", "pred"))
+    content = json.loads(found.read_text())
+    for one in content["annotations"]:
+        for segment in one["segments_info"]:
+            segment["category_id"] = segment["category_id"] % 3 + 1
+    for score in (score_panoptic, score_semantic):
+        found.write_text(json.dumps(content))
+        summary = score(truth, found, VOCABULARY)  # its categories say which is which
+        assert summary["all"]["pq" if score is score_panoptic else "miou"] == 0
+        found.write_text(json.dumps({"annotations": content["annotations"]}))
+        with pytest.raises(ValueError, match="Nothing in .*pred_p.json is right"):
+            score(truth, found, VOCABULARY)
+    content["annotations"] = [{**one, "segments_info": []} for one in content["annotations"]]
+    for png in (tmp_path / "gt_p").iterdir():
+        Image.new("RGB", (4, 3)).save(png)
+    truth.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="gt_p.json shows no class that is scored"):
+        score_panoptic(truth, found, VOCABULARY)
 
 
 def test_label_maps_lie_in_folders_too(tmp_path):
@@ -201,12 +234,28 @@ def test_instances_are_told_by_name(tmp_path, numbering):
     files = tmp_path / "gt.json", tmp_path / "instances.json"
     summary = score_instances(*files, VOCABULARY)
     assert summary["all"]["ap"] == pytest.approx(100)
-    (tmp_path / "instances.manifest.json").unlink()
-    if numbering is VOCABULARY:  # the entries name their images as well
-        assert score_instances(*files, VOCABULARY)["all"]["ap"] == pytest.approx(100)
-    else:
-        with pytest.raises(ValueError, match="in .*instances.json is 3x4|category 2"):
-            score_instances(*files, Vocabulary(("cat",), (True,), (True,), (3,)))
+    # A copy has no manifest; the entries name images and categories as well.
+    files[1].rename(tmp_path / "copy.json")
+    files = files[0], tmp_path / "copy.json"
+    for vocabulary in (VOCABULARY, Vocabulary(("cat",), (True,), (True,), (3,))):
+        assert score_instances(*files, vocabulary)["all"]["ap"] == pytest.approx(100)
+    entries = json.loads(files[1].read_text())
+    entries.append({**entries[0], "category_name": "dog"})
+    files[1].write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="calls the class . both 'cat' and 'dog'"):
+        score_instances(*files, VOCABULARY)
+    # Others' entries may say nothing: ids may be texts, a score of 0 of unknown classes is none.
+    keys = ("image_id", "category_id", "segmentation", "score")
+    bare = [{key: entry[key] for key in keys} for entry in entries[:2]]
+    bare = [{**one, "category_id": 3, "image_id": str(3 - one["image_id"])} for one in bare]
+    files[1].write_text(json.dumps(bare))
+    assert score_instances(*files, VOCABULARY)["all"]["ap"] == pytest.approx(100)
+    files[1].write_text(json.dumps([{**one, "category_id": 2} for one in bare]))
+    with pytest.raises(ValueError, match="Nothing in .*copy.json is right.* as .*gt.json does"):
+        score_instances(*files, VOCABULARY)
+    files[0].write_text(json.dumps({**truth, "annotations": []}))
+    with pytest.raises(ValueError, match="gt.json shows no class that is scored"):
+        score_instances(*files, VOCABULARY)
 
 
 @pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
