@@ -146,9 +146,7 @@ def calibrate_stage(
     check_gammas((0.0, *gammas))
     images = held_out_images(config.data, part, seed=config.seed, num_images=num_images)
     run = Experiment(config, workdir, make_datasets(config.data, seed=config.seed), trains=False)
-    check_choice(stage, run.setup.stages, "--stage names no stage of config.train:")
-    if not run.parameters.is_finished(stage):
-        raise ValueError(f"Stage {stage!r} has not finished in {workdir}; train it first.")
+    run.check_stage(stage)
 
     print(f"Stage {stage}, {images.name}:", flush=True)
     sweep_of = functools.partial(run.sweep, stage)

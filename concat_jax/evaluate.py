@@ -151,9 +151,7 @@ def evaluate_stage(given: cli.Flags) -> dict:
     host = dict(process_index=jax.process_index(), process_count=jax.process_count())
     datasets = make_datasets(config.data, seed=config.seed, **host)
     run = Experiment(config, workdir, datasets, trains=False)
-    check_choice(stage, run.setup.stages, "--stage names no stage of config.train:")
-    if not run.parameters.is_finished(stage):
-        raise ValueError(f"Stage {stage!r} has not finished in {workdir}; train it first.")
+    run.check_stage(stage)
     return run.evaluate(stage)
 
 

@@ -91,8 +91,10 @@ class FakeRun:
     def __init__(self, config, workdir, datasets, *, trains):
         assert not trains
         self.workdir = workdir
-        self.setup = types.SimpleNamespace(stages={"con": None, "finetune": None})
-        self.parameters = types.SimpleNamespace(is_finished=lambda name: name == "finetune")
+
+    def check_stage(self, name):
+        if name != "finetune":
+            raise ValueError("cannot be scored")
 
     def sweep(self, name, examples, gammas):
         self.asked.append((name, examples, gammas))
@@ -145,13 +147,9 @@ def test_the_end_of_the_list_is_pointed_out(fake_run, monkeypatch, tmp_path, cap
     assert "1 is the last gamma tried" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("stage", "sentence"),
-    [("con", "'con' has not finished in"), ("finetun", "'finetun'; did you mean 'finetune'")],
-)
-def test_a_stage_that_cannot_be_scored_is_refused(stage, sentence, fake_run, tmp_path):
-    with pytest.raises(ValueError, match=sentence):
-        calibrate.calibrate_stage(demo_zps.get_config("smoke"), tmp_path, stage, [0.0])
+def test_a_stage_that_cannot_be_scored_is_refused(fake_run, tmp_path):
+    with pytest.raises(ValueError, match="cannot be scored"):
+        calibrate.calibrate_stage(demo_zps.get_config("smoke"), tmp_path, "con", [0.0])
 
 
 def test_the_command_ends_in_one_sentence(monkeypatch, tmp_path):

@@ -218,6 +218,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoints(copied, finished):
     assert again["table"] == finished[1]["table"]
 
 
+def test_a_stage_trained_anew_leaves_no_mixture(copied, monkeypatch):
+    monkeypatch.setattr(concat_jax.experiment.experiment, "train_stage", None)
+    shutil.rmtree(copied / "con")
+    before = contents(copied)
+    with pytest.raises(ValueError, match="of stage con: the stages cat, control, finetune in"):
+        run(tiny_config(), copied)
+    assert contents(copied) == before
+
+
 def test_stages_out_of_order_are_refused_before_anything_is_written(tmp_path):
     config = tiny_config()
     config.stages = ("con", "clip")

@@ -253,13 +253,8 @@ def fill_bank(
     Row s·B + b is image b of step s. Queries and targets stay on disk, labels, 9 MB of COCO's, are
     read.
 
-    Raises ValueError for another or a damaged bank, nothing to extract, or a query not storable.
+    Raises ValueError for another or a damaged bank, or a query not storable.
     """
-    if num_batches < 1:
-        raise ValueError(
-            "The query bank is to hold no image; set bank_images of the stage to the number of "
-            "images whose queries it learns from."
-        )
     manifest = {"format": FORMAT, **identity, **dataclasses.asdict(config), "batch": batch_size}
     kind = KIND
     if with_targets:

@@ -26,7 +26,13 @@ from concat_jax.experiment.copy_parameters import copy_parameters
 from concat_jax.experiment.model import write_labels
 from concat_jax.experiment.parameters import INIT, Parameters, initial_path
 from concat_jax.experiment.setup import make_setup
-from concat_jax.experiment.workdir import claim_workdir, evaluation_settings, read_report
+from concat_jax.experiment.workdir import (
+    check_origins,
+    claim_workdir,
+    evaluation_settings,
+    note_origin,
+    read_report,
+)
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.predictor import Predictor
 from concat_jax.inference.programs import Network
@@ -63,7 +69,10 @@ class Experiment:
             lambda source: self.parameters.get("clip", source),
         )
         self._check_order()
+        for name in config.eval.stages:
+            setup.check_predicts(name, "config.eval.stages")
         if trains:
+            check_origins(workdir, (*config.stages, *config.eval.stages))
             for name in config.stages:
                 if not self.parameters.is_finished(name):
                     check_clip_targets(self, name, with_weights=False)
@@ -79,11 +88,7 @@ class Experiment:
             # A mistake in a late stage's settings must not show after days of earlier ones.
             self.setup.optimizer(name)
             self.setup.make_stage(name)
-            sources = dict(stages[name].takes)
-            for copied in stages[name].copies.values():
-                *stage_name, part = copied.split(":")
-                sources |= {f"{part} of {source}": source for source in stage_name}
-            for subtree, source in sources.items():
+            for subtree, source in stages[name].sources.items():
                 if source == INIT:
                     path = initial_path(config, subtree)
                     if subtree == "segmentor" and path is not None:
@@ -114,6 +119,7 @@ class Experiment:
         # Another model or other evaluation settings than the report's are looked at anew.
         shown = evaluation_settings(config)
         titles = {n: t for n, t in config.eval.stages.items() if self.parameters.is_finished(n)}
+        check_origins(self.workdir, titles)
         if not trained and (saved := read_report(report_path)):
             # A run of fewer stages may have left a report of fewer.
             if saved["config"] == shown and saved.get("stages_evaluated") == sorted(titles):
@@ -182,6 +188,7 @@ class Experiment:
             subtree = part.split("/")[0]
             given = {subtree: self.parameters.get(subtree, *stage_name)} if stage_name else taken
             params = copy_parameters(params, target, given, part)
+        note_origin(self.workdir, name, settings.sources.values())
         trained = train_stage(
             name,
             stage,
@@ -206,6 +213,13 @@ class Experiment:
         if read == TEXT:
             return self.embeddings.get(source, self.setup.vocabulary)
         return self.parameters.get("projector" if read == MATCHING_PROJECTOR else read, source)
+
+    def check_stage(self, name: str) -> None:
+        """Refuse a stage that cannot be scored: of --stage, unfinished, or of mixed origin."""
+        self.setup.check_predicts(name, "--stage")
+        if not self.parameters.is_finished(name):
+            raise ValueError(f"Stage {name!r} has not finished in {self.workdir}; train it first.")
+        check_origins(self.workdir, (name,))
 
     def predictor(self, name: str, **changes: Any) -> Predictor:
         """What holds after stage `name`, on this host's devices alone.

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
-from concat_jax.core.config import check_choice, unflatten
+from concat_jax.core.config import unflatten
 from concat_jax.core.files import read_json, write_json
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.class_embeddings import ClassEmbeddings
 from concat_jax.experiment.parameters import INIT, Parameters
 from concat_jax.experiment.setup import Labels, Setup, make_setup
+from concat_jax.experiment.workdir import check_origins
 from concat_jax.inference.model import Model
 from concat_jax.inference.predictor import PredictConfig
 from concat_jax.inference.text_tower import SUBTREES
@@ -176,30 +177,19 @@ def load_workdir(workdir: Path, stage: str = "") -> tuple[Params, ModelCard, Tok
     return jax.device_get(params), card, setup.tokenizer
 
 
-# What a prediction needs.
-_NEEDED = ("segmentor", "projector", "clip")
-
-
 def _check_stage(setup: Setup, parameters: Parameters, workdir: Path, stage: str) -> None:
-    check_choice(stage, setup.stages, f"--stage names no stage of {workdir}:")
+    setup.check_predicts(stage, f"--stage of {workdir}")
 
-    def needs(name: str) -> dict[str, None]:
-        """The stages, each once, that must have finished; none where something is lacking."""
+    def missing(name: str) -> list[str]:
         sources = setup.holds_after(name)
-        if not sources.keys() >= set(_NEEDED):
-            return {}
-        given = [sources[subtree] for subtree in _NEEDED if sources[subtree] != INIT]
-        return dict.fromkeys([*given, name])
+        given = [sources[s] for s in ("segmentor", "projector", "clip") if sources[s] != INIT]
+        return [n for n in dict.fromkeys([*given, name]) if not parameters.is_finished(n)]
 
-    if not needs(stage):
-        raise ValueError(
-            f"Stage {stage!r} of {workdir} has no segmentor with a projector; give another --stage."
-        )
-    missing = [name for name in needs(stage) if not parameters.is_finished(name)]
-    if missing:
-        ready = [n for n in setup.stages if needs(n) and all(map(parameters.is_finished, needs(n)))]
+    if unfinished := missing(stage):
+        ready = [n for n in setup.stages if setup.predicts(n) and not missing(n)]
         other = f", or give --stage, one of {', '.join(ready)}" if ready else ""
         raise ValueError(
-            f"Of {workdir} the stages {', '.join(missing)} have not finished; go on with python "
+            f"Of {workdir} the stages {', '.join(unfinished)} have not finished; go on with python "
             f"-m concat_jax.main and the same --config and --workdir{other}."
         )
+    check_origins(workdir, (stage,))

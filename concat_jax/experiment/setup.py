@@ -81,6 +81,20 @@ class Setup:
         """Subtree to the stage that gave it, of all that holds once stage `name` has finished."""
         return {**self.stages[name].takes, **{s: name for s in self.make_stage(name).trains}}
 
+    def predicts(self, name: str) -> bool:
+        """Whether there is all that a prediction needs once stage `name` has finished."""
+        return self.holds_after(name).keys() >= {"segmentor", "projector", "clip"}
+
+    def check_predicts(self, name: str, where: str) -> None:
+        """Refuse a stage named by `where` that predicts nothing, by a ValueError naming others."""
+        check_choice(name, self.stages, f"{where} names no stage of config.train:")
+        if not self.predicts(name):
+            others = ", ".join(filter(self.predicts, self.stages))
+            raise ValueError(
+                f"{where} names stage {name!r}, which has no segmentor with a projector; name one "
+                f"of {others}."
+            )
+
     def optimizer(self, name: str) -> OptimizerConfig:
         """Constants of a stage's optimizer; ValueError for a field that there is not."""
         where = f"config.train.{name}.optimizer"
@@ -101,6 +115,8 @@ def make_setup(
     for where, names in (("stages", config.stages), ("eval.stages", config.eval.stages)):
         for name in names:
             check_choice(name, stages, f"config.{where} names no stage of")
+    if (pictures := config.eval.get("num_pictures", 0)) < 0:
+        raise ValueError(f"config.eval.num_pictures is {pictures} and must be at least 0.")
     for rule in config.eval.get("keep_rules", ()):
         check_choice(rule, KEEP_RULES, "config.eval.keep_rules names no rule:")
     check_text(config.text)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import ml_collections
 
 from concat_jax.core import config as configuration
 from concat_jax.core.files import read_json, write_json
+from concat_jax.stages.stage import INIT
+from concat_jax.training.checkpoints import StageCheckpoints
 
 # Config keys that may differ when a run is started again in its workdir: they change what is
 # shown or run next, not what was trained. The model is judged by the checkpoints themselves.
@@ -34,6 +37,8 @@ LOGGING_KEYS = ("log_every", "save_every")
 # Where the training data lies.
 DATA_KEYS = ("data.root", "data.split_file")
 _SHOWN_CHANGES = 8
+# In the folder of a stage: which training of it this is, and of those that it takes from.
+ORIGIN_NAME = "origin.json"
 # Keys of the model that change no parameter's shape, so that no checkpoint can tell them.
 _SHAPELESS_KEYS = ("_heads", "num_groups", "activation", "position_interpolation")
 # Options that are gone, and the value that is built in now: what was trained with it goes on.
@@ -108,6 +113,44 @@ def claim_workdir(
         write_json(path, {k: v for k, v in settled.items() if k in mine or k not in changed})
     if data_identity and (not trained or not data_path.exists()):
         write_json(data_path, {"training": data_identity()})
+
+
+def note_origin(workdir: Path, name: str, sources: Iterable[str]) -> None:
+    """Tells the training of a stage that begins, on what its sources are now, from all others."""
+    if jax.process_index() == 0 and StageCheckpoints(workdir, name).latest_step() is None:
+        takes = {source: _origin(workdir, source)["id"] for source in sources if source != INIT}
+        write_json(workdir / name / ORIGIN_NAME, {"id": secrets.token_hex(8), "takes": takes})
+
+
+def check_origins(workdir: Path, stages: Iterable[str]) -> None:
+    """Refuses, by a ValueError, stages that learnt from one that is gone or was trained anew.
+
+    Of stages of before, which have no origin, nothing is known, and they pass.
+    """
+
+    def trained_anew(name: str) -> str:
+        for source, version in _origin(workdir, name)["takes"].items():
+            anew = _origin(workdir, source)["id"] != version
+            if found := source if anew else trained_anew(source):
+                return found
+        return ""
+
+    names = sorted(path.parent.name for path in workdir.glob(f"*/{ORIGIN_NAME}"))
+    stale = {name: source for name in names if (source := trained_anew(name))}
+    if stale.keys() & set(stages):
+        raise ValueError(
+            f"Trained on an earlier version of stage {' and '.join(sorted({*stale.values()}))}: "
+            f"the stages {', '.join(stale)} in {workdir}; delete the folders "
+            f"{', '.join(str(workdir / name) for name in stale)}, and python -m concat_jax.main "
+            "with the same --config and --workdir trains them anew."
+        )
+
+
+def _origin(workdir: Path, stage: str) -> dict[str, Any]:
+    folder = workdir / stage
+    if any(folder.glob("checkpoints/[0-9]*")) and (folder / ORIGIN_NAME).exists():
+        return read_json(folder / ORIGIN_NAME)
+    return {"id": "", "takes": {}}
 
 
 def read_report(path: Path) -> dict[str, Any] | None:

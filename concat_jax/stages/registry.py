@@ -75,6 +75,11 @@ def make_stage(name: str, settings: StageConfig, context: Context) -> Stage:
             )
         if stage.loss is not None and not settings.steps:
             raise ValueError(f"{where}.steps is 0; set --{where}.steps=1 or more.")
+        if learns_from(settings) == "queries" and settings.bank_images < 1:
+            raise ValueError(
+                f"{where}.bank_images is {settings.bank_images}; set --{where}.bank_images to the "
+                "number of images whose vision queries are learnt from."
+            )
         if learns_from(settings) != module.LEARNS_FROM:
             stage = on_images(stage, context)
     for read in stage.reads:

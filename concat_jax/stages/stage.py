@@ -113,6 +113,12 @@ class StageConfig:
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     captions: str = "all"
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """What this stage takes or copies, and from which stage, or "init"."""
+        copied = (source.split(":") for source in self.copies.values())
+        return {**self.takes, **{f"{part} of {s}": s for *stage, part in copied for s in stage}}
+
     def __post_init__(self):
         for field, least in (("steps", 0), ("batch_size", 1), ("log_every", 1), ("save_every", 0)):
             if (value := getattr(self, field)) < least:

@@ -89,6 +89,18 @@ def no_size(config):
     config.eval.settings.short_side = 0
 
 
+def no_bank(config):
+    config.train.finetune.bank_images = 0
+
+
+def no_segmentor(config):
+    config.eval.stages = {"clip": "CLIP"}
+
+
+def pictures_below_none(config):
+    config.eval.num_pictures = -1
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -100,6 +112,12 @@ def no_size(config):
         (unknown_rule, "config.eval.keep_rules names no rule: 'objectnes'.*'objectness'"),
         (no_progress, "log_every of a stage is 0 and must be at least 1"),
         (no_size, "short_side is 0"),
+        (no_bank, "finetune.bank_images is 0; set --config.train.finetune.bank_images"),
+        (
+            no_segmentor,
+            "config.eval.stages names stage 'clip', which has no segmentor.* one of cat, con, ",
+        ),
+        (pictures_below_none, "config.eval.num_pictures is -1"),
         (unknown_network_field, "config.model.generator has no key 'noise'.*'noise_width'"),
     ],
 )
@@ -120,6 +138,22 @@ def test_a_model_key_that_no_checkpoint_can_tell_is_held_fast(tmp_path):
     config.model.clip.text_heads = 2
     with pytest.raises(ValueError, match=r"config\.model\.clip\.text_heads = 4, now it is 2"):
         make_run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sentence"),
+    [
+        ("finetune", "Stage 'finetune' has not finished in"),
+        ("finetun", "--stage names no stage of config.train: 'finetun'; did you mean 'finetune'"),
+        ("clip", "--stage names stage 'clip', which has no segmentor"),
+    ],
+)
+def test_a_stage_that_cannot_be_scored_is_refused(stage, sentence, tmp_path):
+    finish(tmp_path, smoke_config(), "clip", "con")
+    run = make_run(smoke_config(), tmp_path)
+    run.check_stage("con")
+    with pytest.raises(ValueError, match=sentence):
+        run.check_stage(stage)
 
 
 def make_segmentor(folder, *names):

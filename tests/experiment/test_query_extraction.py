@@ -216,11 +216,6 @@ def test_a_damaged_manifest_is_named(tmp_path):
         fill(tmp_path, Extractor())
 
 
-def test_a_bank_of_no_images_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is to hold no image; set bank_images"):
-        fill(tmp_path, Extractor(), num_batches=0)
-
-
 @pytest.mark.parametrize(
     ("value", "dtype", "sentence"),
     [

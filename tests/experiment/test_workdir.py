@@ -2,11 +2,12 @@
 
 import codecs
 import json
+import shutil
 
 import ml_collections
 import pytest
 
-from concat_jax.experiment.workdir import claim_workdir, read_report
+from concat_jax.experiment.workdir import check_origins, claim_workdir, note_origin, read_report
 
 
 def config(**changes):
@@ -183,3 +184,35 @@ def test_a_damaged_report_is_made_anew(tmp_path, content, capsys):
     report = {"config": {}, "results": {}, "table": ""}
     path.write_text(json.dumps(report))
     assert read_report(path) == report
+
+
+def learn(workdir, name, *sources):
+    note_origin(workdir, name, sources)
+    (workdir / name / "checkpoints/2").mkdir(parents=True, exist_ok=True)
+
+
+def test_what_learnt_from_an_earlier_version_of_a_stage_is_named(tmp_path):
+    learn(tmp_path, "con", "init")
+    learn(tmp_path, "cat", "con")
+    learn(tmp_path, "finetune", "con", "cat")
+    check_origins(tmp_path, ("con", "cat", "finetune"))
+    shutil.rmtree(tmp_path / "cat")
+    sentence = (
+        r"version of stage cat: the stages finetune in .*delete the folders \S+/finetune, and"
+    )
+    for _ in range(2):  # while it is gone, and when it is there anew
+        check_origins(tmp_path, ("con", "cat"))
+        with pytest.raises(ValueError, match=sentence):
+            check_origins(tmp_path, ("con", "finetune"))
+        learn(tmp_path, "cat", "con")
+    shutil.rmtree(tmp_path / "finetune")
+    learn(tmp_path, "finetune", "con", "cat")
+    check_origins(tmp_path, ("finetune",))
+    learn(tmp_path, "con")
+    with pytest.raises(ValueError, match="stage con: the stages cat, finetune in"):
+        check_origins(tmp_path, ("finetune",))
+
+
+def test_a_workdir_of_before_knows_no_versions(trained):
+    (trained / "cat/checkpoints/2").mkdir(parents=True)
+    check_origins(trained, ("con", "cat"))

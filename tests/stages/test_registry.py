@@ -69,7 +69,8 @@ class Patches(nn.Module):
 
 def settings(kind, **fields):
     takes = fields.pop("takes", dict(clip="clip", segmentor="con", projector="con"))
-    return StageConfig(kind=kind, takes=takes, steps=2, batch_size=2, optimizer={}, **fields)
+    fields = dict(steps=2, batch_size=2, bank_images=2, optimizer={}) | fields
+    return StageConfig(kind=kind, takes=takes, **fields)
 
 
 def step(stage, networks, batch):
@@ -173,6 +174,7 @@ def test_every_flag_that_an_error_names_mends_it(kind, changed, vocabulary, coun
         context = dataclasses.replace(context, vocabulary=vocabulary)
     takes = dict(clip="clip", segmentor="con", projector="con", generator="cat")
     section = dict(kind=kind, takes=takes, steps=2, batch_size=2, optimizer={}, method={})
+    section["bank_images"] = 2
     file = tmp_path / "config.py"
     file.write_text(
         "from ml_collections import ConfigDict\n\n\ndef get_config():\n"

@@ -160,7 +160,7 @@ def test_the_finetune_takes_its_pseudo_queries(context):
 
 def test_a_closed_form_has_no_steps_and_a_loss_has_some(context):
     takes = {"clip": "clip", "segmentor": "con", "projector": "con"}
-    settings = dict(batch_size=2, optimizer={}, takes=takes)
+    settings = dict(batch_size=2, bank_images=2, optimizer={}, takes=takes)
     fitted_stage = StageConfig("regression", steps=0, **settings)
     assert make_stage("fit", fitted_stage, context).loss is None
     for changes in (dict(steps=3), dict(queries="images")):
