@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from typing import Any, Literal
 
@@ -77,17 +77,12 @@ class SegmentationLoader:
             ("image_size", image_size, 1),
             ("max_segments", max_segments, 1),
             ("num_eval_images", 1 if num_eval_images is None else num_eval_images, 1),
-            ("process_index", process_index, 0),
             ("num_threads", num_threads, 1),
         ):
             if value < least:
                 raise ValueError(f"{name} is {value} and must be at least {least}.")
         if max_segments > 65535:
             raise ValueError(f"max_segments is {max_segments}; id maps hold at most 65535.")
-        if process_index >= process_count:
-            raise ValueError(
-                f"process_index {process_index} must be below process_count {process_count}."
-            )
         check_choice(on_bad_example, ("raise", "skip"), "on_bad_example cannot be")
         check_choice(augment, geometry.KINDS, "augment cannot be")
         if not 0 < scale_range[0] <= scale_range[1]:
@@ -105,13 +100,8 @@ class SegmentationLoader:
         self._is_thing = np.array(self.vocabulary.is_thing)
         self._num_threads = num_threads
         self._pool = futures.ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
-        self._skipped_files: set[str] = set()
+        self.skipped: set[str] = set()  # files of images that could not be used, so far
         self._lock = threading.Lock()
-
-    @property
-    def skipped(self) -> int:
-        """Number of different training images skipped so far because they could not be used."""
-        return len(self._skipped_files)
 
     def batch(self, step: int, batch_size: int) -> dict[str, np.ndarray]:
         """This process's share of the global batch of a step, a pure function of both.
@@ -154,11 +144,6 @@ class SegmentationLoader:
         stay in step; where `is_padding` is True it is a copy of the last image without segments,
         not to be scored.
         """
-        if not 0 <= process_index < process_count:
-            raise ValueError(
-                f"process_index {process_index} must be from 0 to below process_count "
-                f"{process_count}."
-            )
 
         def example(step: int) -> dict[str, Any]:
             index = step * process_count + process_index
@@ -210,18 +195,12 @@ class SegmentationLoader:
         self, position: int, canvas: np.ndarray, id_canvas: np.ndarray
     ) -> dict[str, np.ndarray]:
         # Draws onto [S, S, 3] and void [S, S]; returns the tables.
-        count = len(self.training_indices)
-        if not count:
+        if not len(self.training_indices):
             raise FileError(
                 "No image is left for training without its unseen classes: nothing to train on."
             )
-        epoch, start = divmod(position, count)
-        order = _epoch_order(count, self._seed, epoch)
-        candidates = (
-            (self.training_indices[order[(start + k) % count]], None) for k in range(count)
-        )
-        tried, image, segment_ids = self._first_usable(candidates)
-        index = self.training_indices[order[(start + tried) % count]]
+        images = self.training_indices[:, None]
+        (index,), image, segment_ids = self._first_usable(images, position)
         if self._zero_shot:
             # Of the whole image, not only what the crop leaves, and never skipped.
             check_no_leak(self._training, [index])
@@ -254,13 +233,9 @@ class SegmentationLoader:
         return np.array(pairs, np.int64).reshape(-1, 2)
 
     def _caption_pair(self, position: int, *, size: int) -> tuple[np.ndarray, str]:
-        segments = self._caption_segments
-        count = len(segments)
-        epoch, start = divmod(position, count)
-        order = _epoch_order(count, self._seed, epoch, _CAPTION_STREAM)
-        candidates = (segments[order[(start + k) % count]] for k in range(count))
-        tried, image, segment_ids = self._first_usable(candidates)
-        index, row = segments[order[(start + tried) % count]]
+        (index, row), image, segment_ids = self._first_usable(
+            self._caption_segments, position, _CAPTION_STREAM
+        )
         mask = segment_ids == row + 1
         y, x = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         box = (int(x[0]), int(y[0]), int(x[-1]) + 1, int(y[-1]) + 1)
@@ -269,22 +244,27 @@ class SegmentationLoader:
         return np.asarray(crop), self.vocabulary.names[self._training.records[index].labels[row]]
 
     def _first_usable(
-        self, candidates: Iterable[tuple[int, int | None]]
-    ) -> tuple[int, Image.Image, np.ndarray]:
-        # How many were passed over, then what `read` gives for the one after them. A candidate is
-        # an image, or a segment of it (its row), which is passed over where others hide it.
-        for tried, (index, row) in enumerate(candidates):
-            record = self._training.records[index]
+        self, choices: np.ndarray, position: int, *stream: int
+    ) -> tuple[np.ndarray, Image.Image, np.ndarray]:
+        # The choice at a position in the endless stream of epochs, or the first after it that can
+        # be used, and what `read` gives for it. Choices [M, 1] are images; [M, 2] are segments of
+        # them (their rows), which are passed over where others hide them.
+        count = len(choices)
+        epoch, start = divmod(position, count)
+        order = _epoch_order(count, self._seed, epoch, *stream)
+        for k in range(count):
+            choice = choices[order[(start + k) % count]]
+            record = self._training.records[choice[0]]
             try:
                 image, segment_ids = self._training.read(record)
-                if row is None or (segment_ids == row + 1).any():
-                    return tried, image, segment_ids
+                if len(choice) == 1 or (segment_ids == choice[1] + 1).any():
+                    return choice, image, segment_ids
             except FileError as error:
                 if not self._skip:
                     raise
                 with self._lock:
-                    is_new = record.file_name not in self._skipped_files
-                    self._skipped_files.add(record.file_name)
+                    is_new = record.file_name not in self.skipped
+                    self.skipped.add(record.file_name)
                 if is_new:
                     logger.warning("Skipped a training image: %s", error)
         raise FileError("Not one of the training images can be used.")

@@ -389,8 +389,8 @@ def check(world: World, names: list[str]) -> str:
             assert str(error) == sentence
             return sentence
         ids = [int(loader.batch(step, 1)["image_id"][0]) for step in range(len(loader.records))]
-        assert 1 <= loader.skipped <= 2
-        good = len(loader.records) - loader.skipped
+        assert 1 <= len(loader.skipped) <= 2
+        good = len(loader.records) - len(loader.skipped)
         assert len(set(ids)) == good
     return sentence
 

@@ -111,9 +111,3 @@ def test_padding_is_a_whole_example_without_segments():
         assert (last[name] == FIELDS[name].padding).all()
     fitted = resize_longest(last, 8)
     assert fitted["is_padding"] and fitted["image"].shape == (8, 8, 3)
-
-
-@pytest.mark.parametrize(("process_index", "process_count"), [(2, 2), (-1, 2), (0, 0)])
-def test_a_host_that_does_not_exist(process_index, process_count):
-    with pytest.raises(ValueError, match="must be from 0 to below process_count"):
-        next(_loader().eval_examples(process_index, process_count))
