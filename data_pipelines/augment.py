@@ -38,11 +38,8 @@ def sample_jitter(
     that fits into a square of scale x size; a window of the canvas's size is cut uniformly where
     the image is larger than the canvas.
     """
-    low, high = scale_range
-    if not 0 < low <= high:
-        raise ValueError(f"scale_range is {scale_range} and must be 0 < low <= high.")
     # The draws are made in a fixed order and number, whatever the image's size.
-    scale = rng.uniform(low, high)
+    scale = rng.uniform(*scale_range)
     where = rng.uniform(size=2)
     mirrored = bool(rng.uniform() < 0.5)
     resized = _fit(height, width, scale * size)
@@ -78,11 +75,6 @@ def sample_semantic(
       longest_edge: Mask2Former's is four times the crop.
       max_class_area: a share; 1 sets no limit and takes the first window.
     """
-    if not shortest_edges or min(*shortest_edges, longest_edge) < 1:
-        raise ValueError(
-            f"shortest_edges {tuple(shortest_edges)} and longest_edge {longest_edge} must be given "
-            "and at least 1."
-        )
     height, width = segment_ids.shape
     # Fixed in order and number, whatever the image holds.
     edge = shortest_edges[rng.integers(len(shortest_edges))]

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from concat_jax.core.files import read_json, read_text
@@ -80,35 +80,31 @@ def _from_json(content: Any, where: str) -> Vocabulary:
     if not isinstance(categories, list) or not categories:
         raise ValueError(f"{where} needs a non-empty list under 'categories'.")
     is_split = any(isinstance(category, dict) and "split" in category for category in categories)
-    keys, optional = ("id", "name", "isthing"), ("synonyms",)
+    checks = {
+        # bool is an int to Python, but `"id": true` is a slip of the pen.
+        "id": (lambda value: type(value) is int, "an integer"),
+        "name": (lambda value: isinstance(value, str), "a string"),
+        "isthing": (lambda value: value in (0, 1), "0 or 1"),
+        "split": (lambda value: value in ("seen", "unseen"), "'seen' or 'unseen'"),
+        "synonyms": (_are_texts, "a list of strings"),
+    }
+    if not is_split:
+        del checks["split"]
+        checks["isthing"] = (lambda value: value in (0, 1, None), "0, 1 or null")
+    needed = [key for key in checks if key != "synonyms"]
     for position, category in enumerate(categories):
         entry = f"{where}, category {position}"
-        _check_keys(category, (*keys, "split") if is_split else keys, optional, entry)
-        # bool is an int to Python, but `"id": true` is a slip of the pen.
-        if type(category["id"]) is not int:
-            raise ValueError(f"{entry}: 'id' is {category['id']!r} and must be an integer.")
-        if not isinstance(category["name"], str):
-            raise ValueError(f"{entry}: 'name' is {category['name']!r} and must be a string.")
-        words = category.get("synonyms", [])
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise ValueError(f"{entry}: 'synonyms' is {words!r} and must be a list of strings.")
-        if category["isthing"] not in ((0, 1) if is_split else (0, 1, None)):
-            must = "0 or 1" if is_split else "0, 1 or null"
-            raise ValueError(f"{entry}: 'isthing' is {category['isthing']!r} and must be {must}.")
-        if is_split and category["split"] not in ("seen", "unseen"):
-            raise ValueError(
-                f"{entry}: 'split' is {category['split']!r} and must be 'seen' or 'unseen'."
-            )
-    is_seen = [category.get("split") == "seen" for category in categories]
-    if is_split and not any(is_seen):
+        _check_keys(category, needed, ("synonyms",), entry)
+        for key, (is_fine, wanted) in checks.items():
+            if key in category and not is_fine(category[key]):
+                raise ValueError(f"{entry}: {key!r} is {category[key]!r} and must be {wanted}.")
+    if is_split and not any(category["split"] == "seen" for category in categories):
         raise ValueError(f"{where} marks every class unseen, so nothing is left to train on.")
-    return _vocabulary(
-        [(category["name"], *category.get("synonyms", ())) for category in categories],
-        [category["id"] for category in categories],
-        [bool(category["isthing"]) for category in categories],
-        is_seen,
-        where,
-    )
+    return _vocabulary(categories, where)
+
+
+def _are_texts(words: Any) -> bool:
+    return isinstance(words, list) and all(isinstance(word, str) for word in words)
 
 
 def _from_lines(text: str, where: str) -> Vocabulary:
@@ -116,43 +112,34 @@ def _from_lines(text: str, where: str) -> Vocabulary:
     lines = text.rstrip().splitlines()
     if not lines:
         raise ValueError(f"{where} names no class; write a class a line.")
-    classes = []
+    categories = []
     first: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
-        words = tuple(word.strip() for word in line.split(","))
-        if not words[0]:
+        name, *synonyms = (word.strip() for word in line.split(","))
+        if not name:
             raise ValueError(f"{where} has no name in line {number}; write a class a line.")
-        if not all(words):
+        if not all(synonyms):
             raise ValueError(
-                f"{where} has an empty synonym of {words[0]!r} in line {number}; take the comma "
-                "out."
+                f"{where} has an empty synonym of {name!r} in line {number}; take the comma out."
             )
         # Tokenizers put names into lower case, so these would be one class.
-        before = first.setdefault(words[0].lower(), number)
+        before = first.setdefault(name.lower(), number)
         if before != number:
             raise ValueError(
-                f"{where} names {words[0]!r} in line {before} and again in line {number}; take one "
-                "out."
+                f"{where} names {name!r} in line {before} and again in line {number}; take one out."
             )
-        classes.append(words)
-    count = len(classes)
-    return _vocabulary(classes, range(1, count + 1), [False] * count, [False] * count, where)
+        categories.append({"id": number, "name": name, "isthing": None, "synonyms": synonyms})
+    return _vocabulary(categories, where)
 
 
-def _vocabulary(
-    classes: Sequence[Sequence[str]],
-    ids: Sequence[int],
-    is_thing: Sequence[bool],
-    is_seen: Sequence[bool],
-    where: str,
-) -> Vocabulary:
+def _vocabulary(categories: Sequence[Mapping[str, Any]], where: str) -> Vocabulary:
     try:
         return Vocabulary(
-            names=tuple(words[0] for words in classes),
-            is_thing=tuple(is_thing),
-            is_seen=tuple(is_seen),
-            category_ids=tuple(ids),
-            synonyms=tuple(tuple(words[1:]) for words in classes),
+            names=tuple(category["name"] for category in categories),
+            is_thing=tuple(bool(category["isthing"]) for category in categories),
+            is_seen=tuple(category.get("split") == "seen" for category in categories),
+            category_ids=tuple(category["id"] for category in categories),
+            synonyms=tuple(tuple(category.get("synonyms", ())) for category in categories),
         )
     except ValueError as error:
         raise ValueError(f"{where} is not a label space: {error}") from error
