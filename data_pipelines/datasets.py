@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from concat_jax.core.config import check_choice
@@ -124,7 +123,9 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
         image_size=config["eval_size"],
         num_eval_images=config["num_eval_images"] or None,
         unseen_images="keep",
-        **_shared(config, seed),
+        max_segments=config["max_segments"],
+        num_threads=config["num_threads"],
+        seed=seed,
     )
     # Where evaluation is on another data set, the training part says which classes training knows.
     elsewhere = bool(config.get("eval_kind", ""))
@@ -144,11 +145,21 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
         return hashlib.sha256(text.encode()).hexdigest()
 
     folder = config.get("clip_targets", "")
-    targets = _ClipTargets(Path(folder), described) if folder else None
+
+    @functools.cache
+    def targets() -> ClipTargetCache:
+        return ClipTargetCache(folder, described())
+
+    def check_clip_targets(expected: Mapping[str, Any]) -> None:
+        find_targets(folder, {**expected, **described()})
+        targets()
 
     def train(batch_size: int) -> BatchFn:
         batch = functools.partial(training().batch, batch_size=batch_size)
-        return targets.added_to(batch) if targets else batch
+        if not folder:
+            return batch
+        cache = targets()
+        return lambda step: cache.add_to(batch(step))
 
     return Datasets(
         vocabulary=vocabulary,
@@ -159,38 +170,9 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
         caption_words=tuple(word for words in texts for word in words),
         evaluation=test.eval_examples,
         eval_size=config["eval_size"],
-        check_clip_targets=targets.check if targets else None,
+        check_clip_targets=check_clip_targets if folder else None,
         eval_vocabulary=test.vocabulary if elsewhere else None,
         identity=identity,
-    )
-
-
-class _ClipTargets:
-    """A cache of CLIP's targets for the images that `described` describes."""
-
-    def __init__(self, folder: Path, described: Callable[[], Mapping[str, Any]]):
-        self._folder, self._described = folder, described
-
-    @functools.cached_property
-    def _cache(self) -> ClipTargetCache:
-        return ClipTargetCache(self._folder, self._described())
-
-    def check(self, expected: Mapping[str, Any]) -> None:
-        """As `Datasets.check_clip_targets`."""
-        find_targets(self._folder, {**expected, **self._described()})
-        self._cache  # noqa: B018
-
-    def added_to(self, batch: BatchFn) -> BatchFn:
-        """The same batches with their targets."""
-        cache = self._cache
-        return lambda step: cache.add_to(batch(step))
-
-
-def _shared(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    return dict(
-        max_segments=config["max_segments"],
-        num_threads=config["num_threads"],
-        seed=seed,
     )
 
 
@@ -208,7 +190,9 @@ def training_part(
         on_bad_example=config["on_bad_example"],
         process_index=process_index,
         process_count=process_count,
-        **_shared(config, seed),
+        max_segments=config["max_segments"],
+        num_threads=config["num_threads"],
+        seed=seed,
     )
 
 
@@ -230,16 +214,11 @@ def _open(config: Mapping[str, Any], prefix: str, part_key: str, unseen: UnseenI
         on_bad = config["on_bad_example"] if trains else "raise"
         return open_source(kind, root, part, split_file or None, on_bad_example=on_bad)
     source = ShardSource(root, part)
-    if split_file:
-        _check_label_space(source.vocabulary, split_file, root)
-    source.check_treatment(unseen, "config.data.unseen_images" if trains else "evaluation")
-    return source
-
-
-def _check_label_space(vocabulary: Vocabulary, split_file: str, root: str) -> None:
-    asked = load_label_space(split_file)
-    if (vocabulary.names, vocabulary.is_seen) != (asked.names, asked.is_seen):
+    asked = load_label_space(split_file) if split_file else source.vocabulary
+    if (source.vocabulary.names, source.vocabulary.is_seen) != (asked.names, asked.is_seen):
         raise FileError(
             f"The shards in {root} were made with other classes than those of {split_file}; make "
             "them anew, or set the split file to that they were made with."
         )
+    source.check_treatment(unseen, "config.data.unseen_images" if trains else "evaluation")
+    return source
