@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 import gzip
 import json
 import pathlib
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import tokenizers
@@ -32,24 +33,41 @@ _SPLIT = (
 )
 
 
-class Tokenizer(Protocol):
-    """What the text tower and `concat_jax.text.prompts` ask of a tokenizer.
+class Tokenizer(abc.ABC):
+    """Texts to rows of ids: start, the text, end, padding.
 
-    `eot_id` is the largest id a row can hold and its first occurrence ends the text, so both
-    poolings of `CLIP.eot_id` (largest id, first occurrence) find it.
+    `eot_id`, the end, is the largest id a row can hold and its first occurrence ends the text, so
+    both poolings of `CLIP.eot_id` (largest id, first occurrence) find it.
     """
 
-    vocab_size: int
-    context_length: int
-    eot_id: int
+    def __init__(self, context_length: int, *, start: int, end: int, padding: int):
+        if context_length < 2:
+            raise ValueError(
+                f"{type(self).__name__}'s context_length {context_length} has no room for start "
+                "and end."
+            )
+        self.context_length, self.eot_id, self.vocab_size = context_length, end, end + 1
+        self._start, self._padding = start, padding
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """`texts` -> [M, context_length] int32."""
-        ...
+        rows = np.full((len(texts), self.context_length), self._padding, np.int32)
+        for row, text, parts in zip(rows, texts, self._parts(_check_texts(texts)), strict=True):
+            ids = [self._start, *self._fit(parts, text), self.eot_id]
+            row[: len(ids)] = ids
+        return rows
 
     def lengths(self, texts: Sequence[str]) -> np.ndarray:
         """[M] tokens of each text with its start and end, however many a row can hold."""
-        ...
+        return np.array([2 + len(parts) for parts in self._parts(_check_texts(texts))])
+
+    @abc.abstractmethod
+    def _parts(self, texts: Sequence[str]) -> list[list]:
+        """Of each text what becomes a token each."""
+
+    @abc.abstractmethod
+    def _fit(self, parts: list, text: str) -> list[int]:
+        """The ids of a text's parts, at most context_length - 2."""
 
 
 def _check_texts(texts: Sequence[str]) -> list[str]:
@@ -205,7 +223,7 @@ def load_tokenizer(folder: pathlib.Path, about: Mapping[str, Any]) -> Tokenizer:
     return make_clip_tokenizer(folder, context_length)
 
 
-class ClipTokenizer:
+class ClipTokenizer(Tokenizer):
     """CLIP's lower-cased byte-level BPE; ids equal to those of transformers' `CLIPTokenizer`.
 
     Text is put into Unicode form C, white space runs become one blank, letters lower case. OpenAI's
@@ -215,93 +233,61 @@ class ClipTokenizer:
     apart at the end token.
     """
 
-    vocab_size: int
-    context_length: int
-    eot_id: int
-
     def __init__(self, bpe: tokenizers.Tokenizer, context_length: int, source: str):
-        if context_length < 2:
-            raise ValueError(
-                f"ClipTokenizer's context_length {context_length} has no room for start and end."
-            )
         start, end = bpe.token_to_id(_START), bpe.token_to_id(_END)
         if not isinstance(bpe.model, models.BPE) or start is None or end is None:
             raise ValueError(
                 f"{source} is no tokenizer of CLIP: it must be a byte-pair encoding with the "
                 f"tokens {_START} and {_END}."
             )
-        largest = max(bpe.get_vocab().values())
-        if end != largest:
+        if end != (largest := max(bpe.get_vocab().values())):
             raise ValueError(
                 f"{source} is no tokenizer of CLIP: {_END} has the id {end} and must have the "
                 f"largest, which is {largest}."
             )
+        super().__init__(context_length, start=start, end=end, padding=end)
         bpe.no_truncation()
         bpe.no_padding()
-        self.vocab_size = end + 1
-        self.context_length = context_length
-        self.eot_id = end
-        self._start_id = start
         self._bpe = bpe
 
     def to_json(self) -> str:
         """All of it, as a `tokenizer.json`."""
         return self._bpe.to_str()
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Token ids, [M, context_length] int32: start, the text, end, and ends as padding."""
-        texts = _check_texts(texts)
-        rows = np.full((len(texts), self.context_length), self.eot_id, np.int32)
-        rows[:, 0] = self._start_id
-        encodings = self._bpe.encode_batch(texts, add_special_tokens=False)
-        for row, encoding in zip(rows, encodings, strict=True):
-            ids = encoding.ids[: self.context_length - 2]
-            row[1 : 1 + len(ids)] = ids
-        return rows
+    def _parts(self, texts: Sequence[str]) -> list[list[int]]:
+        return [one.ids for one in self._bpe.encode_batch(texts, add_special_tokens=False)]
 
-    def lengths(self, texts: Sequence[str]) -> np.ndarray:
-        """[M] tokens of each text with its start and end, before one too long is cut."""
-        encodings = self._bpe.encode_batch(_check_texts(texts), add_special_tokens=False)
-        return np.array([2 + len(encoding.ids) for encoding in encodings])
+    def _fit(self, parts: list[int], text: str) -> list[int]:
+        return parts[: self.context_length - 2]
 
 
 # Of the words that a message lists.
 _SHOWN_WORDS = 30
 
 
-class WordTokenizer:
+class WordTokenizer(Tokenizer):
     """One id a word, for captions over a closed set of words.
 
     0 pads, 1 .. n are `words` in their order, n + 1 starts and n + 2 ends a text. Case and
     punctuation do not matter; the hyphen separates words. ValueError for a word that is none or
-    occurs twice.
+    occurs twice, and of a text for one that is not in the set, or more than fit.
     """
 
-    vocab_size: int
-    context_length: int
-    eot_id: int
-
     def __init__(self, words: Sequence[str], context_length: int):
-        if context_length < 2:
-            raise ValueError(
-                f"WordTokenizer's context_length {context_length} has no room for start and end."
-            )
         self._ids: dict[str, int] = {}
         for word in _check_texts(words):
-            if self._split(word) != [word.lower()]:
+            if _words_of(word) != [word.lower()]:
                 raise ValueError(f"WordTokenizer's words must be single words, not {word!r}.")
             if word.lower() in self._ids:
                 raise ValueError(f"WordTokenizer's words hold {word!r} more than once.")
             self._ids[word.lower()] = 1 + len(self._ids)
-        self.context_length = context_length
-        self._start_id = 1 + len(self._ids)
-        self.eot_id = self._start_id + 1
-        self.vocab_size = self.eot_id + 1
+        start = 1 + len(self._ids)
+        super().__init__(context_length, start=start, end=start + 1, padding=0)
 
     @classmethod
     def of_texts(cls, texts: Sequence[str], context_length: int) -> Self:
         """The tokenizer of all words in some texts, sorted, whatever stands between them."""
-        words = {word for text in _check_texts(texts) for word in cls._split(text)}
+        words = {word for text in _check_texts(texts) for word in _words_of(text)}
         return cls(sorted(words), context_length)
 
     @property
@@ -309,36 +295,25 @@ class WordTokenizer:
         """Its words in their order."""
         return list(self._ids)
 
-    @staticmethod
-    def _split(text: str) -> list[str]:
-        return re.findall(r"\w+", text.lower())
+    def _parts(self, texts: Sequence[str]) -> list[list[str]]:
+        return [_words_of(text) for text in texts]
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Token ids, [M, context_length] int32: start, a word each, end, zeros.
+    def _fit(self, parts: list[str], text: str) -> list[int]:
+        unknown = [word for word in parts if word not in self._ids]
+        if unknown:
+            known = ", ".join(self.words[:_SHOWN_WORDS])
+            more = ", …" if len(self.words) > _SHOWN_WORDS else ""
+            raise ValueError(
+                f"The text tower was trained on {len(self.words)} words and does not know "
+                f"{unknown[0]!r} of {text!r}; it knows {known}{more}."
+            )
+        if len(parts) > self.context_length - 2:
+            raise ValueError(
+                f"{text!r} has {len(parts)} words; WordTokenizer's context_length "
+                f"{self.context_length} holds {self.context_length - 2}."
+            )
+        return [self._ids[word] for word in parts]
 
-        Raises ValueError for a word that is not in the set or a text that does not fit.
-        """
-        texts = _check_texts(texts)
-        rows = np.zeros((len(texts), self.context_length), np.int32)
-        for row, text in zip(rows, texts, strict=True):
-            words = self._split(text)
-            unknown = [word for word in words if word not in self._ids]
-            if unknown:
-                known = ", ".join(self.words[:_SHOWN_WORDS])
-                more = ", …" if len(self.words) > _SHOWN_WORDS else ""
-                raise ValueError(
-                    f"The text tower was trained on {len(self.words)} words and does not know "
-                    f"{unknown[0]!r} of {text!r}; it knows {known}{more}."
-                )
-            if len(words) > self.context_length - 2:
-                raise ValueError(
-                    f"{text!r} has {len(words)} words; WordTokenizer's context_length "
-                    f"{self.context_length} holds {self.context_length - 2}."
-                )
-            ids = [self._start_id, *(self._ids[word] for word in words), self.eot_id]
-            row[: len(ids)] = ids
-        return rows
 
-    def lengths(self, texts: Sequence[str]) -> np.ndarray:
-        """[M] words of each text, and two."""
-        return np.array([2 + len(self._split(text)) for text in _check_texts(texts)])
+def _words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
