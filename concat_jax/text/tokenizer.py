@@ -127,21 +127,16 @@ def make_clip_tokenizer(path: str | pathlib.Path, context_length: int = 77) -> C
                 f"{' with '.join(VOCABULARY_NAMES)}; copy one there, or set config.text.bpe_path "
                 "to CLIP's bpe_simple_vocab_16e6.txt.gz."
             )
-        if not (path / TOKENIZER_NAME).is_file():
-            return ClipTokenizer(_from_vocabulary(path), context_length, str(path))
-        path = path / TOKENIZER_NAME
-    if path.suffix == ".json":
-        return ClipTokenizer(_from_tokenizer_json(path), context_length, str(path))
-    merges = _read_merges(path)
-    symbols = _byte_symbols()
-    tokens = [
-        *symbols,
-        *(symbol + "</w>" for symbol in symbols),
-        *(left + right for left, right in merges),
-        _START,
-        _END,
-    ]
-    bpe = _bpe({token: index for index, token in enumerate(tokens)}, merges)
+        if (path / TOKENIZER_NAME).is_file():
+            path = path / TOKENIZER_NAME
+    if path.is_dir():
+        bpe = _from_vocabulary(path)
+    elif path.suffix == ".json":
+        bpe = _from_tokenizer_json(path)
+    else:
+        merges, symbols = _read_merges(path), _byte_symbols()
+        tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges)]
+        bpe = _bpe({token: i for i, token in enumerate([*tokens, _START, _END])}, merges)
     return ClipTokenizer(bpe, context_length, str(path))
 
 
@@ -183,19 +178,11 @@ def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, ...]]) -> tokenizer
             unk_token=_END,
         )
     )
-    bpe.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFC(),
-            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-            normalizers.Lowercase(),
-        ]
-    )
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    one_blank = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), one_blank, normalizers.Lowercase()])
+    split = pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="removed", invert=True)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
     # Written out in a text they are themselves, as in both originals. One that the vocabulary
     # lacks would be given a new id here; `ClipTokenizer` is to miss it.
     bpe.add_special_tokens([token for token in (_START, _END) if token in vocabulary])
