@@ -23,7 +23,7 @@ from concat_jax.core.files import FileError
 from concat_jax.core.progress import Progress
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.shards import files as shard_files
-from data_pipelines.shards.files import Identity, ShardIndex, index_path, manifest_path, shard_path
+from data_pipelines.shards.files import Identity, ShardIndex, index_path, manifest_path
 from data_pipelines.sources.source import (
     FolderSource,
     ImageRecord,
@@ -161,31 +161,24 @@ def _claim(
     if begun is not None:
         _check_same(manifest_path(folder, part), begun, identity, _FIELDS)
     for other in others.values():
-        shared = {name: _FIELDS[name] for name in ("dataset", "vocabulary", "id_bits")}
-        _check_same(manifest_path(folder, other.part), other, identity, shared)
+        of_all_parts = ("dataset", "vocabulary", "id_bits")
+        _check_same(manifest_path(folder, other.part), other, identity, of_all_parts)
     if begun is None:
         shard_files.write_manifest(folder, identity, None)
     return identity
 
 
-# Fields of an identity, and how to call them where the values are too long to show.
-_FIELDS = {
-    "dataset": "",
-    "part": "",
-    "unseen": "",
-    "vocabulary": "another split file",
-    "source": "other annotations",
-    "num_images": "",
-    "num_shards": "",
-    "id_bits": "",
-}
+# Fields of an identity in the order they are compared, and how to call those too long to show.
+_FIELDS = ("dataset", "part", "unseen", "vocabulary", "source", "num_images", "num_shards")
+_FIELDS += ("id_bits",)
+_TOO_LONG = {"vocabulary": "another split file", "source": "other annotations"}
 
 
-def _check_same(path: Path, begun: Identity, now: Identity, fields: dict[str, str]) -> None:
-    for name, description in fields.items():
+def _check_same(path: Path, begun: Identity, now: Identity, fields: Sequence[str]) -> None:
+    for name in fields:
         then, value = getattr(begun, name), getattr(now, name)
         if then != value:
-            difference = description or f"{name} {then!r}, now it is {value!r}"
+            difference = _TOO_LONG.get(name, f"{name} {then!r}, now it is {value!r}")
             raise FileError(
                 f"The shards of {path} were begun with {difference}; use another folder for --out, "
                 "or the setting they were begun with."
@@ -195,12 +188,11 @@ def _check_same(path: Path, begun: Identity, now: Identity, fields: dict[str, st
 def _finished(folder: Path, identity: Identity) -> dict[int, ShardIndex]:
     finished = {}
     for index in range(identity.num_shards):
-        files = (shard_path(folder, identity, index), index_path(folder, identity, index))
         try:
             finished[index] = shard_files.read_index(folder, identity, index)
         except FileError as error:
             # Without its index a shard was not finished, which is no cause for alarm.
-            if files[1].exists():
+            if index_path(folder, identity, index).exists():
                 logger.warning("%s; it is made anew.", str(error).partition("; delete")[0])
     return finished
 
