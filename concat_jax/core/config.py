@@ -89,34 +89,19 @@ def check_choice(value: str, valid: Collection[str], what: str) -> None:
         raise ValueError(f"{what} {value!r}{hint}")
 
 
-def parse_flags(arg: str, valid: Collection[str]) -> frozenset[str]:
-    """Flags of `--config=file.py:flag,flag`.
-
-    Raises:
-      ValueError: for a flag that is not in `valid`, naming the nearest.
-    """
-    flags = frozenset(flag for flag in arg.split(",") if flag)
-    for flag in sorted(flags):
-        check_choice(flag, valid, "The config has no argument")
-    return flags
-
-
 def with_arguments(
     config: ml_collections.ConfigDict,
     arg: str,
     **variants: Callable[[ml_collections.ConfigDict], None],
 ) -> ml_collections.ConfigDict:
-    """The config, changed by the variants that `--config=file.py:flag,flag` names.
+    """A recipe, changed in place by the variants that `--config=file.py:flag,flag` names.
 
-    Args:
-      config: the recipe.
-      arg: what follows the colon.
-      variants: name to what changes the recipe in place, in the order of application.
-
-    Raises:
-      ValueError: as `parse_flags`.
+    `arg` is what follows the colon; variants apply in their own order. Raises ValueError for a flag
+    that is none of them, naming the nearest.
     """
-    flags = parse_flags(arg, variants)
+    flags = {flag for flag in arg.split(",") if flag}
+    for flag in sorted(flags):
+        check_choice(flag, variants, "The config has no argument")
     for name, change in variants.items():
         if name in flags:
             change(config)

@@ -24,25 +24,8 @@ def prefetch(
     state to save: a resumed run starts at the step it resumes at. At most `depth` batches are
     computed or waiting, besides the one that the consumer holds; an exception is raised at its
     step, after all batches before it. Closing the iterator waits for what was begun and leaves no
-    thread behind. Nothing is put on a device here. Raises ValueError for a number out of range.
+    thread behind. Nothing is put on a device here.
     """
-    if start_step < 0:
-        raise ValueError(f"start_step is {start_step} and must not be negative.")
-    if num_steps is not None and num_steps < 0:
-        raise ValueError(f"num_steps is {num_steps} and must not be negative (None never ends).")
-    if depth < 1 or num_threads < 1:
-        raise ValueError(f"depth ({depth}) and num_threads ({num_threads}) must be at least 1.")
-    # The generator is a function of its own so that the checks above run at the call.
-    return _generate(batch_fn, start_step, num_steps, depth, num_threads)
-
-
-def _generate(
-    batch_fn: Callable[[int], T],
-    start_step: int,
-    num_steps: int | None,
-    depth: int,
-    num_threads: int,
-) -> Iterator[T]:
     steps = itertools.islice(itertools.count(start_step), num_steps)
     pool = futures.ThreadPoolExecutor(num_threads, thread_name_prefix="prefetch")
     pending: collections.deque[futures.Future[T]] = collections.deque()

@@ -34,13 +34,6 @@ def test_ids_take_the_narrowest_type(rows, dtype):
     assert batch_shapes(["segment_ids"], S=4, G=rows)["segment_ids"] == ((4, 4), np.dtype(dtype))
 
 
-def test_unknown_fields_and_missing_sizes_are_named():
-    with pytest.raises(ValueError, match="no field 'images'"):
-        batch_shapes(["images"], B=1)
-    with pytest.raises(ValueError, match="'image' needs the size of its dimension S"):
-        batch_shapes(["image"], B=1)
-
-
 def test_padding_has_the_type_of_its_field():
     assert SEGMENT_TABLES == tuple(name for name in FIELDS if name.startswith("segment_"))[1:]
     for field in FIELDS.values():

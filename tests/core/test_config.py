@@ -56,14 +56,6 @@ def test_check_choice():
         configuration.check_choice("cta", (), "kind is")
 
 
-def test_parse_flags():
-    valid = ("smoke", "mini")
-    assert configuration.parse_flags("", valid) == frozenset()
-    assert configuration.parse_flags("mini,smoke", valid) == {"mini", "smoke"}
-    with pytest.raises(ValueError, match="no argument 'smok'; did you mean 'smoke'"):
-        configuration.parse_flags("mini,smok", valid)
-
-
 def test_flat_gives_dotted_keys_with_comparable_values():
     config = ml_collections.ConfigDict()
     config.seed = 0
@@ -86,3 +78,5 @@ def test_variants_change_a_recipe_in_their_order():
         mini=change("mini"),
     )
     assert config.to_dict() == {"last": "mini", "smoke": True, "mini": True}
+    with pytest.raises(ValueError, match="no argument 'smok'; did you mean 'smoke'"):
+        configuration.with_arguments(config, "mini,smok", smoke=change(""), mini=change(""))

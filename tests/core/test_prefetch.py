@@ -106,17 +106,3 @@ def test_a_consumer_that_leaves_its_loop_leaves_no_thread():
 def test_zero_steps_and_any_start():
     assert list(prefetch(lambda step: step, 7, 0)) == []
     assert list(prefetch(lambda step: step, 7, 1)) == [7]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((-1, 3, 1, 1), "start_step is -1"),
-        ((0, -3, 1, 1), "num_steps is -3"),
-        ((0, 3, 0, 1), "depth \\(0\\)"),
-        ((0, 3, 1, 0), "num_threads \\(0\\)"),
-    ],
-)
-def test_bad_numbers_raise_at_the_call(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        prefetch(lambda step: step, *arguments)
