@@ -1,4 +1,4 @@
-"""What the figures hold: bars, whiskers, marks, names; pixels are matplotlib's."""
+"""What the figures hold: curves, marks, names; pixels are matplotlib's."""
 
 import numpy as np
 import pytest
@@ -11,70 +11,22 @@ from concat_jax.visualize import plots
 VOCABULARY = Vocabulary(("cat", "lynx", "fog"), (True,) * 3, (True, False, False), (1, 2, 3))
 
 
-def chart(groups, titles=("first", "second")):
-    (axes,) = plots.bar_chart(titles, groups, title="title", unit="percent").axes
-    return axes
-
-
-def bars(axes, name):
-    """(middle, length) of a quantity's bars."""
-    (container,) = [c for c in axes.containers if c.get_label() == name]
-    return [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in container]
-
-
-def test_bars_and_numbers_of_every_row():
-    axes = chart({"unseen": [(20.0, 1.5), (40.0, None)], "seen": [(80.0, 3.0), (-60.0, 0.0)]})
-    np.testing.assert_allclose(bars(axes, "unseen"), [(-0.17, 20), (0.83, 40)])
-    np.testing.assert_allclose(bars(axes, "seen"), [(0.17, 80), (1.17, -60)])
-    numbers = {text.get_text(): round(text.xy[1], 2) for text in axes.texts}
-    assert numbers == {"20.0 ± 1.5": -0.17, "40.0": 0.83, "80.0 ± 3.0": 0.17, "-60.0 ± 0.0": 1.17}
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "second"]
-    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first row is above"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["unseen", "seen"]
-    assert axes.get_xlabel() == "percent"
-    low, high = axes.get_xlim()
-    assert low < -60 and high > 83
-
-
-def test_whiskers_reach_a_deviation_to_both_sides():
-    axes = chart({"h": [(50.0, 10.0), (7.0, None)]})
-    (whiskers,) = axes.collections
-    np.testing.assert_allclose(whiskers.get_segments(), [[(40, 0), (60, 0)]])
-
-
-def test_what_was_not_measured_has_a_dash_and_no_bar():
-    axes = chart({"h": [(None, None), (float("nan"), 1.0)]})
-    assert bars(axes, "h") == []
-    assert [text.get_text() for text in axes.texts] == ["–", "–"]
-    axes.figure.draw_without_rendering()
-
-
-def test_long_titles_and_signs_of_formulas_are_set_as_they_are(tmp_path):
+def test_curves_are_lines_of_their_names_on_equal_axes(tmp_path):
     long = "finetune without pseudo queries (the fair control), $at$ the γ of the validation " * 3
-    figure = plots.bar_chart([long], {long: [(60.0, 9.0)]}, title=long, unit="$%$ of $_")
-    plots.save_figure(figure, tmp_path / "chart.png")
-    with Image.open(tmp_path / "chart.png") as picture:
+    points = np.array([[0.0, 40.0, 60.0], [30.0, 20.0, 0.0]])
+    figure = plots.bias_curves({"all": tuple(points), long: tuple(points[::-1])}, title=long)
+    (axes,) = figure.axes
+    first, second = axes.lines
+    np.testing.assert_array_equal(first.get_xydata(), points.T)
+    assert first.get_color() != second.get_color()
+    assert axes.get_xlim() == axes.get_ylim() == (0, 63)
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names[0] == "all" and names[1].replace("\n", " ") == long.strip()
+    plots.save_figure(figure, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width == 1200
         pixels = np.asarray(picture.convert("RGB"))
     assert (pixels[:, :4] == 255).all() and (pixels[:, -4:] == 255).all(), "nothing is cut off"
-    (name,) = figure.axes[0].get_yticklabels()
-    assert max(map(len, name.get_text().split("\n"))) <= 52
-    assert name.get_text().replace("\n", " ") == long.strip()
-
-
-@pytest.mark.parametrize(
-    ("titles", "groups", "sentence"),
-    [
-        ((), {"h": []}, "nothing to draw"),
-        (("a",), {}, "nothing to draw"),
-        (("a", "b"), {"h": [(1.0, 0.0)]}, "'h' has 1 rows but there are 2 titles"),
-        (("a",), {"h": [(1.0, -2.0)]}, "bar of 1.0 ± -2.0 cannot be drawn"),
-        (("a",), {"h": [(float("inf"), 0.0)]}, "means must be finite"),
-    ],
-)
-def test_a_chart_of_nothing_or_of_no_numbers_is_refused(titles, groups, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        plots.bar_chart(titles, groups, title="", unit="")
 
 
 def test_the_plane_of_points_on_a_known_plane():
@@ -168,7 +120,7 @@ def test_the_legend_of_many_classes_ends():
     names = tuple(f"class {k}" for k in range(90))
     vocabulary = Vocabulary(names, (True,) * 90, (False,) * 90, tuple(range(1, 91)))
     points = np.random.default_rng(0).normal(size=(90, 3))
-    figure = plots.query_space(points, np.arange(90), points[:0], [], vocabulary, "")
+    figure = plots.query_space(points, np.arange(90), points[:0], np.zeros(0, int), vocabulary, "")
     texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert texts[-1] == "and 58 more" and texts[-2] == "class 31"
 
@@ -193,14 +145,11 @@ def test_colours_of_unseen_classes_are_apart():
     [
         (([[1.0, 2.0]], [0]), "at least 2 queries"),
         ((np.ones((3, 1)), [0, 0, 0]), "at least 2 numbers"),
-        ((np.ones((3, 2)), [0, 0]), r"real queries have shape \(3, 2\) and their labels \(2,\)"),
-        ((np.ones((2, 2)), [0, 3]), "labels from 0 to 3, but the vocabulary has 3"),
         (([[1.0, np.nan], [0, 0]], [0, 0]), "real queries is not finite"),
-        ((np.ones((3, 3)), [0, 0, 0], np.ones((1, 2)), [0]), "3 numbers and pseudo queries 2"),
     ],
 )
 def test_bad_queries_are_refused(arguments, sentence):
     none = np.ones((0, np.shape(arguments[0])[1])), []
     real, labels, pseudo, pseudo_labels = (*arguments, *none)[:4]
     with pytest.raises(ValueError, match=sentence):
-        plots.query_space(real, labels, pseudo, pseudo_labels, VOCABULARY, "")
+        space(real, labels, pseudo, pseudo_labels)
