@@ -20,6 +20,7 @@ Colour = tuple[int, int, int]
 
 UNSEEN_MARK = "*"
 HEADERS = ("image", "ground truth", "prediction")
+FOOTER = f"{UNSEEN_MARK} unseen class: no pixel of it was labelled in training"
 
 # Hues a golden angle apart: neighbouring class indices differ, and no count of classes is assumed.
 _GOLDEN_TURN = 0.618034
@@ -99,18 +100,6 @@ def default_scale(height: int, width: int, target: int = 320, longest: int = 160
     return max(1, min(round(target / min(height, width)), longest // max(height, width)))
 
 
-def _check(image: np.ndarray, segment_ids: np.ndarray) -> None:
-    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"A picture needs an image [H, W, 3] uint8, got {image.shape} {image.dtype}."
-        )
-    if segment_ids.shape != image.shape[:2]:
-        raise ValueError(
-            f"segment_ids {segment_ids.shape} and image {image.shape[:2]} differ in size; resize "
-            "the id map by nearest neighbour first."
-        )
-
-
 def enlarge(image: np.ndarray, scale: int) -> Image.Image:
     """[H, W, 3] uint8 to a PIL image `scale` times as large; pixels stay square as in the map."""
     height, width = image.shape[:2]
@@ -129,7 +118,6 @@ def panoptic_overlay(
     *,
     is_seen: Sequence[bool] | None = None,
     scale: int | None = None,
-    alpha: float = 0.6,
 ) -> Image.Image:
     """Segments over the image: one colour a class, dark borders, names inside, void hatched.
 
@@ -139,12 +127,9 @@ def panoptic_overlay(
       labels: class index of every id, as of `arrays.table_rows`.
       is_seen: names of unseen classes get a star and a yellow label. None marks nothing.
       scale: integer enlargement of the result; see `default_scale`.
-      alpha: weight of the colour over the image, 0..1.
 
-    Raises ValueError if shapes differ or an id has no label.
+    Raises ValueError if an id has no label.
     """
-    image, segment_ids = np.asarray(image), np.asarray(segment_ids)
-    _check(image, segment_ids)
     scale = default_scale(*segment_ids.shape) if scale is None else scale
     ids, classes = table_rows(labels)
     class_of = dict(zip(ids.tolist(), classes.tolist(), strict=True))
@@ -167,7 +152,7 @@ def panoptic_overlay(
     void = (present == 0)[compact]
     # Under the colour the image is kept as brightness only: its own hues would tint the palette.
     grey = large.mean(axis=-1, keepdims=True)
-    blend = alpha * palette[compact] + (1 - alpha) * (0.75 * grey + 0.25 * large)
+    blend = 0.6 * palette[compact] + 0.4 * (0.75 * grey + 0.25 * large)
     rows, columns = np.mgrid[: compact.shape[0], : compact.shape[1]]
     hatch = np.where((rows + columns) % 10 < 3, _VOID_LIGHT, _VOID_DARK)[..., None]
     blend = np.where(void[..., None], hatch + 0.12 * grey, blend)
@@ -176,29 +161,22 @@ def panoptic_overlay(
     picture = Image.fromarray(np.clip(blend, 0, 255).astype(np.uint8))
 
     order = sorted((r for r in range(len(present)) if present[r]), key=lambda r: -areas[r])
-    texts = [
-        _Label(
-            row,
-            str(names[class_of[int(present[row])]]),
-            tuple(int(c) for c in palette[row]),
-            is_seen is not None and not is_seen[class_of[int(present[row])]],
-        )
-        for row in order
-    ]
-    _draw_labels(picture, compact, texts)
+    labels = []
+    for row in order:
+        label = class_of[int(present[row])]
+        is_unseen = is_seen is not None and not is_seen[label]
+        colour = tuple(int(c) for c in palette[row])
+        labels.append(_Label(row, names[label] + UNSEEN_MARK * is_unseen, colour, is_unseen))
+    _draw_labels(picture, compact, labels)
     return picture
 
 
 @dataclasses.dataclass(frozen=True)
 class _Label:
     row: int  # of the compact id map
-    name: str
+    text: str
     colour: Colour
     is_unseen: bool
-
-    @property
-    def text(self) -> str:
-        return self.name + UNSEEN_MARK if self.is_unseen else self.name
 
 
 _LABEL_SIZES = (15, 13, 11)  # points tried from large to small; below 11 nothing can be read
@@ -295,13 +273,10 @@ def comparison_row(
     is_thing: Sequence[bool],
     is_seen: Sequence[bool],
     *,
-    scale: int | None = None,
     caption: str = "",
 ) -> ComparisonRow:
     """Image, ground truth and prediction of one image, for `comparison_sheet`."""
-    image = np.asarray(image)
-    _check(image, np.asarray(ground_truth[0]))
-    scale = default_scale(*image.shape[:2]) if scale is None else scale
+    scale = default_scale(*image.shape[:2])
     overlays = [
         panoptic_overlay(image, ids, labels, names, is_thing, is_seen=is_seen, scale=scale)
         for ids, labels in (ground_truth, prediction)
@@ -309,36 +284,24 @@ def comparison_row(
     return ComparisonRow((enlarge(image, scale), *overlays), caption)
 
 
-def comparison_sheet(
-    rows: Sequence[ComparisonRow],
-    *,
-    headers: Sequence[str] = HEADERS,
-    footer: str = f"{UNSEEN_MARK} unseen class: no pixel of it was labelled in training",
-) -> Image.Image:
-    """Rows of `comparison_row` on white paper, each column as wide as its widest, headers above."""
-    if not rows:
-        raise ValueError("comparison_sheet got no row; pass at least one.")
-    for row in rows:
-        if len(row.panels) != len(headers):
-            raise ValueError(
-                f"A row has {len(row.panels)} panels but there are {len(headers)} headers."
-            )
+def comparison_sheet(rows: Sequence[ComparisonRow]) -> Image.Image:
+    """Rows on white paper, each column as wide as its widest, under its header."""
     gap, margin, head, small = 10, 14, 17, 13
-    widths = [max(row.panels[c].width for row in rows) for c in range(len(headers))]
-    lefts = [margin + sum(widths[:c]) + gap * c for c in range(len(headers))]
+    widths = [max(row.panels[c].width for row in rows) for c in range(len(HEADERS))]
+    lefts = [margin + sum(widths[:c]) + gap * c for c in range(len(HEADERS))]
     caption_height = text_size("", small)[1] + 6
     heights = [
         max(p.height for p in row.panels) + (caption_height if row.caption else 0) for row in rows
     ]
     top = margin + text_size("", head)[1] + 8
-    bottom = margin + (caption_height + 4 if footer else 0)
+    bottom = margin + caption_height + 4
     sheet_size = (
         lefts[-1] + widths[-1] + margin,
         top + sum(heights) + gap * (len(rows) - 1) + bottom,
     )
     sheet = Image.new("RGB", sheet_size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    for left, header in zip(lefts, headers, strict=True):
+    for left, header in zip(lefts, HEADERS, strict=True):
         draw_text(draw, (left, margin), header, head, INK)
     y = top
     for row, height in zip(rows, heights, strict=True):
@@ -347,6 +310,5 @@ def comparison_sheet(
         if row.caption:
             draw_text(draw, (margin, y + height - caption_height + 5), row.caption, small, FAINT)
         y += height + gap
-    if footer:
-        draw_text(draw, (margin, y - gap + 8), footer, small, FAINT)
+    draw_text(draw, (margin, y - gap + 8), FOOTER, small, FAINT)
     return sheet

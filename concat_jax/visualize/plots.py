@@ -37,12 +37,12 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         figure.savefig(partial, format="png", dpi=_DPI, metadata={"Software": None})
 
 
-def bias_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str = "") -> Figure:
+def bias_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """Unseen against seen scores [P] in percent, a line a name, as a bias between them sweeps.
 
     The better, the further to the upper right; a bias moves along a line and to no other.
     """
-    figure, axes = _figure(title or "Unseen against seen PQ, as a bias on seen names sweeps", 5.5)
+    figure, axes = _figure("Unseen against seen PQ, as a bias on seen names sweeps", 5.5)
     for number, (name, (seen, unseen)) in enumerate(curves.items()):
         colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
         style = ("-", "--", ":")[number // len(CURVE_COLOURS) % 3]

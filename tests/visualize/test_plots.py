@@ -14,7 +14,7 @@ VOCABULARY = Vocabulary(("cat", "lynx", "fog"), (True,) * 3, (True, False, False
 def test_curves_are_lines_of_their_names_on_equal_axes(tmp_path):
     long = "finetune without pseudo queries (the fair control), $at$ the γ of the validation " * 3
     points = np.array([[0.0, 40.0, 60.0], [30.0, 20.0, 0.0]])
-    figure = plots.bias_curves({"all": tuple(points), long: tuple(points[::-1])}, title=long)
+    figure = plots.bias_curves({"all": tuple(points), long: tuple(points[::-1])})
     (axes,) = figure.axes
     first, second = axes.lines
     np.testing.assert_array_equal(first.get_xydata(), points.T)
