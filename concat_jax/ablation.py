@@ -26,7 +26,7 @@ import numpy as np
 
 from concat_jax.core import cli
 from concat_jax.core.config import build, check_choice
-from concat_jax.core.files import read_json, write_json
+from concat_jax.core.files import read_json, write_json, write_text
 from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation.bootstrap import difference, estimate
 from concat_jax.evaluation.calibration import Sweep
@@ -169,7 +169,7 @@ def ablation(
         for row, (sweeps, _) in loaded.items()
     }
     plots.save_figure(plots.bias_curves(curves), folder / "ablation.png")
-    (folder / "ablation.md").write_text(table + "\n", encoding="utf-8")
+    write_text(folder / "ablation.md", table + "\n")
     write_json(folder / "ablation.json", {"seeds": seeds, "world": world, "rows": cells})
     return table
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import write_json
+from concat_jax.core.files import write_json, write_text
 from concat_jax.core.prefetch import prefetch
 from concat_jax.evaluation.calibration import (
     GAMMAS,
@@ -166,7 +166,7 @@ def calibrate_stage(
         sections.append(f"{gamma:g} is the last gamma tried; one beyond may be better.")
     text = "\n\n".join(sections)
     folder = workdir / stage
-    (folder / "calibration.md").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "calibration.md", text + "\n")
     write_json(
         folder / "calibration.json",
         {

@@ -22,6 +22,7 @@ import numpy as np
 
 from concat_jax.core import cli
 from concat_jax.core.coco_writers import result_names
+from concat_jax.core.config import check_choice
 from concat_jax.core.files import ImageError
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import format_seconds
@@ -33,9 +34,16 @@ from concat_jax.inference.names import parse_classes
 from concat_jax.inference.outputs import ResultWriter
 from concat_jax.inference.panoptic import KEEP_RULES
 from concat_jax.inference.predictor import PredictConfig, Predictor, Prepared
+from concat_jax.weights.model_folder import TASKS
 
 # From so many images on, lines say how far it is and how long it will take.
 PROGRESS_FROM = 4
+# The tasks that a flag means something to, where not to all.
+FLAG_TASKS = {
+    **dict.fromkeys(("keep_rule", "objectness_threshold", "mask_threshold"), ("panoptic",)),
+    "overlap_threshold": ("panoptic",),
+    "score_threshold": ("panoptic", "instance"),
+}
 
 
 class Loaded(NamedTuple):
@@ -115,21 +123,23 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: 
 
     (task,), vocabulary = predictor.config.tasks, predictor.vocabulary
     with contextlib.ExitStack() as stack:
-        if paths:  # else the results of an earlier call stay
-            result = ResultWriter(output, task, vocabulary, vocabulary.is_thing)
-            writer = stack.enter_context(result)
+        writer = None
         for item, prediction in predictor.stream(readable()):
+            if writer is None:  # where all inputs fail, the results of an earlier call stay
+                result = ResultWriter(output, task, vocabulary, vocabulary.is_thing)
+                writer = stack.enter_context(result)
             of_image = names[item.index], ids[item.index], sources[item.index]
             part = next(part for part in prediction if part is not None)
             said = writer.add(*of_image, item.image, part)
             num_written += 1
             report(item.index, said)
 
+    where = f"written to {output}" if num_written else f"nothing is written, {output} is as it was"
     total = num_written + found.num_skipped + len(failures)
     print(
         f"{num_written} of {total} inputs in {format_seconds(time.monotonic() - start)}, "
         f"{found.num_skipped} passed over, {len(failures)} failed; "
-        f"written to {output}; {len(predictor.programs)} programs compiled: "
+        f"{where}; {len(predictor.programs)} programs compiled: "
         f"{', '.join(predictor.programs) or 'none'}.",
         flush=True,
     )
@@ -155,6 +165,9 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> int:
     if notice and "panoptic" in config.tasks:
         print(notice)
     predictor = model.predictor(config, classes)
+    if given.gamma and len({*predictor.vocabulary.is_seen}) == 1:
+        which = "every" if predictor.vocabulary.is_seen[0] else "no"
+        print(f"--gamma={given.gamma:g} changes nothing: {which} name was seen in training.")
     return min(1, run(predictor, arguments, Path(given.output), given.annotations))
 
 
@@ -162,9 +175,13 @@ def config_of(given: cli.Flags, model: Model) -> PredictConfig:
     """How the flags, and where they are silent the model, want to predict.
 
     Raises:
-      ValueError: for a value out of range.
+      ValueError: for a value out of range, or a flag that means nothing to the task.
     """
     task = given.task or model.card.task or "panoptic"
+    check_choice(task, TASKS, "There is no task")
+    for name, tasks in FLAG_TASKS.items():
+        if given[name].present and task not in tasks:
+            raise ValueError(f"--{name} means nothing to the task {task}; leave it out.")
     threshold = given.score_threshold
     return PredictConfig(
         tasks=(task,),

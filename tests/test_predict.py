@@ -40,8 +40,9 @@ SEGMENTOR = {
 NAMES = ("cat", "sky", "dog", "road", "sea")
 VOCABULARY = Vocabulary(NAMES, (True, False, True, False, False), (True,) * 5, (3, 7, 11, 13, 200))
 CARD = ModelCard(SEGMENTOR, VOCABULARY, "panoptic", "tiny.safetensors", knows_things=True)
-# One square bucket, and thresholds that random weights pass.
-SMALL = ("--short_side=64", "--long_side=64", "--mask_threshold=0.3", "--overlap_threshold=0.05")
+# One square bucket, and thresholds of panoptic maps that random weights pass.
+SIDES = ("--short_side=64", "--long_side=64")
+SMALL = (*SIDES, "--mask_threshold=0.3", "--overlap_threshold=0.05")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -204,13 +205,25 @@ def test_nothing_found_is_explained(model, zoo, tmp_path, capsys):
     assert annotation.ids == () and not id_map.any()
 
 
+def test_where_every_input_fails_the_results_of_before_stay(model, zoo, tmp_path, capsys):
+    flags = f"--model={model}", f"--output={tmp_path / 'out'}", *SIDES
+    assert call(*flags, zoo / "bad-text.jpg") == 1 and not (tmp_path / "out").exists()
+    assert call(*flags, zoo / "rgb.png", "--gamma=2") == 0
+    assert "--gamma=2 changes nothing: every name was seen" in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for inputs in ([zoo / "bad-text.jpg", zoo / "bad-empty.png"], [zoo / "not_there.png"]):
+        assert call(*flags, *inputs) == 1
+        assert f"nothing is written, {tmp_path / 'out'} is as it was" in capsys.readouterr().out
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
 def test_instances(model, zoo, tmp_path, capsys):
     code = call(
         f"--model={model}",
         f"--output={tmp_path}",
         zoo / "rgb.png",
         zoo / "turned.jpg",
-        *SMALL,
+        *SIDES,
         "--task=instance",
         "--score_threshold=0.01",
     )
@@ -234,7 +247,7 @@ def test_semantic_maps_in_batches(model, zoo, tmp_path):
         f"{zoo}/*r*y.png",
         zoo / "rgb.png",
         zoo / "pixel.png",
-        *SMALL,
+        *SIDES,
         "--task=semantic",
         "--batch_size=2",
     )
@@ -317,6 +330,10 @@ def test_a_backbone_alone_is_refused(random_params, tmp_path):
         (["--dtype=float16", "--model=m", "--output=o", "a.png"], "did you mean"),
         (["--mask_threshold=2", "--model=m", "--output=o", "a.png"], "mask_threshold is 2.0"),
         (["--short_side=x", "--model=m", "--output=o", "a.png"], "flag --short_side=x"),
+        (
+            ["--task=semantic", "--keep_rule=score", "--model=m", "--output=o", "a.png"],
+            "keep_rule m",
+        ),
         (["--batch_size=0", "--model=m", "--output=o", "a.png"], "batch_size is 0"),
         (["--model=m", "--output=README.md", "a.png"], "--output=README.md is a file"),
     ],

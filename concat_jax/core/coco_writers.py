@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from concat_jax.core.coco import ImageId
-from concat_jax.core.files import replacing
+from concat_jax.core.files import replacing, write_png, writing
 from concat_jax.core.hosts import wait_for_hosts
 from concat_jax.core.mask_codes import bounding_box, ids_to_rgb
 from concat_jax.core.vocabulary import Vocabulary
@@ -62,15 +62,17 @@ class StreamedJson:
     def append(self, entry: Mapping[str, Any], key: str = "") -> None:
         """Adds an entry to the list of that key."""
         file = self._files[key]
-        file.write((",\n" if file.tell() else "\n") + json.dumps(entry))
+        with writing(self.json_path):
+            file.write((",\n" if file.tell() else "\n") + json.dumps(entry))
 
     def close(self) -> pathlib.Path:
         """Puts the json together and returns its path.
 
         Of several hosts, each must call it and waits until the json is there.
         """
-        for file in self._files.values():
-            file.close()
+        with writing(self.json_path):
+            for file in self._files.values():
+                file.close()
         wait_for_hosts(f"entries of {self.json_path}")
         if jax.process_index() == 0:
             with replacing(self.json_path) as partial, partial.open("w", encoding="utf-8") as out:
@@ -102,12 +104,14 @@ class StreamedJson:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is None:
-            self.close()
-            return
-        for key, file in self._files.items():
-            file.close()
-            self._part(key, jax.process_index()).unlink(missing_ok=True)
+        try:
+            if error_type is None:
+                self.close()
+        finally:
+            for key, file in self._files.items():
+                with contextlib.suppress(OSError):  # what is buffered finds no room again
+                    file.close()
+                self._part(key, jax.process_index()).unlink(missing_ok=True)
 
 
 def result_names(file_names: Sequence[str]) -> list[str]:
@@ -234,7 +238,7 @@ class PanopticWriter(_Writer):
                 info["score"] = round(float(segment["score"]), 5)
             infos.append(info)
         png = self._png(self.png_folder, f"{result}.png" if result else file_name)
-        Image.fromarray(ids_to_rgb(id_map)).save(self.png_folder / png)
+        write_png(self.png_folder / png, Image.fromarray(ids_to_rgb(id_map)))
         entry = {"image_id": _id(image_id), "file_name": png, "segments_info": infos}
         self._json.append(entry, "annotations")
         self._json.append(_image(image_id, file_name, np.shape(id_map)), "images")
@@ -315,7 +319,7 @@ class SemanticWriter(_Writer):
         names, said = (*self._vocabulary.names, None), PngInfo()
         text = json.dumps({int(self._values[k]): names[k] for k in (-1, *present.tolist())})
         said.add_text(MAP_CLASSES, text)
-        Image.fromarray(self._values[labels]).save(self.folder / png, pnginfo=said)
+        write_png(self.folder / png, Image.fromarray(self._values[labels]), pnginfo=said)
         classes = [
             {"id": int(self._vocabulary.category_ids[k]), "name": self._vocabulary.names[k]}
             | {"area": int(area)}

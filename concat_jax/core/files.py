@@ -98,30 +98,41 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pathlib.Path]:
     """Yields the path to write a file to that appears under its name whole, or not at all.
 
-    Raises FileError if it cannot be written: a full disk, a folder that is read-only or a file.
+    Without `sync` only a crash of the machine can leave it cut off. Raises FileError if it cannot
+    be written: a full disk, a folder that is read-only or a file.
     """
     path = pathlib.Path(path)
     # Not the process's number: hosts in containers share numbers, and may share the folder.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
+        with writing(path, partial):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            if sync:
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+            os.replace(partial, path)
+    except BaseException:
         _remove(partial)
-        # An error that names another file is that file's, for example of one that is copied.
+        raise
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path, partial: pathlib.Path | None = None) -> Iterator[None]:
+    """Of an OSError in a block that writes a file it makes a FileError that names the file.
+
+    One that names another file passes: it is that file's, for example of one that is copied.
+    """
+    try:
+        yield
+    except OSError as error:
         if error.filename in (None, str(partial), str(path.parent), str(path)):
             no_folder = isinstance(error, FileExistsError | NotADirectoryError)
             reason = "its folder is a file" if no_folder else error.strerror or error
             raise FileError(f"{path} cannot be written: {reason}.") from error
-        raise
-    except BaseException:
-        _remove(partial)
         raise
 
 
@@ -130,11 +141,21 @@ def _remove(path: pathlib.Path) -> None:
         path.unlink()
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes text in UTF-8, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Writes strict, indented JSON, whole or not at all; numbers not finite become null."""
-    text = json.dumps(_jsonable(content), indent=1, allow_nan=False)
-    with replacing(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(_jsonable(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_png(path: str | os.PathLike[str], image: Image.Image, **options: Any) -> None:
+    """Writes a picture, whole or not at all; `options` are of Pillow's PNG writer."""
+    with replacing(path, sync=False) as partial:  # thousands of them, that can be made anew
+        image.save(partial, "PNG", **options)
 
 
 def _jsonable(value: Any) -> Any:

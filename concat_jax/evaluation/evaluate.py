@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from concat_jax.core.files import write_png
 from concat_jax.core.hosts import sum_over_hosts, total_over_hosts
 from concat_jax.evaluation.score_images import SCORES, comparison_row
 from concat_jax.inference.predictor import Prediction, Predictor
@@ -72,7 +73,7 @@ def evaluate(
         raise ValueError("There is no image to evaluate; check the data section of the config.")
     if rows:
         picture_folder.mkdir(parents=True, exist_ok=True)
-        overlay.comparison_sheet(rows).save(picture_folder / PICTURES)
+        write_png(picture_folder / PICTURES, overlay.comparison_sheet(rows))
     seconds = time.monotonic() - start
     print(f"{name}: {count} images evaluated, {count / seconds:.1f} images/s", flush=True)
     summaries = {

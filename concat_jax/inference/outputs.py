@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from concat_jax.core.coco_writers import InstanceWriter, PanopticWriter, SemanticWriter
+from concat_jax.core.files import write_png
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.images import OVERLAY_SUFFIX
 from concat_jax.inference.instance import Instance
@@ -99,9 +100,7 @@ class ResultWriter(contextlib.ExitStack):
             found = self._summary(classes, "instance")
             if not result:
                 found = "No instance above the score threshold; lower score_threshold to see more."
-        path = self._folder / f"{name}{OVERLAY_SUFFIX}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.overlay(image, ids, labels).save(path)
+        write_png(self._folder / f"{name}{OVERLAY_SUFFIX}", self.overlay(image, ids, labels))
         return found
 
     def overlay(self, image: np.ndarray, ids: np.ndarray, labels: Mapping[int, int]) -> Image.Image:

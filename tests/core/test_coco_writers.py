@@ -12,8 +12,10 @@ from concat_jax.core.coco_writers import (
     InstanceWriter,
     PanopticWriter,
     SemanticWriter,
+    StreamedJson,
     result_names,
 )
+from concat_jax.core.files import FileError
 from concat_jax.core.mask_codes import encode_rle, read_id_map
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.result_files import read_manifest
@@ -181,3 +183,11 @@ def test_large_ids_take_two_bytes_and_larger_ones_positions(tmp_path):
 def test_names_never_collide():
     names = result_names(["x/a.png", "x/a.jpg", "x/A.bmp", "x/a-2.png", "y/a.png", "b.v2.jpg"])
     assert names == ["x/a", "x/a-3", "x/A-4", "x/a-2", "y/a", "b.v2"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    (tmp_path / "a.json.0.partial").symlink_to("/dev/full")
+    with pytest.raises(FileError, match=r"/a\.json cannot be written: No space left on device"):
+        with StreamedJson(tmp_path / "a.json") as writer:
+            writer.append({"id": 1})
+    assert not list(tmp_path.iterdir())

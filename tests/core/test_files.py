@@ -13,6 +13,7 @@ from concat_jax.core.files import (
     open_image,
     replacing,
     write_json,
+    write_png,
 )
 
 
@@ -115,6 +116,14 @@ def test_a_full_disk_and_a_folder_that_is_a_file_are_one_sentence(tmp_path, monk
     with pytest.raises(FileError, match=r"/c\.json cannot be written: No space left on device\.$"):
         write_json(tmp_path / "c.json", {})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_picture_on_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("secrets.token_hex", lambda size: "ab")
+    (tmp_path / "a.png.ab.partial").symlink_to("/dev/full")
+    with pytest.raises(FileError, match=r"/a\.png cannot be written: No space left on device\.$"):
+        write_png(tmp_path / "a.png", Image.new("L", (9, 9)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_files_fault_is_not_blamed_on_the_one_that_is_written(tmp_path):
