@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from concat_jax.core import cli
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.model import export_workdir, is_workdir
-from concat_jax.weights.class_names import Classes, read_classes
+from concat_jax.weights.class_names import Classes
 from concat_jax.weights.convert import load_source
 from concat_jax.weights.disk import check_destination
 from concat_jax.weights.hugging_face_folder import save_hf_folder
 from concat_jax.weights.model_folder import TASKS, ModelCard, save_model
-from data_pipelines.labels import load_label_space
+from data_pipelines.labels import load_classes, load_label_space
 
 FORMATS = ("orbax", "hf")
 USAGE = "python -m concat_jax.convert SOURCE DESTINATION [flags]"
@@ -80,9 +81,10 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
         if "://" in path:
             raise ValueError(f"{path} is not a local path; give a file or folder of this machine.")
     check_destination(destination, overwrite=given.overwrite)
-    known = load_label_space(COCO_SPLIT)
-    known = dataclasses.replace(known, is_seen=(True,) * len(known))
-    named = read_classes(given.classes, known) if given.classes else None
+    known, named = _trained(load_label_space(COCO_SPLIT)), None
+    if given.classes:
+        vocabulary, knows_things = load_classes(given.classes, known)
+        named = Classes(_trained(vocabulary), knows_things, given.classes)
 
     model = load_source(source, known, named, new_head=given.reinit_head)
     print(f"{source} is {model.kind}.", model.report, sep="\n")
@@ -91,6 +93,10 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     save = save_hf_folder if given.to == "hf" else save_model
     save(destination, model.params, card, overwrite=given.overwrite)
     print(f"Wrote {destination}.")
+
+
+def _trained(vocabulary: Vocabulary) -> Vocabulary:
+    return dataclasses.replace(vocabulary, is_seen=(True,) * len(vocabulary))
 
 
 def _describe(card: ModelCard, classes: Classes | None) -> list[str]:

@@ -30,11 +30,11 @@ from concat_jax.experiment.model import open_model
 from concat_jax.inference.images import read_image
 from concat_jax.inference.inputs import data_set_names, find_images, image_ids, source_names
 from concat_jax.inference.model import Model
-from concat_jax.inference.names import parse_classes
 from concat_jax.inference.outputs import ResultWriter
 from concat_jax.inference.panoptic import KEEP_RULES
 from concat_jax.inference.predictor import PredictConfig, Predictor, Prepared
 from concat_jax.weights.model_folder import TASKS
+from data_pipelines.labels import parse_classes
 
 # From so many images on, lines say how far it is and how long it will take.
 PROGRESS_FROM = 4

@@ -8,8 +8,9 @@ vocabulary have other words for each class:
     {"id": 17, "name": "cat", "isthing": 1, "synonyms": ["kitty"]}
 
 A vocabulary says nothing of training: all its classes are unseen, as in open-vocabulary evaluation.
-Its `isthing` is null where nobody has said. A text file is shorter: a class a line, its synonyms
-after commas, as "cat, kitty". A class's `name` is the data set's own, "tree-merged"; its readable
+Its `isthing` is null where nobody has said. A bare list of categories does, too, of which `name` is
+all that each must have. A text file is shorter: a class a line, its synonyms after commas, as
+"cat, kitty". A class's `name` is the data set's own, "tree-merged"; its readable
 form is for `concat_jax.text.name_cleaning` to say, and often the first synonym.
 
 COCO's panoptic 119/14 split keeps COCO's native order, with the unseen classes in between, as
@@ -35,25 +36,80 @@ _FILE_KEYS = ("name", "description", "source", "categories")
 
 
 def load_label_space(name_or_path: str | os.PathLike[str]) -> Vocabulary:
-    """The classes of a split, a vocabulary or a list of names, in the order of the file.
+    """As `load_classes`, the classes alone."""
+    return load_classes(name_or_path)[0]
 
-    `name_or_path` is a `.json` or `.txt` file, or the bare name of one that ships. Thing flags are
-    False where the file does not know; the ids of a text file are its line numbers, from 1. Raises
-    ValueError, naming file and line, for whatever is missing, unknown, empty or twice.
+
+def load_classes(
+    name_or_path: str | os.PathLike[str], known: Vocabulary | None = None
+) -> tuple[Vocabulary, bool]:
+    """The classes of a file in its order, and whether it is said which of them are things.
+
+    `name_or_path` is a split, a vocabulary or a list of names, or the bare name of one that ships.
+    Where nothing says which are things, none is; ids that a file does not say count from 1. A text
+    file that names nothing but `known` classes has their flags and ids. Raises ValueError, naming
+    file and line, for whatever is missing, unknown, empty or twice.
     """
-    path = pathlib.Path(name_or_path)
-    if not path.is_file() and path.name == str(name_or_path):
-        shipped = [folder / f"{name_or_path}.json" for folder in FOLDERS]
-        path = next((file for file in shipped if file.is_file()), path)
-    if not path.is_file():
+    path = _find(name_or_path)
+    if path is None:
         names = sorted(file.stem for folder in FOLDERS for file in folder.glob("*.json"))
         raise ValueError(
-            f"There is no split or vocabulary {str(name_or_path)!r}; give a path or one of: "
+            f"There is no file of classes {str(name_or_path)!r}; give a path or one of: "
             f"{', '.join(names)}."
         )
-    if path.suffix == ".txt":
-        return _from_lines(read_text(path), f"The list of names {path}")
-    return _from_json(read_json(path), f"The file of classes {path}")
+    text = read_text(path)
+    if path.suffix == ".json" or text.lstrip()[:1] in ("[", "{"):
+        return _from_json(read_json(path), f"The file of classes {path}")
+    found, knows_things = _from_lines(text, f"The list of names {path}")
+    same = found.with_flags_of(known) if known else None
+    return (same, True) if same else (found, knows_things)
+
+
+def _find(name_or_path: str | os.PathLike[str]) -> pathlib.Path | None:
+    shipped = [folder / f"{name_or_path}.json" for folder in FOLDERS]
+    is_bare = os.path.basename(name_or_path) == str(name_or_path)
+    files = [name_or_path, *(shipped if is_bare else ())]
+    return next((pathlib.Path(file) for file in files if os.path.isfile(file)), None)
+
+
+def parse_classes(text: str, training: Vocabulary) -> tuple[Vocabulary, bool]:
+    """A vocabulary from "red balloon, blue balloon; grey ground" (things; stuff), or from a file.
+
+    A name that is among `training` is seen or unseen as it was there; any other is unseen. Returns
+    as well whether it is said which are things; where it is not, all are taken as such. Raises
+    ValueError as `load_classes`, and for a name that is empty or occurs twice.
+    """
+    if _find(text):
+        found, knows_things = load_classes(text, training)
+        names, is_thing = found.names, found.is_thing if knows_things else (True,) * len(found)
+    else:
+        if text.endswith((".txt", ".json")):
+            raise ValueError(f"There is no file {text}; give --classes=FILE or the names.")
+        things, _, stuff = text.partition(";")
+        if ";" in stuff:
+            raise ValueError(f"--classes={text} has several semicolons; one ends the things.")
+        parts = [_split(part) for part in (things, stuff)]
+        found, names = None, tuple(name for part in parts for name in part)
+        is_thing, knows_things = (True,) * len(parts[0]) + (False,) * len(parts[1]), True
+    if not names:
+        raise ValueError(
+            f"--classes={text} holds no name; give some, as --classes='cat, dog; sky'."
+        )
+    for number, name in enumerate(names, start=1):
+        if not name:
+            raise ValueError(f"Name {number} of --classes={text} is empty; take a comma out.")
+        if name.casefold() in {other.casefold() for other in names[: number - 1]}:
+            raise ValueError(f"--classes holds the name {name!r} more than once; take one out.")
+    seen = {training.names[k].casefold() for k in training.seen}
+    flags = dict(is_thing=is_thing, is_seen=tuple(name.casefold() in seen for name in names))
+    if found:
+        return dataclasses.replace(found, **flags), knows_things
+    ids = tuple(range(1, len(names) + 1))
+    return Vocabulary(names, **flags, category_ids=ids), knows_things
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text.strip() else []
 
 
 def with_synonyms(vocabulary: Vocabulary, source: Vocabulary) -> Vocabulary:
@@ -74,11 +130,13 @@ def with_synonyms(vocabulary: Vocabulary, source: Vocabulary) -> Vocabulary:
     )
 
 
-def _from_json(content: Any, where: str) -> Vocabulary:
-    _check_keys(content, _FILE_KEYS, (), where)
-    categories = content["categories"]
+def _from_json(content: Any, where: str) -> tuple[Vocabulary, bool]:
+    is_list = isinstance(content, list)
+    if not is_list:
+        _check_keys(content, _FILE_KEYS, (), where)
+    categories = content if is_list else content["categories"]
     if not isinstance(categories, list) or not categories:
-        raise ValueError(f"{where} needs a non-empty list under 'categories'.")
+        raise ValueError(f"{where} needs a non-empty list of 'categories'.")
     is_split = any(isinstance(category, dict) and "split" in category for category in categories)
     checks = {
         # bool is an int to Python, but `"id": true` is a slip of the pen.
@@ -93,8 +151,10 @@ def _from_json(content: Any, where: str) -> Vocabulary:
         checks["isthing"] = (lambda value: value in (0, 1, None), "0, 1 or null")
     needed = [key for key in checks if key != "synonyms"]
     for position, category in enumerate(categories):
+        if is_list and isinstance(category, dict):
+            category = categories[position] = {"id": position + 1, "isthing": None, **category}
         entry = f"{where}, category {position}"
-        _check_keys(category, needed, ("synonyms",), entry)
+        _check_keys(category, needed, ("synonyms", "supercategory", "color"), entry)
         for key, (is_fine, wanted) in checks.items():
             if key in category and not is_fine(category[key]):
                 raise ValueError(f"{entry}: {key!r} is {category[key]!r} and must be {wanted}.")
@@ -107,7 +167,7 @@ def _are_texts(words: Any) -> bool:
     return isinstance(words, list) and all(isinstance(word, str) for word in words)
 
 
-def _from_lines(text: str, where: str) -> Vocabulary:
+def _from_lines(text: str, where: str) -> tuple[Vocabulary, bool]:
     # Blank lines at the end are how editors end files; one in between is a class without a name.
     lines = text.rstrip().splitlines()
     if not lines:
@@ -126,23 +186,30 @@ def _from_lines(text: str, where: str) -> Vocabulary:
         before = first.setdefault(name.lower(), number)
         if before != number:
             raise ValueError(
-                f"{where} names {name!r} in line {before} and again in line {number}; take one out."
+                f"{where} names {name!r} in line {before} and again in line {number}; rename "
+                "one or take it out."
             )
         categories.append({"id": number, "name": name, "isthing": None, "synonyms": synonyms})
     return _vocabulary(categories, where)
 
 
-def _vocabulary(categories: Sequence[Mapping[str, Any]], where: str) -> Vocabulary:
+def _vocabulary(categories: Sequence[Mapping[str, Any]], where: str) -> tuple[Vocabulary, bool]:
+    """The classes, and whether they say which of them are things."""
+    things = [category["isthing"] for category in categories]
+    knows_things = None not in things
+    if not knows_things and any(flag is not None for flag in things):
+        raise ValueError(f"{where} does not say it of all: every class or none needs 'isthing'.")
     try:
-        return Vocabulary(
+        vocabulary = Vocabulary(
             names=tuple(category["name"] for category in categories),
-            is_thing=tuple(bool(category["isthing"]) for category in categories),
+            is_thing=tuple(map(bool, things)),
             is_seen=tuple(category.get("split") == "seen" for category in categories),
             category_ids=tuple(category["id"] for category in categories),
             synonyms=tuple(tuple(category.get("synonyms", ())) for category in categories),
         )
     except ValueError as error:
         raise ValueError(f"{where} is not a label space: {error}") from error
+    return vocabulary, knows_things
 
 
 def _check_keys(content: Any, keys: Sequence[str], optional: Collection[str], where: str) -> None:

@@ -223,6 +223,11 @@ def test_class_names_of_a_file(arrays, tmp_path):
     run(tmp_path / "a.pth", tmp_path / "model", f"--classes={classes}", "--task=semantic")
     _, card = load_model(tmp_path / "model")
     assert card.vocabulary.names == ("road", "car", "sky") and card.task == "semantic"
+    # As --split=FILE of evaluation numbers and reads them, and as predict does.
+    assert card.vocabulary.category_ids == (1, 2, 3) and all(card.vocabulary.is_seen)
+    classes.write_text("road\nroad\nsky\n")
+    message = error_of(tmp_path / "a.pth", tmp_path / "new", f"--classes={classes}")
+    assert "names 'road' in line 1 and again in line 2" in message
 
 
 def test_another_number_of_classes_needs_a_new_head(folder, tmp_path, capsys):
@@ -266,7 +271,9 @@ def test_mistakes_end_in_one_sentence(arrays, hf_folder, folder, tmp_path):
     assert "no file or folder" in error_of(tmp_path / "absent", new)
     assert "neither model.json" in error_of(tmp_path, new)
     assert "is there already" in error_of(hf_folder, folder)
-    assert "which is not a file" in error_of(folder, new, f"--classes={tmp_path / 'absent'}")
+    assert "There is no file of classes" in error_of(
+        folder, new, f"--classes={tmp_path / 'absent'}"
+    )
     assert "sizes stand in its config.json" in error_of(hf_folder / "model.safetensors", new)
     torch.save({"visual.proj": torch.ones(2)}, tmp_path / "clip.pt")
     assert "unknown model (visual.proj)" in error_of(tmp_path / "clip.pt", new)

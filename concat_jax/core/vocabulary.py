@@ -53,6 +53,14 @@ class Vocabulary:
         """Each class's name followed by its synonyms, as `embed_classes` takes them."""
         return tuple((name, *words) for name, words in zip(self.names, self.synonyms, strict=True))
 
+    def with_flags_of(self, known: Vocabulary) -> Vocabulary | None:
+        """With the thing flags and ids of `known`; None where that lacks one of the names."""
+        if not set(self.names) <= set(known.names):
+            return None
+        places = [known.names.index(name) for name in self.names]
+        flags, ids = ([of[k] for k in places] for of in (known.is_thing, known.category_ids))
+        return dataclasses.replace(self, is_thing=tuple(flags), category_ids=tuple(ids))
+
     @functools.cached_property
     def seen(self) -> np.ndarray:
         """Indices of the seen classes, [S] int32 ascending."""

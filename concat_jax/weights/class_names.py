@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.core.files import read_json, read_text
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import LinearClassifier
 from concat_jax.weights.hugging_face_folder import EXTRA_KEY
@@ -37,13 +34,7 @@ class Classes:
     notes: tuple[str, ...] = ()
 
 
-def _classes(
-    names: Sequence[str],
-    origin: str,
-    known: Vocabulary | None = None,
-    is_thing: Sequence[bool] | None = None,
-    category_ids: Sequence[int] | None = None,
-) -> Classes:
+def _classes(names: Sequence[str], origin: str, known: Vocabulary | None = None) -> Classes:
     """Classes with these names; flags and ids are looked up among `known` if all names are there.
 
     A name that occurs twice (ADE20K's long list has such) gets its index, as names tell classes
@@ -51,52 +42,9 @@ def _classes(
     """
     counts, count = collections.Counter(names), len(names)
     unique = tuple(n if counts[n] == 1 else f"{n} ({i})" for i, n in enumerate(names))
-    if is_thing is None and known is not None and set(unique) <= set(known.names):
-        places = [known.names.index(name) for name in unique]
-        is_thing = [known.is_thing[place] for place in places]
-        category_ids = [known.category_ids[place] for place in places]
-    knows_things = is_thing is not None
-    is_thing = tuple(is_thing) if knows_things else (False,) * count
-    category_ids = tuple(range(count) if category_ids is None else category_ids)
-    vocabulary = Vocabulary(unique, is_thing, (True,) * count, category_ids)
-    return Classes(vocabulary, knows_things, origin)
-
-
-def read_classes(path: str | os.PathLike[str], known: Vocabulary | None = None) -> Classes:
-    """Classes from a file: a JSON list or a text file with a name a line.
-
-    JSON is `{"id": 1, "name": "person", "isthing": 1}` as COCO's panoptic categories are (id and
-    isthing may be absent). Flags and ids of `known` hold where a text file names nothing but them.
-    Raises ValueError if the file is missing or not of this form.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--classes names {path}, which is not a file.")
-    text = read_text(path)
-    if not text.lstrip().startswith(("[", "{")):
-        names = [line.strip() for line in text.splitlines() if line.strip()]
-        if not names:
-            raise ValueError(f"The classes in {path} cannot be used: it names none.")
-        return _classes(names, str(path), known)
-    content = read_json(path)
-    try:
-        if not isinstance(content, list) or not all(isinstance(c, dict) for c in content):
-            raise ValueError('it must be a list of {"id", "name", "isthing"}')
-        names, things = ([entry.get(key) for entry in content] for key in ("name", "isthing"))
-        ids = [entry.get("id", index) for index, entry in enumerate(content)]
-        for is_right, needed in (
-            (names and all(isinstance(name, str) for name in names), 'every class needs a "name"'),
-            (all(flag in (0, 1, None) for flag in things), '"isthing" must be 0 or 1'),
-            (len({flag is None for flag in things}) == 1, 'every class or none needs "isthing"'),
-            (all(type(i) is int for i in ids), '"id" must be an integer'),
-        ):
-            if not is_right:
-                raise ValueError(needed)
-        is_thing = None if None in things else [bool(flag) for flag in things]
-        return _classes(names, str(path), None, is_thing, ids)
-    except ValueError as error:
-        reason = str(error).rstrip(".")
-        raise ValueError(f"The classes in {path} cannot be used: {reason}.") from error
+    vocabulary = Vocabulary(unique, (False,) * count, (True,) * count, tuple(range(count)))
+    same = vocabulary.with_flags_of(known) if known else None
+    return Classes(same or vocabulary, same is not None, origin)
 
 
 def classes_from_hf(

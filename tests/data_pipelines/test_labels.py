@@ -9,7 +9,13 @@ import pytest
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.text.prompts import make_prompts
 from concat_jax.text.templates import TEMPLATES
-from data_pipelines.labels import FOLDERS, load_label_space, with_synonyms
+from data_pipelines.labels import (
+    FOLDERS,
+    load_classes,
+    load_label_space,
+    parse_classes,
+    with_synonyms,
+)
 
 SPLITS, VOCABULARIES = FOLDERS
 # name -> classes, things, and the list it was made of
@@ -79,7 +85,7 @@ VOCABULARY = {
     "source": "",
     "categories": [
         {"id": 7, "name": "cat", "synonyms": ["kitty", "tomcat"], "isthing": 1},
-        {"id": 3, "name": "sky-other", "synonyms": [], "isthing": None},
+        {"id": 3, "name": "sky-other", "synonyms": [], "isthing": 0},
     ],
 }
 SPLIT = {
@@ -290,7 +296,13 @@ def _changed(content, **change):
     [
         ("{", "is not valid JSON"),
         ('{"name": NaN}', "NaN is no JSON number"),
-        ([], "is a list and must be a JSON object"),
+        ([], "needs a non-empty list of 'categories'"),
+        (3, "is a int and must be a JSON object"),
+        (["cat"], "category 0 is a str"),
+        ([{"id": 1}], "category 0 lacks the key 'name'"),
+        ([{"name": "a", "is_thing": 1}], "unknown key 'is_thing'"),
+        ([{"name": "a"}, {"name": "b", "isthing": 1}], "every class or none needs 'isthing'"),
+        (_changed(VOCABULARY, isthing=None), "every class or none needs 'isthing'"),
         ({**VOCABULARY, "classes": []}, "unknown key 'classes'; it takes name, description"),
         ({**SPLIT, "unseen": [1]}, "unknown key 'unseen'"),
         (_without(VOCABULARY, "source"), "lacks the key 'source'"),
@@ -328,7 +340,7 @@ def test_bad_files_are_one_sentence(tmp_path, content, sentence):
 
 
 def test_missing_and_unreadable_files(tmp_path):
-    with pytest.raises(ValueError, match="no split or vocabulary 'ade20k'; .*ade20k_150, ade20k_8"):
+    with pytest.raises(ValueError, match="no file of classes 'ade20k'; .*ade20k_150, ade20k_8"):
         load_label_space("ade20k")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.txt is no text in UTF-8"):
@@ -336,3 +348,68 @@ def test_missing_and_unreadable_files(tmp_path):
     (tmp_path / "packed.json").write_bytes(b"\x1f\x8b\x08\x00")
     with pytest.raises(ValueError, match="packed.json is compressed with gzip; unpack it first"):
         load_label_space(tmp_path / "packed.json")
+
+
+def test_one_reader_of_lists_of_names(tmp_path):
+    """Whatever the file is called, for --classes and --split alike."""
+    for name in ("n.lst", "names", "n.txt"):
+        found, knows_things = load_classes(write(tmp_path, "cat, kitty\r\nsky\r\n", name))
+        assert found.texts == (("cat", "kitty"), ("sky",)) and found.category_ids == (1, 2)
+        assert not knows_things
+    categories = [{"name": "sky", "isthing": 0, "supercategory": "x", "color": [1, 2, 3]}]
+    categories.append({"id": 9, "name": "cat", "isthing": 1})
+    for name in ("n.json", "json"):
+        found, knows_things = load_classes(write(tmp_path, categories, name))
+        assert found == Vocabulary(("sky", "cat"), (False, True), (False, False), (1, 9))
+        assert knows_things
+    assert not load_classes("ade20k_847")[1] and load_classes("ade20k_150")[1]
+    split = load_classes(write(tmp_path, SPLIT["categories"]))[0]
+    assert split == load_label_space(write(tmp_path, SPLIT, "pets.json"))
+
+
+TRAINING = Vocabulary(
+    ("cat", "dog", "sky"), (True, True, False), (True, False, True), (17, 18, 187)
+)
+
+
+def test_a_text_file_of_known_names_has_their_flags_and_ids(tmp_path):
+    path = write(tmp_path, "sky\n cat \n\n", "a.txt")
+    found, knows_things = load_classes(path, TRAINING)
+    assert found == Vocabulary(("sky", "cat"), (False, True), (False, False), (187, 17))
+    assert knows_things
+    path = write(tmp_path, "sky\nunicorn\n", "a.txt")
+    assert load_classes(path, TRAINING) == load_classes(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a, , b", "Name 2 of --classes=a, , b is empty"),
+        ("a, A", "holds the name 'A' more than once"),
+        ("; ", "holds no name"),
+        ("a; b; c", "has several semicolons"),
+        ("names.txt", "There is no file names.txt"),
+    ],
+)
+def test_bad_names_are_named(text, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        parse_classes(text, TRAINING)
+
+
+def test_names_are_things_then_stuff_and_seen_or_not(tmp_path):
+    found, knows_things = parse_classes("cat, x y; dog", TRAINING)
+    assert found.names == ("cat", "x y", "dog") and knows_things
+    assert found.is_thing == (True, True, False) and found.is_seen == (True, False, False)
+    assert found.category_ids == (1, 2, 3)
+    # Names that are too long for a file's are names.
+    assert len(parse_classes(", ".join(f"class {k}" for k in range(999)), TRAINING)[0]) == 999
+    # A file's ids are kept, a split of it means training and says nothing here.
+    found, _ = parse_classes(str(write(tmp_path, SPLIT)), TRAINING)
+    assert found.category_ids == (7, 3, 5) and found.is_thing == (False, True, True)
+    assert found.is_seen == (True, False, True) and found.synonyms[2] == ("kitty",)
+    assert len(parse_classes("pascal_voc_20", TRAINING)[0]) == 20
+    # Where nothing says which are things all are, as of linear heads.
+    found, knows_things = parse_classes(str(write(tmp_path, "a\nsky", "a.txt")), TRAINING)
+    assert found.is_thing == (True, True) and not knows_things
+    with pytest.raises(ValueError, match="'cat' in line 1 and again in line 2"):
+        parse_classes(str(write(tmp_path, "cat\ncat\nsky", "a.txt")), TRAINING)

@@ -268,7 +268,7 @@ def test_skipping_ends_when_nothing_is_left(world):
         ({"unseen_images": "hide"}, "unseen_images is 'hide'"),
         ({"on_bad_example": "ignore"}, "on_bad_example cannot be 'ignore'; did you mean"),
         ({"scale_range": (0, 1)}, "scale_range is"),
-        ({"split_file": "none_such"}, "no split or vocabulary 'none_such'"),
+        ({"split_file": "none_such"}, "no file of classes 'none_such'"),
     ],
 )
 def test_bad_arguments(world, options, message):

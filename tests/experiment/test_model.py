@@ -18,13 +18,13 @@ from concat_jax.evaluation.score_files import score_panoptic
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.experiment.model import LABELS_NAME, open_model
 from concat_jax.inference.model import Model
-from concat_jax.inference.names import parse_classes
 from concat_jax.inference.predictor import PredictConfig
 from concat_jax.training.checkpoints import StageCheckpoints
 from concat_jax.training.state import TrainState
 from concat_jax.weights.model_folder import ModelCard
 from configs import demo_zps
 from data_pipelines.datasets import make_datasets
+from data_pipelines.labels import parse_classes
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("as_users_compile")
@@ -220,30 +220,6 @@ def test_damaged_labels_are_named(folder, tmp_path):
         open_model(copy)
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("a, , b", "Name 2 of --classes=a, , b is empty"),
-        ("a, A", "holds the name 'A' more than once"),
-        ("; ", "holds no name"),
-        ("a; b; c", "has several semicolons"),
-        ("names.txt", "There is no file names.txt"),
-    ],
-)
-def test_bad_names_are_named(text, sentence, experiment):
-    with pytest.raises(ValueError, match=sentence):
-        parse_classes(text, experiment.setup.vocabulary)
-
-
-def test_names_are_things_then_stuff_and_seen_or_not(experiment):
-    training = experiment.setup.vocabulary
-    seen, unseen = training.names[training.seen[0]], training.names[training.unseen[0]]
-    found, knows_things = parse_classes(f"{seen}, x y; {unseen}", training)
-    assert found.names == (seen, "x y", unseen) and knows_things
-    assert found.is_thing == (True, True, False)
-    assert found.is_seen == (True, False, False)
-
-
 def test_a_linear_head_takes_no_other_names():
     vocabulary = tiny.vocabulary()
     head = {"class_embed": {"kernel": np.zeros((32, 7)), "bias": np.zeros(7)}}
@@ -251,14 +227,3 @@ def test_a_linear_head_takes_no_other_names():
     model = Model(params, ModelCard(tiny.MODEL["segmentor"], vocabulary, knows_things=True))
     with pytest.raises(ValueError, match="is linear and names its own 6 classes alone"):
         model.predictor(classes=parse_classes("cat, zebra", vocabulary)[0])
-
-
-def test_a_file_that_does_not_say_which_are_things_gives_things(tmp_path, experiment):
-    """As the command says then, and as linear heads do."""
-    path = tmp_path / "names.txt"
-    path.write_text("cat dog\ndog cat\n")
-    found, knows_things = parse_classes(str(path), experiment.setup.vocabulary)
-    assert found.is_thing == (True, True) and not knows_things
-    path.write_text('[{"name": "a", "isthing": 1}, {"name": "b"}]')
-    with pytest.raises(ValueError, match='every class or none needs "isthing"'):
-        parse_classes(str(path), experiment.setup.vocabulary)

@@ -1,8 +1,5 @@
 """Names of classes, from wherever they come, and new heads."""
 
-import codecs
-import gzip
-import json
 import re
 
 import numpy as np
@@ -13,62 +10,10 @@ from concat_jax.weights.class_names import (
     classes_from_hf,
     default_classes,
     fresh_head,
-    read_classes,
 )
 from concat_jax.weights.report import LoadingReport
 
 KNOWN = Vocabulary(("cat", "dog", "sky"), (True, True, False), (True, False, True), (17, 18, 187))
-
-
-def test_json_list(tmp_path):
-    path = tmp_path / "classes.json"
-    path.write_text(
-        json.dumps([{"id": 7, "name": "cat", "isthing": 1}, {"id": 9, "name": "sky", "isthing": 0}])
-    )
-    classes = read_classes(path)
-    assert classes.vocabulary == Vocabulary(("cat", "sky"), (True, False), (True, True), (7, 9))
-    assert classes.knows_things
-    path.write_text(json.dumps([{"name": "cat"}, {"name": "sky"}]))
-    classes = read_classes(path, KNOWN)
-    assert classes.vocabulary.category_ids == (0, 1) and not classes.knows_things
-
-
-def test_text_file(tmp_path):
-    path = tmp_path / "classes.txt"
-    path.write_text("sky\n cat \n\n")
-    classes = read_classes(path)
-    assert classes.vocabulary.names == ("sky", "cat") and not classes.knows_things
-    classes = read_classes(path, KNOWN)
-    assert classes.knows_things
-    assert classes.vocabulary.is_thing == (False, True)
-    assert classes.vocabulary.category_ids == (187, 17)
-    path.write_text("sky\nunicorn\n")
-    assert not read_classes(path, KNOWN).knows_things
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("", "names none"),
-        ("[1]", "must be a list of"),
-        ('{"names": []}', "must be a list of"),
-        ("[]", 'needs a "name"'),
-        ('[{"id": 1}]', 'needs a "name"'),
-        ('[{"name": "a", "isthing": 2}]', "isthing"),
-        ('[{"name": "a", "id": "x"}]', '"id" must'),
-        ('[{"name": "a", "id": 1}, {"name": "b", "id": 1}]', "more than once"),
-        ("[{", "not valid JSON"),
-        (b"\xff\xfep\0e\0", "no text in UTF-8"),
-        ("straße".encode("latin1"), "no text in UTF-8"),
-        (gzip.compress(b"person", mtime=0), "compressed with gzip"),
-    ],
-)
-def test_bad_files(tmp_path, text, message):
-    path = tmp_path / "classes.json"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=message) as error:
-        read_classes(path)
-    assert str(path) in str(error.value) and str(error.value).count(". ") == 0
 
 
 def test_id2label():
@@ -137,18 +82,6 @@ def test_a_new_head_may_have_any_number_of_names():
 def test_an_edited_config_of_ours(extra):
     with pytest.raises(ValueError, match="remove the entry or pass --classes"):
         classes_from_hf({"id2label": {"0": "a", "1": "b"}, "concat_jax": extra}, 2)
-
-
-@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_byte_order_marks_and_ends_of_lines(tmp_path, mark, end):
-    path = tmp_path / "classes"
-    path.write_bytes(mark + end.join((b"cat", b"dog", b"")))
-    assert read_classes(path, KNOWN).vocabulary.names == ("cat", "dog")
-    assert read_classes(path, KNOWN).vocabulary.category_ids == (17, 18)
-    entries = (b"[", b'{"id": 9, "name": "cat", "isthing": 1}', b"]")
-    path.write_bytes(mark + end.join(entries))
-    assert read_classes(path).vocabulary == Vocabulary(("cat",), (True,), (True,), (9,))
 
 
 def test_a_name_that_occurs_twice_gets_its_index():
