@@ -77,13 +77,7 @@ def place(
       renumbered without what is not seen there, and the rows [n] that they had before: see
       `keep_largest_segments`. `pad_ids` pads them.
     """
-    image = np.asarray(image)
-    if image.shape != (*segment_ids.shape, 3):
-        raise ValueError(
-            f"The image is {image.shape} and its id map is {segment_ids.shape}; give an RGB image "
-            "[H, W, 3] and an id map of the same size."
-        )
-    placed = place_image(image, placement, size, canvas=canvas)
+    placed = place_image(np.asarray(image), placement, size, canvas=canvas)
     return placed, *place_segments(segment_ids, placement, max_segments)
 
 

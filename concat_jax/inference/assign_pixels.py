@@ -74,11 +74,6 @@ def assign_pixels(
       (codes [B, H, W], uint8 where they fit, else uint16: what `SegmentTables.lookup` turns into
       segment ids, 0 where the best bidder's mask does not cover the pixel; PixelCounts.)
     """
-    if strip_rows < 1 or queries_at_once < 1:
-        raise ValueError(
-            f"strip_rows is {strip_rows} and queries_at_once {queries_at_once}; both must be at "
-            "least 1."
-        )
     batch, num_queries = mask_logits.shape[:2]
     height, width = output_size
     rows, group = min(strip_rows, height), min(queries_at_once, num_queries)

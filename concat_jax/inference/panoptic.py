@@ -146,8 +146,6 @@ def rank_queries(
         exceed score_threshold.
       gamma: see `heads.bias_names`; it names queries and decides nothing else.
     """
-    if keep_rule not in KEEP_RULES:
-        raise ValueError(f"keep_rule is {keep_rule!r}; choose one of {', '.join(KEEP_RULES)}.")
     class_probs = class_probs.astype(jnp.float32)
     real_probs, no_object = class_probs[..., :-1], class_probs[..., -1]
     biased = bias_names(class_probs, is_seen, gamma)

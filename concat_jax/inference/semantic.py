@@ -31,19 +31,13 @@ def semantic_inference(
 
     Args:
       mask_logits, class_probs, output_size, source_size, image_size: as `panoptic_inference`;
-      beyond
-        image_size the map means nothing.
+        beyond image_size the map means nothing.
       origin: as `assign_pixels`.
       strip_rows: rows made at once; memory is about B * (N + K) * strip_rows * W floats. Static.
 
     Returns:
       [B, H, W] class indices, uint8 where they fit, else uint16. The first of equal classes wins.
     """
-    if mask_logits.ndim != 4 or class_probs.shape[:2] != mask_logits.shape[:2]:
-        raise ValueError(
-            "semantic_inference needs mask_logits [B, N, h, w] and class_probs [B, N, K+1], got "
-            f"{mask_logits.shape} and {class_probs.shape}."
-        )
     batch = mask_logits.shape[0]
     height, width = output_size
     rows = min(strip_rows, height)

@@ -73,8 +73,6 @@ class SemanticProjector(nn.Module):
         `text` is [K, C] L2-normalised, or [K, S, C] with one of each synonym: a class is then as
         near as the nearest of its synonyms.
         """
-        if text.ndim not in (2, 3):
-            raise ValueError(f"Text embeddings are [K, C] or [K, S, C], not {text.shape}.")
         no_object = self.no_object_embedding
         no_object = no_object * jax.lax.rsqrt(jnp.sum(no_object**2) + 1e-12)
         words = text.reshape(-1, text.shape[-1])  # one matrix product whatever S is

@@ -52,8 +52,6 @@ def make_prompts(
     """
     if synonyms not in SYNONYM_MODES:
         raise ValueError(f"Synonyms are {synonyms!r}; use one of {', '.join(SYNONYM_MODES)}.")
-    if isinstance(names, str):
-        raise ValueError(f"Class names are a sequence; wrap {names!r} in a list.")
     given = [[name] if isinstance(name, str) else list(name) for name in names]
     if not given:
         raise ValueError("There are no class names.")

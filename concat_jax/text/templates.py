@@ -22,10 +22,6 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     """The templates as a tuple; ValueError unless each has exactly one "{}" and there is one."""
-    if isinstance(templates, str):
-        raise ValueError(
-            f"Templates are a sequence, for example TEMPLATES['single'], not {templates!r}."
-        )
     if not templates:
         raise ValueError("There are no templates; give one or more, each with '{}' for the name.")
     for template in templates:

@@ -52,14 +52,14 @@ class Tokenizer(abc.ABC):
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """`texts` -> [M, context_length] int32."""
         rows = np.full((len(texts), self.context_length), self._padding, np.int32)
-        for row, text, parts in zip(rows, texts, self._parts(_check_texts(texts)), strict=True):
+        for row, text, parts in zip(rows, texts, self._parts(texts), strict=True):
             ids = [self._start, *self._fit(parts, text), self.eot_id]
             row[: len(ids)] = ids
         return rows
 
     def lengths(self, texts: Sequence[str]) -> np.ndarray:
         """[M] tokens of each text with its start and end, however many a row can hold."""
-        return np.array([2 + len(parts) for parts in self._parts(_check_texts(texts))])
+        return np.array([2 + len(parts) for parts in self._parts(texts)])
 
     @abc.abstractmethod
     def _parts(self, texts: Sequence[str]) -> list[list]:
@@ -68,12 +68,6 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def _fit(self, parts: list, text: str) -> list[int]:
         """The ids of a text's parts, at most context_length - 2."""
-
-
-def _check_texts(texts: Sequence[str]) -> list[str]:
-    if isinstance(texts, str):
-        raise ValueError(f"A tokenizer takes a sequence of texts; wrap {texts!r} in a list.")
-    return list(texts)
 
 
 def _byte_symbols() -> list[str]:
@@ -262,7 +256,7 @@ class WordTokenizer(Tokenizer):
 
     def __init__(self, words: Sequence[str], context_length: int):
         self._ids: dict[str, int] = {}
-        for word in _check_texts(words):
+        for word in words:
             if _words_of(word) != [word.lower()]:
                 raise ValueError(f"WordTokenizer's words must be single words, not {word!r}.")
             if word.lower() in self._ids:
@@ -274,7 +268,7 @@ class WordTokenizer(Tokenizer):
     @classmethod
     def of_texts(cls, texts: Sequence[str], context_length: int) -> Self:
         """The tokenizer of all words in some texts, sorted, whatever stands between them."""
-        words = {word for text in _check_texts(texts) for word in _words_of(text)}
+        words = {word for text in texts for word in _words_of(text)}
         return cls(sorted(words), context_length)
 
     @property

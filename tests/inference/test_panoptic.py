@@ -211,25 +211,6 @@ def test_images_of_a_batch_do_not_touch():
             np.testing.assert_allclose(whole[b], part[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"keep_rule": "best"}, "choose one of"),
-        ({"strip_rows": 0}, "at least 1"),
-    ],
-)
-def test_bad_input_is_refused(changes, message):
-    arguments = {
-        "mask_logits": np.zeros((1, 2, 4, 4)),
-        "class_probs": np.zeros((1, 2, 3)),
-        "is_thing": np.ones(2, bool),
-        "is_seen": np.ones(2, bool),
-        "output_size": (4, 4),
-    }
-    with pytest.raises(ValueError, match=message):
-        panoptic(**(arguments | changes))
-
-
 @pytest.mark.parametrize("side", cases.TRANSFORMERS_SIDES)
 def test_equals_the_map_of_transformers(side):
     """The same segments, where transformers' rules are the reference's.

@@ -71,8 +71,3 @@ def test_many_classes_need_two_bytes():
     maps = semantic_inference(logits, probs, output_size=(12, 16))
     assert maps.dtype == np.uint16
     assert_same_up_to_ties(np.asarray(maps[0]), reference(logits[0], probs[0], (12, 16)))
-
-
-def test_shapes_that_disagree_are_refused():
-    with pytest.raises(ValueError, match="semantic_inference needs"):
-        semantic_inference(np.zeros((1, 2, 4, 4)), np.zeros((1, 3, 4)), output_size=(4, 4))

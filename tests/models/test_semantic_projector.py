@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from concat_jax.models.semantic_projector import MAX_SCALE, SemanticProjector, class_vectors
 
@@ -85,11 +84,6 @@ def test_repeated_synonyms_change_no_gradient():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, repeated
     )
-
-
-def test_text_of_another_rank_is_refused():
-    with pytest.raises(ValueError, match=r"\[K, C\] or \[K, S, C\], not \(6,\)"):
-        PROJECTOR.apply(PARAMS, QUERIES, TEXT[0], method="predict")
 
 
 def test_class_vectors_by_hand():

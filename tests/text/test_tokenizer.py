@@ -176,12 +176,6 @@ def test_another_models_tokenizer_is_refused(tmp_path):
         make_clip_tokenizer(tmp_path)
 
 
-def test_a_bare_string_is_refused(clip_tokenizer):
-    for tokenizer in (clip_tokenizer, WordTokenizer(["red"], 4)):
-        with pytest.raises(ValueError, match="wrap 'red' in a list"):
-            tokenizer("red")
-
-
 def test_words_by_hand():
     tokenizer = WordTokenizer(["red", "striped", "Ball", "and"], context_length=6)
     assert (tokenizer.vocab_size, tokenizer.eot_id) == (7, 6)
