@@ -3,8 +3,8 @@
     python -m data_pipelines.prepare coco_panoptic_zps --root=/path/to/coco
     python -m data_pipelines.prepare coco_panoptic_zps --root=/path/to/coco --out=SHARDS --workers=8
 
-The first checks the layout and every image's size, prints a count table by part, split and class,
-and runs the leak test on what training would use. The second decodes every image and writes
+The first checks the layout, prints a count table by part, split and class, runs the leak test on
+what training would use, and then reads every image and its annotation. The second does so to write
 TFRecord shards, in parallel; a command that was stopped goes on where it stood when it is given
 again. Training reads them with --config.data.kind=shards --config.data.root=SHARDS, and anybody's
 tf.data program with `tfds.builder_from_directory(SHARDS).as_dataset()`.
@@ -26,7 +26,7 @@ from data_pipelines.count_table import PartCounts, count_part, format_classes, f
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.shards.build import IMAGES_PER_SHARD, build_shards
 from data_pipelines.shards.tfds_metadata import is_tfds_installed, write_tfds_metadata
-from data_pipelines.sources.pictures import check_headers
+from data_pipelines.sources.pictures import check_images
 from data_pipelines.sources.registry import DATASETS, open_source
 from data_pipelines.sources.source import (
     UNSEEN_IMAGES,
@@ -139,7 +139,7 @@ def _check_images(part: str, source: FolderSource, skips: bool) -> int:
         print(f"Left out: {error}")
         faults.append(error)
 
-    check_headers(source, part, on_fault)
+    check_images(source, part, on_fault)
     return len(faults)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import write_json
+from concat_jax.core.files import FileError, write_json
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation import calibration, report
@@ -32,6 +33,7 @@ from concat_jax.experiment.workdir import (
     evaluation_settings,
     note_origin,
     read_report,
+    trained_stages,
 )
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.predictor import Predictor
@@ -107,6 +109,8 @@ class Experiment:
         """Train what is not finished, evaluate, write `report.json`; returns the report."""
         start = time.monotonic()
         config, report_path = self.setup.config, self.workdir / "report.json"
+        if self.datasets.identity and config.eval.stages and not trained_stages(self.workdir):
+            self._read_evaluation_images()
         trained = {}
         for number, name in enumerate(config.stages, start=1):
             began = time.monotonic()
@@ -148,6 +152,17 @@ class Experiment:
             write_json(report_path, out)
         print(f"Done in {format_seconds(seconds)}; report: {report_path}")
         return out
+
+    def _read_evaluation_images(self) -> None:
+        """Once before the first stage: one at fault would end the run after the last."""
+        print("Reading the images of the evaluation, to find faults before training.", flush=True)
+        try:
+            collections.deque(self.datasets.evaluation(), maxlen=0)
+        except FileError as error:
+            raise FileError(
+                f"{error} It is of the evaluation; python -m data_pipelines.prepare checks all "
+                "images of a data set."
+            ) from error
 
     def _evidence(self, titles: Mapping[str, str]) -> dict[str, Any]:
         """Title to what no bias can fake of a stage; γ is chosen on the world's other split."""

@@ -91,7 +91,7 @@ def claim_workdir(
     theirs = _read_config(path) if path.exists() else mine
     theirs = {k: v for k, v in theirs.items() if k in mine or not _is_built_in(k, v)}
     changed = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
-    trained = _trained_stages(workdir)
+    trained = trained_stages(workdir)
     if trained:
         for key in changed:
             if _is_free(key, trained):
@@ -182,7 +182,8 @@ def _is_of_data(path: Path, identity: str) -> bool:
         return False
 
 
-def _trained_stages(workdir: Path) -> set[str]:
+def trained_stages(workdir: Path) -> set[str]:
+    """Those that have a checkpoint, of any step."""
     return {path.parent.parent.name for path in workdir.glob("*/checkpoints/[0-9]*")}
 
 

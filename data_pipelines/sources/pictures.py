@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from concurrent import futures
 
 from PIL import Image, ImageOps
 
 from concat_jax.core.files import FileError, ImageError, open_image
+from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
-from data_pipelines.sources.source import FolderSource, ImageRecord
-
-_ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 exchange height and width
+from data_pipelines.sources.source import ImageRecord, Source
 
 
 def open_picture(path: pathlib.Path, *, rgb: bool = False) -> Image.Image:
@@ -47,25 +46,21 @@ def read_picture(folder: pathlib.Path, record: ImageRecord, source: pathlib.Path
     return image
 
 
-def check_headers(source: FolderSource, part: str, on_fault: Callable[[FileError], None]) -> None:
-    """Compares the size that each image file says it has with its record; no pixel is decoded."""
+def check_images(source: Source, part: str, on_fault: Callable[[FileError], None]) -> None:
+    """Reads every image and its annotation as training and evaluation will, in threads."""
 
-    def check(record: ImageRecord) -> FileError | None:
-        path = source.images_folder / record.file_name
+    def fault(index: int) -> FileError | None:
         try:
-            with open_image(path) as picture:
-                stored = picture.size
-                turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            upright = stored[::-1] if turned else stored
-            _check_size(path, stored, upright, record, "the annotation")
+            source.read(source.records[index])
         except FileError as error:
             return error
         return None
 
-    progress = Progress(f"{part}: images", 0, len(source.records))
-    with futures.ThreadPoolExecutor(8) as pool:
-        for done, error in enumerate(pool.map(check, source.records), start=1):
-            if done < len(source.records):
+    count, threads = len(source.records), max(8, os.cpu_count() or 1)
+    progress = Progress(f"{part}: images", 0, count)
+    with contextlib.closing(prefetch(fault, 0, count, 2 * threads, threads)) as faults:
+        for done, error in enumerate(faults, start=1):
+            if done < count:
                 progress.tick(done)
             if error is not None:
                 on_fault(error)

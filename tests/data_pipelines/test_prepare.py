@@ -1,5 +1,6 @@
 """The command `prepare`: its counts, its leak test, and what it says of mistakes."""
 
+import io
 import json
 import re
 import resource
@@ -209,6 +210,25 @@ def test_files_of_another_size_or_kind_are_found_without_packing(
     printed = capsys.readouterr().out
     assert re.search(f"Left out: .*{sentence}", printed)
     assert "train2017: 1 images cannot be used and are left out of training." in printed
+
+
+def test_faults_of_annotations_are_found_without_packing(tiny_panoptic):
+    png = tiny_panoptic / "annotations" / "panoptic_val2017" / "20.png"
+    before = png.read_bytes()
+    flags = ("panoptic_folder", f"--root={tiny_panoptic}", "--part=val2017", "--unseen=keep")
+    png.write_bytes(before[:-20])
+    with pytest.raises(SystemExit, match=r"20\.png cannot be read as an image|20\.png is cut off"):
+        run(*flags)
+    ids = np.array(Image.open(io.BytesIO(before)))
+    ids[0, 0] = 99
+    Image.fromarray(ids).save(png)
+    with pytest.raises(SystemExit, match=r"20\.png holds the segment id \d+, which .* lacks"):
+        run(*flags)
+    png.write_bytes(before)
+    extra = {"id": 77, "category_id": 4, "area": 3, "bbox": [0, 0, 1, 1], "iscrowd": 0}
+    _edit(tiny_panoptic, lambda c: c["annotations"][0]["segments_info"].append(extra), "val2017")
+    with pytest.raises(SystemExit, match="lists the segment id 77, which has no pixel in"):
+        run(*flags)
 
 
 def test_bad_outlines_are_counted(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What a run refuses before it starts, what it evaluates, and how hosts share the query bank."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -10,6 +11,7 @@ import pytest
 from flax import traverse_util
 
 from concat_jax import main
+from concat_jax.core.files import FileError
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.stages.queries import QueryBank
@@ -235,6 +237,23 @@ def test_only_finished_stages_are_evaluated_and_a_report_of_fewer_is_stale(tmp_p
     assert evaluated == ["con", "con", "control", "finetune"]
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["results"]) == list(config.eval.stages.values())
+
+
+def test_a_fault_of_the_evaluation_is_found_before_the_first_stage(tmp_path, monkeypatch):
+    def damaged():
+        raise FileError("b.png is damaged.")
+        yield
+
+    trained = []
+    monkeypatch.setattr(Experiment, "train", lambda self, name: trained.append(name))
+    run = make_run(smoke_config(), tmp_path)
+    run.datasets = dataclasses.replace(run.datasets, identity=lambda: "", evaluation=damaged)
+    with pytest.raises(FileError, match="b.png is damaged. .* data_pipelines.prepare checks all"):
+        run.run()
+    assert not trained
+    finish(tmp_path, smoke_config(), "clip")  # later it is not read again
+    run.run()
+    assert set(trained) == {"con", "cat", "control", "finetune"}
 
 
 def test_hosts_share_a_batch_of_the_bank():
