@@ -19,7 +19,6 @@ from concat_jax.experiment.clip_target_cache import cache
 
 
 def define_flags(flags: cli.Flags) -> None:
-    """The flags of this command, besides those of a config."""
     flags.integer("images_per_shard", 256, "What a kill can cost, at least.")
     flags.integer("pictures_per_device", 128, "CLIP takes at once.")
     flags.integer("process_index", None, "This host; JAX's own by default.")
@@ -33,7 +32,6 @@ def define_flags(flags: cli.Flags) -> None:
     interrupted="Stopped; finished shards are kept, and the same command goes on.",
 )
 def main(given: cli.Flags) -> None:
-    """What the flags ask for."""
     config = cli.config_of(given)
     cli.join_hosts(given)
     index, count = given.process_index, given.process_count

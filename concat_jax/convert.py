@@ -31,7 +31,6 @@ COCO_SPLIT = "coco_panoptic_119_14"
 
 
 def define_flags(flags: cli.Flags) -> None:
-    """The flags of this command."""
     flags.string(
         "classes",
         "",
@@ -52,7 +51,6 @@ def define_flags(flags: cli.Flags) -> None:
     interrupted="Stopped; nothing was written to the destination.",
 )
 def main(given: cli.Flags, arguments: Sequence[str]) -> None:
-    """What the flags ask for."""
     if len(arguments) != 2:
         raise ValueError(f"give a source and a destination: {USAGE}")
     source, destination = arguments

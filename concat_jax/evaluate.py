@@ -52,7 +52,6 @@ _MAPS, _PNGS = "label maps, with --task=semantic", "a panoptic json"
 
 
 def define_flags(flags: cli.Flags) -> None:
-    """The flags of this command, besides --config and --workdir."""
     values = ("", "ids", "indices")
     flags.string("task", "", f"Of files: one of {', '.join(TASKS)}.")
     flags.string("annotations", "", "Ground truth: a json, or a folder of label maps.")
@@ -192,7 +191,6 @@ def evaluate_flags(given: cli.Flags) -> dict:
     interrupted="Stopped; nothing was scored, and the same command starts anew.",
 )
 def main(given: cli.Flags) -> None:
-    """What the flags ask for."""
     evaluate_flags(given)
 
 

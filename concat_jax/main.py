@@ -33,7 +33,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict:
     interrupted="Stopped; what is saved stays, and the same command goes on from there.",
 )
 def main(given: cli.Flags) -> None:
-    """What the flags ask for."""
     config, workdir = cli.config_and_workdir(given)
     cli.join_hosts(given)
     run(config, workdir)

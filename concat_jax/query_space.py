@@ -15,7 +15,6 @@ from concat_jax.experiment.query_pictures import has_queries, write_picture
 
 @cli.command(__doc__, with_config=True)
 def main(given: cli.Flags) -> None:
-    """Draws the pictures of a workdir's finished stages."""
     from data_pipelines.datasets import make_datasets
 
     config, workdir = cli.config_and_workdir(given)

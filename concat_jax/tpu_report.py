@@ -185,14 +185,12 @@ def make_report(config: ml_collections.ConfigDict, name: str, topology: str) -> 
 
 
 def define_flags(flags: cli.Flags) -> None:
-    """The flags of this command, besides --config."""
     flags.string("topology", "v5e:4x4", "Chips, as v5e:16x16 or v4:2x2x1.")
     flags.string("stage", "con", "Stage of the config.")
 
 
 @cli.command(__doc__, define_flags, with_config=True, computes=False)
 def main(given: cli.Flags) -> None:
-    """What the flags ask for."""
     # The chips are described, never opened; everything that runs, runs here.
     jax.config.update("jax_platforms", "cpu")
     print(format_report(make_report(cli.config_of(given), given.stage, given.topology)))

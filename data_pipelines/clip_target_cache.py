@@ -133,5 +133,4 @@ class ClipTargetCache:
         return {"clip_image_target": unit(images), "clip_segment_targets": unit(segments)}
 
     def add_to(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A batch with the two target fields beside its own."""
         return {**batch, **self.lookup(batch["image_id"], batch["segment_source_ids"])}

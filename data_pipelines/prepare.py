@@ -171,7 +171,6 @@ def _treatments(
 
 
 def define_flags(flags: cli.Flags) -> None:
-    """The flags of this command."""
     flags.string("root", "", "Folder of the data set.")
     flags.string("part", "", "A part, or several with commas; both of the data set by default.")
     flags.string("split", None, "Split or vocabulary file, or the name of one that ships.")
@@ -190,7 +189,6 @@ def define_flags(flags: cli.Flags) -> None:
     interrupted="Stopped; finished shards are kept, and the same command goes on.",
 )
 def main(given: cli.Flags, arguments: Sequence[str]) -> None:
-    """What the flags ask for."""
     if len(arguments) != 1 or not given.root:
         raise ValueError(
             "give the data set's name and its folder: python -m data_pipelines.prepare DATASET "

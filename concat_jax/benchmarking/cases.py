@@ -71,7 +71,6 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For tables."""
         if self.task == "panoptic_quality":
             drawn = self.source or f"drawn, {self.height}x{self.width}"
             return f"{self.task} of {self.num_images} pairs ({drawn})"

@@ -109,7 +109,6 @@ def format_bytes(count: float) -> str:
 
 
 def format_report(report: Report) -> str:
-    """The report as lines of text."""
     lines = [
         f"Topology {report.topology}: {report.num_chips} chips, {report.batch_size} "
         f"{report.content} a step, {report.batch_size // report.num_chips} a chip",

@@ -61,7 +61,6 @@ class Measurement:
 
     @property
     def median(self) -> float:
-        """Seconds of a call."""
         return statistics.median(self.seconds)
 
     def show(self, scale: float = 1.0, digits: int = 3) -> str:
@@ -206,7 +205,6 @@ def _agreement(name: str, results: Mapping[str, Measurement]) -> Iterator[str]:
 
 
 def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference over the largest number of theirs."""
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 

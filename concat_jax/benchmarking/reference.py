@@ -18,7 +18,6 @@ from concat_jax.training.optimizer import OptimizerConfig
 
 
 def is_installed() -> bool:
-    """Whether torch and transformers can be imported."""
     from importlib.util import find_spec
 
     return all(find_spec(name) is not None for name in ("torch", "transformers"))

@@ -41,7 +41,6 @@ class Flags(flags.FlagValues):
     """
 
     def string(self, name: str, default: str | None, about: str) -> None:
-        """Any text."""
         flags.DEFINE_string(name, default, about, flag_values=self)
 
     def strings(self, name: str, default: Sequence[str], about: str) -> None:
@@ -49,7 +48,6 @@ class Flags(flags.FlagValues):
         flags.DEFINE_list(name, list(default), about, flag_values=self)
 
     def choice(self, name: str, default: str | None, choices: Sequence[str], about: str) -> None:
-        """One of some texts."""
         flags.DEFINE_enum(name, default, list(choices), about, flag_values=self)
 
     def integer(self, name: str, default: int | None, about: str, low: int | None = None) -> None:
@@ -57,7 +55,6 @@ class Flags(flags.FlagValues):
         flags.DEFINE_integer(name, default, about, low, flag_values=self)
 
     def number(self, name: str, default: float | None, about: str) -> None:
-        """A number."""
         flags.DEFINE_float(name, default, about, flag_values=self)
 
     def switch(self, name: str, about: str) -> None:

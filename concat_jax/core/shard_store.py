@@ -79,7 +79,6 @@ class ShardStore:
         return self._folder / f"{index:05}.safetensors"
 
     def missing(self, shards: Iterable[int]) -> list[int]:
-        """Those of the shards that are not finished."""
         return [index for index in shards if not self.path(index).is_file()]
 
     def write(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:

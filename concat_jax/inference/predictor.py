@@ -84,7 +84,6 @@ class PredictConfig:
 
     @property
     def gammas(self) -> tuple[float, ...]:
-        """The values of gamma, one or several."""
         return self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
 
 

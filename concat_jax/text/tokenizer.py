@@ -232,7 +232,6 @@ class ClipTokenizer(Tokenizer):
         self._bpe = bpe
 
     def to_json(self) -> str:
-        """All of it, as a `tokenizer.json`."""
         return self._bpe.to_str()
 
     def _parts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -273,7 +272,6 @@ class WordTokenizer(Tokenizer):
 
     @property
     def words(self) -> list[str]:
-        """Its words in their order."""
         return list(self._ids)
 
     def _parts(self, texts: Sequence[str]) -> list[list[str]]:

@@ -28,7 +28,6 @@ class MetricWriter:
         self._tensorboard = _tensorboard_writer(directory) if tensorboard and leads else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one row."""
         finite = {k: v if np.isfinite(v) else None for k, v in values.items()}
         row = json.dumps({"step": step, **finite}).encode() + b"\n"
         end = self._file.tell()
@@ -48,7 +47,6 @@ class MetricWriter:
             self._tensorboard.write_images(step, batched)
 
     def close(self) -> None:
-        """Flush everything."""
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()

@@ -25,7 +25,6 @@ class TrainState(flax.struct.PyTreeNode):
 
     @classmethod
     def create(cls, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-        """State before the first step."""
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 

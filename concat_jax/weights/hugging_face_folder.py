@@ -151,7 +151,6 @@ def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, int], tup
 
 
 def preprocessing_to_hf(card: ModelCard) -> dict[str, Any]:
-    """Content of preprocessor_config.json."""
     return {
         "image_processor_type": "Mask2FormerImageProcessor",
         "do_resize": True,

@@ -47,7 +47,6 @@ class AttributeClass:
     prototype: tuple[float, ...]
 
     def look(self, rng: np.random.Generator, is_thing: bool) -> Look:
-        """One instance."""
         attributes = THING_ATTRIBUTES if is_thing else STUFF_ATTRIBUTES
         values = np.add(self.prototype, DEVIATION * rng.standard_normal(len(self.prototype)))
         drawn = {
