@@ -167,11 +167,7 @@ class Predictor:
         return Prepared(padded, image_size, image.shape[:2])
 
     def predict(self, batch: Sequence[Prepared]) -> list[Prediction]:
-        """Segments up to batch_size images of one padded shape.
-
-        Raises:
-          ValueError: none or too many images, or of several shapes.
-        """
+        """Segments 1 to batch_size images of one padded shape, else ValueError."""
         size = self.config.batch_size
         if not 1 <= len(batch) <= size or len({item.image.shape for item in batch}) > 1:
             raise ValueError(
@@ -214,16 +210,12 @@ class Predictor:
         return [Prediction(*row) for row in outputs]
 
     def stream(self, items: Iterable[tuple[T, Prepared]]) -> Iterator[tuple[T, Prediction]]:
-        """Predicts any number of images, as batches of one padded shape fill up.
-
-        Yields:
-          Pairs of the same and what was predicted; the order is that of the batches.
-        """
+        """Predicts any number of images, as batches of one padded shape fill up, in that order."""
         waiting: dict[tuple[int, ...], list[tuple[T, Prepared]]] = {}
 
         def flush(batch: list[tuple[T, Prepared]]) -> Iterator[tuple[T, Prediction]]:
             names, images = zip(*batch, strict=True)
-            yield from zip(names, self.predict(images), strict=True)
+            return zip(names, self.predict(images), strict=True)
 
         for item in items:
             shape = item[1].image.shape

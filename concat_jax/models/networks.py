@@ -37,24 +37,18 @@ class Networks:
     def init(self, name: str, rng: jax.Array) -> Params:
         """Fresh parameters, float32, of "clip", "segmentor", "projector" or "generator"."""
         if name == "clip":
-            size = self.clip.image_size
-            images = jnp.zeros((1, size, size, 3))
+            images = jnp.zeros((1, self.clip.image_size, self.clip.image_size, 3))
             variables = self.clip.init(rng, images, jnp.zeros((1, 1), jnp.int32))
         elif name == "segmentor":
             # Parameter shapes don't depend on the image size; 64 is the least with a pixel at
             # stride 32 on either side of the centre.
             variables = self.segmentor.init(rng, jnp.zeros((1, 64, 64, 3)))
         elif name == "projector":
-            variables = self.projector.init(
-                rng,
-                jnp.zeros((1, self.query_width)),
-                jnp.zeros((1, self.clip.embed_dim)),
-                method="predict",
-            )
+            queries, text = (jnp.zeros((1, n)) for n in (self.query_width, self.clip.embed_dim))
+            variables = self.projector.init(rng, queries, text, method="predict")
         else:
             rng, noise = jax.random.split(rng)
-            norm = jnp.ones(self.query_width)
-            text = jnp.zeros((1, self.clip.embed_dim))
+            text, norm = jnp.zeros((1, self.clip.embed_dim)), jnp.ones(self.query_width)
             variables = self.generator.init(rng, text, noise, norm, norm)
         return variables["params"]
 

@@ -72,8 +72,7 @@ class StageCheckpoints:
     def save(self, state: TrainState, step: int) -> None:
         """Save asynchronously; an undamaged step that exists is left alone.
 
-        Raises:
-          CheckpointError: if this one, or the one before, cannot be written.
+        Raises CheckpointError if this one, or the one before, cannot be written.
         """
         manager = self.manager
         if self._saving is None:
@@ -83,16 +82,10 @@ class StageCheckpoints:
             if step in manager.all_steps():
                 return
             self._saving = step
-            manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.PyTreeSave(state.params),
-                    optimizer=ocp.args.PyTreeSave(
-                        {"step": state.step, "opt_state": state.opt_state}
-                    ),
-                ),
-                force=True,
-            )
+            optimizer = {"step": state.step, "opt_state": state.opt_state}
+            items = {PARAMS: state.params, OPTIMIZER: optimizer}
+            items = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+            manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def latest_step(self) -> int | None:
         """Step of the newest undamaged checkpoint, None without one."""
@@ -104,8 +97,7 @@ class StageCheckpoints:
     def restore(self, abstract: TrainState, sharding: Sharding) -> TrainState:
         """The newest state, placed as `sharding` says, whatever devices saved it.
 
-        Raises:
-          CheckpointError: if it is of another architecture.
+        Raises CheckpointError if it is of another architecture.
         """
         step = self.latest_step()
         self._check(step, abstract.params)
@@ -123,8 +115,7 @@ class StageCheckpoints:
     def restore_params(self, names: Sequence[str], abstract: Any, sharding: Sharding) -> Any:
         """Subtrees of the newest parameters.
 
-        Raises:
-          CheckpointError: if there is none, or it is damaged or of another architecture.
+        Raises CheckpointError if there is none, or it is damaged or of another architecture.
         """
         steps = self._steps()
         if not steps:
@@ -134,10 +125,11 @@ class StageCheckpoints:
         step = steps[-1]
         # An older one is no substitute: what other stages learnt fits the last.
         if wrong := damage(self.path / str(step), (PARAMS,)):
+            good = self.latest_step()
             raise CheckpointError(
                 f"The checkpoint {self.path / str(step)} is damaged: {wrong}; train stage "
                 f"{self.stage!r} again with the command that trained it, which goes on from "
-                f"{self._last_good()}."
+                f"{'its start' if good is None else f'step {good}'}."
             )
         wanted = {name: abstract[name] for name in names}
         self._check(step, wanted)
@@ -167,21 +159,17 @@ class StageCheckpoints:
         """Name the first parameters of `abstract` that the checkpoint lacks or has otherwise."""
         with ocp.PyTreeCheckpointer() as reader:
             saved = reader.metadata(self.path / str(step) / PARAMS).item_metadata
-        saved = getattr(saved, "tree", saved)
-        shapes = {path_name(p): tuple(x.shape) for p, x in _leaves(saved)}
+        theirs, ours = _shapes(getattr(saved, "tree", saved)), _shapes(abstract)
         problems = []
-        for path, leaf in _leaves(abstract):
-            name, shape = path_name(path), tuple(leaf.shape)
-            if name not in shapes:
+        for name, shape in ours.items():
+            if (found := theirs.get(name)) is None:
                 problems.append(f"{name} is missing")
-            elif shapes[name] != shape:
-                problems.append(f"{name} is {list(shapes[name])}, the config wants {list(shape)}")
-        subtrees = set(abstract)
-        wanted = {path_name(path) for path, _ in _leaves(abstract)}
+            elif found != shape:
+                problems.append(f"{name} is {list(found)}, the config wants {list(shape)}")
         problems += [
             f"{name} is not in the config's model"
-            for name in shapes
-            if name.split("/")[0] in subtrees and name not in wanted
+            for name in theirs
+            if name.split("/")[0] in abstract and name not in ours
         ]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -241,10 +229,6 @@ class StageCheckpoints:
             return "no step is saved, and the same command starts the stage again."
         return f"step {step} is saved, and the same command goes on from there."
 
-    def _last_good(self) -> str:
-        step = self.latest_step()
-        return "its start" if step is None else f"step {step}"
-
     def close(self) -> None:
         """Wait for pending saves; CheckpointError if one cannot be written."""
         if "manager" in self.__dict__:
@@ -290,8 +274,9 @@ def _restore_args(target: Any, **options):
     return ocp.args.PyTreeRestore(target, restore_args=restore_args, **options)
 
 
-def _leaves(tree: Any):
-    return jax.tree_util.tree_leaves_with_path(tree)
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _placed(abstract: Any, sharding: Sharding) -> Any:
