@@ -13,6 +13,9 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from hotcoco.mask import area
+
 from concat_jax.core.files import FileError, read_json
 from concat_jax.core.mask_codes import MAX_ID, checked_rle, polygons_to_rle
 from concat_jax.core.vocabulary import Vocabulary
@@ -150,7 +153,8 @@ def outline(segmentation: Any, size: Sequence[int], where: str) -> dict:
     """A "segmentation", polygons or run lengths, as a compressed code; FileError names `where`."""
     try:
         if isinstance(segmentation, Mapping):
-            return checked_rle(segmentation, size)
+            code, corners = checked_rle(segmentation, size), np.zeros((0, 2))
+            return _covering(code, corners, size)
         if segmentation is None:
             raise ValueError("it is missing.")
         if not isinstance(segmentation, list):
@@ -159,9 +163,17 @@ def outline(segmentation: Any, size: Sequence[int], where: str) -> dict:
             raise ValueError("it is empty.")
         if not isinstance(segmentation[0], list):
             raise ValueError("it is a flat list of numbers; polygons are lists in a list.")
-        return polygons_to_rle(segmentation, size)
+        code = polygons_to_rle(segmentation, size)
+        return _covering(code, np.concatenate(segmentation).reshape(-1, 2), size)
     except ValueError as error:
         raise FileError(f"The segmentation of {where} cannot be used: {error}") from error
+
+
+def _covering(code: dict, corners: np.ndarray, size: Sequence[int]) -> dict:
+    # A polygon in the image, or rounded to its border, may be too small; COCO has such.
+    if not area(code) and not ((corners >= -1) & (corners <= np.add(size[::-1], 1))).all(1).any():
+        raise ValueError("it covers no pixel of its image.")
+    return code
 
 
 def vocabulary_of(path: pathlib.Path, categories: Mapping[int, Category] | None) -> Vocabulary:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from hotcoco import mask as masks
+from PIL import ImageOps
 
 from concat_jax.core.files import FileError, open_image
 
@@ -124,6 +125,18 @@ def read_id_map(path: pathlib.Path, json_path: pathlib.Path) -> np.ndarray:
         packed = (image if image.mode == "RGB" else image.convert("RGB")).tobytes("raw", "RGBX")
         size = image.size
     return (np.frombuffer(packed, "<u4") & MAX_ID).reshape(size[::-1])
+
+
+def read_label_map(path: pathlib.Path) -> np.ndarray:
+    """Labels [H, W] of up to 16 bits a pixel, a palette's indices; FileError for colours."""
+    with open_image(path) as image:
+        image.load()
+        labels = np.asarray(ImageOps.exif_transpose(image))
+    if labels.ndim != 2 or labels.dtype.kind not in "bui":
+        raise FileError(
+            f"{path} has the mode {image.mode}; a label map has one channel of 8 or 16 bits."
+        )
+    return labels.astype(np.uint8) if labels.dtype == bool else labels
 
 
 def segment_rows(

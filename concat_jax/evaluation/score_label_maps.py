@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from concat_jax.core.coco import ImageId, PanopticFile, read_panoptic
-from concat_jax.core.files import FileError, open_image
-from concat_jax.core.mask_codes import read_id_map, segment_rows
+from concat_jax.core.files import FileError
+from concat_jax.core.mask_codes import read_id_map, read_label_map, segment_rows
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
 from concat_jax.core.vocabulary import Vocabulary
@@ -259,15 +259,3 @@ def _lookup(class_of: Mapping[int, int], ignored: Sequence[int | None]) -> np.nd
 def _look_up(lookup: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     # The last entry is unknown.
     return lookup[np.where((pixels >= 0) & (pixels < len(lookup)), pixels, len(lookup) - 1)]
-
-
-def read_label_map(path: pathlib.Path) -> np.ndarray:
-    """A map of labels [H, W], 8 or 16 bits a pixel (a palette's indices); FileError for colours."""
-    with open_image(path) as image:
-        image.load()
-        labels = np.asarray(image)
-    if labels.ndim != 2 or not (labels.dtype == bool or np.issubdtype(labels.dtype, np.integer)):
-        raise FileError(
-            f"{path} has the mode {image.mode}; a label map has one channel of 8 or 16 bits."
-        )
-    return labels.astype(np.uint8) if labels.dtype == bool else labels

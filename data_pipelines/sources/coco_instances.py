@@ -19,7 +19,7 @@ from concat_jax.core.coco import ImageId, check_categories, read_instances
 from concat_jax.core.files import FileError
 from concat_jax.core.mask_codes import decode_rle
 from concat_jax.core.vocabulary import Vocabulary
-from data_pipelines.sources.pictures import check_presence, read_picture
+from data_pipelines.sources.pictures import leave_out, present, read_picture
 from data_pipelines.sources.source import ImageRecord, image_number
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class CocoInstanceSource:
         """Reads the JSON and checks it and the presence of every image.
 
         Masks are kept in memory as run lengths: about half a gigabyte for COCO's training part.
-        With `on_bad_example` "skip" the image of a malformed outline is left out, logged and
-        counted.
+        With `on_bad_example` "skip" an image that is missing, or has a malformed outline, is left
+        out, logged and counted.
         """
         self.vocabulary, self.images_folder, self._json_path = vocabulary, images, json_path
         faults: dict[ImageId, FileError] = {}
@@ -54,8 +54,8 @@ class CocoInstanceSource:
             json_path, content.categories, vocabulary, must_have_all=False, may_have_more=True
         )
         for error in faults.values():
-            logger.warning("Left out an image: %s", error)
-        self.left_out, self.skipped = 0, len(faults)
+            leave_out(error, skips)
+        self.left_out = 0
         self._masks: dict[int, list[Mapping[str, Any]]] = {}
         records = []
         for image in content.images.values():
@@ -93,8 +93,9 @@ class CocoInstanceSource:
                 json_path,
                 self.left_out,
             )
-        self.records = sorted(records, key=lambda record: record.image_id)
-        check_presence("image", images, [record.file_name for record in self.records])
+        records.sort(key=lambda record: record.image_id)
+        self.records = present("image", images, records, "file_name", skips=skips)
+        self.skipped = len(content.images) - len(self.records)
 
     def masks(self, record: ImageRecord) -> Sequence[Mapping[str, Any]]:
         """The run lengths of the record's instances, whole where others hide them."""

@@ -19,6 +19,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -27,7 +28,7 @@ from concat_jax.core.coco import PanopticFile, check_categories, read_panoptic
 from concat_jax.core.files import FileError
 from concat_jax.core.mask_codes import read_id_map, segment_rows
 from concat_jax.core.vocabulary import Vocabulary
-from data_pipelines.sources.pictures import check_end, check_presence, read_picture
+from data_pipelines.sources.pictures import check_end, present, read_picture
 from data_pipelines.sources.source import ImageRecord, image_number
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class CocoPanopticSource:
         *,
         own_names: bool = False,
         hidden_segments: bool = False,
+        on_bad_example: Literal["raise", "skip"] = "raise",
     ):
         """Reads the JSON and checks it, against the vocabulary too, and the presence of every file.
 
@@ -63,12 +65,14 @@ class CocoPanopticSource:
           own_names: the JSON may call categories by other names.
           hidden_segments: segments of the JSON without a pixel in the PNG are not a fault: what
             made the files painted others over them.
+          on_bad_example: "skip" leaves out images whose file or PNG is missing, logged and counted.
         """
         self.vocabulary, self.layout, self.images_folder = vocabulary, layout, layout.images
         self._hidden_segments = hidden_segments
         content = read_panoptic(layout.json_path)
         check_categories(layout.json_path, content.categories, vocabulary, own_names=own_names)
-        self.records = _records(content, vocabulary)
+        records = self.records = _records(content, vocabulary)
+        skips = on_bad_example == "skip"
         for what, folder, field in (
             ("image", layout.images, "file_name"),
             ("panoptic PNG", layout.pngs, "png_name"),
@@ -77,7 +81,8 @@ class CocoPanopticSource:
             name, count = collections.Counter(names).most_common(1)[0]
             if count > 1:
                 raise FileError(f"{layout.json_path} names the file {name} for {count} images.")
-            check_presence(what, folder, names)
+            self.records = present(what, folder, self.records, field, skips=skips)
+        self.skipped = len(records) - len(self.records)
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
         """As `Source.read`."""

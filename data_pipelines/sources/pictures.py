@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from concat_jax.core.files import FileError, ImageError, open_image
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
 from data_pipelines.sources.source import ImageRecord, Source
+
+logger = logging.getLogger(__name__)
 
 
 def open_picture(path: pathlib.Path, *, rgb: bool = False) -> Image.Image:
@@ -66,18 +69,35 @@ def check_images(source: Source, part: str, on_fault: Callable[[FileError], None
                 on_fault(error)
 
 
-def check_presence(what: str, folder: pathlib.Path, names: Sequence[str]) -> None:
-    """Raises a FileError that names the first of `names` that is not in `folder` or below it."""
+def leave_out(error: FileError, skips: bool) -> None:
+    """Raises what is wrong with an image, or logs it where bad ones are left out."""
+    if not skips:
+        raise error
+    logger.warning("Left out an image: %s", error)
+
+
+def present(
+    what: str, folder: pathlib.Path, records: Sequence[ImageRecord], field: str, *, skips: bool
+) -> list[ImageRecord]:
+    """Records whose file is in `folder`; others go to `leave_out`, and FileError if that is all."""
     # A listing of each folder: asking for each of COCO's 240,000 files takes minutes on a network
     # disk.
     listed: dict[str, set[str]] = {}
-    for name in names:
+    found = []
+    for record in records:
+        name = getattr(record, field)
         parent, base = os.path.split(name)
         if parent not in listed:
             place = folder / parent
             listed[parent] = set(os.listdir(place)) if place.is_dir() else set()
-        if base not in listed[parent] and not (folder / name).is_file():
-            raise FileError(f"The {what} {folder / name} is in the JSON but not on disk.")
+        if base in listed[parent] or (folder / name).is_file():
+            found.append(record)
+            continue
+        error = FileError(f"The {what} {folder / name} is in the JSON but not on disk.")
+        leave_out(error, skips)
+    if not found:
+        raise error
+    return found
 
 
 def check_end(path: pathlib.Path) -> None:

@@ -58,8 +58,8 @@ def open_source(
       part: for example "train2017"; of `panoptic_folder`, any name.
       split_file: instead of the data set's own label space: a split file, a vocabulary file, or the
         name of one that ships. Of a vocabulary, which knows no split, all classes are unseen.
-      on_bad_example: "skip" leaves out what cannot be used of label maps and of COCO's outlines,
-        which are read when the source is made. Other files are read later, when they are needed.
+      on_bad_example: "skip" leaves out what is missing, and what cannot be used of label maps and
+        of COCO's outlines, which are read when the source is made; others are when needed.
 
     Raises ValueError for an unknown data set or a label space that is not valid, FileError for
     another layout, with what was expected, and for files that are missing or damaged.
@@ -110,7 +110,8 @@ def _is_laid_out(root: pathlib.Path, part: str, dataset: Dataset) -> bool:
 
 
 def _open_panoptic(root, part, split_file, on_bad_example) -> FolderSource:
-    return CocoPanopticSource(find_layout(root, part), load_label_space(split_file))
+    layout, vocabulary = find_layout(root, part), load_label_space(split_file)
+    return CocoPanopticSource(layout, vocabulary, on_bad_example=on_bad_example)
 
 
 def _open_folder(root, part, split_file, on_bad_example) -> FolderSource:
@@ -128,9 +129,8 @@ def _open_ade20k_panoptic(root, part, split_file, on_bad_example) -> FolderSourc
         # Its JSON numbers classes from 0, the vocabulary as ADE20K does.
         ids = tuple(category - 1 for category in vocabulary.category_ids)
         vocabulary = dataclasses.replace(vocabulary, category_ids=ids)
-    return CocoPanopticSource(
-        find_ade20k(root, part), vocabulary, own_names=True, hidden_segments=True
-    )
+    layout, rules = find_ade20k(root, part), dict(own_names=True, hidden_segments=True)
+    return CocoPanopticSource(layout, vocabulary, **rules, on_bad_example=on_bad_example)
 
 
 def _open_maps(

@@ -11,6 +11,7 @@ the answer in its shards), and the classes are kept in memory.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import os
@@ -23,9 +24,10 @@ import numpy as np
 from PIL import Image
 
 from concat_jax.core.files import FileError, read_text
+from concat_jax.core.mask_codes import read_label_map
 from concat_jax.core.progress import Progress
 from concat_jax.core.vocabulary import Vocabulary
-from data_pipelines.sources.pictures import open_picture, read_picture
+from data_pipelines.sources.pictures import check_end, leave_out, read_picture
 from data_pipelines.sources.source import ImageRecord, image_number
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class SemanticMapSource:
           maps: folder of the maps; a map has its image's name up to the suffix.
           vocabulary: its category ids are pixel values plus `offset`.
           stems: names of the images that are part of this, without suffixes; None takes all maps.
-          on_bad_example: "skip" leaves a map out that cannot be used, logged and counted.
+          on_bad_example: "skip" leaves out what is missing or unusable, logged and counted.
         """
         self.vocabulary = dataclasses.replace(vocabulary, is_thing=(False,) * len(vocabulary))
         self.images_folder, self._maps = images, maps
@@ -68,24 +70,24 @@ class SemanticMapSource:
         self._ignored = frozenset(ignored) - self._label_of_value.keys()
         image_names, map_names = _by_stem(images, IMAGE_SUFFIXES), _by_stem(maps, MAP_SUFFIXES)
         stems = sorted(map_names if stems is None else stems)
+        skips, pairs = on_bad_example == "skip", []
         for stem in stems:
             if stem not in map_names:
-                raise FileError(f"There is no map {stem}.png (or .tif) in {maps}.")
-            if stem not in image_names:
-                raise FileError(
-                    f"There is no image for the map {maps / map_names[stem]} in {images}."
-                )
+                leave_out(FileError(f"There is no map {stem}.png (or .tif) in {maps}."), skips)
+            elif stem not in image_names:
+                path = maps / map_names[stem]
+                leave_out(FileError(f"There is no image for the map {path} in {images}."), skips)
+            else:
+                pairs.append((image_names[stem], map_names[stem]))
         if len(image_names) > len(map_names):
             logger.warning("%s: %d images have no map", images, len(image_names) - len(map_names))
-        pairs = [(image_names[stem], map_names[stem]) for stem in stems]
-        skips = on_bad_example == "skip"
         with futures.ThreadPoolExecutor(num_threads) as pool:
             progress, found = Progress(f"Maps of {maps}", 0, len(pairs), every=5.0), []
             for record in pool.map(lambda pair: self._scan(*pair, skips=skips), pairs):
                 found.append(record)
                 if len(found) < len(pairs):
                     progress.tick(len(found))
-        self.skipped = sum(record is None for record in found)
+        self.skipped = len(stems) - len(pairs) + found.count(None)
         records: dict[int, ImageRecord] = {}
         for record in found:
             if record is None:
@@ -118,9 +120,7 @@ class SemanticMapSource:
             values = _read_map(path)
             present = self._classes(values, path)
         except FileError as error:
-            if not skips:
-                raise
-            logger.warning("Left out an image: %s", error)
+            leave_out(error, skips)
             return None
         return ImageRecord(
             image_id=image_number(pathlib.Path(image_name).stem, str(self.images_folder)),
@@ -147,15 +147,18 @@ class SemanticMapSource:
 
 
 def read_list(path: str | os.PathLike[str]) -> list[str]:
-    """The names in a text file, one a line; of a line with several words, the first.
+    """Names without suffixes in a text file, one a line; of a line with several words, the first.
 
-    Raises:
-      FileError: if the file is missing, is not text or is empty.
+    Raises FileError if the file is missing, is not text or is empty, or names an image twice.
     """
     lines = read_text(path).splitlines()
-    names = [line.split()[0] for line in lines if line.strip()]
+    words = [os.path.splitext(line.split()[0]) for line in lines if line.strip()]
+    names = [stem if end.lower() in IMAGE_SUFFIXES else stem + end for stem, end in words]
     if not names:
         raise FileError(f"The list of images {path} is empty.")
+    name, count = collections.Counter(names).most_common(1)[0]
+    if count > 1:
+        raise FileError(f"The list of images {path} names {name} {count} times; take one out.")
     return names
 
 
@@ -176,13 +179,9 @@ def _by_stem(folder: pathlib.Path, suffixes: Collection[str]) -> Mapping[str, st
 
 
 def _read_map(path: pathlib.Path) -> np.ndarray:
-    picture = open_picture(path)
-    # A palette is only for the eye: the indices are the classes. Pillow reads 16-bit PNG as "I".
-    if picture.mode not in ("L", "P", "I", "I;16", "I;16B", "I;16L"):
-        raise FileError(
-            f"The map {path} has the mode {picture.mode} and must have one channel of 8 or 16 bits."
-        )
-    values = np.asarray(picture)
+    values = read_label_map(path)
+    if path.suffix.lower() == ".png":
+        check_end(path)
     if values.dtype == np.uint8:
         return values
     if values.size and not 0 <= values.min() <= values.max() <= 65535:

@@ -86,7 +86,8 @@ def write_json(folder, content, part="train2017"):
 
 
 def load(folder, *, part="train2017", split_file=None, **options):
-    source = open_source("coco_panoptic_zps", folder, part, split_file or folder / "split.json")
+    split, rule = split_file or folder / "split.json", options.get("on_bad_example", "raise")
+    source = open_source("coco_panoptic_zps", folder, part, split, on_bad_example=rule)
     defaults = dict(seed=3, image_size=32, max_segments=6, num_threads=2)
     return SegmentationLoader(source, **(defaults | options))
 

@@ -158,6 +158,8 @@ BAD_OUTLINES = [
     ({"size": [HEIGHT, WIDTH], "counts": [5, 5]}, "10 pixels"),
     ({"size": [HEIGHT, WIDTH], "counts": "]]~"}, "counts"),
     ({"size": "20x30", "counts": [600]}, "its size is"),
+    ({"size": [HEIGHT, WIDTH], "counts": [600]}, "covers no pixel of its image"),
+    ([*box(40, 1, 50, 9), *box(1, -9, 9, -5)], "covers no pixel of its image"),
 ]
 
 
@@ -181,6 +183,14 @@ def test_skipping_every_image_is_told(tmp_path):
     content["images"] = content["images"][1:]
     with pytest.raises(FileError, match="instances.json lists no image that can be used"):
         load(tmp_path, content, on_bad_example="skip")
+
+
+def test_an_image_that_is_missing_is_left_out(tmp_path, caplog):
+    content = changed(lambda c: c["images"][0].update(file_name="none.jpg"))
+    with pytest.raises(FileError, match="none.jpg is in the JSON but not on disk"):
+        load(tmp_path, content)
+    source = load(tmp_path, content, on_bad_example="skip")
+    assert len(source.records) == 2 and source.skipped == 1 and "none.jpg" in caplog.text
 
 
 def test_far_away_points_do_not_take_for_ever(tmp_path):

@@ -94,10 +94,19 @@ def test_missing_root_and_part(world):
         ("annotations/panoptic_train2017/16.png", "panoptic PNG .*16.png is in the JSON but not"),
     ],
 )
-def test_missing_files(world, place, message):
+def test_missing_files(world, place, message, caplog):
+    whole = len(load(world).records)
     (world / place).unlink()
-    with pytest.raises(FileError, match=message):
+    with pytest.raises(FileError, match=message) as caught:
         load(world)
+    source = load(world, on_bad_example="skip").source
+    assert len(source.records) == whole - 1 and source.skipped == 1
+    assert str(caught.value) in caplog.text
+    for path in (world / place).parent.iterdir():
+        path.rename(path.with_suffix(".x"))
+    (world / place).with_name("other.png").touch()
+    with pytest.raises(FileError, match="is in the JSON but not"):
+        load(world, on_bad_example="skip")
 
 
 def _change(path, value):

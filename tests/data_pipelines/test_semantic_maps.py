@@ -69,6 +69,12 @@ def test_maps_of_sixteen_bits_with_shifted_values(tmp_path):
         np.testing.assert_array_equal(source.read(record)[1], [[3, 2, 0], [1, 1, 3]])
 
 
+def test_maps_of_one_bit(tmp_path):
+    write(tmp_path, np.eye(3) > 0)
+    source = load(tmp_path, offset=1)  # 1 is the class 2
+    np.testing.assert_array_equal(source.read(source.records[0])[1], np.eye(3))
+
+
 def test_a_palette_is_only_for_the_eye(tmp_path):
     write(tmp_path, VALUES)
     picture = Image.fromarray(VALUES, "P")
@@ -94,6 +100,14 @@ def test_a_list_chooses_images(tmp_path):
     assert [r.image_id for r in load(tmp_path, stems=names).records] == [1, 3]
     with pytest.raises(FileError, match="no map a9.png"):
         load(tmp_path, stems=["a9"])
+    source = load(tmp_path, stems=["a9", "a1"], on_bad_example="skip")
+    assert [r.image_id for r in source.records] == [1] and source.skipped == 1
+    # Suffixes are taken off; an image named twice is a slip.
+    (tmp_path / "train.txt").write_text("a3.jpg\na1\n2007.5\n")
+    assert read_list(tmp_path / "train.txt") == ["a3", "a1", "2007.5"]
+    (tmp_path / "train.txt").write_text("a3\na1\na3.jpg\n")
+    with pytest.raises(FileError, match="train.txt names a3 2 times"):
+        read_list(tmp_path / "train.txt")
     with pytest.raises(FileError, match="val.txt cannot be read"):
         read_list(tmp_path / "val.txt")
     (tmp_path / "val.txt").write_text("\n")
@@ -145,11 +159,17 @@ def _empty(root):
     (root / "maps" / "img_2.png").write_bytes(b"")
 
 
+def _lonely(root):
+    write(root, VALUES, "img_2")
+    (root / "images" / "img_2.jpg").unlink()
+
+
 BAD_MAPS = [
     (_unknown_value, "img_2.png holds the value 9, which is neither a class nor one of"),
-    (_colours, "img_2.png has the mode RGB and must have one channel"),
+    (_colours, "img_2.png has the mode RGB; a label map has one channel"),
     (_cut, "img_2.png cannot be read as an image"),
     (_empty, "img_2.png cannot be read as an image"),
+    (_lonely, "no image for the map .*img_2.png"),
 ]
 
 
