@@ -11,7 +11,7 @@ A vocabulary says nothing of training: all its classes are unseen, as in open-vo
 Its `isthing` is null where nobody has said. A bare list of categories does, too, of which `name` is
 all that each must have. A text file is shorter: a class a line, its synonyms after commas, as
 "cat, kitty". A class's `name` is the data set's own, "tree-merged"; its readable
-form is for `concat_jax.text.name_cleaning` to say, and often the first synonym.
+form is for `concat_jax.text.prompts` to say, and often the first synonym.
 
 COCO's panoptic 119/14 split keeps COCO's native order, with the unseen classes in between, as
 PADing's `datasets/mscoco_unseen_classes.json` and detectron2's `COCO_CATEGORIES` do.

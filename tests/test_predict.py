@@ -19,8 +19,8 @@ from concat_jax.evaluation.score_files import score_panoptic
 from concat_jax.inference import predictor as predictor_module
 from concat_jax.inference.inputs import find_images
 from concat_jax.inference.model import Model
+from concat_jax.inference.panoptic import ImageSegments
 from concat_jax.inference.predictor import PredictConfig
-from concat_jax.inference.segments import ImageSegments
 from concat_jax.models.segmentor import LinearClassifier, make_segmentor
 from concat_jax.weights.model_folder import ModelCard, save_model
 from tests.coco_maps import panoptic_maps

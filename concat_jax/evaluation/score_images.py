@@ -17,8 +17,8 @@ from concat_jax.evaluation.average_precision import AveragePrecision
 from concat_jax.evaluation.counts import ClassCounts
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.semantic_iou import SemanticIoU
+from concat_jax.inference.panoptic import ImageSegments
 from concat_jax.inference.predictor import Prediction
-from concat_jax.inference.segments import ImageSegments
 from concat_jax.visualize import overlay as pictures
 
 

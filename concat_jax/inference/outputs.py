@@ -14,7 +14,7 @@ from concat_jax.core.files import write_png
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.images import OVERLAY_SUFFIX
 from concat_jax.inference.instance import Instance
-from concat_jax.inference.segments import ImageSegments
+from concat_jax.inference.panoptic import ImageSegments
 from concat_jax.visualize import overlay as pictures
 
 # Longer sides are shrunk: a picture to look at, where nobody sees more and names would be tiny.

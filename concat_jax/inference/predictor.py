@@ -19,9 +19,13 @@ from concat_jax.inference.assign_pixels import PixelCounts
 from concat_jax.inference.heads import ClassScores, Head, bias_names
 from concat_jax.inference.images import Buckets, to_rgb
 from concat_jax.inference.instance import Instance, instance_inference
-from concat_jax.inference.panoptic import KEEP_RULES, SegmentTables
+from concat_jax.inference.panoptic import (
+    KEEP_RULES,
+    ImageSegments,
+    SegmentTables,
+    list_segments,
+)
 from concat_jax.inference.programs import Network, Sizes
-from concat_jax.inference.segments import ImageSegments, list_segments
 
 T = TypeVar("T")
 

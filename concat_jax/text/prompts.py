@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from concat_jax.text.name_cleaning import clean_name
+from concat_jax.core.files import read_json
 from concat_jax.text.templates import check_templates
 from concat_jax.text.tokenizer import Tokenizer
 
@@ -16,6 +17,18 @@ SYNONYM_MODES = ("mean", "max", "none")
 _SYNONYM_SEPARATOR = ", "
 
 Names = Sequence[str | Sequence[str]]
+
+# Names of data sets in the words a caption would use, the same where two sets hold a name: explicit
+# tables, no rules. COCO panoptic's are those that no caption holds: "-merged" and "-other" mark how
+# COCO joined and divided classes, "-stuff" sets apart from things; a material goes before its noun.
+# PADing feeds the raw names to CLIP: turn cleaning off to compare with it. COCO-Stuff's names,
+# which the merged classes were made of, are by the same reading. Pascal VOC and Pascal Context
+# write names without their blank, with one more, or misspelt; of ADE20K's 847 one is spelt as no
+# caption would.
+READABLE_NAMES: Mapping[str, Mapping[str, str]] = read_json(
+    Path(__file__).with_name("readable_names.json")
+)
+_READABLE = {name: text for table in READABLE_NAMES.values() for name, text in table.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +47,11 @@ class ClassPrompts:
             for text in texts
             for template in self.templates
         ]
+
+
+def clean_name(name: str) -> str:
+    """`name` by `READABLE_NAMES`; one that is in no table is left, so nobody's own names change."""
+    return _READABLE.get(name, name)
 
 
 def make_prompts(

@@ -15,7 +15,7 @@ from concat_jax.evaluation.score_files import score_instances, score_panoptic
 from concat_jax.evaluation.score_label_maps import score_semantic
 from concat_jax.inference.instance import Instance
 from concat_jax.inference.outputs import ResultWriter
-from concat_jax.inference.segments import ImageSegments
+from concat_jax.inference.panoptic import ImageSegments
 
 NAMES = ("wall", "sky", "cat")
 VOCABULARY = Vocabulary(NAMES, (False, False, True), (True, True, False), (1, 2, 3))

@@ -10,11 +10,11 @@ import pytest
 from concat_jax.inference.assign_pixels import assign_pixels
 from concat_jax.inference.panoptic import (
     Fate,
+    list_segments,
     panoptic_inference,
     rank_queries,
     settle_segments,
 )
-from concat_jax.inference.segments import list_segments
 from tests.golden import cases
 
 

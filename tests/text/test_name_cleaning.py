@@ -2,7 +2,7 @@
 
 import json
 
-from concat_jax.text.name_cleaning import READABLE_NAMES, clean_name
+from concat_jax.text.prompts import READABLE_NAMES, clean_name
 from data_pipelines.labels import load_label_space
 
 
