@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from concat_jax import tpu_report
 from concat_jax.benchmarking import compile_report
 from concat_jax.benchmarking.compile_report import (
     Collective,
@@ -114,10 +113,10 @@ def test_a_missing_compiler_is_said(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_libtpu)
-    for name in tpu_report.LIBTPU_ENVIRONMENT:
+    for name in compile_report.LIBTPU_ENVIRONMENT:
         monkeypatch.setenv(name, "test")  # so that they are put back
     with pytest.raises(ValueError, match="TPU compiler is not installed; run `pip install"):
-        tpu_report.make_topology_mesh("v5e:4x4")
+        compile_report.make_topology_mesh("v5e:4x4")
 
 
 def small_setup(**stages):
@@ -127,7 +126,7 @@ def small_setup(**stages):
     with config.unlocked():
         for name, fields in stages.items():
             config.train[name].update(fields)
-    return tpu_report.setup_of(config)
+    return compile_report.setup_of(config)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +138,13 @@ def small_setup(**stages):
 )
 def test_a_step_that_cannot_be_is_refused(stage, con, message):
     with pytest.raises(ValueError, match=message):
-        tpu_report.abstract_step(small_setup(con=con), stage, make_mesh())
+        compile_report.abstract_step(small_setup(con=con), stage, make_mesh())
 
 
 def lowered_step(setup, name):
     """(state, frozen, batch), what the lowered step returns, and whether its state is donated."""
     mesh = make_mesh()
-    step, arguments, gradient_bytes = tpu_report.abstract_step(setup, name, mesh)
+    step, arguments, gradient_bytes = compile_report.abstract_step(setup, name, mesh)
     specs = [{x.sharding.spec for x in jax.tree.leaves(tree)} for tree in arguments]
     assert specs[0] | specs[1] == {PartitionSpec()}
     assert specs[2] == {PartitionSpec(mesh.axis_names)}
@@ -188,10 +187,10 @@ def test_other_stages_have_a_step_too(name):
 
 def test_clip_need_not_be_there():
     """The full config's CLIP has its published sizes without a file of its vocabulary."""
-    setup = tpu_report.setup_of(coco_zps.get_config())
+    setup = compile_report.setup_of(coco_zps.get_config())
     shapes = jax.eval_shape(lambda: setup.networks.init("clip", jax.random.key(0)))
     sizes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
-    assert (49408, 512) in sizes and tpu_report.batch_sizes(setup, "con")["T"] == 77
+    assert (49408, 512) in sizes and compile_report.batch_sizes(setup, "con")["T"] == 77
 
 
 @pytest.mark.parametrize(
