@@ -79,18 +79,12 @@ ROWS: Mapping[str, Row] = {
     "con": Row("stage 1 + CON", "con", base="projection"),
     "control": Row(
         "CON, finetune without pseudo queries and without its term",
-        "finetune",
-        {"method.pseudo_per_class": 0, "method.con_weight": 0.0},
-        {**_STAGE_1, "generator": None},
+        "control",
+        {"method.con_weight": 0.0},
+        _STAGE_1,
         base="fair",
     ),
-    "fair": Row(
-        "CON, finetune without pseudo queries",
-        "finetune",
-        {"method.pseudo_per_class": 0},
-        {**_STAGE_1, "generator": None},
-        base="con",
-    ),
+    "fair": Row("CON, finetune without pseudo queries", "control", {}, _STAGE_1, base="con"),
     "cat_pading": Row("", "cat", _PADING, _PROJECTION),
     "pading": Row(
         "PADing-style generator and finetune, no CON",
