@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 
 from concat_jax.core.coco import ImageId, read_images
@@ -42,24 +42,31 @@ def find_images(arguments: Sequence[str]) -> Inputs:
     failures: list[str] = []
     for argument in arguments:
         path, is_pattern = Path(argument), False
+        found, inner = [], []
         if path.is_dir():
-            found = [child for child in sorted(path.iterdir()) if _is_image(child)]
-            inner = [(folder, n) for folder, n in _folders_of_images(path) if n]
-            skipped += [
-                (f"{folder} is a folder in {path}; name it, or give {path}/**/*.jpg.", number)
-                for folder, number in inner
-            ]
+            files, inner = _parted(path.iterdir())
+            found = [file for file in files if _is_image(file)]
+            others = [file.suffix or "none" for file in files if not _is_image(file)]
+            if others:
+                kinds = ", ".join(sorted({*others}))
+                sentence = f"{path} holds {len(others)} without an image's suffix ({kinds})"
+                skipped.append((f"{sentence}; name those that are images.", len(others)))
             if not found and not inner:
                 failures.append(f"{argument} holds no image.")
         elif os.path.lexists(path):
             found = [path]
         else:
             is_pattern = glob.has_magic(argument)
-            found = sorted(map(Path, glob.glob(argument, recursive=True))) if is_pattern else []
-            found = [file for file in found if not file.is_dir()]
-            if not found:
+            if is_pattern:
+                found, inner = _parted(map(Path, glob.glob(argument, recursive=True)))
+                inner = [] if "**" in argument else inner
+            if not found and not inner:
                 what = "matches no file" if is_pattern else "does not exist"
                 failures.append(f"{argument} {what}.")
+        skipped += [
+            (f"{folder} is a folder; name it, or give {folder.parent}/**/*.jpg.", number)
+            for folder, number in inner
+        ]
         if path.is_dir() or is_pattern:
             for files, what in (
                 ([f for f in found if f.name.startswith("._")], "a file of macOS, no image"),
@@ -77,23 +84,21 @@ def find_images(arguments: Sequence[str]) -> Inputs:
     return Inputs(list(taken.values()), skipped, failures)
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+def _is_image(path: PurePath) -> bool:
+    return path.suffix.lower() in SUFFIXES
 
 
-def _folders_of_images(folder: Path) -> Iterator[tuple[Path, int]]:
-    for child in sorted(folder.iterdir()):
-        if child.is_dir():
-            names = (PurePath(name) for _, _, files in os.walk(child) for name in files)
-            yield (
-                child,
-                sum(
-                    name.suffix.lower() in SUFFIXES
-                    and not name.name.startswith("._")
-                    and not name.name.endswith(OVERLAY_SUFFIX)
-                    for name in names
-                ),
-            )
+def _parted(paths: Iterable[Path]) -> tuple[list[Path], list[tuple[Path, int]]]:
+    """Files, and folders with images in or below them and their number; not what is hidden."""
+    paths, counts = sorted(paths), {}
+    for folder in filter(Path.is_dir, paths):
+        names = [PurePath(name) for _, _, files in os.walk(folder) for name in files]
+        counts[folder] = sum(
+            _is_image(name) and not name.match("._*") and not name.match(f"*{OVERLAY_SUFFIX}")
+            for name in names
+        )
+    files = [p for p in paths if p not in counts and (p.name[0] != "." or _is_image(p))]
+    return files, [(folder, number) for folder, number in counts.items() if number]
 
 
 def source_names(paths: Sequence[Path]) -> list[str]:

@@ -134,7 +134,13 @@ def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, int], tup
             )
     check_statistics(content, where, {"image_mean": _MEAN, "image_std": _STD})
     size = content.get("size")
-    if not content.get("do_resize", True) or size in (None, {}):
+    if not content.get("do_resize", True):
+        side = ModelCard.short_side
+        return {}, (
+            f"By {where}, images keep their size (do_resize false); here predict makes the shorter "
+            f"side {side}, or what --short_side says.",
+        )
+    if size in (None, {}):
         return {}, ()
     if not isinstance(size, Mapping):  # as transformers before 4.27 wrote it
         size = {"shortest_edge": size, "longest_edge": content.get("max_size")}

@@ -29,6 +29,8 @@ def test_a_folder_with_everything_that_folders_have(tmp_path):
         image(folder / name) if not name.endswith("txt") else (folder / "none").mkdir()
     (folder / "._a.jpg").write_bytes(b"\0\5\26\7")
     (folder / "notes.txt").write_text("no image")
+    for name in ("x.heic", "noext", ".DS_Store"):
+        (folder / name).write_bytes(b"")
     os.symlink(folder / "a.jpg", folder / "c.jpg")
     os.symlink(folder / "gone.jpg", folder / "d.jpg")
     os.link(folder / "a.jpg", folder / "e.jpg")  # another name of one file: an image of its own
@@ -37,14 +39,16 @@ def test_a_folder_with_everything_that_folders_have(tmp_path):
     assert names == ["a.jpg", "b.JPG", "e.jpg"]
     assert sorted(skipped) == [
         "._a.jpg is a file of macOS, no image.",
+        f"{folder} holds 3 without an image's suffix (.heic, .txt, none); name those that are "
+        "images.",
         "a.overlay.png is of an earlier run.",
         "c.jpg is the same file as a.jpg.",
-        f"sub is a folder in {folder}; name it, or give **/*.jpg.",
+        "sub is a folder; name it, or give **/*.jpg.",
     ]
     assert failures == ["d.jpg is a link to nothing."]
-    assert inputs.num_skipped == 5, "two of them in the folder"
-    # The three numbers are all that lies there with an image's name.
-    assert len(names) + inputs.num_skipped + len(failures) == 9
+    assert inputs.num_skipped == 8, "two of them in the folder"
+    # The three numbers are all that lies there, but for what is hidden.
+    assert len(names) + inputs.num_skipped + len(failures) == 12
 
 
 def test_globs_and_files_by_name(tmp_path):
@@ -55,6 +59,12 @@ def test_globs_and_files_by_name(tmp_path):
     assert names == ["a[1].png", "b.png", "cam/c.png"]
     assert skipped == ["b.overlay.png is of an earlier run."]
     assert failures == ["link.png is a link to nothing."]
+    names, skipped, failures = told(find_images([f"{tmp_path}/[b-c]*"]), tmp_path)
+    assert names == ["b.png"] and not failures
+    assert skipped == [
+        "cam is a folder; name it, or give **/*.jpg.",
+        "b.overlay.png is of an earlier run.",
+    ]
     # What is named is taken, each file once.
     given = ["a[1].png", "b.overlay.png", "b.png", "b.png", "link.png"]
     names, skipped, failures = told(find_images([str(tmp_path / g) for g in given]), tmp_path)

@@ -129,7 +129,7 @@ def test_preprocessing_of_published_models_is_ours():
         ({"size": {"height": 384, "width": 512}}, (), "size height 384, width 512; .*--short_side"),
         ({"size": {"shortest_edge": 9, "longest_edge": 3}}, (), "longest_edge 3"),
         ({"size": [512, 512]}, (), "512, 512"),
-        ({"size": {"shortest_edge": 512}, "do_resize": False}, (), ""),
+        ({"do_resize": False}, (), "keep their size .* shorter side 800, or what --short_side"),
         ({}, (), ""),
     ],
 )
