@@ -112,9 +112,7 @@ def read_panoptic(path: str | os.PathLike[str], *, prediction: bool = False) -> 
 
 
 def read_instances(
-    path: str | os.PathLike[str],
-    *,
-    on_fault: Callable[[ImageId, FileError], None] | None = None,
+    path: str | os.PathLike[str], *, on_fault: Callable[[ImageId, FileError], None] | None = None
 ) -> InstanceFile:
     """Reads a COCO instances json; polygons become run-length codes. Raises as `read_panoptic`.
 

@@ -18,12 +18,7 @@ from concat_jax.inference.programs import Network
 from concat_jax.inference.text_tower import TextTower
 from concat_jax.models.segmentor import DTYPES, make_segmentor
 from concat_jax.text.tokenizer import Tokenizer, load_tokenizer
-from concat_jax.weights.model_folder import (
-    TOKENIZER_NAME,
-    ModelCard,
-    load_model,
-    text_modules,
-)
+from concat_jax.weights.model_folder import TOKENIZER_NAME, ModelCard, load_model, text_modules
 
 # Prompts that the text tower takes at once: few, since people ask for few names.
 PROMPTS_AT_ONCE = 32

@@ -19,12 +19,7 @@ from concat_jax.inference.assign_pixels import PixelCounts
 from concat_jax.inference.heads import ClassScores, Head, bias_names
 from concat_jax.inference.images import Buckets, to_rgb
 from concat_jax.inference.instance import Instance, instance_inference
-from concat_jax.inference.panoptic import (
-    KEEP_RULES,
-    ImageSegments,
-    SegmentTables,
-    list_segments,
-)
+from concat_jax.inference.panoptic import KEEP_RULES, ImageSegments, SegmentTables, list_segments
 from concat_jax.inference.programs import Network, Sizes
 
 T = TypeVar("T")

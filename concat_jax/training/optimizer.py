@@ -88,8 +88,7 @@ def make_optimizer(
     for label in set(jax.tree.leaves(labels)) - {FROZEN}:
         rate, decay = (float(x) for x in re.findall(r"x([^,]+)", label))
         transforms[label] = optax.chain(
-            optax.adamw(schedule, weight_decay=config.weight_decay * decay),
-            optax.scale(rate),
+            optax.adamw(schedule, weight_decay=config.weight_decay * decay), optax.scale(rate)
         )
     optimizer = optax.multi_transform(transforms, labels)
     if config.clip_norm:

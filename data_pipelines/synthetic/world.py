@@ -23,10 +23,7 @@ import numpy as np
 from concat_jax.core.batch import pad_table
 from concat_jax.core.config import check_choice
 from data_pipelines.synthetic import render
-from data_pipelines.synthetic.presets import (
-    PRESETS,
-    WorldPreset,
-)
+from data_pipelines.synthetic.presets import PRESETS, WorldPreset
 
 # Textures of 5 to 7 pixels and radii are for this scene size; others scale with it.
 REFERENCE_SIZE = 64

@@ -74,11 +74,7 @@ def _interpolation_matrix(
 
 
 def resize_within(
-    features: jax.Array,
-    size: jax.Array | None,
-    height: int,
-    width: int,
-    new_size: jax.Array | None,
+    features: jax.Array, size: jax.Array | None, height: int, width: int, new_size: jax.Array | None
 ) -> jax.Array:
     """`resize_bilinear` of each image's valid area, summed in float32.
 
