@@ -196,16 +196,13 @@ def _agreement(name: str, results: Mapping[str, Measurement]) -> Iterator[str]:
     ours, reference = results["ours"].outputs, results[theirs[0]].outputs
     logits = [key for key in ours if key.endswith("logits")]
     if logits:
-        parts = [f"{key} {relative_difference(ours[key], reference[key]):.1e}" for key in logits]
+        sizes = {key: np.abs(reference[key]).max() for key in logits}
+        parts = [f"{k} {np.abs(ours[k] - reference[k]).max() / sizes[k]:.1e}" for k in logits]
         yield f"{name}: largest relative difference: {', '.join(parts)}."
     for key in set(ours) - set(logits):
         parts = [f"{by} {result.outputs[key].tolist()}" for by, result in results.items()]
         what = {"segments": "segments found", "loss": "loss at points of their own"}[key]
         yield f"{name}: {what}: {', '.join(parts)}."
-
-
-def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def table_in_turns(results: Mapping[str, Measurement]) -> str:

@@ -8,7 +8,6 @@ the names of the Hugging Face checkpoints (`transformers models/clip/modeling_cl
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from concat_jax.core.config import check_choice
+from concat_jax.core.config import check_choice, check_fields
 from concat_jax.models.clip_stems import STEMS
 
 # The largest multiplier CLIP lets its similarities have (section 2.5), kept against instability.
@@ -41,11 +40,10 @@ CLIP_VARIANTS: Mapping[str, Mapping[str, Any]] = {
 _LAYER_NORM_EPSILON = 1e-5  # torch's default, which CLIP was trained with; linen's is 1e-6
 
 
-def _quick_gelu(x: jax.Array) -> jax.Array:
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-_ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+_ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
 
 
 def _layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
@@ -317,9 +315,7 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
     if (variant := config.pop("variant", None)) is not None:
         check_choice(variant, CLIP_VARIANTS, "CLIP has no variant")
         config = {**CLIP_VARIANTS[variant], **config}
-    names = [f.name for f in dataclasses.fields(CLIP) if f.name not in ("parent", "name")]
-    for key in config:
-        check_choice(key, [*names, "variant"], "CLIP has no field")
+    check_fields(config, CLIP, "CLIP has no field")
     if "dtype" in config:
         config["dtype"] = jnp.dtype(config["dtype"])
     clip = CLIP(**config)

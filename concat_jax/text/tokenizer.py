@@ -126,19 +126,15 @@ def make_clip_tokenizer(path: str | pathlib.Path, context_length: int = 77) -> C
     if path.is_dir():
         bpe = _from_vocabulary(path)
     elif path.suffix == ".json":
-        bpe = _from_tokenizer_json(path)
+        try:
+            bpe = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{path} is not a readable {TOKENIZER_NAME}: {error}.") from error
     else:
         merges, symbols = _read_merges(path), _byte_symbols()
         tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges)]
         bpe = _bpe({token: i for i, token in enumerate([*tokens, _START, _END])}, merges)
     return ClipTokenizer(bpe, context_length, str(path))
-
-
-def _from_tokenizer_json(path: pathlib.Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"{path} is not a readable {TOKENIZER_NAME}: {error}.") from error
 
 
 def _from_vocabulary(folder: pathlib.Path) -> tokenizers.Tokenizer:

@@ -38,7 +38,8 @@ def damage(folder: Path, items: Sequence[str]) -> str:
       that an earlier version wrote, flipped bits of array data go unnoticed.
     """
     paths = [folder / NAME, *(path for item in items for path in _files(folder / item))]
-    stamps = [(str(path), *_stamp(path)) for path in paths if path.is_file()]
+    found = [(str(path), path.stat()) for path in paths if path.is_file()]
+    stamps = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
     return _damage(folder, tuple(items), tuple(stamps))
 
 
@@ -100,11 +101,6 @@ def _unreadable(folder: Path, item: str) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _crc(path: Path) -> int:

@@ -25,7 +25,14 @@ class MetricWriter:
             directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl" if leads else Path(os.devnull)
         self._file = path.open("ab", buffering=0)
-        self._tensorboard = _tensorboard_writer(directory) if tensorboard and leads else None
+        self._tensorboard = None
+        if tensorboard and leads:
+            try:
+                from clu import metric_writers
+
+                self._tensorboard = metric_writers.SummaryWriter(str(directory))
+            except ImportError as error:
+                print(f"TensorBoard files are not written: {error}; metrics.jsonl is.")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         finite = {k: v if np.isfinite(v) else None for k, v in values.items()}
@@ -50,12 +57,3 @@ class MetricWriter:
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
-
-
-def _tensorboard_writer(directory: Path):
-    try:
-        from clu import metric_writers
-    except ImportError as error:
-        print(f"TensorBoard files are not written: {error}; metrics.jsonl is.")
-        return None
-    return metric_writers.SummaryWriter(str(directory))

@@ -79,7 +79,12 @@ class ShardSource:
         path = shard_path(self._folder, self._identity, shard)
         index = self._indices[shard]
         offset, length, crc = index.payloads[row].tolist()
-        payload = _read_at(path, offset, length)
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                payload = file.read(length)
+        except OSError as error:
+            raise damaged(path, str(error)) from error
         if len(payload) != length or zlib.crc32(payload) != crc:
             raise FileError(
                 f"Record {row} (image {record.image_id}) of {path} is damaged; delete this file "
@@ -96,12 +101,3 @@ class ShardSource:
         except ValueError as error:
             raise damaged(path, str(error)) from error
         return image if image.mode == "RGB" else image.convert("RGB"), ids
-
-
-def _read_at(path: Path, offset: int, length: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(length)
-    except OSError as error:
-        raise damaged(path, str(error)) from error
