@@ -45,8 +45,13 @@ class Parameters:
                 params = jax.device_put(self._initial(subtree, abstract), everywhere)
             else:
                 checkpoints = StageCheckpoints(self._workdir, source)
-                params = checkpoints.restore_params([subtree], {subtree: abstract}, everywhere)
-                params = params[subtree]
+                # Its own last step, as `is_finished` has it, whatever else lies beside it.
+                params = checkpoints.restore_params(
+                    [subtree],
+                    {subtree: abstract},
+                    everywhere,
+                    step=self._setup.stages[source].steps,
+                )[subtree]
                 checkpoints.close()
             self._given[subtree, source] = params
         return self._given[subtree, source]

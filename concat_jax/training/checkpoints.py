@@ -112,17 +112,19 @@ class StageCheckpoints:
         )
         return TrainState(params=restored["params"], **restored["optimizer"])
 
-    def restore_params(self, names: Sequence[str], abstract: Any, sharding: Sharding) -> Any:
-        """Subtrees of the newest parameters.
+    def restore_params(
+        self, names: Sequence[str], abstract: Any, sharding: Sharding, *, step: int | None = None
+    ) -> Any:
+        """Subtrees of the parameters of a step, by default of the newest.
 
         Raises CheckpointError if there is none, or it is damaged or of another architecture.
         """
-        steps = self._steps()
+        steps = self._steps() if step is None else {step}.intersection(self._steps())
         if not steps:
             raise CheckpointError(
                 f"{self.path} holds no checkpoint; run stage {self.stage!r} first."
             )
-        step = steps[-1]
+        step = max(steps)
         # An older one is no substitute: what other stages learnt fits the last.
         if wrong := damage(self.path / str(step), (PARAMS,)):
             good = self.latest_step()

@@ -117,6 +117,16 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(workdir, name, capsys):
     assert printed.count("\n") == 1
 
 
+def test_a_step_that_is_asked_for_is_read_whatever_is_newer(workdir, capsys):
+    (workdir / "con" / "checkpoints" / "30").mkdir()
+    with StageCheckpoints(workdir, "con") as checkpoints:
+        params = checkpoints.restore_params(["head"], abstract().params, ONE_DEVICE, step=10)
+        np.testing.assert_array_equal(params["head"]["kernel"], state(10).params["head"]["kernel"])
+        with pytest.raises(CheckpointError, match="holds no checkpoint; run stage 'con' first"):
+            checkpoints.restore_params(["head"], abstract().params, ONE_DEVICE, step=15)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("at", np.linspace(0.0, 0.99, 8))
 def test_no_flipped_byte_becomes_another_number(saved, tmp_path, at):
     """What Orbax itself reads without a word: its array data carries no checksum."""
