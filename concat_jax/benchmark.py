@@ -49,7 +49,7 @@ from concat_jax.benchmarking.programs import BACKBONES, prepare_models
 from concat_jax.benchmarking.reference import is_installed
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import write_json
+from concat_jax.core.files import write_json, write_text
 
 # Outputs larger than this are compared, but not written down.
 MAX_WRITTEN = 1000
@@ -118,7 +118,7 @@ def run(given: cli.Flags) -> tuple[dict[str, Any], str]:
     """Run what the flags ask for; returns the report and its tables.
 
     Raises:
-      ValueError: for a flag without meaning.
+      ValueError: for a flag without meaning, or where every case failed.
     """
     cases = make_cases(given)
     check_choice(given.backbone, BACKBONES, "--backbone is unknown:")
@@ -138,6 +138,9 @@ def run(given: cli.Flags) -> tuple[dict[str, Any], str]:
         for case in cases:
             names = implementations if case.task in COMPARED else ["ours"]
             measured.append((case, measure_case(case, names, given, folder)))
+    found = [result for _, results in measured for result in results.values()]
+    if all(isinstance(result, str) for result in found):
+        raise ValueError(f"Nothing could be measured, and nothing is written: {found[0]}")
     about = in_own_process(machine)
     return (
         {
@@ -180,10 +183,10 @@ def _as_markdown(source: str, about: dict[str, str], repeats: int, measured: lis
 
 def command(given: cli.Flags, arguments: Sequence[str]) -> None:
     """What the flags ask for."""
+    output = cli.output_folder(given)
     report, markdown = run(given)
-    output = Path(given.output)
     write_json(output / "benchmark.json", report)
-    (output / "benchmark.md").write_text(markdown, encoding="utf-8")
+    write_text(output / "benchmark.md", markdown)
     print(f"\n{markdown}\nWritten to {output}.")
 
 

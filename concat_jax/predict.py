@@ -152,8 +152,7 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> int:
     """What the flags ask for; 1 if an image failed."""
     if not (given.model and given.output and arguments):
         raise ValueError("give --model=DIR, --output=DIR and the images to segment.")
-    if Path(given.output).is_file():
-        raise ValueError(f"--output={given.output} is a file; name a folder.")
+    output = cli.output_folder(given)
     model = open_model(given.model, stage=given.stage, dtype=given.dtype)
     config = config_of(given, model)
     notice, classes = model.notice, None
@@ -168,7 +167,7 @@ def command(given: cli.Flags, arguments: Sequence[str]) -> int:
     if given.gamma and len({*predictor.vocabulary.is_seen}) == 1:
         which = "every" if predictor.vocabulary.is_seen[0] else "no"
         print(f"--gamma={given.gamma:g} changes nothing: {which} name was seen in training.")
-    return min(1, run(predictor, arguments, Path(given.output), given.annotations))
+    return min(1, run(predictor, arguments, output, given.annotations))
 
 
 def config_of(given: cli.Flags, model: Model) -> PredictConfig:

@@ -88,6 +88,8 @@ class Case:
 def make_cases(given: cli.Flags) -> list[Case]:
     """The cases that the flags ask for; ValueError for a flag without meaning."""
     cases = []
+    if not given.tasks:
+        raise ValueError(f"--tasks names no task; give any of {', '.join(TASKS)}.")
     for task in given.tasks:
         check_choice(task, TASKS, "--tasks names no task:")
         fields: dict[str, Any] = {"segments": given.segments, "dtype": given.dtype}

@@ -223,7 +223,9 @@ def _parse(values: Flags, argv: Sequence[str]) -> list[str]:
         hint = (
             f"; did you mean {nearest[1]!r}?" if nearest else "; see the config file for its keys."
         )
-        raise ValueError(f"the config has no key {key!r}{hint}") from error
+        found = re.search(rf"--?(config\.[\w.]+)\.{key}\b", " ".join(argv))
+        where = found[1] if found else "the config"
+        raise ValueError(f"{where} has no key {key!r}{hint}") from error
     except (flags.Error, ValueError, OSError) as error:
         # ml_collections quotes the whole traceback of a config file; its last line says it all.
         raise ValueError(re.split(r"\w+Error: ", str(error))[-1]) from error
@@ -253,7 +255,8 @@ def _check_added_keys(values: Flags) -> None:
         *sections, key = path.split(".")
         section = functools.reduce(lambda config, name: config[name], sections, before)
         if key not in section and not is_open(path):
-            check_choice(key, list(section), "the config has no key")
+            where = ".".join(["config", *sections]) if sections else "the config"
+            check_choice(key, list(section), f"{where} has no key")
     flag.value.lock()
 
 
@@ -280,6 +283,13 @@ def config_of(given: Flags) -> ConfigDict:
     if given.config is None:
         raise ValueError("give --config=configs/demo_zps.py or another file.")
     return given.config
+
+
+def output_folder(given: Flags) -> Path:
+    """The flag --output of a command that fills a folder; ValueError if it is a file."""
+    if Path(given.output).is_file():
+        raise ValueError(f"--output={given.output} is a file; name a folder.")
+    return Path(given.output)
 
 
 def config_and_workdir(given: Flags) -> tuple[ConfigDict, Path]:

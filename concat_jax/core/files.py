@@ -94,7 +94,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     except UnicodeDecodeError as error:
         if pathlib.Path(path).read_bytes()[:2] == b"\x1f\x8b":
             raise FileError(f"{path} is compressed with gzip; unpack it first.") from error
-        raise FileError(f"{path} is no text in UTF-8: {error}.") from error
+        raise FileError(f"{path} is no text in UTF-8: {error}; save it in UTF-8.") from error
 
 
 @contextlib.contextmanager

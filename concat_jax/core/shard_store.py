@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,11 +43,23 @@ class StoreKind:
 
 
 class ShardStore:
-    """The shards of one manifest, whose sha256 is the stamp, in one folder."""
+    """The shards of one manifest, whose sha256 is the stamp, in one folder.
 
-    def __init__(self, folder: Path, kind: StoreKind, manifest: Mapping[str, Any]):
+    Of the fields that it `keeps` a folder that was begun has its own values.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        kind: StoreKind,
+        manifest: Mapping[str, Any],
+        *,
+        keeps: Collection[str] = (),
+    ):
         self._folder, self._kind = Path(folder), kind
-        self.manifest: dict[str, Any] = json.loads(json.dumps(manifest))
+        begun = (keeps and self._read_manifest()) or {}
+        kept = {key: begun[key] for key in keeps if key in begun}
+        self.manifest: dict[str, Any] = json.loads(json.dumps({**manifest, **kept}))
         content = json.dumps(self.manifest, sort_keys=True)
         self.stamp = hashlib.sha256(content.encode()).hexdigest()
 

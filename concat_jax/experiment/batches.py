@@ -62,7 +62,8 @@ class BankConfig:
       move
         by a few ten-thousandths, where those of one class differ by tenths. bfloat16 would move
         them eight times as far.
-      images_per_shard: rounded up to whole batches; a kill costs as many at most.
+      images_per_shard: rounded up to whole batches; a kill costs as many at most. A bank that was
+        begun keeps its own.
     """
 
     dtype: str = "float32"
@@ -259,9 +260,9 @@ def fill_bank(
     kind = KIND
     if with_targets:
         kind = dataclasses.replace(KIND, arrays=KIND.arrays + TARGET_ARRAYS)
-    store = ShardStore(folder, kind, manifest)
+    store = ShardStore(folder, kind, manifest, keeps=("images_per_shard",))
     store.claim(leads=process_index == 0)
-    steps_per_shard = -(-config.images_per_shard // batch_size)
+    steps_per_shard = -(-store.manifest["images_per_shard"] // batch_size)
     steps = range(num_batches)
     shards = [steps[i : i + steps_per_shard] for i in range(0, num_batches, steps_per_shard)]
     missing = np.zeros(len(shards), bool)

@@ -74,6 +74,7 @@ class Experiment:
         for name in config.eval.stages:
             setup.check_predicts(name, "config.eval.stages")
         if trains:
+            setup.check_files()
             check_origins(workdir, (*config.stages, *config.eval.stages))
             for name in config.stages:
                 if not self.parameters.is_finished(name):

@@ -19,7 +19,7 @@ from concat_jax.models.generators import make_generator
 from concat_jax.models.networks import Networks, make_networks
 from concat_jax.stages.clip_targets import CropConfig
 from concat_jax.stages.registry import make_stage
-from concat_jax.stages.stage import Context, Stage, StageConfig
+from concat_jax.stages.stage import INIT, Context, Stage, StageConfig
 from concat_jax.text.tokenizer import Tokenizer
 from concat_jax.training.optimizer import OptimizerConfig
 
@@ -94,6 +94,22 @@ class Setup:
                 f"{where} names stage {name!r}, which has no segmentor with a projector; name one "
                 f"of {others}."
             )
+
+    def check_files(self) -> None:
+        """Refuse, by a ValueError, a file that the config names and no stage reads."""
+        init, text = self.config.get("init", {}), self.config.text
+        takes = [taken for stage in self.stages.values() for taken in stage.takes.items()]
+        with_clip = text.tokenizer == "clip"
+        for key, path, is_read in (
+            ("init.clip", init.get("clip"), with_clip or ("clip", INIT) in takes),
+            ("init.segmentor", init.get("segmentor"), ("segmentor", INIT) in takes),
+            ("text.bpe_path", text.bpe_path, with_clip),
+        ):
+            if path and not is_read:
+                raise ValueError(
+                    f"config.{key} is {path}, which no stage and no tokenizer of this config reads "
+                    "(train.STAGE.takes and text.tokenizer say what they read); leave it out."
+                )
 
     def optimizer(self, name: str) -> OptimizerConfig:
         """Constants of a stage's optimizer; ValueError for a field that there is not."""

@@ -29,13 +29,14 @@ FREE_KEYS = (
     "mesh.",
     "text.cache",
     "data.clip_targets",
+    "bank.images_per_shard",
     "data.num_threads",
     "data.on_bad_example",
 )
 # Keys of a stage that are about its files.
 LOGGING_KEYS = ("log_every", "save_every")
-# Where the training data lies.
-DATA_KEYS = ("data.root", "data.split_file")
+# Where the training data lies, and how.
+DATA_KEYS = ("data.kind", "data.root", "data.split_file")
 _SHOWN_CHANGES = 8
 # In the folder of a stage: which training of it this is, and of those that it takes from.
 ORIGIN_NAME = "origin.json"

@@ -218,9 +218,10 @@ def get_config():
         ("--config.train.cat.steps=5", 5),
         ("--config.model.clip.variant=ViT-B/32", "ViT-B/32"),
         ("--config.sead=3", "Error: the config has no key 'sead'; did you mean 'seed'?"),
-        ("--config.data.rot=x", "Error: the config has no key 'rot'; did you mean 'root'?"),
-        ("--config.model.clipp=x", "Error: the config has no key 'clipp'; did you mean 'clip'?"),
-        ("--config.train.cta.steps=5", "Error: the config has no key 'cta'; see the config file"),
+        ("--config.data.rot=x", "Error: config.data has no key 'rot'; did you mean 'root'?"),
+        ("--config.model.clipp=x", "Error: config.model has no key 'clipp'; did you mean 'clip'?"),
+        ("--config.train.cat.takez.clip=x", "Error: config.train.cat has no key 'takez'"),
+        ("--config.train.cta.steps=5", "Error: config.train has no key 'cta'; see the config file"),
     ],
 )
 def test_a_flag_may_add_a_field_where_the_section_knows_its_fields(flag, result, tmp_path):

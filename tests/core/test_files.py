@@ -11,6 +11,7 @@ from concat_jax.core.files import (
     FileError,
     ImageError,
     open_image,
+    read_text,
     replacing,
     write_json,
     write_png,
@@ -116,6 +117,12 @@ def test_a_full_disk_and_a_folder_that_is_a_file_are_one_sentence(tmp_path, monk
     with pytest.raises(FileError, match=r"/c\.json cannot be written: No space left on device\.$"):
         write_json(tmp_path / "c.json", {})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_text_in_utf_16_is_told_to_be_saved_anew(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat", encoding="utf-16")
+    with pytest.raises(FileError, match=r"a\.txt is no text in UTF-8: .*; save it in UTF-8\.$"):
+        read_text(tmp_path / "a.txt")
 
 
 def test_a_picture_on_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):

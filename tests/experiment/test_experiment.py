@@ -99,6 +99,14 @@ def no_segmentor(config):
     config.eval.stages = {"clip": "CLIP"}
 
 
+def unread_clip(config):
+    config.init = {"clip": "nothere"}
+
+
+def unread_words(config):
+    config.text.bpe_path = "nothere"
+
+
 def pictures_below_none(config):
     config.eval.num_pictures = -1
 
@@ -119,6 +127,8 @@ def pictures_below_none(config):
             no_segmentor,
             "config.eval.stages names stage 'clip', which has no segmentor.* one of cat, con, ",
         ),
+        (unread_clip, "config.init.clip is nothere, which no stage .*; leave it out"),
+        (unread_words, "config.text.bpe_path is nothere, which no .*; leave it out"),
         (pictures_below_none, "config.eval.num_pictures is -1"),
         (unknown_network_field, "config.model.generator has no key 'noise'.*'noise_width'"),
     ],

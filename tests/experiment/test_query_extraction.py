@@ -145,7 +145,6 @@ def test_hosts_write_their_own_shards_and_read_all(tmp_path, monkeypatch):
     [
         (dict(identity={**IDENTITY, "steps": 11}), "with steps = 10, now it is 11; use ano"),
         (dict(dtype="float16"), "with dtype = 'float32', now it is 'float16'; use ano"),
-        (dict(images_per_shard=8), "with images_per_shard = 4, now it is 8; use ano"),
     ],
 )
 def test_a_bank_of_another_run_is_refused_and_kept(tmp_path, changes, sentence):
@@ -154,6 +153,15 @@ def test_a_bank_of_another_run_is_refused_and_kept(tmp_path, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         fill(tmp_path, Extractor(), **changes)
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+
+
+def test_a_bank_keeps_the_shards_that_it_was_begun_with(tmp_path):
+    fill(tmp_path, Extractor())
+    (tmp_path / SHARDS[1]).unlink()
+    extract = Extractor()
+    queries, *_ = fill(tmp_path, extract, images_per_shard=8)
+    assert extract.steps == [2, 3] and names(tmp_path) == [*SHARDS, "bank.json"]
+    np.testing.assert_array_equal(queries[np.arange(10)][:, 0, 0], expected())
 
 
 def as_before(folder):

@@ -17,7 +17,15 @@ def config(**changes):
             tensorboard=True,
             stages=("con", "cat"),
             mesh=dict(devices=0),
-            data=dict(root="a", split_file="s", num_threads=4, on_bad_example="raise", side=64),
+            bank=dict(images_per_shard=1024),
+            data=dict(
+                kind="folder",
+                root="a",
+                split_file="s",
+                num_threads=4,
+                on_bad_example="raise",
+                side=64,
+            ),
             model=dict(width=32, num_heads=4, decoder_heads=4),
             eval=dict(settings=dict(gamma=0.0)),
             train=dict(
@@ -120,10 +128,11 @@ def test_what_a_command_says_anew_is_not_noted(trained):
 
 
 def test_the_same_data_may_lie_elsewhere(trained):
-    claim(trained, config(data__root="moved"))
-    assert changes(trained) == [{"data.root": ["a", "moved"]}]
+    claim(trained, config(data__root="moved", data__kind="shards", bank__images_per_shard=8))
+    moved = {"data.kind": ["folder", "shards"], "data.root": ["a", "moved"]}
+    assert changes(trained) == [{"bank.images_per_shard": [1024, 8]} | moved]
     with pytest.raises(ValueError, match="config.data.root = 'moved', now it is 'c'"):
-        claim(trained, config(data__root="c"), data="other photos")
+        claim(trained, config(data__root="c", data__kind="shards"), data="other photos")
 
 
 def test_workdirs_without_a_fingerprint_get_one(trained):
