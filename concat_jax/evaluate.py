@@ -48,7 +48,6 @@ PROTOCOLS = {"coco": COCO_THRESHOLDS, "zsi": ZSI_THRESHOLDS}
 # Flags of one way to call this, which mean nothing to the other.
 FILE_FLAGS = ("task", "annotations", "predictions", "split", "annotation_pngs", "png_folder")
 FILE_FLAGS += ("annotation_values", "prediction_values", "ignore", "protocol")
-_MAPS, _PNGS = "label maps, with --task=semantic", "a panoptic json"
 
 
 def define_flags(flags: cli.Flags) -> None:
@@ -72,32 +71,29 @@ def define_flags(flags: cli.Flags) -> None:
 def result_in(given: str, task: str) -> str:
     """A task's result in a folder that `predict` or a stage's evaluation filled; else as given."""
     folder = pathlib.Path(given)
-    for kind in (task, *RESULTS):
-        for path in (folder / name for name in RESULTS[kind]):
-            if path.exists() and kind != task:
-                raise FileError(
-                    f"{given} holds what --task={kind} makes; score that, or predict with "
-                    f"--task={task}."
-                )
-            if path.exists():
-                return str(path)
-    if folder.is_dir() and task != "semantic":
+    found = [(kind, folder / name) for kind in (task, *RESULTS) for name in RESULTS[kind]]
+    kind, path = next((one for one in found if one[1].exists()), (task, folder))
+    if kind != task:
+        raise FileError(
+            f"{given} holds what --task={kind} makes; score that, or predict with --task={task}."
+        )
+    if path.is_dir() and task != "semantic":
         raise FileError(f"{given} is a folder without {RESULTS[task][0]}; name the json.")
-    return given
+    return str(path)
 
 
 def _check_flags(given: cli.Flags, files: Sequence[str]) -> None:
     """Refuses flags that mean nothing to the task and its files, ground truth first."""
-    task = given.task
-    are_maps = [task == "semantic" and pathlib.Path(path).is_dir() for path in files]
-    rules = [("protocol", task == "instance", "--task=instance"), ("ignore", any(are_maps), _MAPS)]
-    flags = ("annotation_values", "annotation_pngs"), ("prediction_values", "png_folder")
-    for (values, pngs), of_maps in zip(flags, are_maps, strict=True):
-        has_pngs = task != "instance" and not of_maps
-        rules += [(values, of_maps, _MAPS), (pngs, has_pngs, _PNGS)]
-    for name, has_meaning, what in rules:
+    are_maps = [given.task == "semantic" and pathlib.Path(path).is_dir() for path in files]
+    have_pngs = [given.task != "instance" and not of_maps for of_maps in are_maps]
+    meant = {"protocol": given.task == "instance", "ignore": any(are_maps)}
+    meant |= zip(("annotation_values", "prediction_values"), are_maps, strict=True)
+    meant |= zip(("annotation_pngs", "png_folder"), have_pngs, strict=True)
+    for name, has_meaning in meant.items():
         if given[name].present and not has_meaning:
-            raise ValueError(f"--{name} is for {what}, and would change nothing; leave it out.")
+            raise ValueError(
+                f"--{name} means nothing to --task={given.task} of these files; leave it out."
+            )
 
 
 def evaluate_files(given: cli.Flags) -> dict:

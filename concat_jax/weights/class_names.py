@@ -92,6 +92,8 @@ def classes_from_hf(
     if blank := [index for index, name in enumerate(names) if not name.strip()]:
         notes.append(f"{where} has no name for {', '.join(f'class_{index}' for index in blank)}.")
         names = [name if name.strip() else f"class_{index}" for index, name in enumerate(names)]
+    if len(set(names)) < len(names):
+        notes.append(f"{where} gives several classes one name; their numbers are added to it.")
     extra = content.get(EXTRA_KEY)
     if not isinstance(extra, Mapping) or "is_thing" not in extra or len(names) < len(found):
         classes = _classes(names, where, known)

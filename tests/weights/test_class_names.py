@@ -86,7 +86,9 @@ def test_an_edited_config_of_ours(extra):
 
 def test_a_name_that_occurs_twice_gets_its_index():
     labels = {"id2label": {"0": "door", "1": "sky", "2": "door"}}
-    assert classes_from_hf(labels, 3).vocabulary.names == ("door (0)", "sky", "door (2)")
+    classes = classes_from_hf(labels, 3)
+    assert classes.vocabulary.names == ("door (0)", "sky", "door (2)")
+    assert "several classes one name" in classes.notes[0]
 
 
 def test_default():
