@@ -127,6 +127,11 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
         num_threads=config["num_threads"],
         seed=seed,
     )
+    if not any(len(record.labels) for record in test.records[: test.num_eval_images]):
+        raise FileError(
+            f"Not one image of the evaluation part {config['eval_part']!r} has a segment, so there "
+            "is nothing to score; check that the annotation lists segments."
+        )
     # Where evaluation is on another data set, the training part says which classes training knows.
     elsewhere = bool(config.get("eval_kind", ""))
     vocabulary = training().vocabulary if elsewhere else test.vocabulary

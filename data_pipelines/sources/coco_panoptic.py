@@ -14,7 +14,6 @@ in a converter is one sentence with a file name in it.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import logging
 import os
@@ -77,11 +76,8 @@ class CocoPanopticSource:
             ("image", layout.images, "file_name"),
             ("panoptic PNG", layout.pngs, "png_name"),
         ):
-            names = [getattr(record, field) for record in self.records]
-            name, count = collections.Counter(names).most_common(1)[0]
-            if count > 1:
-                raise FileError(f"{layout.json_path} names the file {name} for {count} images.")
-            self.records = present(what, folder, self.records, field, skips=skips)
+            of = folder, self.records, field, layout.json_path
+            self.records = present(what, *of, skips=skips)
         self.skipped = len(records) - len(self.records)
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import os
@@ -77,13 +78,22 @@ def leave_out(error: FileError, skips: bool) -> None:
 
 
 def present(
-    what: str, folder: pathlib.Path, records: Sequence[ImageRecord], field: str, *, skips: bool
+    what: str,
+    folder: pathlib.Path,
+    records: Sequence[ImageRecord],
+    field: str,
+    json_path: pathlib.Path,
+    *,
+    skips: bool,
 ) -> list[ImageRecord]:
     """Records whose file is in `folder`; others go to `leave_out`, and FileError if that is all."""
     # A listing of each folder: asking for each of COCO's 240,000 files takes minutes on a network
     # disk.
     listed: dict[str, set[str]] = {}
     found = []
+    name, count = collections.Counter(getattr(r, field) for r in records).most_common(1)[0]
+    if count > 1:
+        raise FileError(f"{json_path} names the file {name} for {count} images.")
     for record in records:
         name = getattr(record, field)
         parent, base = os.path.split(name)

@@ -135,6 +135,7 @@ def changed(edit):
             "lacks category 47 .*of the split",
         ),
         (lambda c: c["annotations"][0].update(id=0), "annotation id 0; number from 1"),
+        (lambda c: c["images"][0].update(file_name="4.jpg"), "names the file 4.jpg for 2 images"),
         (lambda c: c["annotations"][0].update(category_id=5), "11 .* category 5, which the file"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from concat_jax.core.files import FileError
+from data_pipelines.datasets import make_datasets
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.registry import open_source
 from tests.data_pipelines.coco_world import (
@@ -392,3 +393,15 @@ def test_mini_pixel_counts_are_the_areas_of_the_json(mini, part):
                 crowd = bool(example["segment_is_crowd"][g])
                 found[int(example["image_id"]), int(source)] = (counts[g + 1], category, crowd)
     assert found == areas
+
+
+def test_an_evaluation_part_without_a_segment_is_refused(world):
+    path = world / "annotations" / "panoptic_train2017.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation["segments_info"] = []
+    path.write_text(json.dumps(content))
+    config = dict(kind="coco_panoptic_zps", root=str(world), split_file=str(world / "split.json"))
+    config |= dict(train_part="x", eval_part="train2017", eval_size=32, num_eval_images=None)
+    with pytest.raises(FileError, match="Not one image of the evaluation part 'train2017' has a"):
+        make_datasets(config | dict(max_segments=4, num_threads=1, on_bad_example="raise"), seed=0)
