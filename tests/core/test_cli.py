@@ -3,6 +3,8 @@
 import functools
 import io
 import logging
+import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -250,3 +252,14 @@ def test_a_config_file_that_is_not_there_names_its_neighbour(given, tmp_path, ca
     given = [word.replace("DIR", str(tmp_path)) for word in given]
     code, _ = ended(given, capsys=capsys, with_config=True)
     assert f"no config file '{tmp_path}/demo.py'; did you mean '{tmp_path}/demos.py'?" in code
+
+
+@pytest.mark.parametrize("command", ["concat_jax.main", "data_pipelines.prepare"])
+def test_ctrl_c_while_a_command_is_imported_is_a_word(command, tmp_path):
+    (tmp_path / "numpy.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "jax.py").write_text("raise KeyboardInterrupt")
+    root = pathlib.Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    arguments = [sys.executable, "-m", command]
+    ended = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.stderr == "\nStopped.\n" and ended.returncode
