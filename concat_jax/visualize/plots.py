@@ -155,13 +155,9 @@ def query_space(
     axes.set_yticks([])
     axes.spines[:].set_color(GRID)
     right, up = plane.shares
-    axes.set_xlabel(
-        f"principal axes of the real queries: {right:.0%} of their variance to the right, "
-        f"{up:.0%} up",
-        fontsize=9,
-        color=FAINT,
-    )
-    _add_legend(axes, drawn, {vocabulary.names[k]: colours[k] for k in unseen})
+    shares = f"{right:.0%} of their variance to the right, {up:.0%} up"
+    axes.set_xlabel(f"principal axes of the real queries: {shares}", fontsize=9, color=FAINT)
+    _add_legend(axes, drawn, [vocabulary.names[k] for k in unseen])
     return figure
 
 
@@ -195,34 +191,20 @@ def _mark_style(kind: str, colour: str | None) -> dict[str, object]:
     return {"marker": REAL, "c": SEEN_REAL, "linewidths": 0}
 
 
-def _add_legend(axes: Axes, kinds: Sequence[str], unseen: Mapping[str, str]) -> None:
-    """Marks and their meaning, right of the plot; of unseen classes as many as have room."""
-
-    def mark(kind: str, colour: str | None) -> Line2D:
-        fill = "none" if colour else SEEN_REAL
-        edge = colour or (SEEN_PSEUDO if kind == "pseudo" else SEEN_REAL)
-        marker = PSEUDO if kind == "pseudo" else REAL
-        style = dict(markerfacecolor=fill, markeredgecolor=edge, markersize=6, linestyle="none")
-        return Line2D([], [], marker=marker, markeredgewidth=1.3, **style)
-
+def _add_legend(axes: Axes, kinds: Sequence[str], unseen: Sequence[str]) -> None:
+    """The marks and their meaning, right of the plot; of unseen classes as many as have room."""
+    marks = {group.get_label(): group for group in axes.collections}
     blank = Line2D([], [], linestyle="none")
-    entries = [(mark(kind, None), f"seen, {kind}") for kind in kinds]
+    entries = [(marks[f"seen, {kind}"], f"seen, {kind}") for kind in kinds]
     if unseen:
         shapes = {"real": "ring real", "pseudo": "cross pseudo"}
         entries.append((blank, f"unseen: {', '.join(shapes[kind] for kind in kinds)}"))
-    for name, colour in list(unseen.items())[:_MAX_NAMED]:
-        marks = tuple(mark(kind, colour) for kind in kinds)
-        entries.append((marks, textwrap.shorten(name, 30, placeholder="…")))
+    for name in unseen[:_MAX_NAMED]:
+        of_class = tuple(marks[f"{name}, {kind}"] for kind in kinds)
+        entries.append((of_class, textwrap.shorten(name, 30, placeholder="…")))
     if len(unseen) > _MAX_NAMED:
         entries.append((blank, f"and {len(unseen) - _MAX_NAMED} more"))
     handles, names = zip(*entries, strict=True)
-    legend = axes.legend(
-        handles,
-        names,
-        loc="upper left",
-        bbox_to_anchor=(1.01, 1),
-        frameon=False,
-        borderaxespad=0,
-        handler_map={tuple: HandlerTuple(ndivide=None, pad=0.6)},
-    )
-    _finish_legend(legend)
+    beside = dict(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0)
+    of_pairs = {tuple: HandlerTuple(ndivide=None, pad=0.6)}
+    _finish_legend(axes.legend(handles, names, handler_map=of_pairs, **beside))
