@@ -46,8 +46,8 @@ def works(case: Case) -> dict[str, Work]:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
+    forward = torch.compile(network) if case.compiled else network
     if case.task == "forward":
-        forward = torch.compile(network) if case.compiled else network
 
         def work() -> Any:
             with torch.no_grad(), autocast:
@@ -66,19 +66,15 @@ def works(case: Case) -> dict[str, Work]:
         values = np.arange(1, case.segments + 1)[:, None, None]
         masks = [torch.from_numpy((one == values).astype(np.float32)).to(device) for one in ids]
         classes = [torch.from_numpy(one.astype(np.int64)).to(device) for one in labels]
-        settings = OptimizerConfig()
-        parameters = list(network.parameters())
-        optimizer = torch.optim.AdamW(
-            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        forward = torch.compile(network) if case.compiled else network
+        settings, parameters = OptimizerConfig(), list(network.parameters())
+        decay = settings.weight_decay
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=decay)
 
         def work() -> Any:
             optimizer.zero_grad(set_to_none=True)
             with autocast:
-                loss = forward(
-                    pixel_values=pixels, mask_labels=masks, class_labels=classes
-                ).loss.sum()
+                output = forward(pixel_values=pixels, mask_labels=masks, class_labels=classes)
+                loss = output.loss.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
