@@ -49,7 +49,6 @@ FIELDS: Mapping[str, Field] = {
 SEGMENT_TABLES = tuple(name for name, field in FIELDS.items() if field.dimensions == ("B", "G"))
 IMAGE_FIELDS = ("image", "segment_ids", *SEGMENT_TABLES, "image_id", "image_size")
 TARGET_FIELDS = ("clip_image_target", "clip_segment_targets")
-CAPTION_FIELDS = ("image", "tokens")
 QUERY_FIELDS = ("queries", "query_labels")
 QUERY_TARGETS = "query_targets"
 MEMORY_FIELDS = ("memory_queries", "memory_valid")

@@ -55,14 +55,12 @@ class ClipWeights:
 
     Attributes:
       config: fields for `make_clip`; image_size is the resolution that the file was trained at.
-      tokenizer_files: folder with tokenizer.json, or vocab.json and merges.txt, if there are.
       kind: what the source is, for a person to read.
       assumed: fields of `config` that nothing in or beside the source tells.
     """
 
     config: Mapping[str, Any]
     params: Params
-    tokenizer_files: Path | None
     source: str
     kind: str
     assumed: tuple[str, ...]
@@ -118,8 +116,7 @@ def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
     except ValueError as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"{path} cannot be read as a CLIP: {reason}.") from error
-    tokenizer = clip_tokenizer_folder(file)
-    return ClipWeights(config, params, tokenizer, str(path), kind, assumed, report, content.notes)
+    return ClipWeights(config, params, str(path), kind, assumed, report, content.notes)
 
 
 def _weights_file(folder: Path) -> Path:
@@ -161,7 +158,7 @@ def _describe(
 
 
 def clip_tokenizer_folder(path: str | os.PathLike[str]) -> Path | None:
-    """`ClipWeights.tokenizer_files` of `read_clip(path)`, without reading the weights."""
+    """The folder of a CLIP's file or folder, if tokenizer.json, or its two tables, are there."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     return folder if has_clip_tokenizer(folder) else None
