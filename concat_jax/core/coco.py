@@ -151,27 +151,27 @@ def outline(segmentation: Any, size: Sequence[int], where: str) -> dict:
     """A "segmentation", polygons or run lengths, as a compressed code; FileError names `where`."""
     try:
         if isinstance(segmentation, Mapping):
-            code, corners = checked_rle(segmentation, size), np.zeros((0, 2))
-            return _covering(code, corners, size)
-        if segmentation is None:
+            code = checked_rle(segmentation, size)
+        elif segmentation is None:
             raise ValueError("it is missing.")
-        if not isinstance(segmentation, list):
+        elif not isinstance(segmentation, list):
             raise ValueError("it is neither a list of polygons nor run lengths.")
-        if not segmentation:
+        elif not segmentation:
             raise ValueError("it is empty.")
-        if not isinstance(segmentation[0], list):
+        elif not isinstance(segmentation[0], list):
             raise ValueError("it is a flat list of numbers; polygons are lists in a list.")
-        code = polygons_to_rle(segmentation, size)
-        return _covering(code, np.concatenate(segmentation).reshape(-1, 2), size)
+        else:
+            code = polygons_to_rle(segmentation, size)
+        if not area(code):
+            # A polygon in the image, or rounded to its border, may be too small; COCO has such.
+            polygons = segmentation if isinstance(segmentation, list) else ([],)
+            corners = np.concatenate(polygons).reshape(-1, 2)
+            near = (corners >= -1) & (corners <= np.add(size[::-1], 1))
+            if not near.all(axis=1).any():
+                raise ValueError("it covers no pixel of its image.")
+        return code
     except ValueError as error:
         raise FileError(f"The segmentation of {where} cannot be used: {error}") from error
-
-
-def _covering(code: dict, corners: np.ndarray, size: Sequence[int]) -> dict:
-    # A polygon in the image, or rounded to its border, may be too small; COCO has such.
-    if not area(code) and not ((corners >= -1) & (corners <= np.add(size[::-1], 1))).all(1).any():
-        raise ValueError("it covers no pixel of its image.")
-    return code
 
 
 def vocabulary_of(path: pathlib.Path, categories: Mapping[int, Category] | None) -> Vocabulary:
