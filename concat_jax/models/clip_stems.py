@@ -14,12 +14,16 @@ from concat_jax.models.backbones.resnet import ResNet
 RESNET_STEM_WIDTH = 16
 
 
-class PatchStem(nn.Module):
-    """CLIP's patch embedding as one matrix product, [B, H, W, 3] -> [B, H/p, W/p, D]."""
+class _Stem(nn.Module):
+    """[B, H, W, 3] -> [B, H/p, W/p, D], p the patch size and D the width."""
 
     patch_size: int
     width: int
     dtype: Any
+
+
+class PatchStem(_Stem):
+    """CLIP's patch embedding as one matrix product."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -31,17 +35,13 @@ class PatchStem(nn.Module):
         return nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="projection")(patches)
 
 
-class ConvStem(nn.Module):
-    """Stride-2 3x3 convolutions down to the patch stride, [B, H, W, 3] -> [B, H/p, W/p, D].
+class ConvStem(_Stem):
+    """Stride-2 3x3 convolutions down to the patch stride.
 
     Xiao et al. 2021, "Early Convolutions Help Transformers See Better", section 4: channels double
     to the tower's width and a last 1x1 convolution follows. GroupNorm stands for their BatchNorm,
     since a contrastive batch must not leak between its members.
     """
-
-    patch_size: int
-    width: int
-    dtype: Any
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -55,16 +55,12 @@ class ConvStem(nn.Module):
         return nn.Dense(self.width, dtype=self.dtype, name="projection")(x)
 
 
-class ResNetStem(nn.Module):
-    """First stages of a small ResNet down to the patch stride, [B, H, W, 3] -> [B, H/p, W/p, D].
+class ResNetStem(_Stem):
+    """First stages of a small ResNet down to the patch stride.
 
     The hybrid of Dosovitskiy et al. 2021, section 3.1. Its `trunk` has the names of
     `concat_jax.models.backbones.resnet`, so that a segmentor's backbone can start from it.
     """
-
-    patch_size: int
-    width: int
-    dtype: Any
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -148,7 +148,6 @@ def test_the_line_that_says_what_was_loaded(clip_archive, open_clip_file, clip_h
 
 def test_tokenizer_files_are_found_beside_the_weights(clip_hf_folder, open_clip_file, tmp_path):
     assert clip_tokenizer_folder(clip_hf_folder) is None
-    assert clip_tokenizer_folder(clip_hf_folder) is None
     file = tmp_path / "weights.safetensors"
     file.write_bytes(open_clip_file.read_bytes())
     (tmp_path / "vocab.json").write_text("{}")
