@@ -56,7 +56,6 @@ MAX_WRITTEN = 1000
 
 
 def define_flags(flags: cli.Flags) -> None:
-    """The flags of this command."""
     flags.string("output", "benchmark", "Folder for benchmark.md and benchmark.json.")
     flags.string("model", "", "A converted model's folder; else random weights.")
     flags.string("backbone", "resnet50", "Of the random weights.")
@@ -181,18 +180,13 @@ def _as_markdown(source: str, about: dict[str, str], repeats: int, measured: lis
     return "\n\n".join(parts) + "\n"
 
 
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
-    """What the flags ask for."""
+@cli.command(__doc__, define_flags, computes=False)
+def main(given: cli.Flags) -> None:
     output = cli.output_folder(given)
     report, markdown = run(given)
     write_json(output / "benchmark.json", report)
     write_text(output / "benchmark.md", markdown)
     print(f"\n{markdown}\nWritten to {output}.")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    cli.main(__doc__, define_flags, command, argv, computes=False)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,6 @@ def parse_gamma(text: str) -> float:
 
 
 def define_flags(flags: cli.Flags) -> None:
-    """The flags of this command, besides those of a config."""
     flags.string("stage", "finetune", "Stage of config.train to calibrate.")
     flags.strings(
         "gammas", [], f"Values to try; {len(GAMMAS)} from {GAMMAS[0]:g} to {GAMMAS[-1]:g}."
@@ -206,24 +205,17 @@ def define_flags(flags: cli.Flags) -> None:
     flags.integer("num_images", 2000, "Held-out images at most; 0 is all.", 0)
 
 
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
-    """What the flags ask for."""
+@cli.command(
+    __doc__,
+    define_flags,
+    with_config=True,
+    interrupted="Stopped; no gamma was chosen, and the same command starts anew.",
+)
+def main(given: cli.Flags) -> None:
     config, workdir = cli.config_and_workdir(given)
     gammas = [*map(parse_gamma, given.gammas)] or GAMMAS
     images = dict(part=given.part, num_images=given.num_images)
     calibrate_stage(config, workdir, given.stage, gammas, **images)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    cli.main(
-        __doc__,
-        define_flags,
-        command,
-        argv,
-        with_config=True,
-        interrupted="Stopped; no gamma was chosen, and the same command starts anew.",
-    )
 
 
 if __name__ == "__main__":

@@ -148,7 +148,14 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: 
     return len(failures)
 
 
-def command(given: cli.Flags, arguments: Sequence[str]) -> int:
+@cli.command(
+    __doc__,
+    define_flags,
+    arguments="IMAGES...",
+    interrupted="Stopped; pictures of the images above are written, the json of all of them is "
+    "not. The same command starts anew.",
+)
+def main(given: cli.Flags, arguments: Sequence[str]) -> int:
     """What the flags ask for; 1 if an image failed."""
     if not (given.model and given.output and arguments):
         raise ValueError("give --model=DIR, --output=DIR and the images to segment.")
@@ -195,19 +202,6 @@ def config_of(given: cli.Flags, model: Model) -> PredictConfig:
         short_side=given.short_side or model.card.short_side,
         long_side=given.long_side or model.card.long_side,
         batch_size=given.batch_size,
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    cli.main(
-        __doc__,
-        define_flags,
-        command,
-        argv,
-        arguments="IMAGES...",
-        interrupted="Stopped; pictures of the images above are written, the json of all of them is "
-        "not. The same command starts anew.",
     )
 
 
