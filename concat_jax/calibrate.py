@@ -150,8 +150,8 @@ def calibrate_stage(
 
     print(f"Stage {stage}, {images.name}:", flush=True)
     sweep_of = functools.partial(run.sweep, stage)
-    found = calibrate(sweep_of, images.held_out(), images.rest and images.rest(), gammas)
-    gamma, held_out, rest = found.gamma, found.held_out, found.test
+    test = images.rest and images.rest()
+    gamma, held_out, rest = calibrate(sweep_of, images.held_out(), test, gammas)
     flag = f"--config.eval.settings.gamma={gamma:g}"
     sections = [f"Stage {stage}, {images.name}, percent:", format_sweep(held_out, gamma)]
     sections.append(format_areas(held_out))

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from concat_jax.evaluation.counts import harmonic_mean
-
 
 class NamedQueries(NamedTuple):
     """What the names of Q queries, each of which holds a segment, make of every bias.
@@ -33,25 +31,15 @@ class NamedQueries(NamedTuple):
 
 
 class Naming(NamedTuple):
-    """How queries are named; accuracies are means over classes, in percent.
+    """How queries are named, means over classes in percent.
 
-    Attributes:
-      among_seen, among_unseen: where only names of the own side compete.
-      seen, unseen, harmonic: where all names compete and none has a bias.
-      area: under `unseen` against `seen` as the bias sweeps (AUSUC).
-      best_bias, best_harmonic: where the harmonic mean of the curve is highest.
-      curve: seen and unseen accuracy [P] by the bias.
+    `area` is that under unseen against seen accuracy as the bias sweeps (AUSUC); `among_seen` and
+    `among_unseen` are the accuracies where only names of the own side compete.
     """
 
+    area: float
     among_seen: float
     among_unseen: float
-    seen: float
-    unseen: float
-    harmonic: float
-    area: float
-    best_bias: float
-    best_harmonic: float
-    curve: tuple[np.ndarray, np.ndarray]
 
 
 def name_queries(
@@ -79,8 +67,8 @@ def curve_area(seen: np.ndarray, unseen: np.ndarray) -> np.ndarray:
 
 def accuracy_curve(
     names: NamedQueries, is_seen: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Seen and unseen accuracy [..., P] with `weights` [..., Q] of the queries, and P - 1 biases.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seen and unseen accuracy [..., P] with `weights` [..., Q] of the queries.
 
     Exact: a point for each bias at which a query changes sides. Each class counts alike, whatever
     its number of queries.
@@ -100,7 +88,7 @@ def accuracy_curve(
         np.add.at(gain, (..., step[hits] + 1), values)
         gains.append(np.cumsum(gain, axis=-1))
     lost, gained = gains
-    return lost[..., -1:] - lost, gained, edges
+    return lost[..., -1:] - lost, gained
 
 
 def naming_curve(names: NamedQueries, is_seen: np.ndarray) -> Naming:
@@ -108,22 +96,6 @@ def naming_curve(names: NamedQueries, is_seen: np.ndarray) -> Naming:
     is_seen = np.asarray(is_seen, bool)
     of_seen = is_seen[names.labels]
     if not of_seen.any() or of_seen.all():
-        nothing = np.full(1, np.nan)
-        return Naming(*[float("nan")] * 8, (nothing, nothing))
-    seen, unseen, edges = accuracy_curve(names, is_seen, np.ones(len(names.labels)))
-    # Point 0 holds up to the first edge, point p from edge p - 1 on.
-    at_zero = int(np.searchsorted(edges, 0.0))
-    harmonic = np.array([harmonic_mean(*pair) for pair in zip(seen, unseen, strict=True)])
-    best = int(harmonic.argmax())
-    low, high = edges[max(best - 1, 0)], edges[min(best, len(edges) - 1)]
-    return Naming(
-        among_seen=float(seen[0]),
-        among_unseen=float(unseen[-1]),
-        seen=float(seen[at_zero]),
-        unseen=float(unseen[at_zero]),
-        harmonic=float(harmonic[at_zero]),
-        area=float(curve_area(seen, unseen)),
-        best_bias=float((low + high) / 2),
-        best_harmonic=float(harmonic[best]),
-        curve=(seen, unseen),
-    )
+        return Naming(*[float("nan")] * 3)
+    seen, unseen = accuracy_curve(names, is_seen, np.ones(len(names.labels)))
+    return Naming(float(curve_area(seen, unseen)), float(seen[0]), float(unseen[-1]))

@@ -152,28 +152,19 @@ def sweep(predictor: Predictor, examples: Examples, *, name: str) -> Sweep:
     return Sweep(vocabulary, gammas, np.stack(counts, axis=1), named)
 
 
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """γ chosen on held-out images, what was seen there, and on the test images."""
-
-    gamma: float
-    held_out: Sweep
-    test: Sweep | None
-
-
 def calibrate(
     sweep_of: Callable[[Examples, Sequence[float]], Sweep],
     held_out: Examples,
     test: Examples | None,
     gammas: Iterable[float] = GAMMAS,
-) -> Calibration:
-    """Chooses γ on held-out images, then scores the test images at all of them.
+) -> tuple[float, Sweep, Sweep | None]:
+    """Chooses γ on held-out images, then scores the test images at all of them; γ and both sweeps.
 
     `sweep_of` is (examples, gammas) -> `sweep` of one stage; 0 always is among the gammas.
     """
     gammas = check_gammas((0.0, *gammas))
     found = sweep_of(held_out, gammas)
-    return Calibration(found.best(), found, None if test is None else sweep_of(test, gammas))
+    return found.best(), found, None if test is None else sweep_of(test, gammas)
 
 
 def format_sweep(found: Sweep, chosen: float, shown: Iterable[float] | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,8 +92,8 @@ def _names(
             accuracy_curve(one.names, is_seen, part[:, one.names.images].astype(np.float64))
             for part in np.array_split(scenes, max(draws // 50, 1))
         ]
-        areas = [curve_area(seen, unseen) for seen, unseen, _ in curves]
-        among = [unseen[:, -1] for _, unseen, _ in curves]
+        areas = [curve_area(*curve) for curve in curves]
+        among = [unseen[:, -1] for _, unseen in curves]
         drawn.append((np.concatenate(areas), np.concatenate(among)))
     means = np.mean(whole, axis=0)
     spread = np.einsum("snd,ds->nd", np.array(drawn), seeds)
@@ -109,17 +110,15 @@ def measure(
     Writes what was counted to `sweep.npz` in the folder; returns γ, the summaries of the test
     images without it and with it, and each of `SCORES` with its deviation over resampled images.
     """
-    found = calibrate(lambda images, gammas: run.sweep(name, images, gammas), held_out, test)
-    save_sweep(found.test, found.gamma, folder / "sweep.npz")
-    values = {
-        key: estimate(*drawn)._asdict()
-        for key, drawn in scores([found.test], [found.gamma]).items()
-    }
+    sweep_of = functools.partial(run.sweep, name)
+    gamma, _, found = calibrate(sweep_of, held_out, test)
+    save_sweep(found, gamma, folder / "sweep.npz")
+    drawn = scores([found], [gamma])
     return {
-        "gamma": found.gamma,
-        "summary": found.test.summary(0.0),
-        "calibrated": found.test.summary(found.gamma),
-        "scores": values,
+        "gamma": gamma,
+        "summary": found.summary(0.0),
+        "calibrated": found.summary(gamma),
+        "scores": {key: estimate(*values)._asdict() for key, values in drawn.items()},
     }
 
 

@@ -154,9 +154,9 @@ def test_gamma_is_chosen_on_held_out_images_alone():
         best = 2.0 if images == "held out" else 0.0
         return sweep_with(**{f"{gamma:g}": 50 - abs(gamma - best) for gamma in gammas})
 
-    found = calibration.calibrate(sweep_of, "held out", "test", [2, 4])
+    gamma, *_ = calibration.calibrate(sweep_of, "held out", "test", [2, 4])
     assert asked == [("held out", (0.0, 2.0, 4.0)), ("test", (0.0, 2.0, 4.0))]
-    assert found.gamma == 2.0
+    assert gamma == 2.0
 
 
 def test_the_table():
