@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -48,15 +48,6 @@ _TEXT_FIELDS = (
 )
 
 
-class SavedLabels(NamedTuple):
-    """The `Labels` of a run as its workdir keeps them, for whom the data is not at hand."""
-
-    vocabulary: Vocabulary
-    caption_words: tuple[str, ...]
-    eval_size: int
-    eval_vocabulary: Vocabulary | None = None
-
-
 def write_labels(workdir: Path, labels: Labels) -> None:
     """Keeps in a workdir what `load_workdir` needs of the data."""
     content = {
@@ -76,8 +67,12 @@ def _read_labels(workdir: Path, config: ml_collections.ConfigDict) -> Labels:
     content = read_json(path)
     try:
         columns = {name: tuple(column) for name, column in content["vocabulary"].items()}
-        words, size = tuple(content["caption_words"]), content["eval_size"]
-        return SavedLabels(Vocabulary(**columns), words, size)
+        return types.SimpleNamespace(
+            vocabulary=Vocabulary(**columns),
+            eval_vocabulary=None,
+            caption_words=tuple(content["caption_words"]),
+            eval_size=content["eval_size"],
+        )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); delete it, and the command reads the classes from the "
