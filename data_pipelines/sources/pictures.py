@@ -20,11 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_picture(path: pathlib.Path, *, rgb: bool = False) -> Image.Image:
-    """Decodes an image file, EXIF rotation applied, in the mode that it has or as RGB.
-
-    Raises:
-      FileError: if that is not possible; the sentence names the file.
-    """
+    """Decodes an image file, EXIF rotation applied, in its own mode or as RGB, else FileError."""
     with open_image(path) as picture:
         picture.load()
         # Annotators saw the rotated picture; detectron2's `read_image` applies EXIF as well.
@@ -36,18 +32,24 @@ def open_picture(path: pathlib.Path, *, rgb: bool = False) -> Image.Image:
 
 
 def read_picture(folder: pathlib.Path, record: ImageRecord, source: pathlib.Path) -> Image.Image:
-    """The RGB image of a record, which must have the record's size.
-
-    Raises:
-      FileError: as `open_picture`, or for another size.
-    """
-    path = folder / record.file_name
+    """The RGB image of a record; FileError as `open_picture`, or for another size than it says."""
+    path, wanted = folder / record.file_name, (record.width, record.height)
     image = open_picture(path, rgb=True)
-    if image.size != (record.width, record.height):
-        with open_image(path) as picture:
-            stored = picture.size
-        _check_size(path, stored, image.size, record, source)
-    return image
+    if image.size == wanted:
+        return image
+    with open_image(path) as picture:
+        stored = picture.size
+    # Sizes are (width, height), as Pillow has them.
+    found, said = (f"{height}x{width}" for width, height in (image.size, wanted))
+    if stored == wanted:
+        raise FileError(
+            f"The image {path} is stored as {said} (height x width), as {source} says, but its "
+            f"EXIF orientation turns it to {found}; save it upright without the orientation, or "
+            "annotate it as it is shown."
+        )
+    raise FileError(
+        f"The image {path} is {found} (height x width) and {source} says {said}; both must agree."
+    )
 
 
 def check_images(source: Source, part: str, on_fault: Callable[[FileError], None]) -> None:
@@ -117,26 +119,3 @@ def check_end(path: pathlib.Path) -> None:
         # Wherever it is: some programs write a few bytes behind it.
         if b"IEND\xaeB`\x82" not in file.read():
             raise ImageError(f"{path} is cut off: it lacks the end of a PNG.")
-
-
-def _check_size(
-    path: pathlib.Path,
-    stored: tuple[int, int],
-    upright: tuple[int, int],
-    record: ImageRecord,
-    source: pathlib.Path | str,
-) -> None:
-    # Sizes are (width, height), as Pillow has them.
-    wanted = (record.width, record.height)
-    if upright == wanted:
-        return
-    found, said = (f"{height}x{width}" for width, height in (upright, wanted))
-    if stored == wanted:
-        raise FileError(
-            f"The image {path} is stored as {said} (height x width), as {source} says, but its "
-            f"EXIF orientation turns it to {found}; save it upright without the orientation, or "
-            "annotate it as it is shown."
-        )
-    raise FileError(
-        f"The image {path} is {found} (height x width) and {source} says {said}; both must agree."
-    )
