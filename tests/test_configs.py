@@ -66,7 +66,7 @@ def make_run(config, tmp_path):
 def with_files(config, tmp_path):
     """The config with stand-ins for the files that it leaves to the user to give."""
     config.text.update(tokenizer="words", bpe_path="", templates="name")
-    if "init" in config:
+    if any(stage.takes.get("clip") == "init" for stage in config.train.values()):
         weights = tmp_path / "model.safetensors"
         weights.touch()
         config.init.clip = str(weights)

@@ -140,10 +140,10 @@ def check_origins(workdir: Path, stages: Iterable[str]) -> None:
     stale = {name: source for name in names if (source := trained_anew(name))}
     if stale.keys() & set(stages):
         raise ValueError(
-            f"Trained on an earlier version of stage {' and '.join(sorted({*stale.values()}))}: "
-            f"the stages {', '.join(stale)} in {workdir}; delete the folders "
+            f"In {workdir}, {', '.join(stale)} learnt from an earlier version of stage "
+            f"{' and '.join(sorted({*stale.values()}))}; delete "
             f"{', '.join(str(workdir / name) for name in stale)}, and python -m concat_jax.main "
-            "with the same --config and --workdir trains them anew."
+            "with the same --config and --workdir trains them on what there is now."
         )
 
 
