@@ -116,7 +116,8 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pa
                     os.fsync(file.fileno())
             os.replace(partial, path)
     except BaseException:
-        _remove(partial)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise
 
 
@@ -134,11 +135,6 @@ def writing(path: pathlib.Path, partial: pathlib.Path | None = None) -> Iterator
             reason = "its folder is a file" if no_folder else error.strerror or error
             raise FileError(f"{path} cannot be written: {reason}.") from error
         raise
-
-
-def _remove(path: pathlib.Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -279,18 +279,23 @@ def fill_bank(
         done = batch_size * (num_batches - sum(len(shards[index]) for index in todo))
         progress = Progress("queries", done, batch_size * num_batches)
         ahead = batches([step for index in todo for step in shards[index]])
-        with contextlib.closing(ahead), _kept_if_interrupted():
-            for index in todo:
-                parts = []
-                for step in shards[index]:
-                    part = _stored(extract(next(ahead)), config.dtype, step)
-                    if index % process_count == process_index:
-                        parts.append(part)
-                    done += batch_size
-                    if process_index == 0:
-                        progress.tick(done)
-                if parts:
-                    store.write(index, _shard(parts))
+        try:
+            with contextlib.closing(ahead):
+                for index in todo:
+                    parts = []
+                    for step in shards[index]:
+                        part = _stored(extract(next(ahead)), config.dtype, step)
+                        if index % process_count == process_index:
+                            parts.append(part)
+                        done += batch_size
+                        if process_index == 0:
+                            progress.tick(done)
+                    if parts:
+                        store.write(index, _shard(parts))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "Stopped; what is finished of the query bank is kept, and the same command goes on."
+            ) from None
         wait_for_hosts("query bank")
     opened = [store.open(index) for index in range(len(shards))]
     for index, shard in enumerate(opened):
@@ -299,16 +304,6 @@ def fill_bank(
     labels = np.concatenate([shard["labels"] for shard in opened])
     targets = _targets(opened, labels.shape) if with_targets else None
     return Bank(ShardedRows([shard["queries"] for shard in opened]), labels, targets)
-
-
-@contextlib.contextmanager
-def _kept_if_interrupted() -> Generator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "Stopped; what is finished of the query bank is kept, and the same command goes on."
-        ) from None
 
 
 def _stored(batch: Batch, dtype: str, step: int) -> dict[str, np.ndarray]:
