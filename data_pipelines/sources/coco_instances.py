@@ -94,7 +94,7 @@ class CocoInstanceSource:
                 self.left_out,
             )
         records.sort(key=lambda record: record.image_id)
-        self.records = present("image", images, records, "file_name", json_path, skips=skips)
+        self.records = present(images, records, "file_name", json_path, skips=skips)
         self.skipped = len(content.images) - len(self.records)
 
     def masks(self, record: ImageRecord) -> Sequence[Mapping[str, Any]]:

@@ -72,12 +72,8 @@ class CocoPanopticSource:
         check_categories(layout.json_path, content.categories, vocabulary, own_names=own_names)
         records = self.records = _records(content, vocabulary)
         skips = on_bad_example == "skip"
-        for what, folder, field in (
-            ("image", layout.images, "file_name"),
-            ("panoptic PNG", layout.pngs, "png_name"),
-        ):
-            of = folder, self.records, field, layout.json_path
-            self.records = present(what, *of, skips=skips)
+        for folder, field in ((layout.images, "file_name"), (layout.pngs, "png_name")):
+            self.records = present(folder, self.records, field, layout.json_path, skips=skips)
         self.skipped = len(records) - len(self.records)
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:

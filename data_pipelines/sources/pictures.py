@@ -19,8 +19,8 @@ from data_pipelines.sources.source import ImageRecord, Source
 logger = logging.getLogger(__name__)
 
 
-def open_picture(path: pathlib.Path, *, rgb: bool = False) -> Image.Image:
-    """Decodes an image file, EXIF rotation applied, in its own mode or as RGB, else FileError."""
+def open_picture(path: pathlib.Path) -> Image.Image:
+    """Decodes an image file as RGB, EXIF rotation applied; FileError if that is not possible."""
     with open_image(path) as picture:
         picture.load()
         # Annotators saw the rotated picture; detectron2's `read_image` applies EXIF as well.
@@ -28,13 +28,13 @@ def open_picture(path: pathlib.Path, *, rgb: bool = False) -> Image.Image:
         # PIL does not look beyond the pixels, so a PNG cut off after them would pass.
         if picture.format == "PNG":
             check_end(path)
-        return picture.convert("RGB") if rgb and picture.mode != "RGB" else picture
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def read_picture(folder: pathlib.Path, record: ImageRecord, source: pathlib.Path) -> Image.Image:
     """The RGB image of a record; FileError as `open_picture`, or for another size than it says."""
     path, wanted = folder / record.file_name, (record.width, record.height)
-    image = open_picture(path, rgb=True)
+    image = open_picture(path)
     if image.size == wanted:
         return image
     with open_image(path) as picture:
@@ -80,7 +80,6 @@ def leave_out(error: FileError, skips: bool) -> None:
 
 
 def present(
-    what: str,
     folder: pathlib.Path,
     records: Sequence[ImageRecord],
     field: str,
@@ -105,7 +104,7 @@ def present(
         if base in listed[parent] or (folder / name).is_file():
             found.append(record)
             continue
-        error = FileError(f"The {what} {folder / name} is in the JSON but not on disk.")
+        error = FileError(f"{json_path} names the file {folder / name}, which is not on disk.")
         leave_out(error, skips)
     if not found:
         raise error

@@ -128,7 +128,7 @@ def changed(edit):
         (lambda c: c.pop("images"), "no list of 'images'"),
         (lambda c: c.update(images=[], annotations=[]), "lists no image"),
         (lambda c: c["images"][0].update(id="a9"), "two images with the number 9"),
-        (lambda c: c["images"][0].update(file_name="8.jpg"), "8.jpg is in the JSON but not on"),
+        (lambda c: c["images"][0].update(file_name="8.jpg"), "8.jpg, which is not on disk"),
         (lambda c: c["categories"][1].update(name="mug"), "category 47 'mug', the split 'cup'"),
         (
             lambda c: c.update(categories=c["categories"][3:], annotations=[]),
@@ -188,7 +188,7 @@ def test_skipping_every_image_is_told(tmp_path):
 
 def test_an_image_that_is_missing_is_left_out(tmp_path, caplog):
     content = changed(lambda c: c["images"][0].update(file_name="none.jpg"))
-    with pytest.raises(FileError, match="none.jpg is in the JSON but not on disk"):
+    with pytest.raises(FileError, match="none.jpg, which is not on disk"):
         load(tmp_path, content)
     source = load(tmp_path, content, on_bad_example="skip")
     assert len(source.records) == 2 and source.skipped == 1 and "none.jpg" in caplog.text

@@ -91,8 +91,8 @@ def test_missing_root_and_part(world):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("train2017/13.jpg", "image .*13.jpg is in the JSON but not on disk"),
-        ("annotations/panoptic_train2017/16.png", "panoptic PNG .*16.png is in the JSON but not"),
+        ("train2017/13.jpg", "names the file .*13.jpg, which is not on disk"),
+        ("annotations/panoptic_train2017/16.png", "names the file .*16.png, which is not on disk"),
     ],
 )
 def test_missing_files(world, place, message, caplog):
@@ -106,7 +106,7 @@ def test_missing_files(world, place, message, caplog):
     for path in (world / place).parent.iterdir():
         path.rename(path.with_suffix(".x"))
     (world / place).with_name("other.png").touch()
-    with pytest.raises(FileError, match="is in the JSON but not"):
+    with pytest.raises(FileError, match=", which is not on disk"):
         load(world, on_bad_example="skip")
 
 
@@ -212,7 +212,7 @@ def test_files_may_lie_in_folders_and_differ_in_their_extension_only(world):
     assert_equal(data.batch(0, 6), before)
     assert len({record.file_name for record in data.records}) == 8
     (pngs / data.records[3].png_name).unlink()
-    with pytest.raises(FileError, match=f"{data.records[3].png_name} is in the JSON but not on"):
+    with pytest.raises(FileError, match=f"{data.records[3].png_name}, which is not on disk"):
         load(world)
 
 
