@@ -103,7 +103,6 @@ class PanopticQuality(ClassCounts):
     _SUMS = ("iou_sum", "tp", "fp", "fn")
 
     def __init__(self, num_classes: int):
-        """Starts at zero for K = `num_classes` classes, at least one."""
         super().__init__(num_classes)
         self.iou_sum, self.tp, self.fp, self.fn = np.zeros((4, num_classes))
 

@@ -28,7 +28,6 @@ class SemanticIoU(ClassCounts):
     _SUMS = ("confusion", "unnamed", "ignored")
 
     def __init__(self, num_classes: int):
-        """Starts at zero for K = `num_classes` classes, at least one."""
         super().__init__(num_classes)
         self.confusion = np.zeros((num_classes, num_classes), np.int64)
         self.unnamed = np.zeros(num_classes, np.int64)
