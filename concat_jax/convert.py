@@ -41,6 +41,7 @@ def define_flags(flags: cli.Flags) -> None:
     flags.string("task", "", f"What the weights are for: {', '.join(TASKS)}.")
     flags.string("to", "orbax", "orbax: for this package; hf: for transformers.")
     flags.string("stage", "", "Of a workdir; the last that is evaluated by default.")
+    flags.switch("float16", "Keep weights in half the room; they are read as float32.")
     flags.switch("overwrite", "Replace a model at DESTINATION.")
 
 
@@ -66,7 +67,8 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
                 raise ValueError(f"--{name} is for weights of others, not for a workdir.")
         if given.to != "orbax":
             raise ValueError(f"--to={given.to} cannot hold a model that names classes by text.")
-        export_workdir(source, destination, stage=given.stage, overwrite=given.overwrite)
+        how = {"overwrite": given.overwrite, "float16": given.float16}
+        export_workdir(source, destination, stage=given.stage, **how)
         return
     if given.stage:
         raise ValueError(f"--stage={given.stage} is for workdirs, and {source} is none.")
@@ -75,6 +77,8 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
             raise ValueError(
                 f"--{flag}={value} is unknown; use {' or '.join(filter(None, valid))}."
             )
+    if given.float16 and given.to == "hf":
+        raise ValueError("--float16 is for --to=orbax; folders of Hugging Face's hold float32.")
     for path in arguments:
         if "://" in path:
             raise ValueError(f"{path} is not a local path; give a file or folder of this machine.")
@@ -88,8 +92,11 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     print(f"{source} is {model.kind}.", model.report, sep="\n")
     card = dataclasses.replace(model.card, task=given.task or model.card.task)
     print(*model.notes, *_describe(card, model.classes), sep="\n")
-    save = save_hf_folder if given.to == "hf" else save_model
-    save(destination, model.params, card, overwrite=given.overwrite)
+    how = {"overwrite": given.overwrite}
+    if given.to == "hf":
+        save_hf_folder(destination, model.params, card, **how)
+    else:
+        save_model(destination, model.params, card, **how, float16=given.float16)
     print(f"Wrote {destination}.")
 
 

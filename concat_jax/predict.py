@@ -14,27 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from concat_jax.core import cli
 from concat_jax.core.coco_writers import result_names
 from concat_jax.core.config import check_choice
 from concat_jax.core.files import ImageError
-from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import format_seconds
 from concat_jax.experiment.model import open_model
-from concat_jax.inference.images import read_image
 from concat_jax.inference.inputs import data_set_names, find_images, image_ids, source_names
-from concat_jax.inference.model import Model
+from concat_jax.inference.model import Model, segment_all
 from concat_jax.inference.outputs import ResultWriter
 from concat_jax.inference.panoptic import KEEP_RULES
-from concat_jax.inference.predictor import PredictConfig, Predictor, Prepared
+from concat_jax.inference.predictor import PredictConfig, Predictor
 from concat_jax.weights.model_folder import TASKS
-from data_pipelines.labels import parse_classes
 
 # From so many images on, lines say how far it is and how long it will take.
 PROGRESS_FROM = 4
@@ -44,15 +38,6 @@ FLAG_TASKS = {
     "overlap_threshold": ("panoptic",),
     "score_threshold": ("panoptic", "instance"),
 }
-
-
-class Loaded(NamedTuple):
-    """An input read from disk: `error` says why there is no image."""
-
-    index: int
-    image: np.ndarray | None = None
-    prepared: Prepared | None = None
-    error: str = ""
 
 
 def define_flags(flags: cli.Flags) -> None:
@@ -95,13 +80,6 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: 
     for sentence, _ in found.skipped:
         print(f"Passed over: {sentence}")
 
-    def load(index: int) -> Loaded:
-        try:
-            image = read_image(paths[index])
-        except ImageError as error:
-            return Loaded(index, error=str(error))
-        return Loaded(index, image, predictor.prepare(image))
-
     done = num_written = 0
 
     def report(index: int, what: str) -> None:
@@ -113,26 +91,20 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: 
             progress = f"[{done}/{len(paths)}, {format_seconds(left)} left] "
         print(f"{progress}{paths[index]}: {what}", flush=True)
 
-    def readable() -> Iterator[tuple[Loaded, Prepared]]:
-        for item in prefetch(load, 0, len(paths), depth=2, num_threads=1):
-            if item.error:
-                failures.append(item.error)
-                report(item.index, "failed.")
-            else:
-                yield item, item.prepared
+    def failed(index: int, error: ImageError) -> None:
+        failures.append(str(error))
+        report(index, "failed.")
 
-    (task,), vocabulary = predictor.config.tasks, predictor.vocabulary
+    (task,) = predictor.config.tasks
     with contextlib.ExitStack() as stack:
         writer = None
-        for item, prediction in predictor.stream(readable()):
+        for index, image, prediction in segment_all(predictor, paths, failed):
             if writer is None:  # where all inputs fail, the results of an earlier call stay
-                result = ResultWriter(output, task, vocabulary, vocabulary.is_thing)
-                writer = stack.enter_context(result)
-            of_image = names[item.index], ids[item.index], sources[item.index]
+                writer = stack.enter_context(ResultWriter(output, task, predictor.vocabulary))
             part = next(part for part in prediction if part is not None)
-            said = writer.add(*of_image, item.image, part)
+            said = writer.add(names[index], ids[index], sources[index], image, part)
             num_written += 1
-            report(item.index, said)
+            report(index, said)
 
     where = f"written to {output}" if num_written else f"nothing is written, {output} is as it was"
     total = num_written + found.num_skipped + len(failures)
@@ -161,19 +133,9 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> int:
         raise ValueError("give --model=DIR, --output=DIR and the images to segment.")
     output = cli.output_folder(given)
     model = open_model(given.model, stage=given.stage, dtype=given.dtype)
-    config = config_of(given, model)
-    notice, classes = model.notice, None
-    if given.classes:
-        classes, knows_things = parse_classes(given.classes, model.vocabulary)
-        notice = (
-            "" if knows_things else "Which names are things is not said: all are taken as such."
-        )
-    if notice and "panoptic" in config.tasks:
+    predictor = model.predictor(config_of(given, model), given.classes or None)
+    for notice in predictor.notices:
         print(notice)
-    predictor = model.predictor(config, classes)
-    if given.gamma and len({*predictor.vocabulary.is_seen}) == 1:
-        which = "every" if predictor.vocabulary.is_seen[0] else "no"
-        print(f"--gamma={given.gamma:g} changes nothing: {which} name was seen in training.")
     return min(1, run(predictor, arguments, output, given.annotations))
 
 
@@ -189,7 +151,8 @@ def config_of(given: cli.Flags, model: Model) -> PredictConfig:
         if given[name].present and task not in tasks:
             raise ValueError(f"--{name} means nothing to the task {task}; leave it out.")
     threshold = given.score_threshold
-    return PredictConfig(
+    sides = {name: given[name].value for name in ("short_side", "long_side") if given[name].value}
+    return model.config(
         tasks=(task,),
         keep_rule=given.keep_rule,
         score_threshold=0.8 if threshold is None else threshold,
@@ -199,9 +162,8 @@ def config_of(given: cli.Flags, model: Model) -> PredictConfig:
         mask_threshold=given.mask_threshold,
         overlap_threshold=given.overlap_threshold,
         gamma=given.gamma,
-        short_side=given.short_side or model.card.short_side,
-        long_side=given.long_side or model.card.long_side,
         batch_size=given.batch_size,
+        **sides,
     )
 
 

@@ -25,12 +25,16 @@ import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from concat_jax.core.config import check_choice
 from concat_jax.core.files import read_json, read_text
 from concat_jax.core.vocabulary import Vocabulary
 
 _HERE = pathlib.Path(__file__).parent
 # Where the files lie that ship.
 FOLDERS = (_HERE / "splits", _HERE / "vocabularies")
+
+# Names that somebody asks for, see `parse_classes`.
+Names = str | os.PathLike[str] | Sequence[str] | Mapping[str, Sequence[str]]
 
 _FILE_KEYS = ("name", "description", "source", "categories")
 
@@ -72,34 +76,28 @@ def _find(name_or_path: str | os.PathLike[str]) -> pathlib.Path | None:
     return next((pathlib.Path(file) for file in files if os.path.isfile(file)), None)
 
 
-def parse_classes(text: str, training: Vocabulary) -> tuple[Vocabulary, bool]:
-    """A vocabulary from "red balloon, blue balloon; grey ground" (things; stuff), or from a file.
+def parse_classes(classes: Names, training: Vocabulary) -> tuple[Vocabulary, bool]:
+    """A vocabulary from the names that somebody asks for, and whether it says which are things.
 
-    A name that is among `training` is seen or unseen as it was there; any other is unseen. Returns
-    as well whether it is said which are things; where it is not, all are taken as such. Raises
-    ValueError as `load_classes`, and for a name that is empty or occurs twice.
+    `classes` is "red balloon, blue balloon; grey ground" (things; stuff), a file, {"things": [...],
+    "stuff": [...]}, or a list, of which those are stuff that are stuff in `training`. A name that
+    is among `training` is seen or unseen as it was there; any other is unseen. Where nothing says
+    which are things, all are taken as such. Raises ValueError as `load_classes`, and for a name
+    that is empty, no text or twice.
     """
-    if _find(text):
-        found, knows_things = load_classes(text, training)
+    found, knows_things = None, True
+    if isinstance(classes, str | os.PathLike) and _find(classes):
+        found, knows_things = load_classes(classes, training)
         names, is_thing = found.names, found.is_thing if knows_things else (True,) * len(found)
     else:
-        if text.endswith((".txt", ".json")):
-            raise ValueError(f"There is no file {text}; give --classes=FILE or the names.")
-        things, _, stuff = text.partition(";")
-        if ";" in stuff:
-            raise ValueError(f"--classes={text} has several semicolons; one ends the things.")
-        parts = [_split(part) for part in (things, stuff)]
-        found, names = None, tuple(name for part in parts for name in part)
-        is_thing, knows_things = (True,) * len(parts[0]) + (False,) * len(parts[1]), True
+        names, is_thing = _asked_for(classes, training)
     if not names:
-        raise ValueError(
-            f"--classes={text} holds no name; give some, as --classes='cat, dog; sky'."
-        )
+        raise ValueError("The classes hold no name; give some, as 'cat, dog; sky'.")
     for number, name in enumerate(names, start=1):
         if not name:
-            raise ValueError(f"Name {number} of --classes={text} is empty; take a comma out.")
+            raise ValueError(f"Name {number} of the classes is empty; take it out.")
         if name.casefold() in {other.casefold() for other in names[: number - 1]}:
-            raise ValueError(f"--classes holds the name {name!r} more than once; take one out.")
+            raise ValueError(f"The classes hold the name {name!r} more than once; take one out.")
     seen = {training.names[k].casefold() for k in training.seen}
     flags = dict(is_thing=is_thing, is_seen=tuple(name.casefold() in seen for name in names))
     if found:
@@ -108,8 +106,37 @@ def parse_classes(text: str, training: Vocabulary) -> tuple[Vocabulary, bool]:
     return Vocabulary(names, **flags, category_ids=ids), knows_things
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")] if text.strip() else []
+def _asked_for(classes: Names, training: Vocabulary) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    """Names, and which of them are things."""
+    if isinstance(classes, os.PathLike) or (
+        isinstance(classes, str) and classes.endswith((".txt", ".json"))
+    ):
+        raise ValueError(f"There is no file {classes}; name one that is there, or the classes.")
+    if isinstance(classes, str):
+        parts = [[n.strip() for n in part.split(",")] for part in classes.split(";")]
+        parts = [part if part != [""] else [] for part in parts]
+        if len(parts) > 2:
+            raise ValueError(f"{classes!r} has several semicolons; one ends the things.")
+    elif isinstance(classes, Mapping):
+        for key in classes:
+            check_choice(key, ("things", "stuff"), "The classes have no key")
+        parts = [classes.get(key, ()) for key in ("things", "stuff")]
+    else:
+        parts = [classes]
+    for part in parts:
+        is_list = isinstance(part, Sequence) and not isinstance(part, str)
+        if not is_list or not all(isinstance(name, str) for name in part):
+            raise ValueError(f"The classes hold {part!r} where a list of names belongs.")
+    if isinstance(classes, str | Mapping):
+        flags = [number == 0 for number, part in enumerate(parts) for _ in part]
+    else:
+        stuff = {
+            n.casefold()
+            for n, flag in zip(training.names, training.is_thing, strict=True)
+            if not flag
+        }
+        flags = [name.strip().casefold() not in stuff for name in classes]
+    return tuple(name.strip() for part in parts for name in part), tuple(flags)
 
 
 def with_synonyms(vocabulary: Vocabulary, source: Vocabulary) -> Vocabulary:

@@ -21,9 +21,9 @@ RULE = {
     "training": {"core", "models", "losses", "stages"},
     "weights": {"core", "models", "text"},
     "visualize": {"core"},
-    "inference": {"core", "models", "text", "weights", "visualize"},
-    "evaluation": {"core", "models", "weights", "visualize", "inference"},
     "data_pipelines": {"core"},
+    "inference": {"core", "models", "text", "weights", "visualize", "data_pipelines"},
+    "evaluation": {"core", "models", "weights", "visualize", "inference"},
 }
 RULE["experiment"] = set(RULE)
 RULE["benchmarking"] = set(RULE)
@@ -203,6 +203,13 @@ def test_clu_is_imported_by_the_metric_writer_when_asked_for():
         if module.split(".")[0] in ("clu", "tensorboard")
     }
     assert found == {("metrics", True)}
+
+
+def test_the_package_imports_nothing_until_a_model_is_loaded():
+    found = imports(ROOT / "concat_jax" / "__init__.py")
+    assert any(inside for *_, inside in found)
+    at_once = {module.split(".")[0] for module, *later in found if not any(later)}
+    assert at_once <= sys.stdlib_module_names
 
 
 def test_configs_import_nothing_that_computes():

@@ -141,16 +141,6 @@ class _Writer(contextlib.ExitStack):
         self._vocabulary = vocabulary
         self._taken: set[str] = set()
 
-    def _head(self, task: str, pixels: str) -> dict[str, Any]:
-        rows = zip(
-            self._vocabulary.category_ids,
-            self._vocabulary.names,
-            self._vocabulary.is_thing,
-            strict=True,
-        )
-        categories = [{"id": int(i), "name": n, "isthing": int(t)} for i, n, t in rows]
-        return {"task": task, "pixels": pixels, "categories": categories}
-
     def _open(self, json_path: pathlib.Path, head: dict | None, *lists: str) -> StreamedJson:
         return self.enter_context(StreamedJson(json_path, head, lists or ("",)))
 
@@ -168,21 +158,67 @@ class _Writer(contextlib.ExitStack):
         return name
 
     def _checked(self, label: int, image_id: ImageId) -> int:
-        if not 0 <= label < len(self._vocabulary):
-            raise ValueError(
-                f"Image {image_id}: class index {label} is outside the vocabulary of "
-                f"{len(self._vocabulary)}."
-            )
-        return int(self._vocabulary.category_ids[label])
+        return _category(label, self._vocabulary, image_id)
+
+
+def head(task: str, pixels: str, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a manifest says before its lists: the task, what pixels mean, the categories."""
+    rows = zip(vocabulary.category_ids, vocabulary.names, vocabulary.is_thing, strict=True)
+    categories = [{"id": int(i), "name": n, "isthing": int(t)} for i, n, t in rows]
+    return {"task": task, "pixels": pixels, "categories": categories}
+
+
+def _category(label: int, vocabulary: Vocabulary, image_id: ImageId) -> int:
+    if not 0 <= label < len(vocabulary):
+        raise ValueError(
+            f"Image {image_id}: class index {label} is outside the vocabulary of {len(vocabulary)}."
+        )
+    return int(vocabulary.category_ids[label])
 
 
 def _id(image_id: ImageId) -> ImageId:
     return image_id if isinstance(image_id, str) else int(image_id)
 
 
-def _image(image_id: ImageId, file_name: str, size: Sequence[int]) -> dict[str, Any]:
+def image_entry(image_id: ImageId, file_name: str, size: Sequence[int]) -> dict[str, Any]:
+    """An image of size (height, width) in COCO's list of them."""
     height, width = (int(side) for side in size)
     return {"id": _id(image_id), "file_name": str(file_name), "height": height, "width": width}
+
+
+def segments_info(
+    id_map: np.ndarray,
+    segments: Sequence[Mapping[str, Any]],
+    vocabulary: Vocabulary,
+    image_id: ImageId,
+) -> list[dict[str, Any]]:
+    """COCO's list of an image's segments; areas and boxes are measured on its map [H, W], 0 void.
+
+    `segments` have "id" and "label" (class index), optionally "score" and "iscrowd". Raises
+    ValueError if their ids are not the map's (the official tool refuses such files) or a label is
+    no class.
+    """
+    listed = [int(segment["id"]) for segment in segments]
+    ids, areas = np.unique(id_map, return_counts=True)
+    area_of = {int(i): int(a) for i, a in zip(ids, areas, strict=True) if i != 0}
+    if sorted(listed) != sorted(area_of):
+        raise ValueError(
+            f"Image {image_id}: the map holds the ids {sorted(area_of)[:8]} but {listed[:8]} "
+            "are listed; list every non-zero id of the map exactly once."
+        )
+    infos = []
+    for segment in segments:
+        info = {
+            "id": int(segment["id"]),
+            "category_id": _category(int(segment["label"]), vocabulary, image_id),
+            "area": area_of[int(segment["id"])],
+            "bbox": bounding_box(id_map == segment["id"]),
+            "iscrowd": int(segment.get("iscrowd", 0)),
+        }
+        if "score" in segment:
+            info["score"] = round(float(segment["score"]), 5)
+        infos.append(info)
+    return infos
 
 
 class PanopticWriter(_Writer):
@@ -199,8 +235,8 @@ class PanopticWriter(_Writer):
         self.png_folder = pathlib.Path(folder) / name
         self.json_path = self.png_folder.with_name(f"{name}.json")
         self.png_folder.mkdir(parents=True, exist_ok=True)
-        head = self._head("panoptic", "segment_ids")
-        self._json = self._open(self.json_path, head, "annotations", "images")
+        start = head("panoptic", "segment_ids", vocabulary)
+        self._json = self._open(self.json_path, start, "annotations", "images")
 
     def add(
         self,
@@ -211,37 +247,16 @@ class PanopticWriter(_Writer):
         *,
         result: str = "",
     ) -> None:
-        """Writes one image's `id_map` [H, W], 0 void; areas and boxes are measured on it.
+        """Writes one image's map and segments, see `segments_info`.
 
-        `segments` have "id" and "label" (class index), optionally "score" and "iscrowd". Raises
-        ValueError if their ids are not the map's (the official tool refuses such files), a label is
-        no class, or the PNG name was written before.
+        Raises ValueError as it does, or if the PNG name was written before.
         """
-        listed = [int(segment["id"]) for segment in segments]
-        ids, areas = np.unique(id_map, return_counts=True)
-        area_of = {int(i): int(a) for i, a in zip(ids, areas, strict=True) if i != 0}
-        if sorted(listed) != sorted(area_of):
-            raise ValueError(
-                f"Image {image_id}: the map holds the ids {sorted(area_of)[:8]} but {listed[:8]} "
-                "are listed; list every non-zero id of the map exactly once."
-            )
-        infos = []
-        for segment in segments:
-            info = {
-                "id": int(segment["id"]),
-                "category_id": self._checked(int(segment["label"]), image_id),
-                "area": area_of[int(segment["id"])],
-                "bbox": bounding_box(id_map == segment["id"]),
-                "iscrowd": int(segment.get("iscrowd", 0)),
-            }
-            if "score" in segment:
-                info["score"] = round(float(segment["score"]), 5)
-            infos.append(info)
+        infos = segments_info(id_map, segments, self._vocabulary, image_id)
         png = self._png(self.png_folder, f"{result}.png" if result else file_name)
         write_png(self.png_folder / png, Image.fromarray(ids_to_rgb(id_map)))
         entry = {"image_id": _id(image_id), "file_name": png, "segments_info": infos}
         self._json.append(entry, "annotations")
-        self._json.append(_image(image_id, file_name, np.shape(id_map)), "images")
+        self._json.append(image_entry(image_id, file_name, np.shape(id_map)), "images")
 
 
 class InstanceWriter(_Writer):
@@ -255,7 +270,7 @@ class InstanceWriter(_Writer):
         super().__init__(vocabulary)
         self.json_path = pathlib.Path(json_path)
         manifest = self.json_path.with_suffix(".manifest.json")
-        self._manifest = self._open(manifest, self._head("instance", "run_lengths"), "images")
+        self._manifest = self._open(manifest, head("instance", "run_lengths", vocabulary), "images")
         self._json = self._open(self.json_path, None)
 
     def add(
@@ -279,7 +294,7 @@ class InstanceWriter(_Writer):
             entry = {"image_id": _id(image_id), "file_name": file_name, "category_id": category}
             entry["category_name"] = self._vocabulary.names[label]
             self._json.append(entry | {"segmentation": dict(code), "score": float(score)})
-        self._manifest.append(_image(image_id, file_name, size), "images")
+        self._manifest.append(image_entry(image_id, file_name, size), "images")
 
 
 class SemanticWriter(_Writer):
@@ -300,9 +315,9 @@ class SemanticWriter(_Writer):
         dtype = np.uint8 if max(values) < 255 else np.uint16
         # The last entry is void, which index -1 reads.
         self._values = np.array([*values, np.iinfo(dtype).max], dtype)
-        head = self._head("semantic", "category_ids" if fits else "indices")
+        start = head("semantic", "category_ids" if fits else "indices", vocabulary)
         manifest = self.folder.with_name(f"{self.folder.name}.json")
-        self._json = self._open(manifest, {**head, "void": int(self._values[-1])}, "images")
+        self._json = self._open(manifest, {**start, "void": int(self._values[-1])}, "images")
 
     def add(
         self, image_id: ImageId, file_name: str, labels: np.ndarray, *, result: str = ""
@@ -326,5 +341,5 @@ class SemanticWriter(_Writer):
             for k, area in zip(present.tolist(), areas, strict=True)
             if k >= 0
         ]
-        entry = _image(image_id, file_name, labels.shape) | {"map": png, "classes": classes}
+        entry = image_entry(image_id, file_name, labels.shape) | {"map": png, "classes": classes}
         self._json.append(entry, "images")

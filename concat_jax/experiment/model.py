@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 from pathlib import Path
 
 import jax
 import ml_collections
 
+from concat_jax import weights
 from concat_jax.core.config import unflatten
 from concat_jax.core.files import read_json, write_json
 from concat_jax.core.vocabulary import Vocabulary
@@ -34,6 +36,8 @@ from concat_jax.weights.model_folder import (
 
 CONFIG_NAME = "config.json"
 LABELS_NAME = "labels.json"
+# The model that ships: its name, and its folder.
+DEMO, SHIPPED = "demo", Path(weights.__file__).parent / "demo"
 # What of CLIP's fields decides its text tower.
 _TEXT_FIELDS = (
     "embed_dim",
@@ -89,14 +93,21 @@ def is_workdir(folder: Path) -> bool:
     return isinstance(content, dict) and any(key.startswith("train.") for key in content)
 
 
-def open_model(path: str | Path, *, stage: str = "", dtype: str = "") -> Model:
+def open_model(path: str | os.PathLike[str], *, stage: str = "", dtype: str = "") -> Model:
     """A model from a workdir, or from a folder that `python -m concat_jax.convert` made.
 
-    `stage` "" takes the last that the config evaluates, or the last of all; `dtype` "" the model's
-    own. Raises ValueError if the folder is neither, the stage has not finished, or what is there
-    is damaged.
+    The text "demo" names the model that ships; "./demo", as any `Path`, is a folder. `stage` ""
+    takes the last that the config evaluates, or the last of all; `dtype` "" the model's own. Raises
+    ValueError if the folder is neither, the stage has not finished, or what is there is damaged.
     """
     folder = Path(path)
+    if path == DEMO:
+        if (folder / CARD_NAME).is_file() or is_workdir(folder):
+            raise ValueError(
+                f"{path} is the model that ships, and there is one in the folder {path} here; give "
+                f"./{path} for the folder's, or {SHIPPED} for the other."
+            )
+        folder = SHIPPED
     if (folder / CARD_NAME).is_file():
         if stage:
             raise ValueError(f"--stage={stage} is for workdirs; {folder} holds one model.")
@@ -117,7 +128,12 @@ def open_model(path: str | Path, *, stage: str = "", dtype: str = "") -> Model:
 
 
 def export_workdir(
-    workdir: str | Path, destination: str | Path, *, stage: str = "", overwrite: bool = False
+    workdir: str | Path,
+    destination: str | Path,
+    *,
+    stage: str = "",
+    overwrite: bool = False,
+    float16: bool = False,
 ) -> None:
     """Writes what holds after a stage as a model's folder, to be handed to somebody."""
     check_destination(destination, overwrite=overwrite)
@@ -125,7 +141,8 @@ def export_workdir(
     for name, tree in params.items():
         count = sum(leaf.size for leaf in jax.tree.leaves(tree))
         print(f"  {name:<14}{count:>12,} numbers")
-    save_model(destination, params, card, tokenizer=tokenizer, overwrite=overwrite)
+    how = {"overwrite": overwrite, "float16": float16}
+    save_model(destination, params, card, tokenizer=tokenizer, **how)
     print(f"Wrote {destination}, {len(card.vocabulary)} classes of training and any other names.")
 
 

@@ -24,6 +24,8 @@ MAX_PIXELS = 89_478_485
 # Sides are multiples of it: the coarsest features have stride 32.
 SIDE_MULTIPLE = 32
 
+Picture = str | os.PathLike[str] | np.ndarray | Image.Image
+
 _PNG_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -41,6 +43,20 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
             return to_rgb(_upright(picture), str(path))
 
 
+def open_picture(picture: Picture, name: str) -> np.ndarray:
+    """An image [H, W, 3] uint8 from whatever somebody has: a path, an array or a Pillow image.
+
+    Raises ImageError as `read_image` and `to_rgb`, which calls what is no file by its `name`.
+    """
+    if isinstance(picture, str | os.PathLike):
+        return read_image(picture)
+    if not isinstance(picture, Image.Image) and not hasattr(picture, "__array__"):
+        raise ImageError(
+            f"{name} is of type {type(picture).__name__}; give a path, an array or a Pillow image."
+        )
+    return to_rgb(picture, name)
+
+
 def to_rgb(image: np.ndarray | Image.Image, name: str = "The image") -> np.ndarray:
     """A Pillow image, or array [H, W] or [H, W, 1, 3 or 4], uint8 or uint16, as [H, W, 3] uint8.
 
@@ -52,6 +68,10 @@ def to_rgb(image: np.ndarray | Image.Image, name: str = "The image") -> np.ndarr
     if not isinstance(image, Image.Image):
         return _array_to_rgb(np.asarray(image), name)
     _check_pixels(image, name)
+    try:
+        image.load()
+    except UNREADABLE as error:
+        raise ImageError(f"{name} cannot be decoded: {error}.") from error
     if image.mode in _PNG_16_BIT or image.mode == "I":
         grey = np.asarray(image)
         if image.mode == "I" and (grey.min() < 0 or grey.max() > 65535):

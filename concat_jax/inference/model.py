@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
 
-from concat_jax.core.config import check_choice
+from concat_jax.core.config import build, check_choice
+from concat_jax.core.files import ImageError
+from concat_jax.core.prefetch import prefetch
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.heads import LinearHead, TextHead, text_head_for
-from concat_jax.inference.predictor import PredictConfig, Predictor
+from concat_jax.inference.images import Picture, open_picture
+from concat_jax.inference.inputs import source_names
+from concat_jax.inference.predictor import PredictConfig, Prediction, Predictor, Prepared
 from concat_jax.inference.programs import Network
+from concat_jax.inference.result import Result, Results
 from concat_jax.inference.text_tower import TextTower
 from concat_jax.models.segmentor import DTYPES, make_segmentor
 from concat_jax.text.tokenizer import Tokenizer, load_tokenizer
 from concat_jax.weights.model_folder import TOKENIZER_NAME, ModelCard, load_model, text_modules
+from data_pipelines.labels import Names, parse_classes
 
 # Prompts that the text tower takes at once: few, since people ask for few names.
 PROMPTS_AT_ONCE = 32
@@ -27,11 +35,10 @@ PROMPTS_AT_ONCE = 32
 class Model:
     """A segmentor with what names its queries, on its device.
 
-        model = Model.from_folder("models/mine")
-        predictor = model.predictor(classes=vocabulary)
+        model = concat_jax.load("models/mine")
+        result = model("photo.jpg", classes=["cat", "remote control", "sofa"])
 
-    `vocabulary` has the names of its head or, where text names them, of training. `notice` is a
-    sentence on what it cannot do as asked, or "".
+    `vocabulary` has the names of its head or, where text names them, of training.
     """
 
     def __init__(
@@ -48,12 +55,12 @@ class Model:
         if dtype:
             check_choice(dtype, DTYPES, "There is no dtype")
             settings["dtype"] = dtype
-        self.card, self.vocabulary, self.notice = card, card.vocabulary, ""
+        self.card, self.vocabulary, self._notice = card, card.vocabulary, ""
         if not card.knows_things:
             # Stuff flags that nobody set would merge every class into one segment.
             things = (True,) * len(card.vocabulary)
             self.vocabulary = dataclasses.replace(card.vocabulary, is_thing=things)
-            self.notice = (
+            self._notice = (
                 "The model does not say which classes are things: all are treated as things, so "
                 "no segments of one class are merged."
             )
@@ -87,25 +94,123 @@ class Model:
             tokenizer = load_tokenizer(Path(folder) / TOKENIZER_NAME, card.text.tokenizer)
         return cls(params, card, tokenizer, dtype=dtype)
 
-    def predictor(
-        self, config: PredictConfig | None = None, classes: Vocabulary | None = None
-    ) -> Predictor:
-        """A predictor by the names that are asked for; None for the model's own.
+    @overload
+    def __call__(
+        self, images: Picture, classes: Names | Vocabulary | None = None, **settings: Any
+    ) -> Result: ...
 
-        The image size is the card's unless the config says one. Raises ValueError if the head
-        cannot read other names, or for names that the tokenizer cannot read or tell apart.
+    @overload
+    def __call__(
+        self, images: Sequence[Picture], classes: Names | Vocabulary | None = None, **settings: Any
+    ) -> Results: ...
+
+    def __call__(self, images, classes=None, **settings):
+        """Segments an image, or each of a list or tuple of them, by names.
+
+        Args:
+          images: paths, arrays [H, W], or [H, W, C] of 1, 3 or 4 channels, uint8 or uint16, or
+            Pillow images. Files are turned as their EXIF data say, Pillow images are taken as they
+            are.
+          classes: see `labels.parse_classes`: ["cat", "sky"], {"things": ["cat"], "stuff":
+            ["sky"]}, "cat; sky" or a file. None: the model's own. Other names compile nothing
+            again, up to 32, then up to 64 and so on.
+          settings: fields of `PredictConfig` besides `tasks`, such as mask_threshold and gamma;
+            batch_size is for lists.
+
+        Raises ValueError for an image that cannot be read, for names that the model cannot tell
+        apart and for settings that do not exist or are out of range.
         """
-        card = self.card
-        config = config or PredictConfig(short_side=card.short_side, long_side=card.long_side)
-        if classes is None or classes.names == self.vocabulary.names:
-            vocabulary = classes or self.vocabulary
-            return Predictor(self._network, self._head, vocabulary, config)
-        if card.text is None:
+        if "tasks" in settings or isinstance(settings.get("gamma"), Sequence):
             raise ValueError(
-                f"The head of {card.source or 'this model'} is linear and names its own "
-                f"{len(self.vocabulary)} classes alone; names of one's own need a model that was "
-                "trained to read them, such as the workdir of python -m concat_jax.main."
+                "A call gives one panoptic result an image; for other tasks, or several values of "
+                "gamma, use Model.predictor."
             )
-        text = self._tower.embed(classes, batch_size=PROMPTS_AT_ONCE)
-        head = text_head_for(self._head, text, np.asarray(self._head.text))
-        return Predictor(self._network, head, classes, config)
+        predictor = self.predictor(self.config(**settings), classes)
+        for notice in predictor.notices:
+            warnings.warn(notice, stacklevel=2)
+        is_list = isinstance(images, list | tuple)
+        pictures = images if is_list else [images]
+        sources, results = _sources(pictures), {}
+        for index, image, prediction in segment_all(predictor, pictures):
+            found = prediction.panoptic
+            results[index] = Result(image, predictor.vocabulary, sources[index], found)
+        in_order = Results(results[index] for index in range(len(pictures)))
+        return in_order if is_list else in_order[0]
+
+    def config(self, **settings: Any) -> PredictConfig:
+        """How to predict, with the card's image size; ValueError for what is no setting."""
+        sides = {"short_side": self.card.short_side, "long_side": self.card.long_side}
+        return build(PredictConfig, {**sides, **settings}, "PredictConfig")
+
+    def predictor(
+        self,
+        config: PredictConfig | None = None,
+        classes: Names | Vocabulary | None = None,
+    ) -> Predictor:
+        """A predictor by the names that are asked for, see `__call__`.
+
+        Raises ValueError if the head cannot read other names, or for names that the tokenizer
+        cannot read or tell apart.
+        """
+        card, notices = self.card, []
+        if isinstance(classes, Vocabulary):
+            vocabulary = classes
+        elif classes is None:
+            vocabulary = self.vocabulary
+            notices += [self._notice] if self._notice else []
+        else:
+            vocabulary, knows_things = parse_classes(classes, self.vocabulary)
+            if not knows_things:
+                notices += ["Which names are things is not said: all are taken as such."]
+        head = self._head
+        if vocabulary.names != self.vocabulary.names:
+            if card.text is None:
+                raise ValueError(
+                    f"The head of {card.source or 'this model'} is linear and names its own "
+                    f"{len(self.vocabulary)} classes alone; names of one's own need a model that "
+                    "was trained to read them, such as the workdir of python -m concat_jax.main."
+                )
+            text = self._tower.embed(vocabulary, batch_size=PROMPTS_AT_ONCE)
+            head = text_head_for(head, text, np.asarray(head.text))
+        config = config or self.config()
+        return Predictor(self._network, head, vocabulary, config, notices=notices)
+
+
+def _sources(pictures: Sequence[Picture]) -> list[str]:
+    """Names of the files, below the folder that all share; "image.png" for what is in memory."""
+    are_files = [isinstance(picture, str | os.PathLike) for picture in pictures]
+    files = [Path(p) for p, is_file in zip(pictures, are_files, strict=True) if is_file]
+    names = iter(source_names(files))
+    return [next(names) if is_file else "image.png" for is_file in are_files]
+
+
+def segment_all(
+    predictor: Predictor,
+    pictures: Sequence[Picture],
+    failed: Callable[[int, ImageError], None] | None = None,
+) -> Iterator[tuple[int, np.ndarray, Prediction]]:
+    """Index, image [H, W, 3] uint8 and prediction of each picture, as batches fill up.
+
+    Few are in memory at once: a thread reads what comes next. What cannot be read is raised, or
+    passed over where `failed` is told.
+    """
+
+    def load(index: int) -> tuple[np.ndarray | ImageError, Prepared | None]:
+        try:
+            image = open_picture(pictures[index], f"Image {index + 1}")
+        except ImageError as error:
+            return error, None
+        return image, predictor.prepare(image)
+
+    def readable() -> Iterator[tuple[tuple[int, np.ndarray], Prepared]]:
+        read = prefetch(load, 0, len(pictures), depth=2, num_threads=1)
+        for index, (image, prepared) in enumerate(read):
+            if prepared is not None:
+                yield (index, image), prepared
+            elif failed is None:
+                raise image
+            else:
+                failed(index, image)
+
+    for (index, image), prediction in predictor.stream(readable()):
+        yield index, image, prediction

@@ -39,6 +39,29 @@ def _shrink(
     return np.asarray(small), segment_ids[rows[:, None], columns[None]]
 
 
+def overlay(
+    image: np.ndarray, ids: np.ndarray, labels: Mapping[int, int], vocabulary: Vocabulary
+) -> Image.Image:
+    """The overlay picture of an id map [H, W], 0 void, with the class of every id."""
+    image, ids = _shrink(image, ids, OVERLAY_SIDE)
+    return pictures.panoptic_overlay(
+        image, ids, labels, vocabulary.names, vocabulary.is_thing, is_seen=vocabulary.is_seen
+    )
+
+
+def summary(vocabulary: Vocabulary, labels: Sequence[int], what: str) -> str:
+    """How many there are of `what` and of which classes: "3 segments: 2 cat, sky"."""
+    kinds, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    names = [vocabulary.names[k] for k in kinds[order]] if len(labels) else []
+    parts = [
+        f"{count} {name}" if count > 1 else name
+        for name, count in zip(names[:5], counts[order], strict=False)
+    ]
+    more = ", ..." if len(names) > 5 else ""
+    return f"{len(labels)} {what}{'s' * (len(labels) != 1)}: {', '.join(parts)}{more}"
+
+
 class ResultWriter(contextlib.ExitStack):
     """Writes the results of one task, image by image. A context manager.
 
@@ -48,15 +71,14 @@ class ResultWriter(contextlib.ExitStack):
     `NAME.overlay.png`. A json appears when all is written.
     """
 
-    def __init__(self, folder: Path, task: str, vocabulary: Vocabulary, is_thing: Sequence[bool]):
+    def __init__(self, folder: Path, task: str, vocabulary: Vocabulary):
         """Makes the folder.
 
         Args:
           task: "panoptic", "instance" or "semantic".
         """
         super().__init__()
-        self._folder = folder
-        self._vocabulary, self._is_thing = vocabulary, is_thing
+        self._folder, self._vocabulary = folder, vocabulary
         if task == "panoptic":
             self._panoptic = self.enter_context(PanopticWriter(folder, vocabulary, name=task))
         if task == "instance":
@@ -77,7 +99,7 @@ class ResultWriter(contextlib.ExitStack):
         if isinstance(result, ImageSegments):
             self._panoptic.add(image_id, source, result.id_map, result.segments, result=name)
             ids, labels = result.id_map, result.labels_by_id()
-            found = self._summary([s["label"] for s in result.segments], "segment")
+            found = summary(self._vocabulary, [s["label"] for s in result.segments], "segment")
             found = found if result.segments else result.explain()
         elif isinstance(result, np.ndarray):
             self._semantic.add(image_id, source, result, result=name)
@@ -97,27 +119,10 @@ class ResultWriter(contextlib.ExitStack):
             for rank in range(len(result) - 1, -1, -1):
                 ids[result[rank].mask] = rank + 1
             labels = {rank + 1: label for rank, label in enumerate(classes)}
-            found = self._summary(classes, "instance")
+            found = summary(self._vocabulary, classes, "instance")
             if not result:
                 found = "No instance above the score threshold; lower score_threshold to see more."
-        write_png(self._folder / f"{name}{OVERLAY_SUFFIX}", self.overlay(image, ids, labels))
-        return found
-
-    def overlay(self, image: np.ndarray, ids: np.ndarray, labels: Mapping[int, int]) -> Image.Image:
-        """The overlay picture of an id map, 0 void, with the class of every id."""
-        image, ids = _shrink(image, ids, OVERLAY_SIDE)
-        vocabulary = self._vocabulary
-        return pictures.panoptic_overlay(
-            image, ids, labels, vocabulary.names, self._is_thing, is_seen=vocabulary.is_seen
+        write_png(
+            self._folder / f"{name}{OVERLAY_SUFFIX}", overlay(image, ids, labels, self._vocabulary)
         )
-
-    def _summary(self, labels: Sequence[int], what: str) -> str:
-        kinds, counts = np.unique(labels, return_counts=True)
-        order = np.argsort(-counts, kind="stable")
-        names = [self._vocabulary.names[k] for k in kinds[order]] if len(labels) else []
-        parts = [
-            f"{count} {name}" if count > 1 else name
-            for name, count in zip(names[:5], counts[order], strict=False)
-        ]
-        more = ", ..." if len(names) > 5 else ""
-        return f"{len(labels)} {what}{'s' * (len(labels) != 1)}: {', '.join(parts)}{more}"
+        return found

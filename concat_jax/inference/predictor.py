@@ -139,17 +139,22 @@ class Predictor:
         config: PredictConfig | None = None,
         *,
         sharding: Sharding | None = None,
+        notices: Sequence[str] = (),
     ):
         """`vocabulary` has at most head.num_classes classes, in the head's order.
 
         `sharding` lays a batch over devices, on all of which the parameters lie; None leaves it to
-        JAX.
+        JAX. `notices` are sentences on what cannot be done as asked.
         """
         config = PredictConfig() if config is None else config
         rule = config.keep_rule or head.KEEP_RULE
         self.config = dataclasses.replace(config, keep_rule=rule)
         self.vocabulary, self.buckets = vocabulary, Buckets(config.short_side, config.long_side)
         self.programs: list[str] = []
+        self.notices = tuple(notices) if "panoptic" in config.tasks else ()
+        if config.gammas != (0.0,) and len({*vocabulary.is_seen}) == 1:
+            which = "every" if vocabulary.is_seen[0] else "no"
+            self.notices += (f"gamma changes nothing: {which} name was seen in training.",)
         self._pads = False
         self._segmentor, self._head, self._sharding = segmentor, head, sharding
         padding = (0, head.num_classes - len(vocabulary))

@@ -138,22 +138,36 @@ def save_model(
     *,
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
+    float16: bool = False,
 ) -> None:
     """Write a model's folder; it appears under its name complete or not at all.
 
     `params` are trees of arrays: "segmentor", and "classifier" where there is a linear head, or
     "projector", "text_tower" and "training_text" [K, C] where text names the classes;
-    `{"segmentor": {"backbone": ...}}` for the weights of a backbone alone. Raises ValueError if the
-    name is taken, or params and card do not belong together; OSError if the disk refuses.
+    `{"segmentor": {"backbone": ...}}` for the weights of a backbone alone. `float16` rounds what is
+    float32, for half the room. Raises ValueError if the name is taken, or params and card do not
+    belong together; OSError if the disk refuses.
     """
     _check_together(params, card, "The parameters")
+    params = jax.tree.map(np.asarray, params)
+    if float16:
+        params = jax.tree.map(_rounded, params)
     content = {"format": FORMAT, **dataclasses.asdict(card)}
     with new_folder(folder, params, overwrite=overwrite) as temporary:
         if tokenizer is not None:
             content["text"]["tokenizer"] = save_tokenizer(tokenizer, temporary / TOKENIZER_NAME)
         with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(temporary / PARAMS_NAME, jax.tree.map(np.asarray, params))
+            checkpointer.save(temporary / PARAMS_NAME, params)
         write_json(temporary / CARD_NAME, content)
+
+
+def _rounded(array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.float32:
+        return array
+    most = np.finfo(np.float16).max
+    if (np.abs(array) > most).any():
+        raise ValueError(f"A weight exceeds {most}, the most of float16; keep float32.")
+    return array.astype(np.float16)
 
 
 def load_card(folder: str | os.PathLike[str]) -> ModelCard:
@@ -189,6 +203,8 @@ def load_card(folder: str | os.PathLike[str]) -> ModelCard:
 def load_model(folder: str | os.PathLike[str]) -> tuple[Params, ModelCard]:
     """Read a folder of `save_model`: nested dicts of numpy arrays in host memory, and the card.
 
+    What was kept as float16 is float32 again.
+
     Raises ValueError as `load_card`; or the arrays are missing, unreadable or not those of the
     card.
     """
@@ -209,6 +225,8 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Params, ModelCard]:
             f"The arrays in {path} cannot be read ({reason}); convert the model again."
         ) from error
     _check_together(params, card, f"The arrays in {path}")
+    half = np.dtype(np.float16)
+    params = jax.tree.map(lambda a: a.astype(np.float32) if a.dtype == half else a, params)
     return params, card
 
 

@@ -180,6 +180,12 @@ class SyntheticWorld:
             yield self.example(index) | {"file_name": f"{self.split}_{index:06d}.png"}
 
 
+def draw_scenes(count: int, *, preset: str = "texture", image_size: int = 64) -> list[np.ndarray]:
+    """Images [H, W, 3] uint8 of seen and unseen classes, to try a model on: of the test part."""
+    world = SyntheticWorld(preset=preset, image_size=image_size, split="test", classes="all")
+    return [world.example(index)["image"] for index in range(count)]
+
+
 class CaptionWorld:
     """Image-caption pairs that teach a small CLIP the words of a preset; its streams are its own.
 

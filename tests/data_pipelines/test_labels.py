@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -384,11 +385,19 @@ def test_a_text_file_of_known_names_has_their_flags_and_ids(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("a, , b", "Name 2 of --classes=a, , b is empty"),
-        ("a, A", "holds the name 'A' more than once"),
-        ("; ", "holds no name"),
+        ("a, , b", "Name 2 of the classes is empty"),
+        (["a", " ", "b"], "Name 2 of the classes is empty"),
+        ("a, A", "hold the name 'A' more than once"),
+        ({"things": ["a"], "stuff": ["a"]}, "hold the name 'a' more than once"),
+        ("; ", "hold no name"),
+        ([], "hold no name"),
         ("a; b; c", "has several semicolons"),
         ("names.txt", "There is no file names.txt"),
+        (pathlib.Path("names"), "There is no file names"),
+        ({"thing": ["a"]}, "no key 'thing'; did you mean 'things'"),
+        ({"things": "cat"}, "hold 'cat' where a list of names belongs"),
+        (["cat", 3], "where a list of names belongs"),
+        (3, "hold 3 where a list of names belongs"),
     ],
 )
 def test_bad_names_are_named(text, sentence):
@@ -401,6 +410,12 @@ def test_names_are_things_then_stuff_and_seen_or_not(tmp_path):
     assert found.names == ("cat", "x y", "dog") and knows_things
     assert found.is_thing == (True, True, False) and found.is_seen == (True, False, False)
     assert found.category_ids == (1, 2, 3)
+    # A list is of things, but for what is stuff in training.
+    found, knows_things = parse_classes([" cat", "Sky", "unicorn"], TRAINING)
+    assert found.names == ("cat", "Sky", "unicorn") and knows_things
+    assert found.is_thing == (True, False, True)
+    found, _ = parse_classes({"stuff": ["cat"], "things": ["sky", "unicorn"]}, TRAINING)
+    assert found.names == ("sky", "unicorn", "cat") and found.is_thing == (True, True, False)
     # Names that are too long for a file's are names.
     assert len(parse_classes(", ".join(f"class {k}" for k in range(999)), TRAINING)[0]) == 999
     # A file's ids are kept, a split of it means training and says nothing here.

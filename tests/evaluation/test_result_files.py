@@ -261,7 +261,7 @@ def test_instances_are_told_by_name(tmp_path, numbering):
 @pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
 def test_what_predict_writes_is_what_evaluate_reads(tmp_path, task):
     """Images of one name in two folders; the model numbers its classes from 0."""
-    with ResultWriter(tmp_path, task, POSITIONS, POSITIONS.is_thing) as writer:
+    with ResultWriter(tmp_path, task, POSITIONS) as writer:
         for number, (camera, labels) in enumerate(zip("ab", MAPS.values(), strict=True), start=1):
             segments = [
                 {"id": int(k) + 1, "label": int(k), "score": 1.0, "area": 1}

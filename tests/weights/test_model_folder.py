@@ -76,6 +76,22 @@ def test_device_arrays_are_saved_too(params, tmp_path):
     check_equal(load_model(tmp_path / "model")[0], params)
 
 
+def test_half_the_room(params, tmp_path):
+    save_model(tmp_path / "model", params, CARD, float16=True)
+    half = jax.tree.map(lambda array: array.astype(np.float16).astype(np.float32), params)
+    check_equal(load_model(tmp_path / "model")[0], half)
+    sizes = [
+        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        for folder in (tmp_path / "model", tmp_path / "whole")
+        if folder.name == "model" or not save_model(folder, params, CARD)
+    ]
+    assert sizes[0] < 0.7 * sizes[1]
+    params["classifier"]["class_embed"]["bias"][0] = 1e5
+    with pytest.raises(ValueError, match="exceeds 65504.0, the most of float16"):
+        save_model(tmp_path / "large", params, CARD, float16=True)
+    assert not (tmp_path / "large").exists()
+
+
 def test_backbone_alone(params, tmp_path):
     backbone = {"segmentor": {"backbone": params["segmentor"]["backbone"]}}
     save_model(tmp_path / "model", backbone, ModelCard({"backbone": CONFIG["backbone"]}))

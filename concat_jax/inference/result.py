@@ -1,0 +1,149 @@
+"""What was found in an image: named segments, to be looked at, read and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from concat_jax.core import coco_writers
+from concat_jax.core.mask_codes import bounding_box
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.inference.inputs import image_ids
+from concat_jax.inference.outputs import ResultWriter, overlay, summary
+from concat_jax.inference.panoptic import ImageSegments
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One segment of a result.
+
+    Attributes:
+      id: of its pixels in `Result.panoptic`.
+      score: probability of its name among those asked for.
+      is_seen: whether training segmented its class.
+      area: in pixels.
+    """
+
+    id: int
+    name: str
+    score: float
+    is_thing: bool
+    is_seen: bool
+    area: int
+    _map: np.ndarray = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """[H, W] bool, made when it is asked for."""
+        return self._map == self.id
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """(x, y, width, height) in pixels, from the upper left."""
+        x, y, width, height = bounding_box(self.mask)
+        return x, y, width, height
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """The panoptic segments of one image; in a notebook it shows itself.
+
+    Attributes:
+      image: [H, W, 3] uint8, as it was segmented: turned as its EXIF data say.
+      vocabulary: the classes that were asked for.
+      source: name of its file, "image.png" where there was none.
+    """
+
+    image: np.ndarray
+    vocabulary: Vocabulary
+    source: str
+    _found: ImageSegments
+
+    @property
+    def panoptic(self) -> np.ndarray:
+        """[H, W] int32 ids of segments, 0 void."""
+        return self._found.id_map
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments, largest first."""
+        classes = self.vocabulary
+        found = [
+            Segment(
+                id=segment["id"],
+                name=classes.names[k],
+                score=segment["score"],
+                is_thing=classes.is_thing[k],
+                is_seen=classes.is_seen[k],
+                area=segment["area"],
+                _map=self.panoptic,
+            )
+            for segment in self._found.segments
+            for k in (segment["label"],)
+        ]
+        return tuple(sorted(found, key=lambda segment: -segment.area))
+
+    def explain(self) -> str:
+        """What the rules did to the queries and, where nothing was found, what to change."""
+        return self._found.explain()
+
+    def overlay(self) -> Image.Image:
+        """The image with its segments in colour, and their names; stars mark unseen classes."""
+        return overlay(self.image, self.panoptic, self._found.labels_by_id(), self.vocabulary)
+
+    def to_coco(self) -> dict[str, Any]:
+        """The content of COCO's panoptic json, of this one image; ids are those of `panoptic`."""
+        ((name, number),) = _names([self])
+        return {
+            **coco_writers.head("panoptic", "segment_ids", self.vocabulary),
+            "annotations": [
+                {
+                    "image_id": number,
+                    "file_name": f"{name}.png",
+                    "segments_info": coco_writers.segments_info(
+                        self.panoptic, self._found.segments, self.vocabulary, number
+                    ),
+                }
+            ],
+            "images": [coco_writers.image_entry(number, self.source, self.panoptic.shape)],
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes what `python -m concat_jax.predict` writes of one image; see `Results.save`."""
+        Results([self]).save(folder)
+
+    def __repr__(self) -> str:
+        height, width = self.panoptic.shape
+        labels = [segment["label"] for segment in self._found.segments]
+        return f"<{self.source}, {height}x{width}: {summary(self.vocabulary, labels, 'segment')}>"
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.overlay().save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+class Results(list[Result]):
+    """The results of a list of images, in its order."""
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes them to a folder, which is made if absent.
+
+        It holds `panoptic.json` of all images, `panoptic/NAME.png` in COCO's id colours and
+        `NAME.overlay.png`, and replaces files of the same names. Raises FileError if it cannot.
+        """
+        with ResultWriter(Path(folder), "panoptic", self[0].vocabulary) as writer:
+            for (name, number), result in zip(_names(self), self, strict=True):
+                writer.add(name, number, result.source, result.image, result._found)
+
+
+def _names(results: list[Result]) -> list[tuple[str, int]]:
+    """Names of files and ids of results that are written together."""
+    names = coco_writers.result_names([result.source for result in results])
+    return list(zip(names, image_ids(names), strict=True))
