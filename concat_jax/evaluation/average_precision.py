@@ -112,16 +112,7 @@ class AveragePrecision(ClassCounts):
         self.detections += np.minimum(found_of, MAX_DETECTIONS[-1])
 
     def merge(self, other: Self) -> None:
-        """Adds the images of another accumulator, for example of another host.
-
-        Raises:
-          ValueError: if classes or thresholds differ or both hold one image.
-        """
-        if other.thresholds != self.thresholds:
-            raise ValueError(
-                f"Cannot merge AP at {other.thresholds} into AP at {self.thresholds}; both runs "
-                "must be of one kind."
-            )
+        """Adds the images of another accumulator; ValueError if both hold one image."""
         both = self._image_ids & other._image_ids
         if both:
             raise ValueError(f"Both accumulators hold the image {min(both)}; give each once.")

@@ -190,8 +190,6 @@ def test_merge_equals_one_accumulator_in_any_order():
     np.testing.assert_equal(odd.summarize(vocabulary), whole.summarize(vocabulary))
     with pytest.raises(ValueError, match="both hold|hold the image 0"):
         odd.merge(ours({0: images[0]}))
-    with pytest.raises(ValueError, match="one kind"):
-        odd.merge(AveragePrecision(NUM_CLASSES, thresholds=(0.5,)))
 
 
 MASK = encode_rle(np.ones((2, 2), bool))
