@@ -32,19 +32,17 @@ class Estimate(NamedTuple):
         return "-" if np.isnan(self.value) else interval
 
 
-def draw_weights(rng: np.random.Generator, number: int, draws: int) -> np.ndarray:
-    """How often each of `number` things is in samples of as many, [draws, number]."""
-    return rng.multinomial(number, np.full(number, 1.0 / number), size=draws).astype(np.float32)
-
-
 def draw_samples(num_seeds: int, num_scenes: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """Weights of seeds [draws, S], which sum to 1, and of scenes [draws, M]; always the same.
 
     So rows that are scored on the same scenes are paired.
     """
     rng = np.random.default_rng(0)
-    scenes = draw_weights(rng, num_scenes, draws)
-    return draw_weights(rng, num_seeds, draws) / num_seeds, scenes
+    scenes, seeds = (
+        rng.multinomial(number, np.full(number, 1.0 / number), size=draws).astype(np.float32)
+        for number in (num_scenes, num_seeds)
+    )
+    return seeds / num_seeds, scenes
 
 
 def resampled(
