@@ -1,28 +1,22 @@
 """What error messages tell people to do can be done: commands, flags and config keys exist."""
 
 import ast
-import dataclasses
-import fnmatch
 import functools
-import importlib
-import importlib.util
-import inspect
-import pathlib
-import pkgutil
 import re
 
 import pytest
 
-import concat_jax
-import data_pipelines
-from concat_jax.core import cli
-from concat_jax.core import config as configuration
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-PACKAGES = (concat_jax, data_pipelines)
-# Values of `arg` in --config=FILE:arg that give a config other sections.
-ARGUMENTS = ("", "mini", "smoke")
-PLACEHOLDERS = {"--name"}
+from tests.command_lines import (
+    PLACEHOLDERS,
+    ROOT,
+    commands,
+    commands_in,
+    config_keys,
+    flags_in,
+    is_flag,
+    is_known_key,
+    takes,
+)
 
 
 def sources():
@@ -58,92 +52,6 @@ def messages():
             if " " in text:
                 found.append((f"{path.relative_to(ROOT)}:{line}", path, text))
     return found
-
-
-@functools.cache
-def commands():
-    """Command's module -> name of a flag -> what parses its values."""
-    found = {}
-    for package in PACKAGES:
-        for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            spec = importlib.util.find_spec(info.name)
-            source = pathlib.Path(spec.origin).read_text("utf-8")
-            if info.ispkg or not re.search(r"cli\.(command|main)\(", source):
-                continue
-            module = importlib.import_module(info.name)
-            flags = cli.Flags()
-            if hasattr(module, "define_flags"):
-                module.define_flags(flags)
-            found[info.name] = {name: flags[name].parser for name in flags}
-            if "with_config=True" in inspect.getsource(module):
-                found[info.name] |= dict.fromkeys(("config", "workdir", "distributed"))
-    return found
-
-
-@functools.cache
-def config_keys():
-    """Every dotted key of the configs, the sections between included, and fields of dataclasses."""
-    keys = set()
-    for path in sorted((ROOT / "configs").glob("*.py")):
-        if path.stem == "__init__":
-            continue
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        for argument in ARGUMENTS:
-            try:
-                config = module.get_config(argument)
-            except ValueError:
-                continue
-            for key in configuration.flat(config):
-                parts = key.split(".")
-                keys |= {".".join(parts[: n + 1]) for n in range(len(parts))}
-    return keys
-
-
-@functools.cache
-def fields():
-    """Names of the fields of all the product's dataclasses and functions' parameters."""
-    names = set()
-    for package in PACKAGES:
-        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            module = importlib.import_module(info.name)
-            for value in vars(module).values():
-                if dataclasses.is_dataclass(value):
-                    names |= {field.name for field in dataclasses.fields(value)}
-    return names
-
-
-def is_known_key(key):
-    """Whether `key`, which may hold *, is a key of some config, or a field below a section."""
-    if any(fnmatch.fnmatchcase(known, key) for known in config_keys()):
-        return True
-    section, _, name = key.rpartition(".")
-    is_section = any(fnmatch.fnmatchcase(known, section) for known in config_keys())
-    return is_section and name in fields()
-
-
-def commands_in(text):
-    """(module, the words after it up to the end of the command) of every command in a message."""
-    for match in re.finditer(r"python -m ([\w.]*\w)((?: (?!`)[^`;,)]*)?)", text):
-        yield match[1], match[2]
-
-
-def flags_in(text):
-    return {f"--{name}" for name in re.findall(r"(?<![\w-])--([a-z][\w]*)", text)} - PLACEHOLDERS
-
-
-def is_flag(flag, module):
-    return flag[2:] in commands()[module]
-
-
-def takes(module, name, value):
-    """Whether a command has a flag that takes a value."""
-    parser = commands()[module].get(name)
-    try:
-        return parser is not None and parser.parse(value) is not None
-    except ValueError:
-        return False
 
 
 def test_there_is_something_to_check():
