@@ -2,6 +2,8 @@
 
 import doctest
 import json
+import pathlib
+import resource
 import shutil
 import warnings
 
@@ -146,6 +148,30 @@ def test_what_is_saved_is_what_predict_writes(model, scenes, tmp_path):
         "image.png",
         "image-2.png",
     }
+
+
+def test_two_hundred_images_of_fifty_sizes_by_three_lists_of_names(scenes):
+    model, compiled, held = concat_jax.load("demo"), [], []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(8, 320, (50, 2))
+    names = [None, [*THINGS, *STUFF], {"things": ["red balloon"], "stuff": STUFF}]
+    for number in range(200):
+        height, width = sizes[number % 50]
+        image = np.asarray(Image.fromarray(scenes[number % 3]).resize((width, height)))
+        assert model(image, names[number % 3]).panoptic.shape == (height, width)
+        held.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]))
+    jax.monitoring.unregister_event_duration_listener(listen)
+    # The network, and with padding; two sides of maps; the names of the model, and up to 32; the
+    # text tower; what holds a segment; and two of JAX's own that take no time.
+    assert len(compiled) <= 10, model.predictor().programs
+    assert held[-1] - held[99] < 32 * 2**20 / resource.getpagesize()
 
 
 @pytest.mark.parametrize(

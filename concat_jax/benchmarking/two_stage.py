@@ -33,7 +33,7 @@ from concat_jax.benchmarking.programs import (
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.panoptic import Fate, SegmentTables, panoptic_inference
-from concat_jax.inference.programs import Network, run_networks
+from concat_jax.inference.programs import Network, run_segmentor
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images, resize_windows
 from concat_jax.models.networks import Networks
 from concat_jax.weights.model_folder import load_model
@@ -167,14 +167,15 @@ class Paths:
 
     def segment(self, params: Any, text: jax.Array, images, image_size) -> Any:
         """Mask logits [B, N, h, w], and what the projector says of the queries."""
-        return run_networks(
+        logits, queries = run_segmentor(
             Network(params["segmentor"], self.networks.segmentor),
-            TextHead(params["projector"], text, None, None, self.networks.projector),
             images,
             image_size,
             is_padded=self.is_padded,
             canvas=images.shape[1:3],
         )
+        head = TextHead(params["projector"], text, None, None, self.networks.projector)
+        return logits, head(queries)
 
     def _finish(self, masks: jax.Array, probs: jax.Array, image_size, native_size) -> Result:
         segment_ids, tables = panoptic_inference(

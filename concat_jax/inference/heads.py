@@ -142,6 +142,6 @@ def text_head_for(head: TextHead, text: np.ndarray, training_text: np.ndarray) -
     filled = np.concatenate([text, np.repeat(text[:1], count - len(text), axis=0)])
     return head.replace(
         text=jnp.asarray(filled),
-        is_name=jnp.arange(count) < len(text),
+        is_name=jnp.asarray(np.arange(count) < len(text)),
         training_text=jnp.asarray(training_text),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ from data_pipelines.labels import Names, parse_classes
 
 # Prompts that the text tower takes at once: few, since people ask for few names.
 PROMPTS_AT_ONCE = 32
+# Lists of names of which the embeddings are kept.
+NAMES_KEPT = 16
 
 
 class Model:
@@ -64,6 +67,9 @@ class Model:
                 "The model does not say which classes are things: all are treated as things, so "
                 "no segments of one class are merged."
             )
+        self._programs: list[str] = []
+        # Image by image by the same names: the text tower runs once.
+        self._head_for = functools.lru_cache(maxsize=NAMES_KEPT)(self._embed)
         params = jax.device_put(params)
         self._network = Network(params["segmentor"], make_segmentor(settings))
         if card.text is None:
@@ -170,10 +176,14 @@ class Model:
                     f"{len(self.vocabulary)} classes alone; names of one's own need a model that "
                     "was trained to read them, such as the workdir of python -m concat_jax.main."
                 )
-            text = self._tower.embed(vocabulary, batch_size=PROMPTS_AT_ONCE)
-            head = text_head_for(head, text, np.asarray(head.text))
+            head = self._head_for(vocabulary)
         config = config or self.config()
-        return Predictor(self._network, head, vocabulary, config, notices=notices)
+        how = {"notices": notices, "programs_used": self._programs}
+        return Predictor(self._network, head, vocabulary, config, **how)
+
+    def _embed(self, vocabulary: Vocabulary) -> TextHead:
+        text = self._tower.embed(vocabulary, batch_size=PROMPTS_AT_ONCE)
+        return text_head_for(self._head, text, np.asarray(self._head.text))
 
 
 def _sources(pictures: Sequence[Picture]) -> list[str]:

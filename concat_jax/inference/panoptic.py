@@ -123,6 +123,7 @@ def panoptic_inference(
         strip_rows=strip_rows,
         queries_at_once=queries_at_once,
     )
+    is_thing = jnp.asarray(is_thing)[queries.labels]
     tables = settle_segments(queries, counts, is_thing, overlap_threshold=overlap_threshold)
     return jax.vmap(lambda table, code: table[code])(tables.lookup, codes), tables
 
@@ -175,7 +176,10 @@ def rank_queries(
 def settle_segments(
     queries: RankedQueries, counts: PixelCounts, is_thing: jax.Array, *, overlap_threshold: float
 ) -> SegmentTables:
-    """Which kept queries become segments, and which stuff merges; `counts` of the whole image."""
+    """Which kept queries become segments, and which stuff merges.
+
+    `counts` are of the whole image; `is_thing` [B, N] bool says it of the queries' names.
+    """
     batch, num_queries = queries.labels.shape
     labels = queries.labels
     has_pixels = counts.both > 0
@@ -183,7 +187,7 @@ def settle_segments(
     accepted = queries.keep & has_pixels & (share >= overlap_threshold)
 
     # [B, N, N]: query n may take over the id of m. For stuff the first such m owns the segment.
-    same_stuff = (labels[:, :, None] == labels[:, None, :]) & ~is_thing[labels][:, :, None]
+    same_stuff = (labels[:, :, None] == labels[:, None, :]) & ~is_thing[:, :, None]
     numbers = jnp.arange(num_queries)
     may_use = accepted[:, None, :] & (same_stuff | (numbers[:, None] == numbers))
     owner = jnp.argmax(may_use, axis=-1)

@@ -16,11 +16,11 @@ from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference import programs
 from concat_jax.inference.assign_pixels import PixelCounts
-from concat_jax.inference.heads import ClassScores, Head, bias_names
+from concat_jax.inference.heads import Head, bias_names
 from concat_jax.inference.images import Buckets, to_rgb
 from concat_jax.inference.instance import Instance, instance_inference
 from concat_jax.inference.panoptic import KEEP_RULES, ImageSegments, SegmentTables, list_segments
-from concat_jax.inference.programs import Network, Sizes
+from concat_jax.inference.programs import NamedQueries, Network, Sizes
 
 T = TypeVar("T")
 
@@ -128,7 +128,8 @@ class Predictor:
         [predictor.vocabulary.names[s["label"]] for s in result.segments]
 
     What is compiled depends on shapes alone: another head of as many names, another vocabulary or
-    another threshold compiles nothing. `programs` are the names of those that were used so far.
+    another threshold compiles nothing, and more names only what names the queries. `programs` are
+    the names of those that were used so far.
     """
 
     def __init__(
@@ -140,22 +141,23 @@ class Predictor:
         *,
         sharding: Sharding | None = None,
         notices: Sequence[str] = (),
+        programs_used: list[str] | None = None,
     ):
         """`vocabulary` has at most head.num_classes classes, in the head's order.
 
         `sharding` lays a batch over devices, on all of which the parameters lie; None leaves it to
-        JAX. `notices` are sentences on what cannot be done as asked.
+        JAX. `notices` are sentences on what cannot be done as asked; `programs_used` is a list that
+        predictors of one segmentor share.
         """
         config = PredictConfig() if config is None else config
         rule = config.keep_rule or head.KEEP_RULE
         self.config = dataclasses.replace(config, keep_rule=rule)
         self.vocabulary, self.buckets = vocabulary, Buckets(config.short_side, config.long_side)
-        self.programs: list[str] = []
+        self.programs = [] if programs_used is None else programs_used
         self.notices = tuple(notices) if "panoptic" in config.tasks else ()
         if config.gammas != (0.0,) and len({*vocabulary.is_seen}) == 1:
             which = "every" if vocabulary.is_seen[0] else "no"
             self.notices += (f"gamma changes nothing: {which} name was seen in training.",)
-        self._pads = False
         self._segmentor, self._head, self._sharding = segmentor, head, sharding
         padding = (0, head.num_classes - len(vocabulary))
         self._is_thing = np.pad(np.asarray(vocabulary.is_thing), padding)
@@ -188,21 +190,32 @@ class Predictor:
         images, image_size, sizes = self._put((images, image_size, sizes))
         # While nothing is padded the network needs no masks. Once something was, the program that
         # masks serves every image: another one would cost its compilation.
-        self._pads |= any(item.image_size != item.image.shape[:2] for item in batch)
+        is_padded = any(item.image_size != item.image.shape[:2] for item in batch)
+        is_padded |= any(program.startswith("padded ") for program in self.programs)
         height, width = batch[0].image.shape[:2]
-        self._use(f"network {height}x{width}")
-        logits, scores = programs.run_networks(
-            self._segmentor,
-            self._head,
-            images,
-            image_size,
-            is_padded=self._pads,
-            canvas=self.buckets.canvas,
+        self._use(f"{'padded ' * is_padded}network {height}x{width}")
+        logits, queries = programs.run_segmentor(
+            self._segmentor, images, image_size, is_padded=is_padded, canvas=self.buckets.canvas
         )
+        self._use(f"{self._head.num_classes} names, {len(self.config.gammas)} gammas")
+        config = self.config
+        named = programs.name_queries(
+            self._head,
+            queries,
+            self._is_thing,
+            self._is_seen,
+            np.asarray(config.gammas, np.float32),
+            {
+                "score_threshold": config.score_threshold,
+                "objectness_threshold": config.objectness_threshold,
+            },
+            keep_rule=config.keep_rule,
+        )
+        scores = named.scores
         native = [item.native_size for item in batch]
         panoptic = semantic = instances = queries = (None,) * len(batch)
         if "panoptic" in self.config.tasks:
-            panoptic = self._panoptic(logits, scores, sizes, native)
+            panoptic = self._panoptic(logits, named, sizes, native)
         if "semantic" in self.config.tasks:
             semantic = self._semantic(logits, scores, sizes, native)
         if "instance" in self.config.tasks:
@@ -237,45 +250,24 @@ class Predictor:
             self.programs.append(program)
 
     def _panoptic(
-        self, logits, scores: ClassScores, sizes: Sizes, native: Sequence[tuple[int, int]]
+        self, logits, named: NamedQueries, sizes: Sizes, native: Sequence[tuple[int, int]]
     ) -> list:
         config = self.config
-        thresholds = {
-            "score_threshold": config.score_threshold,
-            "objectness_threshold": config.objectness_threshold,
-        }
-        zeros = self._put(np.zeros(scores.objectness.shape, np.int32))
+        zeros = self._put(np.zeros(named.scores.objectness.shape, np.int32))
         counts = PixelCounts(zeros, zeros, zeros)
 
         def tile(origin: np.ndarray, side: int) -> jax.Array:
             nonlocal counts
             self._use(f"panoptic map {side}x{side}")
             codes, counts = programs.panoptic_tile(
-                logits,
-                scores,
-                counts,
-                sizes,
-                origin,
-                thresholds,
-                config.mask_threshold,
-                keep_rule=config.keep_rule,
-                side=side,
+                logits, named.bids, counts, sizes, origin, config.mask_threshold, side=side
             )
             return codes
 
         maps = _in_tiles(tile, native)
-        tables = jax.device_get(
-            programs.settle(
-                scores,
-                counts,
-                self._is_thing,
-                self._is_seen,
-                np.asarray(config.gammas, np.float32),
-                thresholds,
-                config.overlap_threshold,
-                keep_rule=config.keep_rule,
-            )
-        )
+        self._use("segments")
+        tables = programs.settle(named.named, named.is_thing, counts, config.overlap_threshold)
+        tables = jax.device_get(tables)
         results = [
             _at_each_gamma(codes, jax.tree.map(lambda table, r=row: table[r], tables))
             for row, codes in enumerate(maps)

@@ -1,4 +1,7 @@
-"""The compiled programs of a prediction: networks, tiles of maps, the verdict on segments."""
+"""The compiled programs of a prediction: network, names, tiles of maps, verdict on segments.
+
+Those that take long to compile know nothing of the names that are asked for, nor of how many.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from concat_jax.inference.assign_pixels import PixelCounts, assign_pixels
+from concat_jax.inference.assign_pixels import PixelCounts, RankedQueries, assign_pixels
 from concat_jax.inference.heads import ClassScores, Head, bias_names
 from concat_jax.inference.panoptic import SegmentTables, rank_queries, settle_segments
 from concat_jax.inference.semantic import semantic_inference
@@ -31,17 +34,32 @@ class Sizes(NamedTuple):
     image_size: jax.Array
 
 
+class NamedQueries(NamedTuple):
+    """What a head says of the queries; here alone is an axis of classes.
+
+    Attributes:
+      scores: class probabilities and objectness.
+      bids: which queries take part in the competition for pixels.
+      named: the names at each gamma, [R, B, N] where `RankedQueries` has [B, N].
+      is_thing: [R, B, N] bool, of these names.
+    """
+
+    scores: ClassScores
+    bids: RankedQueries
+    named: RankedQueries
+    is_thing: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("is_padded", "canvas"))
-def run_networks(
+def run_segmentor(
     segmentor: Network,
-    head: Head,
     images: jax.Array,
     image_size: jax.Array,
     *,
     is_padded: bool,
     canvas: tuple[int, int],
-) -> tuple[jax.Array, ClassScores]:
-    """Mask logits [B, N, h, w] and scores of images [B, H, W, 3] uint8.
+) -> tuple[jax.Array, jax.Array]:
+    """Mask logits [B, N, h, w] and queries [B, N, D] of images [B, H, W, 3] uint8.
 
     `is_padded` has the network mask its padding. The logits are those of `canvas` (height, width),
     zero beyond the image: post-processing is compiled once and not once a padded shape.
@@ -55,18 +73,35 @@ def run_networks(
         (0, side // module.stride - have)
         for side, have in zip(canvas, logits.shape[2:], strict=True)
     )
-    return jnp.pad(logits, ((0, 0), (0, 0), *missing)), head(output.queries[:, -1])
+    return jnp.pad(logits, ((0, 0), (0, 0), *missing)), output.queries[:, -1]
 
 
-@functools.partial(jax.jit, static_argnames=("keep_rule", "side"))
-def panoptic_tile(
-    logits, scores, counts, sizes, origin, thresholds, mask_threshold, *, keep_rule, side
-) -> tuple[jax.Array, PixelCounts]:
+@functools.partial(jax.jit, static_argnames="keep_rule")
+def name_queries(
+    head: Head, queries: jax.Array, is_thing, is_seen, gammas, thresholds, *, keep_rule
+) -> NamedQueries:
+    """Names vision queries [B, N, D]; small, for it is compiled anew for another number of names.
+
+    `is_thing` and `is_seen` are [K] bool, `gammas` [R].
+    """
+    scores = head(queries)
     # gamma changes names and not who owns a pixel.
-    nobody = jnp.zeros(scores.class_probs.shape[-1] - 1, bool)
+    nobody = jnp.zeros_like(is_seen)
+
+    def rank(is_seen: jax.Array, gamma: jax.Array | float) -> RankedQueries:
+        return rank_queries(*scores, is_seen, keep_rule=keep_rule, gamma=gamma, **thresholds)
+
+    named = jax.vmap(functools.partial(rank, is_seen))(gammas)
+    return NamedQueries(scores, rank(nobody, 0.0), named, is_thing[named.labels])
+
+
+@functools.partial(jax.jit, static_argnames="side")
+def panoptic_tile(
+    logits, bids: RankedQueries, counts, sizes, origin, mask_threshold, *, side
+) -> tuple[jax.Array, PixelCounts]:
     codes, here = assign_pixels(
         logits,
-        rank_queries(*scores, nobody, keep_rule=keep_rule, **thresholds),
+        bids,
         output_size=(side, side),
         origin=origin,
         mask_threshold=mask_threshold,
@@ -75,17 +110,14 @@ def panoptic_tile(
     return codes, counts + here
 
 
-@functools.partial(jax.jit, static_argnames="keep_rule")
-def settle(
-    scores, counts, is_thing, is_seen, gammas, thresholds, overlap_threshold, *, keep_rule
-) -> SegmentTables:
+@jax.jit
+def settle(named: RankedQueries, is_thing, counts: PixelCounts, overlap_threshold) -> SegmentTables:
     """SegmentTables with an axis of gamma [R] after that of the images."""
 
-    def at(gamma: jax.Array) -> SegmentTables:
-        queries = rank_queries(*scores, is_seen, keep_rule=keep_rule, gamma=gamma, **thresholds)
+    def at_gamma(queries: RankedQueries, is_thing: jax.Array) -> SegmentTables:
         return settle_segments(queries, counts, is_thing, overlap_threshold=overlap_threshold)
 
-    return jax.vmap(at, out_axes=1)(gammas)
+    return jax.vmap(at_gamma, out_axes=1)(named, is_thing)
 
 
 @functools.partial(jax.jit, static_argnames="side")

@@ -4,14 +4,16 @@ The towers of the CLIP here have widths that are no other size of the program (p
 array of theirs would be seen in it. Its joint space is the projector's too and has another width.
 """
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from concat_jax.inference.heads import TextHead
-from concat_jax.inference.programs import Network, run_networks
+from concat_jax.inference.programs import Network, name_queries, run_segmentor
 from concat_jax.models.networks import make_networks
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
 from tests import tiny
@@ -54,10 +56,19 @@ def test_inference_compiles_without_clip(is_padded):
     text = jax.ShapeDtypeStruct((len(NAMES), JOINT_WIDTH), jnp.float32)
     head = TextHead(shapes_of("projector"), text, None, None, NETWORKS.projector)
     image_size = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    lowered = run_networks.lower(
-        network, head, IMAGES, image_size, is_padded=is_padded, canvas=(SIZE, SIZE)
+    how = {"is_padded": is_padded, "canvas": (SIZE, SIZE)}
+    _, queries = jax.eval_shape(
+        functools.partial(run_segmentor, **how), network, IMAGES, image_size
     )
-    found = dimensions(lowered.compile(tiny.FAST_COMPILE).as_text())
+    flags = jax.ShapeDtypeStruct((len(NAMES),), bool)
+    thresholds = {"score_threshold": 0.8, "objectness_threshold": 0.5}
+    naming = head, queries, flags, flags, np.zeros(1, np.float32), thresholds
+    programs = (
+        run_segmentor.lower(network, IMAGES, image_size, **how),
+        name_queries.lower(*naming, keep_rule=head.KEEP_RULE),
+    )
+    texts = [program.compile(tiny.FAST_COMPILE).as_text() for program in programs]
+    found = dimensions("".join(texts))
     assert {JOINT_WIDTH, SIZE} < found, "the search reads no shapes"
     assert not WIDTHS & found
 

@@ -325,7 +325,7 @@ def test_tiles_add_up_to_the_whole():
         for left in (0, 20, 40):
             tiles[top, left], here = tile(np.array([top, left]))
             counts = here if counts is None else counts + here
-    tables = settle_segments(queries, counts, flags, overlap_threshold=0.8)
+    tables = settle_segments(queries, counts, flags[queries.labels], overlap_threshold=0.8)
     codes = np.block([[np.asarray(tiles[t, l][0]) for l in (0, 20, 40)] for t in (0, 20)])
     ids = np.asarray(tables.lookup[0])[codes]
     np.testing.assert_array_equal(ids[:37, :50], whole.segment_ids[0])
