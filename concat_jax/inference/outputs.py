@@ -16,6 +16,7 @@ from concat_jax.inference.images import OVERLAY_SUFFIX
 from concat_jax.inference.instance import Instance
 from concat_jax.inference.panoptic import ImageSegments
 from concat_jax.visualize import overlay as pictures
+from concat_jax.visualize.contact_sheet import ContactSheet
 
 # Longer sides are shrunk: a picture to look at, where nobody sees more and names would be tiny.
 OVERLAY_SIDE = 1600
@@ -68,7 +69,8 @@ class ResultWriter(contextlib.ExitStack):
     panoptic: `panoptic/NAME.png` in COCO's id colours and `panoptic.json`; instance:
     `instances.json`, a COCO results list with compressed masks, and `instances.manifest.json`;
     semantic: `semantic/NAME.png` of category ids and `semantic.json`, which says so. Each also
-    `NAME.overlay.png`. A json appears when all is written.
+    `NAME.overlay.png`, and of several `contact_sheet.overlay.png`. A json appears when all is
+    written.
     """
 
     def __init__(self, folder: Path, task: str, vocabulary: Vocabulary):
@@ -79,6 +81,8 @@ class ResultWriter(contextlib.ExitStack):
         """
         super().__init__()
         self._folder, self._vocabulary = folder, vocabulary
+        sheet = ContactSheet(folder / f"contact_sheet{OVERLAY_SUFFIX}")
+        self._sheet = self.enter_context(sheet)
         if task == "panoptic":
             self._panoptic = self.enter_context(PanopticWriter(folder, vocabulary, name=task))
         if task == "instance":
@@ -122,7 +126,7 @@ class ResultWriter(contextlib.ExitStack):
             found = summary(self._vocabulary, classes, "instance")
             if not result:
                 found = "No instance above the score threshold; lower score_threshold to see more."
-        write_png(
-            self._folder / f"{name}{OVERLAY_SUFFIX}", overlay(image, ids, labels, self._vocabulary)
-        )
+        picture = overlay(image, ids, labels, self._vocabulary)
+        write_png(self._folder / f"{name}{OVERLAY_SUFFIX}", picture)
+        self._sheet.add(picture, source, found)
         return found

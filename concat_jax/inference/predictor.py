@@ -197,8 +197,9 @@ class Predictor:
         logits, queries = programs.run_segmentor(
             self._segmentor, images, image_size, is_padded=is_padded, canvas=self.buckets.canvas
         )
-        self._use(f"{self._head.num_classes} names, {len(self.config.gammas)} gammas")
         config = self.config
+        several = f" at {len(config.gammas)} gammas" * (len(config.gammas) > 1)
+        self._use(f"{self._head.num_classes} names{several}")
         named = programs.name_queries(
             self._head,
             queries,

@@ -135,8 +135,9 @@ class Results(list[Result]):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes them to a folder, which is made if absent.
 
-        It holds `panoptic.json` of all images, `panoptic/NAME.png` in COCO's id colours and
-        `NAME.overlay.png`, and replaces files of the same names. Raises FileError if it cannot.
+        It holds `panoptic.json` of all images, `panoptic/NAME.png` in COCO's id colours,
+        `NAME.overlay.png` and, of several, `contact_sheet.overlay.png`. Files of the same names are
+        replaced. Raises FileError if it cannot be written.
         """
         with ResultWriter(Path(folder), "panoptic", self[0].vocabulary) as writer:
             for (name, number), result in zip(_names(self), self, strict=True):

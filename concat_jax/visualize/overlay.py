@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from concat_jax.core.arrays import Table, table_rows
 
@@ -83,13 +83,36 @@ def draw_text(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: i
     draw.text((at[0], at[1] - font.getbbox("Ag")[1]), text, font=font, fill=fill)
 
 
-def _borders(ids: np.ndarray, thickness: int) -> np.ndarray:
-    """[H, W] bool: pixels within `thickness` of another segment, to the left and above."""
+def _border_strength(ids: np.ndarray, thickness: int) -> np.ndarray:
+    """[H, W, 1] float32 in 0..1: lines between segments, with a soft pixel on either side."""
     edge = np.zeros(ids.shape, bool)
     for step in range(1, thickness + 1):
         edge[step:] |= ids[step:] != ids[:-step]
         edge[:, step:] |= ids[:, step:] != ids[:, :-step]
-    return edge
+    soft = np.pad(edge, 1, mode="edge").astype(np.float32)
+    soft = soft[:-2] + 2 * soft[1:-1] + soft[2:]
+    soft = soft[:, :-2] + 2 * soft[:, 1:-1] + soft[:, 2:]
+    return np.minimum(soft / 8, 1)[..., None]
+
+
+def _smooth_enlarge(compact: np.ndarray, scale: int) -> np.ndarray:
+    """A map `scale` times as large whose outlines are curves: each pixel's strongest id."""
+    if scale == 1:
+        return compact
+    height, width = compact.shape
+    best = np.full((height * scale, width * scale), -1, np.int32)
+    large = np.zeros(best.shape, compact.dtype)
+    for row in range(int(compact.max()) + 1):
+        # Blurred before it is enlarged, or the stairs would stay.
+        mask = Image.fromarray(255 * (compact == row).astype(np.uint8))
+        mask = mask.filter(ImageFilter.GaussianBlur(0.8))
+        mask = mask.resize((width * scale, height * scale), Image.Resampling.BILINEAR)
+        strength = np.asarray(mask, np.int32)
+        # What is a pixel wide would be blurred away.
+        strength = 255 * strength // max(1, int(strength.max()))
+        large[strength > best] = row
+        best = np.maximum(best, strength)
+    return large
 
 
 def default_scale(height: int, width: int, target: int = 320, longest: int = 1600) -> int:
@@ -121,6 +144,9 @@ def panoptic_overlay(
 ) -> Image.Image:
     """Segments over the image: one colour a class, dark borders, names inside, void hatched.
 
+    A segment that is too small for its name has a number, which a legend below the image explains;
+    the picture is then so much higher.
+
     Args:
       image: [H, W, 3] uint8.
       segment_ids: [H, W] ints, 0 void.
@@ -148,7 +174,7 @@ def panoptic_overlay(
             palette[row] = segment_colour(label, bool(is_thing[label]), rank)
 
     large = np.asarray(enlarge(image, scale)).astype(np.float32)
-    compact = compact.repeat(scale, 0).repeat(scale, 1)
+    compact = _smooth_enlarge(compact, scale)
     void = (present == 0)[compact]
     # Under the colour the image is kept as brightness only: its own hues would tint the palette.
     grey = large.mean(axis=-1, keepdims=True)
@@ -157,7 +183,8 @@ def panoptic_overlay(
     hatch = np.where((rows + columns) % 10 < 3, _VOID_LIGHT, _VOID_DARK)[..., None]
     blend = np.where(void[..., None], hatch + 0.12 * grey, blend)
     thickness = max(1, round(min(compact.shape) / 320))
-    blend[_borders(compact, thickness)] = (18, 18, 22)
+    strength = _border_strength(compact, thickness)
+    blend = (1 - strength) * blend + strength * np.array([18, 18, 22])
     picture = Image.fromarray(np.clip(blend, 0, 255).astype(np.uint8))
 
     order = sorted((r for r in range(len(present)) if present[r]), key=lambda r: -areas[r])
@@ -167,8 +194,8 @@ def panoptic_overlay(
         is_unseen = is_seen is not None and not is_seen[label]
         colour = tuple(int(c) for c in palette[row])
         labels.append(_Label(row, names[label] + UNSEEN_MARK * is_unseen, colour, is_unseen))
-    _draw_labels(picture, compact, labels)
-    return picture
+    small = _draw_labels(picture, compact, labels)
+    return _with_legend(picture, small) if small else picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,31 +213,85 @@ _LABEL_SIDE = 640
 _PADDING = (4, 3)
 
 
-def _draw_labels(picture: Image.Image, compact: np.ndarray, labels: Sequence[_Label]) -> None:
-    """Names the segments, largest first; one whose name finds no free room inside is left out."""
+def _sizes(picture: Image.Image) -> list[int]:
+    growth = max(1.0, min(picture.size) / _LABEL_SIDE)
+    return [round(growth * size) for size in _LABEL_SIZES]
+
+
+def _draw_labels(
+    picture: Image.Image, compact: np.ndarray, labels: Sequence[_Label]
+) -> dict[str, _Label]:
+    """Names the segments, largest first; one whose name finds no room inside gets a number.
+
+    Returns the names of these, in the order of their numbers 1, 2...
+    """
     taken = np.zeros(compact.shape, bool)
     draw = ImageDraw.Draw(picture, "RGBA")
-    growth = max(1.0, min(compact.shape) / _LABEL_SIDE)
-    sizes = [round(growth * size) for size in _LABEL_SIZES]
-    for label in labels:
+    sizes = _sizes(picture)
+    numbered: list[_Label] = []
+
+    def put(label: _Label, text: str, size: int, min_inside: float) -> bool:
         inside = compact == label.row
-        for size in sizes:
-            width, height = text_size(label.text, size)
-            box = (width + 2 * _PADDING[0], height + 2 * _PADDING[1])
-            # A label overhangs its segment by less than itself, so only this part matters.
-            top, left, part = _surroundings(inside, box)
-            # The smallest size may overhang its segment a little; the large ones must fit.
-            corner = _place(inside[part], taken[part], box, 0.72 if size == sizes[-1] else 0.97)
-            if corner is None:
-                continue
-            x, y = corner[0] + left, corner[1] + top
-            dark = tuple(int(0.3 * c) for c in label.colour)
-            fill = (255, 226, 70, 235) if label.is_unseen else (*dark, 205)
-            ink = INK if label.is_unseen else PAPER
-            draw.rounded_rectangle((x, y, x + box[0] - 1, y + box[1] - 1), 4, fill=fill)
-            draw_text(draw, (x + _PADDING[0], y + _PADDING[1]), label.text, size, ink)
-            taken[max(y - 1, 0) : y + box[1] + 1, max(x - 1, 0) : x + box[0] + 1] = True
-            break
+        if not inside.any():  # among others as small
+            return False
+        width, height = text_size(text, size)
+        box = (width + 2 * _PADDING[0], height + 2 * _PADDING[1])
+        # A label overhangs its segment by less than itself, so only this part matters.
+        top, left, part = _surroundings(inside, box)
+        corner = _place(inside[part], taken[part], box, min_inside)
+        if corner is None:
+            return False
+        x, y = corner[0] + left, corner[1] + top
+        _draw_tag(draw, (x, y), text, size, label)
+        taken[max(y - 1, 0) : y + box[1] + 1, max(x - 1, 0) : x + box[0] + 1] = True
+        return True
+
+    for label in labels:
+        # The smallest size may overhang its segment a little; the large ones must fit.
+        shares = {size: 0.97 for size in sizes} | {sizes[-1]: 0.72}
+        if not any(put(label, label.text, size, shares[size]) for size in shares):
+            numbered.append(label)
+    legend: dict[str, _Label] = {}
+    for label in numbered:
+        legend.setdefault(label.text, label)
+        number = str(list(legend).index(label.text) + 1)
+        any(put(label, number, sizes[-1], share) for share in (0.97, 0.5, 0.05, 0.0))
+    return legend
+
+
+def _draw_tag(
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, label: _Label
+) -> tuple[int, int]:
+    """A name or number on its label's ground; returns its width and height."""
+    width, height = (a + 2 * b for a, b in zip(text_size(text, size), _PADDING, strict=True))
+    dark = tuple(int(0.3 * c) for c in label.colour)
+    fill = (255, 226, 70, 235) if label.is_unseen else (*dark, 205)
+    ink = INK if label.is_unseen else PAPER
+    x, y = at
+    draw.rounded_rectangle((x, y, x + width - 1, y + height - 1), 4, fill=fill)
+    draw_text(draw, (x + _PADDING[0], y + _PADDING[1]), text, size, ink)
+    return width, height
+
+
+def _with_legend(picture: Image.Image, legend: Mapping[str, _Label]) -> Image.Image:
+    """The picture above a line or more that say which name each number stands for."""
+    size, gap = _sizes(picture)[-1], 8
+    line = text_size("", size)[1] + 2 * _PADDING[1] + 4
+    places, x, y = [], gap, gap // 2
+    for number, name in enumerate(legend, start=1):
+        width = text_size(str(number), size)[0] + text_size(name, size)[0] + 2 * _PADDING[0] + 6
+        if x > gap and x + width > picture.width:
+            x, y = gap, y + line
+        places.append((x, y))
+        x += width + 2 * gap
+    whole = Image.new("RGB", (picture.width, picture.height + y + line + gap // 2), PAPER)
+    whole.paste(picture)
+    draw = ImageDraw.Draw(whole, "RGBA")
+    for number, ((name, label), (x, y)) in enumerate(zip(legend.items(), places, strict=True), 1):
+        at = x, y + picture.height
+        width, _ = _draw_tag(draw, at, str(number), size, label)
+        draw_text(draw, (x + width + 6, at[1] + _PADDING[1]), name, size, INK)
+    return whole
 
 
 def _surroundings(
@@ -231,7 +312,7 @@ def _place(
     Box sums come from a summed-area table, so every position is tried.
     """
     width, height = box
-    if width > inside.shape[1] or height > inside.shape[0] or inside.sum() < width * height:
+    if width > inside.shape[1] or height > inside.shape[0]:
         return None
     covered, blocked = _box_sums(inside, box), _box_sums(taken, box)
     free = (blocked == 0) & (covered >= min_inside * width * height)

@@ -33,7 +33,8 @@ def test_small_maps_are_enlarged_and_segments_differ():
     sky, dog, void = pixels[300, 80], pixels[310, 310], pixels[20, 300]
     assert np.abs(sky - dog).max() > 60
     assert void.max() < 90  # dark, whatever the hatch
-    assert (pixels[:, 160] < 40).all()  # a crisp dark border between the halves
+    border = np.delete(pixels[:, 160], np.s_[140:180], axis=0)  # rounded where three meet
+    assert (border < 40).all()  # dark between the halves
 
 
 def test_void_only_and_mapping_tables():
@@ -53,11 +54,44 @@ def test_names_are_drawn_where_they_fit_and_unseen_ones_stand_out():
     yellow = (marked[..., 0] > 220) & (marked[..., 1] > 190) & (marked[..., 2] < 120)
     assert yellow.sum() > 100
     assert not ((plain[..., 0] > 220) & (plain[..., 1] > 190) & (plain[..., 2] < 120)).any()
+
+
+def test_what_is_too_small_for_its_name_has_a_number_and_a_legend():
+    image, ids, labels = two_segments()
+    assert overlay(image, ids, labels).shape == (320, 320, 3)
     ids[:] = 1
-    ids[10:13, 10:13] = 2  # too small for any text
+    plain = overlay(image, ids, labels)
+    ids[10:13, 10:13] = 2
     lone = overlay(image, ids, labels)
-    inside = lone[52:65, 52:65].reshape(-1, 3)
-    assert np.ptp(inside, axis=0).max() < 10
+    legend = lone[320:]
+    assert 20 < len(legend) < 60 and (legend == 255).all(-1).mean() > 0.5
+    changed = np.argwhere((lone[:320] != plain).any(-1))
+    assert (changed < 100).all(), "the number lies at the segment, the name of the sky stays"
+    # The same name has the same number, another one the next.
+    ids[40:43, 40:43] = 3
+    np.testing.assert_array_equal(overlay(image, ids, [1, 2, 2])[320:], legend)
+    assert (overlay(image, ids, [1, 2, 0])[320:] != legend).any()
+    # On a strip of two columns the legend takes lines and keeps the width.
+    narrow = overlay(np.zeros((400, 2, 3), np.uint8), np.repeat([[1, 2]], 400, 0), [0, 1], scale=1)
+    assert narrow.shape[1] == 2 and len(narrow) > 400
+
+
+def test_outlines_are_smooth():
+    rows, columns = np.mgrid[:64, :64] + 0.5
+    ids = (np.hypot(rows - 32, columns - 32) < 20).astype(int)
+    rows, columns = (np.mgrid[:320, :320] + 0.5) / 5
+    disc = np.hypot(rows - 32, columns - 32) < 20
+    stairs, smooth = ids.repeat(5, 0).repeat(5, 1), pictures._smooth_enlarge(ids, 5)
+    assert (smooth != disc).sum() < 0.6 * (stairs != disc).sum()
+    # A pixel and a line of pixels stay.
+    ids[5, 5], ids[:, 60] = 2, 3
+    areas = np.bincount(pictures._smooth_enlarge(ids, 5).ravel())
+    assert areas[2] > 0 and areas[3] > 320 * 2
+    # At native size a line fades on either side.
+    image = np.full((640, 640, 3), 128, np.uint8)
+    ids = np.tri(640, dtype=int) + 1
+    across = overlay(image, ids, [1, 1])[20:40, 30].sum(-1)
+    assert len(np.unique(across)) > 3 and across.min() < 80
 
 
 def test_labels_do_not_overlap():
