@@ -153,7 +153,7 @@ def test_a_folder_of_everything(model, zoo, tmp_path, capsys):
         assert found in printed.split("3 failed:")[1]
     assert f"{len(SIZES)} of 14 inputs" in printed and "1 passed over, 3 failed;" in printed
     # Maps for tiny and small images and tiles of the large one: three of six programs.
-    assert "6 programs compiled: network 64x64, 5 names, panoptic map" in printed
+    assert "6 programs compiled: padded network 64x64, 5 names, panoptic map" in printed
     assert re.search(r"\[1/13, \d:\d\d left\]", printed)
     annotations = {a.file_name: (a, m) for a, m in panoptic_maps(tmp_path / "panoptic.json")}
     assert set(annotations) == {f"{name}.png" for name in SIZES}
