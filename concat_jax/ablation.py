@@ -183,27 +183,19 @@ def define_flags(flags: cli.Flags) -> None:
     flags.integer("scenes", 2000, "Test scenes, and as many to choose γ on.", 1)
 
 
-def command(given: cli.Flags, arguments: Sequence[str]) -> None:
-    """What the flags ask for."""
+@cli.command(
+    __doc__,
+    define_flags,
+    with_config=True,
+    interrupted="Stopped; finished stages and scored cells are kept, and the same command goes on.",
+)
+def main(given: cli.Flags) -> None:
     config, workdir = cli.config_and_workdir(given)
     if given.preset:
         config.data.preset = given.preset
     if "num_eval_images" in config.data:
         config.data.num_eval_images = given.scenes
     ablation(config, given.rows, given.seeds, given.world, workdir)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    cli.main(
-        __doc__,
-        define_flags,
-        command,
-        argv,
-        with_config=True,
-        interrupted="Stopped; finished stages and scored cells are kept, and the same command goes "
-        "on.",
-    )
 
 
 if __name__ == "__main__":
