@@ -158,6 +158,8 @@ def save_model(
             content["text"]["tokenizer"] = save_tokenizer(tokenizer, temporary / TOKENIZER_NAME)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(temporary / PARAMS_NAME, params)
+        # Orbax's mark for stores that cannot rename; it names the exporter's folders.
+        (temporary / PARAMS_NAME / "commit_success.txt").unlink(missing_ok=True)
         write_json(temporary / CARD_NAME, content)
 
 

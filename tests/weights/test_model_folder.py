@@ -78,6 +78,7 @@ def test_device_arrays_are_saved_too(params, tmp_path):
 
 def test_half_the_room(params, tmp_path):
     save_model(tmp_path / "model", params, CARD, float16=True)
+    assert not list((tmp_path / "model").rglob("commit_success.txt"))  # names our folders
     half = jax.tree.map(lambda array: array.astype(np.float16).astype(np.float32), params)
     check_equal(load_model(tmp_path / "model")[0], half)
     sizes = [
