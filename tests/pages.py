@@ -1,6 +1,7 @@
 """The project's Markdown as data: commands, programs, links and what stands as code in a line."""
 
 import functools
+import json
 import re
 import shlex
 from typing import NamedTuple
@@ -12,6 +13,7 @@ PAGES = tuple(
     for path in (
         ROOT / "README.md",
         *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "notebooks").glob("*.ipynb")),
         ROOT / "concat_jax/weights/demo/ORIGIN.md",
     )
 )
@@ -29,7 +31,12 @@ class Piece(NamedTuple):
 
 @functools.cache
 def read(page):
-    return (ROOT / page).read_text(encoding="utf-8")
+    """The page's text; of a notebook what stands between its programs."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if not page.endswith(".ipynb"):
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells)
 
 
 def _at(page, text, offset):

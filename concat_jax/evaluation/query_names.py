@@ -23,19 +23,24 @@ class QueryNames:
 
     def add(self, native: Mapping, queries: Queries) -> None:
         """Of every segment of an example at native size the query whose mask fits it best."""
-        labels = np.asarray(native["segment_labels"])
-        wanted = (labels >= 0) & ~np.asarray(native["segment_is_crowd"])
-        iou = mask_overlaps(native["segment_ids"], len(labels), queries)  # [N, G]
-        best = iou.argmax(axis=0)
-        held = np.flatnonzero(wanted & (iou[best, np.arange(len(labels))] > LEAST_IOU))
-        probs = queries.class_probs[best[held], :-1]
-        log_probs = np.log(np.maximum(probs, np.finfo(np.float32).tiny))
+        held, labels = held_queries(native, queries)
+        log_probs = np.log(np.maximum(queries.class_probs[held, :-1], np.finfo(np.float32).tiny))
         images = np.full(len(held), len(self._found))
-        self._found.append(name_queries(log_probs, labels[held], self._is_seen, images))
+        self._found.append(name_queries(log_probs, labels, self._is_seen, images))
 
     def queries(self) -> NamedQueries:
         """Those of all images."""
         return NamedQueries(*map(np.concatenate, zip(*self._found, strict=True)))
+
+
+def held_queries(native: Mapping, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [M] of the queries that hold a segment of an example at native size, and its classes."""
+    labels = np.asarray(native["segment_labels"])
+    wanted = (labels >= 0) & ~np.asarray(native["segment_is_crowd"])
+    iou = mask_overlaps(native["segment_ids"], len(labels), queries)  # [N, G]
+    best = iou.argmax(axis=0)
+    held = np.flatnonzero(wanted & (iou[best, np.arange(len(labels))] > LEAST_IOU))
+    return best[held], labels[held]
 
 
 def mask_overlaps(segment_ids: np.ndarray, num_segments: int, queries: Queries) -> np.ndarray:
