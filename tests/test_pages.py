@@ -31,7 +31,8 @@ CHOICES = {
     ("concat_jax.benchmark", "tasks"): cases.TASKS,
 }
 # Folders whose files are the project's own, so that what a page names of them must be there.
-OWN = ("concat_jax/", "configs/", "data_pipelines/", "docs/", "notebooks/", "tests/", "requirements")
+OWN = ("concat_jax/", "configs/", "data_pipelines/", "docs/", "notebooks/", "tests/")
+OWN += ("requirements",)
 # Commands that are run here, with what they read made for them: module -> how many.
 RUN = {
     "concat_jax.convert": 1,
