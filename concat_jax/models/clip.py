@@ -312,6 +312,8 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
     for a key that is no field (the nearest is named) and for values that do not fit together.
     """
     config = dict(config)
+    for key in config:
+        check_choice(key, ("variant", *CLIP.__dataclass_fields__), "CLIP has no field")
     if (variant := config.pop("variant", None)) is not None:
         check_choice(variant, CLIP_VARIANTS, "CLIP has no variant")
         config = {**CLIP_VARIANTS[variant], **config}

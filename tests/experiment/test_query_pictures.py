@@ -19,7 +19,7 @@ VOCABULARY = Vocabulary(
 
 
 def stage(kind, **fields):
-    return StageConfig(kind=kind, steps=1, batch_size=1, optimizer={}, **fields)
+    return StageConfig(kind=kind, steps=1, batch_size=1, bank_images=1, optimizer={}, **fields)
 
 
 class FakeSetup:
