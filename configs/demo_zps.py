@@ -179,8 +179,8 @@ def attributes(config: ConfigDict) -> None:
         stage.method.con_weight = 0.25
     # Without pseudo queries more steps than 600 fit seen names alone and lose unseen ones.
     config.train.finetune.steps, config.train.control.steps = 1200, 600
-    # An eighth of the cross-entropy's weight. More of it names no better, and what is an object is
-    # learnt from real queries alone.
+    # An eighth of the cross-entropy's weight: more names no better and segments worse, see
+    # docs/ablation.md.
     config.train.finetune.method.update(pseudo_per_class=1, unseen_weight=1.0)
 
 

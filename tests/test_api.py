@@ -128,6 +128,8 @@ def test_what_is_saved_is_what_predict_writes(model, scenes, tmp_path):
     files = sorted(tmp_path.glob("*.png"))
     results = model(files)
     results.save(tmp_path / "api")
+    with pytest.raises(ValueError, match="no result to save; segment at least one image"):
+        model([]).save(tmp_path / "nothing")
     predict.main(["p", "--model=demo", f"--output={tmp_path / 'cli'}", *map(str, files)])
     names = sorted(p.relative_to(tmp_path / "cli") for p in (tmp_path / "cli").rglob("*.*"))
     assert len(names) == 8 and pathlib.Path("contact_sheet.overlay.png") in names

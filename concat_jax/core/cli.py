@@ -223,7 +223,7 @@ def _parse(values: Flags, argv: Sequence[str]) -> list[str]:
         hint = (
             f"; did you mean {nearest[1]!r}?" if nearest else "; see the config file for its keys."
         )
-        found = re.search(rf"--?(config\.[\w.]+)\.{key}\b", " ".join(argv))
+        found = re.search(rf"--?(config\.[\w.]+)\.{re.escape(key)}\b", " ".join(argv))
         where = found[1] if found else "the config"
         raise ValueError(f"{where} has no key {key!r}{hint}") from error
     except (flags.Error, ValueError, OSError) as error:

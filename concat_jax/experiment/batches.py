@@ -59,9 +59,8 @@ class BankConfig:
 
     Attributes:
       dtype: "float16" halves the bank: a query leaves a LayerNorm, so its numbers are near 1 and
-      move
-        by a few ten-thousandths, where those of one class differ by tenths. bfloat16 would move
-        them eight times as far.
+        move by a few ten-thousandths, where those of one class differ by tenths. bfloat16 would
+        move them eight times as far.
       images_per_shard: rounded up to whole batches; a kill costs as many at most. A bank that was
         begun keeps its own.
     """

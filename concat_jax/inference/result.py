@@ -137,8 +137,10 @@ class Results(list[Result]):
 
         It holds `panoptic.json` of all images, `panoptic/NAME.png` in COCO's id colours,
         `NAME.overlay.png` and, of several, `contact_sheet.overlay.png`. Files of the same names are
-        replaced. Raises FileError if it cannot be written.
+        replaced. Raises FileError if it cannot be written, and ValueError if there is no result.
         """
+        if not self:
+            raise ValueError("There is no result to save; segment at least one image.")
         with ResultWriter(Path(folder), "panoptic", self[0].vocabulary) as writer:
             for (name, number), result in zip(_names(self), self, strict=True):
                 writer.add(name, number, result.source, result.image, result._found)
