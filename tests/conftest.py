@@ -77,6 +77,7 @@ COMES_WITH = {
     "tensorflow_datasets": "data",
     "clu": "tensorboard",
     "libtpu": "tpu",
+    "gradio": "page",
 }
 
 
