@@ -27,6 +27,7 @@ RULE = {
 }
 RULE["experiment"] = set(RULE)
 RULE["benchmarking"] = set(RULE)
+RULE["page"] = {"core", "visualize", "inference", "data_pipelines"}
 RULE["commands"] = set(RULE)
 HEAVY = {"tensorflow", "tensorflow_datasets", "torch", "torchvision", "transformers"}
 
