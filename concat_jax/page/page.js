@@ -42,9 +42,9 @@
     hidden[event.target.checked ? "delete" : "add"](event.target.dataset.name);
     hide(event.target);
   });
-  new MutationObserver((changes) => {
-    const isNew = (node) => node.querySelector?.(".legend") || node.matches?.(".legend");
-    if (hidden.size && changes.some((change) => [...change.addedNodes].some(isNew)))
-      all(".legend input").forEach(hide);
-  }).observe(document.documentElement, { childList: true, subtree: true });
+  // Gradio keeps what is alike of two results and mends its attributes, or puts in new elements.
+  new MutationObserver(() => hidden.size && all(".legend input").forEach(hide)).observe(
+    document.documentElement,
+    { childList: true, subtree: true, attributeFilter: ["hidden", "data-class", "data-name"] },
+  );
 })();
