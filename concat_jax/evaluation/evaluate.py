@@ -11,7 +11,7 @@ from concat_jax.core.files import write_png
 from concat_jax.core.hosts import sum_over_hosts, total_over_hosts
 from concat_jax.evaluation.score_images import SCORES, comparison_row
 from concat_jax.inference.predictor import Prediction, Predictor
-from concat_jax.visualize import overlay
+from concat_jax.visualize import comparison
 
 # File of the overlay pictures in a stage's folder.
 PICTURES = "pictures.png"
@@ -52,7 +52,7 @@ def evaluate(
       things of the panoptic ground truth, which do not overlap.
     """
     vocabulary = predictor.vocabulary
-    rows: list[overlay.ComparisonRow] = []
+    rows: list[comparison.ComparisonRow] = []
     count, start = 0, time.monotonic()
     with contextlib.ExitStack() as stack:
         scores = {
@@ -73,7 +73,7 @@ def evaluate(
         raise ValueError("There is no image to evaluate; check the data section of the config.")
     if rows:
         picture_folder.mkdir(parents=True, exist_ok=True)
-        write_png(picture_folder / PICTURES, overlay.comparison_sheet(rows))
+        write_png(picture_folder / PICTURES, comparison.comparison_sheet(rows))
     seconds = time.monotonic() - start
     print(f"{name}: {count} images evaluated, {count / seconds:.1f} images/s", flush=True)
     summaries = {

@@ -19,7 +19,7 @@ from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.semantic_iou import SemanticIoU
 from concat_jax.inference.panoptic import ImageSegments
 from concat_jax.inference.predictor import Prediction
-from concat_jax.visualize import overlay as pictures
+from concat_jax.visualize import comparison as pictures
 
 
 class _Score(contextlib.ExitStack):

@@ -1,4 +1,4 @@
-"""Panoptic maps as pictures: overlays with class names, and sheets that compare them.
+"""Panoptic maps as pictures, with class names.
 
 Only Pillow and numpy are needed. Text is set in Pillow's built-in font, so pictures look the same
 on every machine.
@@ -19,8 +19,6 @@ from concat_jax.core.arrays import Table, table_rows
 Colour = tuple[int, int, int]
 
 UNSEEN_MARK = "*"
-HEADERS = ("image", "ground truth", "prediction")
-FOOTER = f"{UNSEEN_MARK} unseen class: no pixel of it was labelled in training"
 
 # Hues a golden angle apart: neighbouring class indices differ, and no count of classes is assumed.
 _GOLDEN_TURN = 0.618034
@@ -83,36 +81,44 @@ def draw_text(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: i
     draw.text((at[0], at[1] - font.getbbox("Ag")[1]), text, font=font, fill=fill)
 
 
-def _border_strength(ids: np.ndarray, thickness: int) -> np.ndarray:
-    """[H, W, 1] float32 in 0..1: lines between segments, with a soft pixel on either side."""
-    edge = np.zeros(ids.shape, bool)
-    for step in range(1, thickness + 1):
-        edge[step:] |= ids[step:] != ids[:-step]
-        edge[:, step:] |= ids[:, step:] != ids[:, :-step]
-    soft = np.pad(edge, 1, mode="edge").astype(np.float32)
-    soft = soft[:-2] + 2 * soft[1:-1] + soft[2:]
-    soft = soft[:, :-2] + 2 * soft[:, 1:-1] + soft[:, 2:]
-    return np.minimum(soft / 8, 1)[..., None]
+def _smooth_enlarge(compact: np.ndarray, scale: int, blur: float) -> tuple[np.ndarray, np.ndarray]:
+    """A map `scale` times as large whose outlines are curves, and how clear each pixel's id is.
 
-
-def _smooth_enlarge(compact: np.ndarray, scale: int) -> np.ndarray:
-    """A map `scale` times as large whose outlines are curves: each pixel's strongest id."""
-    if scale == 1:
-        return compact
+    Ids are those of the strongest of the masks, blurred by `blur` pixels; [H, W] uint8 is by how
+    much, 0 where two are equal.
+    """
     height, width = compact.shape
-    best = np.full((height * scale, width * scale), -1, np.int32)
+    best, second = np.zeros((2, height * scale, width * scale), np.uint8)
     large = np.zeros(best.shape, compact.dtype)
+    margin = math.ceil(4 * blur)  # beyond, a segment has no strength
     for row in range(int(compact.max()) + 1):
+        inside = compact == row
+        top, left, part = _surroundings(inside, (margin, margin))
         # Blurred before it is enlarged, or the stairs would stay.
-        mask = Image.fromarray(255 * (compact == row).astype(np.uint8))
-        mask = mask.filter(ImageFilter.GaussianBlur(0.8))
-        mask = mask.resize((width * scale, height * scale), Image.Resampling.BILINEAR)
-        strength = np.asarray(mask, np.int32)
+        mask = Image.fromarray(255 * inside[part].astype(np.uint8))
+        mask = mask.filter(ImageFilter.GaussianBlur(blur))
+        mask = mask.resize((mask.width * scale, mask.height * scale), Image.Resampling.BILINEAR)
+        strength = np.asarray(mask)
         # What is a pixel wide would be blurred away.
-        strength = 255 * strength // max(1, int(strength.max()))
-        large[strength > best] = row
-        best = np.maximum(best, strength)
-    return large
+        if (most := int(strength.max())) < 255:
+            strength = (strength * (255 / max(1, most))).astype(np.uint8)
+        (rows, columns), (top, left) = strength.shape, (top * scale, left * scale)
+        part = slice(top, top + rows), slice(left, left + columns)
+        large[part][strength > best[part]] = row
+        second[part] = np.maximum(second[part], np.minimum(best[part], strength))
+        best[part] = np.maximum(best[part], strength)
+    return large, best - second
+
+
+def _line_strength(clear: np.ndarray, blur: float, width: float) -> np.ndarray:
+    """[H, W, 1] float in 0..1: lines of a width where ids are not clear, see `_smooth_enlarge`.
+
+    A straight border blurred by a Gaussian tells how far away it is, to a fraction of a pixel.
+    """
+    distances = np.linspace(0, 4 * blur, 100)
+    known = [math.erf(distance / blur / math.sqrt(2)) for distance in distances]
+    distance = np.interp(np.arange(256) / 255, known, distances)
+    return np.clip(width / 2 + 0.5 - distance, 0, 1)[clear][..., None]
 
 
 def default_scale(height: int, width: int, target: int = 320, longest: int = 1600) -> int:
@@ -174,16 +180,19 @@ def panoptic_overlay(
             palette[row] = segment_colour(label, bool(is_thing[label]), rank)
 
     large = np.asarray(enlarge(image, scale)).astype(np.float32)
-    compact = _smooth_enlarge(compact, scale)
-    void = (present == 0)[compact]
+    width = 1 + max(1, min(large.shape[:2]) / 320)
+    # At native size outlines must lose stairs of a pixel; enlarged, they keep what is small.
+    blur = max(1.2, width / 4) if scale == 1 else 0.8
+    drawn, clear = _smooth_enlarge(compact, scale, blur)
+    compact = compact if scale == 1 else drawn
+    void = (present == 0)[drawn]
     # Under the colour the image is kept as brightness only: its own hues would tint the palette.
     grey = large.mean(axis=-1, keepdims=True)
-    blend = 0.6 * palette[compact] + 0.4 * (0.75 * grey + 0.25 * large)
+    blend = 0.6 * palette[drawn] + 0.4 * (0.75 * grey + 0.25 * large)
     rows, columns = np.mgrid[: compact.shape[0], : compact.shape[1]]
     hatch = np.where((rows + columns) % 10 < 3, _VOID_LIGHT, _VOID_DARK)[..., None]
     blend = np.where(void[..., None], hatch + 0.12 * grey, blend)
-    thickness = max(1, round(min(compact.shape) / 320))
-    strength = _border_strength(compact, thickness)
+    strength = _line_strength(clear, blur * scale, width)
     blend = (1 - strength) * blend + strength * np.array([18, 18, 22])
     picture = Image.fromarray(np.clip(blend, 0, 255).astype(np.uint8))
 
@@ -336,60 +345,3 @@ def _box_sums(mask: np.ndarray, box: tuple[int, int]) -> np.ndarray:
         - total[height:, :-width]
         + total[:-height, :-width]
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class ComparisonRow:
-    """Panels of one image (left to right, under `HEADERS`) and a line of text below them."""
-
-    panels: tuple[Image.Image, ...]
-    caption: str = ""
-
-
-def comparison_row(
-    image: np.ndarray,
-    ground_truth: tuple[np.ndarray, Table],
-    prediction: tuple[np.ndarray, Table],
-    names: Sequence[str],
-    is_thing: Sequence[bool],
-    is_seen: Sequence[bool],
-    *,
-    caption: str = "",
-) -> ComparisonRow:
-    """Image, ground truth and prediction of one image, for `comparison_sheet`."""
-    scale = default_scale(*image.shape[:2])
-    overlays = [
-        panoptic_overlay(image, ids, labels, names, is_thing, is_seen=is_seen, scale=scale)
-        for ids, labels in (ground_truth, prediction)
-    ]
-    return ComparisonRow((enlarge(image, scale), *overlays), caption)
-
-
-def comparison_sheet(rows: Sequence[ComparisonRow]) -> Image.Image:
-    """Rows on white paper, each column as wide as its widest, under its header."""
-    gap, margin, head, small = 10, 14, 17, 13
-    widths = [max(row.panels[c].width for row in rows) for c in range(len(HEADERS))]
-    lefts = [margin + sum(widths[:c]) + gap * c for c in range(len(HEADERS))]
-    caption_height = text_size("", small)[1] + 6
-    heights = [
-        max(p.height for p in row.panels) + (caption_height if row.caption else 0) for row in rows
-    ]
-    top = margin + text_size("", head)[1] + 8
-    bottom = margin + caption_height + 4
-    sheet_size = (
-        lefts[-1] + widths[-1] + margin,
-        top + sum(heights) + gap * (len(rows) - 1) + bottom,
-    )
-    sheet = Image.new("RGB", sheet_size, PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for left, header in zip(lefts, HEADERS, strict=True):
-        draw_text(draw, (left, margin), header, head, INK)
-    y = top
-    for row, height in zip(rows, heights, strict=True):
-        for left, panel in zip(lefts, row.panels, strict=True):
-            sheet.paste(panel, (left, y))
-        if row.caption:
-            draw_text(draw, (margin, y + height - caption_height + 5), row.caption, small, FAINT)
-        y += height + gap
-    draw_text(draw, (margin, y - gap + 8), FOOTER, small, FAINT)
-    return sheet

@@ -1,4 +1,4 @@
-"""Overlays and comparison sheets: size, colours, borders, names that fit, errors."""
+"""Overlays: size, colours, borders, names that fit, errors."""
 
 import itertools
 
@@ -81,17 +81,30 @@ def test_outlines_are_smooth():
     ids = (np.hypot(rows - 32, columns - 32) < 20).astype(int)
     rows, columns = (np.mgrid[:320, :320] + 0.5) / 5
     disc = np.hypot(rows - 32, columns - 32) < 20
-    stairs, smooth = ids.repeat(5, 0).repeat(5, 1), pictures._smooth_enlarge(ids, 5)
+    stairs, (smooth, _) = ids.repeat(5, 0).repeat(5, 1), pictures._smooth_enlarge(ids, 5, 0.8)
     assert (smooth != disc).sum() < 0.6 * (stairs != disc).sum()
     # A pixel and a line of pixels stay.
     ids[5, 5], ids[:, 60] = 2, 3
-    areas = np.bincount(pictures._smooth_enlarge(ids, 5).ravel())
+    areas = np.bincount(pictures._smooth_enlarge(ids, 5, 0.8)[0].ravel())
     assert areas[2] > 0 and areas[3] > 320 * 2
     # At native size a line fades on either side.
     image = np.full((640, 640, 3), 128, np.uint8)
     ids = np.tri(640, dtype=int) + 1
     across = overlay(image, ids, [1, 1])[20:40, 30].sum(-1)
     assert len(np.unique(across)) > 3 and across.min() < 80
+
+
+def test_a_slanted_border_has_no_stairs_at_native_size():
+    """Its centre, by brightness row by row, lies on a line to a fraction of a pixel."""
+    rows, columns = np.mgrid[:400, :400]
+    ids = 1 + (columns > 150 + 0.4 * rows)
+    image = np.full((400, 400, 3), 128, np.uint8)
+    pixels = overlay(image, ids, [1, 1], scale=1)[60:130, 150:250].sum(-1)  # clear of the names
+    dark = np.maximum(pixels[:, :1] - pixels, 0) * (pixels < pixels[:, -1:])
+    centres = (dark * np.arange(100)).sum(1) / dark.sum(1)
+    line = np.polyfit(np.arange(70), centres, 1)
+    assert line[0] == pytest.approx(0.4, abs=0.005)
+    assert np.std(centres - np.polyval(line, np.arange(70))) < 0.065
 
 
 def test_labels_do_not_overlap():
@@ -118,30 +131,6 @@ def test_class_colours_are_stable_and_apart():
     assert len(shades) == 5
     for label in range(133):
         assert all(0 <= c <= 255 for c in pictures.segment_colour(label, label % 2 == 0, label))
-
-
-def test_sheet_holds_every_panel():
-    image, ids, labels = two_segments()
-    wide = np.full((100, 200, 3), 90, np.uint8)
-    wide_ids = np.ones((100, 200), int)
-    rows = [
-        pictures.comparison_row(
-            image, (ids, labels), (ids, labels), NAMES, IS_THING, IS_SEEN, caption="first"
-        ),
-        pictures.comparison_row(
-            wide, (wide_ids, [0]), (wide_ids * 0, []), NAMES, IS_THING, IS_SEEN
-        ),
-    ]
-    assert [p.size for p in rows[0].panels] == [(320, 320)] * 3
-    assert [p.size for p in rows[1].panels] == [(600, 300)] * 3
-    sheet = pictures.comparison_sheet(rows)
-    assert sheet.width > 3 * 600
-    assert sheet.height > 320 + 300
-    pixels = np.asarray(sheet)
-    assert (pixels.reshape(-1, 3) == (90, 90, 90)).all(-1).sum() == 600 * 300  # the plain image
-    header = pixels[:40]
-    assert (header < 100).any(), "headers are printed"
-    assert (pixels[:, -5:] == 255).all(), "the margin stays white"
 
 
 def test_an_id_without_a_label_is_refused():
