@@ -75,6 +75,8 @@ def test_files_become_tables_and_a_report(files, capsys):
     assert [line.split()[0] for line in text.splitlines() if " seen " in line or "unseen " in line]
     saved = json.loads(output.read_text())
     assert saved["harmonic"]["pq"] == summary["harmonic"]["pq"]
+    assert "| unseen | 1 | 1 (100.0%) |" in text
+    assert saved["confusion"]["seen"] == dict(right=1, other_seen=0, other_unseen=0, unmatched=0)
 
 
 def test_label_maps_of_panoptic_files(files, capsys):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import collections
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import TypeVar
+
+from concat_jax.core.progress import Progress
 
 T = TypeVar("T")
 
@@ -40,3 +43,13 @@ def prefetch(
             yield batch
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def with_progress(name: str, result_of: Callable[[int], T], count: int) -> Iterator[T]:
+    """Yields result_of(0) to result_of(count - 1), computed on all cores; prints how far it is."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    progress = Progress(name, 0, count, every=5.0)
+    results = prefetch(result_of, 0, count, depth=2 * workers, num_threads=workers)
+    for done, result in enumerate(results, start=1):
+        yield result
+        progress.tick(done)

@@ -93,23 +93,42 @@ def class_quality(counts: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def confusion(named: np.ndarray, is_seen: np.ndarray) -> dict[str, dict[str, int]]:
+    """What segments of seen and of unseen classes are named, of `PanopticQuality.named`.
+
+    {"seen" | "unseen": {"right", "other_seen", "other_unseen", "unmatched": ints}}.
+    """
+    rows = {}
+    for group, members in (("seen", is_seen), ("unseen", ~is_seen)):
+        right = int(np.diagonal(named)[members].sum())
+        *by_class, unmatched = named[members].sum(axis=0).tolist()
+        seen, unseen = (int(np.dot(by_class, side)) for side in (is_seen, ~is_seen))
+        other = {"other_seen": seen, "other_unseen": unseen}
+        other[f"other_{group}"] -= right
+        rows[group] = {"right": right, **other, "unmatched": unmatched}
+    return rows
+
+
 class PanopticQuality(ClassCounts):
     """Accumulates matches over images; sums of several accumulators merge exactly.
 
     Attributes:
       iou_sum, tp, fp, fn: [K] float64, summed IoU of true positives and the three counts.
+      named: [K, K + 1] int64, segments of each class by the class of the prediction that matches
+        them when classes are left aside; K is none.
     """
 
-    _SUMS = ("iou_sum", "tp", "fp", "fn")
+    _SUMS = ("iou_sum", "tp", "fp", "fn", "named")
 
     def __init__(self, num_classes: int):
         super().__init__(num_classes)
         self.iou_sum, self.tp, self.fp, self.fn = np.zeros((4, num_classes))
+        self.named = np.zeros((num_classes, num_classes + 1), np.int64)
 
     @property
     def counts(self) -> np.ndarray:
-        """[4, K]: the attributes in their order."""
-        return np.stack([getattr(self, name) for name in self._SUMS])
+        """[4, K]: iou_sum, tp, fp and fn."""
+        return np.stack([self.iou_sum, self.tp, self.fp, self.fn])
 
     def update(
         self,
@@ -160,16 +179,22 @@ class PanopticQuality(ClassCounts):
         pred_classes = np.concatenate([[-2], pred_classes])  # void matches void nowhere
 
         union = gt_area[:, None] + pred_area - inter - on_void
-        comparable = (gt_classes[:, None] == pred_classes) & ~is_crowd[:, None] & (inter > 0)
+        comparable = ~is_crowd[:, None] & (inter > 0)
+        comparable[0] = comparable[:, 0] = False
         iou = np.divide(inter, union, out=np.zeros(inter.shape), where=comparable)
-        matched_gt, matched_pred = np.nonzero(iou > 0.5)
+        held, holding = np.nonzero(iou > 0.5)
+        names = np.full(len(gt_classes), self.num_classes)
+        names[held] = pred_classes[holding]
+        wanted = ~is_crowd
+        wanted[0] = False
+        np.add.at(self.named, (gt_classes[wanted], names[wanted]), 1)
+        agree = gt_classes[held] == pred_classes[holding]
+        matched_gt, matched_pred = held[agree], holding[agree]
         np.add.at(self.iou_sum, gt_classes[matched_gt], iou[matched_gt, matched_pred])
         np.add.at(self.tp, gt_classes[matched_gt], 1)
 
-        missed = ~is_crowd
-        missed[0] = False
-        missed[matched_gt] = False
-        np.add.at(self.fn, gt_classes[missed], 1)
+        wanted[matched_gt] = False
+        np.add.at(self.fn, gt_classes[wanted], 1)
 
         crowd_of_class = np.full(self.num_classes, -1)
         for row in np.flatnonzero(is_crowd):  # the last one listed wins
@@ -190,7 +215,8 @@ class PanopticQuality(ClassCounts):
           {"all" | "things" | "stuff" | "seen" | "unseen": {"pq", "sq", "rq", "sq_matched": float,
           "n": classes in the mean}, "harmonic": {"pq", "sq", "rq", "sq_matched"}: 2su / (s + u) of
           the seen and unseen aggregates, 0 when both are 0, "per_class": K dicts with "name",
-          "is_thing", "is_seen", "pq", "sq", "rq" (percent), "tp", "fp", "fn" (ints)}.
+          "is_thing", "is_seen", "pq", "sq", "rq" (percent), "tp", "fp", "fn" (ints)}; with
+          "confusion", see there, if a class is unseen.
           A mean over no class, and the qualities of a class that occurs nowhere, are NaN.
         """
         quality = class_quality(self.counts)
@@ -205,4 +231,8 @@ class PanopticQuality(ClassCounts):
             counts = {name: int(getattr(self, name)[k]) for name in ("tp", "fp", "fn")}
             return {name: float(values[k]) for name, values in quality.items()} | counts
 
-        return self._summary(vocabulary, of_group, of_class, groups=GROUPS, harmonic=METRICS)
+        groups = dict(groups=GROUPS, harmonic=METRICS)
+        summary = self._summary(vocabulary, of_group, of_class, **groups)
+        if not all(vocabulary.is_seen) and self.named.any():
+            summary["confusion"] = confusion(self.named, np.asarray(vocabulary.is_seen))
+        return summary

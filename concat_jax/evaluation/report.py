@@ -114,9 +114,24 @@ def format_table(summary: Mapping, *, classes: bool = False) -> str:
         ]
         table = _grid([["", *metric.columns.values(), "n"]], rows, metric.rules)
         parts.append(f"{name}\n{table}" if name else table)
+        if "confusion" in inner:
+            parts.append(_confusion_table(inner["confusion"]))
         if classes:
             parts.append(_class_table(metric, inner["per_class"]))
     return "\n\n".join(parts)
+
+
+def _confusion_table(confusion: Mapping[str, Mapping[str, int]]) -> str:
+    """How many segments, and what share of those of their row, are found and named as what."""
+    columns = ("right", "other_seen", "other_unseen", "unmatched")
+    rows = []
+    for group, counts in confusion.items():
+        total = sum(counts.values())
+        shares = (f"{counts[key]} ({100 * counts[key] / max(1, total):.1f}%)" for key in columns)
+        rows.append([group, str(total), *shares])
+    header = ["ground truth", "segments", *(key.replace("_", " ") for key in columns)]
+    about = "What segments are named whose mask is found (IoU > 0.5), and those not found:"
+    return f"{about}\n\n{markdown_table(header, rows)}"
 
 
 def _class_table(metric: _Metric, rows: Sequence[Mapping]) -> str:

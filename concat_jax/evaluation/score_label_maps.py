@@ -7,7 +7,6 @@ flag may, and where neither does the pixels themselves are asked.
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +17,7 @@ import numpy as np
 from concat_jax.core.coco import ImageId, PanopticFile, read_panoptic
 from concat_jax.core.files import FileError
 from concat_jax.core.mask_codes import read_id_map, read_label_map, segment_rows
-from concat_jax.core.prefetch import prefetch
-from concat_jax.core.progress import Progress
+from concat_jax.core.prefetch import with_progress
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.result_files import (
     bare_name,
@@ -109,7 +107,6 @@ def score_semantic(
         found = _panoptic_maps(file, prediction_folder, class_of)
     pairs = _pair_maps(truth, found)
     counts, agreement = SemanticIoU(len(vocabulary)), Counter()
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 
     def score(number: int) -> tuple[SemanticIoU, dict[str, int]]:
         one, other = pairs[number]
@@ -125,12 +122,9 @@ def score_semantic(
                 agree[side.flag] = int(((again == fixed) & (fixed >= 0)).sum())
         return own, agree
 
-    progress = Progress("semantic", 0, len(pairs), every=5.0)
-    scored = prefetch(score, 0, len(pairs), depth=2 * workers, num_threads=workers)
-    for done, (own, agree) in enumerate(scored, start=1):
+    for own, agree in with_progress("semantic", score, len(pairs)):
         counts.merge(own)
         agreement.update(agree)
-        progress.tick(done)
     right, named = agreement[""], int(counts.confusion.sum())
     annotated = named + int(counts.unnamed.sum())
     for side in (truth, found):

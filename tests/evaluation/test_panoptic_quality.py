@@ -183,6 +183,8 @@ def test_random_maps_equal_the_brute_force_count():
         quality.update(gt, gt_labels, crowd, pred, pred_labels)
         got = (quality.iou_sum, quality.tp, quality.fp, quality.fn)
         np.testing.assert_allclose(got, expected, atol=1e-12, err_msg=f"trial {trial}")
+        np.testing.assert_array_equal(np.diagonal(quality.named), quality.tp)
+        np.testing.assert_array_equal(quality.named.sum(axis=1), quality.tp + quality.fn)
         totals += np.sum(got, axis=1)
     assert (totals[1:] > 100).all(), f"the random maps exercise too little: {totals}"
 
@@ -232,6 +234,29 @@ def test_listed_ground_truth_without_pixels_is_missed_and_empty_prediction_is_no
     quality = update_one([1, 1], [0, 1], None, [1, 1], [0, 1])
     assert quality.fn.tolist() == [0, 1]
     assert quality.fp.tolist() == [0, 0]
+
+
+def test_what_seen_and_unseen_segments_are_named():
+    """Four pixels a segment; of a cat, a sky (both seen), a cow and a fog (both unseen)."""
+    cat, sky, cow, fog = range(4)
+    pairs = [(cat, cat), (cat, cat), (cat, sky), (sky, cow), (sky, None)]
+    pairs += [(cow, cow), (cow, fog), (fog, cat), (cow, sky), (cow, cat), (fog, None)]
+    crowd = [False] * len(pairs) + [True, False]
+    pairs += [(fog, sky), (sky, sky)]  # a crowd, and half a sky, an IoU of one half
+    labels, names = zip(*pairs, strict=True)
+    gt = np.repeat(np.arange(1, 14), 4)
+    pred = np.where(np.isin(gt, [5, 11]), 0, gt)
+    pred[-2:] = 0
+    quality = update_one(gt, labels, crowd, pred, [-1 if k is None else k for k in names], 4)
+    expected = {
+        "seen": {"right": 2, "other_seen": 1, "other_unseen": 1, "unmatched": 2},
+        "unseen": {"right": 1, "other_seen": 3, "other_unseen": 1, "unmatched": 1},
+    }
+    assert quality.summarize(make_vocabulary(4, unseen=(cow, fog)))["confusion"] == expected
+    assert "confusion" not in quality.summarize(make_vocabulary(4))
+    quality.merge(quality)
+    twice = quality.summarize(make_vocabulary(4, unseen=(cow, fog)))["confusion"]
+    assert twice["unseen"]["other_seen"] == 6
 
 
 @pytest.mark.parametrize(

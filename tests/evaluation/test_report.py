@@ -98,6 +98,19 @@ def test_comparison_of_runs():
     assert report.format_comparison(runs) == COMPARISON
 
 
+def test_confusion_of_seen_and_unseen():
+    keys = ("right", "other_seen", "other_unseen", "unmatched")
+    rows = {"seen": (3, 1, 0, 4), "unseen": (0, 0, 0, 0)}
+    confusion = {group: dict(zip(keys, row, strict=True)) for group, row in rows.items()}
+    summary = make_summary() | {"confusion": confusion}
+    table, about, rows = report.format_table(summary).split("\n\n")
+    assert table == TABLE and "IoU > 0.5" in about
+    assert rows.splitlines()[2:] == [
+        "| seen | 8 | 3 (37.5%) | 1 (12.5%) | 0 (0.0%) | 4 (50.0%) |",
+        "| unseen | 0 | 0 (0.0%) | 0 (0.0%) | 0 (0.0%) | 0 (0.0%) |",
+    ]
+
+
 def test_classes_are_sorted_and_absent_ones_left_out():
     assert report.format_table(make_summary(), classes=True) == f"{TABLE}\n\n{CLASSES}"
 
