@@ -9,7 +9,9 @@ classes are all unseen, or the name of one that ships; without it every class is
 
 - panoptic: COCO panoptic jsons, each with a folder of PNGs that has its name or is given by
   --annotation_pngs and --png_folder. What the official panopticapi refuses is refused, and so are
-  predictions for images that have no annotation.
+  predictions for images that have no annotation. --pictures=4 draws the 4 worst and the 4 best
+  images, on the photographs of the folder --images, as worst_best.png beside --output, and PQ by
+  class, pq_per_class.png.
 - semantic: folders of label maps (mIoU, hIoU, accuracies) or panoptic jsons. Pixels are what the
   json beside the folder says (concat_jax.predict writes one), or else the split's ids, or positions
   in it with --annotation_values=indices and --prediction_values=indices.
@@ -20,7 +22,8 @@ Images and classes that the two sides number differently are told by their names
 
     python -m concat_jax.evaluate --config=configs/demo_zps.py --workdir=runs/demo --stage=finetune
 
-scores a finished stage as the training command does, by config.eval.settings.tasks.
+scores a finished stage as the training command does, by config.eval.settings.tasks; --pictures go
+to the stage's folder.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, ZSI_THRESHO
 from concat_jax.evaluation.report import format_table
 from concat_jax.evaluation.score_files import score_instances, score_panoptic
 from concat_jax.evaluation.score_label_maps import IGNORED_VALUES, score_semantic
+from concat_jax.evaluation.worst_best import WorstAndBest
+from concat_jax.inference.images import read_image
 from data_pipelines.labels import load_label_space
 
 TASKS = ("panoptic", "semantic", "instance")
@@ -47,7 +52,7 @@ RESULTS = {
 PROTOCOLS = {"coco": COCO_THRESHOLDS, "zsi": ZSI_THRESHOLDS}
 # Flags of one way to call this, which mean nothing to the other.
 FILE_FLAGS = ("task", "annotations", "predictions", "split", "annotation_pngs", "png_folder")
-FILE_FLAGS += ("annotation_values", "prediction_values", "ignore", "protocol")
+FILE_FLAGS += ("annotation_values", "prediction_values", "ignore", "protocol", "images")
 
 
 def define_flags(flags: cli.Flags) -> None:
@@ -64,6 +69,8 @@ def define_flags(flags: cli.Flags) -> None:
     flags.string("ignore", ignored, "Pixels of label maps that are no class.")
     flags.choice("protocol", "coco", list(PROTOCOLS), "IoUs of the instance task.")
     flags.string("stage", "finetune", "Of a config: the stage to score.")
+    flags.integer("pictures", 0, "Images to draw, of the worst and of the best each.", 0)
+    flags.string("images", "", "Folder of the annotated images, for --pictures.")
     flags.switch("classes", "Also print every class.")
     flags.string("output", "", "A json file for the report.")
 
@@ -87,6 +94,7 @@ def _check_flags(given: cli.Flags, files: Sequence[str]) -> None:
     are_maps = [given.task == "semantic" and pathlib.Path(path).is_dir() for path in files]
     have_pngs = [given.task != "instance" and not of_maps for of_maps in are_maps]
     meant = {"protocol": given.task == "instance", "ignore": any(are_maps)}
+    meant |= dict.fromkeys(("pictures", "images"), given.task == "panoptic")
     meant |= zip(("annotation_values", "prediction_values"), are_maps, strict=True)
     meant |= zip(("annotation_pngs", "png_folder"), have_pngs, strict=True)
     for name, has_meaning in meant.items():
@@ -94,10 +102,17 @@ def _check_flags(given: cli.Flags, files: Sequence[str]) -> None:
             raise ValueError(
                 f"--{name} means nothing to --task={given.task} of these files; leave it out."
             )
+    if given.pictures and not given.output:
+        raise ValueError("--pictures are written beside the report; give --output=report.json.")
+    if given.images and not (given.pictures and pathlib.Path(given.images).is_dir()):
+        fault = "is no folder" if given.pictures else "is for --pictures; give both"
+        raise ValueError(f"--images={given.images} {fault}.")
 
 
-def evaluate_files(given: cli.Flags) -> dict:
+def evaluate_files(given: cli.Flags, extremes: WorstAndBest | None = None) -> dict:
     """Scores the files that the flags name; returns the summary, as `evaluate` has it.
+
+    `extremes` are shown the images of the panoptic task.
 
     Raises:
       ValueError: for a flag that is missing or has no meaning, or files at fault.
@@ -114,7 +129,7 @@ def evaluate_files(given: cli.Flags) -> dict:
         annotation_folder=given.annotation_pngs or None, prediction_folder=given.png_folder or None
     )
     if given.task == "panoptic":
-        return score_panoptic(*files, **folders)
+        return score_panoptic(*files, **folders, extremes=extremes)
     if given.task == "instance":
         return {"instance": score_instances(*files, thresholds=PROTOCOLS[given.protocol])}
     ignored = [value.strip() for value in given.ignore.split(",") if value.strip()]
@@ -147,7 +162,14 @@ def evaluate_stage(given: cli.Flags) -> dict:
     datasets = make_datasets(config.data, seed=config.seed, **host)
     run = Experiment(config, workdir, datasets, trains=False)
     run.check_stage(stage)
-    return run.evaluate(stage)
+    if given.pictures and "panoptic" not in run.setup.predict.tasks:
+        raise ValueError(
+            "--pictures are of panoptic maps, which config.eval.settings.tasks lacks; leave it out."
+        )
+    summary = run.evaluate(stage, num_extremes=given.pictures)
+    if given.pictures:
+        print(f"Pictures: {workdir / stage}")
+    return summary
 
 
 def evaluate_flags(given: cli.Flags) -> dict:
@@ -155,6 +177,7 @@ def evaluate_flags(given: cli.Flags) -> dict:
 
     Raises ValueError for flags that do not go together.
     """
+    extremes = None
     of_files = [name for name in FILE_FLAGS if given[name].present]
     if any(name in given and given[name].present for name in ("config", "workdir")):
         if of_files:
@@ -169,7 +192,11 @@ def evaluate_flags(given: cli.Flags) -> dict:
             "and --stage to score a trained stage."
         )
     else:
-        summary = evaluate_files(given)
+        if given.pictures:
+            folder = pathlib.Path(given.images)
+            read = (lambda name: read_image(folder / name)) if given.images else None
+            extremes = WorstAndBest(given.pictures, read)
+        summary = evaluate_files(given, extremes)
     for inner in (summary, *(summary.get(task, {}) for task in TASKS)):
         for note in inner.get("notes", ()):
             print(f"Note: {note}")
@@ -177,6 +204,9 @@ def evaluate_flags(given: cli.Flags) -> dict:
     if given.output:
         write_json(given.output, summary)
         print(f"\nReport: {given.output}")
+    if extremes:
+        for path in extremes.write(pathlib.Path(given.output).parent, summary["per_class"]):
+            print(f"Picture: {path}")
     return summary
 
 

@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from concat_jax import evaluate
 from concat_jax.core import cli
@@ -100,6 +101,52 @@ def test_flags_that_do_not_suffice_are_refused(arguments, message):
         run(*arguments)
 
 
+def test_the_worst_and_the_best_images_are_drawn(tmp_path, capsys):
+    """Four images of a sky and a cat, of which the prediction sees ever more."""
+    ids, segments = np.ones((8, 10), int), [{"id": 1, "label": 0}, {"id": 2, "label": 1}]
+    ids[:, 4:] = 2
+    for name, widths in (("truth", (4, 4, 4, 4)), ("found", (9, 4, 2, 3))):
+        with PanopticWriter(tmp_path, VOCABULARY, name=name) as writer:
+            for number, width in enumerate(widths):
+                found = np.where(np.arange(10) < width, 1, 2)[None].repeat(8, 0)
+                writer.add(number, f"{number}.png", found, segments)
+    (tmp_path / "photographs").mkdir()
+    colours = [(250, 0, 40 * number) for number in range(4)]
+    for number in (0, 1, 2):
+        picture = Image.new("RGB", (10, 8), colours[number])
+        picture.save(tmp_path / "photographs" / f"{number}.png")
+    folder = f"--images={tmp_path / 'photographs'}"
+    drawn = of_files(tmp_path, f"--output={tmp_path / 'out' / 'report.json'}", "--pictures=1")
+    run(*drawn, folder)
+    text = capsys.readouterr().out
+    assert "worst_best.png" in text and "pq_per_class.png" in text
+    sheet = np.asarray(Image.open(tmp_path / "out" / "worst_best.png"))
+    tops = [np.flatnonzero((sheet == colour).all(-1).any(1)) for colour in colours]
+    assert len(tops[0]) and tops[1].min() > tops[0].max(), "from the worst to the best"
+    assert not len(tops[2]), "what lies between is left out"
+    run(*drawn)
+    sheet = np.asarray(Image.open(tmp_path / "out" / "worst_best.png"))
+    assert not any((sheet == colour).all(-1).any() for colour in colours)
+    with pytest.raises(ValueError, match="3.png cannot be read as an image: it does not exist"):
+        run(*drawn, folder, "--pictures=2")
+    Image.new("RGB", (10, 9)).save(tmp_path / "photographs" / "3.png")
+    with pytest.raises(ValueError, match="image 3.png is 9x10 .* its annotation 8x10"):
+        run(*drawn, folder, "--pictures=2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--pictures=1",), "give --output"),
+        (("--images=.",), "--images=. is for --pictures"),
+        (("--images=no", "--pictures=1", "--output=report.json"), "--images=no is no folder"),
+    ],
+)
+def test_flags_of_pictures_go_together(files, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(*of_files(files, *flags))
+
+
 def test_values_to_ignore_are_numbers(files):
     maps = f"--annotations={files / 'found'}", f"--split={files / 'two.json'}"
     with pytest.raises(ValueError, match="is not like --ignore=0,255"):
@@ -115,6 +162,8 @@ def test_values_to_ignore_are_numbers(files):
         ("semantic", "--annotation_values=ids"),  # of a panoptic json
         ("semantic", "--protocol=coco"),
         ("instance", "--png_folder=x"),
+        ("semantic", "--pictures=2"),
+        ("instance", "--images=x"),
     ],
 )
 def test_flags_that_would_change_nothing_are_refused(files, task, flag):
@@ -153,13 +202,14 @@ class FakeRun:
 
     def __init__(self, config, workdir, datasets, *, trains):
         assert not trains
-        self.workdir = workdir
+        self.setup = types.SimpleNamespace(predict=types.SimpleNamespace(tasks=("semantic",)))
 
     def check_stage(self, name):
         if name != "finetune":
             raise ValueError("cannot be scored")
 
-    def evaluate(self, name):
+    def evaluate(self, name, *, num_extremes):
+        assert not num_extremes
         counts = SemanticIoU(2)
         counts.update(np.array([0, 0, 1]), np.array([0, 0, 0]))
         return {"semantic": counts.summarize(VOCABULARY), "images": 1}
@@ -186,6 +236,11 @@ def stage_of(monkeypatch, tmp_path):
 def test_a_stage_is_scored_by_the_config_s_metrics(stage_of, capsys):
     assert stage_of()["semantic"]["seen"]["miou"] == pytest.approx(200 / 3)
     assert "mIoU" in capsys.readouterr().out
+
+
+def test_pictures_of_a_stage_without_panoptic_maps_are_refused(stage_of):
+    with pytest.raises(ValueError, match="--pictures are of panoptic maps"):
+        stage_of("--pictures=2")
 
 
 def test_a_stage_that_cannot_be_scored_is_refused(stage_of):

@@ -36,7 +36,7 @@ OWN += ("requirements",)
 # Commands that are run here, with what they read made for them: module -> how many.
 RUN = {
     "concat_jax.convert": 1,
-    "concat_jax.evaluate": 1,
+    "concat_jax.evaluate": 2,
     "concat_jax.predict": 2,
     "data_pipelines.prepare": 1,
 }
@@ -201,11 +201,12 @@ def folder(tmp_path_factory):
     """What the commands of the pages read, by the names that they give it."""
     here = tmp_path_factory.mktemp("pages")
     scenes = [Image.fromarray(scene) for scene in draw_scenes(3)]
-    for name in ("folder", "more", "coco/annotations"):
+    for name in ("folder", "more", "coco/annotations", "coco/val2017"):
         (here / name).mkdir(parents=True)
     for name in ("photo.png", "photo.jpg", "folder/a.jpg", "more/b.png"):
         scenes[len(name) % 3].save(here / name)
 
+    Image.new("RGB", (8, 8)).save(here / "coco/val2017/1.jpg")
     split = load_label_space("coco_panoptic_119_14")
     ids = np.arange(64).reshape(8, 8) // 32 + 1
     segments = [{"id": 1, "label": 0, "score": 0.9}, {"id": 2, "label": 100, "score": 0.8}]
@@ -266,4 +267,5 @@ def test_commands_run(folder, monkeypatch, capsys):
     for words in sorted(found, key=lambda words: (words[2] not in order[:2], words)):
         importlib.import_module(words[2]).main(list(words[2:]))
     assert (folder / "out" / "panoptic.json").is_file()
+    assert (folder / "scores" / "worst_best.png").is_file()
     assert "100.0" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from pathlib import Path
 from concat_jax.core.files import write_png
 from concat_jax.core.hosts import sum_over_hosts, total_over_hosts
 from concat_jax.evaluation.score_images import SCORES, comparison_row
+from concat_jax.evaluation.worst_best import WorstAndBest
 from concat_jax.inference.predictor import Prediction, Predictor
 from concat_jax.visualize import comparison
 
@@ -30,6 +31,7 @@ def evaluate(
     *,
     name: str,
     num_pictures: int = 0,
+    num_extremes: int = 0,
     picture_folder: Path | None = None,
     coco_folder: Path | None = None,
 ) -> dict:
@@ -40,6 +42,7 @@ def evaluate(
     Args:
       examples: at native size. One with a true "is_padding" fills a batch up and counts nowhere.
       num_pictures: images of which overlay pictures are written, of panoptic maps.
+      num_extremes: of the worst and of the best images, which `WorstAndBest` draws.
       coco_folder: where predictions go, if anywhere: COCO panoptic json and PNGs, COCO instance
         results (`instance_predictions.json`), label maps of category ids
         (`semantic_predictions/`), for each task. Several hosts must all see it.
@@ -53,6 +56,7 @@ def evaluate(
     """
     vocabulary = predictor.vocabulary
     rows: list[comparison.ComparisonRow] = []
+    extremes = WorstAndBest(num_extremes)
     count, start = 0, time.monotonic()
     with contextlib.ExitStack() as stack:
         scores = {
@@ -60,6 +64,8 @@ def evaluate(
             for task, score in SCORES.items()
             if task in predictor.config.tasks
         }
+        if "panoptic" in scores:
+            scores["panoptic"].extremes = extremes
         for native, prediction in predict_examples(predictor, examples):
             if native.get("is_padding", False):
                 continue
@@ -79,5 +85,7 @@ def evaluate(
     summaries = {
         task: sum_over_hosts(score.counts).summarize(vocabulary) for task, score in scores.items()
     }
+    if picture_folder and (num_pictures or num_extremes) and "panoptic" in summaries:
+        extremes.write(picture_folder, summaries["panoptic"]["per_class"])
     speed = {"images": count, "images_per_second": count / seconds}
     return {**summaries.pop("panoptic", {}), **summaries, **speed}

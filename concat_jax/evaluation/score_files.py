@@ -34,6 +34,7 @@ from concat_jax.evaluation.result_files import (
     read_instance_results,
     read_manifest,
 )
+from concat_jax.evaluation.worst_best import Maps, WorstAndBest
 
 Path = str | os.PathLike[str]
 
@@ -45,6 +46,7 @@ def score_panoptic(
     *,
     annotation_folder: Path | None = None,
     prediction_folder: Path | None = None,
+    extremes: WorstAndBest | None = None,
 ) -> dict:
     """Panoptic quality of files in COCO's panoptic format.
 
@@ -53,6 +55,7 @@ def score_panoptic(
         for no other; panopticapi refuses the former and does not notice the latter.
       vocabulary: the label space; None takes the annotations', all of it seen.
       annotation_folder, prediction_folder: of the PNGs; by default beside each json, by its name.
+      extremes: what all images are shown to.
 
     Returns:
       `PanopticQuality.summarize` with "images" and "notes", sentences on how the files were read.
@@ -68,9 +71,14 @@ def score_panoptic(
         [(found.annotations[i], found.path) for i in pairs],
     )
     classes = vocabulary.index_of_category, class_of
-    # hotcoco does not tell what a segment of another class was named.
-    by_image = not all(vocabulary.is_seen)
-    quality = _count_panoptic(sides, folders, classes, len(vocabulary), image_by_image=by_image)
+    quality = None
+    # hotcoco does not tell what a segment of another class was named, nor the PQ of an image.
+    if all(vocabulary.is_seen) and not extremes:
+        quality = _library_counts(sides, folders, classes, len(vocabulary))
+    if quality is None:
+        entry_of = truth.images or truth.annotations
+        names = [entry_of[i].file_name for i in pairs.values()]
+        quality = _count_panoptic(sides, folders, classes, len(vocabulary), names, extremes)
     right, missed, wrong = (int(n.sum()) for n in (quality.tp, quality.fn, quality.fp))
     is_told = found.categories is not None
     check_counts(right + missed, wrong, right, truth.path, found.path, is_told=is_told)
@@ -107,20 +115,19 @@ def _names(*files: PanopticFile) -> list[dict[ImageId, str | None]]:
     return [dict.fromkeys(n) for n in names]
 
 
-def _count_panoptic(
+def _library_counts(
     sides: Sequence[Sequence[tuple[PanopticAnnotation, pathlib.Path]]],
     folders: Sequence[pathlib.Path],
     classes: Sequence[Mapping[int, int]],
     num_classes: int,
-    *,
-    image_by_image: bool,
-) -> PanopticQuality:
-    """Counts of pairs of annotations, ground truth first, each with the json it is of."""
+) -> PanopticQuality | None:
+    """Counts of pairs of annotations, ground truth first, each with the json it is of.
+
+    None where something is at fault, or in a form that hotcoco does not read.
+    """
     quality = PanopticQuality(num_classes)
     truth, found = (_as_dict(*side, num_classes) for side in zip(sides, classes, strict=True))
     with contextlib.suppress(ValueError, OSError):
-        if image_by_image:
-            raise ValueError
         # panopticapi's checks are of predictions; against itself, the ground truth passes them.
         PanopticEval(truth, truth, gt_folder=folders[0], pred_folder=folders[0]).evaluate()
         counted = PanopticEval(truth, found, gt_folder=folders[0], pred_folder=folders[1])
@@ -129,23 +136,40 @@ def _count_panoptic(
             quality.iou_sum[k], quality.tp[k] = row["iou"], row["tp"]
             quality.fp[k], quality.fn[k] = row["fp"], row["fn"]
         return quality
+    return None
 
-    def count(number: int) -> PanopticQuality:
-        maps, labels, pngs = [], [], []
+
+def _count_panoptic(
+    sides: Sequence[Sequence[tuple[PanopticAnnotation, pathlib.Path]]],
+    folders: Sequence[pathlib.Path],
+    classes: Sequence[Mapping[int, int]],
+    num_classes: int,
+    names: Sequence[str],
+    extremes: WorstAndBest | None,
+) -> PanopticQuality:
+    """As `_library_counts`, image by image; a FileError tells what is at fault."""
+    quality = PanopticQuality(num_classes)
+
+    def count(number: int) -> tuple[PanopticQuality, list[Maps]]:
+        maps, pngs = [], []
         for side, folder, class_of in zip(sides, folders, classes, strict=True):
             annotation, json_path = side[number]
             pngs.append(folder / annotation.file_name)
             id_map = read_id_map(pngs[-1], json_path)
-            maps.append(segment_rows(id_map, annotation.ids, pngs[-1], json_path))
-            labels.append([class_of[category] for category in annotation.category_ids])
-        check_sizes(maps[0].shape, maps[1].shape, *pngs)
+            rows = segment_rows(id_map, annotation.ids, pngs[-1], json_path)
+            what = f"A segment of {annotation.file_name} in {json_path}"
+            maps.append((rows, classes_in(annotation.category_ids, class_of, what)))
+        (truth, labels), found = maps
+        check_sizes(truth.shape, found[0].shape, *pngs)
         own = PanopticQuality(num_classes)
-        own.update(maps[0], labels[0], list(sides[0][number][0].is_crowd), maps[1], labels[1])
-        return own
+        own.update(truth, labels, list(sides[0][number][0].is_crowd), *found)
+        return own, maps
 
-    # What hotcoco does not count or does not read; a fault is told.
-    for own in with_progress("panoptic", count, len(sides[0])):
+    results = with_progress("panoptic", count, len(names))
+    for name, (own, maps) in zip(names, results, strict=True):
         quality.merge(own)
+        if extremes:
+            extremes.add(own, name, *maps)
     return quality
 
 

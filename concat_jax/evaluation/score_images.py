@@ -17,6 +17,7 @@ from concat_jax.evaluation.average_precision import AveragePrecision
 from concat_jax.evaluation.counts import ClassCounts
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.semantic_iou import SemanticIoU
+from concat_jax.evaluation.worst_best import WorstAndBest
 from concat_jax.inference.panoptic import ImageSegments
 from concat_jax.inference.predictor import Prediction
 from concat_jax.visualize import comparison as pictures
@@ -53,9 +54,16 @@ class PanopticScore(_Score):
 
     _METRIC, _WRITER = PanopticQuality, PanopticWriter
 
+    extremes: WorstAndBest | None = None
+
     def _count(self, native: Mapping, prediction: Prediction) -> tuple:
         result = prediction.panoptic
-        self.counts.merge(quality_of(native, result, self.counts.num_classes))
+        own = quality_of(native, result, self.counts.num_classes)
+        self.counts.merge(own)
+        if self.extremes:
+            maps = native["segment_ids"], native["segment_labels"]
+            found = result.id_map, result.labels_by_id()
+            self.extremes.add(own, native["file_name"], maps, found, native["image"])
         return result.id_map, result.segments
 
 

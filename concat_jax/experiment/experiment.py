@@ -274,9 +274,10 @@ class Experiment:
         predictor = self.predictor(name, gamma=gammas, tasks=("panoptic", "queries"))
         return calibration.sweep(predictor, examples, name=name)
 
-    def evaluate(self, name: str, keep_rule: str = "") -> dict:
+    def evaluate(self, name: str, keep_rule: str = "", *, num_extremes: int = 0) -> dict:
         """Score what holds after stage `name`; pictures and predictions go to its folder.
 
+        `num_extremes` of the worst and of the best images are drawn besides the config's pictures.
         Under another keep rule than the config's they go to a folder of the rule in there.
         """
         config, folder = self.setup.config, self.workdir / name
@@ -289,6 +290,7 @@ class Experiment:
             self.datasets.evaluation(jax.process_index(), jax.process_count()),
             name=name,
             num_pictures=config.eval.num_pictures,
+            num_extremes=num_extremes,
             picture_folder=folder if leads else None,
             coco_folder=folder if config.eval.write_coco else None,
         )

@@ -22,29 +22,11 @@ from concat_jax.visualize.contact_sheet import ContactSheet
 OVERLAY_SIDE = 1600
 
 
-def _shrink(
-    image: np.ndarray, segment_ids: np.ndarray, longest: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Image [H, W, 3] uint8 and its id map [H, W], shrunk until no side exceeds `longest`.
-
-    Colours are averaged, ids taken at the nearest pixel centre; small ones are left as they are.
-    """
-    height, width = segment_ids.shape
-    factor = longest / max(height, width)
-    if factor >= 1:
-        return image, segment_ids
-    height_to, width_to = max(1, round(height * factor)), max(1, round(width * factor))
-    small = Image.fromarray(image).resize((width_to, height_to), Image.Resampling.BOX)
-    rows = ((np.arange(height_to) + 0.5) * height / height_to).astype(int)
-    columns = ((np.arange(width_to) + 0.5) * width / width_to).astype(int)
-    return np.asarray(small), segment_ids[rows[:, None], columns[None]]
-
-
 def overlay(
     image: np.ndarray, ids: np.ndarray, labels: Mapping[int, int], vocabulary: Vocabulary
 ) -> Image.Image:
     """The overlay picture of an id map [H, W], 0 void, with the class of every id."""
-    image, ids = _shrink(image, ids, OVERLAY_SIDE)
+    image, ids = pictures.shrink(image, ids, OVERLAY_SIDE)
     return pictures.panoptic_overlay(
         image, ids, labels, vocabulary.names, vocabulary.is_thing, is_seen=vocabulary.is_seen
     )

@@ -18,11 +18,14 @@ from concat_jax.visualize.overlay import (
     draw_text,
     enlarge,
     panoptic_overlay,
+    shrink,
     text_size,
 )
 
 HEADERS = ("image", "ground truth", "prediction")
 FOOTER = f"{UNSEEN_MARK} unseen class: no pixel of it was labelled in training"
+# Larger images are shrunk: three stand side by side.
+LONGEST_SIDE = 800
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +47,14 @@ def comparison_row(
     caption: str = "",
 ) -> ComparisonRow:
     """Image, ground truth and prediction of one image, for `comparison_sheet`."""
-    scale = default_scale(*image.shape[:2])
-    overlays = [
-        panoptic_overlay(image, ids, labels, names, is_thing, is_seen=is_seen, scale=scale)
-        for ids, labels in (ground_truth, prediction)
-    ]
-    return ComparisonRow((enlarge(image, scale), *overlays), caption)
+    overlays = []
+    for ids, labels in (ground_truth, prediction):
+        small, ids = shrink(image, ids, LONGEST_SIDE)
+        scale = default_scale(*ids.shape)
+        overlays.append(
+            panoptic_overlay(small, ids, labels, names, is_thing, is_seen=is_seen, scale=scale)
+        )
+    return ComparisonRow((enlarge(small, scale), *overlays), caption)
 
 
 def comparison_sheet(rows: Sequence[ComparisonRow]) -> Image.Image:

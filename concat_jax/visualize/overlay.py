@@ -129,6 +129,24 @@ def default_scale(height: int, width: int, target: int = 320, longest: int = 160
     return max(1, min(round(target / min(height, width)), longest // max(height, width)))
 
 
+def shrink(
+    image: np.ndarray, segment_ids: np.ndarray, longest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image [H, W, 3] uint8 and its id map [H, W], shrunk until no side exceeds `longest`.
+
+    Colours are averaged, ids taken at the nearest pixel centre; small ones are left as they are.
+    """
+    height, width = segment_ids.shape
+    factor = longest / max(height, width)
+    if factor >= 1:
+        return image, segment_ids
+    height_to, width_to = max(1, round(height * factor)), max(1, round(width * factor))
+    small = Image.fromarray(image).resize((width_to, height_to), Image.Resampling.BOX)
+    rows = ((np.arange(height_to) + 0.5) * height / height_to).astype(int)
+    columns = ((np.arange(width_to) + 0.5) * width / width_to).astype(int)
+    return np.asarray(small), segment_ids[rows[:, None], columns[None]]
+
+
 def enlarge(image: np.ndarray, scale: int) -> Image.Image:
     """[H, W, 3] uint8 to a PIL image `scale` times as large; pixels stay square as in the map."""
     height, width = image.shape[:2]

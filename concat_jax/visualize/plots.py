@@ -1,4 +1,4 @@
-"""Figures: scores as a bias sweeps, and vision queries in two dimensions.
+"""Figures: scores as a bias sweeps and by class, and vision queries in two dimensions.
 
 Figures are made by matplotlib's objects alone: `pyplot` would keep every one of them.
 """
@@ -16,10 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from concat_jax.core.files import replacing
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.visualize.overlay import oklch_to_rgb
+from concat_jax.visualize.overlay import UNSEEN_MARK, oklch_to_rgb
 
 INK, FAINT, GRID = "#19191e", "#696973", "#e6e6ea"
 # Okabe and Ito's, which the colour-blind can tell apart.
@@ -29,6 +30,14 @@ SEEN_REAL, SEEN_PSEUDO = "#d3d5db", "#8d919c"
 REAL, PSEUDO = "o", "x"
 _DPI, _WIDTH = 120, 10.0
 _MAX_NAMED = 32
+# Of bars by whether the class is a thing and seen.
+BAR_COLOURS = {
+    (True, True): "#a9c9e0",
+    (False, True): "#b3d9cc",
+    (True, False): "#0072b2",
+    (False, False): "#009e73",
+}
+_BARS, _MOST_COLUMNS = 45, 4  # a column before another is begun
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
@@ -60,14 +69,57 @@ def bias_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     return figure
 
 
+def class_bars(classes: Sequence[Mapping]) -> Figure:
+    """PQ of each class in percent, the best first, down one column and on in the next.
+
+    `classes`, at least one, have "name", "is_thing", "is_seen" and a finite "pq".
+    """
+    rows = sorted(classes, key=lambda row: (-row["pq"], row["name"]))
+    columns = min(_MOST_COLUMNS, -(-len(rows) // _BARS))
+    length = -(-len(rows) // columns)
+    figure = _page("PQ by class", 0.17 * length + 0.75)
+    for axes, first in zip(
+        figure.subplots(1, columns, squeeze=False)[0], range(0, len(rows), length), strict=True
+    ):
+        shown = rows[first : first + length]
+        colours = [BAR_COLOURS[row["is_thing"], row["is_seen"]] for row in shown]
+        bars = axes.barh(range(len(shown)), [row["pq"] for row in shown], 0.8, color=colours)
+        numbers = [f"{row['pq']:.1f}" for row in shown]
+        axes.bar_label(bars, numbers, padding=2, fontsize=7.5, color=FAINT)
+        names = [
+            textwrap.shorten(row["name"], 26, placeholder="…") + UNSEEN_MARK * (not row["is_seen"])
+            for row in shown
+        ]
+        axes.set_yticks(range(len(shown)), names, fontsize=8, parse_math=False)
+        for label, row in zip(axes.get_yticklabels(), shown, strict=True):
+            label.set(color=INK, weight="normal" if row["is_seen"] else "bold")
+        axes.set(xlim=(0, 112), ylim=(length - 0.4, -0.6), xticks=())
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    known, kinds = (f"unseen {UNSEEN_MARK}", "seen"), ("stuff", "thing")
+    entries = [
+        Patch(color=colour, label=f"{kinds[is_thing]}, {known[is_seen]}")
+        for (is_thing, is_seen), colour in BAR_COLOURS.items()
+        if any((row["is_thing"], row["is_seen"]) == (is_thing, is_seen) for row in rows)
+    ]
+    legend = figure.legend(handles=entries, loc="outside lower left", ncols=4, frameon=False)
+    _finish_legend(legend)
+    return figure
+
+
 def _figure(title: str, height: float) -> tuple[Figure, Axes]:
     """A figure of one plot of a height in inches under its title."""
+    figure = _page(title, height)
+    return figure, figure.add_subplot()
+
+
+def _page(title: str, height: float) -> Figure:
     text = textwrap.fill(title, 80)
     height += 0.45 + 0.25 * text.count("\n")
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
     figure.suptitle(text, x=0.015, ha="left", fontsize=14, color=INK, parse_math=False)
-    return figure, figure.add_subplot()
+    return figure
 
 
 def _finish_legend(legend) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from concat_jax.core.mask_codes import encode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.evaluate import PICTURES, evaluate
+from concat_jax.evaluation.worst_best import PQ_PER_CLASS, WORST_BEST
 from concat_jax.inference.predictor import PredictConfig, Predictor
 from concat_jax.training.sharding import along_batch, inference_mesh, make_mesh
 from tests.inference import fakes
@@ -31,14 +32,15 @@ def examples(sizes=SIZES):
     return [example(number, *size) for number, size in enumerate(sizes)]
 
 
-def run(examples, folder=None, *, traced=None, sharding=None, unseen=(), **settings):
+def run(examples, folder=None, *, traced=None, sharding=None, unseen=(), extremes=0, **settings):
     config = PredictConfig(short_side=32, long_side=32, **settings)
     head = fakes.FakeHead(PROBS)
     seen = tuple(name not in unseen for name in VOCABULARY.names)
     vocabulary = dataclasses.replace(VOCABULARY, is_seen=seen)
     predictor = Predictor(fakes.network(traced), head, vocabulary, config, sharding=sharding)
     folders = dict(coco_folder=folder, picture_folder=folder)
-    return evaluate(predictor, examples, name="test", num_pictures=1, **folders)
+    pictures = dict(num_pictures=1, num_extremes=extremes)
+    return evaluate(predictor, examples, name="test", **pictures, **folders)
 
 
 def test_padded_images_are_scored_at_their_own_size(tmp_path):
@@ -52,7 +54,13 @@ def test_padded_images_are_scored_at_their_own_size(tmp_path):
             assert set(np.unique(np.asarray(png)[..., 0])) == {1, 2}
     # One program: all shapes are padded into one, and the padding is made known to the network.
     assert traced == [((2, 32, 32, 3), True)]
-    assert (tmp_path / PICTURES).exists()
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {PICTURES, PQ_PER_CLASS}
+    with Image.open(tmp_path / PICTURES) as first:
+        lone = first.height
+    run(examples(), tmp_path, batch_size=2, extremes=1)
+    with Image.open(tmp_path / WORST_BEST) as sheet:
+        assert sheet.height > lone + 160, "two rows"
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(4, 4), (6, 2), (1, 1)])

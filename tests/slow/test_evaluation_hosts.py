@@ -57,7 +57,7 @@ def test_two_hosts_score_as_one(run_hosts, tmp_path):
     assert [entry["image_id"] for entry in two] == [0, 2, 4, 1, 3]
     assert sorted(two, key=lambda entry: entry["image_id"]) == one
     files = [sorted(p.name for p in (tmp_path / n).rglob("*.*")) for n in ("one", "two")]
-    assert files[0] == files[1] and len(files[0]) == 15
+    assert files[0] == files[1] and len(files[0]) == 16
 
 
 def test_two_hosts_run_every_stage(run_hosts, tmp_path):

@@ -153,3 +153,33 @@ def test_bad_queries_are_refused(arguments, sentence):
     real, labels, pseudo, pseudo_labels = (*arguments, *none)[:4]
     with pytest.raises(ValueError, match=sentence):
         space(real, labels, pseudo, pseudo_labels)
+
+
+def test_bars_of_classes_are_sorted_and_told_apart():
+    kinds = [(True, True), (False, True), (True, False), (False, False)]
+    rows = [
+        {
+            "name": f"class {k}",
+            "is_thing": kinds[k % 4][0],
+            "is_seen": kinds[k % 4][1],
+            "pq": 0.5 * k,
+        }
+        for k in range(133)
+    ]
+    figure = plots.class_bars(rows)
+    names = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+    stars = {2: "*", 3: "*"}
+    assert names == [f"class {k}{stars.get(k % 4, '')}" for k in range(132, -1, -1)]
+    bars = [bar for axes in figure.axes for bar in axes.patches]
+    assert [bar.get_width() for bar in bars] == [0.5 * k for k in range(132, -1, -1)]
+    colours = [to_hex(bar.get_facecolor()) for bar in reversed(bars)]
+    assert len(set(colours[:4])) == 4 and colours[:4] == colours[4:8]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["thing, seen", "stuff, seen", "thing, unseen *", "stuff, unseen *"]
+    # Names and numbers of neighbours do not meet: letters are lower than a bar's share of a page.
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+        assert all(a.y0 >= b.y1 for a, b in zip(boxes, boxes[1:], strict=False))
+    (lone,) = plots.class_bars(rows[:1]).legends
+    assert [text.get_text() for text in lone.get_texts()] == ["thing, seen"]
