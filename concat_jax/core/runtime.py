@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 
 XLA_FOLDER = Path.home() / ".cache" / "concat_jax" / "xla"
-# Names of glibc's mallopt (malloc.h): trim threshold, number of mmapped blocks, number of arenas.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+# Names of glibc's mallopt (malloc.h): trim threshold, number of mmapped blocks. The number
+# of arenas stays: in a single one what a compiler leaves behind makes every later search long.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def enable_compilation_cache() -> None:
@@ -29,7 +30,6 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
 
