@@ -78,6 +78,9 @@ COMES_WITH = {
     "clu": "tensorboard",
     "libtpu": "tpu",
     "gradio": "page",
+    "jax2onnx": "export",
+    "onnx": "export",
+    "onnxruntime": "export",
 }
 
 

@@ -163,6 +163,11 @@ class Predictor:
         self._is_thing = np.pad(np.asarray(vocabulary.is_thing), padding)
         self._is_seen = np.pad(np.asarray(vocabulary.is_seen), padding)
 
+    @property
+    def networks(self) -> tuple[Network, Head]:
+        """What it runs: the segmentor, and the head with the texts of the names."""
+        return self._segmentor, self._head
+
     def __call__(self, image: np.ndarray | Image.Image) -> Prediction:
         """Segments one image: a Pillow image of any mode, or an array [H, W, 3] uint8 RGB."""
         return self.predict([self.prepare(to_rgb(image))])[0]

@@ -19,7 +19,8 @@ from absl import logging
 
 # Files that a folder this package writes has at its top: what `overwrite` may replace.
 CARD_NAME = "model.json"
-MARKERS = (CARD_NAME, "config.json")
+EXPORT_NAME = "export.json"
+MARKERS = (CARD_NAME, "config.json", EXPORT_NAME)
 
 
 @contextlib.contextmanager
