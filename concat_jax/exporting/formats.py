@@ -178,7 +178,7 @@ def _quiet() -> Iterator[None]:
 
 
 FORMATS = {
-    "jax": Format("model.jax", (), _write_jax, _load_jax),
+    "jax": Format("model.jax", ("flatbuffers",), _write_jax, _load_jax),
     "savedmodel": Format("saved_model", ("tensorflow",), _write_saved_model, _load_saved_model),
     "onnx": Format("model.onnx", ("jax2onnx", "onnx", "onnxruntime"), _write_onnx, _load_onnx),
 }
