@@ -20,7 +20,7 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.model import export_workdir, is_workdir
 from concat_jax.weights.class_names import Classes
 from concat_jax.weights.convert import load_source
-from concat_jax.weights.disk import check_destination
+from concat_jax.weights.disk import check_apart, check_destination
 from concat_jax.weights.hugging_face_folder import save_hf_folder
 from concat_jax.weights.model_folder import TASKS, ModelCard, save_model
 from data_pipelines.labels import load_classes, load_label_space
@@ -55,12 +55,7 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     if len(arguments) != 2:
         raise ValueError(f"give a source and a destination: {USAGE}")
     source, destination = arguments
-    places = [Path(path).resolve() for path in arguments]
-    if places[1] in (places[0], *places[0].parents):
-        raise ValueError(
-            f"{destination} is or holds the source {source}, which would be lost; name another "
-            "folder."
-        )
+    check_apart(source, destination)
     if is_workdir(Path(source)):
         for name in ("classes", "reinit_head", "task"):
             if given[name].present:

@@ -25,10 +25,10 @@ from concat_jax.experiment.model import open_model
 from concat_jax.exporting.formats import FORMATS
 from concat_jax.exporting.program import check_size, deviation, make_program
 from concat_jax.inference.predictor import PredictConfig
-from concat_jax.weights.disk import EXPORT_NAME, check_destination, new_folder
+from concat_jax.weights.disk import EXPORT_NAME, check_apart, check_destination, new_folder
 
 TEXT_NAME = "text.npy"
-# Runtimes round differently. A probability that is further off is another graph.
+# Runtimes round differently. What is further off is another graph.
 MOST_DEVIATION = 1e-2
 
 
@@ -57,6 +57,7 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     format_.check_installed(given.format)
     size = _size(given.size)
     check_destination(destination, overwrite=given.overwrite)
+    check_apart(source, destination)
 
     model = open_model(source, stage=given.stage, dtype="float32")
     predictor = model.predictor(classes=given.classes or None)
@@ -66,13 +67,21 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     start = time.monotonic()
     with new_folder(destination, {"all": program.params}, overwrite=given.overwrite) as folder:
         path = folder / format_.file
-        format_.write(program, path)
-        seconds = time.monotonic() - start
-        off = deviation(program, format_.load(path))
-        if max(off["class_probs"], off["objectness"]) > MOST_DEVIATION:
+        try:
+            format_.write(program, path)
+            seconds = time.monotonic() - start
+            off = deviation(program, format_.load(path))
+        except OSError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ValueError(
-                f"What {given.format} makes of this model is another function (probabilities are "
-                f"off by {off['class_probs']:.2g}), so nothing was written; use another --format."
+                f"{given.format} cannot hold this model ({what}); use another --format."
+            ) from error
+        if not np.max([*off.values()]) <= MOST_DEVIATION:  # NaN is not
+            raise ValueError(
+                f"What {given.format} makes of this model is another function (its outputs are off "
+                f"by {np.max([*off.values()]):.2g}), so nothing was written; use another --format."
             )
         rule = program.params[1].KEEP_RULE
         defaults = PredictConfig()
@@ -104,7 +113,7 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
         f"images of {size[0]}x{size[1]}, {what}."
     )
     print(
-        "Against the model, on one image, it is off by at most "
+        "Against the model, on one image, it is off by at most, of each output's largest value, "
         + ", ".join(f"{value:.1e} ({name})" for name, value in off.items())
         + "."
     )

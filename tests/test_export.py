@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import types
 
 import jax
 import numpy as np
@@ -13,10 +14,10 @@ from PIL import Image
 from concat_jax import export
 from concat_jax.experiment.model import open_model
 from concat_jax.exporting import formats
-from concat_jax.exporting.formats import FORMATS
+from concat_jax.exporting.formats import FORMATS, Format
 from concat_jax.exporting.program import make_program
 from concat_jax.inference.predictor import PredictConfig
-from concat_jax.inference.programs import run_networks
+from concat_jax.inference.programs import run_segmentor
 from concat_jax.inference.text_tower import SUBTREES
 from concat_jax.models.networks import make_networks
 from concat_jax.text.tokenizer import WordTokenizer
@@ -94,9 +95,10 @@ def of_checkpoint(predictor, image):
     """Outputs by the programs of `predict`, without the columns that fill names up."""
     size, names = np.array([image.shape[:2]], np.int32), len(predictor.vocabulary)
     segmentor, head = predictor.networks
-    logits, scores = run_networks(
-        segmentor, head, image[None], size, is_padded=False, canvas=image.shape[:2]
+    logits, queries = run_segmentor(
+        segmentor, image[None], size, is_padded=False, canvas=image.shape[:2]
     )
+    scores = jax.jit(lambda head, queries: head(queries))(head, queries)
     probs = np.asarray(scores.class_probs)
     probs = np.concatenate([probs[..., :names], probs[..., -1:]], axis=-1)
     return {"mask_logits": logits, "class_probs": probs, "objectness": scores.objectness}
@@ -116,16 +118,19 @@ def needs(format_):
         pytest.importorskip(package)
 
 
+def check_outputs(predictor, image, found):
+    for name, wanted in of_checkpoint(predictor, image).items():
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
 def check_agrees(predictor, loaded, given=()):
     for image in pictures():
-        found = loaded(image[None], *given)
-        for name, wanted in of_checkpoint(predictor, image).items():
-            np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-4, err_msg=name)
+        check_outputs(predictor, image, loaded(image[None], *given))
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_artefacts_agree_with_the_checkpoint(text_folder, linear_folder, tmp_path, format_):
-    """Two lists of names inside, then as an input, then a linear head."""
+def test_artefacts_agree_with_the_checkpoint(text_folder, tmp_path, format_):
+    """Names inside, and two lists of them as an input."""
     needs(format_)
     model, how = open_model(text_folder), FORMATS[format_]
 
@@ -134,15 +139,12 @@ def test_artefacts_agree_with_the_checkpoint(text_folder, linear_folder, tmp_pat
         how.write(program, tmp_path / name)
         return how.load(tmp_path / name)
 
-    predictors = [model.predictor(classes=names) for names in NAMES]
-    for number, predictor in enumerate(predictors):
-        check_agrees(predictor, exported(predictor, f"names{number}", open_names=False))
-    any_names = exported(model.predictor(), "open", open_names=True)
-    for predictor in (model.predictor(), predictors[1]):
+    few, more = (model.predictor(classes=names) for names in NAMES)
+    check_agrees(few, exported(few, "few", open_names=False))
+    any_names = exported(model.predictor(), "any", open_names=True)
+    for predictor in (few, more):
         text = np.asarray(predictor.networks[1].text)[: len(predictor.vocabulary)]
         check_agrees(predictor, any_names, [text])
-    linear = open_model(linear_folder).predictor()
-    check_agrees(linear, exported(linear, "linear", open_names=True))
 
 
 def blocks():
@@ -183,6 +185,7 @@ def test_the_lines_of_the_docs_make_the_panoptic_map(
         np.save("image.npy", image)
         scope = {}
         exec(code[format_] + code["panoptic"], scope)
+        check_outputs(predictor, image, scope["outputs"])
         wanted = predictor(image).panoptic
         assert np.mean(scope["panoptic"] == wanted.id_map) > 0.999
         assert {*np.unique(scope["panoptic"])} - {0} == {s["id"] for s in wanted.segments}
@@ -239,6 +242,8 @@ def test_only_an_export_is_replaced(linear_folder, tmp_path):
     assert "is there already" in call(linear_folder, tmp_path, "--format=jax")
     refused = call(linear_folder, tmp_path, "--format=jax", "--overwrite")
     assert "holds no model" in refused and (tmp_path / "notes.txt").exists()
+    refused = call(linear_folder, linear_folder, "--format=jax", "--overwrite")
+    assert "is or holds the source" in refused and (linear_folder / "model.json").exists()
 
 
 def test_a_missing_package_names_its_requirements(linear_folder, tmp_path, monkeypatch):
@@ -248,13 +253,32 @@ def test_a_missing_package_names_its_requirements(linear_folder, tmp_path, monke
     assert "pip install -r requirements-export.txt" in sentence
 
 
-def test_an_artefact_of_another_function_is_not_kept(linear_folder, tmp_path, monkeypatch):
-    def off(path):
-        loaded = FORMATS["jax"].load(path)
-        return lambda *inputs: {k: v + 0.1 for k, v in loaded(*inputs).items()}
+@pytest.mark.parametrize("by", [0.1, np.nan])
+def test_an_artefact_of_another_function_is_not_kept(linear_folder, tmp_path, monkeypatch, by):
+    wrong = Format(
+        "wrong",
+        packages=(),
+        write=lambda program, path: setattr(made, "program", program),
+        load=lambda path: off,
+    )
+    made = types.SimpleNamespace()
 
-    wrong = FORMATS["jax"]._replace(load=off)
-    monkeypatch.setattr(export, "FORMATS", {"jax": wrong})
-    sentence = call(linear_folder, tmp_path / "out", "--format=jax", "--size=64x64")
-    assert "another function (probabilities are off by 0.1)" in sentence
+    def off(image):
+        outputs = jax.jit(made.program.call)(made.program.params, image)
+        return {**outputs, "mask_logits": outputs["mask_logits"] * (1 + by)}
+
+    monkeypatch.setattr(export, "FORMATS", {"wrong": wrong})
+    sentence = call(linear_folder, tmp_path / "out", "--format=wrong", "--size=64x64")
+    assert f"another function (its outputs are off by {by})" in sentence
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_converter_stumbles_over_is_a_sentence(linear_folder, tmp_path, monkeypatch):
+    def write(program, path):
+        raise NotImplementedError("no\nplugin")
+
+    broken = FORMATS["jax"]._replace(write=write)
+    monkeypatch.setattr(export, "FORMATS", {"jax": broken})
+    sentence = call(linear_folder, tmp_path / "out", "--format=jax")
+    assert "jax cannot hold this model (NotImplementedError: no plugin); use another" in sentence
     assert not list(tmp_path.iterdir())

@@ -113,12 +113,12 @@ def open_model(path: str | os.PathLike[str], *, stage: str = "", dtype: str = ""
             raise ValueError(f"--stage={stage} is for workdirs; {folder} holds one model.")
         return Model.from_folder(folder, dtype=dtype)
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}; give --model=DIR.")
+        raise ValueError(f"There is no folder {folder}; give a model's folder, or demo.")
     if not is_workdir(folder):
         if (folder / CONFIG_NAME).is_file():
             raise ValueError(
                 f"{folder} is a folder of Hugging Face's; convert it first: python -m "
-                f"concat_jax.convert {folder} models/NAME, and give --model=models/NAME."
+                f"concat_jax.convert {folder} models/NAME, and give models/NAME."
             )
         raise ValueError(
             f"{folder} holds neither {CARD_NAME}, which python -m concat_jax.convert writes, nor "

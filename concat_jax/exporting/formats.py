@@ -110,7 +110,9 @@ def _tensorflow() -> Any:
 def _write_onnx(program: Program, path: Path) -> None:
     with _quiet():  # it tells which of its plugins this JAX is too new for
         import onnx
+        import onnx_ir
         from jax2onnx import to_onnx
+        from onnx_ir.passes import common
 
     def call(*inputs: jax.Array) -> tuple[jax.Array, ...]:
         outputs = program.call(program.params, *inputs)
@@ -126,30 +128,18 @@ def _write_onnx(program: Program, path: Path) -> None:
             input_names=list(program.inputs),
             output_names=list(program.outputs),
         )
-    _drop_unread(model.graph)
+    # ONNX Runtime's optimizer loses identities of constants, which stop_gradient becomes, and it
+    # warns of every constant that no node reads.
+    model = onnx_ir.from_proto(model)
+    for tidy in (common.IdentityEliminationPass(), common.RemoveUnusedNodesPass()):
+        model = tidy(model).model
+    model = onnx_ir.to_proto(model)
     for output, spec in zip(model.graph.output, program.outputs.values(), strict=True):
         for dimension, side in zip(output.type.tensor_type.shape.dim, spec.shape, strict=True):
             if isinstance(side, str):  # the converter calls it K
                 dimension.dim_param = side
     onnx.checker.check_model(model)
     onnx.save(model, path)
-
-
-def _drop_unread(graph: Any) -> set[str]:
-    """Removes constants that no node reads, of each of which ONNX Runtime would warn.
-
-    Returns the names that are read, those of graphs within included.
-    """
-    read = {output.name for output in graph.output}
-    for node in graph.node:
-        read.update(node.input)
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
-                read |= _drop_unread(inner)
-    kept = [constant for constant in graph.initializer if constant.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    return read
 
 
 def _load_onnx(path: Path) -> Call:
@@ -167,14 +157,13 @@ def _load_onnx(path: Path) -> Call:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 FORMATS = {

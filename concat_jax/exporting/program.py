@@ -104,9 +104,10 @@ def check_size(size: tuple[int, int]) -> None:
 
 
 def deviation(program: Program, loaded: Callable[..., Mapping[str, Any]]) -> dict[str, float]:
-    """How far a loaded artefact is from its program, the most of each output, on one image.
+    """How far a loaded artefact is from its program on one image, at most, of each output.
 
-    The image is random and coarse, so that queries see regions in it.
+    Of its largest absolute value, or of 1. The image is random and coarse, so that queries see
+    regions in it.
     """
     rng = np.random.default_rng(0)
     _, height, width, _ = program.inputs["image"].shape
@@ -116,4 +117,7 @@ def deviation(program: Program, loaded: Callable[..., Mapping[str, Any]]) -> dic
         inputs.append(np.asarray(program.params[1].text))
     wanted = jax.jit(program.call)(program.params, *inputs)
     found = loaded(*inputs)
-    return {name: float(np.abs(wanted[name] - found[name]).max()) for name in program.outputs}
+    return {
+        name: float(np.abs(value - found[name]).max() / max(1, np.abs(value).max()))
+        for name, value in jax.device_get(wanted).items()
+    }

@@ -74,6 +74,16 @@ def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> Non
         )
 
 
+def check_apart(source: str, destination: str) -> None:
+    """Raise a ValueError if a destination that is made or replaced takes its source with it."""
+    old, new = Path(source).resolve(), Path(destination).resolve()
+    if new in (old, *old.parents):
+        raise ValueError(
+            f"{destination} is or holds the source {source}, which would be lost; name another "
+            "folder."
+        )
+
+
 @contextlib.contextmanager
 def _one_reason(destination: str | os.PathLike[str], params: Mapping[str, Any]) -> Iterator[None]:
     """Turns whatever Orbax, safetensors and their threads tell about a full disk into a sentence.

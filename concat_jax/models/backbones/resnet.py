@@ -182,7 +182,10 @@ class ResNet(nn.Module):
             features = relu(norm(features, size_at(2), "stem_norm"))
             # Behind a ReLU the zeros lose against, or tie with, every value of the valid area.
             features = zero_beyond(features, size_at(2))
-            features = nn.max_pool(features, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            # Padded here, for jax2onnx knows no pooling that pads; XLA makes one program of both.
+            padding = ((0, 0), (1, 1), (1, 1), (0, 0))
+            features = jnp.pad(features, padding, constant_values=-jnp.inf)
+            features = nn.max_pool(features, window_shape=(3, 3), strides=(2, 2))
         else:
             for i, size in ((1, image_size), (2, size_at(2))):
                 name = f"stem_conv{i}"
