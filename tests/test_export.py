@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import types
 
 import jax
 import numpy as np
@@ -130,7 +129,7 @@ def check_agrees(predictor, loaded, given=()):
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_artefacts_agree_with_the_checkpoint(text_folder, tmp_path, format_):
-    """Names inside, and two lists of them as an input."""
+    """One list of names inside, the other as an input."""
     needs(format_)
     model, how = open_model(text_folder), FORMATS[format_]
 
@@ -141,10 +140,8 @@ def test_artefacts_agree_with_the_checkpoint(text_folder, tmp_path, format_):
 
     few, more = (model.predictor(classes=names) for names in NAMES)
     check_agrees(few, exported(few, "few", open_names=False))
-    any_names = exported(model.predictor(), "any", open_names=True)
-    for predictor in (few, more):
-        text = np.asarray(predictor.networks[1].text)[: len(predictor.vocabulary)]
-        check_agrees(predictor, any_names, [text])
+    text = np.asarray(more.networks[1].text)[: len(more.vocabulary)]
+    check_agrees(more, exported(model.predictor(), "any", open_names=True), [text])
 
 
 def blocks():
@@ -253,23 +250,18 @@ def test_a_missing_package_names_its_requirements(linear_folder, tmp_path, monke
     assert "pip install -r requirements-export.txt" in sentence
 
 
-@pytest.mark.parametrize("by", [0.1, np.nan])
-def test_an_artefact_of_another_function_is_not_kept(linear_folder, tmp_path, monkeypatch, by):
-    wrong = Format(
-        "wrong",
-        packages=(),
-        write=lambda program, path: setattr(made, "program", program),
-        load=lambda path: off,
-    )
-    made = types.SimpleNamespace()
+@pytest.mark.parametrize("value", [-1, np.nan])
+def test_an_artefact_of_another_function_is_not_kept(linear_folder, tmp_path, monkeypatch, value):
+    made = {}
 
-    def off(image):
-        outputs = jax.jit(made.program.call)(made.program.params, image)
-        return {**outputs, "mask_logits": outputs["mask_logits"] * (1 + by)}
+    def write(program, path):
+        call = jax.jit(program.call)
+        made["call"] = lambda image: {**call(program.params, image), "mask_logits": value}
 
+    wrong = Format("model.wrong", (), write, load=lambda path: made["call"])
     monkeypatch.setattr(export, "FORMATS", {"wrong": wrong})
     sentence = call(linear_folder, tmp_path / "out", "--format=wrong", "--size=64x64")
-    assert f"another function (its outputs are off by {by})" in sentence
+    assert "another function (its outputs are off by " in sentence
     assert not list(tmp_path.iterdir())
 
 
@@ -279,6 +271,6 @@ def test_what_a_converter_stumbles_over_is_a_sentence(linear_folder, tmp_path, m
 
     broken = FORMATS["jax"]._replace(write=write)
     monkeypatch.setattr(export, "FORMATS", {"jax": broken})
-    sentence = call(linear_folder, tmp_path / "out", "--format=jax")
+    sentence = call(linear_folder, tmp_path / "out", "--format=jax", "--size=64x64")
     assert "jax cannot hold this model (NotImplementedError: no plugin); use another" in sentence
     assert not list(tmp_path.iterdir())
