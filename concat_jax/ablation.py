@@ -10,12 +10,13 @@ What is printed no bias towards seen names can fake: hPQ at the γ that is best 
 and the areas under seen against unseen scores as γ sweeps; hPQ without γ stands beside them. A
 row's difference to the row that it adds to is paired, seed by seed and scene by scene, with the
 middle 95 % of a bootstrap over both. The table goes to `ablation.md` and `ablation.json`, the
-curves to `ablation.png`.
+curves to `ablation.png`, and how soon the rows of stage 1 learnt seen names to `learning.png`.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 
 from concat_jax.core import cli
 from concat_jax.core.config import build, check_choice
-from concat_jax.core.files import read_json, write_json, write_text
+from concat_jax.core.files import read_json, read_text, write_json, write_text
 from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation.bootstrap import difference, estimate
 from concat_jax.evaluation.calibration import Sweep
@@ -36,6 +37,7 @@ from concat_jax.experiment.evidence import SCORES, load_sweep, measure, scores
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.stages.registry import learns_from
 from concat_jax.stages.stage import StageConfig
+from concat_jax.training.metrics import METRICS
 from concat_jax.visualize import plots
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -106,6 +108,19 @@ def load_row(
     return list(sweeps), list(gammas)
 
 
+def learning(world: Path, rows: Sequence[str], num_seeds: int) -> dict[str, list]:
+    """Title of each row of stage 1 -> (steps, accuracies) of its seeds, as training had them."""
+    curves: dict[str, list] = {}
+    for row in rows:
+        for seed in range(num_seeds):
+            file = world / f"seed_{seed}" / row / METRICS
+            lines = map(json.loads, read_text(file).splitlines() if file.exists() else ())
+            points = {line["step"]: line["accuracy"] for line in lines if line.get("accuracy")}
+            if points:
+                curves.setdefault(ROWS[row].title, []).append(np.array([*points.items()]).T)
+    return curves
+
+
 def format_ablation(cells: Cells, found: Mapping[str, Mapping]) -> str:
     """Markdown tables of rows: scores, and paired differences to their base.
 
@@ -169,6 +184,8 @@ def ablation(
         for row, (sweeps, _) in loaded.items()
     }
     plots.save_figure(plots.bias_curves(curves), folder / "ablation.png")
+    if learnt := learning(folder, rows, seeds):
+        plots.save_figure(plots.learning_curves(learnt), folder / "learning.png")
     write_text(folder / "ablation.md", table + "\n")
     write_json(folder / "ablation.json", {"seeds": seeds, "world": world, "rows": cells})
     return table

@@ -13,6 +13,7 @@ from concat_jax.evaluation.calibration import Sweep
 from concat_jax.experiment import evidence
 from concat_jax.experiment.ablation_rows import ROWS, SCORED, stages_before, with_rows
 from concat_jax.stages.registry import STAGES
+from concat_jax.visualize import plots
 from configs import coco_zps, demo_zps
 from data_pipelines.synthetic.presets import PRESETS
 
@@ -160,6 +161,25 @@ def test_seeds_share_the_world_and_finished_cells_are_not_run_again(fake_run, tm
     fake_run.clear()
     assert ablation.ablation(config, ["projection", "con"], 2, 5, tmp_path) == table
     assert fake_run == []
+
+
+def test_what_a_run_saw_as_it_learnt_is_read_once_a_step(tmp_path):
+    """A run that was killed repeats steps; a stage of other losses has no accuracy."""
+    lines = {
+        "seed_0/con": [{"step": 50, "accuracy": 0.1}, {"step": 100, "accuracy": 0.2}],
+        "seed_1/con": [{"step": 50, "accuracy": 0.3}, {"step": 50, "accuracy": 0.4}],
+        "seed_0/fair": [{"step": 50, "accuracy_real": 0.5}],
+    }
+    for stage, rows in lines.items():
+        (tmp_path / stage).mkdir(parents=True)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / stage / "metrics.jsonl").write_text(text)
+    found = ablation.learning(tmp_path, ["con", "fair", "kernel"], 3)
+    curves = [curve.tolist() for curve in found.pop(ROWS["con"].title)]
+    assert curves == [[[50, 100], [0.1, 0.2]], [[50], [0.4]]] and not found
+    axes = plots.learning_curves({"con": [([50, 100], np.array([0.1, 0.2]))] * 2}).axes[0]
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[10, 20]] * 2
+    assert len(axes.get_legend().get_texts()) == 1
 
 
 def test_every_row_makes_a_stage_that_can_be_built():

@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+METRICS = "metrics.jsonl"
+
 
 class MetricWriter:
     """Scalars and pictures of one stage; of several hosts, the first one writes.
@@ -23,7 +25,7 @@ class MetricWriter:
         leads = jax.process_index() == 0
         if leads:
             directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl" if leads else Path(os.devnull)
+        path = directory / METRICS if leads else Path(os.devnull)
         self._file = path.open("ab", buffering=0)
         self._tensorboard = None
         if tensorboard and leads:

@@ -1,4 +1,4 @@
-"""Figures: scores as a bias sweeps and by class, and vision queries in two dimensions.
+"""Figures: scores as a bias sweeps, as training goes on, by class; queries in two dimensions.
 
 Figures are made by matplotlib's objects alone: `pyplot` would keep every one of them.
 """
@@ -52,21 +52,40 @@ def bias_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     The better, the further to the upper right; a bias moves along a line and to no other.
     """
     figure, axes = _figure("Unseen against seen PQ, as a bias on seen names sweeps", 5.5)
-    for number, (name, (seen, unseen)) in enumerate(curves.items()):
-        colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
-        style = ("-", "--", ":")[number // len(CURVE_COLOURS) % 3]
-        axes.plot(seen, unseen, style, color=colour, label=textwrap.fill(name, 40), linewidth=1.8)
+    _draw_lines(axes, {name: [curve] for name, curve in curves.items()}, "seen, %", "unseen, %")
     limit = 1.05 * max(np.max(values) for curve in curves.values() for values in curve)
     axes.set_xlim(0, max(limit, 1))
     axes.set_ylim(0, max(limit, 1))
     axes.set_aspect("equal")
-    axes.set_xlabel("seen, %", fontsize=9, color=FAINT)
-    axes.set_ylabel("unseen, %", fontsize=9, color=FAINT)
+    return figure
+
+
+def learning_curves(curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]) -> Figure:
+    """Share of matched queries that training names right, by step, a line a seed of each name.
+
+    `curves`: name -> (steps [T], accuracies [T] in 0..1) of each seed.
+    """
+    figure, axes = _figure("Queries of training scenes with the right seen name", 4.5)
+    in_percent = {name: [(x, 100 * y) for x, y in seeds] for name, seeds in curves.items()}
+    _draw_lines(axes, in_percent, "steps", "right, %")
+    axes.set_ylim(0, 100)
+    return figure
+
+
+def _draw_lines(axes: Axes, lines: Mapping[str, Sequence], across: str, up: str) -> None:
+    """Lines (x, y) by name, those of a name alike, with their legend and the names of the axes."""
+    for number, (name, alike) in enumerate(lines.items()):
+        colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
+        style = ("-", "--", ":")[number // len(CURVE_COLOURS) % 3]
+        for k, (x, y) in enumerate(alike):
+            label = textwrap.fill(name, 40) if k == 0 else None
+            axes.plot(x, y, style, color=colour, label=label, linewidth=1.8)
+    axes.set_xlabel(across, fontsize=9, color=FAINT)
+    axes.set_ylabel(up, fontsize=9, color=FAINT)
     axes.tick_params(length=0, labelsize=9, labelcolor=FAINT)
     axes.grid(color=GRID)
     axes.spines[:].set_visible(False)
     _finish_legend(axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False))
-    return figure
 
 
 def class_bars(classes: Sequence[Mapping]) -> Figure:
