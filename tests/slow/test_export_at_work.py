@@ -14,7 +14,7 @@ from concat_jax import export
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.model import open_model
 from concat_jax.exporting.formats import FORMATS
-from concat_jax.exporting.program import make_program
+from concat_jax.exporting.program import deviation, make_program
 from concat_jax.inference.model import Model
 from concat_jax.inference.predictor import PredictConfig
 from concat_jax.models.segmentor import DEFAULTS, LinearClassifier, make_segmentor
@@ -125,10 +125,6 @@ def test_full_size_artefacts_agree(predictor, tmp_path, format_):
     seconds = time.monotonic() - start
     files = [path, *path.rglob("*")] if path.is_dir() else [path]
     megabytes = sum(file.stat().st_size for file in files) / 1e6
-    print(f"{format_}: {megabytes:.1f} MB in {seconds:.1f} s")
-    coarse = np.random.default_rng(0).integers(0, 256, (1, 15, 20, 3), np.uint8)
-    image = coarse.repeat(32, axis=1).repeat(32, axis=2)
-    wanted = jax.jit(program.call)(program.params, image)
-    found = how.load(path)(image)
-    for name in program.outputs:
-        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-4, err_msg=name)
+    off = deviation(program, how.load(path))
+    print(f"\n{format_}: {megabytes:.1f} MB in {seconds:.1f} s, off by", off)
+    assert max(off.values()) < 1e-4
