@@ -24,7 +24,6 @@ from concat_jax.core.progress import format_seconds
 from concat_jax.experiment.model import open_model
 from concat_jax.exporting.formats import FORMATS
 from concat_jax.exporting.program import check_size, deviation, make_program
-from concat_jax.inference.predictor import PredictConfig
 from concat_jax.weights.disk import EXPORT_NAME, check_apart, check_destination, new_folder
 
 TEXT_NAME = "text.npy"
@@ -78,14 +77,13 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
             raise ValueError(
                 f"{given.format} cannot hold this model ({what}); use another --format."
             ) from error
-        if not np.max([*off.values()]) <= MOST_DEVIATION:  # NaN is not
+        most = np.max([*off.values()])
+        if not most <= MOST_DEVIATION:  # NaN is not
             raise ValueError(
                 f"What {given.format} makes of this model is another function (its outputs are off "
-                f"by {np.max([*off.values()]):.2g}), so nothing was written; use another --format."
+                f"by {most:.2g}), so nothing was written; use another --format."
             )
-        rule = program.params[1].KEEP_RULE
-        defaults = PredictConfig()
-        thresholds = ("mask_threshold", "overlap_threshold")
+        config = predictor.config
         content = {
             "format": given.format,
             "file": format_.file,
@@ -95,9 +93,10 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
             "is_seen": named.is_seen,
             "inputs": {name: spec._asdict() for name, spec in program.inputs.items()},
             "outputs": {name: spec._asdict() for name, spec in program.outputs.items()},
-            "keep_rule": rule,
-            "keep_threshold": getattr(defaults, f"{rule}_threshold"),
-            **{name: getattr(defaults, name) for name in thresholds},
+            "keep_rule": config.keep_rule,
+            "keep_threshold": getattr(config, f"{config.keep_rule}_threshold"),
+            "mask_threshold": config.mask_threshold,
+            "overlap_threshold": config.overlap_threshold,
             "deviation": off,
             "versions": format_.versions(),
         }
