@@ -103,16 +103,18 @@ def check_size(size: tuple[int, int]) -> None:
         )
 
 
-def deviation(program: Program, loaded: Callable[..., Mapping[str, Any]]) -> dict[str, float]:
+def deviation(
+    program: Program, loaded: Callable[..., Mapping[str, Any]], block: int = 16
+) -> dict[str, float]:
     """How far a loaded artefact is from its program on one image, at most, of each output.
 
-    Of its largest absolute value, or of 1. The image is random and coarse, so that queries see
-    regions in it.
+    Of its largest absolute value, or of 1. The image has a random colour every `block` pixels, so
+    that queries see regions in it.
     """
     rng = np.random.default_rng(0)
     _, height, width, _ = program.inputs["image"].shape
-    coarse = rng.integers(0, 256, (1, height // 16, width // 16, 3), np.uint8)
-    inputs = [coarse.repeat(16, axis=1).repeat(16, axis=2)]
+    coarse = rng.integers(0, 256, (1, height // block, width // block, 3), np.uint8)
+    inputs = [coarse.repeat(block, axis=1).repeat(block, axis=2)]
     if "text" in program.inputs:
         inputs.append(np.asarray(program.params[1].text))
     wanted = jax.jit(program.call)(program.params, *inputs)
