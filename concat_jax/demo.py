@@ -38,7 +38,7 @@ def define_flags(flags: cli.Flags) -> None:
     """The flags of this command."""
     flags.string("model", DEMO, "Folder that concat_jax.convert wrote, or a workdir.")
     flags.string("stage", "", "Of a workdir; the last that is evaluated by default.")
-    flags.integer("port", None, "The first free one from 7860 on by default.", low=1)
+    flags.integer("port", None, "The first free one from 7860 on by default.", 1, 65535)
 
 
 def build(desk: Desk) -> gradio.Blocks:

@@ -177,6 +177,9 @@ def evaluate_flags(given: cli.Flags) -> dict:
 
     Raises ValueError for flags that do not go together.
     """
+    report = pathlib.Path(given.output or "report.json")
+    if report.is_dir() or report.suffix == ".png":
+        raise ValueError(f"--output={report} is no name of a json; give --output=report.json.")
     extremes = None
     of_files = [name for name in FILE_FLAGS if given[name].present]
     if any(name in given and given[name].present for name in ("config", "workdir")):
@@ -205,8 +208,10 @@ def evaluate_flags(given: cli.Flags) -> dict:
         write_json(given.output, summary)
         print(f"\nReport: {given.output}")
     if extremes:
-        for path in extremes.write(pathlib.Path(given.output).parent, summary["per_class"]):
+        for path in extremes.write(report.parent, summary["per_class"]):
             print(f"Picture: {path}")
+        for fault in extremes.faults:
+            print(f"Drawn on grey: {fault}")
     return summary
 
 

@@ -271,6 +271,8 @@ def test_mistakes_end_in_one_sentence(arrays, hf_folder, folder, tmp_path):
     assert "no file or folder" in error_of(tmp_path / "absent", new)
     assert "neither model.json" in error_of(tmp_path, new)
     assert "is there already" in error_of(hf_folder, folder)
+    under_file = folder / "model.json" / "new"
+    assert f"model.json is a file and {under_file} below it" in error_of(folder, under_file)
     assert "There is no file of classes" in error_of(
         folder, new, f"--classes={tmp_path / 'absent'}"
     )

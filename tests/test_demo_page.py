@@ -148,6 +148,11 @@ def test_what_the_model_says_of_a_file_names_no_path(photo, desk, monkeypatch):
         desk.ask(photo)
 
 
+def test_a_port_that_cannot_be_is_refused_before_the_model_is_read():
+    with pytest.raises(SystemExit, match="port=99999: 99999 is not an integer in the range"):
+        demo.main(["demo", "--port=99999", "--model=none"])
+
+
 def test_names_come_with_commas_or_lines(desk, photo):
     assert split_names(" cat, remote  control;\n sofa,,\n") == ["cat", "remote control", "sofa"]
     desk.ask(photo, "cat, dog", "sky", gamma=1.5)

@@ -1,6 +1,7 @@
 """`python -m concat_jax.evaluate`: tables, report and sentences."""
 
 import json
+import re
 import shutil
 import types
 
@@ -127,11 +128,16 @@ def test_the_worst_and_the_best_images_are_drawn(tmp_path, capsys):
     run(*drawn)
     sheet = np.asarray(Image.open(tmp_path / "out" / "worst_best.png"))
     assert not any((sheet == colour).all(-1).any() for colour in colours)
-    with pytest.raises(ValueError, match="3.png cannot be read as an image: it does not exist"):
-        run(*drawn, folder, "--pictures=2")
+    run(*drawn, folder, "--pictures=2")
+    grey = "Drawn on grey: "
+    assert re.findall(f"{grey}.*", capsys.readouterr().out) == [
+        f"{grey}{tmp_path / 'photographs' / '3.png'} cannot be read as an image: it does not exist."
+    ]
     Image.new("RGB", (10, 9)).save(tmp_path / "photographs" / "3.png")
-    with pytest.raises(ValueError, match="image 3.png is 9x10 .* its annotation 8x10"):
-        run(*drawn, folder, "--pictures=2")
+    run(*drawn, folder, "--pictures=2")
+    assert (
+        f"{grey}3.png is 9x10 (height x width) and its annotation 8x10;" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,6 +145,8 @@ def test_the_worst_and_the_best_images_are_drawn(tmp_path, capsys):
     [
         (("--pictures=1",), "give --output"),
         (("--images=.",), "--images=. is for --pictures"),
+        (("--pictures=1", "--output=worst_best.png"), "worst_best.png is no name of a json"),
+        (("--output=.",), "--output=. is no name of a json"),
         (("--images=no", "--pictures=1", "--output=report.json"), "--images=no is no folder"),
     ],
 )

@@ -50,9 +50,16 @@ class Flags(flags.FlagValues):
     def choice(self, name: str, default: str | None, choices: Sequence[str], about: str) -> None:
         flags.DEFINE_enum(name, default, list(choices), about, flag_values=self)
 
-    def integer(self, name: str, default: int | None, about: str, low: int | None = None) -> None:
-        """A whole number, from `low` on."""
-        flags.DEFINE_integer(name, default, about, low, flag_values=self)
+    def integer(
+        self,
+        name: str,
+        default: int | None,
+        about: str,
+        low: int | None = None,
+        high: int | None = None,
+    ) -> None:
+        """A whole number, from `low` to `high`."""
+        flags.DEFINE_integer(name, default, about, low, high, flag_values=self)
 
     def number(self, name: str, default: float | None, about: str) -> None:
         flags.DEFINE_float(name, default, about, flag_values=self)

@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from concat_jax.core.coco import ImageId
-from concat_jax.core.files import replacing, write_png, writing
+from concat_jax.core.files import make_folder, replacing, write_png, writing
 from concat_jax.core.hosts import wait_for_hosts
 from concat_jax.core.mask_codes import bounding_box, ids_to_rgb
 from concat_jax.core.vocabulary import Vocabulary
@@ -50,7 +50,7 @@ class StreamedJson:
         """`head` is what stands before the lists; None makes a json that is one list."""
         self.json_path = pathlib.Path(json_path)
         self._head, self._lists = head, tuple(lists)
-        self.json_path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.json_path.parent)
         host = jax.process_index()
         self._files = {
             key: self._part(key, host).open("w", encoding="utf-8") for key in self._lists
@@ -154,7 +154,7 @@ class _Writer(contextlib.ExitStack):
         if name in self._taken:
             raise ValueError(f"{name} was already written by this writer; rename {file_name}.")
         self._taken.add(name)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make_folder((folder / name).parent)
         return name
 
     def _checked(self, label: int, image_id: ImageId) -> int:
@@ -234,7 +234,7 @@ class PanopticWriter(_Writer):
         super().__init__(vocabulary)
         self.png_folder = pathlib.Path(folder) / name
         self.json_path = self.png_folder.with_name(f"{name}.json")
-        self.png_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.png_folder)
         start = head("panoptic", "segment_ids", vocabulary)
         self._json = self._open(self.json_path, start, "annotations", "images")
 
@@ -308,7 +308,7 @@ class SemanticWriter(_Writer):
         """Makes the folder."""
         super().__init__(vocabulary)
         self.folder = pathlib.Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         values: Sequence[int] = vocabulary.category_ids
         fits = min(values) >= 0 and max(values) < 65535
         values = values if fits else range(len(vocabulary))

@@ -97,6 +97,16 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise FileError(f"{path} is no text in UTF-8: {error}; save it in UTF-8.") from error
 
 
+def make_folder(path: pathlib.Path) -> None:
+    """Makes a folder and those above it; FileError if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        is_file = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is in its place or above" if is_file else error.strerror or error
+        raise FileError(f"The folder {path} cannot be made: {reason}; name another.") from error
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pathlib.Path]:
     """Yields the path to write a file to that appears under its name whole, or not at all.

@@ -27,8 +27,12 @@ class WorstAndBest:
     """
 
     def __init__(self, count: int, read: Callable[[str], np.ndarray] | None = None):
-        """`read` gives the image [H, W, 3] uint8 of a name, where it is not added; None is grey."""
+        """`read` gives the image [H, W, 3] uint8 of a name, where it is not added; None is grey.
+
+        Grey is also what it raises a FileError for; `faults` has what was said.
+        """
         self._count, self._read = count, read
+        self.faults: list[str] = []
         self._found: list[tuple[float, str, Maps, Maps, np.ndarray | None]] = []
 
     def add(
@@ -66,11 +70,19 @@ class WorstAndBest:
         return written
 
     def _image(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        image = np.full((*shape, 3), 128, np.uint8) if self._read is None else self._read(name)
+        grey = np.full((*shape, 3), 128, np.uint8)
+        if self._read is None:
+            return grey
+        try:
+            image = self._read(name)
+        except FileError as error:
+            self.faults.append(str(error))
+            return grey
         if image.shape[:2] != shape:
             sizes = [f"{height}x{width}" for height, width in (image.shape[:2], shape)]
-            raise FileError(
-                f"The image {name} is {sizes[0]} (height x width) and its annotation {sizes[1]}; "
-                "give the folder of the images that were annotated."
+            self.faults.append(
+                f"{name} is {sizes[0]} (height x width) and its annotation {sizes[1]}; give the "
+                "folder of the images that were annotated."
             )
+            return grey
         return image

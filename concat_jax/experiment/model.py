@@ -25,7 +25,7 @@ from concat_jax.models.networks import Params
 from concat_jax.text.templates import find_templates
 from concat_jax.text.tokenizer import Tokenizer
 from concat_jax.training.sharding import make_mesh
-from concat_jax.weights.disk import check_destination
+from concat_jax.weights.disk import EXPORT_NAME, check_destination
 from concat_jax.weights.model_folder import (
     CARD_NAME,
     TASKS,
@@ -100,6 +100,8 @@ def open_model(path: str | os.PathLike[str], *, stage: str = "", dtype: str = ""
     takes the last that the config evaluates, or the last of all; `dtype` "" the model's own. Raises
     ValueError if the folder is neither, the stage has not finished, or what is there is damaged.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError(f"{path!r} is no model; give a model's folder, or demo.")
     folder = Path(path)
     if path == DEMO:
         if (folder / CARD_NAME).is_file() or is_workdir(folder):
@@ -110,10 +112,15 @@ def open_model(path: str | os.PathLike[str], *, stage: str = "", dtype: str = ""
         folder = SHIPPED
     if (folder / CARD_NAME).is_file():
         if stage:
-            raise ValueError(f"--stage={stage} is for workdirs; {folder} holds one model.")
+            raise ValueError(f"The stage {stage!r} is of a workdir; {folder} holds one model.")
         return Model.from_folder(folder, dtype=dtype)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}; give a model's folder, or demo.")
+    if (folder / EXPORT_NAME).is_file():
+        raise ValueError(
+            f"{folder} was exported for programs without this package; give the model that it was "
+            "exported from."
+        )
     if not is_workdir(folder):
         if (folder / CONFIG_NAME).is_file():
             raise ValueError(

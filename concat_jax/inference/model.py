@@ -126,7 +126,7 @@ class Model:
         Raises ValueError for an image that cannot be read, for names that the model cannot tell
         apart and for settings that do not exist or are out of range.
         """
-        if "tasks" in settings or isinstance(settings.get("gamma"), Sequence):
+        if "tasks" in settings or isinstance(settings.get("gamma"), list | tuple):
             raise ValueError(
                 "A call gives one panoptic result an image; for other tasks, or several values of "
                 "gamma, use Model.predictor."

@@ -56,6 +56,9 @@ def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> Non
     """Raise a ValueError if the name is taken, with `overwrite` by something that is no model."""
     folder = Path(folder)
     if not folder.exists():
+        above = next(parent for parent in folder.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise ValueError(f"{above} is a file and {folder} below it; name another folder.")
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder to write to.")

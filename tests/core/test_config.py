@@ -35,7 +35,7 @@ def test_build_takes_config_dicts_and_turns_lists_into_tuples():
     ("section", "message"),
     [
         ({"steps": 3, "rat": 1.0}, "config.x has no key 'rat'; did you mean 'rate'?"),
-        ({"steps": 3, "zzz": 1.0}, "config.x has no key 'zzz'; did you mean "),
+        ({"steps": 3, "zzz": 1.0}, "config.x has no key 'zzz'; there are steps, "),
         ({"rate": 1.0}, "config.x lacks the key 'steps'."),
         ({"steps": 3.5}, "config.x.steps is 3.5 and must be a whole number."),
         ({"steps": True}, "config.x.steps is True and must be a whole number."),
@@ -52,6 +52,10 @@ def test_check_choice():
     configuration.check_choice("con", ("con", "cat"), "kind is")
     with pytest.raises(ValueError, match="^kind is 'cta'; did you mean 'cat'\\?$"):
         configuration.check_choice("cta", ("con", "cat"), "kind is")
+    with pytest.raises(ValueError, match="^kind is 'ONXX'; did you mean 'onnx'\\?$"):
+        configuration.check_choice("ONXX", ("jax", "savedmodel", "onnx"), "kind is")
+    with pytest.raises(ValueError, match="^kind is 'tflite'; there are jax, onnx\\.$"):
+        configuration.check_choice("tflite", ("jax", "onnx"), "kind is")
     with pytest.raises(ValueError, match="^kind is 'cta'\\.$"):
         configuration.check_choice("cta", (), "kind is")
 

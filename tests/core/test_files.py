@@ -10,6 +10,7 @@ from concat_jax.core.files import (
     UNREADABLE,
     FileError,
     ImageError,
+    make_folder,
     open_image,
     read_text,
     replacing,
@@ -109,6 +110,10 @@ def test_a_full_disk_and_a_folder_that_is_a_file_are_one_sentence(tmp_path, monk
     for path in (tmp_path / "file" / "a.json", tmp_path / "file" / "b" / "a.json"):
         with pytest.raises(FileError, match=r"a\.json cannot be written: its folder is a file\."):
             write_json(path, {})
+
+    for path in (tmp_path / "file", tmp_path / "file" / "b"):
+        with pytest.raises(FileError, match="The folder .* cannot be made: a file is in its place"):
+            make_folder(path)
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -209,6 +209,13 @@ def test_folders_that_are_no_model_are_told_apart(tmp_path):
         open_model(tmp_path / "none")
     with pytest.raises(ValueError, match="holds neither model.json"):
         open_model(tmp_path)
+    for nothing in (3, None, b"demo", ""):
+        with pytest.raises(ValueError, match="is no model; give a model's folder, or demo"):
+            open_model(nothing)
+    (tmp_path / "export.json").touch()
+    with pytest.raises(ValueError, match="was exported for programs without this package"):
+        open_model(tmp_path)
+    (tmp_path / "export.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mask2former"}))
     with pytest.raises(ValueError, match="is a folder of Hugging Face's; convert it first"):
         open_model(tmp_path)
