@@ -10,6 +10,7 @@ memory and in a temporary folder that goes when the page does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
@@ -152,11 +153,10 @@ HEADER = """<header><h1>Name it, see it</h1>
 you ask for.</p></header>"""
 
 
-def launch(blocks: gradio.Blocks, desk: Desk, port: int | None, folder: str) -> str:
-    """Serves the page, with its files in `folder`; returns its address."""
+def launch(blocks: gradio.Blocks, desk: Desk, port: int | None) -> str:
+    """Serves the page; returns its address."""
     import gradio as gr
 
-    os.environ["GRADIO_TEMP_DIR"] = folder
     examples = "".join(
         f"#example-{k} {{ background-image: url({png_url(_picture(scene))}); }}\n"
         for k, scene in enumerate(desk.scenes)
@@ -193,15 +193,18 @@ def _picture(scene: Any) -> Any:
 @cli.command(__doc__, define_flags)
 def main(given: cli.Flags) -> None:
     """Serves until Ctrl-C."""
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise ValueError("The page needs Gradio: pip install -r requirements-page.txt.") from error
-    desk = Desk(open_model(given.model, stage=given.stage))
     with tempfile.TemporaryDirectory(prefix="concat_jax_page_") as folder:
-        address = launch(build(desk), desk, given.port, folder)
-        print(f"Open {address} in a browser; Ctrl-C ends it.", flush=True)
-        threading.Event().wait()
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read as it is imported
+        try:
+            import gradio  # noqa: F401
+        except ImportError as error:
+            install = "pip install -r requirements-page.txt"
+            raise ValueError(f"The page needs Gradio: {install}.") from error
+        desk = Desk(open_model(given.model, stage=given.stage))
+        with contextlib.closing(desk):
+            address = launch(build(desk), desk, given.port)
+            print(f"Open {address} in a browser; Ctrl-C ends it.", flush=True)
+            threading.Event().wait()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import pathlib
 import re
 import shutil
 import struct
+import tempfile
 import threading
 import time
 import types
@@ -269,13 +271,32 @@ def test_names_and_files_are_text_and_no_markup(desk, photo, tmp_path):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The address of the page, its model, and Gradio's folder."""
-    pytest.importorskip("gradio")
     desk, folder = Desk(Halves()), tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        pytest.importorskip("gradio")
         blocks = demo.build(desk)
-        yield demo.launch(blocks, desk, None, str(folder)), desk, folder
+        yield demo.launch(blocks, desk, None), desk, folder
         blocks.close()
+
+
+def test_uploads_lie_in_the_pages_folder_alone(served, photo):
+    httpx = pytest.importorskip("httpx")
+    address, _, folder = served
+    elsewhere = pathlib.Path(tempfile.gettempdir(), "gradio")
+    before = set(elsewhere.rglob("*"))
+    with httpx.Client(base_url=address, trust_env=False) as client, open(photo, "rb") as file:
+        answer = client.post("gradio_api/upload", files={"files": ("photo.png", file)})
+    (path,) = answer.json()
+    assert folder in pathlib.Path(path).parents and pathlib.Path(path).is_file()
+    assert set(elsewhere.rglob("*")) == before
+
+
+def test_a_page_that_is_closed_says_so(photo):
+    desk = Desk(Halves())
+    desk.close()
+    with pytest.raises(ValueError, match="is being closed; start it again"):
+        desk.ask(photo)
 
 
 def test_no_path_of_the_server_is_served(served):
@@ -326,7 +347,8 @@ def browser():
 
 @pytest.mark.slow
 def test_a_visitor_in_a_browser(served, browser, photo, tmp_path):
-    address, desk, _ = served
+    address, desk, folder = served
+    elsewhere = set(pathlib.Path(tempfile.gettempdir(), "gradio").rglob("*"))
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(60_000)
     asked, errors = [], []
@@ -383,4 +405,6 @@ def test_a_visitor_in_a_browser(served, browser, photo, tmp_path):
     assert page.locator(".notice").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert not errors
+    assert any(folder.rglob("photo.png"))
+    assert set(pathlib.Path(tempfile.gettempdir(), "gradio").rglob("*")) == elsewhere
     assert {re.match(r"data:|blob:|http://127.0.0.1:", url) is not None for url in asked} == {True}

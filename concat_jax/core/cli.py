@@ -293,10 +293,15 @@ def config_of(given: Flags) -> ConfigDict:
 
 
 def output_folder(given: Flags) -> Path:
-    """The flag --output of a command that fills a folder; ValueError if it is a file."""
-    if Path(given.output).is_file():
-        raise ValueError(f"--output={given.output} is a file; name a folder.")
-    return Path(given.output)
+    """The flag --output of a command that fills a folder; ValueError if that cannot be."""
+    path = Path(given.output)
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    where = f"--output={path}" + f": {above}" * (above != path)
+    if above.is_file():
+        raise ValueError(f"{where} is a file; name a folder.")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"{where} cannot be written to; name another folder.")
+    return path
 
 
 def config_and_workdir(given: Flags) -> tuple[ConfigDict, Path]:

@@ -147,13 +147,15 @@ def rank_queries(
       keep_rule: "objectness" keeps queries whose objectness exceeds its threshold and names them by
         the best real class: a threshold on the class score costs unseen classes most. "score" is
         the reference: the best of all K+1 classes must not be no-object, and its probability must
-        exceed score_threshold.
+        exceed score_threshold. Scores are probabilities among the names by the first rule, among
+        names and no-object by the second.
       gamma: see `heads.bias_names`; it names queries and decides nothing else.
     """
     class_probs = class_probs.astype(jnp.float32)
     real_probs, no_object = class_probs[..., :-1], class_probs[..., -1]
     biased = bias_names(class_probs, is_seen, gamma)
     labels = jnp.argmax(biased[..., :-1], axis=-1).astype(jnp.int32)  # [B, N]
+    scores = jnp.take_along_axis(real_probs, labels[..., None], axis=-1)[..., 0]
     if keep_rule == "score":
         keep_scores = real_probs.max(axis=-1)
         is_object = keep_scores >= no_object
@@ -162,9 +164,11 @@ def rank_queries(
         keep_scores = objectness
         is_object = keep_scores > objectness_threshold
         keep = is_object
+        # Of an object: what objectness is judged by need not be among these names.
+        scores /= jnp.maximum(real_probs.sum(axis=-1), jnp.finfo(jnp.float32).tiny)
     return RankedQueries(
         labels=labels,
-        scores=jnp.take_along_axis(real_probs, labels[..., None], axis=-1)[..., 0],
+        scores=scores,
         keep_scores=keep_scores,
         is_object=is_object,
         keep=keep,
@@ -255,7 +259,7 @@ class ImageSegments:
             if self.fates["low_score"]
             else "lower objectness_threshold, or check that trained weights were loaded"
         )
-        return f"{sentence}; the best keep score is {self.best_keep_score:.2f}: {hint}."
+        return f"{sentence}; the best keep score is {self.best_keep_score:.4f}: {hint}."
 
 
 def list_segments(id_map: np.ndarray, tables: SegmentTables) -> ImageSegments:

@@ -45,6 +45,10 @@ class Desk:
             self.scenes = draw_scenes(NUM_SCENES, preset=known[0], image_size=SCENE_SIDE)
         self._worker = ThreadPoolExecutor(max_workers=1)
 
+    def close(self) -> None:
+        """Answers no more; what waits is given up."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
     def ask(
         self,
         picture: str | int,
@@ -80,7 +84,10 @@ class Desk:
             check_upload(picture)
         elif not 0 <= picture < len(self.scenes):
             raise ValueError("There is no such example; take another, or drop a picture.")
-        turn = self._worker.submit(work)
+        try:
+            turn = self._worker.submit(work)
+        except RuntimeError as error:
+            raise ValueError("The page is being closed; start it again.") from error
         try:
             return turn.result(time_limit)
         except TimeoutError as error:

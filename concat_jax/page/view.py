@@ -104,7 +104,7 @@ def _legend(result: Result) -> str:
         classes.setdefault(result.vocabulary.names.index(segment.name), []).append(segment)
     rows = []
     for label, found in classes.items():
-        times = f"{len(found)} × " if len(found) > 1 else ""
+        times = f"{len(found)} × up to " if len(found) > 1 else ""
         rows.append(
             f'<li data-class="{label}"><label><input type=checkbox checked value="{label}" '
             f'data-name="{_text(found[0].name)}"><i style="background:{_colour(found[0], label)}">'

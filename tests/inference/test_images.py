@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from concat_jax.core.files import ImageError
-from concat_jax.inference.images import MAX_PIXELS, Buckets, read_image, to_rgb
+from concat_jax.inference.images import MAX_PIXELS, Buckets, open_picture, read_image, to_rgb
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -29,8 +29,12 @@ def two_halves(mode="RGB", size=(8, 4)):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
-    suffix = "tif" if mode in ("CMYK", "YCbCr") else "png"
-    rgb = read_image(saved(tmp_path, two_halves(mode), f"a.{suffix}"))
+    if mode == "YCbCr":  # Pillow before 13 cannot read the TIFF of it that it writes
+        rgb = open_picture(two_halves(mode), "a")
+    else:
+        rgb = read_image(
+            saved(tmp_path, two_halves(mode), f"a.{'tif' if mode == 'CMYK' else 'png'}")
+        )
     assert rgb.shape == (4, 8, 3) and rgb.dtype == np.uint8
     if mode in ("1", "L", "LA"):
         assert (rgb == rgb[..., :1]).all()
