@@ -182,7 +182,7 @@ class ResNet(nn.Module):
             features = relu(norm(features, size_at(2), "stem_norm"))
             # Behind a ReLU the zeros lose against, or tie with, every value of the valid area.
             features = zero_beyond(features, size_at(2))
-            # Padded here, for jax2onnx knows no pooling that pads; XLA makes one program of both.
+            # Padded here, for jax2onnx knows no pooling that pads; XLA folds it in, in float32.
             padding = ((0, 0), (1, 1), (1, 1), (0, 0))
             features = jnp.pad(features, padding, constant_values=-jnp.inf)
             features = nn.max_pool(features, window_shape=(3, 3), strides=(2, 2))
