@@ -187,7 +187,7 @@ def test_the_lines_of_the_docs_make_the_panoptic_map(
         assert np.mean(scope["panoptic"] == wanted.id_map) > 0.999
         assert {*np.unique(scope["panoptic"])} - {0} == {s["id"] for s in wanted.segments}
         printed = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-        labels = {int(number): rest.rpartition(" ")[0] for number, rest in reversed(printed)}
+        labels = {int(number): name for number, name in reversed(printed)}
         for segment in wanted.segments:
             assert labels[segment["id"]] == predictor.vocabulary.names[segment["label"]]
         found += len(wanted.segments)
@@ -225,7 +225,7 @@ def test_names_as_an_input_come_with_those_of_training(text_folder, tmp_path, mo
         ),
         (("--format=jax", "--size=0x99999"), "give --size=32x4096."),
         (("--format=jax", "--size=64"), "--size=64 is no HEIGHTxWIDTH"),
-        (("--format=jax", "--stage=con"), "--stage=con is for workdirs"),
+        (("--format=jax", "--stage=con"), "The stage 'con' is of a workdir"),
         (("--format=jax", "--classes=cat, dog"), "The head of m2f is linear and names its own 6"),
     ],
 )

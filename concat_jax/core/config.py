@@ -86,7 +86,7 @@ def check_choice(value: str, valid: Collection[str], what: str) -> None:
     if value not in valid:
         folded = {name.casefold(): name for name in valid}
         # Of few names that are all far off, all are told.
-        cutoff = 0.5 if len(folded) <= 12 else 0.0
+        cutoff = 0.4 if len(folded) <= 12 else 0.0
         close = difflib.get_close_matches(str(value).casefold(), folded, n=1, cutoff=cutoff)
         others = f"; there are {', '.join(valid)}." if folded else "."
         hint = f"; did you mean {folded[close[0]]!r}?" if close else others

@@ -266,7 +266,7 @@ def test_skipping_ends_when_nothing_is_left(world):
         ({"num_threads": 0}, "num_threads is 0"),
         ({"augment": "lsi"}, "augment cannot be 'lsi'; did you mean 'lsj'"),
         ({"unseen_images": "hide"}, "unseen_images is 'hide'"),
-        ({"on_bad_example": "ignore"}, "on_bad_example cannot be 'ignore'; did you mean"),
+        ({"on_bad_example": "ignore"}, "on_bad_example cannot be 'ignore'; there are raise, skip"),
         ({"scale_range": (0, 1)}, "scale_range is"),
         ({"split_file": "none_such"}, "no file of classes 'none_such'"),
     ],
