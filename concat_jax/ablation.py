@@ -115,7 +115,8 @@ def learning(world: Path, rows: Sequence[str], num_seeds: int) -> dict[str, list
         for seed in range(num_seeds):
             file = world / f"seed_{seed}" / row / METRICS
             lines = map(json.loads, read_text(file).splitlines() if file.exists() else ())
-            points = {line["step"]: line["accuracy"] for line in lines if line.get("accuracy")}
+            found = ((line["step"], line.get("accuracy")) for line in lines)
+            points = {step: accuracy for step, accuracy in found if accuracy is not None}
             if points:
                 curves.setdefault(ROWS[row].title, []).append(np.array([*points.items()]).T)
     return curves

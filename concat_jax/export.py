@@ -21,7 +21,7 @@ from concat_jax.core import cli
 from concat_jax.core.config import check_choice
 from concat_jax.core.files import write_json
 from concat_jax.core.progress import format_seconds
-from concat_jax.experiment.model import open_model
+from concat_jax.experiment.model import DEMO, open_model
 from concat_jax.exporting.formats import FORMATS
 from concat_jax.exporting.program import check_size, deviation, make_program
 from concat_jax.weights.disk import EXPORT_NAME, check_apart, check_destination, new_folder
@@ -56,7 +56,8 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     format_.check_installed(given.format)
     size = _size(given.size)
     check_destination(destination, overwrite=given.overwrite)
-    check_apart(source, destination)
+    if source != DEMO:
+        check_apart(source, destination)
 
     model = open_model(source, stage=given.stage, dtype="float32")
     predictor = model.predictor(classes=given.classes or None)
@@ -103,9 +104,8 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
         if "text" in program.inputs:
             np.save(folder / TEXT_NAME, np.asarray(program.params[1].text))
         write_json(folder / EXPORT_NAME, content)
-    files = [file for file in Path(destination, format_.file).rglob("*") if file.is_file()]
-    files = files or [Path(destination, format_.file)]
-    total = sum(file.stat().st_size for file in files)
+    path = Path(destination, format_.file)  # a folder, of some formats
+    total = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
     what = "names are an input" if "text" in program.inputs else f"{len(named)} names"
     print(
         f"Wrote {destination}/{format_.file}, {total / 1e6:.1f} MB in {format_seconds(seconds)}: "

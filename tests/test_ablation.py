@@ -167,7 +167,10 @@ def test_what_a_run_saw_as_it_learnt_is_read_once_a_step(tmp_path):
     """A run that was killed repeats steps; a stage of other losses has no accuracy."""
     lines = {
         "seed_0/con": [{"step": 50, "accuracy": 0.1}, {"step": 100, "accuracy": 0.2}],
-        "seed_1/con": [{"step": 50, "accuracy": 0.3}, {"step": 50, "accuracy": 0.4}],
+        "seed_1/con": [
+            {"step": 0, "accuracy": 0.0},
+            *({"step": 50, "accuracy": a} for a in (0.3, 0.4)),
+        ],
         "seed_0/fair": [{"step": 50, "accuracy_real": 0.5}],
     }
     for stage, rows in lines.items():
@@ -176,7 +179,7 @@ def test_what_a_run_saw_as_it_learnt_is_read_once_a_step(tmp_path):
         (tmp_path / stage / "metrics.jsonl").write_text(text)
     found = ablation.learning(tmp_path, ["con", "fair", "kernel"], 3)
     curves = [curve.tolist() for curve in found.pop(ROWS["con"].title)]
-    assert curves == [[[50, 100], [0.1, 0.2]], [[50], [0.4]]] and not found
+    assert curves == [[[50, 100], [0.1, 0.2]], [[0, 50], [0, 0.4]]] and not found
     axes = plots.learning_curves({"con": [([50, 100], np.array([0.1, 0.2]))] * 2}).axes[0]
     assert [line.get_ydata().tolist() for line in axes.lines] == [[10, 20]] * 2
     assert len(axes.get_legend().get_texts()) == 1

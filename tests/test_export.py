@@ -243,6 +243,18 @@ def test_only_an_export_is_replaced(linear_folder, tmp_path):
     assert "is or holds the source" in refused and (linear_folder / "model.json").exists()
 
 
+def test_the_demo_is_exported_over_an_export_of_its_name(tmp_path, monkeypatch):
+    def reached(*args, **options):
+        raise ValueError("opened")
+
+    monkeypatch.setattr(export, "open_model", reached)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "export.json").write_text("{}")
+    assert "opened" in call("demo", "demo", "--format=jax", "--overwrite")
+    assert "is or holds the source" in call("./demo", "demo", "--format=jax", "--overwrite")
+
+
 def test_a_missing_package_names_its_requirements(linear_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
     sentence = call(linear_folder, tmp_path / "out", "--format=onnx")
