@@ -1,18 +1,31 @@
-"""Files in and out: images and JSON of other people, and files of ours that appear whole."""
+"""Files in and out: images and JSON of other people, and files of ours that appear whole.
+
+A path is of this machine, pathlib's, or in a bucket, `gs://NAME/...`: `as_path` tells which. What
+both can do is what code that takes either may use; `on_disk` and `replacing` give a local file to
+libraries that read or write no other.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import json
 import math
 import os
 import pathlib
 import secrets
+import shutil
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
+from etils import epath
 from PIL import Image
+
+BUCKET = "gs://"
+_CHUNK = 1 << 22
 
 # What Pillow's decoders raise on files that are cut off, damaged or no pictures; none of them
 # documents its own.
@@ -36,15 +49,108 @@ class ImageError(FileError):
     """An image that cannot be used; the message is one sentence that names it."""
 
 
+class BucketPath(type(epath.Path(BUCKET))):
+    """A path of epath's in a bucket, which has no folders but names with slashes."""
+
+    def absolute(self) -> Self:
+        return self
+
+    def resolve(self, strict: bool = False) -> Self:
+        return self
+
+    def open(self, mode: str = "r", **options: Any) -> Any:
+        if "a" in mode:  # gcsfs would write over what is there
+            raise ValueError(f"{self} is in a bucket, where no file can be appended to.")
+        return super().open(mode, **options)
+
+    def rename(self, target: BucketPath) -> BucketPath:
+        """Copies what is below and removes it: no step for a bucket, but of its files each."""
+        for path in files_below(self):
+            path.copy(target / path.relative_to(self), overwrite=True)
+        self.rmtree()
+        return target
+
+
+def as_path(path: str | os.PathLike[str]) -> epath.Path:
+    """A path of this machine or in a bucket; ValueError for others, or without what reads buckets.
+
+    The former is pathlib's, which can all that epath's can and more.
+    """
+    text = os.fspath(path)
+    if text.startswith(BUCKET):
+        _prepare_buckets()
+        return BucketPath(text)
+    if "://" in text or text.startswith("gs:"):
+        raise ValueError(f"{text} is neither a path of this machine nor in a bucket, gs://NAME/...")
+    return pathlib.Path(path)
+
+
+@functools.cache
+def _prepare_buckets() -> None:
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(
+            "A path of gs:// needs gcsfs: pip install -r requirements-buckets.txt, or name a "
+            "folder of this machine."
+        )
+    import fsspec
+
+    # Not TensorFlow where it happens to be installed: with one reader errors are the same anywhere.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    # Other hosts and TensorStore write as well, which a list that is kept does not show.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
+
+def in_bucket(path: str | os.PathLike[str]) -> bool:
+    return os.fspath(path).startswith(BUCKET)
+
+
+def files_below(folder: epath.Path) -> dict[epath.Path, int]:
+    """All files below a folder, in order, and their bytes; of a bucket in a single question."""
+    if not in_bucket(folder):
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return {path: path.stat().st_size for path in files}
+    import fsspec
+
+    found = fsspec.filesystem("gcs").find(os.fspath(folder), detail=True)
+    return {as_path(BUCKET + name): found[name]["size"] for name in sorted(found)}
+
+
+def size_of(path: epath.Path) -> int:
+    """Bytes of a file."""
+    return path.stat().length if in_bucket(path) else path.stat().st_size
+
+
+def remove_folder(path: epath.Path) -> None:
+    """Removes what there is of a folder."""
+    path.rmtree(missing_ok=True) if in_bucket(path) else shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def on_disk(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A file's path for readers of local files alone: its own, or of a copy for the `with` block.
+
+    What the block has mapped into memory outlives it, as it does a file that is removed.
+    """
+    path = as_path(path)
+    if not in_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder, path.name)
+        with path.open("rb") as source, copy.open("wb") as target:
+            shutil.copyfileobj(source, target, _CHUNK)
+        yield copy
+
+
 @contextlib.contextmanager
 def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Opens an image for a `with` block that decodes it by `load`; it outlives the block.
 
     EXIF rotation is not applied. Raises ImageError if it cannot be opened or decoded.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     try:
-        with Image.open(path) as image:
+        with on_disk(path) as file, Image.open(file) as image:
             yield image
     except ImageError:
         raise
@@ -52,9 +158,9 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         raise ImageError(f"{path} cannot be read as an image: {_reason(path, error)}.") from error
 
 
-def _reason(path: pathlib.Path, error: Exception) -> str:
+def _reason(path: epath.Path, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        empty = path.stat().st_size == 0
+        empty = size_of(path) == 0
         return "it is empty" if empty else "it is in no format that Pillow reads"
     if isinstance(error, Image.DecompressionBombError):
         # Pillow refuses twice its limit, and warns of what is between.
@@ -72,7 +178,7 @@ def read_json(path: str | os.PathLike[str], *, constants: bool = False) -> Any:
 
     `constants` lets NaN and Infinity pass, for a reader that can say where they are.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON number")
@@ -88,33 +194,49 @@ def read_json(path: str | os.PathLike[str], *, constants: bool = False) -> Any:
 def read_text(path: str | os.PathLike[str]) -> str:
     """A text file in UTF-8, with or without mark; ValueError if it is missing or something else."""
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8-sig")
+        content = as_path(path).read_bytes()
+        return content.decode("utf-8-sig")
     except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise FileError(f"{path} cannot be read: {_said(error)}.") from error
     except UnicodeDecodeError as error:
-        if pathlib.Path(path).read_bytes()[:2] == b"\x1f\x8b":
+        if content[:2] == b"\x1f\x8b":
             raise FileError(f"{path} is compressed with gzip; unpack it first.") from error
         raise FileError(f"{path} is no text in UTF-8: {error}; save it in UTF-8.") from error
 
 
-def make_folder(path: pathlib.Path) -> None:
+def _said(error: OSError) -> str:
+    """What an error says; gcsfs has no words for a file or a bucket that is not there."""
+    is_missing = isinstance(error, FileNotFoundError)
+    return error.strerror or ("No such file or bucket" if is_missing else str(error))
+
+
+def make_folder(path: epath.Path) -> None:
     """Makes a folder and those above it; FileError if that cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         is_file = isinstance(error, FileExistsError | NotADirectoryError)
-        reason = "a file is in its place or above" if is_file else error.strerror or error
+        reason = "a file is in its place or above" if is_file else _said(error)
         raise FileError(f"The folder {path} cannot be made: {reason}; name another.") from error
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pathlib.Path]:
-    """Yields the path to write a file to that appears under its name whole, or not at all.
+    """Yields the local path to write a file to that appears under its name whole, or not at all.
 
-    Without `sync` only a crash of the machine can leave it cut off. Raises FileError if it cannot
-    be written: a full disk, a folder that is read-only or a file.
+    Without `sync` only a crash of the machine can leave it cut off. What goes into a bucket is
+    written here first, and shows there once all of it has arrived. Raises FileError if it cannot be
+    written: a full disk, a folder that is read-only or a file.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
+    if in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            partial = pathlib.Path(folder, path.name)
+            with writing(path, partial):
+                yield partial
+                with partial.open("rb") as source, path.open("wb") as target:
+                    shutil.copyfileobj(source, target, _CHUNK)
+        return
     # Not the process's number: hosts in containers share numbers, and may share the folder.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -132,7 +254,7 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pa
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path, partial: pathlib.Path | None = None) -> Iterator[None]:
+def writing(path: epath.Path, partial: pathlib.Path | None = None) -> Iterator[None]:
     """Of an OSError in a block that writes a file it makes a FileError that names the file.
 
     One that names another file passes: it is that file's, for example of one that is copied.
@@ -142,7 +264,7 @@ def writing(path: pathlib.Path, partial: pathlib.Path | None = None) -> Iterator
     except OSError as error:
         if error.filename in (None, str(partial), str(path.parent), str(path)):
             no_folder = isinstance(error, FileExistsError | NotADirectoryError)
-            reason = "its folder is a file" if no_folder else error.strerror or error
+            reason = "its folder is a file" if no_folder else _said(error)
             raise FileError(f"{path} cannot be written: {reason}.") from error
         raise
 

@@ -6,17 +6,17 @@ import contextlib
 import errno
 import functools
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils.epath import Path
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from concat_jax.core.files import as_path, in_bucket, make_folder, remove_folder
 from concat_jax.training.checksums import damage, write_checksums
 from concat_jax.training.optimizer import path_name
 from concat_jax.training.state import TrainState
@@ -28,12 +28,13 @@ class CheckpointError(ValueError):
 
 PARAMS, OPTIMIZER = "params", "optimizer"
 _SET_ASIDE = "damaged"
+_COMMITTED = "commit_success.txt"  # Orbax's last file of a checkpoint in a bucket
 _passed_over: set[tuple[Path, str]] = set()
 
 
 def is_saved(workdir: Path, stage: str, step: int) -> bool:
     """Whether a stage's parameters of a step are there and undamaged."""
-    return _is_whole(Path(workdir).absolute() / stage / "checkpoints" / str(step), (PARAMS,))
+    return _is_whole(as_path(workdir).absolute() / stage / "checkpoints" / str(step), (PARAMS,))
 
 
 class StageCheckpoints:
@@ -47,7 +48,7 @@ class StageCheckpoints:
     def __init__(self, workdir: Path, stage: str, *, keep: int = 2):
         """Checkpoints of a stage of the workdir of a run, of which the last `keep` are kept."""
         self.stage = stage
-        self.path = Path(workdir).absolute() / stage / "checkpoints"
+        self.path = as_path(workdir).absolute() / stage / "checkpoints"
         self._keep = keep
         self._saving: int | None = None
 
@@ -188,7 +189,7 @@ class StageCheckpoints:
             for step in self._steps():
                 if not self._is_whole(step):
                     aside = self.path.parent / _SET_ASIDE / f"{step}_{time.time_ns()}"
-                    aside.parent.mkdir(exist_ok=True)
+                    make_folder(aside.parent)
                     (self.path / str(step)).rename(aside)
                     print(f"The damaged checkpoint of step {step} is kept in {aside}.")
         if jax.process_count() > 1:
@@ -196,11 +197,14 @@ class StageCheckpoints:
         self.manager.reload()
 
     def _halves(self) -> list[Path]:
+        if in_bucket(self.path):
+            steps = (self.path / str(step) for step in self._steps())
+            return [step for step in steps if not _is_committed(step)]
         return sorted(self.path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
 
     def _remove_halves(self) -> None:
         for half in self._halves():
-            shutil.rmtree(half, ignore_errors=True)
+            remove_folder(half)
 
     def _seal(self) -> None:
         # Orbax calls this when everything is written, before the folder gets its name.
@@ -254,8 +258,13 @@ class StageCheckpoints:
             ) from error
 
 
+def _is_committed(folder: Path) -> bool:
+    """Whether a folder is not the half of a checkpoint; on a disk that has another name."""
+    return (folder / _COMMITTED).is_file() if in_bucket(folder) else folder.is_dir()
+
+
 def _is_whole(folder: Path, items: Sequence[str]) -> bool:
-    if not folder.is_dir():
+    if not _is_committed(folder):
         return False
     wrong = damage(folder, items)
     if wrong and (folder, wrong) not in _passed_over:

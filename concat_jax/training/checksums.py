@@ -1,7 +1,8 @@
 """Whether the files of a checkpoint are those that were written.
 
 Orbax's manifests and trees carry checksums, its data does not: a flipped bit in a weight is read
-back as another weight. So each checkpoint keeps the size and CRC-32 of its files beside them.
+back as another weight. So each checkpoint keeps the size and CRC-32 of its files beside them. In a
+bucket it is the size alone: the store has checksums of its own, which it watches over.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import functools
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import tensorstore
+from etils.epath import Path
 
-from concat_jax.core.files import read_json, read_text, write_json
+from concat_jax.core.files import files_below, in_bucket, read_json, read_text, write_json
 
 NAME = "checksums.json"
 _CHUNK = 1 << 22
@@ -25,8 +26,8 @@ def write_checksums(folder: Path) -> None:
     """Writes sizes and sums of all files in the subfolders of a checkpoint to its `NAME`."""
     sums = {}
     for item in sorted(path for path in folder.iterdir() if path.is_dir()):
-        for path in _files(item):
-            sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc(path)]
+        for path, size in files_below(item).items():
+            sums[path.relative_to(folder).as_posix()] = [size, _crc(path)]
     write_json(folder / NAME, sums)
 
 
@@ -37,33 +38,38 @@ def damage(folder: Path, items: Sequence[str]) -> str:
       The file and what it has, as "params/_METADATA is missing". Without `NAME`, in a checkpoint
       that an earlier version wrote, flipped bits of array data go unnoticed.
     """
-    paths = [folder / NAME, *(path for item in items for path in _files(folder / item))]
-    found = [(str(path), path.stat()) for path in paths if path.is_file()]
-    stamps = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+    found = files_below(folder)
+    stamps = [
+        (
+            path.relative_to(folder).as_posix(),
+            size,
+            0 if in_bucket(path) else path.stat().st_mtime_ns,
+        )
+        for path, size in found.items()
+    ]
     return _damage(folder, tuple(items), tuple(stamps))
 
 
 @functools.cache
 def _damage(folder: Path, items: tuple[str, ...], stamps: tuple) -> str:
-    del stamps  # part of the key alone
+    sizes = {name: size for name, size, _ in stamps}
     for item in items:
-        if not (folder / item).is_dir():
+        if not any(name.startswith(f"{item}/") for name in sizes):
             return f"{item} is missing"
-    if not (folder / NAME).is_file():
+    if NAME not in sizes:
         return next(filter(None, (_unreadable(folder, item) for item in items)), "")
     try:
         sums = {name: (size, crc) for name, (size, crc) in read_json(folder / NAME).items()}
     except (ValueError, TypeError, AttributeError):
         return f"{NAME} cannot be read"
     for name, (size, crc) in sums.items():
-        path = folder / name
         if name.split("/")[0] not in items:
             continue
-        if not path.is_file():
+        if name not in sizes:
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _crc(path) != crc:
+        if sizes[name] != size:
+            return f"{name} has {sizes[name]} bytes instead of {size}"
+        if None not in (crc, found := _crc(folder / name)) and found != crc:
             return f"{name} has another checksum than when it was written"
     return ""
 
@@ -71,7 +77,8 @@ def _damage(folder: Path, items: tuple[str, ...], stamps: tuple) -> str:
 def _unreadable(folder: Path, item: str) -> str:
     """The first file of an item that Orbax could not read, and why."""
     path = folder / item
-    shapes = [file.relative_to(path).as_posix() for file in _files(path / "array_metadatas")]
+    files = files_below(path / "array_metadatas")
+    shapes = [file.relative_to(path).as_posix() for file in files]
     try:
         for name in ("_METADATA", "_sharding", *shapes):
             content = json.loads(read_text(path / name))
@@ -84,7 +91,8 @@ def _unreadable(folder: Path, item: str) -> str:
         return f"{item}/manifest.ocdbt is missing"
     key = b""
     try:
-        spec = {"driver": "ocdbt", "base": f"file://{path}/"}
+        base = f"{path}/" if in_bucket(path) else f"file://{path}/"
+        spec = {"driver": "ocdbt", "base": base}
         store = tensorstore.KvStore.open(spec, context=tensorstore.Context()).result()
         keys = store.list().result()
         for key, read in [(key, store.read(key)) for key in keys]:
@@ -99,11 +107,9 @@ def _unreadable(folder: Path, item: str) -> str:
     return ""
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _crc(path: Path) -> int:
+def _crc(path: Path) -> int | None:
+    if in_bucket(path):
+        return None
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
