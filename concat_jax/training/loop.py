@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -24,10 +25,14 @@ from concat_jax.training.optimizer import (
     make_optimizer,
     path_name,
 )
+from concat_jax.training.profile import FOLDER, ProfileConfig, StepTracer
 from concat_jax.training.sharding import replicated, shard_batch
+from concat_jax.training.speed import Awaited, seconds_at_peak
 from concat_jax.training.state import TrainState, jit_train_step
 
 BatchFn = Callable[[int], Mapping[str, np.ndarray]]
+# (steps done, trained subtrees) -> scalars of what holds then.
+Look = Callable[[int, Any], Mapping[str, float]]
 
 
 class NonFiniteLossError(UserStop):
@@ -40,7 +45,7 @@ class Preempted(UserStop):
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How a stage is trained; `save_every` 0 saves the last step only.
+    """How a stage is trained; `save_every` 0 saves the last step only, `eval_every` 0 never looks.
 
     The loss is looked at every `log_every` steps, for the progress line, and never in between.
     """
@@ -49,7 +54,9 @@ class LoopConfig:
     seed: int = 0
     log_every: int = 50
     save_every: int = 0
+    eval_every: int = 0
     tensorboard: bool = True
+    profile: ProfileConfig | None = None
 
 
 def train_stage(
@@ -63,6 +70,7 @@ def train_stage(
     mesh: Mesh,
     loop: LoopConfig,
     optimizer: OptimizerConfig,
+    look: Look | None = None,
 ) -> Any:
     """Trains a stage to its last step, from its newest checkpoint if any; the trained subtrees.
 
@@ -71,6 +79,7 @@ def train_stage(
       frozen: what the loss reads besides, subtrees and "text".
       batches: (first step, number of steps) -> generator of numpy batches, one a step, the same
         for the same step whenever asked.
+      look: asked every `loop.eval_every` steps, on all hosts together.
 
     Raises:
       NonFiniteLossError: naming the step, the images and the last checkpoint.
@@ -106,16 +115,24 @@ def train_stage(
     pending: list[tuple[int, Any, Any]] = []  # (step, image ids, device metrics) since last look
     progress: Progress | None = None
     iterator = batches(start, loop.steps - start)
+    tracer = StepTracer(Path(workdir) / name / FOLDER, loop.profile)
+    awaited = Awaited(iterator)
     # Left in reverse: nothing is computed any more when pending saves are waited for.
-    with checkpoints, closing(writer), closing(iterator), jax.set_mesh(mesh):
-        for step, batch in enumerate(iterator, start=start):
+    with checkpoints, closing(writer), closing(iterator), closing(awaited), closing(tracer):
+        for step, batch in enumerate(awaited, start=start):
             inputs = shard_batch({k: batch[k] for k in stage.batch_fields}, mesh)
-            state, metrics = step_fn(state, frozen, inputs)
+            tracer.before(step - start)
+            with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation(name, step_num=step):
+                state, metrics = step_fn(state, frozen, inputs)
+                if progress is None:  # from here on: the program is compiled
+                    rows = len(next(iter(inputs.values())))
+                    best = seconds_at_peak(step_fn, (state, frozen, inputs), mesh.devices.flat)
+                    progress = Progress(name, start, loop.steps, rows, unit="images", at_peak=best)
+                    awaited.take_seconds()
+            tracer.after(step - start, metrics)
+            awaited.works_on(metrics)
             pending.append((step, batch.get("image_id"), metrics))
             done = step + 1
-            if progress is None:
-                rows = len(next(iter(inputs.values())))
-                progress = Progress(name, start, loop.steps, rows)
             last = done == loop.steps
             # Asked at every step: the hosts agree on one step, and the answer is yes then only.
             preempted = checkpoints.manager.reached_preemption(done)
@@ -124,8 +141,14 @@ def train_stage(
             if saving or done % loop.log_every == 0:
                 means = _look(pending, checkpoints)
                 pending.clear()
-                rate = progress.report(done, means)
-                writer.scalars(done, {**means, "steps_per_second": rate})
+                shown = {key: means[key] for key in ("loss", "accuracy") if key in means}
+                speeds = progress.report(done, shown | means, waited=awaited.take_seconds())
+                writer.scalars(done, means | speeds)
+            if look and loop.eval_every and done % loop.eval_every == 0 and not preempted:
+                began = time.monotonic()
+                seen = look(done, state.params)
+                writer.scalars(done, {f"eval/{key}": value for key, value in seen.items()})
+                progress.pause(time.monotonic() - began)
             if saving:
                 checkpoints.save(state, done)
             if preempted:

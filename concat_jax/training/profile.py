@@ -1,0 +1,64 @@
+"""A trace of some steps of a stage, for TensorBoard's profiler and for Perfetto."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+FOLDER = "profile"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """`config.profile`: `steps` steps of `stage`, "" none, are traced.
+
+    They begin `after` that many since the stage was started or resumed: the first one compiles.
+    """
+
+    stage: str = ""
+    after: int = 10
+    steps: int = 5
+
+    def __post_init__(self):
+        for field, least in (("after", 0), ("steps", 1)):
+            if (value := getattr(self, field)) < least:
+                raise ValueError(f"config.profile.{field} is {value} and must be at least {least}.")
+
+
+class StepTracer:
+    """Writes a trace of the steps of a `ProfileConfig`, None for none, into a folder.
+
+    JAX writes `plugins/profile/TIME/HOST.xplane.pb` for TensorBoard, which every host does, and a
+    `HOST.trace.json.gz` for ui.perfetto.dev beside it.
+    """
+
+    def __init__(self, folder: Path, config: ProfileConfig | None):
+        self._folder, self._config = folder, config
+        self._temporary: tempfile.TemporaryDirectory | None = None
+
+    def before(self, number: int) -> None:
+        """Of a step, the `number`-th of this process."""
+        if self._config and number == self._config.after:
+            self._temporary = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(self._temporary.name)
+
+    def after(self, number: int, result: Any) -> None:
+        """Of a step, with the arrays that it computes."""
+        if self._temporary and number == self._config.after + self._config.steps - 1:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that has begun."""
+        if not self._temporary:
+            return
+        with self._temporary as written:
+            self._temporary = None
+            jax.profiler.stop_trace()
+            shutil.copytree(written, self._folder, dirs_exist_ok=True)
+        print(f"Wrote a trace of {self._config.steps} steps to {self._folder}.", flush=True)
