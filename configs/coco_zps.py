@@ -37,6 +37,7 @@ def recipe() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.tensorboard = True
+    config.profile = dict(stage="")  # of which a trace of some steps is written
     config.mesh = dict(devices=0)  # 0: all devices
     config.stages = ("con", "cat", "finetune")
     # Weights that start a subtree: CLIP's, of Hugging Face, OpenAI or open_clip; the segmentor's, a

@@ -20,6 +20,7 @@ def recipe() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.tensorboard = False  # spares a laptop the import of TensorFlow
+    config.profile = dict(stage="")  # of which a trace of some steps is written
     config.mesh = dict(devices=0)  # 0: all devices
     config.stages = ("clip", "con", "cat", "finetune", "control")
 

@@ -218,6 +218,7 @@ class Experiment:
                 seed=setup.config.seed,
                 log_every=settings.log_every,
                 save_every=settings.save_every,
+                profile=setup.profile if setup.profile.stage == name else None,
                 tensorboard=setup.config.tensorboard,
             ),
             optimizer=setup.optimizer(name),

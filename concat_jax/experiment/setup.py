@@ -22,6 +22,7 @@ from concat_jax.stages.registry import make_stage
 from concat_jax.stages.stage import INIT, Context, Stage, StageConfig
 from concat_jax.text.tokenizer import Tokenizer
 from concat_jax.training.optimizer import OptimizerConfig
+from concat_jax.training.profile import ProfileConfig
 
 
 class Labels(Protocol):
@@ -47,6 +48,7 @@ class Setup:
     tokenizer: Tokenizer
     predict: PredictConfig
     bank: BankConfig
+    profile: ProfileConfig
     context: Context
 
     @property
@@ -144,14 +146,25 @@ def make_setup(
     model = config.model.to_dict()
     sizes = ("vocab_size", "context_length", "eot_id")
     model["clip"] |= {size: getattr(tokenizer, size) for size in sizes}
-    loss, crops, bank = (
+    loss, crops, bank, profile = (
         build(cls, config.get(name, {}), f"config.{name}")
         for name, cls in (
             ("loss", SegmentationLossConfig),
             ("crops", CropConfig),
             ("bank", BankConfig),
+            ("profile", ProfileConfig),
         )
     )
+    if profile.stage:
+        check_choice(profile.stage, config.stages, "config.profile.stage is none of config.stages:")
+        steps = stages[profile.stage].steps
+        if profile.after + profile.steps > steps:
+            few = min(profile.steps, steps)
+            raise ValueError(
+                f"config.profile: stage {profile.stage!r} has no {profile.steps} steps after "
+                f"{profile.after}, but {steps} in all; set --config.profile.after={steps - few} "
+                f"--config.profile.steps={few}."
+            )
     sides = {"short_side": labels.eval_size, "long_side": labels.eval_size}
     context = Context(
         make_networks(model),
@@ -168,5 +181,6 @@ def make_setup(
         tokenizer,
         build(PredictConfig, {**sides, **config.eval.settings}, "config.eval.settings"),
         bank,
+        profile,
         context,
     )

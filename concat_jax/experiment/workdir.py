@@ -26,6 +26,7 @@ FREE_KEYS = (
     *EVALUATION_KEYS,
     "stages",
     "tensorboard",
+    "profile.",
     "mesh.",
     "text.cache",
     "data.clip_targets",
@@ -34,7 +35,7 @@ FREE_KEYS = (
     "data.on_bad_example",
 )
 # Keys of a stage that are about its files.
-LOGGING_KEYS = ("log_every", "save_every")
+LOGGING_KEYS = ("log_every", "save_every", "eval_every")
 # Where the training data lies, and how.
 DATA_KEYS = ("data.kind", "data.root", "data.split_file")
 _SHOWN_CHANGES = 8

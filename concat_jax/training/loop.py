@@ -31,8 +31,8 @@ from concat_jax.training.speed import Awaited, seconds_at_peak
 from concat_jax.training.state import TrainState, jit_train_step
 
 BatchFn = Callable[[int], Mapping[str, np.ndarray]]
-# (steps done, trained subtrees) -> scalars of what holds then.
-Look = Callable[[int, Any], Mapping[str, float]]
+# (steps done, trained subtrees, where it writes to) -> scores of what holds then.
+Look = Callable[[int, Any, MetricWriter], Mapping[str, float]]
 
 
 class NonFiniteLossError(UserStop):
@@ -146,8 +146,7 @@ def train_stage(
                 writer.scalars(done, means | speeds)
             if look and loop.eval_every and done % loop.eval_every == 0 and not preempted:
                 began = time.monotonic()
-                seen = look(done, state.params)
-                writer.scalars(done, {f"eval/{key}": value for key, value in seen.items()})
+                look(done, state.params, writer)
                 progress.pause(time.monotonic() - began)
             if saving:
                 checkpoints.save(state, done)

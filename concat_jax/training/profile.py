@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import shutil
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils.epath import Path
+
+from concat_jax.core.files import replacing
 
 FOLDER = "profile"
 
@@ -45,7 +48,9 @@ class StepTracer:
         """Of a step, the `number`-th of this process."""
         if self._config and number == self._config.after:
             self._temporary = tempfile.TemporaryDirectory()
-            jax.profiler.start_trace(self._temporary.name)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # calls of the readers' threads would crowd out the ops
+            jax.profiler.start_trace(self._temporary.name, profiler_options=options)
 
     def after(self, number: int, result: Any) -> None:
         """Of a step, with the arrays that it computes."""
@@ -60,5 +65,7 @@ class StepTracer:
         with self._temporary as written:
             self._temporary = None
             jax.profiler.stop_trace()
-            shutil.copytree(written, self._folder, dirs_exist_ok=True)
+            for source in filter(pathlib.Path.is_file, pathlib.Path(written).rglob("*")):
+                with replacing(self._folder / source.relative_to(written)) as partial:
+                    shutil.copyfile(source, partial)
         print(f"Wrote a trace of {self._config.steps} steps to {self._folder}.", flush=True)

@@ -111,9 +111,24 @@ def pictures_below_none(config):
     config.eval.num_pictures = -1
 
 
+def no_such_stage(config):
+    config.profile.stage = "cno"
+
+
+def too_late_a_trace(config):
+    config.profile = {"stage": "con", "after": 2, "steps": 5}
+
+
+def unknown_profile_field(config):
+    config.profile.step = 5
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
+        (no_such_stage, "config.profile.stage is none of config.stages: 'cno'.*'con'"),
+        (too_late_a_trace, "no 5 steps after 2, but 4 in all; .*after=0 .*profile.steps=4"),
+        (unknown_profile_field, "config.profile has no key 'step'.*'steps'"),
         (untrained, "'finetune' reads 'generator'; say in config.train.finetune.takes"),
         (unknown_field, "config.train.finetune.method has no key 'deviaton'.*'deviation'"),
         (unknown_optimizer_field, "config.train.control.optimizer has no key 'momentum'"),

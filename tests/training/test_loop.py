@@ -1,5 +1,6 @@
 """The loop on a toy stage: resume, non-finite loss, checkpoints of another shape."""
 
+import gzip
 import json
 
 import jax
@@ -11,7 +12,9 @@ from concat_jax.stages.stage import Stage
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
 from concat_jax.training.loop import LoopConfig, NonFiniteLossError, train_stage
 from concat_jax.training.optimizer import OptimizerConfig
+from concat_jax.training.profile import ProfileConfig
 from concat_jax.training.sharding import make_mesh, replicated
+from concat_jax.training.speed import PEAKS
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.1, schedule="cosine", clip_norm=1.0)
 
@@ -32,7 +35,7 @@ def batch(step):
     return {"x": x, "y": x.sum(axis=1), "image_id": np.arange(8) + 100 * step}
 
 
-def run(workdir, *, steps=6, stop=None, width=3, batch_fn=batch, save_every=2):
+def run(workdir, *, steps=6, stop=None, width=3, batch_fn=batch, save_every=2, look=None, **loop):
     seen = []
 
     def batches(first, count):
@@ -50,8 +53,9 @@ def run(workdir, *, steps=6, stop=None, width=3, batch_fn=batch, save_every=2):
         batches=batches,
         workdir=workdir,
         mesh=make_mesh(devices=2),
-        loop=LoopConfig(steps=steps, log_every=3, save_every=save_every, tensorboard=False),
+        loop=LoopConfig(steps=steps, log_every=3, save_every=save_every, tensorboard=False, **loop),
         optimizer=OPTIMIZER,
+        look=look,
     )
     return np.asarray(params["head"]["kernel"]), seen
 
@@ -67,6 +71,42 @@ def test_a_killed_run_resumes_as_if_unbroken(tmp_path, capsys):
     assert "resumes at step 4" in printed and "ETA" in printed
     rows = [json.loads(line) for line in (tmp_path / "b/toy/metrics.jsonl").open()]
     assert rows[-1]["step"] == 6 and rows[-1]["loss"] > 0
+    assert rows[-1]["images_per_second"] == 8 * rows[-1]["steps_per_second"]
+    assert 0 <= rows[-1]["data_wait"] <= 1 and "mfu" not in rows[-1]
+
+
+def test_looks_are_due_by_the_step_and_leave_the_training_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(PEAKS, jax.devices()[0].device_kind, 1e9)
+    looks = []
+
+    def look(step, params, writer):
+        # Another mesh than the training's, as inference on a host's own devices has it.
+        kernel = jax.device_put(params["head"]["kernel"], replicated(make_mesh(devices=1)))
+        looks.append((step, float(jnp.sum(kernel))))
+        writer.scalars(step, {"eval/hpq": 1.0 * step})
+        return {"hpq": 1.0 * step}
+
+    seen, _ = run(tmp_path / "seen", look=look, eval_every=2)
+    unseen, _ = run(tmp_path / "unseen")
+    np.testing.assert_array_equal(seen, unseen)
+    assert [step for step, _ in looks] == [2, 4, 6] and len({total for _, total in looks}) == 3
+    rows = [json.loads(line) for line in (tmp_path / "seen/toy/metrics.jsonl").open()]
+    assert [row["eval/hpq"] for row in rows if "eval/hpq" in row] == [2.0, 4.0, 6.0]
+    # 8 rows of 3 numbers and their gradient, on two devices.
+    trained = [row for row in rows if "mfu" in row]
+    flops = 2 * 2 * 8 * 3
+    assert trained[0]["mfu"] == pytest.approx(flops * trained[0]["steps_per_second"] / 2e9)
+
+
+def test_a_trace_holds_the_steps_asked_for(tmp_path, capsys):
+    run(tmp_path, profile=ProfileConfig(stage="toy", after=2, steps=2))
+    (trace,) = (tmp_path / "toy/profile").glob("plugins/profile/*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = [event["args"]["step_num"] for event in events if event.get("name") == "toy"]
+    assert steps == ["2", "3"]
+    ops = {event["args"].get("hlo_module") for event in events if "args" in event}
+    assert "jit_train_step" in ops
+    assert "Wrote a trace of 2 steps" in capsys.readouterr().out
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path):
