@@ -38,7 +38,8 @@ def recipe() -> ConfigDict:
     config.seed = 0
     config.tensorboard = True
     config.profile = dict(stage="")  # of which a trace of some steps is written
-    config.mesh = dict(devices=0)  # 0: all devices
+    # 0: all devices. Parameters and optimizer state are split over `fsdp` of them; 1: not at all.
+    config.mesh = dict(devices=0, fsdp=1)
     config.stages = ("con", "cat", "finetune")
     # Weights that start a subtree: CLIP's, of Hugging Face, OpenAI or open_clip; the segmentor's, a
     # folder that `python -m concat_jax.convert` made of ImageNet's or a Mask2Former's. The

@@ -21,7 +21,8 @@ def recipe() -> ConfigDict:
     config.seed = 0
     config.tensorboard = False  # spares a laptop the import of TensorFlow
     config.profile = dict(stage="")  # of which a trace of some steps is written
-    config.mesh = dict(devices=0)  # 0: all devices
+    # 0: all devices. Parameters and optimizer state are split over `fsdp` of them; 1: not at all.
+    config.mesh = dict(devices=0, fsdp=1)
     config.stages = ("clip", "con", "cat", "finetune", "control")
 
     config.data = dict(

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from concat_jax import main
 from concat_jax.core import config as configuration
 from concat_jax.experiment.setup import make_setup
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
-from concat_jax.training.sharding import make_mesh, replicated
+from concat_jax.training.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STAGES = ("clip", "con", "cat", "finetune", "control")
@@ -64,11 +65,37 @@ def run(config, workdir):
     return report, printed.getvalue()
 
 
+# More than positions of a 64 x 64 image, and less than the parameters of CLIP or the segmentor.
+MOST_CONSTANTS = 60_000
+
+
+@contextlib.contextmanager
+def programs_with_constants():
+    """The list of JAX's warnings of programs that hold more than `MOST_CONSTANTS` bytes of them."""
+    before = jax.config.jax_captured_constants_warn_bytes
+    jax.config.update("jax_captured_constants_warn_bytes", MOST_CONSTANTS)
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield found
+    jax.config.update("jax_captured_constants_warn_bytes", before)
+    found += [str(w.message) for w in caught if "onstants were captured" in str(w.message)]
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def constants():
+    """Warnings of programs with constants, of the run of `finished`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, constants):
     """A workdir in which every stage has run once, with its report and what was printed."""
     workdir = tmp_path_factory.mktemp("run") / "demo"
-    return workdir, *run(tiny_config(), workdir)
+    with programs_with_constants() as found:
+        results = run(tiny_config(), workdir)
+    constants += found
+    return workdir, *results
 
 
 @pytest.fixture
@@ -86,7 +113,7 @@ def saved_params(workdir, stage, *subtrees):
     key = jax.random.key(0)
     abstract = {name: jax.eval_shape(lambda n=name: networks.init(n, key)) for name in subtrees}
     checkpoints = StageCheckpoints(workdir, stage)
-    params = checkpoints.restore_params(subtrees, abstract, replicated(make_mesh(devices=1)))
+    params = checkpoints.restore_params(subtrees, abstract, make_mesh(devices=1))
     checkpoints.close()
     return params
 
@@ -114,6 +141,16 @@ def test_all_stages_run_and_are_reported(finished):
         assert title in saved["table"]
     assert saved["table"] in printed
     assert "NaN" not in (workdir / "report.json").read_text()
+
+
+def test_parameters_are_arguments_and_no_constants_of_a_program(finished, constants):
+    assert constants == []
+    for stage, subtree in (("clip", "clip"), ("con", "segmentor")):
+        params = saved_params(finished[0], stage, subtree)
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(params)) > 2 * MOST_CONSTANTS
+        with programs_with_constants() as found:
+            jax.jit(lambda p=params: jax.tree.map(jnp.sum, p)).lower()
+        assert len(found) == 1
 
 
 def test_each_stage_says_what_it_takes_trains_and_leaves(finished):

@@ -19,6 +19,15 @@ from configs import coco_zps
 
 # Lines as the TPU compiler prints them, shortened.
 HLO = """
+%all-reduce-scatter.1 (input: f32[64,8]) -> f32[8,8] {
+  %input = f32[64,8]{1,0:T(8,128)} parameter(0)
+  %all-reduce.9 = f32[64,8]{1,0:T(8,128)} all-reduce(%input), to_apply=%add
+  ROOT %slice = f32[8,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.9, %start, %zero)
+}
+
+ENTRY %main {
+  %fusion = f32[8,8]{1,0:T(8,128)} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1, \
+metadata={op_name="jit(step)/transpose(jvp())/dot_general" stack_frame_id=4}
   %p = f32[8,4]{1,0:T(8,128)} parameter(0)
   %all-reduce.1 = (f32[256]{0:T(256)}, bf16[2,3]{1,0:T(8,128)(2,1)S(1)}) all-reduce(%a, %b), \
 channel_id=1, metadata={op_name="jit(step)/transpose(jvp(Segmentor))/add_any" stack_frame_id=3}
@@ -32,11 +41,12 @@ metadata={op_name="jit(step)/while/body/reshape"}
 
 def test_collectives_are_found_with_their_size_and_source():
     assert find_collectives(HLO) == [
+        Collective("reduce-scatter", 256, "jit(step)/transpose(jvp())/dot_general"),
         Collective("all-reduce", 4 * 256 + 2 * 6, "jit(step)/transpose(jvp(Segmentor))/add_any"),
         Collective("all-gather", 64, "jit(step)/while/body/reshape"),
         Collective("collective-permute", 4, "unnamed"),
     ]
-    assert [c.in_loop for c in find_collectives(HLO)] == [False, True, False]
+    assert [c.in_loop for c in find_collectives(HLO)] == [False, False, True, False]
 
 
 def test_collectives_of_a_program_that_was_compiled():

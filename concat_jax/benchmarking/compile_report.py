@@ -23,7 +23,7 @@ from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.stages.registry import learns_from
 from concat_jax.stages.stage import MATCHING_PROJECTOR, TEXT
 from concat_jax.training.optimizer import FROZEN, label_params, make_optimizer
-from concat_jax.training.sharding import along_batch, mesh_of, replicated
+from concat_jax.training.sharding import along_batch, mesh_of, split_by_rule
 from concat_jax.training.state import TrainState, jit_train_step
 
 # What libtpu asks of its surroundings before it describes a topology it does not run on.
@@ -45,6 +45,7 @@ _ELEMENT_BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 _COLLECTIVE = re.compile(
     rf"= (?P<result>.*?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\((?!.*-done\()"
 )
+_SCATTER = re.compile(r" fusion\((?=.*calls=%all-reduce-scatter)")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
 # A report names at most this many sources of one kind of collective.
 MAX_SOURCES = 8
@@ -108,9 +109,11 @@ def find_collectives(text: str) -> list[Collective]:
       text: `compiled.as_text()`. Of an asynchronous pair the start counts, without the operand
         that its result repeats.
     """
-    found = []
+    found, is_scatter = [], False
     for line in text.splitlines():
-        match = _COLLECTIVE.search(line)
+        # A TPU's reduce-scatter is a fusion that calls a sum and the slice of it.
+        is_scatter = line.startswith("%all-reduce-scatter") or (is_scatter and line != "}")
+        match = not is_scatter and _COLLECTIVE.search(_SCATTER.sub(" reduce-scatter(", line))
         if not match:
             continue
         num_bytes = array_bytes(match["result"])
@@ -177,10 +180,10 @@ def compile_error(message: str, topology: str) -> str:
     return f"The TPU compiler refuses the step: {message.splitlines()[0]}"
 
 
-def make_topology_mesh(topology: str) -> Mesh:
+def make_topology_mesh(topology: str, fsdp: int = 1) -> Mesh:
     """The training mesh over the chips of a topology that need not exist, such as "v5e:16x16".
 
-    Raises ValueError if libtpu is not installed or does not know the topology.
+    Raises ValueError as `mesh_of`, or if libtpu is not installed or does not know the topology.
     """
     for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -197,7 +200,7 @@ def make_topology_mesh(topology: str) -> Mesh:
             f"libtpu knows no topology {topology!r}; use one such as v5e:4x4 or v4:2x2x1. It says: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    return mesh_of(devices)
+    return mesh_of(devices, fsdp)
 
 
 def setup_of(config: ml_collections.ConfigDict) -> Setup:
@@ -256,12 +259,12 @@ def abstract_step(setup: Setup, name: str, mesh: Mesh) -> tuple[Any, tuple[Any, 
     fields = batch_shapes(stage.batch_fields, **batch_sizes(setup, name))
     batch = {field: jax.ShapeDtypeStruct(*of_field) for field, of_field in fields.items()}
     arguments = (state, {read: shapes(read) for read in stage.reads}, batch)
-    shardings = (replicated(mesh), replicated(mesh), along_batch(mesh))
-    placed = tuple(
-        jax.tree.map(lambda x, s=s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree)
-        for tree, s in zip(arguments, shardings, strict=True)
+    on_mesh = split_by_rule(arguments[:2], mesh)
+    shardings = (*on_mesh, jax.tree.map(lambda _: along_batch(mesh), batch))
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arguments, shardings
     )
-    step = jit_train_step(stage.loss, optimizer, setup.config.seed, mesh)
+    step = jit_train_step(stage.loss, optimizer, setup.config.seed, mesh, state)
     return step, placed, gradient_bytes
 
 
@@ -289,7 +292,7 @@ def make_report(config: ml_collections.ConfigDict, name: str, topology: str) -> 
     Raises:
       ValueError: as `make_topology_mesh` and `abstract_step`, or the step does not fit a chip.
     """
-    setup, mesh = setup_of(config), make_topology_mesh(topology)
+    setup, mesh = setup_of(config), make_topology_mesh(topology, config.mesh.get("fsdp", 1))
     step, arguments, gradient_bytes = abstract_step(setup, name, mesh)
     start = time.monotonic()
     with jax.set_mesh(mesh):

@@ -71,7 +71,7 @@ class Trainer:
         **told: np.ndarray,
     ) -> Work:
         """A step of a loss, the making of its batch included."""
-        step = jit_train_step(loss, self._optimizer, seed=0, mesh=self._mesh)
+        step = jit_train_step(loss, self._optimizer, 0, self._mesh, self._state)
         with jax.set_mesh(self._mesh):
             program, fields = compile_program(step, self._state, frozen, batches(0))
         number = 0

@@ -102,7 +102,7 @@ def clip_target_identity(experiment: Experiment, source: str | None) -> dict[str
     """
     context, weights = experiment.setup.context, {}
     if source is not None:
-        params = jax.device_get(experiment.parameters.get("clip", source))
+        params = jax.device_get(experiment.parameters.whole("clip", source))
         weights = {"weights": fingerprint(params)}
     return weights | con.target_identity(context.networks.clip, context.crops)
 
@@ -147,7 +147,7 @@ def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank
     source = settings.takes["segmentor"]
     size = setup.stages[source].batch_size
     # The projector that stage 1 trained names the queries, whatever this stage starts from.
-    params = {s: experiment.parameters.get(s, source) for s in ("segmentor", "projector")}
+    params = {s: experiment.parameters.whole(s, source) for s in ("segmentor", "projector")}
     weights = fingerprint(jax.device_get(params))[:16]
     with_targets = QUERY_TARGETS in setup.make_stage(name).batch_fields
     num_batches = -(-settings.bank_images // size)
@@ -169,7 +169,7 @@ def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank
         extra_fields, reads = target_inputs(context)
         fields += extra_fields
         clip_source = settings.takes["clip"]
-        params |= {read: experiment.parameters.get(read, clip_source) for read in reads}
+        params |= {read: experiment.parameters.whole(read, clip_source) for read in reads}
         identity = {"targets": clip_target_identity(experiment, clip_source)}
     extract_fn = jax.jit(
         functools.partial(extract_queries, context, with_targets=with_targets),

@@ -303,7 +303,7 @@ def cache(config: ml_collections.ConfigDict, workdir: str = "", **options: int) 
         Path(folder),
         training_part(config.data, seed=config.seed),
         run.setup.networks.clip,
-        jax.device_get(run.parameters.get("clip", source)),
+        jax.device_get(run.parameters.whole("clip", source)),
         run.setup.context.crops,
         clip_target_identity(run, source),
         mesh=mesh_of(run.mesh.local_devices),

@@ -62,13 +62,13 @@ class Experiment:
         """With `trains` False nothing is written, and cached CLIP targets need not be there yet."""
         self.setup = setup = make_setup(config, datasets)
         self.workdir, self.datasets = workdir, datasets
-        self.mesh = make_mesh(config.mesh.devices)
+        self.mesh = make_mesh(config.mesh.devices, config.mesh.get("fsdp", 1))
         self.parameters = Parameters(setup, workdir, self.mesh)
         self.embeddings = ClassEmbeddings(
             config.text,
             setup.networks.clip,
             setup.tokenizer,
-            lambda source: self.parameters.get("clip", source),
+            lambda source: self.parameters.whole("clip", source),
         )
         self._check_order()
         for name in config.eval.stages:
@@ -246,7 +246,7 @@ class Experiment:
         """
         setup = self.setup
         sources = setup.holds_after(name)
-        params = {s: self.parameters.get(s, sources[s]) for s in ("segmentor", "projector")}
+        params = {s: self.parameters.whole(s, sources[s]) for s in ("segmentor", "projector")}
         text = self.embeddings.get(sources["clip"], setup.eval_vocabulary)
         training_text = None
         if setup.eval_vocabulary is not setup.vocabulary:

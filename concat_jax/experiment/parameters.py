@@ -15,7 +15,7 @@ from concat_jax.experiment.setup import Setup
 from concat_jax.models.networks import Networks, Params
 from concat_jax.stages.stage import INIT
 from concat_jax.training.checkpoints import StageCheckpoints, is_saved
-from concat_jax.training.sharding import replicated
+from concat_jax.training.sharding import replicated, split_by_rule
 from concat_jax.weights.clip import clip_params_for, read_clip
 from concat_jax.weights.model_folder import load_card, segmentor_from_folder
 
@@ -24,7 +24,7 @@ class Parameters:
     """The parameters of one workdir, read when they are first asked for."""
 
     def __init__(self, setup: Setup, workdir: Path, mesh: Mesh):
-        """`mesh`: on all of whose devices parameters lie."""
+        """`mesh`: on whose devices parameters lie, as `split_by_rule` says."""
         self._setup, self._workdir, self._mesh = setup, workdir, mesh
         self._given: dict[tuple[str, str], Params] = {}
 
@@ -40,21 +40,25 @@ class Parameters:
         if (subtree, source) not in self._given:
             networks = self._setup.networks_of(source)
             abstract = jax.eval_shape(lambda: networks.init(subtree, jax.random.key(0)))
-            everywhere = replicated(self._mesh)
             if source == INIT:
-                params = jax.device_put(self._initial(subtree, abstract), everywhere)
+                shardings = split_by_rule(abstract, self._mesh)
+                params = jax.device_put(self._initial(subtree, abstract), shardings)
             else:
                 checkpoints = StageCheckpoints(self._workdir, source)
                 # Its own last step, as `is_finished` has it, whatever else lies beside it.
                 params = checkpoints.restore_params(
                     [subtree],
                     {subtree: abstract},
-                    everywhere,
+                    self._mesh,
                     step=self._setup.stages[source].steps,
                 )[subtree]
                 checkpoints.close()
             self._given[subtree, source] = params
         return self._given[subtree, source]
+
+    def whole(self, subtree: str, source: str) -> Params:
+        """As `get`, on every device whole: for what runs outside of a training step."""
+        return jax.device_put(self.get(subtree, source), replicated(self._mesh))
 
     def keep(self, subtree: str, source: str, params: Params) -> None:
         """Remembers what a stage has just given."""

@@ -43,12 +43,12 @@ def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndar
 
     `source` is the stage of the segmentor and of the projector that queries are matched with.
     """
-    params = {s: run.parameters.get(s, source) for s in ("segmentor", "projector")}
+    params = {s: run.parameters.whole(s, source) for s in ("segmentor", "projector")}
     text = jnp.asarray(_text(run, source))
     # Every class may be matched here: the picture shows the unseen ones.
     every = dataclasses.replace(run.setup.vocabulary, is_seen=(True,) * len(run.setup.vocabulary))
     context = dataclasses.replace(run.setup.context, vocabulary=every)
-    extract = jax.jit(functools.partial(extract_queries, context, params, text))
+    extract = jax.jit(functools.partial(extract_queries, context))
     size = run.setup.predict.batch_size
     examples = (resize_longest(e, run.datasets.eval_size) for e in run.datasets.evaluation())
     queries, labels = [], []
@@ -57,7 +57,7 @@ def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndar
         if len(chunk) < size:  # one shape, one program; a few images less in a picture
             break
         batch = {name: np.stack([example[name] for example in chunk]) for name in IMAGE_FIELDS}
-        found = jax.device_get(extract(batch, jax.random.key(number)))
+        found = jax.device_get(extract(params, text, batch, jax.random.key(number)))
         queries.append(found["queries"].reshape(-1, found["queries"].shape[-1]))
         labels.append(found["query_labels"].reshape(-1))
     if not queries:
@@ -102,7 +102,7 @@ def query_figure(
     if generator:
         labels = np.repeat(np.arange(len(run.setup.vocabulary), dtype=np.int32), per_class)
         sources = {"generator": generator, "segmentor": source}
-        params = {s: run.parameters.get(s, stage) for s, stage in sources.items()}
+        params = {s: run.parameters.whole(s, stage) for s, stage in sources.items()}
         vectors = class_vectors(jnp.asarray(_text(run, name)))[labels]
         networks = run.setup.networks_of(generator)
         pseudo = generate(networks, params, vectors, jax.random.key(0))
@@ -117,7 +117,7 @@ def query_figure(
                 jax.random.key(1), real[None], known[None], len(run.setup.vocabulary), len(labels)
             )
             pseudo = pseudo + deviation * deviations
-        projector = {"params": run.parameters.get("projector", name)}
+        projector = {"params": run.parameters.whole("projector", name)}
         real, pseudo = (
             unit(np.asarray(run.setup.networks.projector.apply(projector, jnp.asarray(q))))
             for q in (real, pseudo)

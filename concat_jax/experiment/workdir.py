@@ -54,7 +54,6 @@ REMOVED_KEYS = {
     "train.*.method.unseen_per_class": 4,
     "train.*.optimizer.b2": 0.999,
     "train.*.optimizer.accumulate": 1,
-    "mesh.fsdp": 1,
 }
 
 

@@ -14,11 +14,12 @@ import jax
 import orbax.checkpoint as ocp
 from etils.epath import Path
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 
 from concat_jax.core.files import as_path, in_bucket, make_folder, remove_folder
 from concat_jax.training.checksums import damage, write_checksums
 from concat_jax.training.optimizer import path_name
+from concat_jax.training.sharding import split_by_rule
 from concat_jax.training.state import TrainState
 
 
@@ -95,14 +96,14 @@ class StageCheckpoints:
                 self.manager.wait_until_finished()
         return next(filter(self._is_whole, reversed(self._steps())), None)
 
-    def restore(self, abstract: TrainState, sharding: Sharding) -> TrainState:
-        """The newest state, placed as `sharding` says, whatever devices saved it.
+    def restore(self, abstract: TrainState, mesh: Mesh) -> TrainState:
+        """The newest state, on a mesh as `split_by_rule` says, whatever mesh saved it.
 
         Raises CheckpointError if it is of another architecture.
         """
         step = self.latest_step()
         self._check(step, abstract.params)
-        target = _placed(abstract, sharding)
+        target = _placed(abstract, mesh)
         optimizer = {"step": target.step, "opt_state": target.opt_state}
         restored = self._restore(
             step,
@@ -114,9 +115,9 @@ class StageCheckpoints:
         return TrainState(params=restored["params"], **restored["optimizer"])
 
     def restore_params(
-        self, names: Sequence[str], abstract: Any, sharding: Sharding, *, step: int | None = None
+        self, names: Sequence[str], abstract: Any, mesh: Mesh, *, step: int | None = None
     ) -> Any:
-        """Subtrees of the parameters of a step, by default of the newest.
+        """Subtrees of the parameters of a step, by default of the newest; placed as by `restore`.
 
         Raises CheckpointError if there is none, or it is damaged or of another architecture.
         """
@@ -136,7 +137,7 @@ class StageCheckpoints:
             )
         wanted = {name: abstract[name] for name in names}
         self._check(step, wanted)
-        target = _placed(wanted, sharding)
+        target = _placed(wanted, mesh)
         restored = self._restore(
             step,
             f"cannot be read; run stage {self.stage!r} again in another workdir",
@@ -290,7 +291,8 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def _placed(abstract: Any, sharding: Sharding) -> Any:
+def _placed(abstract: Any, mesh: Mesh) -> Any:
+    shardings = split_by_rule(abstract, mesh)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )

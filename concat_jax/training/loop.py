@@ -26,7 +26,7 @@ from concat_jax.training.optimizer import (
     path_name,
 )
 from concat_jax.training.profile import FOLDER, ProfileConfig, StepTracer
-from concat_jax.training.sharding import replicated, shard_batch
+from concat_jax.training.sharding import shard_batch, split_by_rule
 from concat_jax.training.speed import Awaited, seconds_at_peak
 from concat_jax.training.state import TrainState, jit_train_step
 
@@ -90,17 +90,18 @@ def train_stage(
     labels = label_params(params, stage.rules)
     transform = make_optimizer(optimizer, loop.steps, labels)
     checkpoints = StageCheckpoints(workdir, name)
-    everywhere = replicated(mesh)
     abstract = jax.eval_shape(lambda p: TrainState.create(p, transform), params)
     resumed = checkpoints.latest_step()
     print_parameters(name, params, frozen, labels, resumed)
     if resumed is None:
-        params = jax.device_put(params, everywhere)
+        params = jax.device_put(params, split_by_rule(params, mesh))
         # Copied: the step donates its input, and the caller may still hold these arrays.
-        make = jax.jit(lambda p: TrainState.create(p, transform), out_shardings=everywhere)
+        make = jax.jit(
+            lambda p: TrainState.create(p, transform), out_shardings=split_by_rule(abstract, mesh)
+        )
         state = make(jax.tree.map(lambda x: x.copy(), params))
     else:
-        state = checkpoints.restore(abstract, everywhere)
+        state = checkpoints.restore(abstract, mesh)
     start = int(state.step)
     if start >= loop.steps:
         with checkpoints:
@@ -109,8 +110,8 @@ def train_stage(
         print(f"{name}: finished at step {start}, nothing to train.")
         return state.params
 
-    frozen = jax.device_put(frozen, everywhere)
-    step_fn = jit_train_step(stage.loss, transform, loop.seed, mesh)
+    frozen = jax.device_put(frozen, split_by_rule(frozen, mesh))
+    step_fn = jit_train_step(stage.loss, transform, loop.seed, mesh, abstract)
     writer = MetricWriter(Path(workdir) / name, tensorboard=loop.tensorboard)
     pending: list[tuple[int, Any, Any]] = []  # (step, image ids, device metrics) since last look
     progress: Progress | None = None

@@ -1,4 +1,4 @@
-"""One mesh for every stage: the batch is split over all devices, parameters are replicated."""
+"""One mesh for every stage, data x fsdp: the batch is split over both, parameters over fsdp."""
 
 from __future__ import annotations
 
@@ -10,25 +10,56 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# The second has size 1: it is where parameters would be split.
 AXES = ("data", "fsdp")
+# Numbers of the smallest array that is split. Norms and biases stay whole: of R50's segmentor they
+# are 437 of 627 arrays, each of which would be a collective of its own, and 0.4 % of the numbers.
+MIN_SPLIT = 4096
 
 
-def make_mesh(devices: int = 0) -> Mesh:
-    """The mesh of the first `devices` devices, all of them for 0; ValueError if there are fewer."""
+def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
+    """The mesh of the first `devices` devices, all of them for 0, as `mesh_of` lays them out.
+
+    Raises ValueError if there are fewer.
+    """
     available = jax.devices()
     if devices > len(available):
         raise ValueError(
             f"A mesh of {devices} devices does not fit the {len(available)} devices at hand; "
             "change config.mesh.devices."
         )
-    return mesh_of(available[: devices or len(available)])
+    return mesh_of(available[: devices or len(available)], fsdp)
 
 
-def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
-    """Mesh ("data", "fsdp") of Auto axes with all devices along the first."""
+def mesh_of(devices: Sequence[jax.Device], fsdp: int = 1) -> Mesh:
+    """Mesh ("data", "fsdp") of Auto axes; neighbours, which links join best, are along "fsdp".
+
+    Raises ValueError if `fsdp` does not divide their number.
+    """
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(
+            f"Parameters cannot be split over config.mesh.fsdp = {fsdp} of {len(devices)} devices; "
+            f"set --config.mesh.fsdp={max(math.gcd(fsdp, len(devices)), 1)} or another divisor."
+        )
     types = (AxisType.Auto, AxisType.Auto)
-    return Mesh(np.asarray(devices).reshape(-1, 1), AXES, axis_types=types)
+    return Mesh(np.asarray(devices).reshape(-1, fsdp), AXES, axis_types=types)
+
+
+def split_by_rule(tree: Any, mesh: Mesh) -> Any:
+    """Where the arrays of a tree of parameters, or of an optimizer's state, lie: NamedShardings.
+
+    Of an array of `MIN_SPLIT` numbers the largest dimension that the axis "fsdp" divides is split
+    over it; any other is replicated. The arrays may be abstract.
+    """
+    parts = mesh.shape["fsdp"]
+
+    def sharding(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, length in enumerate(leaf.shape) if length % parts == 0]
+        if parts == 1 or math.prod(leaf.shape) < MIN_SPLIT or not axes:
+            return replicated(mesh)
+        split = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * split, "fsdp"))
+
+    return jax.tree.map(sharding, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from concat_jax.core.runtime import step_compiler_options
 from concat_jax.stages.stage import Batch, LossFn, Metrics
-from concat_jax.training.sharding import replicated
+from concat_jax.training.sharding import replicated, split_by_rule
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -29,18 +29,26 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def make_train_step(
-    loss: LossFn, optimizer: optax.GradientTransformation, seed: int
+    loss: LossFn, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
     The step's PRNG key is folded from the seed and the step number, so a resumed run draws what
-    an unbroken one would have drawn and no key needs saving.
+    an unbroken one would have drawn and no key needs saving. What is split over "fsdp" is gathered
+    for the loss, and its gradients are reduced to the parts that a device updates.
     """
+
+    def place(tree: Any, shardings: Any) -> Any:
+        # Left to itself the partitioner might split the networks' inner dimensions instead.
+        is_split = mesh.shape["fsdp"] > 1
+        return jax.lax.with_sharding_constraint(tree, shardings) if is_split else tree
 
     def train_step(state: TrainState, frozen: Any, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         gradient = jax.value_and_grad(loss, has_aux=True)
-        (_, metrics), gradients = gradient(state.params, frozen, batch, rng)
+        params, frozen = place((state.params, frozen), replicated(mesh))
+        (_, metrics), gradients = gradient(params, frozen, batch, rng)
+        gradients = place(gradients, split_by_rule(gradients, mesh))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients)}
@@ -50,13 +58,15 @@ def make_train_step(
 
 
 def jit_train_step(
-    loss: LossFn, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+    loss: LossFn, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, state: TrainState
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """The step of `make_train_step`, jitted: the state donated, results on every device."""
-    everywhere = replicated(mesh)
+    """The step of `make_train_step`, jitted for states such as `state`, which may be abstract.
+
+    The state is donated and stays where `split_by_rule` puts it; metrics are on every device.
+    """
     return jax.jit(
-        make_train_step(loss, optimizer, seed),
+        make_train_step(loss, optimizer, seed, mesh),
         donate_argnums=0,
-        out_shardings=(everywhere, everywhere),
+        out_shardings=(split_by_rule(state, mesh), replicated(mesh)),
         compiler_options=step_compiler_options(mesh.devices.flat[0].platform),
     )

@@ -11,11 +11,11 @@ import pytest
 from concat_jax.training import checkpoints as module
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints, is_saved
 from concat_jax.training.checksums import NAME
-from concat_jax.training.sharding import make_mesh, replicated
+from concat_jax.training.sharding import make_mesh, split_by_rule
 from concat_jax.training.state import TrainState
 
 SHAPE = (3, 5000)  # small arrays lie in the tree itself
-ONE_DEVICE = replicated(make_mesh(devices=1))
+ONE_DEVICE = make_mesh(devices=1)
 
 
 def state(step):
@@ -115,6 +115,23 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(workdir, name, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"The checkpoint {step} is damaged and passed over: {where}")
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("devices, fsdp", [(1, 1), (8, 1), (8, 4), (4, 2)])
+def test_a_state_is_restored_onto_any_mesh(tmp_path, devices, fsdp):
+    """Saved by eight devices, of which each holds an eighth."""
+    eight, mesh = make_mesh(fsdp=8), make_mesh(devices, fsdp)
+    given = jax.device_put(state(10), split_by_rule(abstract(), eight))
+    with StageCheckpoints(tmp_path, "con") as checkpoints:
+        checkpoints.save(given, 10)
+        restored = checkpoints.restore(abstract(), mesh)
+        params = checkpoints.restore_params(["head"], abstract().params, mesh)
+    jax.tree.map(np.testing.assert_array_equal, restored, state(10))
+    jax.tree.map(np.testing.assert_array_equal, params, state(10).params)
+    for tree in (restored.params, restored.opt_state[0].mu, params):
+        parts = tree["head"]["kernel"].addressable_shards
+        assert len(parts) == devices
+        assert {part.data.shape for part in parts} == {(3, SHAPE[1] // fsdp)}
 
 
 def test_a_step_that_is_asked_for_is_read_whatever_is_newer(workdir, capsys):

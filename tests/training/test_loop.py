@@ -147,15 +147,13 @@ def test_params_are_restored_on_other_devices(tmp_path):
     kernel, _ = run(tmp_path, steps=2)
     abstract = {"head": {"kernel": jax.ShapeDtypeStruct((3,), jnp.float32)}}
     checkpoints = StageCheckpoints(tmp_path, "toy")
-    restored = checkpoints.restore_params(["head"], abstract, replicated(make_mesh(devices=4)))
+    restored = checkpoints.restore_params(["head"], abstract, make_mesh(devices=4))
     np.testing.assert_array_equal(restored["head"]["kernel"], kernel)
     assert len(restored["head"]["kernel"].sharding.device_set) == 4
     with pytest.raises(CheckpointError, match="tail/kernel is missing"):
-        checkpoints.restore_params(["tail"], {"tail": abstract["head"]}, replicated(make_mesh()))
+        checkpoints.restore_params(["tail"], {"tail": abstract["head"]}, make_mesh())
     with pytest.raises(CheckpointError, match="run stage 'other' first"):
-        StageCheckpoints(tmp_path, "other").restore_params(
-            ["head"], abstract, replicated(make_mesh())
-        )
+        StageCheckpoints(tmp_path, "other").restore_params(["head"], abstract, make_mesh())
 
 
 def test_batch_that_does_not_divide_is_named(tmp_path):

@@ -1,23 +1,34 @@
 """CON's train step on eight devices: the numbers of one device, and no batch sent around."""
 
+import math
 import re
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from concat_jax.benchmarking import compile_report
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
 from concat_jax.stages import con
 from concat_jax.stages.stage import Context
+from concat_jax.training import sharding
 from concat_jax.training.optimizer import (
     OptimizerConfig,
     label_params,
     make_optimizer,
     path_name,
 )
-from concat_jax.training.sharding import along_batch, make_mesh, replicated, shard_batch
+from concat_jax.training.sharding import (
+    along_batch,
+    make_mesh,
+    replicated,
+    shard_batch,
+    split_by_rule,
+)
 from concat_jax.training.state import TrainState, make_train_step
+from configs import coco_zps
 from tests import tiny
 
 LEARNING_RATE = 1e-2
@@ -51,34 +62,37 @@ def by_name(tree):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def two_steps(devices):
+def two_steps(devices, fsdp=1):
     """Two train steps as the loop takes them.
 
     Returns the HLO text, the metrics of both steps, the parameters after the first, their first
-    moments by name (a tenth of the clipped gradient) and the shardings of the state.
+    moments by name (a tenth of the clipped gradient), the shardings of the state, and its bytes on
+    the first device.
     """
-    mesh = make_mesh(devices=devices)
+    mesh = make_mesh(devices=devices, fsdp=fsdp)
     context = Context(NETWORKS, VOCABULARY, SegmentationLossConfig(num_points=64))
     stage = con.make_stage(context, con.Config())
     params = {name: tiny.params(name, seed, NETWORKS) for seed, name in enumerate(stage.trains)}
     text = tiny.text()
-    everywhere = replicated(mesh)
-    frozen = jax.device_put({"clip": tiny.params("clip", 8, NETWORKS), "text": text}, everywhere)
+    frozen = {"clip": tiny.params("clip", 8, NETWORKS), "text": text}
+    frozen = jax.device_put(frozen, split_by_rule(frozen, mesh))
     optimizer = make_optimizer(
         OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", clip_norm=1.0),
         10,
         label_params(params, stage.rules),
     )
+    abstract = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
+    shardings = split_by_rule(abstract, mesh)
     make = jax.jit(
         lambda p: TrainState.create(p, optimizer),
-        out_shardings=everywhere,
+        out_shardings=shardings,
         compiler_options=tiny.FAST_COMPILE,
     )
     state = make(params)
     step = jax.jit(
-        make_train_step(stage.loss, optimizer, seed=0),
+        make_train_step(stage.loss, optimizer, 0, mesh),
         donate_argnums=0,
-        out_shardings=(everywhere, everywhere),
+        out_shardings=(shardings, replicated(mesh)),
         compiler_options=tiny.FAST_COMPILE,
     )
     with jax.set_mesh(mesh):
@@ -88,13 +102,14 @@ def two_steps(devices):
         state, metrics = compiled(state, frozen, batch)
         after, first = jax.device_get((state, metrics))
         shardings = {leaf.sharding for leaf in jax.tree.leaves(state)}
+        here = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
         _, second = jax.device_get(compiled(state, frozen, batch))
     moments = {
         name.split("/mu/")[1]: leaf
         for name, leaf in by_name(after.opt_state).items()
         if "/mu/" in name
     }
-    return compiled.as_text(), (first, second), after.params, moments, shardings
+    return compiled.as_text(), (first, second), after.params, moments, shardings, here
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +120,14 @@ def one():
 @pytest.fixture(scope="module")
 def eight():
     return two_steps(8)
+
+
+@pytest.fixture(scope="module")
+def split():
+    """On a mesh of 2 x 4 devices that splits small arrays, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "MIN_SPLIT", 256)
+        return two_steps(8, fsdp=4)
 
 
 def collectives(text):
@@ -126,9 +149,10 @@ def test_random_numbers_do_not_depend_on_the_partitioning():
     assert jax.config.jax_threefry_partitionable
 
 
-def test_eight_devices_compute_what_one_computes(one, eight):
-    _, one_metrics, one_params, one_moments, _ = one
-    _, eight_metrics, eight_params, eight_moments, _ = eight
+@pytest.mark.parametrize("mesh", ["eight", "split"])
+def test_eight_devices_compute_what_one_computes(one, mesh, request):
+    _, one_metrics, one_params, one_moments, *_ = one
+    _, eight_metrics, eight_params, eight_moments, *_ = request.getfixturevalue(mesh)
     for first, second in zip(one_metrics, eight_metrics, strict=True):
         assert first.keys() == second.keys()
         for name in first:
@@ -158,9 +182,61 @@ def test_eight_devices_compute_what_one_computes(one, eight):
     assert moved > 1000
 
 
+def test_losses_of_split_parameters_are_those_of_replicated_ones(eight, split):
+    for first, second in zip(eight[1], split[1], strict=True):
+        for name in first:
+            np.testing.assert_allclose(second[name], first[name], rtol=1e-5, err_msg=name)
+
+
 def test_the_state_stays_on_every_device(eight):
-    (sharding,) = eight[4]
-    assert len(sharding.device_set) == 8 and sharding.is_fully_replicated
+    (everywhere,) = eight[4]
+    assert len(everywhere.device_set) == 8 and everywhere.is_fully_replicated
+
+
+def test_the_state_stays_split(eight, split):
+    specs = {part.spec for part in split[4]}
+    assert PartitionSpec() in specs and len(specs) > 2
+    assert all(len(part.device_set) == 8 for part in split[4])
+    assert eight[5] / 4 < split[5] < eight[5] / 3
+
+
+def test_what_is_split_is_gathered_as_parameters_and_no_batch_is(split):
+    """On a CPU XLA writes a reduce-scatter as a sum and the slice of it."""
+    kinds = {(kind, name.split("/")[-1]) for kind, name in collectives(split[0])}
+    assert {name for kind, name in kinds if kind != "all-reduce"} == {"sharding_constraint"}
+    assert {kind for kind, _ in kinds} == {"all-reduce", "all-gather"}
+    assert not [name for _, name in collectives(split[0]) if "/while/" in name]
+
+
+@pytest.mark.parametrize(
+    "shape, spec",
+    [
+        ((512, 256), ("fsdp",)),
+        ((256, 512), (None, "fsdp")),
+        ((64, 64), ("fsdp",)),  # the first of equal ones
+        ((1001, 3, 32), (None, None, "fsdp")),  # the largest that divides
+        ((7, 1001), ()),  # none does
+        ((4095,), ()),
+        ((4096,), ("fsdp",)),
+        ((), ()),
+    ],
+)
+def test_the_rule_that_splits(shape, spec):
+    arrays = {"a": [jax.ShapeDtypeStruct(shape, np.float32)]}
+    mesh = make_mesh(fsdp=4)
+    assert split_by_rule(arrays, mesh) == {"a": [NamedSharding(mesh, PartitionSpec(*spec))]}
+    one = make_mesh()
+    assert split_by_rule(arrays, one) == {"a": [replicated(one)]}
+
+
+def test_the_full_config_leaves_an_eighth_on_each_of_eight_devices():
+    mesh = make_mesh(fsdp=8)
+    setup = compile_report.setup_of(coco_zps.get_config())
+    _, (state, _, _), _ = compile_report.abstract_step(setup, "con", mesh)
+    leaves = jax.tree.leaves(state)
+    whole = sum(leaf.size for leaf in leaves)
+    here = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    assert whole > 3 * 44e6 and 1 / 8 < here / whole < 0.13
 
 
 def test_no_batch_is_gathered_or_exchanged(eight):
@@ -204,3 +280,8 @@ def test_a_mesh_splits_the_batch_over_its_devices():
 def test_a_mesh_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="9 devices does not fit the 8 .*config.mesh.devices"):
         make_mesh(9)
+    for fsdp, remedy in ((3, 1), (6, 2), (0, 8), (-1, 1)):
+        message = rf"fsdp = {fsdp} of 8 devices; set --config.mesh.fsdp={remedy} or"
+        with pytest.raises(ValueError, match=message):
+            make_mesh(fsdp=fsdp)
+        assert make_mesh(fsdp=remedy).shape["fsdp"] == remedy
