@@ -104,6 +104,8 @@ def recipe() -> ConfigDict:
             batch_size=16,
             log_every=50,
             save_every=5000,
+            keep=3,
+            max_skips=20,
             optimizer=dict(
                 learning_rate=1e-4, weight_decay=0.05, decay_at=(0.9, 0.95), clip_norm=0.01
             ),

@@ -28,10 +28,14 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from concat_jax.core import stopping
 from concat_jax.core.config import check_choice, is_open
 
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended: 128 + SIGINT
 BROKEN_PIPE = 141  # the same of SIGPIPE
+HEARTBEAT_TIMEOUT = (
+    20  # seconds until JAX takes a host that is silent for dead, and ends the others
+)
 
 
 class Flags(flags.FlagValues):
@@ -86,7 +90,8 @@ def main(
       doc: what `--help` prints above the flags.
       command: (flags, arguments) -> exit code; None is 0.
       arguments: how the usage calls arguments that are no flags; "" takes none.
-      with_config: the command has --config, --workdir and --distributed.
+      with_config: the command has --config, --workdir and --distributed; SIGTERM ends it as
+        Ctrl-C does, with exit code `stopping.PREEMPTED`.
       computes: programs that it compiles are kept for the next time.
       interrupted: the sentence for Ctrl-C, where what was interrupted has none of its own.
     """
@@ -103,8 +108,9 @@ def main(
     if with_config:
         _define_config(values, argv)
     define_flags(values)
+    catching = stopping.catching_sigterm if with_config else contextlib.nullcontext
     try:
-        with _first_interrupt_only(), one_sentence():
+        with _first_interrupt_only(), catching(interrupted), one_sentence():
             rest = _parse(values, argv)
             if values.help:
                 print(f"{doc.strip()}\n\nFlags:\n{values.get_help()}")
@@ -120,9 +126,16 @@ def main(
                 enable_compilation_cache()
                 keep_freed_memory()
             code = command(values, rest)
+    except stopping.Terminated as stop:
+        stopping.leave(stopping.PREEMPTED, str(stop))
     except KeyboardInterrupt as stop:
-        print(f"\n{str(stop) or interrupted}", file=sys.stderr)
+        sentence = str(stop) or interrupted
+        stopping.fail_together(KeyboardInterrupt(sentence), INTERRUPTED)
+        print(f"\n{sentence}", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BaseException as error:
+        stopping.fail_together(error)
+        raise
     if code:
         sys.exit(code)
 
@@ -327,9 +340,18 @@ def join_hosts(given: Flags) -> None:
         # JAX reads the coordinator's address itself, but not these two.
         texts = (os.environ.get(name) for name in names)
         num_processes, process_id = (text and int(text) for text in texts)
-        jax.distributed.initialize(num_processes=num_processes, process_id=process_id)
+        # JAX's own way to agree on a step would take SIGTERM away from `stopping`.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            num_processes=num_processes,
+            process_id=process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        )
     except ValueError as error:
         raise ValueError(
             f"--distributed does not find the other hosts ({str(error).rstrip('.')}): set "
             "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID on every host."
         ) from error
+    from jax._src.distributed import global_state  # its store of keys and values has no other name
+
+    stopping.join(global_state.client, global_state.process_id, global_state.num_processes)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import collections
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from concat_jax.core import stopping
 from concat_jax.core.progress import Progress
 
 T = TypeVar("T")
@@ -43,6 +45,36 @@ def prefetch(
             yield batch
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def watched(iterator: Iterator[T], name: str, done: int, first: float = 30.0) -> Iterator[T]:
+    """What `iterator` yields; says so where the next item does not come for `first` seconds.
+
+    And again after twice as long, and so on; `name` and `done`, the number of items before, head
+    the line. Ends early where SIGTERM comes to a host that is alone while it waits.
+    """
+    pool = futures.ThreadPoolExecutor(1, thread_name_prefix="watched")
+    end: Any = object()
+    future = None
+    try:
+        for count in itertools.count(done):
+            began, due = time.monotonic(), first
+            future = pool.submit(next, iterator, end)
+            while not futures.wait([future], timeout=min(1.0, due)).done:
+                if stopping.ends_alone():
+                    future = None
+                    return
+                if (waited := time.monotonic() - began) >= due:
+                    print(f"{name} has waited {waited:.0f} s for the batch of step {count}.")
+                    due *= 2
+            if (item := future.result()) is end:
+                return
+            yield item
+    finally:
+        pool.shutdown(wait=False)
+        if future:
+            futures.wait([future])
+            iterator.close()
 
 
 def with_progress(name: str, result_of: Callable[[int], T], count: int) -> Iterator[T]:

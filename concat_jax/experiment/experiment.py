@@ -218,6 +218,8 @@ class Experiment:
                 seed=setup.config.seed,
                 log_every=settings.log_every,
                 save_every=settings.save_every,
+                keep=settings.keep,
+                max_skips=settings.max_skips,
                 profile=setup.profile if setup.profile.stage == name else None,
                 tensorboard=setup.config.tensorboard,
             ),

@@ -34,8 +34,8 @@ FREE_KEYS = (
     "data.num_threads",
     "data.on_bad_example",
 )
-# Keys of a stage that are about its files.
-LOGGING_KEYS = ("log_every", "save_every", "eval_every")
+# Keys of a stage that are about its files, or about what would otherwise end it.
+LOGGING_KEYS = ("log_every", "save_every", "eval_every", "keep", "max_skips")
 # Where the training data lies, and how.
 DATA_KEYS = ("data.kind", "data.root", "data.split_file")
 _SHOWN_CHANGES = 8

@@ -86,6 +86,9 @@ class StageConfig:
       method: fields of the kind's own `Config`.
       log_every: steps between progress lines.
       save_every: steps between checkpoints, 0 for the last only.
+      keep: how many of the last checkpoints are kept.
+      max_skips: steps in a row whose loss or gradient may not be finite, and which change nothing
+        then; 0 ends the run at the first.
       bank_images: images whose vision queries a stage on queries learns from.
       queries: where a stage has its vision queries from: "bank", extracted once, or "images",
         augmented anew in every step, at the price of the segmentor's forward pass.
@@ -106,6 +109,8 @@ class StageConfig:
     method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     log_every: int = 50
     save_every: int = 0
+    keep: int = 2
+    max_skips: int = 0
     bank_images: int = 0
     queries: str = "bank"
     oracle: bool = False
@@ -120,7 +125,8 @@ class StageConfig:
         return {**self.takes, **{f"{part} of {s}": s for *stage, part in copied for s in stage}}
 
     def __post_init__(self):
-        for field, least in (("steps", 0), ("batch_size", 1), ("log_every", 1), ("save_every", 0)):
+        least_ones = dict(steps=0, batch_size=1, log_every=1, save_every=0, keep=1, max_skips=0)
+        for field, least in least_ones.items():
             if (value := getattr(self, field)) < least:
                 raise ValueError(f"{field} of a stage is {value} and must be at least {least}.")
 

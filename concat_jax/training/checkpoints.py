@@ -94,7 +94,7 @@ class StageCheckpoints:
         if self._saving is not None:
             with self._writing():
                 self.manager.wait_until_finished()
-        return next(filter(self._is_whole, reversed(self._steps())), None)
+        return self._newest()
 
     def restore(self, abstract: TrainState, mesh: Mesh) -> TrainState:
         """The newest state, on a mesh as `split_by_rule` says, whatever mesh saved it.
@@ -155,6 +155,9 @@ class StageCheckpoints:
         if not self.path.is_dir():
             return []
         return sorted(int(path.name) for path in self.path.iterdir() if path.name.isdecimal())
+
+    def _newest(self) -> int | None:
+        return next(filter(self._is_whole, reversed(self._steps())), None)
 
     def _is_whole(self, step: int) -> bool:
         return _is_whole(self.path / str(step), (PARAMS, OPTIMIZER))
@@ -227,11 +230,12 @@ class StageCheckpoints:
                 self._remove_halves()
             raise CheckpointError(
                 f"The checkpoint {self.path / str(step)} could not be written "
-                f"({_reason(error)}); {self._what_is_saved()}"
+                f"({_reason(error)}); {self.what_is_saved()}"
             ) from error
 
-    def _what_is_saved(self) -> str:
-        step = self.latest_step()
+    def what_is_saved(self) -> str:
+        """The newest step, as the second half of a sentence; a save that goes on does not count."""
+        step = self._newest()
         if step is None:
             return "no step is saved, and the same command starts the stage again."
         return f"step {step} is saved, and the same command goes on from there."
@@ -255,7 +259,7 @@ class StageCheckpoints:
                 raise
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(
-                f"Stage {self.stage!r} was stopped; {self._what_is_saved()}"
+                f"Stage {self.stage!r} was stopped; {self.what_is_saved()}"
             ) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from concat_jax.core import stopping
 from concat_jax.core.cli import UserStop
+from concat_jax.core.prefetch import watched
 from concat_jax.core.progress import Progress
 from concat_jax.stages.stage import TEXT, Stage
 from concat_jax.training.checkpoints import StageCheckpoints
@@ -39,15 +41,13 @@ class NonFiniteLossError(UserStop):
     """The loss became NaN or infinite."""
 
 
-class Preempted(UserStop):
-    """The machine asked the run to stop; its state is saved."""
-
-
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
     """How a stage is trained; `save_every` 0 saves the last step only, `eval_every` 0 never looks.
 
-    The loss is looked at every `log_every` steps, for the progress line, and never in between.
+    The loss is looked at every `log_every` steps, for the progress line, and never in between. The
+    last `keep` checkpoints are kept. A step whose loss or gradient is not finite ends the run;
+    where `max_skips` is more than 0 it changes nothing, until there are more than that in a row.
     """
 
     steps: int
@@ -55,6 +55,8 @@ class LoopConfig:
     log_every: int = 50
     save_every: int = 0
     eval_every: int = 0
+    keep: int = 2
+    max_skips: int = 0
     tensorboard: bool = True
     profile: ProfileConfig | None = None
 
@@ -83,13 +85,13 @@ def train_stage(
 
     Raises:
       NonFiniteLossError: naming the step, the images and the last checkpoint.
-      Preempted: after saving, when the platform announces its end.
       CheckpointError: for a checkpoint of another architecture, or one that cannot be written.
-      KeyboardInterrupt: for one while training, after saving what was begun, saying what is saved.
+      KeyboardInterrupt: for one while training, after saving what was begun, saying what is saved;
+        and for SIGTERM in a block of `stopping.catching_sigterm`, after saving the state.
     """
     labels = label_params(params, stage.rules)
     transform = make_optimizer(optimizer, loop.steps, labels)
-    checkpoints = StageCheckpoints(workdir, name)
+    checkpoints = StageCheckpoints(workdir, name, keep=loop.keep)
     abstract = jax.eval_shape(lambda p: TrainState.create(p, transform), params)
     resumed = checkpoints.latest_step()
     print_parameters(name, params, frozen, labels, resumed)
@@ -111,15 +113,24 @@ def train_stage(
         return state.params
 
     frozen = jax.device_put(frozen, split_by_rule(frozen, mesh))
-    step_fn = jit_train_step(stage.loss, transform, loop.seed, mesh, abstract)
+    skips = loop.max_skips > 0
+    step_fn = jit_train_step(stage.loss, transform, loop.seed, mesh, abstract, skips=skips)
     writer = MetricWriter(Path(workdir) / name, tensorboard=loop.tensorboard)
-    pending: list[tuple[int, Any, Any]] = []  # (step, image ids, device metrics) since last look
+    looks = _Looks(checkpoints, loop.max_skips)
     progress: Progress | None = None
-    iterator = batches(start, loop.steps - start)
+    iterator = watched(batches(start, loop.steps - start), f"Stage {name}", start)
     tracer = StepTracer(Path(workdir) / name / FOLDER, loop.profile)
     awaited = Awaited(iterator)
     # Left in reverse: nothing is computed any more when pending saves are waited for.
-    with checkpoints, closing(writer), closing(iterator), closing(awaited), closing(tracer):
+    with (
+        checkpoints,
+        closing(writer),
+        closing(iterator),
+        closing(awaited),
+        closing(tracer),
+        stopping.between_steps(checkpoints.what_is_saved),
+    ):
+        done = start
         for step, batch in enumerate(awaited, start=start):
             inputs = shard_batch({k: batch[k] for k in stage.batch_fields}, mesh)
             tracer.before(step - start)
@@ -132,16 +143,13 @@ def train_stage(
                     awaited.take_seconds()
             tracer.after(step - start, metrics)
             awaited.works_on(metrics)
-            pending.append((step, batch.get("image_id"), metrics))
+            looks.pending.append((step, batch.get("image_id"), metrics))
             done = step + 1
-            last = done == loop.steps
-            # Asked at every step: the hosts agree on one step, and the answer is yes then only.
-            preempted = checkpoints.manager.reached_preemption(done)
-            due = loop.save_every and done % loop.save_every == 0
-            saving = last or due or preempted
+            preempted = stopping.reached()
+            ends = preempted or done == loop.steps
+            saving = ends or (loop.save_every and done % loop.save_every == 0)
             if saving or done % loop.log_every == 0:
-                means = _look(pending, checkpoints)
-                pending.clear()
+                means = looks.means()
                 shown = {key: means[key] for key in ("loss", "accuracy") if key in means}
                 speeds = progress.report(done, shown | means, waited=awaited.take_seconds())
                 writer.scalars(done, means | speeds)
@@ -151,25 +159,47 @@ def train_stage(
                 progress.pause(time.monotonic() - began)
             if saving:
                 checkpoints.save(state, done)
-            if preempted:
-                raise Preempted(f"Stage {name!r} was preempted; step {done} is saved.")
+            if ends:
+                break
+        else:  # the next batch did not come, and SIGTERM did
+            looks.means()
+            if done > start:
+                checkpoints.save(state, done)
     return state.params
 
 
-def _look(pending, checkpoints: StageCheckpoints) -> dict[str, float]:
-    """Means of the metrics since the last look; raises on the first non-finite loss."""
-    rows = jax.device_get([metrics for _, _, metrics in pending])
-    for (step, image_ids, _), row in zip(pending, rows, strict=True):
-        bad = [key for key, value in row.items() if not np.isfinite(value)]
-        if bad:
-            good = checkpoints.latest_step()
-            where = f"step {good} in {checkpoints.path}" if good is not None else "none"
-            ids = "unknown" if image_ids is None else ", ".join(str(i) for i in image_ids)
-            raise NonFiniteLossError(
-                f"Stage {checkpoints.stage!r}: {', '.join(bad)} is not finite at step {step} "
-                f"(images {ids}); the last good checkpoint is {where}."
-            )
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+class _Looks:
+    """Metrics of the steps since the last look, left on the device; (step, image ids, metrics)."""
+
+    def __init__(self, checkpoints: StageCheckpoints, max_skips: int):
+        self.pending: list[tuple[int, Any, Any]] = []
+        self._checkpoints, self._max_skips = checkpoints, max_skips
+        self._skipped = self._in_a_row = 0
+
+    def means(self) -> dict[str, float]:
+        """Of the pending; raises on the first that is not finite and may not be left out."""
+        rows = jax.device_get([metrics for _, _, metrics in self.pending])
+        for (step, image_ids, _), row in zip(self.pending, rows, strict=True):
+            skips = row.get("skipped", 0)
+            self._skipped += int(skips)
+            self._in_a_row = self._in_a_row + 1 if skips else 0
+            bad = [key for key, value in row.items() if not np.isfinite(value)]
+            if self._in_a_row > self._max_skips or (bad and not skips):
+                raise NonFiniteLossError(self._sentence(step, image_ids, bad))
+        self.pending.clear()
+        sound = [row for row in rows if not row.pop("skipped", 0)]
+        means = {key: float(np.mean([row[key] for row in sound])) for key in (sound or [{}])[0]}
+        return means | ({"skipped": self._skipped} if self._skipped else {})
+
+    def _sentence(self, step: int, image_ids: Any, bad: Sequence[str]) -> str:
+        good, path = self._checkpoints.latest_step(), self._checkpoints.path
+        where = f"step {good} in {path}" if good is not None else "none"
+        ids = "unknown" if image_ids is None else ", ".join(str(i) for i in image_ids)
+        row = f", the {self._in_a_row}th in a row" * bool(self._max_skips)
+        return (
+            f"Stage {self._checkpoints.stage!r}: {', '.join(bad)} is not finite at step {step} "
+            f"(images {ids}){row}; the last good checkpoint is {where}."
+        )
 
 
 def print_parameters(name: str, params: Any, frozen: Any, labels: Any, resumed: int | None) -> None:

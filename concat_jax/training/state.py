@@ -29,13 +29,20 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def make_train_step(
-    loss: LossFn, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+    loss: LossFn,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    *,
+    skips: bool = False,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
     The step's PRNG key is folded from the seed and the step number, so a resumed run draws what
     an unbroken one would have drawn and no key needs saving. What is split over "fsdp" is gathered
-    for the loss, and its gradients are reduced to the parts that a device updates.
+    for the loss, and its gradients are reduced to the parts that a device updates. With `skips`, a
+    loss or gradient that is not finite leaves parameters and optimizer as they are, and the metric
+    "skipped" is 1.
     """
 
     def place(tree: Any, shardings: Any) -> Any:
@@ -47,25 +54,39 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         gradient = jax.value_and_grad(loss, has_aux=True)
         params, frozen = place((state.params, frozen), replicated(mesh))
-        (_, metrics), gradients = gradient(params, frozen, batch, rng)
+        (value, metrics), gradients = gradient(params, frozen, batch, rng)
         gradients = place(gradients, split_by_rule(gradients, mesh))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients)}
+        if skips:
+            sound = jnp.isfinite(value) & jnp.isfinite(metrics["gradient_norm"])
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(sound, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
+            metrics["skipped"] = 1 - sound
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
 
 
 def jit_train_step(
-    loss: LossFn, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, state: TrainState
+    loss: LossFn,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    state: TrainState,
+    *,
+    skips: bool = False,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """The step of `make_train_step`, jitted for states such as `state`, which may be abstract.
 
     The state is donated and stays where `split_by_rule` puts it; metrics are on every device.
     """
     return jax.jit(
-        make_train_step(loss, optimizer, seed, mesh),
+        make_train_step(loss, optimizer, seed, mesh, skips=skips),
         donate_argnums=0,
         out_shardings=(split_by_rule(state, mesh), replicated(mesh)),
         compiler_options=step_compiler_options(mesh.devices.flat[0].platform),

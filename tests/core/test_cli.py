@@ -141,6 +141,25 @@ def test_ctrl_c_in_a_callback_that_cannot_raise_comes_again(capsys):
     assert (code, printed.err) == (130, "\nStopped.\n") and time.monotonic() - began < 10
 
 
+def test_sigterm_ends_in_a_sentence_and_code_75():
+    code = """
+import os, signal
+from concat_jax.core import cli
+
+cli.main(
+    "",
+    lambda flags: None,
+    lambda given, rest: os.kill(os.getpid(), signal.SIGTERM),
+    ["x"],
+    with_config=True,
+    computes=False,
+    interrupted="Half is written.",
+)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (75, b"", b"\nHalf is written.\n")
+
+
 def test_the_second_ctrl_c_ends_at_once():
     code = """
 import os, signal, time
@@ -190,17 +209,20 @@ def test_hosts_that_cannot_be_found(monkeypatch):
 
 
 def test_hosts_are_told_by_the_environment(monkeypatch):
-    told = []
+    told, joined = [], []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **numbers: told.append(numbers))
+    monkeypatch.setattr(cli.stopping, "join", lambda *given: joined.append(given))
     for is_asked in (False, True):
         cli.join_hosts(types.SimpleNamespace(distributed=is_asked))
     monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
     cli.join_hosts(types.SimpleNamespace(distributed=True))
-    assert told == [
-        {"num_processes": None, "process_id": None},
-        {"num_processes": 4, "process_id": 0},
+    assert [(given["num_processes"], given["process_id"]) for given in told] == [
+        (None, None),
+        (4, 0),
     ]
+    assert len(joined) == 2
+    assert not jax.config.jax_enable_preemption_service  # it would take SIGTERM for itself
 
 
 CONFIG = """

@@ -5,7 +5,8 @@ from concurrent import futures
 
 import pytest
 
-from concat_jax.core.prefetch import prefetch
+from concat_jax.core import stopping
+from concat_jax.core.prefetch import prefetch, watched
 
 
 def _threads():
@@ -106,3 +107,56 @@ def test_a_consumer_that_leaves_its_loop_leaves_no_thread():
 def test_zero_steps_and_any_start():
     assert list(prefetch(lambda step: step, 7, 0)) == []
     assert list(prefetch(lambda step: step, 7, 1)) == [7]
+
+
+def test_an_input_that_stalls_is_reported_again_and_again(capsys):
+    come = threading.Event()
+
+    def slow():
+        yield "a"
+        come.wait(30)
+        yield "b"
+
+    items = watched(slow(), "Stage con", 7, first=0.02)
+    assert next(items) == "a"
+    later = threading.Timer(0.2, come.set)
+    later.start()
+    assert list(items) == ["b"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Stage con has waited 0 s for the batch of step 8."
+    assert 2 <= len(lines) <= 4  # after 0.02, 0.04, 0.08 and 0.16 s
+
+
+def test_watched_items_end_and_fail_as_they_would():
+    assert list(watched((letter for letter in "abc"), "", 0)) == ["a", "b", "c"]
+    closed = []
+
+    def failing():
+        try:
+            yield 1
+            raise OSError("gone")
+        finally:
+            closed.append(True)
+
+    items = watched(failing(), "", 0)
+    assert next(items) == 1
+    with pytest.raises(OSError, match="gone"):
+        next(items)
+    items = watched(failing(), "", 0)
+    next(items)
+    items.close()
+    assert closed == [True, True]
+
+
+def test_sigterm_ends_a_wait_that_may_never_end(monkeypatch):
+    come = threading.Event()
+
+    def stuck():
+        yield 1
+        come.wait(30)
+
+    items = watched(stuck(), "", 0, first=0.02)
+    assert next(items) == 1
+    monkeypatch.setattr(stopping._state, "asked", True)
+    assert list(items) == []
+    come.set()

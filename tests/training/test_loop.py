@@ -2,12 +2,17 @@
 
 import gzip
 import json
+import os
+import signal
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from concat_jax.core import stopping
 from concat_jax.stages.stage import Stage
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
 from concat_jax.training.loop import LoopConfig, NonFiniteLossError, train_stage
@@ -15,6 +20,7 @@ from concat_jax.training.optimizer import OptimizerConfig
 from concat_jax.training.profile import ProfileConfig
 from concat_jax.training.sharding import make_mesh, replicated
 from concat_jax.training.speed import PEAKS
+from concat_jax.training.state import TrainState, make_train_step
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.1, schedule="cosine", clip_norm=1.0)
 
@@ -124,17 +130,90 @@ def test_parameters_are_printed_by_rule(tmp_path, capsys):
 
 
 def test_non_finite_loss_names_step_images_and_checkpoint(tmp_path):
-    def poisoned(step):
-        result = batch(step)
-        if step == 4:
-            result["y"] = result["y"] * np.nan
-        return result
-
     with pytest.raises(NonFiniteLossError) as error:
-        run(tmp_path, batch_fn=poisoned)
+        run(tmp_path, batch_fn=poisoned(4))
     message = str(error.value)
     assert "step 4" in message and "400, 401" in message and "step 4 in" in message
     assert StageCheckpoints(tmp_path, "toy").latest_step() == 4  # and nothing poisoned was saved
+
+
+def test_sigterm_saves_the_state_and_says_so(tmp_path):
+    unbroken, _ = run(tmp_path / "a")
+
+    def terminated(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(step)
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        with stopping.catching_sigterm("Stopped."):
+            run(tmp_path / "b", batch_fn=terminated, save_every=0)
+    done = StageCheckpoints(tmp_path / "b", "toy").latest_step()
+    assert 1 <= done <= 3  # batches are read ahead of the steps
+    assert str(stop.value) == (
+        f"Stage 'toy' was stopped; step {done} is saved, and the same command goes on from there."
+    )
+    resumed, seen = run(tmp_path / "b")
+    assert seen[0] == done
+    np.testing.assert_array_equal(resumed, unbroken)
+
+
+def test_sigterm_while_a_batch_does_not_come_saves_the_state(tmp_path):
+    come = threading.Event()
+
+    def stuck(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            come.wait(60)
+        return batch(step)
+
+    with pytest.raises(stopping.Terminated, match="step 3 is saved"):
+        with stopping.catching_sigterm("Stopped."):
+            run(tmp_path, batch_fn=stuck, save_every=0)
+    come.set()
+
+
+def poisoned(*steps):
+    def poisoned_batch(step):
+        result = batch(step)
+        if step in steps:
+            result["y"] = result["y"] * np.nan
+        return result
+
+    return poisoned_batch
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted_up_to_a_limit(tmp_path, capsys):
+    _, seen = run(tmp_path / "a", batch_fn=poisoned(1, 2, 4), max_skips=2, steps=6)
+    assert seen == list(range(6)) and "skipped 3" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "a/toy/metrics.jsonl").open()]
+    assert rows[-1]["skipped"] == 3 and np.isfinite(rows[-1]["loss"])
+    with pytest.raises(NonFiniteLossError) as error:
+        run(tmp_path / "b", batch_fn=poisoned(2, 3, 4, 5), max_skips=2)
+    assert "at step 4 (images 400, 401" in str(error.value)
+    assert "the 3th in a row; the last good checkpoint is step 4 in" in str(error.value)
+
+
+def test_a_skipped_step_changes_nothing():
+    params, transform = {"head": {"kernel": jnp.ones(3)}}, optax.adam(0.1)
+    frozen = {"shift": jnp.ones(())}
+
+    def after(batches, **options):
+        state, step = (
+            TrainState.create(params, transform),
+            make_train_step(loss, transform, 0, make_mesh(devices=1), **options),
+        )
+        for given in batches:
+            state, metrics = jax.jit(step)(state, frozen, given)
+        return state, metrics
+
+    start = TrainState.create(params, transform)
+    state, metrics = after([poisoned(0)(0)], skips=True)
+    assert metrics["skipped"] == 1 and state.step == 1
+    jax.tree.map(np.testing.assert_array_equal, state.replace(step=start.step), start)
+    jax.tree.map(
+        np.testing.assert_array_equal, after([batch(0)], skips=True)[0], after([batch(0)])[0]
+    )
 
 
 def test_another_architecture_is_refused_by_name(tmp_path):
