@@ -22,6 +22,7 @@ import concat_jax.experiment.experiment
 from concat_jax import main
 from concat_jax.core import config as configuration
 from concat_jax.experiment.setup import make_setup
+from concat_jax.experiment.workdir import LOCK_NAME
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
 from concat_jax.training.sharding import make_mesh
 
@@ -105,7 +106,8 @@ def copied(finished, tmp_path):
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path: path.read_bytes() for path in files if path.name != LOCK_NAME}
 
 
 def saved_params(workdir, stage, *subtrees):

@@ -2,12 +2,24 @@
 
 import codecs
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 
 import ml_collections
 import pytest
 
-from concat_jax.experiment.workdir import check_origins, claim_workdir, note_origin, read_report
+from concat_jax.experiment import workdir as module
+from concat_jax.experiment.workdir import (
+    LOCK_NAME,
+    check_origins,
+    claim_workdir,
+    note_origin,
+    read_report,
+)
 
 
 def config(**changes):
@@ -225,3 +237,51 @@ def test_what_learnt_from_an_earlier_version_of_a_stage_is_named(tmp_path):
 def test_a_workdir_of_before_knows_no_versions(trained):
     (trained / "cat/checkpoints/2").mkdir(parents=True)
     check_origins(trained, ("con", "cat"))
+
+
+# flock's as the workdir's own; the modules of the project would take seconds to import.
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write(sys.argv[2])
+print("held", file=sys.stderr, flush=True)
+file.flush()
+time.sleep(60)
+"""
+
+
+def test_a_workdir_that_is_written_is_refused_until_its_process_is_gone(tmp_path):
+    name = json.dumps({"host": "tpu-3", "pid": 17, "since": "noon"})
+    path = tmp_path / LOCK_NAME
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path), name], stderr=subprocess.PIPE
+    ) as other:
+        other.stderr.readline()
+        while path.read_text() != name:
+            pass
+        by = f"The workdir {tmp_path} is being written by process 17 of host tpu-3 since noon; wait"
+        with pytest.raises(ValueError, match=by):
+            claim(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == [LOCK_NAME]
+        claim(tmp_path, write=False)  # reading disturbs nobody
+        other.send_signal(signal.SIGKILL)
+    claim(tmp_path)
+    claim(tmp_path)  # and again by the same process
+    held = json.loads(path.read_text())
+    assert (held["host"], held["pid"]) == (socket.gethostname(), os.getpid())
+
+
+def test_a_holder_that_has_not_said_who_it_is_yet(tmp_path, monkeypatch):
+    with (tmp_path / LOCK_NAME).open("w") as file:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="is being written by another process; wait"):
+            claim(tmp_path)
+
+
+def test_of_several_hosts_the_first_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.jax, "process_index", lambda: 1)
+    claim(tmp_path)
+    assert not any(tmp_path.iterdir())
