@@ -122,6 +122,18 @@ def between_steps(saved: Callable[[], str]) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def elsewhere() -> Iterator[None]:
+    """Of `between_steps` a part that SIGTERM interrupts, unless there are hosts to agree with."""
+    saved = _state.saved
+    if not _state.hosts:
+        _state.saved = None
+    try:
+        yield
+    finally:
+        _state.saved = saved
+
+
 def reached() -> bool:
     """Whether to save and end now; every host asks after every step, and is told the same."""
     with _lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import os
@@ -11,12 +12,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath import Path
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from concat_jax.core.files import as_path, in_bucket, make_folder, remove_folder
+from concat_jax.core.files import (
+    as_path,
+    in_bucket,
+    make_folder,
+    read_json,
+    remove_folder,
+    write_json,
+)
 from concat_jax.training.checksums import damage, write_checksums
 from concat_jax.training.optimizer import path_name
 from concat_jax.training.sharding import split_by_rule
@@ -47,17 +56,24 @@ class StageCheckpoints:
     """
 
     def __init__(self, workdir: Path, stage: str, *, keep: int = 2):
-        """Checkpoints of a stage of the workdir of a run, of which the last `keep` are kept."""
+        """Checkpoints of a stage of the workdir of a run: the last `keep`, and the best by hPQ.
+
+        What is read is the last all the same: the best would be a choice by labels of unseen
+        classes.
+        """
         self.stage = stage
         self.path = as_path(workdir).absolute() / stage / "checkpoints"
         self._keep = keep
         self._saving: int | None = None
+        self._hpq_path, self._hpq = self.path.parent / "hpq.json", {}
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
         """Orbax's; its folder is made."""
+        with contextlib.suppress(ValueError, AttributeError):  # none, or damaged: none is best then
+            self._hpq |= {int(k): float(v) for k, v in read_json(self._hpq_path).items()}
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep,
+            preservation_policy=_LastAndBest(self._keep, self._hpq),
             create=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
         )
@@ -71,8 +87,10 @@ class StageCheckpoints:
             },
         )
 
-    def save(self, state: TrainState, step: int) -> None:
+    def save(self, state: TrainState, step: int, hpq: float | None = None) -> None:
         """Save asynchronously; an undamaged step that exists is left alone.
+
+        Of the steps with an `hpq` the best is kept beside the last ones.
 
         Raises CheckpointError if this one, or the one before, cannot be written.
         """
@@ -84,6 +102,10 @@ class StageCheckpoints:
             if step in manager.all_steps():
                 return
             self._saving = step
+            if hpq is not None and np.isfinite(hpq):
+                self._hpq[step] = float(hpq)
+                if jax.process_index() == 0:
+                    write_json(self._hpq_path, self._hpq)
             optimizer = {"step": state.step, "opt_state": state.opt_state}
             items = {PARAMS: state.params, OPTIMIZER: optimizer}
             items = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
@@ -261,6 +283,22 @@ class StageCheckpoints:
             raise KeyboardInterrupt(
                 f"Stage {self.stage!r} was stopped; {self.what_is_saved()}"
             ) from error
+
+
+@dataclasses.dataclass
+class _LastAndBest:
+    """Orbax's policy of what is kept: the last steps, and of those with an hPQ the best.
+
+    Orbax can do this by itself, but does not start where one of its files of scores is damaged.
+    """
+
+    keep: int
+    hpq: dict[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = max(self.hpq.keys() & {*steps}, key=self.hpq.get, default=None)
+        return [step in steps[-self.keep :] or step == best for step in steps]
 
 
 def _is_committed(folder: Path) -> bool:

@@ -46,8 +46,9 @@ class LoopConfig:
     """How a stage is trained; `save_every` 0 saves the last step only, `eval_every` 0 never looks.
 
     The loss is looked at every `log_every` steps, for the progress line, and never in between. The
-    last `keep` checkpoints are kept. A step whose loss or gradient is not finite ends the run;
-    where `max_skips` is more than 0 it changes nothing, until there are more than that in a row.
+    last `keep` checkpoints are kept, and the best by hPQ where `look` gives it. A step whose loss
+    or gradient is not finite ends the run; where `max_skips` is more than 0 it changes nothing,
+    until there are more than that in a row.
     """
 
     steps: int
@@ -153,12 +154,19 @@ def train_stage(
                 shown = {key: means[key] for key in ("loss", "accuracy") if key in means}
                 speeds = progress.report(done, shown | means, waited=awaited.take_seconds())
                 writer.scalars(done, means | speeds)
+            scores: Mapping[str, float] = {}
             if look and loop.eval_every and done % loop.eval_every == 0 and not preempted:
                 began = time.monotonic()
-                look(done, state.params, writer)
+                try:
+                    with stopping.elsewhere():
+                        scores = look(done, state.params, writer)
+                except KeyboardInterrupt:
+                    if jax.process_count() == 1:  # of several, others may be past it
+                        checkpoints.save(state, done)
+                    raise
                 progress.pause(time.monotonic() - began)
             if saving:
-                checkpoints.save(state, done)
+                checkpoints.save(state, done, scores.get("hpq"))
             if ends:
                 break
         else:  # the next batch did not come, and SIGTERM did

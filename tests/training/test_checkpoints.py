@@ -234,3 +234,23 @@ def test_ctrl_c_says_what_is_saved(saved, tmp_path):
     with pytest.raises(KeyboardInterrupt, match="no step is saved"):
         with StageCheckpoints(tmp_path, "cat"):
             raise KeyboardInterrupt
+
+
+def test_the_best_by_hpq_is_kept_besides_the_last(tmp_path):
+    def steps():
+        return sorted(int(path.name) for path in (tmp_path / "con/checkpoints").iterdir())
+
+    with StageCheckpoints(tmp_path, "con", keep=2) as checkpoints:
+        for step, hpq in ((1, 20.0), (2, 31.5), (3, None), (4, float("nan")), (5, 30.0)):
+            checkpoints.save(state(step), step, hpq)
+    assert steps() == [2, 4, 5]
+    with StageCheckpoints(tmp_path, "con", keep=2) as checkpoints:  # a process knows what was
+        assert checkpoints.latest_step() == 5  # and goes on from the last
+        checkpoints.save(state(6), 6, 31.0)
+        checkpoints.save(state(7), 7, 32.0)
+        checkpoints.save(state(8), 8)
+    assert steps() == [7, 8]
+    (tmp_path / "con/hpq.json").write_text("[damaged")
+    with StageCheckpoints(tmp_path, "con", keep=1) as checkpoints:
+        checkpoints.save(state(9), 9)
+    assert steps() == [9]

@@ -173,6 +173,24 @@ def test_sigterm_while_a_batch_does_not_come_saves_the_state(tmp_path):
     come.set()
 
 
+def test_sigterm_while_the_model_is_looked_at_saves_the_state(tmp_path):
+    def look(done, params, writer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it is interrupted")
+
+    with pytest.raises(stopping.Terminated, match="step 3 is saved"):
+        with stopping.catching_sigterm("Stopped."):
+            run(tmp_path, look=look, eval_every=3, save_every=0)
+
+
+def test_the_best_step_by_hpq_is_kept(tmp_path):
+    def look(done, params, writer):
+        return {"hpq": 40.0 - done}
+
+    run(tmp_path, look=look, eval_every=2, keep=1)
+    assert {path.name for path in (tmp_path / "toy/checkpoints").iterdir()} == {"2", "6"}
+
+
 def poisoned(*steps):
     def poisoned_batch(step):
         result = batch(step)
