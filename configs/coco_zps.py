@@ -106,6 +106,7 @@ def recipe() -> ConfigDict:
             save_every=5000,
             keep=3,
             max_skips=20,
+            eval_every=5000,  # a look at config.eval.look_images
             optimizer=dict(
                 learning_rate=1e-4, weight_decay=0.05, decay_at=(0.9, 0.95), clip_norm=0.01
             ),
@@ -123,6 +124,7 @@ def recipe() -> ConfigDict:
             batch_size=16,
             log_every=100,
             save_every=5000,
+            eval_every=5000,
             queries="bank",  # or "images": the segmentor runs in every step, on augmented images
             bank_images=44_912,  # every training image once
             optimizer=dict(
@@ -137,6 +139,7 @@ def recipe() -> ConfigDict:
             batch_size=64,
             log_every=100,
             save_every=5000,
+            eval_every=5000,
             queries="bank",
             bank_images=44_912,
             optimizer=dict(learning_rate=3e-4, weight_decay=0.05, schedule="cosine", clip_norm=1.0),
@@ -151,6 +154,7 @@ def recipe() -> ConfigDict:
         # Ours, and Mask2Former's on class scores, which PADing and CONCAT are scored by.
         keep_rules=("objectness", "score"),
         num_pictures=6,
+        look_images=256,  # of them, the first, at looks while training: few, so their PQ is rough
         write_coco=True,
     )
     return config

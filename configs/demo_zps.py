@@ -155,6 +155,7 @@ def recipe() -> ConfigDict:
         ),
         bias_split="validation",  # scenes that the bias between seen and unseen names is chosen on
         num_pictures=6,
+        look_images=50,  # of them, at looks while training (eval_every of a stage)
         write_coco=False,
     )
     return config
@@ -188,7 +189,7 @@ def attributes(config: ConfigDict) -> None:
 
 def smoke(config: ConfigDict) -> None:
     """Every stage for a few steps."""
-    config.data.num_eval_images = config.eval.settings.batch_size = 8
+    config.data.num_eval_images = config.eval.settings.batch_size = config.eval.look_images = 8
     for stage in config.train.values():
         stage.update(steps=4, log_every=2)
         stage.optimizer.warmup_steps = 2

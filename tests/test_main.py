@@ -19,8 +19,10 @@ import pytest
 from PIL import Image
 
 import concat_jax.experiment.experiment
+import concat_jax.experiment.looks
 from concat_jax import main
 from concat_jax.core import config as configuration
+from concat_jax.experiment import query_pictures
 from concat_jax.experiment.setup import make_setup
 from concat_jax.experiment.workdir import LOCK_NAME
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
@@ -55,6 +57,8 @@ def tiny_config():
     with config.unlocked():
         for name in ("con", "finetune"):
             config.train[name].save_every = 1
+        config.train.con.eval_every = 1
+        config.eval.look_images = 2
     return config
 
 
@@ -180,7 +184,7 @@ def test_each_stage_says_what_it_takes_trains_and_leaves(finished):
         "control": {"text"},
     }
     assert "segmentor/backbone" in printed and "start from clip/" in printed
-    assert len(re.findall(r"2/2 .*/s  ETA 0:00", printed)) == len(STAGES)
+    assert len(re.findall(r"2/2 .*/s  data wait \d+%  ETA 0:00", printed)) == len(STAGES)
 
 
 def test_the_files_of_a_run(finished):
@@ -190,12 +194,23 @@ def test_the_files_of_a_run(finished):
     for name in STAGES:
         rows = [json.loads(line) for line in (workdir / name / "metrics.jsonl").open()]
         losses = [row["loss"] for row in rows if "loss" in row]
+        looks = [row["step"] for row in rows if "look/hpq" in row]
+        assert looks == ([1, 2] if name == "con" else [])
         assert len(losses) == 2 and np.isfinite(losses).all()
         assert (workdir / name / "checkpoints" / "2").is_dir()
     for name in tiny_config().eval.stages:
         with Image.open(workdir / name / "pictures.png") as picture:
             assert picture.width > 3 * 64 and picture.height > 2 * 64
             assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 50
+
+
+def test_looks_at_a_stage_in_training(finished):
+    """Every look runs the programs of the first; what it draws is of that moment."""
+    workdir, _, printed = finished
+    assert printed.count("con, step 1: pq_seen") == printed.count("con, step 2: pq_seen") == 1
+    assert query_pictures._extract._cache_size() == 1
+    with Image.open(workdir / "con" / "query_space.png") as picture:
+        assert picture.width > 500
 
 
 def test_the_finetune_moves_the_projector_and_nothing_else(finished):
@@ -215,7 +230,7 @@ def test_started_again_it_says_finished_and_trains_nothing(finished, monkeypatch
         raise AssertionError("a finished run must not train or evaluate")
 
     monkeypatch.setattr(concat_jax.experiment.experiment, "train_stage", refuse)
-    monkeypatch.setattr(concat_jax.experiment.experiment, "evaluate", refuse)
+    monkeypatch.setattr(concat_jax.experiment.looks, "evaluate", refuse)
     before = contents(workdir)
     again, printed = run(tiny_config(), workdir)
     assert contents(workdir) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping
@@ -11,16 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_collections
-import numpy as np
-from PIL import Image
 
 from concat_jax.core.config import check_choice
 from concat_jax.core.files import FileError, write_json
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation import calibration, report
-from concat_jax.evaluation.evaluate import PICTURES, evaluate
-from concat_jax.experiment import evidence
+from concat_jax.experiment import evidence, looks
 from concat_jax.experiment.batches import check_clip_targets, query_bank, stage_batches
 from concat_jax.experiment.class_embeddings import ClassEmbeddings
 from concat_jax.experiment.copy_parameters import copy_parameters
@@ -91,6 +89,7 @@ class Experiment:
             # A mistake in a late stage's settings must not show after days of earlier ones.
             self.setup.optimizer(name)
             self.setup.make_stage(name)
+            looks.check(self, name)
             for subtree, source in stages[name].sources.items():
                 if source == INIT:
                     path = initial_path(config, subtree)
@@ -220,10 +219,12 @@ class Experiment:
                 save_every=settings.save_every,
                 keep=settings.keep,
                 max_skips=settings.max_skips,
+                eval_every=settings.eval_every,
                 profile=setup.profile if setup.profile.stage == name else None,
                 tensorboard=setup.config.tensorboard,
             ),
             optimizer=setup.optimizer(name),
+            look=looks.look(self, name) if settings.eval_every else None,
         )
         for subtree, tree in trained.items():
             self.parameters.keep(subtree, name, tree)
@@ -286,22 +287,17 @@ class Experiment:
         config, folder = self.setup.config, self.workdir / name
         if keep_rule != self.setup.predict.keep_rule:
             folder = folder / f"rule_{keep_rule}"
-        leads = jax.process_index() == 0  # shows pictures of the images that are its own
         predictor = self.predictor(name, keep_rule=keep_rule)
-        summary = evaluate(
-            predictor,
-            self.datasets.evaluation(jax.process_index(), jax.process_count()),
-            name=name,
-            num_pictures=config.eval.num_pictures,
-            num_extremes=num_extremes,
-            picture_folder=folder if leads else None,
-            coco_folder=folder if config.eval.write_coco else None,
-        )
-        writer = MetricWriter(folder, tensorboard=config.tensorboard)
-        step = self.setup.stages[name].steps
-        scalars = report.flatten_summary(summary)
-        writer.scalars(step, {f"eval/{key}": value for key, value in scalars.items()})
-        if leads and config.eval.num_pictures and "panoptic" in predictor.config.tasks:
-            writer.images(step, {"eval/pictures": np.asarray(Image.open(folder / PICTURES))})
-        writer.close()
+        with contextlib.closing(MetricWriter(folder, tensorboard=config.tensorboard)) as writer:
+            summary = looks.score(
+                self,
+                predictor,
+                self.datasets.evaluation(jax.process_index(), jax.process_count()),
+                writer,
+                self.setup.stages[name].steps,
+                folder,
+                name=name,
+                num_extremes=num_extremes,
+                coco_folder=folder if config.eval.write_coco else None,
+            )
         return summary | {"keep_rule": predictor.config.keep_rule}

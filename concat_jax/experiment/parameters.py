@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -63,6 +65,17 @@ class Parameters:
     def keep(self, subtree: str, source: str, params: Params) -> None:
         """Remembers what a stage has just given."""
         self._given[subtree, source] = params
+
+    @contextlib.contextmanager
+    def holding(self, source: str, given: Params) -> Iterator[None]:
+        """Has a stage that is being trained give what it holds now, for a while."""
+        for subtree, params in given.items():
+            self.keep(subtree, source, params)
+        try:
+            yield
+        finally:
+            for subtree in given:
+                del self._given[subtree, source]
 
     def fresh(self, subtree: str, name: str) -> Params:
         """Random parameters of a subtree as stage `name` has it; its key is the subtree's own."""

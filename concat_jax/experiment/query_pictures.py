@@ -7,9 +7,10 @@ from them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,22 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from concat_jax.core.arrays import unit
-from concat_jax.experiment.experiment import Experiment
+from concat_jax.models.networks import Params
 from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages.cat import generate
 from concat_jax.stages.finetune import sample_deviations
 from concat_jax.stages.queries import IMAGE_FIELDS, extract_queries
 from concat_jax.stages.registry import method_of
+from concat_jax.training.sharding import along_batch, copy_to_host, inference_mesh
 from concat_jax.visualize import plots
 from data_pipelines.augment import resize_longest
 
+if TYPE_CHECKING:
+    from concat_jax.experiment.experiment import Experiment
+
 PICTURE = "query_space.png"
+# Compiled once, however often the parameters change.
+_extract = jax.jit(extract_queries, static_argnums=0)
 
 
 def has_queries(run: Experiment, name: str) -> bool:
@@ -38,18 +45,24 @@ def _text(run: Experiment, name: str) -> np.ndarray:
     return run.embeddings.get(run.setup.stages[name].takes["clip"], run.setup.vocabulary)
 
 
+def _params(run: Experiment, sources: Mapping[str, str]) -> Params:
+    """Subtrees by the stage that gave each, on this host's devices alone, of all hosts together."""
+    mesh = inference_mesh(run.mesh, run.setup.predict.batch_size)
+    return copy_to_host({s: run.parameters.whole(s, stage) for s, stage in sources.items()}, mesh)
+
+
 def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndarray, np.ndarray]:
     """Queries [M, D] float32 of evaluation images that hold a segment, and classes [M].
 
     `source` is the stage of the segmentor and of the projector that queries are matched with.
     """
-    params = {s: run.parameters.whole(s, source) for s in ("segmentor", "projector")}
-    text = jnp.asarray(_text(run, source))
+    size = run.setup.predict.batch_size
+    mesh = inference_mesh(run.mesh, size)
+    params = _params(run, {"segmentor": source, "projector": source})
+    text = copy_to_host(_text(run, source), mesh)
     # Every class may be matched here: the picture shows the unseen ones.
     every = dataclasses.replace(run.setup.vocabulary, is_seen=(True,) * len(run.setup.vocabulary))
     context = dataclasses.replace(run.setup.context, vocabulary=every)
-    extract = jax.jit(functools.partial(extract_queries, context))
-    size = run.setup.predict.batch_size
     examples = (resize_longest(e, run.datasets.eval_size) for e in run.datasets.evaluation())
     queries, labels = [], []
     for number in range(0, num_images, size):
@@ -57,7 +70,8 @@ def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndar
         if len(chunk) < size:  # one shape, one program; a few images less in a picture
             break
         batch = {name: np.stack([example[name] for example in chunk]) for name in IMAGE_FIELDS}
-        found = jax.device_get(extract(params, text, batch, jax.random.key(number)))
+        batch = jax.device_put(batch, along_batch(mesh))
+        found = jax.device_get(_extract(context, params, text, batch, jax.random.key(number)))
         queries.append(found["queries"].reshape(-1, found["queries"].shape[-1]))
         labels.append(found["query_labels"].reshape(-1))
     if not queries:
@@ -69,10 +83,12 @@ def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndar
     return np.concatenate(queries)[matched], np.concatenate(labels)[matched]
 
 
-def write_picture(run: Experiment, name: str) -> Path:
+def write_picture(run: Experiment, name: str, num_images: int = 300) -> Path:
     """Draws a stage's picture into its folder; arguments and errors as `query_figure`."""
     path = run.workdir / name / PICTURE
-    plots.save_figure(query_figure(run, name), path)
+    figure = query_figure(run, name, num_images=num_images)
+    if jax.process_index() == 0:
+        plots.save_figure(figure, path)
     return path
 
 
@@ -102,7 +118,7 @@ def query_figure(
     if generator:
         labels = np.repeat(np.arange(len(run.setup.vocabulary), dtype=np.int32), per_class)
         sources = {"generator": generator, "segmentor": source}
-        params = {s: run.parameters.whole(s, stage) for s, stage in sources.items()}
+        params = _params(run, sources)
         vectors = class_vectors(jnp.asarray(_text(run, name)))[labels]
         networks = run.setup.networks_of(generator)
         pseudo = generate(networks, params, vectors, jax.random.key(0))
@@ -117,7 +133,7 @@ def query_figure(
                 jax.random.key(1), real[None], known[None], len(run.setup.vocabulary), len(labels)
             )
             pseudo = pseudo + deviation * deviations
-        projector = {"params": run.parameters.whole("projector", name)}
+        projector = {"params": _params(run, {"projector": name})["projector"]}
         real, pseudo = (
             unit(np.asarray(run.setup.networks.projector.apply(projector, jnp.asarray(q))))
             for q in (real, pseudo)

@@ -135,6 +135,12 @@ def make_setup(
             check_choice(name, stages, f"config.{where} names no stage of")
     if (pictures := config.eval.get("num_pictures", 0)) < 0:
         raise ValueError(f"config.eval.num_pictures is {pictures} and must be at least 0.")
+    size = config.eval.settings.get("batch_size", 1)
+    if any(stage.eval_every for stage in stages.values()) and config.eval.look_images < size:
+        raise ValueError(
+            f"config.eval.look_images is {config.eval.look_images}; set --config.eval.look_images "
+            f"to {size} (config.eval.settings.batch_size) or more, for stages with an eval_every."
+        )
     for rule in config.eval.get("keep_rules", ()):
         check_choice(rule, KEEP_RULES, "config.eval.keep_rules names no rule:")
     check_text(config.text)

@@ -89,6 +89,7 @@ class StageConfig:
       keep: how many of the last checkpoints are kept.
       max_skips: steps in a row whose loss or gradient may not be finite, and which change nothing
         then; 0 ends the run at the first.
+      eval_every: steps between looks at evaluation images, 0 for none.
       bank_images: images whose vision queries a stage on queries learns from.
       queries: where a stage has its vision queries from: "bank", extracted once, or "images",
         augmented anew in every step, at the price of the segmentor's forward pass.
@@ -111,6 +112,7 @@ class StageConfig:
     save_every: int = 0
     keep: int = 2
     max_skips: int = 0
+    eval_every: int = 0
     bank_images: int = 0
     queries: str = "bank"
     oracle: bool = False
@@ -125,8 +127,9 @@ class StageConfig:
         return {**self.takes, **{f"{part} of {s}": s for *stage, part in copied for s in stage}}
 
     def __post_init__(self):
-        least_ones = dict(steps=0, batch_size=1, log_every=1, save_every=0, keep=1, max_skips=0)
-        for field, least in least_ones.items():
+        ones = dict.fromkeys(("batch_size", "log_every", "keep"), 1)
+        zeros = dict.fromkeys(("steps", "save_every", "eval_every", "max_skips"), 0)
+        for field, least in (ones | zeros).items():
             if (value := getattr(self, field)) < least:
                 raise ValueError(f"{field} of a stage is {value} and must be at least {least}.")
 

@@ -43,7 +43,7 @@ class NonFiniteLossError(UserStop):
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How a stage is trained; `save_every` 0 saves the last step only, `eval_every` 0 never looks.
+    """How a stage is trained; `save_every` 0 saves the last step only.
 
     The loss is looked at every `log_every` steps, for the progress line, and never in between. The
     last `keep` checkpoints are kept, and the best by hPQ where `look` gives it. A step whose loss
@@ -155,7 +155,7 @@ def train_stage(
                 speeds = progress.report(done, shown | means, waited=awaited.take_seconds())
                 writer.scalars(done, means | speeds)
             scores: Mapping[str, float] = {}
-            if look and loop.eval_every and done % loop.eval_every == 0 and not preempted:
+            if look and done % loop.eval_every == 0 and not preempted:
                 began = time.monotonic()
                 try:
                     with stopping.elsewhere():

@@ -12,6 +12,7 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment import query_pictures
 from concat_jax.stages.registry import make_stage
 from concat_jax.stages.stage import Context, StageConfig
+from concat_jax.training.sharding import make_mesh
 
 VOCABULARY = Vocabulary(
     ("cat", "dog", "sky"), (True, True, False), (True, False, True), category_ids=(1, 2, 3)
@@ -24,6 +25,7 @@ def stage(kind, **fields):
 
 class FakeSetup:
     vocabulary = eval_vocabulary = VOCABULARY
+    predict = types.SimpleNamespace(batch_size=2)
     networks = types.SimpleNamespace(
         clip=None,
         projector=types.SimpleNamespace(apply=lambda variables, queries: queries[..., :3]),
@@ -53,7 +55,8 @@ class FakeSetup:
 
 class FakeExperiment:
     setup = FakeSetup()
-    parameters = types.SimpleNamespace(get=lambda subtree, source: f"{subtree} of {source}")
+    mesh = make_mesh(devices=2)
+    parameters = types.SimpleNamespace(whole=lambda subtree, source: f"{subtree} of {source}")
     embeddings = types.SimpleNamespace(
         get=lambda source, vocabulary: np.eye(3, 4, dtype=np.float32)
     )
@@ -76,6 +79,7 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(query_pictures, "real_queries", lambda run, source, count: real)
     monkeypatch.setattr(query_pictures, "generate", generate)
+    monkeypatch.setattr(query_pictures, "copy_to_host", lambda tree, mesh: tree)
     monkeypatch.setattr(query_pictures.plots, "query_space", picture)
 
     def draw(name):
@@ -124,15 +128,16 @@ def test_real_queries_are_the_matched_ones_of_evaluation_images(monkeypatch):
 
     def extract(context, params, text, batch, rng):
         matched.append(context.vocabulary.is_seen)
-        labels = np.where(batch["image"][:, :1] == 2, -1, 1)
-        queries = np.repeat(batch["image"][:, None, :], 1, axis=1)
+        images = np.asarray(batch["image"])
+        labels = np.where(images[:, :1] == 2, -1, 1)
+        queries = np.repeat(images[:, None, :], 1, axis=1)
         return {"queries": queries, "query_labels": labels}
 
-    monkeypatch.setattr(query_pictures, "extract_queries", extract)
-    monkeypatch.setattr(query_pictures.jax, "jit", lambda fn: fn)
+    monkeypatch.setattr(query_pictures, "_extract", extract)
+    parameters = types.SimpleNamespace(whole=lambda subtree, source: np.ones(1))
     run = FakeExperiment()
+    run.parameters = parameters
     run.setup.context = Context(run.setup.networks, VOCABULARY)
-    run.setup.predict = types.SimpleNamespace(batch_size=2)
     fields = {name: np.zeros(3) for name in query_pictures.IMAGE_FIELDS}
     examples = [{**fields, "image": np.full(3, float(i))} for i in range(7)]
     run.datasets = types.SimpleNamespace(evaluation=lambda: examples, eval_size=3)
@@ -142,7 +147,7 @@ def test_real_queries_are_the_matched_ones_of_evaluation_images(monkeypatch):
     assert matched[0] == (True, True, True)
     queries, _ = query_pictures.real_queries(run, "con", 2)
     assert len(queries) == 2
-    run.setup.predict.batch_size = 8
+    monkeypatch.setattr(run.setup.predict, "batch_size", 8)
     with pytest.raises(ValueError, match="fewer images than config.eval.settings.batch_size = 8"):
         query_pictures.real_queries(run, "con", 100)
 
@@ -155,7 +160,7 @@ def test_a_workdir_without_a_finished_stage_is_refused(tmp_path):
 
 
 def test_the_picture_lies_in_the_folder_of_its_stage(tmp_path, monkeypatch):
-    monkeypatch.setattr(query_pictures, "query_figure", lambda run, name: Figure())
+    monkeypatch.setattr(query_pictures, "query_figure", lambda run, name, num_images: Figure())
     path = query_pictures.write_picture(types.SimpleNamespace(workdir=tmp_path), "con")
     assert path == tmp_path / "con" / "query_space.png"
     assert path.read_bytes().startswith(b"\x89PNG")

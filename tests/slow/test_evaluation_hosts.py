@@ -62,11 +62,14 @@ def test_two_hosts_score_as_one(run_hosts, tmp_path):
 
 def test_two_hosts_run_every_stage(run_hosts, tmp_path):
     flags = ["--config=configs/demo_zps.py:smoke", f"--workdir={tmp_path}", "--distributed"]
+    flags += ["--config.train.con.eval_every=2", "--config.train.cat.eval_every=4"]
     printed = run_hosts("-m", "concat_jax.main", *flags)
     tables = [text[text.index("\nrun ") : text.index("\nDone in")] for text in printed]
     assert tables[0] == tables[1]
     report = json.loads((tmp_path / "report.json").read_text())
     assert [result["images"] for result in report["results"].values()] == [8, 8, 8]
+    assert all(text.count("con, step ") == 4 for text in printed)
+    assert (tmp_path / "con/query_space.png").is_file()
     losses = [
         json.loads(line)["loss"]
         for stage in ("clip", "con", "cat", "finetune", "control")
