@@ -27,7 +27,7 @@ import numpy as np
 
 from concat_jax.core import cli
 from concat_jax.core.config import build, check_choice
-from concat_jax.core.files import read_json, read_text, write_json, write_text
+from concat_jax.core.files import in_bucket, read_json, read_text, write_json, write_text
 from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation.bootstrap import difference, estimate
 from concat_jax.evaluation.calibration import Sweep
@@ -209,6 +209,11 @@ def define_flags(flags: cli.Flags) -> None:
 )
 def main(given: cli.Flags) -> None:
     config, workdir = cli.config_and_workdir(given)
+    if in_bucket(workdir):
+        raise ValueError(
+            f"--workdir={workdir}: seeds share what a world trained by links to its folders, which "
+            "a bucket has none of; give a folder of this machine."
+        )
     if given.preset:
         config.data.preset = given.preset
     if "num_eval_images" in config.data:

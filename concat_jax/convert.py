@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from concat_jax.core import cli
+from concat_jax.core.files import as_path
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.model import export_workdir, is_workdir
 from concat_jax.weights.class_names import Classes
@@ -56,7 +56,7 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
         raise ValueError(f"give a source and a destination: {USAGE}")
     source, destination = arguments
     check_apart(source, destination)
-    if is_workdir(Path(source)):
+    if is_workdir(as_path(source)):
         for name in ("classes", "reinit_head", "task"):
             if given[name].present:
                 raise ValueError(f"--{name} is for weights of others, not for a workdir.")
@@ -74,9 +74,6 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
             )
     if given.float16 and given.to == "hf":
         raise ValueError("--float16 is for --to=orbax; folders of Hugging Face's hold float32.")
-    for path in arguments:
-        if "://" in path:
-            raise ValueError(f"{path} is not a local path; give a file or folder of this machine.")
     check_destination(destination, overwrite=given.overwrite)
     known, named = _trained(load_label_space(COCO_SPLIT)), None
     if given.classes:

@@ -28,12 +28,11 @@ to the stage's folder.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import FileError, write_json
+from concat_jax.core.files import FileError, as_path, write_json
 from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, ZSI_THRESHOLDS
 from concat_jax.evaluation.report import format_table
 from concat_jax.evaluation.score_files import score_instances, score_panoptic
@@ -77,7 +76,7 @@ def define_flags(flags: cli.Flags) -> None:
 
 def result_in(given: str, task: str) -> str:
     """A task's result in a folder that `predict` or a stage's evaluation filled; else as given."""
-    folder = pathlib.Path(given)
+    folder = as_path(given)
     found = [(kind, folder / name) for kind in (task, *RESULTS) for name in RESULTS[kind]]
     kind, path = next((one for one in found if one[1].exists()), (task, folder))
     if kind != task:
@@ -91,7 +90,7 @@ def result_in(given: str, task: str) -> str:
 
 def _check_flags(given: cli.Flags, files: Sequence[str]) -> None:
     """Refuses flags that mean nothing to the task and its files, ground truth first."""
-    are_maps = [given.task == "semantic" and pathlib.Path(path).is_dir() for path in files]
+    are_maps = [given.task == "semantic" and as_path(path).is_dir() for path in files]
     have_pngs = [given.task != "instance" and not of_maps for of_maps in are_maps]
     meant = {"protocol": given.task == "instance", "ignore": any(are_maps)}
     meant |= dict.fromkeys(("pictures", "images"), given.task == "panoptic")
@@ -104,7 +103,7 @@ def _check_flags(given: cli.Flags, files: Sequence[str]) -> None:
             )
     if given.pictures and not given.output:
         raise ValueError("--pictures are written beside the report; give --output=report.json.")
-    if given.images and not (given.pictures and pathlib.Path(given.images).is_dir()):
+    if given.images and not (given.pictures and as_path(given.images).is_dir()):
         fault = "is no folder" if given.pictures else "is for --pictures; give both"
         raise ValueError(f"--images={given.images} {fault}.")
 
@@ -177,7 +176,7 @@ def evaluate_flags(given: cli.Flags) -> dict:
 
     Raises ValueError for flags that do not go together.
     """
-    report = pathlib.Path(given.output or "report.json")
+    report = as_path(given.output or "report.json")
     if report.is_dir() or report.suffix == ".png":
         raise ValueError(f"--output={report} is no name of a json; give --output=report.json.")
     extremes = None
@@ -196,7 +195,7 @@ def evaluate_flags(given: cli.Flags) -> dict:
         )
     else:
         if given.pictures:
-            folder = pathlib.Path(given.images)
+            folder = as_path(given.images)
             read = (lambda name: read_image(folder / name)) if given.images else None
             extremes = WorstAndBest(given.pictures, read)
         summary = evaluate_files(given, extremes)

@@ -13,13 +13,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import write_json
+from concat_jax.core.files import files_below, size_of, write_json
 from concat_jax.core.progress import format_seconds
 from concat_jax.experiment.model import DEMO, open_model
 from concat_jax.exporting.formats import FORMATS
@@ -104,8 +103,7 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
         if "text" in program.inputs:
             np.save(folder / TEXT_NAME, np.asarray(program.params[1].text))
         write_json(folder / EXPORT_NAME, content)
-    path = Path(destination, format_.file)  # a folder, of some formats
-    total = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+        total = sum(files_below(path).values()) or size_of(path)  # a folder, of some formats
     what = "names are an input" if "text" in program.inputs else f"{len(named)} names"
     print(
         f"Wrote {destination}/{format_.file}, {total / 1e6:.1f} MB in {format_seconds(seconds)}: "

@@ -5,12 +5,12 @@ python -m concat_jax.main --config=configs/demo_zps.py --workdir=runs/demo
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import ml_collections
+from etils.epath import Path
 
 from concat_jax.core import cli
+from concat_jax.core.files import as_path
 from concat_jax.experiment.experiment import Experiment
 
 
@@ -24,7 +24,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return Experiment(config, Path(workdir), datasets).run()
+    return Experiment(config, as_path(workdir), datasets).run()
 
 
 @cli.command(

@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 
 from concat_jax.core.arrays import unit
+from concat_jax.core.files import as_path
 from concat_jax.core.shard_store import ShardStore, StoreError, StoreKind
 from data_pipelines.sources.source import ImageRecord
 
@@ -70,7 +71,7 @@ def target_store(folder: Path, identity: Mapping[str, Any], images_per_shard: in
 
 def find_targets(folder: str | os.PathLike[str], expected: Mapping[str, Any]) -> ShardStore:
     """The store of a cache that was begun; StoreError if there is none or not with `expected`."""
-    return ShardStore.found(Path(folder), KIND, {"format": FORMAT, **expected})
+    return ShardStore.found(as_path(folder), KIND, {"format": FORMAT, **expected})
 
 
 class ClipTargetCache:

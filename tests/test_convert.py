@@ -266,7 +266,6 @@ def test_mistakes_end_in_one_sentence(arrays, hf_folder, folder, tmp_path):
         folder, new, "--reinit_haed"
     )
     assert "--to=onnx is unknown; use orbax or hf" in error_of(folder, new, "--to=onnx")
-    assert "is not a local path" in error_of(folder, "gs://bucket/model")
     assert "--task=depth is unknown" in error_of(folder, new, "--task=depth")
     assert "no file or folder" in error_of(tmp_path / "absent", new)
     assert "neither model.json" in error_of(tmp_path, new)

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict, config_flags
 
 from concat_jax.core import stopping
 from concat_jax.core.config import check_choice, is_open
+from concat_jax.core.files import as_path, in_bucket
 
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended: 128 + SIGINT
 BROKEN_PIPE = 141  # the same of SIGPIPE
@@ -307,7 +308,9 @@ def config_of(given: Flags) -> ConfigDict:
 
 def output_folder(given: Flags) -> Path:
     """The flag --output of a command that fills a folder; ValueError if that cannot be."""
-    path = Path(given.output)
+    path = as_path(given.output)
+    if in_bucket(path):
+        return path
     above = next(p for p in (path, *path.absolute().parents) if p.exists())
     where = f"--output={path}" + f": {above}" * (above != path)
     if above.is_file():
@@ -318,15 +321,10 @@ def output_folder(given: Flags) -> Path:
 
 
 def config_and_workdir(given: Flags) -> tuple[ConfigDict, Path]:
-    """The flags --config and --workdir; ValueError for a missing one, or a workdir in a bucket."""
+    """The flags --config and --workdir; ValueError for a missing one."""
     if given.config is None or not given.workdir:
         raise ValueError("give --config=configs/demo_zps.py (or another file) and --workdir=DIR.")
-    if "://" in given.workdir:
-        raise ValueError(
-            f"--workdir={given.workdir} is not a local path; give a folder of this machine, or one "
-            "where the bucket is mounted."
-        )
-    return given.config, Path(given.workdir)
+    return given.config, as_path(given.workdir)
 
 
 def join_hosts(given: Flags) -> None:

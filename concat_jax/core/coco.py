@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from hotcoco.mask import area
 
-from concat_jax.core.files import FileError, read_json
+from concat_jax.core.files import FileError, as_path, read_json
 from concat_jax.core.mask_codes import MAX_ID, checked_rle, polygons_to_rle
 from concat_jax.core.vocabulary import Vocabulary
 
@@ -57,7 +57,7 @@ class PanopticAnnotation:
 class PanopticFile:
     """A COCO panoptic json, by image id; a prediction may list no categories and images."""
 
-    path: pathlib.Path
+    path: epath.Path
     categories: dict[int, Category] | None
     images: dict[ImageId, CocoImage]
     annotations: dict[ImageId, PanopticAnnotation]
@@ -78,7 +78,7 @@ class InstanceAnnotation:
 class InstanceFile:
     """A COCO instances json, by image id; images without an object have an empty list."""
 
-    path: pathlib.Path
+    path: epath.Path
     categories: dict[int, Category]
     images: dict[ImageId, CocoImage]
     annotations: dict[ImageId, list[InstanceAnnotation]]
@@ -90,7 +90,7 @@ def read_panoptic(path: str | os.PathLike[str], *, prediction: bool = False) -> 
     Raises FileError for a json of another kind, an entry that lacks or misuses something, an id
     that occurs twice, or a reference that leads nowhere.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     content = _content(path, "a COCO panoptic json")
     categories = None
     if content.get("categories") is not None or not prediction:
@@ -118,7 +118,7 @@ def read_instances(
 
     A malformed outline or area goes to `on_fault`, and its annotation is left out; None raises it.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     content = _content(path, "a COCO instances json")
     categories = read_categories(path, content, must_say_things=False)
     images = read_images(path, content)
@@ -174,7 +174,7 @@ def outline(segmentation: Any, size: Sequence[int], where: str) -> dict:
         raise FileError(f"The segmentation of {where} cannot be used: {error}") from error
 
 
-def vocabulary_of(path: pathlib.Path, categories: Mapping[int, Category] | None) -> Vocabulary:
+def vocabulary_of(path: epath.Path, categories: Mapping[int, Category] | None) -> Vocabulary:
     """An annotation file's label space, all seen; FileError for no category or a name twice."""
     if not categories:
         raise FileError(f"{path} lists no 'categories'; give --split.")
@@ -190,7 +190,7 @@ def vocabulary_of(path: pathlib.Path, categories: Mapping[int, Category] | None)
 
 
 def check_categories(
-    path: pathlib.Path,
+    path: epath.Path,
     categories: Mapping[int, Category],
     vocabulary: Vocabulary,
     *,
@@ -235,7 +235,7 @@ def check_categories(
 
 
 def read_categories(
-    path: pathlib.Path, content: Mapping, *, must_say_things: bool
+    path: epath.Path, content: Mapping, *, must_say_things: bool
 ) -> dict[int, Category]:
     """The list "categories" of a json's content, by id; faults as of `read_panoptic`."""
     categories: dict[int, Category] = {}
@@ -250,7 +250,7 @@ def read_categories(
     return categories
 
 
-def read_images(path: pathlib.Path, content: Mapping) -> dict[ImageId, CocoImage]:
+def read_images(path: epath.Path, content: Mapping) -> dict[ImageId, CocoImage]:
     """The list "images" of a json's content, by id; faults as of `read_panoptic`."""
     images: dict[ImageId, CocoImage] = {}
     for entry in _entries(content, "images", "image", path):
@@ -284,7 +284,7 @@ def _panoptic_annotation(
     return PanopticAnnotation(image_id, name, tuple(rows), labels, crowd)
 
 
-def _content(path: pathlib.Path, kind: str) -> dict:
+def _content(path: epath.Path, kind: str) -> dict:
     content = read_json(path)
     if not isinstance(content, dict):
         raise FileError(f"{path} is a {type(content).__name__}, not {kind}, which is an object.")
@@ -302,7 +302,7 @@ def _upper(where: str) -> str:
     return where[0].upper() + where[1:]
 
 
-def _entries(content: Mapping, key: str, what: str, path: pathlib.Path) -> Iterator[_Entry]:
+def _entries(content: Mapping, key: str, what: str, path: epath.Path) -> Iterator[_Entry]:
     """The objects of a list of a file, called by their position."""
     if not isinstance(content.get(key), list):
         raise FileError(f"{path} has no list of {key!r}; is it of COCO's format?")

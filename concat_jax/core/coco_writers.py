@@ -20,11 +20,12 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from etils import epath
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from concat_jax.core.coco import ImageId
-from concat_jax.core.files import make_folder, replacing, write_png, writing
+from concat_jax.core.files import as_path, make_folder, replacing, write_png, writing
 from concat_jax.core.hosts import wait_for_hosts
 from concat_jax.core.mask_codes import bounding_box, ids_to_rgb
 from concat_jax.core.vocabulary import Vocabulary
@@ -48,24 +49,26 @@ class StreamedJson:
         lists: Sequence[str] = ("",),
     ):
         """`head` is what stands before the lists; None makes a json that is one list."""
-        self.json_path = pathlib.Path(json_path)
+        self.json_path = as_path(json_path)
         self._head, self._lists = head, tuple(lists)
         make_folder(self.json_path.parent)
         host = jax.process_index()
         self._files = {
             key: self._part(key, host).open("w", encoding="utf-8") for key in self._lists
         }
+        self._begun: set[str] = set()
 
-    def _part(self, key: str, host: int) -> pathlib.Path:
+    def _part(self, key: str, host: int) -> epath.Path:
         return self.json_path.with_name(f"{self.json_path.name}.{key}{host}.partial")
 
     def append(self, entry: Mapping[str, Any], key: str = "") -> None:
         """Adds an entry to the list of that key."""
         file = self._files[key]
         with writing(self.json_path):
-            file.write((",\n" if file.tell() else "\n") + json.dumps(entry))
+            file.write((",\n" if key in self._begun else "\n") + json.dumps(entry))
+        self._begun.add(key)
 
-    def close(self) -> pathlib.Path:
+    def close(self) -> epath.Path:
         """Puts the json together and returns its path.
 
         Of several hosts, each must call it and waits until the json is there.
@@ -141,10 +144,10 @@ class _Writer(contextlib.ExitStack):
         self._vocabulary = vocabulary
         self._taken: set[str] = set()
 
-    def _open(self, json_path: pathlib.Path, head: dict | None, *lists: str) -> StreamedJson:
+    def _open(self, json_path: epath.Path, head: dict | None, *lists: str) -> StreamedJson:
         return self.enter_context(StreamedJson(json_path, head, lists or ("",)))
 
-    def _png(self, folder: pathlib.Path, file_name: str) -> str:
+    def _png(self, folder: epath.Path, file_name: str) -> str:
         """Takes the name of an image's PNG, relative to the folder, and makes its folder."""
         parts = [part for part in pathlib.PurePath(file_name).parts if part not in ("..", "/")]
         path = pathlib.PurePosixPath(*parts)
@@ -232,7 +235,7 @@ class PanopticWriter(_Writer):
         name: str = "panoptic_predictions",
     ):
         super().__init__(vocabulary)
-        self.png_folder = pathlib.Path(folder) / name
+        self.png_folder = as_path(folder) / name
         self.json_path = self.png_folder.with_name(f"{name}.json")
         make_folder(self.png_folder)
         start = head("panoptic", "segment_ids", vocabulary)
@@ -268,7 +271,7 @@ class InstanceWriter(_Writer):
     def __init__(self, json_path: str | os.PathLike[str], vocabulary: Vocabulary):
         """Opens the files; their folder is made."""
         super().__init__(vocabulary)
-        self.json_path = pathlib.Path(json_path)
+        self.json_path = as_path(json_path)
         manifest = self.json_path.with_suffix(".manifest.json")
         self._manifest = self._open(manifest, head("instance", "run_lengths", vocabulary), "images")
         self._json = self._open(self.json_path, None)
@@ -307,7 +310,7 @@ class SemanticWriter(_Writer):
     def __init__(self, folder: str | os.PathLike[str], vocabulary: Vocabulary):
         """Makes the folder."""
         super().__init__(vocabulary)
-        self.folder = pathlib.Path(folder)
+        self.folder = as_path(folder)
         make_folder(self.folder)
         values: Sequence[int] = vocabulary.category_ids
         fits = min(values) >= 0 and max(values) < 65535

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Self
 
 from etils import epath
@@ -66,7 +66,7 @@ class BucketPath(type(epath.Path(BUCKET))):
     def rename(self, target: BucketPath) -> BucketPath:
         """Copies what is below and removes it: no step for a bucket, but of its files each."""
         for path in files_below(self):
-            path.copy(target / path.relative_to(self), overwrite=True)
+            _copy(path, target / path.relative_to(self))
         self.rmtree()
         return target
 
@@ -111,7 +111,7 @@ def files_below(folder: epath.Path) -> dict[epath.Path, int]:
         return {path: path.stat().st_size for path in files}
     import fsspec
 
-    found = fsspec.filesystem("gcs").find(os.fspath(folder), detail=True)
+    found = fsspec.filesystem("gcs").find(f"{folder}/", detail=True)
     return {as_path(BUCKET + name): found[name]["size"] for name in sorted(found)}
 
 
@@ -127,9 +127,9 @@ def remove_folder(path: epath.Path) -> None:
 
 @contextlib.contextmanager
 def on_disk(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A file's path for readers of local files alone: its own, or of a copy for the `with` block.
+    """The path of a file or folder for readers of local ones alone: its own, or of a copy.
 
-    What the block has mapped into memory outlives it, as it does a file that is removed.
+    The copy is there for the `with` block; what of it is mapped into memory outlives it.
     """
     path = as_path(path)
     if not in_bucket(path):
@@ -137,9 +137,22 @@ def on_disk(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, path.name)
-        with path.open("rb") as source, copy.open("wb") as target:
-            shutil.copyfileobj(source, target, _CHUNK)
+        for file in files_below(path) or (path,):
+            own = copy / file.relative_to(path)
+            own.parent.mkdir(parents=True, exist_ok=True)
+            _copy(file, own)
         yield copy
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    with source.open("rb") as read, target.open("wb") as written:
+        shutil.copyfileobj(read, written, _CHUNK)
+
+
+def put_folder(source: pathlib.Path, target: epath.Path, *, last: Collection[str]) -> None:
+    """Copies a folder into a bucket; files called as in `last` come last, as all is there then."""
+    for file in sorted(files_below(source), key=lambda file: file.name in last):
+        _copy(file, target / file.relative_to(source))
 
 
 @contextlib.contextmanager
@@ -234,8 +247,7 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pa
             partial = pathlib.Path(folder, path.name)
             with writing(path, partial):
                 yield partial
-                with partial.open("rb") as source, path.open("wb") as target:
-                    shutil.copyfileobj(source, target, _CHUNK)
+                _copy(partial, path)
         return
     # Not the process's number: hosts in containers share numbers, and may share the folder.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
@@ -267,6 +279,15 @@ def writing(path: epath.Path, partial: pathlib.Path | None = None) -> Iterator[N
             reason = "its folder is a file" if no_folder else _said(error)
             raise FileError(f"{path} cannot be written: {reason}.") from error
         raise
+
+
+def append_text(path: epath.Path, text: str) -> None:
+    """Adds to a text file; one in a bucket is written anew."""
+    if in_bucket(path):
+        write_text(path, (read_text(path) if path.exists() else "") + text)
+        return
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from hotcoco import mask as masks
 from PIL import ImageOps
 
@@ -110,7 +110,7 @@ def bounding_box(mask: np.ndarray) -> list[int]:
     return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]
 
 
-def read_id_map(path: pathlib.Path, json_path: pathlib.Path) -> np.ndarray:
+def read_id_map(path: epath.Path, json_path: epath.Path) -> np.ndarray:
     """Ids R + 256G + 65536B of a panoptic PNG, [H, W] uint32; FileError if damaged or grey."""
     if not path.is_file():
         raise FileError(f"{json_path} names {path}, which does not exist; say where the PNGs are.")
@@ -127,7 +127,7 @@ def read_id_map(path: pathlib.Path, json_path: pathlib.Path) -> np.ndarray:
     return (np.frombuffer(packed, "<u4") & MAX_ID).reshape(size[::-1])
 
 
-def read_label_map(path: pathlib.Path) -> np.ndarray:
+def read_label_map(path: epath.Path) -> np.ndarray:
     """Labels [H, W] of up to 16 bits a pixel, a palette's indices; FileError for colours."""
     with open_image(path) as image:
         image.load()
@@ -142,8 +142,8 @@ def read_label_map(path: pathlib.Path) -> np.ndarray:
 def segment_rows(
     id_map: np.ndarray,
     ids: Sequence[int],
-    png: pathlib.Path,
-    json_path: pathlib.Path,
+    png: epath.Path,
+    json_path: epath.Path,
     *,
     may_hide: bool = False,
 ) -> np.ndarray:

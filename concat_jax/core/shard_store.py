@@ -3,7 +3,8 @@
 A store is a folder with a manifest, which says what its content depends on, and the shards
 `00000.safetensors`, ... Whoever was killed goes on with those that are missing, and hosts that see
 one folder fill disjoint ones. A shard carries the hash of its manifest, its number and a checksum.
-Safetensors, not npz, because its arrays can be mapped into memory.
+Safetensors, not npz, because its arrays can be mapped into memory; of a store in a bucket a copy in
+the machine's temporary folder is mapped.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import hashlib
 import json
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+from etils.epath import Path
 
 from concat_jax.core.config import flat
-from concat_jax.core.files import FileError, read_json, replacing, write_json
+from concat_jax.core.files import FileError, as_path, on_disk, read_json, replacing, write_json
 
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 # Metadata that holds the manifest's hash; query banks called it so before they had checksums.
@@ -56,7 +57,7 @@ class ShardStore:
         *,
         keeps: Collection[str] = (),
     ):
-        self._folder, self._kind = Path(folder), kind
+        self._folder, self._kind = as_path(folder), kind
         begun = (keeps and self._read_manifest()) or {}
         kept = {key: begun[key] for key in keeps if key in begun}
         self.manifest: dict[str, Any] = json.loads(json.dumps({**manifest, **kept}))
@@ -134,13 +135,15 @@ class ShardStore:
         path = self.path(index)
         try:
             # Refuses a file whose length is not what its header says.
-            with safetensors.safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-            with path.open("rb") as file:
-                begin = 8 + int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(begin - 8))
-            is_empty = path.stat().st_size == begin  # which cannot be mapped
-            content = np.zeros(0, np.uint8) if is_empty else np.memmap(path, np.uint8, "r", begin)
+            with on_disk(path) as local:
+                with safetensors.safe_open(local, framework="np") as file:
+                    metadata = file.metadata() or {}
+                with local.open("rb") as file:
+                    begin = 8 + int.from_bytes(file.read(8), "little")
+                    header = json.loads(file.read(begin - 8))
+                content = np.zeros(0, np.uint8)
+                if local.stat().st_size > begin:  # nothing cannot be mapped
+                    content = np.memmap(local, np.uint8, "r", begin)
             header.pop("__metadata__", None)
             arrays = {
                 name: content[slice(*entry["data_offsets"])]

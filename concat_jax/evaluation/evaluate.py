@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+
+from etils.epath import Path
 
 from concat_jax.core.files import write_png
 from concat_jax.core.hosts import sum_over_hosts, total_over_hosts

@@ -15,6 +15,8 @@ import pathlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from etils import epath
+
 from concat_jax.core.coco import (
     Category,
     CocoImage,
@@ -24,7 +26,7 @@ from concat_jax.core.coco import (
     read_images,
 )
 from concat_jax.core.coco_writers import MAP_CLASSES
-from concat_jax.core.files import FileError, open_image, read_json
+from concat_jax.core.files import FileError, as_path, open_image, read_json
 from concat_jax.core.mask_codes import checked_rle
 from concat_jax.core.vocabulary import Vocabulary
 
@@ -45,7 +47,7 @@ class Manifest:
     relative to their folder, to the file names of their images.
     """
 
-    path: pathlib.Path
+    path: epath.Path
     void: int | None
     categories: dict[int, Category]
     images: dict[ImageId, CocoImage]
@@ -54,7 +56,7 @@ class Manifest:
 
 def read_manifest(result: str | os.PathLike[str], task: str) -> Manifest | None:
     """The manifest beside a result, label maps or instances; None where there is none."""
-    result = pathlib.Path(result)
+    result = as_path(result)
     name = f"{result.name}.json" if task == "semantic" else f"{result.stem}.manifest.json"
     path = result.absolute().with_name(name)
     if not path.is_file():
@@ -75,7 +77,7 @@ def read_manifest(result: str | os.PathLike[str], task: str) -> Manifest | None:
     return Manifest(path, void, categories, images, maps)
 
 
-def manifest_in(folder: pathlib.Path, maps: Sequence[str]) -> Manifest | None:
+def manifest_in(folder: epath.Path, maps: Sequence[str]) -> Manifest | None:
     """What a folder's label maps say themselves; None where one of them does not."""
     named: set[tuple[int, str]] = set()
     void = -1
@@ -92,7 +94,7 @@ def manifest_in(folder: pathlib.Path, maps: Sequence[str]) -> Manifest | None:
     return Manifest(folder, void, _categories(named, folder), {}, {name: name for name in maps})
 
 
-def _categories(named: Iterable[tuple[int, str]], path: pathlib.Path) -> dict[int, Category]:
+def _categories(named: Iterable[tuple[int, str]], path: epath.Path) -> dict[int, Category]:
     categories: dict[int, Category] = {}
     for number, name in named:
         other = categories.setdefault(number, Category(number, name, None)).name
@@ -124,7 +126,7 @@ def check_counts(
 
 
 def classes_of(
-    path: pathlib.Path, categories: Mapping[int, Category] | None, vocabulary: Vocabulary
+    path: epath.Path, categories: Mapping[int, Category] | None, vocabulary: Vocabulary
 ) -> tuple[dict[int, int], str]:
     """Category id -> class index of predictions, and a sentence if they were told by their names.
 
@@ -252,7 +254,7 @@ def read_instance_results(
     dict[ImageId, list[InstanceResult]], dict[ImageId, str | None], dict[int, Category] | None
 ]:
     """COCO instance results and file names by image id, and categories; None where not said."""
-    path = pathlib.Path(path)
+    path = as_path(path)
     content = read_json(path, constants=True)
     wanted = "--task=instance needs a list of {image_id, category_id, segmentation, score}"
     if not isinstance(content, list):

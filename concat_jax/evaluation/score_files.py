@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etils import epath
 from hotcoco.panoptic import PanopticEval
 
 from concat_jax.core.coco import (
@@ -19,7 +20,7 @@ from concat_jax.core.coco import (
     read_panoptic,
     vocabulary_of,
 )
-from concat_jax.core.files import FileError
+from concat_jax.core.files import FileError, as_path, in_bucket
 from concat_jax.core.mask_codes import read_id_map, segment_rows
 from concat_jax.core.prefetch import with_progress
 from concat_jax.core.vocabulary import Vocabulary
@@ -72,8 +73,9 @@ def score_panoptic(
     )
     classes = vocabulary.index_of_category, class_of
     quality = None
-    # hotcoco does not tell what a segment of another class was named, nor the PQ of an image.
-    if all(vocabulary.is_seen) and not extremes:
+    # hotcoco tells neither what a segment of another class was named nor the PQ of an image, and
+    # reads files of this machine.
+    if all(vocabulary.is_seen) and not extremes and not any(map(in_bucket, folders)):
         quality = _library_counts(sides, folders, classes, len(vocabulary))
     if quality is None:
         entry_of = truth.images or truth.annotations
@@ -86,9 +88,9 @@ def score_panoptic(
     return {**summary, "images": len(pairs), "notes": [*filter(None, [*notes, note])]}
 
 
-def png_folder(file: PanopticFile, given: Path | None) -> pathlib.Path:
+def png_folder(file: PanopticFile, given: Path | None) -> epath.Path:
     """The folder of a json's PNGs, given or beside it; a FileError if there is none."""
-    folder = pathlib.Path(given) if given else file.path.with_suffix("")
+    folder = as_path(given) if given else file.path.with_suffix("")
     if not folder.is_dir():
         raise FileError(
             f"There is no folder {folder} with the PNGs of {file.path}; say where they are."
@@ -116,8 +118,8 @@ def _names(*files: PanopticFile) -> list[dict[ImageId, str | None]]:
 
 
 def _library_counts(
-    sides: Sequence[Sequence[tuple[PanopticAnnotation, pathlib.Path]]],
-    folders: Sequence[pathlib.Path],
+    sides: Sequence[Sequence[tuple[PanopticAnnotation, epath.Path]]],
+    folders: Sequence[epath.Path],
     classes: Sequence[Mapping[int, int]],
     num_classes: int,
 ) -> PanopticQuality | None:
@@ -140,8 +142,8 @@ def _library_counts(
 
 
 def _count_panoptic(
-    sides: Sequence[Sequence[tuple[PanopticAnnotation, pathlib.Path]]],
-    folders: Sequence[pathlib.Path],
+    sides: Sequence[Sequence[tuple[PanopticAnnotation, epath.Path]]],
+    folders: Sequence[epath.Path],
     classes: Sequence[Mapping[int, int]],
     num_classes: int,
     names: Sequence[str],
@@ -174,7 +176,7 @@ def _count_panoptic(
 
 
 def _as_dict(
-    side: Sequence[tuple[PanopticAnnotation, pathlib.Path]],
+    side: Sequence[tuple[PanopticAnnotation, epath.Path]],
     class_of: Mapping[int, int],
     num_classes: int,
 ) -> dict[str, Any]:
@@ -210,7 +212,7 @@ def score_instances(
     if vocabulary is None:
         vocabulary = vocabulary_of(truth.path, truth.categories)
     check_categories(truth.path, truth.categories, vocabulary, must_have_all=False)
-    predictions = pathlib.Path(predictions)
+    predictions = as_path(predictions)
     found, names, categories = read_instance_results(predictions)
     manifest = read_manifest(predictions, "instance")
     if manifest is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from etils.epath import Path
 
 from concat_jax.core.coco_writers import InstanceWriter, PanopticWriter, SemanticWriter
 from concat_jax.core.mask_codes import encode_rle

@@ -7,15 +7,15 @@ flag may, and where neither does the pixels themselves are asked.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from concat_jax.core.coco import ImageId, PanopticFile, read_panoptic
-from concat_jax.core.files import FileError
+from concat_jax.core.files import FileError, as_path, files_below
 from concat_jax.core.mask_codes import read_id_map, read_label_map, segment_rows
 from concat_jax.core.prefetch import with_progress
 from concat_jax.core.vocabulary import Vocabulary
@@ -51,10 +51,10 @@ class _Maps:
       is_told: a flag or a file says which classes the numbers are.
     """
 
-    path: pathlib.Path
+    path: epath.Path
     names: dict[Any, str]
     read: Callable[[Any], np.ndarray]
-    png: Callable[[Any], pathlib.Path]
+    png: Callable[[Any], epath.Path]
     reread: Callable[[Any], np.ndarray] | None = None
     flag: str = ""
     is_told: bool = False
@@ -86,7 +86,7 @@ def score_semantic(
     Returns `SemanticIoU.summarize` with "images" and "notes".
     """
     notes: list[str] = []
-    if not pathlib.Path(annotations).is_dir():
+    if not as_path(annotations).is_dir():
         file = read_panoptic(annotations)
         vocabulary = panoptic_vocabulary(file, vocabulary)
         truth = _panoptic_maps(file, annotation_folder, vocabulary.index_of_category)
@@ -96,7 +96,7 @@ def score_semantic(
         truth = _folder_maps(
             annotations, "annotation", annotation_values, vocabulary, ignored_values, notes
         )
-    if pathlib.Path(predictions).is_dir():
+    if as_path(predictions).is_dir():
         found = _folder_maps(
             predictions, "prediction", prediction_values, vocabulary, ignored_values, notes
         )
@@ -164,7 +164,7 @@ def _pair_maps(truth: _Maps, found: _Maps) -> list[tuple[Any, Any]]:
 def _panoptic_maps(file: PanopticFile, folder: Path | None, class_of: Mapping[int, int]) -> _Maps:
     pngs = png_folder(file, folder)
 
-    def png(image_id: ImageId) -> pathlib.Path:
+    def png(image_id: ImageId) -> epath.Path:
         return pngs / file.annotations[image_id].file_name
 
     def read(image_id: ImageId) -> np.ndarray:
@@ -186,10 +186,10 @@ def _folder_maps(
     notes: list[str],
 ) -> _Maps:
     """Label maps of a folder and the folders in it; `notes` gets how the manifest was read."""
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     files = sorted(
         file
-        for file in folder.rglob("*")
+        for file in files_below(folder)
         if file.suffix.lower() in LABEL_FILES and not file.name.startswith("._")
     )
     if not files:
@@ -219,7 +219,7 @@ def _folder_maps(
         lookup = _lookup(positions if values == "indices" else ids, ignored)
     other = _lookup(ids if values == "indices" else positions, ignored)
 
-    def read(file: pathlib.Path) -> np.ndarray:
+    def read(file: epath.Path) -> np.ndarray:
         pixels = read_label_map(file)
         labels = _look_up(lookup, pixels)
         wrong = labels == _UNKNOWN
@@ -235,7 +235,7 @@ def _folder_maps(
             )
         return labels
 
-    def reread(file: pathlib.Path) -> np.ndarray:
+    def reread(file: epath.Path) -> np.ndarray:
         return _look_up(other, read_label_map(file))
 
     again, is_told = reread if manifest is None else None, bool(values or manifest)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
+from etils.epath import Path
 
 from concat_jax.core.arrays import Table
 from concat_jax.core.files import FileError, write_png

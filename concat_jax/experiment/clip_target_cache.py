@@ -9,16 +9,16 @@ import logging
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
-from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from etils.epath import Path
 from jax.sharding import Mesh
 
 from concat_jax.core.batch import TARGET_FIELDS
-from concat_jax.core.files import FileError
+from concat_jax.core.files import FileError, as_path
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
 from concat_jax.experiment.batches import clip_target_identity
@@ -279,7 +279,7 @@ def cache(config: ml_collections.ConfigDict, workdir: str = "", **options: int) 
     if not folder:
         raise ValueError("Nowhere to write: set config.data.clip_targets to the cache's folder.")
     datasets = make_datasets(config.data, seed=config.seed)
-    run = Experiment(config, Path(workdir or folder), datasets, trains=False)
+    run = Experiment(config, as_path(workdir or folder), datasets, trains=False)
     stages = {name: run.setup.make_stage(name) for name in run.setup.stages}
     learn = [name for name in stages if set(TARGET_FIELDS) <= set(stages[name].batch_fields)]
     sources = {run.setup.stages[name].takes["clip"] for name in learn}
@@ -300,7 +300,7 @@ def cache(config: ml_collections.ConfigDict, workdir: str = "", **options: int) 
             f"Stage {source!r}, which gives CLIP, has not finished in {workdir}; train it first."
         )
     return fill_cache(
-        Path(folder),
+        as_path(folder),
         training_part(config.data, seed=config.seed),
         run.setup.networks.clip,
         jax.device_get(run.parameters.whole("clip", source)),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from etils.epath import Path
 
-from concat_jax.core.files import replacing
+from concat_jax.core.files import on_disk, replacing
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.bias_curve import (
     NamedQueries,
@@ -38,7 +38,6 @@ SCORES = {
 
 def save_sweep(found: Sweep, gamma: float, path: Path) -> None:
     """The counts of a sweep's images, its names, and the γ that was chosen for it elsewhere."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as file:
         names = found.names._asdict() if found.names is not None else {}
         np.savez_compressed(file, counts=found.counts, gammas=found.gammas, gamma=gamma, **names)
@@ -46,7 +45,7 @@ def save_sweep(found: Sweep, gamma: float, path: Path) -> None:
 
 def load_sweep(path: Path, vocabulary: Vocabulary) -> tuple[Sweep, float]:
     """What `save_sweep` wrote."""
-    with np.load(path, allow_pickle=False) as file:
+    with on_disk(path) as local, np.load(local, allow_pickle=False) as file:
         names = NamedQueries(*(file[field] for field in NamedQueries._fields))
         found = Sweep(vocabulary, tuple(file["gammas"].tolist()), file["counts"], names)
         return found, float(file["gamma"])

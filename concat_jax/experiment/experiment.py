@@ -7,11 +7,11 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_collections
+from etils.epath import Path
 
 from concat_jax.core.config import check_choice
 from concat_jax.core.files import FileError, write_json

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import types
-from pathlib import Path
 
 import jax
 import ml_collections
+from etils.epath import Path
 
 from concat_jax import weights
 from concat_jax.core.config import unflatten
-from concat_jax.core.files import read_json, write_json
+from concat_jax.core.files import as_path, read_json, write_json
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.class_embeddings import ClassEmbeddings
 from concat_jax.experiment.parameters import INIT, Parameters
@@ -37,7 +38,7 @@ from concat_jax.weights.model_folder import (
 CONFIG_NAME = "config.json"
 LABELS_NAME = "labels.json"
 # The model that ships: its name, and its folder.
-DEMO, SHIPPED = "demo", Path(weights.__file__).parent / "demo"
+DEMO, SHIPPED = "demo", pathlib.Path(weights.__file__).parent / "demo"
 # What of CLIP's fields decides its text tower.
 _TEXT_FIELDS = (
     "embed_dim",
@@ -102,7 +103,7 @@ def open_model(path: str | os.PathLike[str], *, stage: str = "", dtype: str = ""
     """
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise ValueError(f"{path!r} is no model; give a model's folder, or demo.")
-    folder = Path(path)
+    folder = as_path(path)
     if path == DEMO:
         if (folder / CARD_NAME).is_file() or is_workdir(folder):
             raise ValueError(
@@ -144,7 +145,7 @@ def export_workdir(
 ) -> None:
     """Writes what holds after a stage as a model's folder, to be handed to somebody."""
     check_destination(destination, overwrite=overwrite)
-    params, card, tokenizer = load_workdir(Path(workdir), stage)
+    params, card, tokenizer = load_workdir(as_path(workdir), stage)
     for name, tree in params.items():
         count = sum(leaf.size for leaf in jax.tree.leaves(tree))
         print(f"  {name:<14}{count:>12,} numbers")

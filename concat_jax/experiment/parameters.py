@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import ml_collections
+from etils.epath import Path
 from jax.sharding import Mesh
 
 from concat_jax.core.config import check_choice
+from concat_jax.core.files import as_path
 from concat_jax.core.runtime import light_compiler_options
 from concat_jax.experiment.setup import Setup
 from concat_jax.models.networks import Networks, Params
@@ -135,12 +136,13 @@ def initial_path(config: ml_collections.ConfigDict, subtree: str) -> Path | None
     if subtree == "segmentor":
         if path:
             load_card(path)
-        return Path(path) if path else None
+        return as_path(path) if path else None
     if not path:
         raise ValueError(
             "No CLIP weights are configured: set config.init.clip to a Hugging Face folder, an "
             "OpenAI .pt or an open_clip file, or use a config that trains its own."
         )
-    if not Path(path).exists():
+    path = as_path(path)
+    if not path.exists():
         raise ValueError(f"config.init.clip names {path}, which is not a file or folder.")
-    return Path(path)
+    return path

@@ -11,14 +11,14 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import ml_collections
+from etils.epath import Path
 
 from concat_jax.core import config as configuration
-from concat_jax.core.files import in_bucket, make_folder, read_json, write_json
+from concat_jax.core.files import append_text, in_bucket, make_folder, read_json, write_json
 from concat_jax.stages.stage import INIT
 from concat_jax.training.checkpoints import StageCheckpoints
 
@@ -245,5 +245,4 @@ def _note_changes(workdir: Path, changes: Mapping[str, list]) -> None:
         more = len(changes) - _SHOWN_CHANGES
         print(f"{more} more keys differ; {workdir / 'changes.jsonl'} lists them.")
     row = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changes": changes}
-    with (workdir / "changes.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_text(workdir / "changes.jsonl", json.dumps(row) + "\n")

@@ -10,10 +10,12 @@ import dataclasses
 import glob
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
+
+from etils.epath import Path
 
 from concat_jax.core.coco import ImageId, read_images
-from concat_jax.core.files import FileError, read_json
+from concat_jax.core.files import FileError, as_path, files_below, in_bucket, read_json
 from concat_jax.inference.images import OVERLAY_SUFFIX, SUFFIXES
 
 
@@ -41,7 +43,7 @@ def find_images(arguments: Sequence[str]) -> Inputs:
     skipped: list[tuple[str, int]] = []
     failures: list[str] = []
     for argument in arguments:
-        path, is_pattern = Path(argument), False
+        path, is_pattern = as_path(argument), False
         found, inner = [], []
         if path.is_dir():
             files, inner = _parted(path.iterdir())
@@ -53,12 +55,15 @@ def find_images(arguments: Sequence[str]) -> Inputs:
                 skipped.append((f"{sentence}; name those that are images.", len(others)))
             if not found and not inner:
                 failures.append(f"{argument} holds no image.")
-        elif os.path.lexists(path):
+        elif path.exists() or os.path.islink(path):
             found = [path]
         else:
             is_pattern = glob.has_magic(argument)
             if is_pattern:
-                found, inner = _parted(map(Path, glob.glob(argument, recursive=True)))
+                matching = map(as_path, glob.glob(argument, recursive=True))
+                if in_bucket(path):
+                    matching = path.parent.glob(path.name)
+                found, inner = _parted(matching)
                 inner = [] if "**" in argument else inner
             if not found and not inner:
                 what = "matches no file" if is_pattern else "does not exist"
@@ -91,8 +96,8 @@ def _is_image(path: PurePath) -> bool:
 def _parted(paths: Iterable[Path]) -> tuple[list[Path], list[tuple[Path, int]]]:
     """Files, and folders with images in or below them and their number; not what is hidden."""
     paths, counts = sorted(paths), {}
-    for folder in filter(Path.is_dir, paths):
-        names = [PurePath(name) for _, _, files in os.walk(folder) for name in files]
+    for folder in (path for path in paths if path.is_dir()):
+        names = files_below(folder)
         counts[folder] = sum(
             _is_image(name) and not name.match("._*") and not name.match(f"*{OVERLAY_SUFFIX}")
             for name in names
@@ -103,11 +108,9 @@ def _parted(paths: Iterable[Path]) -> tuple[list[Path], list[tuple[Path, int]]]:
 
 def source_names(paths: Sequence[Path]) -> list[str]:
     """File names of images as results quote them, below the folder that all of them share."""
-    parents = {path.absolute().parent for path in paths}
-    if len(parents) < 2:
-        return [path.name for path in paths]
-    root = os.path.commonpath(parents)
-    return [path.absolute().relative_to(root).as_posix() for path in paths]
+    parts = [path.absolute().parts for path in paths]
+    shared = len(os.path.commonprefix([names[:-1] for names in parts])) if parts else 0
+    return ["/".join(names[shared:]) for names in parts]
 
 
 def image_ids(names: Sequence[str]) -> list[int]:
@@ -126,7 +129,7 @@ def data_set_names(
     content = read_json(annotations)
     if not isinstance(content, dict):
         raise FileError(f"{annotations} is no COCO json with 'images'.")
-    images = read_images(Path(annotations), content)
+    images = read_images(as_path(annotations), content)
     by_end: dict[str, list[tuple[str, ImageId]]] = {}
     for image in images.values():
         by_end.setdefault(PurePath(image.file_name).name, []).append((image.file_name, image.id))

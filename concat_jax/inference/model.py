@@ -7,14 +7,13 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, overload
 
 import jax
 import numpy as np
 
 from concat_jax.core.config import build, check_choice
-from concat_jax.core.files import ImageError
+from concat_jax.core.files import ImageError, as_path
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.heads import LinearHead, TextHead, text_head_for
@@ -97,7 +96,7 @@ class Model:
         params, card = load_model(folder)
         tokenizer = None
         if card.text:
-            tokenizer = load_tokenizer(Path(folder) / TOKENIZER_NAME, card.text.tokenizer)
+            tokenizer = load_tokenizer(as_path(folder) / TOKENIZER_NAME, card.text.tokenizer)
         return cls(params, card, tokenizer, dtype=dtype)
 
     @overload
@@ -189,7 +188,7 @@ class Model:
 def _sources(pictures: Sequence[Picture]) -> list[str]:
     """Names of the files, below the folder that all share; "image.png" for what is in memory."""
     are_files = [isinstance(picture, str | os.PathLike) for picture in pictures]
-    files = [Path(p) for p, is_file in zip(pictures, are_files, strict=True) if is_file]
+    files = [as_path(p) for p, is_file in zip(pictures, are_files, strict=True) if is_file]
     names = iter(source_names(files))
     return [next(names) if is_file else "image.png" for is_file in are_files]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from concat_jax.core import coco_writers
+from concat_jax.core.files import as_path
 from concat_jax.core.mask_codes import bounding_box
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.inputs import image_ids
@@ -141,7 +141,7 @@ class Results(list[Result]):
         """
         if not self:
             raise ValueError("There is no result to save; segment at least one image.")
-        with ResultWriter(Path(folder), "panoptic", self[0].vocabulary) as writer:
+        with ResultWriter(as_path(folder), "panoptic", self[0].vocabulary) as writer:
             for (name, number), result in zip(_names(self), self, strict=True):
                 writer.add(name, number, result.source, result.image, result._found)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from concat_jax.core.arrays import unit
+from concat_jax.core.files import as_path
 from concat_jax.core.shard_store import ShardStore, StoreError, StoreKind
 from concat_jax.text.prompts import ClassPrompts, Names, make_prompts, tokenize
 from concat_jax.text.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ def embed_classes(
         "shape": tokens.shape,
     }
     key = ShardStore(Path(), _KIND, manifest).stamp
-    store = ShardStore(Path(folder) / key, _KIND, manifest)
+    store = ShardStore(as_path(folder) / key, _KIND, manifest)
     if not store.missing([0]):
         try:
             return np.array(store.open(0)["embeddings"])

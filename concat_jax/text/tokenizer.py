@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import gzip
 import json
+import os
 import pathlib
 import re
 import zlib
@@ -13,7 +14,10 @@ from typing import Any, Self
 
 import numpy as np
 import tokenizers
+from etils import epath
 from tokenizers import models, normalizers, pre_tokenizers
+
+from concat_jax.core.files import as_path, on_disk
 
 _START = "<|startoftext|>"
 _END = "<|endoftext|>"
@@ -76,7 +80,7 @@ def _byte_symbols() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
 
 
-def _read_merges(path: pathlib.Path) -> list[tuple[str, str]]:
+def _read_merges(path: epath.Path) -> list[tuple[str, str]]:
     try:
         text = gzip.decompress(path.read_bytes()).decode("utf-8")
     except FileNotFoundError:
@@ -99,21 +103,21 @@ def _read_merges(path: pathlib.Path) -> list[tuple[str, str]]:
     return merges
 
 
-def has_clip_tokenizer(folder: str | pathlib.Path) -> bool:
+def has_clip_tokenizer(folder: str | os.PathLike[str]) -> bool:
     """Whether `make_clip_tokenizer` finds the files that it needs in a folder."""
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     return (folder / TOKENIZER_NAME).is_file() or all(
         (folder / name).is_file() for name in VOCABULARY_NAMES
     )
 
 
-def make_clip_tokenizer(path: str | pathlib.Path, context_length: int = 77) -> ClipTokenizer:
+def make_clip_tokenizer(path: str | os.PathLike[str], context_length: int = 77) -> ClipTokenizer:
     """CLIP's tokenizer from whichever files of it there are; ValueError if there is none.
 
     `path` is `bpe_simple_vocab_16e6.txt.gz` of github.com/openai/CLIP, Hugging Face's
     `tokenizer.json`, or a folder with it or, if not, with `vocab.json` and `merges.txt`.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if path.is_dir():
         if not has_clip_tokenizer(path):
             raise ValueError(
@@ -127,7 +131,8 @@ def make_clip_tokenizer(path: str | pathlib.Path, context_length: int = 77) -> C
         bpe = _from_vocabulary(path)
     elif path.suffix == ".json":
         try:
-            bpe = tokenizers.Tokenizer.from_file(str(path))
+            with on_disk(path) as local:
+                bpe = tokenizers.Tokenizer.from_file(str(local))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{path} is not a readable {TOKENIZER_NAME}: {error}.") from error
     else:
@@ -137,7 +142,7 @@ def make_clip_tokenizer(path: str | pathlib.Path, context_length: int = 77) -> C
     return ClipTokenizer(bpe, context_length, str(path))
 
 
-def _from_vocabulary(folder: pathlib.Path) -> tokenizers.Tokenizer:
+def _from_vocabulary(folder: epath.Path) -> tokenizers.Tokenizer:
     vocabulary_path, merges_path = (folder / name for name in VOCABULARY_NAMES)
     try:
         vocabulary = json.loads(vocabulary_path.read_text(encoding="utf-8"))
@@ -189,7 +194,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> dict[str, Any]
     return {**about, "kind": "clip"}
 
 
-def load_tokenizer(folder: pathlib.Path, about: Mapping[str, Any]) -> Tokenizer:
+def load_tokenizer(folder: epath.Path, about: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that `save_tokenizer` wrote; ValueError if a file or `about` is not usable."""
     try:
         kind, context_length = about["kind"], about["context_length"]

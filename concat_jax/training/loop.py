@@ -6,15 +6,16 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils.epath import Path
 from jax.sharding import Mesh
 
 from concat_jax.core import stopping
 from concat_jax.core.cli import UserStop
+from concat_jax.core.files import as_path
 from concat_jax.core.prefetch import watched
 from concat_jax.core.progress import Progress
 from concat_jax.stages.stage import TEXT, Stage
@@ -116,11 +117,11 @@ def train_stage(
     frozen = jax.device_put(frozen, split_by_rule(frozen, mesh))
     skips = loop.max_skips > 0
     step_fn = jit_train_step(stage.loss, transform, loop.seed, mesh, abstract, skips=skips)
-    writer = MetricWriter(Path(workdir) / name, tensorboard=loop.tensorboard)
+    writer = MetricWriter(as_path(workdir) / name, tensorboard=loop.tensorboard)
     looks = _Looks(checkpoints, loop.max_skips)
     progress: Progress | None = None
     iterator = watched(batches(start, loop.steps - start), f"Stage {name}", start)
-    tracer = StepTracer(Path(workdir) / name / FOLDER, loop.profile)
+    tracer = StepTracer(as_path(workdir) / name / FOLDER, loop.profile)
     awaited = Awaited(iterator)
     # Left in reverse: nothing is computed any more when pending saves are waited for.
     with (

@@ -5,19 +5,25 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
+import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils.epath import Path
+
+from concat_jax.core.files import as_path, in_bucket
 
 METRICS = "metrics.jsonl"
+_SECONDS_UNSEEN = 60  # of rows, in a bucket: each time all of them are sent
 
 
 class MetricWriter:
     """Scalars and pictures of one stage; of several hosts, the first one writes.
 
-    TensorBoard goes through CLU, which imports TensorFlow; without them the JSON lines remain.
+    TensorBoard goes through CLU, which imports TensorFlow; without them the JSON lines remain. In a
+    bucket, where no file can be appended to, these show after a minute, and all when it is closed.
     """
 
     def __init__(self, directory: Path, *, tensorboard: bool):
@@ -25,8 +31,13 @@ class MetricWriter:
         leads = jax.process_index() == 0
         if leads:
             directory.mkdir(parents=True, exist_ok=True)
-        path = directory / METRICS if leads else Path(os.devnull)
-        self._file = path.open("ab", buffering=0)
+        self._path = directory / METRICS if leads else as_path(os.devnull)
+        self._shown = time.monotonic()
+        if in_bucket(self._path):
+            self._file = tempfile.TemporaryFile(buffering=0)
+            self._file.write(self._path.read_bytes() if self._path.exists() else b"")
+        else:
+            self._file = self._path.open("ab", buffering=0)
         self._tensorboard = None
         if tensorboard and leads:
             try:
@@ -45,7 +56,9 @@ class MetricWriter:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._file.truncate(end)  # no half row for a later one to be appended to
-            raise OSError(error.errno, error.strerror, self._file.name) from error
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if time.monotonic() - self._shown > _SECONDS_UNSEEN:
+            self._show()
         if self._tensorboard:
             self._tensorboard.write_scalars(step, dict(values))
 
@@ -55,7 +68,14 @@ class MetricWriter:
             batched = {name: image[None] for name, image in images.items()}
             self._tensorboard.write_images(step, batched)
 
+    def _show(self) -> None:
+        if in_bucket(self._path):
+            self._file.seek(0)
+            self._path.write_bytes(self._file.read())
+        self._shown = time.monotonic()
+
     def close(self) -> None:
+        self._show()
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()

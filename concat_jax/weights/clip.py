@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils.epath import Path
 
+from concat_jax.core.files import as_path
 from concat_jax.models.clip import CLIP, CLIP_VARIANTS, make_clip
 from concat_jax.models.clip_images import CLIP_MEAN, CLIP_STD
 from concat_jax.text.tokenizer import has_clip_tokenizer
@@ -95,7 +96,7 @@ def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
     architecture that `CLIP` does not have, of other sizes than its config says, or holds values
     that are not finite.
     """
-    path = Path(path)
+    path = as_path(path)
     file = _weights_file(path) if path.is_dir() else path
     content = read_weights(file)
     try:
@@ -159,7 +160,7 @@ def _describe(
 
 def clip_tokenizer_folder(path: str | os.PathLike[str]) -> Path | None:
     """The folder of a CLIP's file or folder, if tokenizer.json, or its two tables, are there."""
-    path = Path(path)
+    path = as_path(path)
     folder = path if path.is_dir() else path.parent
     return folder if has_clip_tokenizer(folder) else None
 

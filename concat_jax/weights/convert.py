@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from etils.epath import Path
+
+from concat_jax.core.files import as_path
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.weights.class_names import Classes, classes_from_hf, default_classes, fresh_head
@@ -75,7 +77,7 @@ def load_source(
         its head is not for as many classes as were named.
       OSError: it cannot be read.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         raise ValueError(f"There is no file or folder {path}.")
     try:

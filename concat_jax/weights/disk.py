@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+
+from concat_jax.core.files import as_path, in_bucket, put_folder, remove_folder
 
 # Files that a folder this package writes has at its top: what `overwrite` may replace.
 CARD_NAME = "model.json"
@@ -29,9 +32,19 @@ def new_folder(
 ) -> Iterator[Path]:
     """A temporary folder for a model, which takes its final name only if the block does not raise.
 
-    `overwrite` replaces what is there, if it is a model's folder or an empty one. Raises ValueError
-    as `check_destination`; OSError if there is no room for `params` or a file cannot be written.
+    `overwrite` replaces what is there, if it is a model's folder or an empty one. In a bucket what
+    shows that it is whole, one of `MARKERS`, comes last. Raises ValueError as `check_destination`;
+    OSError if there is no room for `params` or a file cannot be written.
     """
+    if in_bucket(folder):
+        final = as_path(folder)
+        check_destination(final, overwrite=overwrite)
+        with tempfile.TemporaryDirectory() as local, _one_reason(local, params):
+            yield Path(local)
+            check_destination(final, overwrite=overwrite)
+            remove_folder(final)
+            put_folder(Path(local), final, last=MARKERS)
+        return
     # realpath: a link to a folder stays a link to what replaces that folder.
     final = Path(os.path.realpath(folder))
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
@@ -54,7 +67,7 @@ def new_folder(
 
 def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Raise a ValueError if the name is taken, with `overwrite` by something that is no model."""
-    folder = Path(folder)
+    folder = as_path(folder)
     if not folder.exists():
         above = next(parent for parent in folder.absolute().parents if parent.exists())
         if not above.is_dir():
@@ -79,7 +92,7 @@ def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> Non
 
 def check_apart(source: str, destination: str) -> None:
     """Raise a ValueError if a destination that is made or replaced takes its source with it."""
-    old, new = Path(source).resolve(), Path(destination).resolve()
+    old, new = as_path(source).resolve(), as_path(destination).resolve()
     if new in (old, *old.parents):
         raise ValueError(
             f"{destination} is or holds the source {source}, which would be lost; name another "

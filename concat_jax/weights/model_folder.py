@@ -7,7 +7,6 @@ import functools
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +17,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from concat_jax.core.config import build
-from concat_jax.core.files import read_json, write_json
+from concat_jax.core.files import as_path, on_disk, read_json, write_json
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.clip import CLIP, make_clip
 from concat_jax.models.segmentor import DEFAULTS, LinearClassifier, make_segmentor
@@ -178,7 +177,7 @@ def load_card(folder: str | os.PathLike[str]) -> ModelCard:
     Raises ValueError if the folder or its `model.json` is missing, or does not say what a card
     says.
     """
-    path = Path(folder) / CARD_NAME
+    path = as_path(folder) / CARD_NAME
     if not path.is_file():
         raise ValueError(
             f"{folder} holds no {CARD_NAME}; make a model's folder with "
@@ -211,16 +210,16 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Params, ModelCard]:
     card.
     """
     card = load_card(folder)
-    path = Path(folder).absolute() / PARAMS_NAME
+    path = as_path(folder).absolute() / PARAMS_NAME
     if not path.is_dir():
         raise ValueError(f"{folder} lacks {PARAMS_NAME}/; convert the model again.")
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(path).item_metadata
+        with on_disk(path) as local, ocp.PyTreeCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(local).item_metadata
             tree = getattr(saved, "tree", saved)
             # numpy: where the arrays belong is for the caller to say, not for the file.
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            params = checkpointer.restore(path, restore_args=as_numpy)
+            params = checkpointer.restore(local, restore_args=as_numpy)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

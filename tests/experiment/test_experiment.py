@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from concat_jax import main
 from concat_jax.core.files import FileError
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.experiment import Experiment
@@ -297,17 +296,6 @@ def test_hosts_share_a_batch_of_the_bank():
         QueryBank(queries, labels, batch_size=8, seed=3, process_count=3)
     with pytest.raises(ValueError, match="batch of 8 cannot be shared by 3 hosts"):
         make_datasets(smoke_config().data, seed=0, process_count=3).train(8)
-
-
-def test_a_bucket_is_no_workdir(monkeypatch, tmp_path):
-    """`Path` would turn it into a folder called "gs:" here, which dies with the machine."""
-    monkeypatch.chdir(tmp_path)
-    # `main` sets the process's cache where none is set; the tests after this one must not have it.
-    monkeypatch.setattr(jax.config, "update", lambda *args: None)
-    arguments = [f"--config={ROOT}/configs/demo_zps.py", "--workdir=gs://bucket/run"]
-    with pytest.raises(SystemExit, match="gs://bucket/run is not a local path"):
-        main.main(["main", *arguments])
-    assert not list(tmp_path.iterdir())
 
 
 def segmentor_from_init(folder):

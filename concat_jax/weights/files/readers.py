@@ -9,13 +9,13 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
+from etils.epath import Path
 
-from concat_jax.core.files import read_json
+from concat_jax.core.files import as_path, on_disk, read_json
 from concat_jax.weights.files.restricted_pickle import SAFETENSORS_TYPES, as_array, read_pickle
 from concat_jax.weights.files.torch_files import (
     LEGACY_START,
@@ -76,7 +76,7 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
     ValueError if the file is missing, empty, cut off, of another format, holds no weights, or is a
     pickle that names something weights have no need of; the sentence names the file.
     """
-    path = Path(path)
+    path = as_path(path)
     content = _read_parts(path) if path.name.endswith(INDEX_SUFFIX) else _read_file(path)
     arrays, averaged = dict(content.arrays), ()
     if any(name.startswith("module.") for name in arrays) and "n_averaged" in arrays:
@@ -106,7 +106,7 @@ def _read_file(path: Path) -> WeightsFile:
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
     try:
-        with path.open("rb") as file:
+        with on_disk(path) as local, local.open("rb") as file:
             return _read(file, path.suffix)
     except Exception as error:  # whatever a damaged file makes the decoders raise
         reason = " ".join(str(error).split()).rstrip(".")
@@ -160,7 +160,7 @@ def _read_parts(path: Path) -> WeightsFile:
         raise ValueError(f"{path} is no index of weights files.")
     arrays: dict[str, np.ndarray] = {}
     for name in sorted(set(places.values())):
-        if Path(name).name != name:
+        if os.path.basename(name) != name:
             raise ValueError(f"{path} names {name}, which is not a file beside it.")
         arrays |= _read_file(path.parent / name).arrays
     return WeightsFile(arrays)
