@@ -81,6 +81,7 @@ COMES_WITH = {
     "jax2onnx": "export",
     "onnx": "export",
     "onnxruntime": "export",
+    "gcp_storage_emulator": "reference",
 }
 
 

@@ -24,7 +24,7 @@ from concat_jax import main
 from concat_jax.core import config as configuration
 from concat_jax.experiment import query_pictures
 from concat_jax.experiment.setup import make_setup
-from concat_jax.experiment.workdir import LOCK_NAME
+from concat_jax.experiment.workdir_lock import LOCK_NAME
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
 from concat_jax.training.sharding import make_mesh
 

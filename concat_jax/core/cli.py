@@ -30,7 +30,7 @@ from ml_collections import ConfigDict, config_flags
 
 from concat_jax.core import stopping
 from concat_jax.core.config import check_choice, is_open
-from concat_jax.core.files import as_path, in_bucket
+from concat_jax.core.files import as_path, in_bucket, is_of_bucket, nearest
 
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended: 128 + SIGINT
 BROKEN_PIPE = 141  # the same of SIGPIPE
@@ -165,7 +165,9 @@ def one_sentence() -> Iterator[None]:
         # Nobody reads on, as of `| head`; what is still to be flushed goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
-    except (ValueError, OSError, UserStop) as error:
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError | UserStop) and not is_of_bucket(error):
+            raise
         text = str(error)
         if isinstance(error, OSError) and error.strerror and error.filename is not None:
             text = f"{os.fspath(error.filename)}: {error.strerror}."
@@ -309,13 +311,11 @@ def config_of(given: Flags) -> ConfigDict:
 def output_folder(given: Flags) -> Path:
     """The flag --output of a command that fills a folder; ValueError if that cannot be."""
     path = as_path(given.output)
-    if in_bucket(path):
-        return path
-    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    above = nearest(path)
     where = f"--output={path}" + f": {above}" * (above != path)
     if above.is_file():
         raise ValueError(f"{where} is a file; name a folder.")
-    if not os.access(above, os.W_OK):
+    if not in_bucket(path) and not os.access(above, os.W_OK):
         raise ValueError(f"{where} cannot be written to; name another folder.")
     return path
 

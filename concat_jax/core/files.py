@@ -72,13 +72,13 @@ class BucketPath(type(epath.Path(BUCKET))):
 
 
 def as_path(path: str | os.PathLike[str]) -> epath.Path:
-    """A path of this machine or in a bucket; ValueError for others, or without what reads buckets.
+    """A path of this machine or in a bucket; ValueError for others, or if it cannot be reached.
 
     The former is pathlib's, which can all that epath's can and more.
     """
     text = os.fspath(path)
     if text.startswith(BUCKET):
-        _prepare_buckets()
+        _reach(text.removeprefix(BUCKET).partition("/")[0])
         return BucketPath(text)
     if "://" in text or text.startswith("gs:"):
         raise ValueError(f"{text} is neither a path of this machine nor in a bucket, gs://NAME/...")
@@ -86,18 +86,41 @@ def as_path(path: str | os.PathLike[str]) -> epath.Path:
 
 
 @functools.cache
-def _prepare_buckets() -> None:
+def _reach(bucket: str) -> None:
+    """Raises FileError, at the first path of a bucket, if no path of it can be read or written."""
     if importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(
+        raise FileError(
             "A path of gs:// needs gcsfs: pip install -r requirements-buckets.txt, or name a "
             "folder of this machine."
         )
-    import fsspec
-
     # Not TensorFlow where it happens to be installed: with one reader errors are the same anywhere.
     os.environ.setdefault("EPATH_USE_TF", "false")
+    # Kinds of buckets other than the common one, which gcsfs asks for, and may not be told of.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    import fsspec
+
     # Other hosts and TensorStore write as well, which a list that is kept does not show.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    try:
+        fsspec.filesystem("gcs").call("GET", "b/{}/o", bucket, maxResults=1)
+    except FileNotFoundError as error:
+        raise FileError(
+            f"There is no bucket {BUCKET}{bucket}; make it (gcloud storage buckets create "
+            f"{BUCKET}{bucket}), or name another."
+        ) from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_of_bucket(error):
+            raise
+        raise FileError(
+            f"The bucket {BUCKET}{bucket} cannot be used: {_said(error)}; whoever runs this must "
+            "be signed in (gcloud auth application-default login, or a service account of the "
+            "machine) and have the role Storage Object Admin on it."
+        ) from error
+
+
+def is_of_bucket(error: BaseException) -> bool:
+    """Whether an error is one of the libraries that read buckets, which is no fault of ours."""
+    return type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google")
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
@@ -113,6 +136,11 @@ def files_below(folder: epath.Path) -> dict[epath.Path, int]:
 
     found = fsspec.filesystem("gcs").find(f"{folder}/", detail=True)
     return {as_path(BUCKET + name): found[name]["size"] for name in sorted(found)}
+
+
+def nearest(path: epath.Path) -> epath.Path:
+    """The path if it is there, else the nearest above it that is: of a bucket, all are."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists() or in_bucket(p))
 
 
 def size_of(path: epath.Path) -> int:
@@ -217,10 +245,11 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise FileError(f"{path} is no text in UTF-8: {error}; save it in UTF-8.") from error
 
 
-def _said(error: OSError) -> str:
-    """What an error says; gcsfs has no words for a file or a bucket that is not there."""
+def _said(error: Exception) -> str:
+    """What an error says; gcsfs has no words for a file that is not there."""
     is_missing = isinstance(error, FileNotFoundError)
-    return error.strerror or ("No such file or bucket" if is_missing else str(error))
+    said = "No such file" if is_missing else " ".join(str(error).split()).rstrip(".")
+    return getattr(error, "strerror", "") or said
 
 
 def make_folder(path: epath.Path) -> None:

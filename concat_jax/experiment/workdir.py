@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-import os
 import secrets
-import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import ml_collections
 from etils.epath import Path
 
 from concat_jax.core import config as configuration
-from concat_jax.core.files import append_text, in_bucket, make_folder, read_json, write_json
+from concat_jax.core.files import append_text, read_json, write_json
+from concat_jax.experiment.workdir_lock import lock_workdir
 from concat_jax.stages.stage import INIT
 from concat_jax.training.checkpoints import StageCheckpoints
 
@@ -43,7 +40,6 @@ LOGGING_KEYS = ("log_every", "save_every", "eval_every", "keep", "max_skips")
 # Where the training data lies, and how.
 DATA_KEYS = ("data.kind", "data.root", "data.split_file")
 _SHOWN_CHANGES = 8
-LOCK_NAME = "lock.json"
 # In the folder of a stage: which training of it this is, and of those that it takes from.
 ORIGIN_NAME = "origin.json"
 # Keys of the model that change no parameter's shape, so that no checkpoint can tell them.
@@ -112,8 +108,7 @@ def claim_workdir(
         changed = [key for key in changed if not key.startswith((*EVALUATION_KEYS, "stages"))]
     if not write:
         return
-    if not in_bucket(workdir):
-        _lock(workdir.absolute())
+    lock_workdir(workdir.absolute())
     if changed:
         _note_changes(workdir, {key: [theirs.get(key), mine.get(key)] for key in changed})
     if changed or not path.exists():
@@ -121,36 +116,6 @@ def claim_workdir(
         write_json(path, {k: v for k, v in settled.items() if k in mine or k not in changed})
     if data_identity and (not trained or not data_path.exists()):
         write_json(data_path, {"training": data_identity()})
-
-
-@functools.cache  # held until the process ends, however it does: the system lets go of it then
-def _lock(workdir: Path) -> TextIO | None:
-    """Makes a workdir this process's own; ValueError naming the process whose own it is."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    make_folder(workdir)
-    path = workdir / LOCK_NAME
-    file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        by = "another process"
-        with contextlib.suppress(ValueError):  # it has not written yet
-            by = "process {pid} of host {host} since {since}".format(**json.load(file))
-        raise ValueError(
-            f"The workdir {workdir} is being written by {by}; wait until it ends, or give another "
-            "--workdir."
-        ) from error
-    except OSError:
-        print(f"Warning: {workdir} cannot be locked on its file system; let no one else write it.")
-    file.truncate(0)
-    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, file)
-    file.flush()
-    return file
 
 
 def note_origin(workdir: Path, name: str, sources: Iterable[str]) -> None:

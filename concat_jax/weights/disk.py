@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from concat_jax.core.files import as_path, in_bucket, put_folder, remove_folder
+from concat_jax.core.files import as_path, in_bucket, nearest, put_folder, remove_folder
 
 # Files that a folder this package writes has at its top: what `overwrite` may replace.
 CARD_NAME = "model.json"
@@ -39,7 +39,7 @@ def new_folder(
     if in_bucket(folder):
         final = as_path(folder)
         check_destination(final, overwrite=overwrite)
-        with tempfile.TemporaryDirectory() as local, _one_reason(local, params):
+        with tempfile.TemporaryDirectory() as local, _one_reason(final, Path(local), params):
             yield Path(local)
             check_destination(final, overwrite=overwrite)
             remove_folder(final)
@@ -49,7 +49,7 @@ def new_folder(
     final = Path(os.path.realpath(folder))
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
     check_destination(final, overwrite=overwrite)
-    with _one_reason(folder, params):
+    with _one_reason(folder, nearest(final), params):
         try:
             temporary.mkdir(parents=True)
             yield temporary
@@ -69,8 +69,8 @@ def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> Non
     """Raise a ValueError if the name is taken, with `overwrite` by something that is no model."""
     folder = as_path(folder)
     if not folder.exists():
-        above = next(parent for parent in folder.absolute().parents if parent.exists())
-        if not above.is_dir():
+        above = nearest(folder)
+        if above.is_file():
             raise ValueError(f"{above} is a file and {folder} below it; name another folder.")
         return
     if not folder.is_dir():
@@ -101,14 +101,15 @@ def check_apart(source: str, destination: str) -> None:
 
 
 @contextlib.contextmanager
-def _one_reason(destination: str | os.PathLike[str], params: Mapping[str, Any]) -> Iterator[None]:
+def _one_reason(
+    destination: str | os.PathLike[str], folder: Path, params: Mapping[str, Any]
+) -> Iterator[None]:
     """Turns whatever Orbax, safetensors and their threads tell about a full disk into a sentence.
 
-    The size of `params` is compared with the room before anything is written.
+    The size of `params` is compared with the room in `folder` before anything is written.
     """
     size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
-    folder = Path(os.path.realpath(destination)).parent
-    disk = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.is_dir()))
+    disk = shutil.disk_usage(folder)
     if disk.total and disk.free < size:
         raise OSError(
             f"{destination} cannot be written: it takes {size / 1e6:,.1f} MB and the disk has "

@@ -14,12 +14,12 @@ import pytest
 
 from concat_jax.experiment import workdir as module
 from concat_jax.experiment.workdir import (
-    LOCK_NAME,
     check_origins,
     claim_workdir,
     note_origin,
     read_report,
 )
+from concat_jax.experiment.workdir_lock import LOCK_NAME
 
 
 def config(**changes):
