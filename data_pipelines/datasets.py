@@ -78,21 +78,28 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
     shared = dict(preset=config["preset"], image_size=config["image_size"], seed=world)
     segments = dict(max_segments=config["max_segments"])
 
-    def of_this_host(world: type, batch_size: int, **options) -> BatchFn:
+    def share_of(batch_size: int) -> int:
         if batch_size % process_count:
             raise ValueError(
                 f"A batch of {batch_size} cannot be shared by {process_count} hosts; make the "
                 "batch size a multiple of it."
             )
-        # Scenes are endless, so hosts take different steps of one stream and stay disjoint.
-        batch = world(**shared, **options, batch_size=batch_size // process_count).batch
+        return batch_size // process_count
+
+    def scenes(batch_size: int, classes: str) -> BatchFn:
+        # A scene depends on its index alone, so a host draws its own rows of the global batch.
+        share = share_of(batch_size)
+        batch = SyntheticWorld(**shared, **segments, classes=classes, batch_size=share).batch
         return lambda step: batch((first + step) * process_count + process_index)
 
     def captions(batch_size: int, side: int, classes: str = "all") -> BatchFn:
+        # A batch of captions is one stream of random numbers: every host draws it whole.
+        share = share_of(batch_size)
+        own = slice(process_index * share, (process_index + 1) * share)
         options = dict(crop_size=side, scene_ratio=config["caption_scene_ratio"], classes=classes)
-        return of_this_host(CaptionWorld, batch_size, **options)
+        batch = CaptionWorld(**shared, **options, batch_size=batch_size).batch
+        return lambda step: {name: rows[own] for name, rows in batch(first + step).items()}
 
-    scenes = functools.partial(of_this_host, SyntheticWorld, **segments)
     test = SyntheticWorld(
         **shared,
         **segments,

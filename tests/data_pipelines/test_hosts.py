@@ -8,6 +8,7 @@ from concat_jax.core.batch import FIELDS, SEGMENT_TABLES
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.augment import resize_longest
+from data_pipelines.datasets import make_datasets
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.source import ImageRecord
 
@@ -56,6 +57,19 @@ def test_hosts_share_a_global_batch_that_does_not_depend_on_their_number(augment
         shares = [host.batch(step, 6) for host in hosts]
         joined = {name: np.concatenate([share[name] for share in shares]) for name in shares[0]}
         _assert_equal(joined, whole.batch(step, 6))
+
+
+@pytest.mark.parametrize("kind", ["train", "captions"])
+def test_hosts_share_a_batch_of_the_synthetic_world(kind):
+    config = dict(kind="synthetic", preset="texture", image_size=32, max_segments=10)
+    config |= dict(eval_split="test", num_eval_images=1, caption_scene_ratio=0.25)
+
+    def batch(*host):
+        data = make_datasets(config, seed=3, process_index=host[0], process_count=host[1])
+        return {"train": lambda: data.train(8), "captions": lambda: data.captions(8, 16)}[kind]()(5)
+
+    whole, shares = batch(0, 1), [batch(i, 2) for i in range(2)]
+    _assert_equal({k: np.concatenate([share[k] for share in shares]) for k in whole}, whole)
 
 
 def test_two_hosts_see_disjoint_data_whose_union_is_the_epoch():
