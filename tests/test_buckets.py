@@ -15,8 +15,8 @@ from concat_jax.core.coco_writers import StreamedJson
 from concat_jax.core.files import FileError, as_path
 from concat_jax.core.shard_store import ShardStore, StoreKind
 from concat_jax.experiment import workdir_lock
+from concat_jax.training import metrics
 from concat_jax.training.checkpoints import StageCheckpoints
-from concat_jax.training.metrics import MetricWriter
 from concat_jax.training.sharding import make_mesh
 from concat_jax.training.state import TrainState
 from concat_jax.weights.disk import CARD_NAME, check_destination, new_folder
@@ -96,7 +96,7 @@ def test_a_json_of_many_entries(folder):
 
 def test_metrics_are_appended_by_the_next_process(folder):
     for step in (1, 2):
-        writer = MetricWriter(folder, tensorboard=False)
+        writer = metrics.MetricWriter(folder, tensorboard=False)
         writer.scalars(step, {"loss": float("nan")})
         writer.close()
     rows = files.read_text(folder / "metrics.jsonl").splitlines()

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import logging
 import math
 import os
 import pathlib
@@ -101,6 +102,8 @@ def _reach(bucket: str) -> None:
 
     # Other hosts and TensorStore write as well, which a list that is kept does not show.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    for name in ("gcsfs", "google.auth"):  # log in full what they raise
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         fsspec.filesystem("gcs").call("GET", "b/{}/o", bucket, maxResults=1)
     except FileNotFoundError as error:
@@ -111,11 +114,14 @@ def _reach(bucket: str) -> None:
     except Exception as error:
         if not isinstance(error, OSError) and not is_of_bucket(error):
             raise
-        raise FileError(
-            f"The bucket {BUCKET}{bucket} cannot be used: {_said(error)}; whoever runs this must "
-            "be signed in (gcloud auth application-default login, or a service account of the "
-            "machine) and have the role Storage Object Admin on it."
-        ) from error
+        said = " ".join(str(error).split()).rstrip(".")
+        remedy = "see that this machine reaches Google Cloud Storage, and try again."
+        if said.startswith("Forbidden") or getattr(error, "code", 0) == 401:
+            remedy = (
+                "sign in (gcloud auth application-default login, or a service account of the "
+                "machine) as who has the role Storage Object Admin on it."
+            )
+        raise FileError(f"The bucket {BUCKET}{bucket} cannot be used: {said}; {remedy}") from error
 
 
 def is_of_bucket(error: BaseException) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import pathlib
 import tempfile
 import time
 from collections.abc import Mapping
@@ -13,31 +15,32 @@ import jax
 import numpy as np
 from etils.epath import Path
 
-from concat_jax.core.files import as_path, in_bucket
+from concat_jax.core.files import as_path, in_bucket, put_folder
 
 METRICS = "metrics.jsonl"
-_SECONDS_UNSEEN = 60  # of rows, in a bucket: each time all of them are sent
+_SECONDS_UNSEEN = 60  # of what is new, in a bucket: each time whole files are sent
 
 
 class MetricWriter:
     """Scalars and pictures of one stage; of several hosts, the first one writes.
 
     TensorBoard goes through CLU, which imports TensorFlow; without them the JSON lines remain. In a
-    bucket, where no file can be appended to, these show after a minute, and all when it is closed.
+    bucket, where no file can be appended to, what is new shows after a minute or when it is closed.
     """
 
     def __init__(self, directory: Path, *, tensorboard: bool):
         """`directory` is made if absent, and its `metrics.jsonl` appended to."""
         leads = jax.process_index() == 0
-        if leads:
+        self._directory, self._local = directory, None
+        if leads and in_bucket(directory):
+            self._local, self._shown = tempfile.TemporaryDirectory(), time.monotonic()
+            directory = as_path(self._local.name)
+            if (before := self._directory / METRICS).exists():
+                (directory / METRICS).write_bytes(before.read_bytes())
+        elif leads:
             directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / METRICS if leads else as_path(os.devnull)
-        self._shown = time.monotonic()
-        if in_bucket(self._path):
-            self._file = tempfile.TemporaryFile(buffering=0)
-            self._file.write(self._path.read_bytes() if self._path.exists() else b"")
-        else:
-            self._file = self._path.open("ab", buffering=0)
+        path = directory / METRICS if leads else as_path(os.devnull)
+        self._file = path.open("ab", buffering=0)
         self._tensorboard = None
         if tensorboard and leads:
             try:
@@ -56,11 +59,12 @@ class MetricWriter:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._file.truncate(end)  # no half row for a later one to be appended to
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-        if time.monotonic() - self._shown > _SECONDS_UNSEEN:
-            self._show()
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         if self._tensorboard:
             self._tensorboard.write_scalars(step, dict(values))
+        if self._local and time.monotonic() - self._shown > _SECONDS_UNSEEN:
+            with contextlib.suppress(OSError):  # what a bucket does not take now it may later
+                self._show()
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Write pictures [H, W, 3] uint8 to TensorBoard."""
@@ -69,13 +73,16 @@ class MetricWriter:
             self._tensorboard.write_images(step, batched)
 
     def _show(self) -> None:
-        if in_bucket(self._path):
-            self._file.seek(0)
-            self._path.write_bytes(self._file.read())
         self._shown = time.monotonic()
+        if self._tensorboard:
+            self._tensorboard.flush()
+        put_folder(pathlib.Path(self._local.name), self._directory, last=())
 
     def close(self) -> None:
-        self._show()
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
+            self._tensorboard = None
+        if self._local:
+            with self._local:
+                self._show()

@@ -1,13 +1,16 @@
 """The pages' commands on the demo's workdir, after the demo's own command in smoke size."""
 
 import importlib
+import re
 
 import pytest
 from PIL import Image
 
+from concat_jax.core.files import as_path
 from data_pipelines.synthetic.world import draw_scenes
 from tests import pages
 from tests.command_lines import ROOT
+from tests.emulated_bucket import NAME, emulated_bucket
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +28,19 @@ def commands_on_the_workdir():
     return list(found)
 
 
-def test_commands_on_the_demo(tmp_path, monkeypatch, capsys):
+@pytest.fixture(params=["on a disk", "in a bucket"])
+def root(request, monkeypatch):
+    """Where the folders of the pages lie: "" or a bucket."""
+    if request.param == "on a disk":
+        yield ""
+        return
+    with emulated_bucket() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield f"{NAME}/"
+
+
+def test_commands_on_the_demo(root, tmp_path, monkeypatch, capsys):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     Image.fromarray(draw_scenes(1)[0]).save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
@@ -38,8 +53,12 @@ def test_commands_on_the_demo(tmp_path, monkeypatch, capsys):
     for words in sorted(commands, key=lambda words: words not in trains[:1]):
         if words in trains[1:]:
             continue  # the same run with another number of scenes
-        importlib.import_module(words[0]).main(list(words))
+        placed = [
+            re.sub(r"^(--\w+=|)(?=(runs|models)/|out$)", rf"\1{root}", word) for word in words
+        ]
+        importlib.import_module(words[0]).main(placed)
     made = ("report.json", "finetune/calibration.png", "con/query_space.png")
-    assert all((tmp_path / "runs/demo" / name).is_file() for name in made)
-    assert (tmp_path / "out/panoptic.json").is_file() and (tmp_path / "models/mine").is_dir()
+    assert all(as_path(f"{root}runs/demo/{name}").is_file() for name in made)
+    assert as_path(f"{root}out/panoptic.json").is_file() and as_path(f"{root}models/mine").is_dir()
     assert "Best hPQ at gamma" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} <= {"configs", "photo.png"} or not root
