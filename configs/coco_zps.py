@@ -17,6 +17,9 @@ in every step.
 The directory has COCO's official panoptic layout. Schedule, batch and crop are PADing's (16 images
 of 928², 140,350 steps). Hardware, time and score: not measured.
 
+`--config=configs/coco_zps.py:eight_devices` is for eight GPUs or TPU chips that hold one image of
+stage 1 each: two batches of 8 make an update.
+
 `--config=configs/coco_zps.py:mini` runs every stage for a few steps with small networks and a small
 CLIP of its own, on a directory as small as a hundred images, to see that data and code fit
 together. Its scores mean nothing.
@@ -28,8 +31,8 @@ from concat_jax.core.config import with_arguments
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The COCO config; `arg` is "" or "mini"."""
-    return with_arguments(recipe(), arg, mini=mini)
+    """The COCO config; `arg` is "", "eight_devices", "mini" or both, as "eight_devices,mini"."""
+    return with_arguments(recipe(), arg, eight_devices=eight_devices, mini=mini)
 
 
 def recipe() -> ConfigDict:
@@ -158,6 +161,13 @@ def recipe() -> ConfigDict:
         write_coco=True,
     )
     return config
+
+
+def eight_devices(config: ConfigDict) -> None:
+    """Stage 1 with two batches of 8 an update, as many updates and images as before."""
+    con = config.train.con
+    con.update(batch_size=8, steps=2 * con.steps, save_every=2 * con.save_every)
+    con.optimizer.accumulate = 2
 
 
 def mini(config: ConfigDict) -> None:

@@ -32,6 +32,7 @@ from data_pipelines.sources.registry import DATASETS, label_space
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 ON_DISK = ("coco_zps", "coco_zps_inductive", "coco_stuff_zss", "coco_zsi_48_17", "ade20k_ovss")
 ARGUMENTS = dict.fromkeys(ON_DISK, ("", "mini"))
+ARGUMENTS["coco_zps"] = ("", "eight_devices", "mini")
 ARGUMENTS["demo_zps"] = ("", "attributes", "attributes,smoke", "smoke")
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
 
@@ -92,6 +93,20 @@ def test_an_unknown_argument_names_the_nearest(name):
     known = ARGUMENTS[name][-1]
     with pytest.raises(ValueError, match=f"no argument '{known}x'; did you mean '{known}'"):
         get_config(name, known + "x")
+
+
+def test_eight_devices_take_the_recipe_in_parts(tmp_path):
+    whole, parts = get_config("coco_zps").train.con, get_config("coco_zps", "eight_devices")
+    con, count = parts.train.con, parts.train.con.optimizer.accumulate
+    assert con.batch_size == 8 and con.batch_size * count == whole.batch_size
+    for field in ("steps", "save_every"):
+        assert con[field] == count * whole[field]
+    con.steps -= 1
+    with pytest.raises(ValueError, match=r"2 batches make .* set --config.train.con.steps=280700"):
+        make_run(with_files(parts, tmp_path), tmp_path)
+    con.optimizer.accumulate = 0
+    with pytest.raises(ValueError, match="accumulate is 0 and must be at least 1"):
+        make_run(parts, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "argument"), CASES)

@@ -114,9 +114,15 @@ class Setup:
                 )
 
     def optimizer(self, name: str) -> OptimizerConfig:
-        """Constants of a stage's optimizer; ValueError for a field that there is not."""
-        where = f"config.train.{name}.optimizer"
-        return build(OptimizerConfig, self.stages[name].optimizer, where)
+        """Constants of a stage's optimizer; ValueError for a field or value that cannot be."""
+        where, steps = f"config.train.{name}", self.stages[name].steps
+        optimizer = build(OptimizerConfig, self.stages[name].optimizer, f"{where}.optimizer")
+        if left := steps % (count := optimizer.accumulate):
+            raise ValueError(
+                f"{where}.steps is {steps}, and {count} batches make an update (optimizer."
+                f"accumulate); set --{where}.steps={steps - left + count}."
+            )
+        return optimizer
 
 
 def make_setup(

@@ -15,7 +15,7 @@ FROZEN = "frozen"
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW's constants, of a config.
+    """AdamW's constants, of a config; a step is a batch.
 
     Attributes:
       learning_rate, weight_decay: for multiplier 1, peak and decoupled; 0.05 is Mask2Former's.
@@ -23,7 +23,9 @@ class OptimizerConfig:
       schedule: after the warm-up: "cosine" to 0, "constant", or "steps" (x 0.1 at `decay_at` of the
         steps; Mask2Former's).
       clip_norm: global gradient norm over all trained parameters; 0 for none. 0.01 is
-      Mask2Former's.
+        Mask2Former's.
+      accumulate: batches whose gradients are averaged for one update. Each is normalised by its own
+        segments, and shows its own images alone to losses that contrast images.
     """
 
     learning_rate: float = 1e-4
@@ -32,10 +34,15 @@ class OptimizerConfig:
     schedule: str = "steps"
     decay_at: tuple[float, ...] = (0.889, 0.963)
     clip_norm: float = 0.01
+    accumulate: int = 1
+
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate} and must be at least 1.")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by update, over `steps` updates; ValueError if the schedule is unknown."""
+    """Learning rate by step, over `steps` steps; ValueError if the schedule is unknown."""
     peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
@@ -80,10 +87,16 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW by label, gradients clipped by their global norm over what is trained.
 
+    Of `config.accumulate` steps the last one updates; a checkpoint holds the mean so far.
+
     Frozen gradients are masked before the clip: they would shrink the live ones, and XLA drops
     their backward pass only when nothing reads them.
     """
-    schedule = make_schedule(config, max(steps, 1))
+    of_step = make_schedule(config, max(steps, 1))
+
+    def schedule(updates: jax.Array) -> jax.Array:
+        return of_step(updates * config.accumulate)
+
     transforms: dict[str, optax.GradientTransformation] = {FROZEN: optax.set_to_zero()}
     for label in set(jax.tree.leaves(labels)) - {FROZEN}:
         rate, decay = (float(x) for x in re.findall(r"x([^,]+)", label))
@@ -95,4 +108,6 @@ def make_optimizer(
         trained = jax.tree.map(lambda label: label != FROZEN, labels)
         clip = optax.masked(optax.clip_by_global_norm(config.clip_norm), trained)
         optimizer = optax.chain(clip, optimizer)
+    if config.accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
     return optimizer

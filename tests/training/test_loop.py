@@ -1,5 +1,6 @@
 """The loop on a toy stage: resume, non-finite loss, checkpoints of another shape."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -64,6 +65,53 @@ def run(workdir, *, steps=6, stop=None, width=3, batch_fn=batch, save_every=2, l
         look=look,
     )
     return np.asarray(params["head"]["kernel"]), seen
+
+
+def masked_loss(params, frozen, batch, rng):
+    """Normalised by what is marked, as masks are by their number."""
+    errors = (batch["x"] @ params["head"]["kernel"] + frozen["shift"] - batch["y"]) ** 2
+    value = jnp.sum(errors * batch["marks"]) / jnp.sum(batch["marks"])
+    return value, {"loss": value}
+
+
+def test_accumulated_batches_update_as_one(tmp_path):
+    """Two batches of 8 as one of 16 where both mark as many rows; resumed amid an update."""
+    stage = dataclasses.replace(STAGE, loss=masked_loss, batch_fields=("x", "y", "marks"))
+
+    def train(name, halves, marks=(5, 5), stop=None):
+        """`halves` of 16 rows are a batch, of which 1 or 2 make an update."""
+        count = 2 // halves
+
+        def batches(first, number):
+            for step in range(first, first + number):
+                if step == stop:
+                    raise KeyboardInterrupt
+                numbers = range(halves * step, halves * (step + 1))
+                rows = [{**batch(i), "marks": np.arange(8) < marks[i % 2]} for i in numbers]
+                yield {k: np.concatenate([row[k] for row in rows]) for k in rows[0]}
+
+        optimizer = dict(learning_rate=0.1, warmup_steps=count, decay_at=(0.6, 0.8), clip_norm=1.0)
+        return train_stage(
+            "toy",
+            stage,
+            params={"head": {"kernel": jnp.zeros(3)}},
+            frozen={"shift": jnp.ones(())},
+            batches=batches,
+            workdir=tmp_path / name,
+            mesh=make_mesh(devices=2),
+            loop=LoopConfig(steps=5 * count, save_every=5, tensorboard=False),
+            optimizer=OptimizerConfig(**optimizer, accumulate=count),
+        )["head"]["kernel"]
+
+    whole, parts = train("whole", 2), train("parts", 1)
+    assert np.abs(whole).min() > 0.1
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    with pytest.raises(KeyboardInterrupt):
+        train("broken", 1, stop=6)
+    np.testing.assert_array_equal(train("broken", 1), parts)
+    # A mean of means is another one where a half marks more.
+    uneven = [train(f"uneven{halves}", halves, (1, 8)) for halves in (1, 2)]
+    assert np.abs(uneven[0] - uneven[1]).max() > 1e-3
 
 
 def test_a_killed_run_resumes_as_if_unbroken(tmp_path, capsys):
