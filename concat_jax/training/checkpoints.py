@@ -112,11 +112,21 @@ class StageCheckpoints:
             manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def latest_step(self) -> int | None:
-        """Step of the newest undamaged checkpoint, None without one."""
+        """Step of the newest undamaged checkpoint, None without any.
+
+        Raises CheckpointError if all are damaged: to start anew is not for a program to choose.
+        """
         if self._saving is not None:
             with self._writing():
                 self.manager.wait_until_finished()
-        return self._newest()
+        newest = self._newest()
+        if newest is None and (steps := self._steps()):
+            raise CheckpointError(
+                f"All checkpoints of stage {self.stage!r} in {self.path} are damaged (steps "
+                f"{', '.join(map(str, steps))}); move that folder elsewhere, and the same command "
+                "trains the stage from its start."
+            )
+        return newest
 
     def restore(self, abstract: TrainState, mesh: Mesh) -> TrainState:
         """The newest state, on a mesh as `split_by_rule` says, whatever mesh saved it.
@@ -151,11 +161,10 @@ class StageCheckpoints:
         step = max(steps)
         # An older one is no substitute: what other stages learnt fits the last.
         if wrong := damage(self.path / str(step), (PARAMS,)):
-            good = self.latest_step()
             raise CheckpointError(
                 f"The checkpoint {self.path / str(step)} is damaged: {wrong}; train stage "
                 f"{self.stage!r} again with the command that trained it, which goes on from "
-                f"{'its start' if good is None else f'step {good}'}."
+                f"step {self.latest_step()}."
             )
         wanted = {name: abstract[name] for name in names}
         self._check(step, wanted)
@@ -174,9 +183,14 @@ class StageCheckpoints:
             raise CheckpointError(f"The checkpoint {self.path / str(step)} {otherwise}.") from error
 
     def _steps(self) -> list[int]:
+        """Of all checkpoints, damaged ones too."""
+        return sorted(int(path.name) for path in self._folders() if _is_committed(path))
+
+    def _folders(self) -> list[Path]:
+        """Called as checkpoints are; in a bucket it may be the half of one."""
         if not self.path.is_dir():
             return []
-        return sorted(int(path.name) for path in self.path.iterdir() if path.name.isdecimal())
+        return [path for path in self.path.iterdir() if path.name.isdecimal()]
 
     def _newest(self) -> int | None:
         return next(filter(self._is_whole, reversed(self._steps())), None)
@@ -224,8 +238,7 @@ class StageCheckpoints:
 
     def _halves(self) -> list[Path]:
         if in_bucket(self.path):
-            steps = (self.path / str(step) for step in self._steps())
-            return [step for step in steps if not _is_committed(step)]
+            return [path for path in self._folders() if not _is_committed(path)]
         return sorted(self.path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
 
     def _remove_halves(self) -> None:

@@ -38,7 +38,10 @@ def damage(folder: Path, items: Sequence[str]) -> str:
       The file and what it has, as "params/_METADATA is missing". Without `NAME`, in a checkpoint
       that an earlier version wrote, flipped bits of array data go unnoticed.
     """
-    found = files_below(folder)
+    try:
+        found = files_below(folder)
+    except OSError as error:
+        return f"{folder.name} cannot be read ({error.strerror})"
     stamps = [
         (
             path.relative_to(folder).as_posix(),
@@ -62,14 +65,19 @@ def _damage(folder: Path, items: tuple[str, ...], stamps: tuple) -> str:
         sums = {name: (size, crc) for name, (size, crc) in read_json(folder / NAME).items()}
     except (ValueError, TypeError, AttributeError):
         return f"{NAME} cannot be read"
+    sums = {name: sums[name] for name in sums if name.split("/")[0] in items}
+    if lost := {*items} - {name.split("/")[0] for name in sums}:
+        return f"{NAME} says nothing of {min(lost)}"
     for name, (size, crc) in sums.items():
-        if name.split("/")[0] not in items:
-            continue
         if name not in sizes:
             return f"{name} is missing"
         if sizes[name] != size:
             return f"{name} has {sizes[name]} bytes instead of {size}"
-        if None not in (crc, found := _crc(folder / name)) and found != crc:
+        try:
+            found = _crc(folder / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if None not in (crc, found) and found != crc:
             return f"{name} has another checksum than when it was written"
     return ""
 

@@ -1,5 +1,6 @@
 """Damaged checkpoints are passed over and kept; what cannot be written is said in a sentence."""
 
+import os
 import shutil
 
 import jax
@@ -180,14 +181,39 @@ def test_training_goes_on_and_nothing_is_deleted(workdir, capsys):
     jax.tree.map(np.testing.assert_array_equal, restored, state(20))
 
 
-def test_no_undamaged_checkpoint_at_all(workdir):
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"params/_METADATA": 3}', '{"a/b": [1, 2]}']
+)
+def test_damaged_sums_are_damage(saved, tmp_path, text, capsys):
+    workdir = shutil.copytree(saved, tmp_path / "w")
+    (workdir / "con/checkpoints/20" / NAME).write_text(text)
+    assert StageCheckpoints(workdir, "con").latest_step() == 10
+    assert f"is damaged and passed over: {NAME} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["a file", "a folder"])
+def test_what_may_not_be_read_is_passed_over(saved, tmp_path, what, capsys):
+    workdir = shutil.copytree(saved, tmp_path / "w")
+    step = workdir / "con/checkpoints/20"
+    closed = array_data(step) if what == "a file" else step / "params/d"
+    closed.chmod(0)
+    if os.access(closed, os.R_OK):
+        pytest.skip("this user may read anything")
+    assert StageCheckpoints(workdir, "con").latest_step() == 10
+    closed.chmod(0o700)
+    assert "is damaged and passed over: params/" in capsys.readouterr().out
+
+
+def test_without_an_undamaged_checkpoint_nothing_is_trained_anew(workdir):
     for step in (10, 20):
         (workdir / f"con/checkpoints/{step}/params/manifest.ocdbt").unlink()
+    refused = (
+        r"All checkpoints of stage 'con' in \S+ are damaged \(steps 10, 20\); move that folder"
+    )
     with StageCheckpoints(workdir, "con") as checkpoints:
-        assert checkpoints.latest_step() is None
-        with pytest.raises(
-            CheckpointError, match="20 is damaged: params/.* goes on from its start"
-        ):
+        with pytest.raises(CheckpointError, match=refused):
+            checkpoints.latest_step()
+        with pytest.raises(CheckpointError, match=refused):
             checkpoints.restore_params(["head"], abstract().params, ONE_DEVICE)
 
 
