@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import http.client
 import os
+import pathlib
 import re
 import select
 import signal
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +28,12 @@ _POLL = 0.5  # seconds until a host notices what another says
 _FAREWELL = 4.0  # seconds that a host waits for the others to hear why it ends
 # How libraries call a host that is gone: its connection is closed.
 _LOST = re.compile(r"\bGloo|\bNCCL|coordination_service")
+# Cloud's machines say that they are, and are told by a server that they are taken away:
+# https://cloud.google.com/compute/docs/instances/create-use-spot. It answers when that changes.
+_PRODUCT = pathlib.Path("/sys/class/dmi/id/product_name")
+_SERVER = "metadata.google.internal"
+_QUESTION = "computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec=60&last_etag="
+_AGAIN = 10.0  # seconds after a question that was not answered
 
 
 class Terminated(KeyboardInterrupt):
@@ -64,6 +73,7 @@ def catching_sigterm(sentence: str) -> Iterator[None]:
     handler = signal.signal(signal.SIGTERM, _on_sigterm)
     watcher = threading.Thread(target=_watch, args=(reader, sentence), daemon=True)
     watcher.start()
+    _heed_notice()
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -99,6 +109,38 @@ def _watch(reader: int, sentence: str) -> None:
                 _state.hosts.agree(end)
     saved = _state.saved
     leave(PREEMPTED, f"Stopped amid a step; {saved()}" if saved else sentence)
+
+
+def _heed_notice() -> None:
+    """From now on Cloud's notice is SIGTERM, which not every container hands on to what it runs.
+
+    Only on a machine of Cloud is a server asked; as in Cloud's libraries, GCE_METADATA_HOST in the
+    environment names another.
+    """
+    server = os.environ.get("GCE_METADATA_HOST", "")
+    if not server and _PRODUCT.exists() and _PRODUCT.read_text().startswith("Google"):
+        server = _SERVER
+    if server:
+        threading.Thread(target=_await_notice, args=(server,), name="notice", daemon=True).start()
+
+
+def _await_notice(server: str) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is no site
+    etag = "0"  # of no answer: the first one comes at once
+    while True:
+        request = urllib.request.Request(
+            f"http://{server}/{_QUESTION}{etag}", headers={"Metadata-Flavor": "Google"}
+        )
+        try:
+            with opener.open(request, timeout=90) as answer:
+                etag, preempted = answer.headers.get("ETag", "0"), answer.read().strip()
+        except (OSError, http.client.HTTPException):
+            time.sleep(_AGAIN)
+            continue
+        if preempted == b"TRUE":
+            print("Cloud is taking this machine away.", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def ends_alone() -> bool:

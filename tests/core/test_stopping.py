@@ -1,9 +1,14 @@
-"""SIGTERM between steps and elsewhere, and what hosts tell one another; a dict is their store."""
+"""SIGTERM between steps and elsewhere, and what hosts tell one another; a dict is their store.
 
+A server of our own stands for Cloud's.
+"""
+
+import http.server
 import os
 import signal
 import threading
 import time
+import urllib.parse
 
 import pytest
 
@@ -190,3 +195,53 @@ def test_sigterm_of_another_host_is_ones_own(state, monkeypatch):
 
 def test_alone_nobody_is_told():
     stopping.fail_together(ValueError("a"))
+
+
+@pytest.fixture
+def cloud(monkeypatch):
+    """Questions that a server is asked, and the answers it gives, one after the other."""
+    asked, answers = [], []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.headers["Metadata-Flavor"], urllib.parse.urlparse(self.path)))
+            answer = answers.pop(0)
+            self.send_response(200 if answer else 503)
+            self.send_header("ETag", f"tag{len(answers)}")
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
+        monkeypatch.setenv("http_proxy", "http://localhost:9")
+        monkeypatch.setattr(stopping, "_AGAIN", 0.0)
+        yield asked, answers
+        server.shutdown()
+
+
+def test_the_notice_is_sigterm(cloud, capsys):
+    asked, answers = cloud
+    answers += [b"FALSE", b"", b"FALSE", b"TRUE\n"]
+    with pytest.raises(stopping.Terminated):
+        with stopping.catching_sigterm("Stopped."):
+            time.sleep(20)
+    assert not answers and {flavor for flavor, _ in asked} == {"Google"}
+    assert {url.path for _, url in asked} == {"/computeMetadata/v1/instance/preempted"}
+    tags = [urllib.parse.parse_qs(url.query)["last_etag"] for _, url in asked]
+    assert tags == [["0"], ["tag3"], ["tag3"], ["tag1"]]
+    assert capsys.readouterr().out == "Cloud is taking this machine away.\n"
+
+
+def test_elsewhere_nobody_is_asked(tmp_path, monkeypatch):
+    monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
+    before = threading.active_count()
+    for product in ("", "ThinkPad"):
+        monkeypatch.setattr(stopping, "_PRODUCT", tmp_path / "product_name")
+        if product:
+            (tmp_path / "product_name").write_text(product)
+        stopping._heed_notice()
+    assert threading.active_count() == before
