@@ -158,7 +158,7 @@ def test_a_workdir_is_one_process_own(folder, monkeypatch):
     for name in ("_BEAT", "_SETTLED"):
         monkeypatch.setattr(workdir_lock, name, 0.05)
     monkeypatch.setattr(workdir_lock, "_SILENCE", 0.5)
-    monkeypatch.setattr(workdir_lock.atexit, "register", lambda let_go: kept.append(let_go))
+    monkeypatch.setattr(workdir_lock.stopping, "at_exit", lambda let_go: kept.append(let_go))
     kept = []
     path = folder / workdir_lock.LOCK_NAME
     files.write_json(path, {"host": "tpu-3", "pid": 17, "since": "noon"})  # of one that was killed

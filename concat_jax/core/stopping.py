@@ -7,6 +7,7 @@ cannot be interrupted, as the compilation of a program, is left as it is after `
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import http.client
@@ -53,6 +54,7 @@ class _State:
 
 
 _state, _lock, _ending = _State(), threading.Lock(), threading.Lock()
+_at_exit: list[Callable[[], object]] = []
 
 
 @contextlib.contextmanager
@@ -189,6 +191,18 @@ def leave(code: int, sentence: str) -> None:
     _say(sentence)
     if _state.hosts:
         _state.hosts.part()
+    _exit(code)
+
+
+def at_exit(function: Callable[[], object]) -> None:
+    """Has a function called when the process ends, at once as well; not when it is killed."""
+    atexit.register(function)
+    _at_exit.append(function)
+
+
+def _exit(code: int) -> None:
+    for function in _at_exit:
+        function()
     os._exit(code)
 
 
@@ -226,7 +240,7 @@ def fail_together(error: BaseException, code: int = 1) -> None:
     else:
         _say(text)
     _state.hosts.fail(text)
-    os._exit(code)
+    _exit(code)
 
 
 class _Hosts:

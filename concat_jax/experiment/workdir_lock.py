@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import json
@@ -15,6 +14,7 @@ from typing import Any
 
 from etils.epath import Path
 
+from concat_jax.core import stopping
 from concat_jax.core.files import in_bucket, make_folder, read_json, write_json
 
 LOCK_NAME = "lock.json"
@@ -81,7 +81,7 @@ def _beating(workdir: Path, mine: Mapping[str, Any]) -> threading.Thread:
 
     thread = threading.Thread(target=beat, name="lock", daemon=True)
     thread.start()
-    atexit.register(let_go)
+    stopping.at_exit(let_go)
     return thread
 
 
