@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import functools
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -333,7 +334,8 @@ def _reason(error: Exception) -> str:
     """What the system said, out of the long story that TensorStore tells."""
     text = " ".join(str(error).split())
     known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES))
-    return next((reason for reason in known if reason in text), text[:200])
+    cause = re.split(r" \[(?:tensorstore_spec|source locations)=", text)[0]  # at its end
+    return next((reason for reason in known if reason in text), cause[-200:])
 
 
 def _restore_args(target: Any, **options):
