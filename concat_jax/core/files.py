@@ -8,6 +8,7 @@ libraries that read or write no other.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import struct
@@ -321,8 +323,16 @@ def append_text(path: epath.Path, text: str) -> None:
     if in_bucket(path):
         write_text(path, (read_text(path) if path.exists() else "") + text)
         return
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
+
+
+def system_reason(error: Exception) -> str:
+    """What the system said of a file, of the long story that TensorStore or TensorFlow tells."""
+    text = " ".join(str(error).split())
+    known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES))
+    cause = re.split(r" \[(?:tensorstore_spec|source locations)=", text)[0]  # at its end
+    return next((reason for reason in known if reason in text), cause[-200:])
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

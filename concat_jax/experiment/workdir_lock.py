@@ -15,7 +15,7 @@ from typing import Any
 from etils.epath import Path
 
 from concat_jax.core import stopping
-from concat_jax.core.files import in_bucket, make_folder, read_json, write_json
+from concat_jax.core.files import in_bucket, make_folder, read_json, write_json, writing
 
 LOCK_NAME = "lock.json"
 # Seconds between the signs of life in a bucket, and of silence after which a process is taken for
@@ -38,7 +38,7 @@ def _flocked(workdir: Path, mine: Mapping[str, Any]) -> Any:
     except ImportError:  # Windows
         return None
     make_folder(workdir)
-    file = (workdir / LOCK_NAME).open("a+", encoding="utf-8")
+    file = (workdir / LOCK_NAME).open("ab", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -46,8 +46,8 @@ def _flocked(workdir: Path, mine: Mapping[str, Any]) -> Any:
     except OSError:
         print(f"Warning: {workdir} cannot be locked on its file system; let no one else write it.")
     file.truncate(0)
-    json.dump(mine, file)
-    file.flush()
+    with writing(workdir / LOCK_NAME):
+        file.write(json.dumps(mine).encode())
     return file
 
 

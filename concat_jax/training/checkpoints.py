@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
-import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,6 +22,7 @@ from concat_jax.core.files import (
     make_folder,
     read_json,
     remove_folder,
+    system_reason,
     write_json,
 )
 from concat_jax.training.checksums import damage, write_checksums
@@ -266,7 +264,7 @@ class StageCheckpoints:
                 self._remove_halves()
             raise CheckpointError(
                 f"The checkpoint {self.path / str(step)} could not be written "
-                f"({_reason(error)}); {self.what_is_saved()}"
+                f"({system_reason(error)}); {self.what_is_saved()}"
             ) from error
 
     def what_is_saved(self) -> str:
@@ -328,14 +326,6 @@ def _is_whole(folder: Path, items: Sequence[str]) -> bool:
         _passed_over.add((folder, wrong))
         print(f"The checkpoint {folder} is damaged and passed over: {wrong}.", flush=True)
     return not wrong
-
-
-def _reason(error: Exception) -> str:
-    """What the system said, out of the long story that TensorStore tells."""
-    text = " ".join(str(error).split())
-    known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES))
-    cause = re.split(r" \[(?:tensorstore_spec|source locations)=", text)[0]  # at its end
-    return next((reason for reason in known if reason in text), cause[-200:])
 
 
 def _restore_args(target: Any, **options):

@@ -9,13 +9,13 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 from etils.epath import Path
 
-from concat_jax.core.files import as_path, in_bucket, put_folder
+from concat_jax.core.files import FileError, as_path, in_bucket, put_folder, system_reason
 
 METRICS = "metrics.jsonl"
 _SECONDS_UNSEEN = 60  # of what is new, in a bucket: each time whole files are sent
@@ -46,7 +46,8 @@ class MetricWriter:
             try:
                 from clu import metric_writers
 
-                self._tensorboard = metric_writers.SummaryWriter(str(directory))
+                with self._sentence():
+                    self._tensorboard = metric_writers.SummaryWriter(str(directory))
             except ImportError as error:
                 print(f"TensorBoard files are not written: {error}; metrics.jsonl is.")
 
@@ -61,7 +62,8 @@ class MetricWriter:
             self._file.truncate(end)  # no half row for a later one to be appended to
             raise OSError(error.errno, error.strerror, self._file.name) from error
         if self._tensorboard:
-            self._tensorboard.write_scalars(step, dict(values))
+            with self._sentence():
+                self._tensorboard.write_scalars(step, dict(values))
         if self._local and time.monotonic() - self._shown > _SECONDS_UNSEEN:
             with contextlib.suppress(OSError):  # what a bucket does not take now it may later
                 self._show()
@@ -70,7 +72,8 @@ class MetricWriter:
         """Write pictures [H, W, 3] uint8 to TensorBoard."""
         if self._tensorboard:
             batched = {name: image[None] for name, image in images.items()}
-            self._tensorboard.write_images(step, batched)
+            with self._sentence():
+                self._tensorboard.write_images(step, batched)
 
     def _show(self) -> None:
         self._shown = time.monotonic()
@@ -81,8 +84,22 @@ class MetricWriter:
     def close(self) -> None:
         self._file.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            with self._sentence():
+                self._tensorboard.close()
             self._tensorboard = None
         if self._local:
             with self._local:
                 self._show()
+
+    @contextlib.contextmanager
+    def _sentence(self) -> Iterator[None]:
+        """Of TensorFlow's errors, as of a full disk, one that says which files and why."""
+        try:
+            yield
+        except Exception as error:
+            if not type(error).__module__.startswith("tensorflow"):
+                raise
+            raise FileError(
+                f"TensorBoard's files in {self._directory} cannot be written: "
+                f"{system_reason(error)}."
+            ) from error

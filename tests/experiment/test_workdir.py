@@ -208,8 +208,9 @@ def test_a_damaged_report_is_made_anew(tmp_path, content, capsys):
 
 
 def learn(workdir, name, *sources):
+    shutil.rmtree(workdir / name, ignore_errors=True)
     note_origin(workdir, name, sources)
-    (workdir / name / "checkpoints/2").mkdir(parents=True, exist_ok=True)
+    (workdir / name / "checkpoints/2").mkdir(parents=True)
 
 
 def test_what_learnt_from_an_earlier_version_of_a_stage_is_named(tmp_path):
