@@ -25,6 +25,7 @@ from concat_jax.core import config as configuration
 from concat_jax.experiment import query_pictures
 from concat_jax.experiment.setup import make_setup
 from concat_jax.experiment.workdir_lock import LOCK_NAME
+from concat_jax.training import sharding
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints
 from concat_jax.training.sharding import make_mesh
 
@@ -157,6 +158,20 @@ def test_parameters_are_arguments_and_no_constants_of_a_program(finished, consta
         with programs_with_constants() as found:
             jax.jit(lambda p=params: jax.tree.map(jnp.sum, p)).lower()
         assert len(found) == 1
+
+
+def test_a_mesh_that_splits_parameters_evaluates_alike(finished, copied, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SPLIT", 256)
+    (copied / "report.json").unlink()
+    config = tiny_config()
+    config.mesh.update(devices=8, fsdp=4)
+    report, _ = run(config, copied)
+    assert not report["stages"]  # all are finished
+    for title, summary in report["results"].items():
+        for group in ("all", "seen", "unseen"):
+            assert summary[group] == pytest.approx(
+                finished[1]["results"][title][group], nan_ok=True
+            )
 
 
 def test_each_stage_says_what_it_takes_trains_and_leaves(finished):
