@@ -27,6 +27,10 @@ from typing import Any, Self
 from etils import epath
 from PIL import Image
 
+# Of epath, which looks once: TensorFlow, where it happens to be installed, would be another reader,
+# with other errors.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
 BUCKET = "gs://"
 _CHUNK = 1 << 22
 
@@ -96,8 +100,6 @@ def _reach(bucket: str) -> None:
             "A path of gs:// needs gcsfs: pip install -r requirements-buckets.txt, or name a "
             "folder of this machine."
         )
-    # Not TensorFlow where it happens to be installed: with one reader errors are the same anywhere.
-    os.environ.setdefault("EPATH_USE_TF", "false")
     # Kinds of buckets other than the common one, which gcsfs asks for, and may not be told of.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
