@@ -87,6 +87,8 @@ def command_lines(page):
         for line in text.replace("\\\n", " ").splitlines():
             for command in line.split(" && "):
                 words = shlex.split(command, comments=True)
+                while words and re.match(r"[A-Z_]+=", words[0]):  # of the environment
+                    del words[0]
                 if words := [word for word in words if word not in _AND_SO_ON]:
                     found.append((place, words))
     return found

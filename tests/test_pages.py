@@ -31,7 +31,7 @@ CHOICES = {
     ("concat_jax.benchmark", "tasks"): cases.TASKS,
 }
 # Folders whose files are the project's own, so that what a page names of them must be there.
-OWN = ("concat_jax/", "configs/", "data_pipelines/", "docs/", "notebooks/", "tests/")
+OWN = ("concat_jax/", "configs/", "data_pipelines/", "docs/", "launch/", "notebooks/", "tests/")
 OWN += ("requirements",)
 # Commands that are run here, with what they read made for them: module -> how many.
 RUN = {
@@ -40,6 +40,21 @@ RUN = {
     "concat_jax.predict": 2,
     "data_pipelines.prepare": 1,
 }
+# Of gcloud's verbs the flags that are used, as its reference has them.
+GCLOUD = {
+    "config set project": (),
+    "services enable": (),
+    "storage buckets create": ("location",),
+    "storage rsync": ("recursive",),
+    "compute tpus queued-resources create": (
+        *("node-id", "zone", "accelerator-type", "runtime-version", "spot"),
+    ),
+    "compute tpus queued-resources describe": ("zone", "format"),
+    "compute tpus queued-resources delete": ("zone", "force"),
+    "compute tpus tpu-vm ssh": ("zone", "worker", "command"),
+}
+# Scripts and how many words of their own stand before flags of concat_jax.main.
+LAUNCH = {"bash launch/tpu.sh": 3, "sbatch launch/slurm.sh": 0}
 SEGMENTOR = dict(
     backbone=tiny.STRIDE_4 | dict(kind="resnet", norm="frozen_batch"),
     width=32,  # a Hugging Face Mask2Former has 32 groups and 4 points
@@ -68,6 +83,16 @@ def fault(words):
         files = [value for flag, value in zip(options, options[1:], strict=False) if flag == "-r"]
         missing = [file for file in files if not (ROOT / file).is_file()]
         return f"there is no {missing[0]}" if missing else ""
+    if program == "gcloud":
+        text = " ".join(rest)
+        verb = next((verb for verb in GCLOUD if text.startswith(verb + " ")), None)
+        flags = {word[2:].partition("=")[0] for word in rest if word.startswith("--")}
+        unknown = flags - {*GCLOUD.get(verb, ())}
+        return f"gcloud {text} is not known here" if verb is None or unknown else ""
+    if program == "tensorboard":
+        return ""
+    if (script := " ".join(words[:2])) in LAUNCH:
+        program, rest = "python", ["-m", "concat_jax.main", *words[2 + LAUNCH[script] :]]
     if program not in ("python", "python3") or rest[0] != "-m":
         return f"{program} is not known here"
     module, *rest = rest[1:]
@@ -118,6 +143,9 @@ def at_the_root():
         ("pip install -r requirements-gpu.txt", "requirements-gpu.txt"),
         ("python -m pytest -m slow tests/slow/test_none.py", "test_none"),
         ("conda create", "conda"),
+        ("gcloud compute tpus queued-resources create a --spott", "--spott"),
+        ("bash launch/tpu.sh a b gs://c --config=configs/coco.py", "coco_zps.py"),
+        ("sbatch launch/slurm.sh --config=configs/coco_zps.py --config.seeed=1", "seeed"),
     ],
 )
 def test_faults_are_found(command, wrong):
