@@ -21,6 +21,11 @@ panoptic json (--images).
 
 times stages 2 and 3 from a query bank at COCO's size, and says how large that is.
 
+    python -m concat_jax.benchmark --tasks=scaling --recipe=configs/coco_zps.py:mini
+
+fits how time, FLOPs and bytes of a step of stage 1 grow with batch, side, queries and segments, and
+draws `scaling.png`.
+
     python -m concat_jax.benchmark --tasks=input_pipeline --images=COCO
 
 times training batches from COCO's folder and from shards of it beside decoding its JPEGs alone.
@@ -36,7 +41,16 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from concat_jax.benchmarking.cases import COMPARED, ON_HOST, TASKS, Case, make_cases
+from matplotlib.figure import Figure
+
+from concat_jax.benchmarking.cases import (
+    COMPARED,
+    OF_CONFIG,
+    ON_HOST,
+    TASKS,
+    Case,
+    make_cases,
+)
 from concat_jax.benchmarking.harness import (
     Measurement,
     in_own_process,
@@ -50,6 +64,7 @@ from concat_jax.benchmarking.reference import is_installed
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
 from concat_jax.core.files import write_json, write_text
+from concat_jax.visualize.plots import save_figure
 
 # Outputs larger than this are compared, but not written down.
 MAX_WRITTEN = 1000
@@ -80,6 +95,7 @@ def define_flags(flags: cli.Flags) -> None:
     flags.integer("two_stage_images", 20, "Images in all, of two_stage and panoptic_quality.", 1)
     # An average image of COCO panoptic has eleven segments, so ten is kind to the other side.
     flags.strings("two_stage_masks", ["10"], "Masks that CLIP sees of an image.")
+    flags.string("recipe", "configs/coco_zps.py:mini", "Of scaling: FILE or FILE:ARGUMENT.")
     flags.integer("input_size", 1024, "Side of input_pipeline's images.", 32)
     flags.choice("dtype", "float32", ("float32", "bfloat16"), "Compute type.")
     flags.integer("repeats", 5, "Timed calls of a case, after one to warm up.", 1)
@@ -98,7 +114,7 @@ def measure_case(
         model = str(folder / ("ours" if ours else "reference"))
         settings = dataclasses.replace(case, model=model, compiled=name == "torch.compile")
         # Our training command sets it; the reference runs as its users run it, unless asked.
-        trains = case.task in ("train", "alignment", "input_pipeline")
+        trains = case.task in ("train", "alignment", "scaling", "input_pipeline")
         keep_memory = trains and (ours or given.same_allocator)
         try:
             found = in_own_process(measure, module, settings, given.repeats, keep_memory)
@@ -113,8 +129,8 @@ def measure_case(
     return results
 
 
-def run(given: cli.Flags) -> tuple[dict[str, Any], str]:
-    """Run what the flags ask for; returns the report and its tables.
+def run(given: cli.Flags) -> tuple[dict[str, Any], str, dict[str, Figure]]:
+    """Run what the flags ask for; returns the report, its tables and its figures by their tasks.
 
     Raises:
       ValueError: for a flag without meaning, or where every case failed.
@@ -131,7 +147,7 @@ def run(given: cli.Flags) -> tuple[dict[str, Any], str]:
     source, measured = "none", []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if not all(case.task in ON_HOST for case in cases):
+        if not all(case.task in ON_HOST + OF_CONFIG for case in cases):
             arguments = (given.model, given.backbone, folder, is_compared)
             source = in_own_process(prepare_models, *arguments)
         for case in cases:
@@ -141,15 +157,27 @@ def run(given: cli.Flags) -> tuple[dict[str, Any], str]:
     if all(isinstance(result, str) for result in found):
         raise ValueError(f"Nothing could be measured, and nothing is written: {found[0]}")
     about = in_own_process(machine)
-    return (
-        {
-            "model": source,
-            "machine": about,
-            "repeats": given.repeats,
-            "cases": [_as_json(case, results) for case, results in measured],
-        },
-        _as_markdown(source, about, given.repeats, measured),
-    )
+    report = {
+        "model": source,
+        "machine": about,
+        "repeats": given.repeats,
+        "cases": [_as_json(case, results) for case, results in measured],
+    }
+    figures = {
+        case.task: figure(case, results)
+        for case, results in measured
+        if (figure := getattr(_module(case), "figure", None)) and not _failed(results)
+    }
+    return report, _as_markdown(source, about, given.repeats, measured), figures
+
+
+def _module(case: Case) -> Any:
+    name = "programs" if case.task in COMPARED else case.task
+    return importlib.import_module(f"concat_jax.benchmarking.{name}")
+
+
+def _failed(results: dict[str, Measurement | str]) -> list[str]:
+    return [result for result in results.values() if isinstance(result, str)]
 
 
 def _as_json(case: Case, results: dict[str, Measurement | str]) -> dict[str, Any]:
@@ -172,9 +200,8 @@ def _as_markdown(source: str, about: dict[str, str], repeats: int, measured: lis
     for case, results in measured:
         if case.task in COMPARED:
             continue
-        failed = [result for result in results.values() if isinstance(result, str)]
-        module = importlib.import_module(f"concat_jax.benchmarking.{case.task}")
-        table = getattr(module, "table", lambda case, results: table_in_turns(results))
+        failed = _failed(results)
+        table = getattr(_module(case), "table", lambda case, results: table_in_turns(results))
         parts.append(f"{case.name}:")
         parts.append(f"Failed: {failed[0]}" if failed else table(case, results))
     return "\n\n".join(parts) + "\n"
@@ -183,8 +210,10 @@ def _as_markdown(source: str, about: dict[str, str], repeats: int, measured: lis
 @cli.command(__doc__, define_flags, computes=False)
 def main(given: cli.Flags) -> None:
     output = cli.output_folder(given)
-    report, markdown = run(given)
+    report, markdown, figures = run(given)
     write_json(output / "benchmark.json", report)
+    for name, figure in figures.items():
+        save_figure(figure, output / f"{name}.png")
     write_text(output / "benchmark.md", markdown)
     print(f"\n{markdown}\nWritten to {output}.")
 

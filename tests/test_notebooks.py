@@ -1,10 +1,14 @@
 """The notebooks run from top to bottom, as far as a test can wait."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from concat_jax.benchmarking import scaling
+from concat_jax.benchmarking.harness import Work
 from tests.command_lines import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -55,6 +59,21 @@ def test_evaluate(folder, capsys):
     for picture in ("bias.png", "queries.png"):
         assert Image.open(folder / picture).width > 500
     assert "gamma 0" in capsys.readouterr().out
+
+
+def test_scaling(folder, capsys, monkeypatch):
+    """With a stand-in for the step, which has a test of its own: 13 programs take minutes."""
+
+    def step(config):
+        pixels = config.train.con.batch_size * config.data.image_size**2
+        return Work(lambda: {"loss": np.zeros(())}, flops=pixels, traffic_bytes=1.0)
+
+    monkeypatch.setattr(scaling, "_step", step)
+    found = run("scaling", REPEATS=2)
+    assert list(found["results"])[:4] == ["batch 2", "batch 4", "batch 8", "batch 16"]
+    text = capsys.readouterr().out
+    assert re.search(r"\| batch \| 2, 4, 8, 16 \| .* \| 1.00 ± 0.00 \| 0.00 ± 0.00 \|", text)
+    assert re.search(r"\| side \| 64, 128, 192, 256 \| .* \| 2.00 ± 0.00 \|", text)
 
 
 @pytest.mark.slow

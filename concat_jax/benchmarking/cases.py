@@ -22,7 +22,8 @@ COMPARED = ("forward", "postprocess", "train")
 # Variants of ours, which take turns in one process: modules of `benchmarking`.
 WITH_CLIP = ("alignment", "two_stage", "query_stages")
 ON_HOST = ("panoptic_quality", "input_pipeline")
-TASKS = (*COMPARED, *WITH_CLIP, *ON_HOST)
+OF_CONFIG = ("scaling",)
+TASKS = (*COMPARED, *WITH_CLIP, *OF_CONFIG, *ON_HOST)
 # Classes of COCO panoptic; the class head's size hardly matters to speed.
 NUM_CLASSES = 133
 # Queries that hold a segment in the post-processing case; COCO images have about eleven.
@@ -38,13 +39,15 @@ class Case:
         map), "train" (forward, losses, gradients, AdamW), "alignment" (stage 1 without CLIP's
         targets, with cached and with online ones), "two_stage" (images to panoptic maps by our
         path, and with CLIP on every mask), "panoptic_quality" (id maps to counts), "query_stages"
-        (stages 2 and 3 from a query bank) or "input_pipeline" (files to training batches).
+        (stages 2 and 3 from a query bank), "scaling" (a config's step of stage 1 at many sizes) or
+        "input_pipeline" (files to training batches).
       height, width: of the network's input, or of drawn maps.
       segments: annotated segments an image.
       clip: config for `make_clip` ("alignment", "two_stage", "query_stages").
       num_images: images in all, a multiple of `batch` ("two_stage", "panoptic_quality").
       num_masks: how many masks of an image CLIP sees, a variant each ("two_stage").
       source: where images are from, in words or as a path; "" draws them.
+      recipe: "FILE" or "FILE:ARGUMENT" ("scaling").
       compiled: by the reference's compiler.
     """
 
@@ -58,6 +61,7 @@ class Case:
     num_images: int = 20
     num_masks: Sequence[int] = (10,)
     source: str = ""
+    recipe: str = ""
     files: Sequence[str] = ()
     model: str = ""
     compiled: bool = False
@@ -74,6 +78,8 @@ class Case:
         if self.task == "panoptic_quality":
             drawn = self.source or f"drawn, {self.height}x{self.width}"
             return f"{self.task} of {self.num_images} pairs ({drawn})"
+        if self.task == "scaling":
+            return f"{self.task} of {self.recipe}"
         if self.task == "query_stages":
             return f"{self.task}, {self.segments} of an image's queries hold a segment"
         if self.task == "input_pipeline":
@@ -111,6 +117,8 @@ def make_cases(given: cli.Flags) -> list[Case]:
             sizes = ["480x640"]
         elif task == "query_stages":
             sizes = ["32"]  # queries have none
+        elif task == "scaling":
+            sizes, fields["recipe"] = ["32"], given.recipe  # which has sizes of its own
         elif task == "input_pipeline":
             sizes = [f"{given.input_size}"]
             fields |= {"batch": 4, "num_images": 100}

@@ -37,6 +37,7 @@ class Work:
       call: does the work, waits for it and returns what is to be compared or told.
       compile: seconds spent before.
       flops: floating-point operations of a call, by the framework's own count; 0 if it has none.
+      traffic_bytes: read and written by a call's operations, by the same count.
       temporary_bytes: memory that the compiler planned for what is neither input nor output.
       peak_bytes: a device's counter of what calls needed; None where there is none.
     """
@@ -44,6 +45,7 @@ class Work:
     call: Callable[[], Mapping[str, np.ndarray]]
     compile: float = 0.0
     flops: float = 0.0
+    traffic_bytes: float = 0.0
     temporary_bytes: int = 0
     peak_bytes: Callable[[], int] | None = None
 
@@ -58,6 +60,7 @@ class Measurement:
     flops: float = 0.0
     memory_bytes: int = 0
     outputs: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    traffic_bytes: float = 0.0
 
     @property
     def median(self) -> float:
@@ -91,7 +94,13 @@ def in_turns(
         memory = (work.peak_bytes or seen)() if len(works) == 1 else work.temporary_bytes
         first, *timed = seconds[name]
         results[name] = Measurement(
-            tuple(timed), first, work.compile, work.flops, memory, outputs[name]
+            tuple(timed),
+            first,
+            work.compile,
+            work.flops,
+            memory,
+            outputs[name],
+            work.traffic_bytes,
         )
     return results
 

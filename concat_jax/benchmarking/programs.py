@@ -40,10 +40,11 @@ def compile_program(function: Any, *arguments: Any, calls: int = 1) -> tuple[Any
     start = time.perf_counter()
     program = function.lower(*arguments).compile()
     seconds = time.perf_counter() - start
-    memory = program.memory_analysis()
+    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     fields = {
         "compile": seconds,
-        "flops": calls * (program.cost_analysis() or {}).get("flops", 0.0),
+        "flops": calls * cost.get("flops", 0.0),
+        "traffic_bytes": calls * cost.get("bytes accessed", 0.0),
         "temporary_bytes": memory.temp_size_in_bytes if memory else 0,
     }
     device = jax.local_devices()[0]

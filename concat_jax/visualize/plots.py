@@ -38,6 +38,7 @@ BAR_COLOURS = {
     (False, False): "#009e73",
 }
 _BARS, _MOST_COLUMNS = 45, 4  # a column before another is begun
+Curve = tuple[np.ndarray, np.ndarray]
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
@@ -69,6 +70,32 @@ def learning_curves(curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]
     in_percent = {name: [(x, 100 * y) for x, y in seeds] for name, seeds in curves.items()}
     _draw_lines(axes, in_percent, "steps", "right, %")
     axes.set_ylim(0, 100)
+    return figure
+
+
+def power_laws(panels: Mapping[str, Mapping[str, Curve]], title: str) -> Figure:
+    """How quantities grow with a size, over what they are at the smallest; both logarithmic.
+
+    `panels`: name of the size -> name of the quantity -> (sizes [P] ascending, values [P] > 0).
+    Dotted is what grows as the size does.
+    """
+    rows = -(-len(panels) // 2)
+    figure = _page(title, 2.9 * rows)
+    for axes, (size, curves) in zip(
+        figure.subplots(rows, 2, squeeze=False).flat, panels.items(), strict=False
+    ):
+        lines = {name: [(x, y / y[0])] for name, (x, y) in curves.items()}
+        _draw_lines(axes, lines, size, "times as much")
+        sizes = next(iter(curves.values()))[0]
+        axes.plot(sizes, sizes / sizes[0], ":", color=FAINT, linewidth=1, zorder=1)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(sizes, [f"{value:g}" for value in sizes])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        for line in axes.lines[: len(lines)]:
+            line.set_marker("o")
+            line.set_markersize(4)
     return figure
 
 
