@@ -191,6 +191,21 @@ def test_damaged_sums_are_damage(saved, tmp_path, text, capsys):
     assert f"is damaged and passed over: {NAME} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "commit_success.txt"])
+@pytest.mark.parametrize("spoil", ["lost", "garbage"])
+def test_what_nothing_is_read_from_may_be_lost(saved, tmp_path, name, spoil):
+    workdir = shutil.copytree(saved, tmp_path / "w")
+    path = workdir / "con/checkpoints/20" / name
+    path.unlink(missing_ok=True)
+    if spoil == "garbage":
+        path.write_bytes(b"gar{bage\xff")
+    with StageCheckpoints(workdir, "con", keep=3) as checkpoints:
+        restored = checkpoints.restore(abstract(), ONE_DEVICE)
+        jax.tree.map(np.testing.assert_array_equal, restored, state(20))
+        checkpoints.save(state(30), 30)
+    assert [is_saved(workdir, "con", step) for step in (10, 20, 30)] == [True] * 3
+
+
 @pytest.mark.parametrize("what", ["a file", "a folder"])
 def test_what_may_not_be_read_is_passed_over(saved, tmp_path, what, capsys):
     workdir = shutil.copytree(saved, tmp_path / "w")
