@@ -85,6 +85,7 @@ def command_lines(page):
     found = []
     for place, text in pieces:
         for line in text.replace("\\\n", " ").splitlines():
+            line = re.sub(r"^until (.*?); do .*; done$", r"\1", line)
             for command in line.split(" && "):
                 words = shlex.split(command, comments=True)
                 while words and re.match(r"[A-Z_]+=", words[0]):  # of the environment
