@@ -76,6 +76,25 @@ def test_a_bucket_that_cannot_be_used(bucket):
         as_path("s3://a/b")
 
 
+def test_what_cannot_be_told_is_no_absence(folder, monkeypatch):
+    """A run that took a lost connection for an empty workdir would begin anew in it."""
+    files.write_text(folder / "con/checkpoints/1/a", "")
+    checkpoints = StageCheckpoints(folder, "con")
+
+    async def lost(*args, **options):
+        raise OSError("lost")
+
+    monkeypatch.setattr("gcsfs.GCSFileSystem._call", lost)
+    for ask in (
+        *(folder.exists, folder.is_dir, folder.is_file, checkpoints.latest_step),
+        *(lambda: list(folder.iterdir()), lambda: list(folder.glob("*/checkpoints/[0-9]*"))),
+        *(lambda: files.files_below(folder), lambda: files.read_text(folder / "a")),
+    ):
+        with pytest.raises((OSError, FileError), match="lost"):
+            ask()
+    assert checkpoints.what_is_saved().startswith("what is saved is out of reach now")
+
+
 def test_shards(folder):
     store = ShardStore(folder, StoreKind("squares", ("rows",), "start again"), {"format": 1})
     store.claim()

@@ -65,6 +65,24 @@ class BucketPath(type(epath.Path(BUCKET))):
     def resolve(self, strict: bool = False) -> Self:
         return self
 
+    def _kind(self) -> str:
+        """Or "" where nothing is; raises if that cannot be told, of which epath makes nothing."""
+        import fsspec
+
+        try:
+            return fsspec.filesystem("gcs").info(os.fspath(self))["type"]
+        except FileNotFoundError:
+            return ""
+
+    def exists(self) -> bool:
+        return bool(self._kind())
+
+    def is_dir(self) -> bool:
+        return self._kind() == "directory"
+
+    def is_file(self) -> bool:
+        return self._kind() == "file"
+
     def open(self, mode: str = "r", **options: Any) -> Any:
         if "a" in mode:  # gcsfs would write over what is there
             raise ValueError(f"{self} is in a bucket, where no file can be appended to.")

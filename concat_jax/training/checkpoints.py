@@ -260,8 +260,9 @@ class StageCheckpoints:
                 raise
             step, self._saving = self._saving, None
             del self.manager  # it would raise the error again
-            if jax.process_index() == 0:
-                self._remove_halves()
+            with contextlib.suppress(Exception):  # of a bucket out of reach; the next save does it
+                if jax.process_index() == 0:
+                    self._remove_halves()
             raise CheckpointError(
                 f"The checkpoint {self.path / str(step)} could not be written "
                 f"({system_reason(error)}); {self.what_is_saved()}"
@@ -269,7 +270,12 @@ class StageCheckpoints:
 
     def what_is_saved(self) -> str:
         """The newest step, as the second half of a sentence; a save that goes on does not count."""
-        step = self._newest()
+        try:
+            step = self._newest()
+        except Exception:
+            if not in_bucket(self.path):
+                raise
+            return "what is saved is out of reach now, and the same command goes on from there."
         if step is None:
             return "no step is saved, and the same command starts the stage again."
         return f"step {step} is saved, and the same command goes on from there."
