@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from concat_jax.core.files import FileError
+from concat_jax.core.files import FileError, in_bucket
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.labels import load_label_space
 from data_pipelines.sources.coco_instances import CocoInstanceSource
@@ -65,6 +65,11 @@ def open_source(
     another layout, with what was expected, and for files that are missing or damaged.
     """
     _check_name(dataset)
+    if in_bucket(root):
+        raise FileError(
+            f"{root} is in a bucket, and folders of images are read on a machine's disk alone: "
+            f"gcloud storage rsync --recursive {root} DIR copies it; give DIR."
+        )
     known, root = DATASETS[dataset], pathlib.Path(root)
     if not str(part) or pathlib.Path(part).name != str(part):
         raise FileError(f"The part {part!r} of {dataset} must be a name such as {known.parts[0]}.")
