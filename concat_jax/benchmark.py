@@ -28,7 +28,8 @@ draws `scaling.png`.
 
     python -m concat_jax.benchmark --tasks=input_pipeline --images=COCO
 
-times training batches from COCO's folder and from shards of it beside decoding its JPEGs alone.
+times training batches from COCO's folder and from it prepared for tf.data, beside decoding its
+JPEGs alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Zero-shot semantic segmentation on COCO-Stuff: 156 seen and 15 unseen classes, R50.
 
-    python -m data_pipelines.prepare coco_stuff_zss --root=/path/to/coco --out=shards/coco_stuff
+    python -m data_pipelines.prepare coco_stuff_zss --root=/path/to/coco --out=prepared/coco_stuff
     python -m concat_jax.main --config=configs/coco_stuff_zss.py --workdir=runs/coco_stuff \\
-        --config.data.kind=shards --config.data.root=shards/coco_stuff \\
+        --config.data.kind=tfds --config.data.root=prepared/coco_stuff \\
         --config.init.clip=/path/to/clip-vit-base-patch16 --config.init.segmentor=weights/r50
 
 The folder has `train2017/`, `val2017/` and the label maps `stuffthingmaps/{train,val}2017/*.png`.

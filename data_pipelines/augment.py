@@ -100,7 +100,7 @@ def sample_semantic(
 def augment_example(
     kind: str,
     rng: np.random.Generator,
-    image: Image.Image,
+    image: Image.Image | np.ndarray,
     segment_ids: np.ndarray,
     segment_labels: np.ndarray,
     size: int,
@@ -135,6 +135,7 @@ def augment_example(
             max_class_area=max_class_area,
         )
         # Before the resize, where there are fewer pixels, not after it as the reference does.
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
         image = colour_jitter(rng, image)
     else:
         placement = letterbox_placement(height, width, size)

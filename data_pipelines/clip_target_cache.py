@@ -6,10 +6,11 @@ fills.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from etils.epath import Path
 
 from concat_jax.core.arrays import unit
 from concat_jax.core.files import as_path
+from concat_jax.core.prefetch import Batches, prefetch
 from concat_jax.core.shard_store import ShardStore, StoreError, StoreKind
 from data_pipelines.sources.source import ImageRecord
 
@@ -135,3 +137,14 @@ class ClipTargetCache:
 
     def add_to(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {**batch, **self.lookup(batch["image_id"], batch["segment_source_ids"])}
+
+    def added_to(self, batches: Batches) -> Batches:
+        """The same batches with their targets, which a thread looks up ahead."""
+
+        def with_targets(steps: Sequence[int]) -> Generator[dict[str, np.ndarray]]:
+            with contextlib.closing(batches(steps)) as given:
+                yield from prefetch(
+                    lambda _: self.add_to(next(given)), 0, len(steps), num_threads=1
+                )
+
+        return with_targets

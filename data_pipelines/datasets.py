@@ -6,31 +6,33 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from concat_jax.core.config import check_choice
 from concat_jax.core.files import FileError
+from concat_jax.core.prefetch import Batches, in_threads
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.clip_target_cache import ClipTargetCache, dataset_identity, find_targets
 from data_pipelines.labels import load_label_space, with_synonyms
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.shards.source import ShardSource
+from data_pipelines.prepared.pipeline import training_batches
+from data_pipelines.prepared.source import PreparedSource
 from data_pipelines.sources.registry import DATASETS, open_source
 from data_pipelines.sources.source import Source, UnseenImages
 from data_pipelines.synthetic.world import CaptionWorld, SyntheticWorld
 
-KINDS = ("synthetic", *DATASETS, "shards")
+KINDS = ("synthetic", *DATASETS, "tfds")
 
 BatchFn = Callable[[int], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-    """What a run needs of its data. A batch function gives the same batch whenever asked.
+    """What a run needs of its data. A step's batch is the same whenever asked.
 
     Attributes:
-      train: batch size -> batch function; no batch holds a pixel of an unseen class. Where cached
+      train: batch size -> batches of steps; none holds a pixel of an unseen class. Where cached
         CLIP targets are configured, batches carry them.
       captions: (batch size, side, "all" or "seen" classes) -> batch function of "image"
         [B, side, side, 3] uint8 and "captions", a list of B strings.
@@ -48,14 +50,14 @@ class Datasets:
     """
 
     vocabulary: Vocabulary
-    train: Callable[[int], BatchFn]
+    train: Callable[[int], Batches]
     captions: Callable[..., BatchFn]
     caption_words: tuple[str, ...]
     evaluation: Callable[..., Iterable[Mapping]]
     eval_size: int
     check_clip_targets: Callable[[Mapping[str, Any]], None] | None = None
     eval_vocabulary: Vocabulary | None = None
-    oracle: Callable[[int], BatchFn] | None = None
+    oracle: Callable[[int], Batches] | None = None
     identity: Callable[[], str] | None = None
 
 
@@ -63,9 +65,20 @@ def make_datasets(
     config: Mapping[str, Any], *, seed: int, process_index: int = 0, process_count: int = 1
 ) -> Datasets:
     """Data sets from a config's `data` section; ValueError for an unknown kind or damaged data."""
-    check_choice(config["kind"], KINDS, "config.data.kind is unknown:")
+    _check_kind(config["kind"], KINDS, "config.data.kind")
     make = _synthetic if config["kind"] == "synthetic" else _on_disk
     return make(config, seed, process_index, process_count)
+
+
+def _check_kind(kind: str, kinds: Sequence[str], setting: str) -> None:
+    if kind == "shards":
+        raise ValueError(
+            f"{setting} is 'shards', which TensorFlow's data sets have replaced: prepare the data "
+            "again into a new folder, python -m data_pipelines.prepare DATASET --root=... "
+            f"--out=DIR, and train with --{setting}=tfds "
+            f"--{setting.replace('kind', 'root')}=DIR."
+        )
+    check_choice(kind, kinds, f"{setting} is unknown:")
 
 
 # Steps of a run in a world that several share: each goes on where the one before ends.
@@ -86,11 +99,11 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
             )
         return batch_size // process_count
 
-    def scenes(batch_size: int, classes: str) -> BatchFn:
+    def scenes(batch_size: int, classes: str) -> Batches:
         # A scene depends on its index alone, so a host draws its own rows of the global batch.
         share = share_of(batch_size)
         batch = SyntheticWorld(**shared, **segments, classes=classes, batch_size=share).batch
-        return lambda step: batch((first + step) * process_count + process_index)
+        return in_threads(lambda step: batch((first + step) * process_count + process_index))
 
     def captions(batch_size: int, side: int, classes: str = "all") -> BatchFn:
         # A batch of captions is one stream of random numbers: every host draws it whole.
@@ -166,12 +179,13 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
         find_targets(folder, {**expected, **described()})
         targets()
 
-    def train(batch_size: int) -> BatchFn:
-        batch = functools.partial(training().batch, batch_size=batch_size)
-        if not folder:
-            return batch
-        cache = targets()
-        return lambda step: cache.add_to(batch(step))
+    def train(batch_size: int) -> Batches:
+        data = training()
+        if config["kind"] == "tfds":
+            batches = functools.partial(training_batches, data, batch_size=batch_size)
+        else:
+            batches = in_threads(functools.partial(data.batch, batch_size=batch_size))
+        return targets().added_to(batches) if folder else batches
 
     return Datasets(
         vocabulary=vocabulary,
@@ -191,7 +205,7 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
 def training_part(
     config: Mapping[str, Any], *, seed: int, process_index: int = 0, process_count: int = 1
 ) -> SegmentationLoader:
-    """The part that a config trains on; ValueError for shards of another `unseen`."""
+    """The part that a config trains on; ValueError for data prepared with another `unseen`."""
     return SegmentationLoader(
         _open(config, "", "train_part", config["unseen_images"]),
         image_size=config["image_size"],
@@ -212,7 +226,7 @@ def _open(config: Mapping[str, Any], prefix: str, part_key: str, unseen: UnseenI
     # `prefix` is "eval_" where the part is another data set's; `unseen` is what is done with its
     # images that show unseen classes.
     kind, root, split_file = (config[f"{prefix}{name}"] for name in ("kind", "root", "split_file"))
-    check_choice(kind, KINDS[1:], f"config.data.{prefix}kind is unknown:")
+    _check_kind(kind, KINDS[1:], f"config.data.{prefix}kind")
     part = config[part_key]
     if not root:
         tree = DATASETS[kind].tree.format(part=part) if kind in DATASETS else "what prepare made"
@@ -221,16 +235,16 @@ def _open(config: Mapping[str, Any], prefix: str, part_key: str, unseen: UnseenI
             f"({tree})."
         )
     trains = part_key == "train_part"
-    if kind != "shards":
+    if kind != "tfds":
         # Evaluation never skips: a missing image would change the metric in silence.
         on_bad = config["on_bad_example"] if trains else "raise"
         return open_source(kind, root, part, split_file or None, on_bad_example=on_bad)
-    source = ShardSource(root, part)
+    source = PreparedSource(root, part)
     asked = load_label_space(split_file) if split_file else source.vocabulary
     if (source.vocabulary.names, source.vocabulary.is_seen) != (asked.names, asked.is_seen):
         raise FileError(
-            f"The shards in {root} were made with other classes than those of {split_file}; make "
-            "them anew, or set the split file to that they were made with."
+            f"The data in {root} was prepared with other classes than those of {split_file}; "
+            "prepare it anew, or set the split file to that it was prepared with."
         )
     source.check_treatment(unseen, "config.data.unseen_images" if trains else "evaluation")
     return source

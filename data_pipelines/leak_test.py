@@ -1,7 +1,7 @@
 """The leak test: what training may use of a data set shows no class that counts as unseen.
 
 It looks at the tables of each image and not at the rule that chose the images, so that a slip in
-the rule, in a split file or in a folder of shards is found.
+the rule, in a split file or in prepared data is found.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any, Literal
 
@@ -21,15 +21,25 @@ from concat_jax.core.config import check_choice
 from concat_jax.core.files import FileError
 from concat_jax.core.prefetch import prefetch
 from data_pipelines import augment as geometry
+from data_pipelines.buffers import Buffers
 from data_pipelines.id_runs import keep_largest_segments
 from data_pipelines.leak_test import check_no_leak
-from data_pipelines.sources.source import ImageRecord, Source, UnseenImages, treat_unseen
+from data_pipelines.sources.source import (
+    ImageRecord,
+    Source,
+    UnseenImages,
+    keep_rows,
+    treat_unseen,
+)
 
 logger = logging.getLogger(__name__)
 
 # Last word of each generator's key, so that the streams of one seed differ. The epoch order is
 # default_rng([seed, epoch]), which numpy treats as [seed, epoch, 0].
 _JITTER_STREAM, _CAPTION_STREAM = 1, 2
+
+# An index into the records, its image, and its id map [H, W].
+Read = tuple[int, Image.Image | np.ndarray, np.ndarray]
 
 
 class SegmentationLoader:
@@ -93,12 +103,12 @@ class SegmentationLoader:
             check_no_leak(self._training, self.training_indices)
         self.num_eval_images = min(num_eval_images or len(self.records), len(self.records))
         self._seed, self._size = seed, image_size
-        self._max_segments, self._augment = max_segments, augment
+        self.max_segments, self._augment = max_segments, augment
         self._scale_range, self._max_class_area = scale_range, max_class_area
         self._zero_shot, self._skip = unseen_images != "keep", on_bad_example == "skip"
         self._process_index, self._process_count = process_index, process_count
         self._is_thing = np.array(self.vocabulary.is_thing)
-        self._num_threads = num_threads
+        self.num_threads, self._buffers = num_threads, Buffers()
         self._pool = futures.ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
         self.skipped: set[str] = set()  # files of images that could not be used, so far
         self._lock = threading.Lock()
@@ -112,12 +122,22 @@ class SegmentationLoader:
         row. Raises FileError if an image cannot be used (see on_bad_example), or none is left to
         train on.
         """
-        positions = self._positions(step, batch_size)
+        return self.draw(self.positions(step, batch_size), self._usable_image)
+
+    def draw(self, positions: Iterable[int], read: Callable[[int], Read]) -> dict[str, np.ndarray]:
+        """The training batch of positions in the endless stream of epochs.
+
+        `read` gives for a position the index of its record, the image and the id map, of which
+        nothing unseen is left; it is called in threads.
+        """
+        positions = list(positions)
         # Examples are drawn where they stay: copying them together would cost as much as an id map.
         shape = (len(positions), self._size, self._size)
-        images = np.empty((*shape, 3), np.uint8)
-        id_maps = np.zeros(shape, id_dtype(self._max_segments))
-        tables = list(self._pool.map(self._training_example, positions, images, id_maps))
+        images = self._buffers.empty((*shape, 3), np.uint8)
+        id_maps = self._buffers.empty(shape, id_dtype(self.max_segments))
+        id_maps[:] = 0
+        examples = functools.partial(self._training_example, read)
+        tables = list(self._pool.map(examples, positions, images, id_maps))
         rest = {name: np.stack([table[name] for table in tables]) for name in tables[0]}
         return {"image": images, "segment_ids": id_maps, **rest}
 
@@ -128,7 +148,7 @@ class SegmentationLoader:
         never cut out along the mask), stretched to a square; the caption is its class's name. This
         process's share: [batch_size / process_count, size, size, 3] uint8, and a list of captions.
         """
-        positions = self._positions(step, batch_size)
+        positions = self.positions(step, batch_size)
         if not len(self._caption_segments):
             raise FileError("There is no seen segment in any image that training may use.")
         load = functools.partial(self._caption_pair, size=size)
@@ -154,7 +174,7 @@ class SegmentationLoader:
             empty = np.zeros_like(last["segment_ids"])
             return {**last, **tables, "segment_ids": empty, "is_padding": np.bool_(True)}
 
-        threads = self._num_threads
+        threads = self.num_threads
         number = -(-self.num_eval_images // process_count)
         yield from prefetch(example, 0, number, threads + 1, threads)
 
@@ -168,7 +188,7 @@ class SegmentationLoader:
         """
         record = self.records[index]
         image, segment_ids = self.source.read(record)
-        length = max(self._max_segments, len(record.labels))
+        length = max(self.max_segments, len(record.labels))
         segment_ids, rows = keep_largest_segments(segment_ids, length)
         masks = getattr(self.source, "masks", None)
         return {
@@ -179,9 +199,10 @@ class SegmentationLoader:
             "file_name": record.file_name,
         }
 
-    def _positions(self, step: int, batch_size: int) -> range:
-        # Positions in the endless stream of epochs. The processes take consecutive slices of each
-        # global batch, the order in which jax assembles process-local data into a global array.
+    def positions(self, step: int, batch_size: int) -> range:
+        """This process's positions of a step in the endless stream of epochs."""
+        # The processes take consecutive slices of each global batch, the order in which jax
+        # assembles process-local data into a global array.
         if step < 0 or batch_size < 1 or batch_size % self._process_count:
             raise ValueError(
                 f"step {step} must not be negative and batch_size {batch_size} must be a positive "
@@ -192,15 +213,14 @@ class SegmentationLoader:
         return range(first, first + share)
 
     def _training_example(
-        self, position: int, canvas: np.ndarray, id_canvas: np.ndarray
+        self,
+        read: Callable[[int], Read],
+        position: int,
+        canvas: np.ndarray,
+        id_canvas: np.ndarray,
     ) -> dict[str, np.ndarray]:
         # Draws onto [S, S, 3] and void [S, S]; returns the tables.
-        if not len(self.training_indices):
-            raise FileError(
-                "No image is left for training without its unseen classes: nothing to train on."
-            )
-        images = self.training_indices[:, None]
-        (index,), image, segment_ids = self._first_usable(images, position)
+        index, image, segment_ids = read(position)
         if self._zero_shot:
             # Of the whole image, not only what the crop leaves, and never skipped.
             check_no_leak(self._training, [index])
@@ -213,13 +233,13 @@ class SegmentationLoader:
             record.labels,
             self._size,
             scale_range=self._scale_range,
-            max_segments=self._max_segments,
+            max_segments=self.max_segments,
             max_class_area=self._max_class_area,
             canvas=canvas,
         )
         height, width = placed.shape
         id_canvas[:height, :width] = placed
-        return self._tables(record, rows, placed.shape, self._max_segments)
+        return self._tables(record, rows, placed.shape, self.max_segments)
 
     @functools.cached_property
     def _caption_segments(self) -> np.ndarray:
@@ -242,6 +262,29 @@ class SegmentationLoader:
         # Cropped first: `resize(box=...)` would mix in pixels from beyond the box.
         crop = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(crop), self.vocabulary.names[self._training.records[index].labels[row]]
+
+    def index_at(self, position: int) -> int:
+        """The record that a position in the endless stream of epochs shows, if it can be used."""
+        if not len(self.training_indices):
+            raise FileError(
+                "No image is left for training without its unseen classes: nothing to train on."
+            )
+        epoch, place = divmod(position, len(self.training_indices))
+        order = _epoch_order(len(self.training_indices), self._seed, epoch)
+        return int(self.training_indices[order[place]])
+
+    def without_unseen(self, index: int, segment_ids: np.ndarray) -> np.ndarray:
+        """The id map of a record of `source` as training may see it."""
+        if self._training is self.source:
+            return segment_ids
+        is_seen = np.array(self.vocabulary.is_seen)
+        return keep_rows(segment_ids, is_seen[self.records[index].labels])
+
+    def _usable_image(self, position: int) -> Read:
+        self.index_at(position)
+        images = self.training_indices[:, None]
+        (index,), image, segment_ids = self._first_usable(images, position)
+        return index, image, segment_ids
 
     def _first_usable(
         self, choices: np.ndarray, position: int, *stream: int

@@ -1,15 +1,16 @@
-"""Checks a data set on disk, counts what it holds, and packs it into shards.
+"""Checks a data set on disk, counts what it holds, and prepares it for training at scale.
 
     python -m data_pipelines.prepare coco_panoptic_zps --root=/path/to/coco
-    python -m data_pipelines.prepare coco_panoptic_zps --root=/path/to/coco --out=SHARDS --workers=8
+    python -m data_pipelines.prepare coco_panoptic_zps --root=/path/to/coco --out=DIR
 
 The first checks the layout, prints a count table by part, split and class, runs the leak test on
 what training would use, and then reads every image and its annotation. The second does so to write
-TFRecord shards, in parallel; a command that was stopped goes on where it stood when it is given
-again. Training reads them with --config.data.kind=shards --config.data.root=SHARDS, and anybody's
-tf.data program with `tfds.builder_from_directory(SHARDS).as_dataset()`.
+a TensorFlow data set, in parallel, into a folder or a bucket, gs://NAME/...: training reads it with
+--config.data.kind=tfds --config.data.root=DIR, and anybody's program with
+`tfds.builder_from_directory(DIR).as_dataset(split=PART)`. Given again, the command finds what is
+finished, and begins anew with a part that was stopped.
 
-A training part is packed as training may see it (--unseen), an evaluation part whole.
+A training part is written as training may see it (--unseen), an evaluation part whole.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
 from concat_jax.core.files import FileError
 from data_pipelines.count_table import PartCounts, count_part, format_classes, format_parts
 from data_pipelines.leak_test import check_no_leak
-from data_pipelines.shards.build import IMAGES_PER_SHARD, build_shards
-from data_pipelines.shards.tfds_metadata import is_tfds_installed, write_tfds_metadata
+from data_pipelines.prepared.build import build_part
+from data_pipelines.prepared.files import tensorflow
 from data_pipelines.sources.pictures import check_images
 from data_pipelines.sources.registry import DATASETS, open_source
 from data_pipelines.sources.source import (
@@ -45,24 +45,24 @@ def prepare(
     split_file: str | None = None,
     unseen: UnseenImages | None = None,
     out: str | os.PathLike[str] | None = None,
-    num_shards: int | None = None,
-    workers: int = 2,
     skip_bad: bool = False,
 ) -> dict[str, PartCounts]:
-    """Checks, counts and, where `out` is given, packs parts of a data set; part -> its counts.
+    """Checks, counts and, where `out` is given, writes parts of a data set; part -> its counts.
 
     Args:
       parts: () takes the training and the evaluation part of the layout.
       split_file: instead of the layout's own, see `open_source`.
       unseen: see `source.treat_unseen`; None takes what the data set's protocol does. Without
         `parts` it holds for the training part alone, since evaluation is over all classes.
-      num_shards, workers: see `build_shards`.
+      out: see `build_part`.
       skip_bad: leave out images of other parts than the data set's evaluation part that cannot be
         used, count and name them, instead of raising.
 
-    Raises FileError for what is missing, damaged or leaks, or shards begun with something else.
+    Raises FileError for what is missing, damaged or leaks, or a folder made with something else.
     """
     treatments = _treatments(dataset, parts, unseen)
+    if out is not None:
+        tensorflow("tensorflow_datasets")
     # Never of the evaluation part: a missing image would change the metric in silence.
     skips = {part: skip_bad and part != DATASETS[dataset].parts[1] for part in treatments}
     sources = {
@@ -84,31 +84,24 @@ def prepare(
             print(f"{part}: {left_out} images cannot be used and are left out of training.")
     if out is None:
         return counts
+    # TFDS decodes the id maps of all parts alike.
+    most = max(len(record.labels) for source in sources.values() for record in source.records)
     for part, source in sources.items():
-        report = build_shards(
+        made, was_there = build_part(
             out,
             source,
             dataset=dataset,
             part=part,
             unseen=treatments[part],
-            num_shards=num_shards,
-            workers=workers,
+            id_bits=16 if most > 255 else 8,
             skip_bad=skips[part],
         )
-        for why in report.skipped.values():
+        for why in made.skipped.values():
             print(f"Left out: {why}")
         print(
-            f"{part}: {report.images} images in {out}, {report.finished_before} shards as they "
-            f"were, {report.written} written, {len(report.skipped)} bad images left out.",
+            f"{part}: {sum(made.shard_lengths)} images in {out}, {len(made.skipped)} bad images "
+            f"left out{', as it was there already' if was_there else ''}.",
             flush=True,
-        )
-    if is_tfds_installed():
-        write_tfds_metadata(Path(out))
-    else:
-        print(
-            "tensorflow-datasets is not installed, so tfds.builder_from_directory cannot read "
-            "these shards yet; training can. Install requirements-data.txt and give the command "
-            "again."
         )
     return counts
 
@@ -175,9 +168,7 @@ def define_flags(flags: cli.Flags) -> None:
     flags.string("part", "", "A part, or several with commas; both of the data set by default.")
     flags.string("split", None, "Split or vocabulary file, or the name of one that ships.")
     flags.choice("unseen", None, UNSEEN_IMAGES, "Training images that show unseen classes.")
-    flags.string("out", None, "Folder for shards; none are written without.")
-    flags.integer("shards", None, f"Files a part; one for {IMAGES_PER_SHARD} images by default.")
-    flags.integer("workers", 2, "Processes that write shards.")
+    flags.string("out", None, "Folder or bucket to prepare the data in; none without.")
     flags.choice("on_bad_example", "raise", ("raise", "skip"), "Unusable images for training.")
 
 
@@ -186,7 +177,7 @@ def define_flags(flags: cli.Flags) -> None:
     define_flags,
     arguments="DATASET",
     computes=False,
-    interrupted="Stopped; finished shards are kept, and the same command goes on.",
+    interrupted="Stopped; finished parts are kept, and the same command begins with the next one.",
 )
 def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     if len(arguments) != 1 or not given.root:
@@ -202,8 +193,6 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
         split_file=given.split,
         unseen=given.unseen,
         out=given.out,
-        num_shards=given.shards,
-        workers=given.workers,
         skip_bad=given.on_bad_example == "skip",
     )
 

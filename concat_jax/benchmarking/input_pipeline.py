@@ -22,37 +22,39 @@ from concat_jax.benchmarking.harness import Measurement, Work
 from concat_jax.evaluation.report import markdown_table
 from data_pipelines import augment, placement
 from data_pipelines.loader import SegmentationLoader
-from data_pipelines.shards.build import build_shards
-from data_pipelines.shards.source import ShardSource
+from data_pipelines.prepared.build import build_part
+from data_pipelines.prepared.pipeline import training_batches
+from data_pipelines.prepared.source import PreparedSource
 from data_pipelines.sources.pictures import open_picture
 from data_pipelines.sources.registry import open_source
 
 CLOCK = time.process_time
 RAW = "JPEG to array, nothing else"
-FOLDER, SHARDS = "batches from the folder", "batches from shards"
+FOLDER, PREPARED = "batches from the folder", "batches from prepared data, by tf.data"
+# A round of the latter is so many passes, as it begins with building the pipeline.
+PASSES = 8
 # Parts of the way from the folder to a batch, each measured alone on all images.
 JPEG, READ, RESAMPLE, MAP = "JPEG", "JPEG and id map", "image: resize, crop, flip, pad", "id map"
 DATA_SET = "coco_panoptic_zps"
 
 
 def works(case: Case, part: str = "train2017") -> dict[str, Work]:
-    """Batches from a folder and from shards of it, the JPEGs alone, and parts of the work.
+    """Batches from a folder and from it prepared, the JPEGs alone, and parts of the work.
 
     The case's `source` is a folder in COCO's panoptic layout, `height` the side of the training
     images. The first `num_images` by id are read in a round: shuffled, and some again to fill the
     last batch.
     """
-    # Of all of COCO, shards would take an hour to build.
+    # To prepare all of COCO would take an hour.
     folder = copy.copy(open_source(DATA_SET, case.source, part))
     folder.records = folder.records[: case.num_images]
     size, steps = case.height, range(-(-len(folder.records) // case.batch))
     options = dict(seed=0, image_size=size, unseen_images="keep", num_threads=1)
-    shards = tempfile.TemporaryDirectory()
-    settings = dict(unseen="keep", num_shards=1, workers=1)
-    build_shards(shards.name, folder, dataset=DATA_SET, part=part, **settings)
+    out = tempfile.TemporaryDirectory()
+    build_part(out.name, folder, dataset=DATA_SET, part=part, unseen="keep")
     from_folder = SegmentationLoader(folder, **options)
-    from_shards = SegmentationLoader(ShardSource(shards.name, part), **options)
-    from_shards.temporary_folder = shards  # it goes when the loader goes
+    prepared = SegmentationLoader(PreparedSource(out.name, part), **options)
+    prepared.temporary_folder = out  # it goes when the loader goes
     batches = [from_folder.batch(step, case.batch)["image_id"] for step in steps]
     of_id = {record.image_id: record for record in folder.records}
     records = [of_id[image_id] for ids in batches for image_id in ids.tolist()]
@@ -78,10 +80,15 @@ def works(case: Case, part: str = "train2017") -> dict[str, Work]:
 
         return Work(call)
 
+    def by_tf_data() -> dict[str, Any]:
+        for _ in training_batches(prepared, [*steps] * PASSES, case.batch):
+            pass
+        return {"images": np.array(PASSES * len(records))}
+
     return {
         RAW: each(decode, paths),
         FOLDER: each(lambda step: from_folder.batch(step, case.batch), steps),
-        SHARDS: each(lambda step: from_shards.batch(step, case.batch), steps),
+        PREPARED: Work(by_tf_data),
         JPEG: each(open_picture, paths),
         READ: each(folder.read, records),
         RESAMPLE: each(
@@ -95,16 +102,17 @@ def works(case: Case, part: str = "train2017") -> dict[str, Work]:
 
 def table(case: Case, results: Mapping[str, Measurement]) -> str:
     """Images a second of a core, and the share of each part of the work."""
-    number = int(results[RAW].outputs["images"])
+    number = {name: int(result.outputs["images"]) for name, result in results.items()}
     rows = []
-    for name in (RAW, FOLDER, SHARDS):
+    for name in (RAW, FOLDER, PREPARED):
         result = results[name]
         # Round by round, in which the machine is the same for both.
-        shares = np.divide(results[RAW].seconds, result.seconds)
-        rate = f"{number / result.median:.0f}"
-        rows.append([name, rate, result.show(1000 / number, 2), f"{statistics.median(shares):.2f}"])
+        shares = np.divide(results[RAW].seconds, result.seconds) * number[name] / number[RAW]
+        rate = f"{number[name] / result.median:.0f}"
+        shown = result.show(1000 / number[name], 2)
+        rows.append([name, rate, shown, f"{statistics.median(shares):.2f}"])
     heads = ["variant", "images/s", "ms an image (fastest to slowest round)"]
-    ms = {name: 1000 * result.median / number for name, result in results.items()}
+    ms = {name: 1000 * result.median / number[name] for name, result in results.items()}
     parts = {
         JPEG: ms[JPEG],
         "id map: PNG, look-up": ms[READ] - ms[JPEG],

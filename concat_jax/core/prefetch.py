@@ -6,7 +6,7 @@ import collections
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
 
@@ -14,6 +14,10 @@ from concat_jax.core import stopping
 from concat_jax.core.progress import Progress
 
 T = TypeVar("T")
+# What a stage trains on: the numbers of steps, of any order -> their batches, which are the same
+# whenever asked, so that a resumed run begins at its step. Closing the generator stops what is
+# computed ahead.
+Batches = Callable[[Sequence[int]], Generator[T]]
 
 
 def prefetch(
@@ -22,7 +26,7 @@ def prefetch(
     num_steps: int | None,
     depth: int = 2,
     num_threads: int = 2,
-) -> Iterator[T]:
+) -> Generator[T]:
     """Yields batch_fn(start_step), batch_fn(start_step + 1), ... in this order, computed ahead.
 
     `batch_fn` is a function of the step alone and is called from several threads, so there is no
@@ -45,6 +49,13 @@ def prefetch(
             yield batch
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_threads(batch_fn: Callable[[int], T]) -> Batches[T]:
+    """`Batches` of a function of the step alone, computed ahead by one thread."""
+    return lambda steps: prefetch(
+        lambda i: batch_fn(steps[i]), 0, len(steps), depth=4, num_threads=1
+    )
 
 
 def watched(iterator: Iterator[T], name: str, done: int, first: float = 30.0) -> Iterator[T]:

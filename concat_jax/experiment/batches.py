@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,7 @@ from concat_jax.core.arrays import fingerprint
 from concat_jax.core.batch import QUERY_TARGETS, TARGET_FIELDS
 from concat_jax.core.config import check_choice, flat
 from concat_jax.core.hosts import gathered, of_first_host, wait_for_hosts
-from concat_jax.core.prefetch import prefetch
+from concat_jax.core.prefetch import Batches, in_threads
 from concat_jax.core.progress import Progress
 from concat_jax.core.runtime import light_compiler_options
 from concat_jax.core.shard_store import ShardedRows, ShardStore, StoreKind
@@ -50,7 +50,6 @@ KIND = StoreKind(
 TARGET_ARRAYS = ("target_places", "targets")
 
 Batch = Mapping[str, np.ndarray]
-BatchFn = Callable[[int], Batch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +75,14 @@ class BankConfig:
             )
 
 
-def stage_batches(experiment: Experiment, name: str, text: np.ndarray | None) -> BatchFn:
-    """Step -> this host's rows of a stage's batch; only a query bank needs the text embeddings."""
+def stage_batches(experiment: Experiment, name: str, text: np.ndarray | None) -> Batches[Batch]:
+    """This host's rows of a stage's batches; only a query bank needs the text embeddings."""
     setup, settings = experiment.setup, experiment.setup.stages[name]
     source = learns_from(settings)
     if source == "images":
         return experiment.datasets.train(settings.batch_size)
     if source == "queries":
-        return query_bank(experiment, name, text).batch
+        return in_threads(query_bank(experiment, name, text).batch)
     pairs = experiment.datasets.captions(
         settings.batch_size, setup.networks.clip.image_size, settings.captions
     )
@@ -92,7 +91,7 @@ def stage_batches(experiment: Experiment, name: str, text: np.ndarray | None) ->
         batch = pairs(step)
         return {"image": batch["image"], "tokens": setup.tokenizer(batch["captions"])}
 
-    return caption_batch
+    return in_threads(caption_batch)
 
 
 def clip_target_identity(experiment: Experiment, source: str | None) -> dict[str, Any]:
@@ -184,7 +183,6 @@ def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank
         # A batch of queries is small, and so any host can write any shard.
         return gathered(found)
 
-    batch_fn = batches(size)
     host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     bank = fill_bank(
         experiment.workdir / source / f"{kind}_{num_images}",
@@ -198,7 +196,7 @@ def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank
             "weights": weights,
         },
         extract,
-        lambda steps: prefetch(lambda i: batch_fn(steps[i]), 0, len(steps), num_threads=1),
+        batches(size),
         num_batches=num_batches,
         batch_size=size,
         config=setup.bank,
@@ -232,7 +230,7 @@ def fill_bank(
     folder: Path,
     identity: Mapping[str, Any],
     extract: Callable[[Batch], Batch],
-    batches: Callable[[Sequence[int]], Generator[Batch]],
+    batches: Batches[Batch],
     *,
     num_batches: int,
     batch_size: int,

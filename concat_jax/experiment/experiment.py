@@ -15,7 +15,7 @@ from etils.epath import Path
 
 from concat_jax.core.config import check_choice
 from concat_jax.core.files import FileError, write_json
-from concat_jax.core.prefetch import prefetch
+from concat_jax.core.prefetch import in_threads
 from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation import calibration, report
 from concat_jax.experiment import evidence, looks
@@ -194,10 +194,10 @@ class Experiment:
         if stage.start is None:
             # A subtree that a stage both takes and trains is a warm start.
             params = {s: taken.get(s) or self.parameters.fresh(s, name) for s in stage.trains}
-            batch_fn = stage_batches(self, name, frozen.get(TEXT))
+            batches = stage_batches(self, name, frozen.get(TEXT))
         else:
             bank = query_bank(self, name, frozen[TEXT])
-            params, batch_fn = stage.start(bank, frozen), bank.batch
+            params, batches = stage.start(bank, frozen), in_threads(bank.batch)
         for target, source in settings.copies.items():
             *stage_name, part = source.split(":")
             subtree = part.split("/")[0]
@@ -209,7 +209,7 @@ class Experiment:
             stage,
             params=params,
             frozen=frozen,
-            batches=lambda first, count: prefetch(batch_fn, first, count, depth=4, num_threads=1),
+            batches=lambda first, count: batches(range(first, first + count)),
             workdir=self.workdir,
             mesh=self.mesh,
             loop=LoopConfig(

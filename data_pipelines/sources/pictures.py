@@ -23,12 +23,17 @@ def open_picture(path: pathlib.Path) -> Image.Image:
     """Decodes an image file as RGB, EXIF rotation applied; FileError if that is not possible."""
     with open_image(path) as picture:
         picture.load()
-        # Annotators saw the rotated picture; detectron2's `read_image` applies EXIF as well.
-        ImageOps.exif_transpose(picture, in_place=True)
         # PIL does not look beyond the pixels, so a PNG cut off after them would pass.
         if picture.format == "PNG":
             check_end(path)
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
+        return upright(picture)
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """A decoded picture as RGB, EXIF rotation applied."""
+    # Annotators saw the rotated picture; detectron2's `read_image` applies EXIF as well.
+    ImageOps.exif_transpose(picture, in_place=True)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def read_picture(folder: pathlib.Path, record: ImageRecord, source: pathlib.Path) -> Image.Image:

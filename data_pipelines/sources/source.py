@@ -1,7 +1,7 @@
 """What every data set on disk looks like to the loader: records of its images, and how to read one.
 
 A source is one part (training or evaluation) of a data set in some layout. The layouts are files
-beside this one, and shards; `registry` opens one by name. What training does with images that show
+beside this one; `registry` opens one by name. What training does with images that show
 unseen classes is decided here, for all alike.
 """
 
@@ -60,7 +60,7 @@ class Source(Protocol):
 
 
 class FolderSource(Source, Protocol):
-    """A source whose images are files, as all but shards are.
+    """A source whose images are files, as all but prepared ones are.
 
     Attributes:
       images_folder: what the records' file names are relative to.
@@ -127,12 +127,16 @@ class _WithoutUnseen:
         """As `Source.read`, without the unseen segments."""
         original = self._originals[record.image_id]
         image, ids = self._source.read(original)
-        is_seen = np.array(self.vocabulary.is_seen)[original.labels]
-        if is_seen.all():
-            return image, ids
-        renumber = np.zeros(len(is_seen) + 1, ids.dtype)
-        renumber[1:][is_seen] = np.arange(1, is_seen.sum() + 1)
-        return image, renumber[ids]
+        return image, keep_rows(ids, np.array(self.vocabulary.is_seen)[original.labels])
+
+
+def keep_rows(segment_ids: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """An id map whose segments of other rows than `kept` [n] bool are void, the others in a row."""
+    if kept.all():
+        return segment_ids
+    renumber = np.zeros(len(kept) + 1, segment_ids.dtype)
+    renumber[1:][kept] = np.arange(1, kept.sum() + 1)
+    return renumber[segment_ids]
 
 
 def _select_rows(record: ImageRecord, rows: np.ndarray) -> ImageRecord:

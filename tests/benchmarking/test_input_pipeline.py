@@ -1,12 +1,19 @@
 """The benchmark of the input pipeline: what it measures is there, and the table says what it is."""
 
 import dataclasses
+import importlib.util
+
+import pytest
 
 from concat_jax.benchmarking import input_pipeline
 from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import Measurement, in_turns
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow_datasets") is None,
+    reason="pip install -r requirements-data.txt brings TFDS",
+)
 def test_measures_every_variant_and_part_once_a_round(shared_data):
     case = Case("input_pipeline", 32, 32, batch=2, num_images=3)
     case = dataclasses.replace(case, source=str(shared_data / "coco_panoptic_mini"))
@@ -14,7 +21,9 @@ def test_measures_every_variant_and_part_once_a_round(shared_data):
     results = in_turns(works, 2, input_pipeline.CLOCK)
     assert {len(result.seconds) for result in results.values()} == {2}
     assert all(0 < value < 10 for result in results.values() for value in result.seconds[:1])
-    assert {int(result.outputs["images"]) for result in results.values()} == {4}  # two batches
+    images = {name: int(result.outputs["images"]) for name, result in results.items()}
+    assert images.pop(input_pipeline.PREPARED) == 4 * input_pipeline.PASSES
+    assert set(images.values()) == {4}  # two batches
     text = input_pipeline.table(case, results)
     assert "| the rest |" in text and "Large-scale jitter to 32" in text
 
@@ -26,7 +35,7 @@ def test_table_by_hand():
     results = {
         input_pipeline.RAW: measured(1, 2, 1.5),
         input_pipeline.FOLDER: measured(3, 4, 2),
-        input_pipeline.SHARDS: measured(2, 2, 2),
+        input_pipeline.PREPARED: measured(2, 2, 2),
         input_pipeline.JPEG: measured(1.5),
         input_pipeline.READ: measured(2),
         input_pipeline.RESAMPLE: measured(0.5),

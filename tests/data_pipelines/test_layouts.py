@@ -9,7 +9,7 @@ from PIL import Image
 from concat_jax.core.files import FileError
 from data_pipelines.datasets import KINDS, make_datasets, training_part
 from data_pipelines.labels import load_label_space
-from data_pipelines.shards.build import build_shards
+from data_pipelines.prepared.build import build_part
 from data_pipelines.sources.registry import DATASETS, label_space, open_source
 from data_pipelines.sources.source import treat_unseen
 
@@ -303,14 +303,14 @@ def data_config(root, **changes):
 
 
 def test_every_layout_is_a_kind_of_data():
-    assert set(KINDS) == {"synthetic", "shards", *DATASETS}
+    assert set(KINDS) == {"synthetic", "tfds", *DATASETS}
 
 
 def test_a_config_opens_its_folder(tmp_path):
     write_folder(tmp_path)
     data = make_datasets(data_config(tmp_path), seed=0)
     assert data.eval_vocabulary is None and set(data.caption_words) == {"lawn", "ball", "gnome"}
-    assert data.train(2)(0)["segment_labels"].shape == (2, 3)
+    assert next(data.train(2)([0]))["segment_labels"].shape == (2, 3)
     (native,) = data.evaluation()
     assert native["image"].shape == (4, 6, 3) and data.eval_size == 12
     assert training_part(data_config(tmp_path), seed=0).training_indices.tolist() == [0]
@@ -340,17 +340,18 @@ def test_a_config_evaluates_on_another_data_set(tmp_path):
 TREATMENTS = ("drop", "void", "keep")
 
 
-def shards_config(root, treatment):
+def prepared_config(root, treatment):
+    pytest.importorskip("tensorflow_datasets", reason="pip install -r requirements-data.txt")
     source = open_source("panoptic_folder", root, "spring")
-    out = root / f"shards_{treatment}"
-    build_shards(out, source, dataset="panoptic_folder", part="spring", unseen=treatment, workers=1)
-    return data_config(out, kind="shards")
+    out = root / f"prepared_{treatment}"
+    build_part(out, source, dataset="panoptic_folder", part="spring", unseen=treatment)
+    return data_config(out, kind="tfds")
 
 
 @pytest.mark.parametrize("made", TREATMENTS)
-def test_shards_train_as_they_were_made_and_whole_ones_in_every_way(tmp_path, made):
+def test_prepared_data_trains_as_it_was_made_and_whole_in_every_way(tmp_path, made):
     write_folder(tmp_path)
-    config = shards_config(tmp_path, made)
+    config = prepared_config(tmp_path, made)
     for wanted in TREATMENTS:
         asked = {**config, "unseen_images": wanted}
         if made in ("keep", wanted):
@@ -359,8 +360,8 @@ def test_shards_train_as_they_were_made_and_whole_ones_in_every_way(tmp_path, ma
         with pytest.raises(FileError) as caught:
             training_part(asked, seed=0)
         assert str(caught.value) == (
-            f"The shards of spring in {config['root']} were made with --unseen={made}, and "
-            f"config.data.unseen_images asks for '{wanted}'; make them in another folder with "
+            f"The part spring in {config['root']} was made with --unseen={made}, and "
+            f"config.data.unseen_images asks for '{wanted}'; make it in another folder with "
             "`python -m data_pipelines.prepare panoptic_folder --root=... --part=spring "
             f"--unseen={wanted} --out=...`."
         )
@@ -378,6 +379,6 @@ def test_without_unseen_classes_every_treatment_is_the_same(tmp_path):
     for category in split["categories"]:
         category["split"] = "seen"
     (tmp_path / "split.json").write_text(json.dumps(split))
-    config = shards_config(tmp_path, "drop")
+    config = prepared_config(tmp_path, "drop")
     for wanted in TREATMENTS:
         make_datasets({**config, "unseen_images": wanted}, seed=0).train(1)

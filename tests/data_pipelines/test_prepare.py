@@ -1,9 +1,11 @@
 """The command `prepare`: its counts, its leak test, and what it says of mistakes."""
 
+import importlib.util
 import io
 import json
 import re
 import resource
+import sys
 
 import numpy as np
 import pytest
@@ -13,10 +15,15 @@ from concat_jax.core.files import FileError
 from data_pipelines import prepare as command
 from data_pipelines.count_table import count_part, format_classes, format_parts
 from data_pipelines.leak_test import check_no_leak
-from data_pipelines.shards import build as building
-from data_pipelines.shards.source import ShardSource
+from data_pipelines.prepared import build as building
+from data_pipelines.prepared.source import PreparedSource
 from data_pipelines.sources.registry import open_source
 from data_pipelines.sources.source import treat_unseen
+
+needs_tfds = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow_datasets") is None,
+    reason="pip install -r requirements-data.txt brings TFDS",
+)
 
 
 def source_of(root, part="train2017"):
@@ -83,12 +90,13 @@ def test_a_leak_is_named_by_image_id(tiny_panoptic):
     check_no_leak(source, [])
 
 
+@needs_tfds
 def test_a_leak_stops_the_build_before_a_file_is_written(tiny_panoptic, tmp_path, monkeypatch):
     source = source_of(tiny_panoptic)
     monkeypatch.setattr(building, "treat_unseen", lambda s, _: (s, np.arange(len(s.records))))
     with pytest.raises(FileError, match="Image 8 "):
-        building.build_shards(
-            tmp_path / "out", source, dataset="tiny", part="train2017", unseen="drop", workers=1
+        building.build_part(
+            tmp_path / "out", source, dataset="tiny", part="train2017", unseen="drop"
         )
     assert not (tmp_path / "out").exists()
 
@@ -100,9 +108,9 @@ def run(*arguments):
     command.main(["prepare", *map(str, arguments)])
 
 
-def test_the_command_counts_and_then_packs_both_parts(tiny_panoptic, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "is_tfds_installed", lambda: False)
-    out = tmp_path / "shards"
+@needs_tfds
+def test_the_command_counts_and_then_writes_both_parts(tiny_panoptic, tmp_path, capsys):
+    out = tmp_path / "prepared"
     # The folder's own split.json is found.
     flags = ("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017,val2017")
     with pytest.raises(SystemExit, match="--unseen=drop or void for training, keep for evaluation"):
@@ -112,22 +120,23 @@ def test_the_command_counts_and_then_packs_both_parts(tiny_panoptic, tmp_path, c
     assert "train2017: leak test passed, 4 images show no unseen class." in printed
     assert "1 of 2 unseen classes occur: road." in printed
     assert not out.exists()
-    run(*flags[:2], "--part=train2017", "--unseen=drop", f"--out={out}", "--workers=1")
-    run(*flags[:2], "--part=val2017", "--unseen=keep", f"--out={out}", "--workers=1")
+    run(*flags[:2], "--part=train2017", "--unseen=drop", f"--out={out}")
+    run(*flags[:2], "--part=val2017", "--unseen=keep", f"--out={out}")
     printed = capsys.readouterr().out
-    assert f"train2017: 4 images in {out}, 0 shards as they were, 1 written, 0 bad" in printed
+    assert f"train2017: 4 images in {out}, 0 bad images left out." in printed
     assert "val2017: no leak test" in printed
-    assert "Install requirements-data.txt" in printed
-    assert len(ShardSource(out, "train2017").records) == 4
-    assert len(ShardSource(out, "val2017").records) == 2
+    assert len(PreparedSource(out, "train2017").records) == 4
+    assert len(PreparedSource(out, "val2017").records) == 2
+    run(*flags[:2], "--part=val2017", "--unseen=keep", f"--out={out}")
+    assert "0 bad images left out, as it was there already." in capsys.readouterr().out
 
 
-def test_bad_images_are_named_by_the_command(tiny_panoptic, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "is_tfds_installed", lambda: False)
+@needs_tfds
+def test_bad_images_are_named_by_the_command(tiny_panoptic, tmp_path, capsys):
     (tiny_panoptic / "train2017" / "5.jpg").write_bytes(b"")
     flags = (
         *("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=drop"),
-        *(f"--out={tmp_path}", "--workers=1"),
+        f"--out={tmp_path / 'out'}",
     )
     with pytest.raises(SystemExit, match="^Error: .*5.jpg cannot be read as an image"):
         run(*flags)
@@ -137,12 +146,13 @@ def test_bad_images_are_named_by_the_command(tiny_panoptic, tmp_path, capsys, mo
     assert "1 bad images left out." in printed
 
 
+@needs_tfds
 def test_bad_images_of_the_evaluation_part_are_never_left_out(tiny_panoptic, tmp_path):
     (tiny_panoptic / "val2017").rename(tiny_panoptic / "val")
     for path in (tiny_panoptic / "annotations").glob("*val2017*"):
         path.rename(path.with_name(path.name.replace("val2017", "val")))
     (tiny_panoptic / "val" / "20.jpg").write_bytes(b"")
-    options = dict(parts=["val"], out=tmp_path, workers=1, skip_bad=True)
+    options = dict(parts=["val"], out=tmp_path, skip_bad=True)
     with pytest.raises(FileError, match="20.jpg cannot be read as an image"):
         command.prepare("panoptic_folder", tiny_panoptic, **options)
 
@@ -252,29 +262,39 @@ def test_bad_outlines_are_counted(tmp_path, capsys):
     assert "train2014: 1 images cannot be used and are left out" in capsys.readouterr().out
 
 
+@needs_tfds
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_made(tiny_panoptic, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     flags = ("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=keep")
     resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
     try:
-        with pytest.raises(SystemExit, match="^Error: .*tfrecord.* cannot be written: File too"):
-            run(*flags, f"--out={tmp_path}", "--workers=1", "--shards=2")
+        with pytest.raises(SystemExit, match="^Error: .*tfrecord.* cannot be written: .*File too"):
+            run(*flags, f"--out={tmp_path / 'out'}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [path.name for path in tmp_path.iterdir()] == ["train2017.manifest.json"]
+    assert not list((tmp_path / "out").iterdir())
 
 
+@needs_tfds
 def test_ctrl_c_is_one_sentence(tiny_panoptic, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_pipelines.shards.files.encode_runs", interrupted)
+    monkeypatch.setattr(building, "_example", interrupted)
     flags = ("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=keep")
     with pytest.raises(SystemExit) as stop:
-        run(*flags, f"--out={tmp_path}", "--workers=1")
+        run(*flags, f"--out={tmp_path / 'out'}")
     assert stop.value.code == 130
-    assert "Stopped; finished shards are kept" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["train2017.manifest.json"]
+    assert "Stopped; finished parts are kept" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_writing_without_tensorflow_says_what_to_install(tiny_panoptic, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    flags = ("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=keep")
+    with pytest.raises(SystemExit, match="needs TensorFlow .*pip install -r requirements-data.txt"):
+        run(*flags, f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -403,7 +403,7 @@ def test_training_reads_the_cache_and_its_step_holds_no_clip(trained, monkeypatc
     # Without the folder the same config runs CLIP, in the same workdir.
     online = make_run(changed(config, data=dict(clip_targets="")), workdir)
     assert online.setup.make_stage("con").reads == ("text", "clip")
-    assert "clip_image_target" not in online.datasets.train(4)(0)
+    assert "clip_image_target" not in next(online.datasets.train(4)([0]))
 
 
 def nothing_may_compile(monkeypatch):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from concat_jax.core.prefetch import in_threads
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.batches import query_bank
 from concat_jax.experiment.experiment import Experiment
@@ -33,7 +34,7 @@ def make_bank(tmp_path, monkeypatch):
     data = Datasets(
         eval_size=64,
         vocabulary=VOCABULARY,
-        train=lambda batch_size: lambda step: picture,
+        train=lambda batch_size: in_threads(lambda step: picture),
         captions=lambda batch_size, side: None,
         caption_words=VOCABULARY.names,
         evaluation=lambda: (),
@@ -103,7 +104,7 @@ def run_with(tmp_path, monkeypatch, change):
     data = Datasets(
         eval_size=64,
         vocabulary=VOCABULARY,
-        train=lambda batch_size: lambda step: (batch_size, step),
+        train=lambda batch_size: in_threads(lambda step: (batch_size, step)),
         captions=lambda batch_size, side: None,
         caption_words=VOCABULARY.names,
         evaluation=lambda: (),

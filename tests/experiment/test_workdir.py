@@ -140,11 +140,11 @@ def test_what_a_command_says_anew_is_not_noted(trained):
 
 
 def test_the_same_data_may_lie_elsewhere(trained):
-    claim(trained, config(data__root="moved", data__kind="shards", bank__images_per_shard=8))
-    moved = {"data.kind": ["folder", "shards"], "data.root": ["a", "moved"]}
+    claim(trained, config(data__root="moved", data__kind="tfds", bank__images_per_shard=8))
+    moved = {"data.kind": ["folder", "tfds"], "data.root": ["a", "moved"]}
     assert changes(trained) == [{"bank.images_per_shard": [1024, 8]} | moved]
     with pytest.raises(ValueError, match="config.data.root = 'moved', now it is 'c'"):
-        claim(trained, config(data__root="c", data__kind="shards"), data="other photos")
+        claim(trained, config(data__root="c", data__kind="tfds"), data="other photos")
 
 
 def test_workdirs_without_a_fingerprint_get_one(trained):
