@@ -83,8 +83,9 @@ def recipe() -> ConfigDict:
         cache="",  # folder that keeps text embeddings between runs; "" makes them anew
     )
     config.model = dict(
-        clip=dict(variant="ViT-B/16"),
-        segmentor=dict(backbone=dict(kind="resnet"), width=256),  # Mask2Former R50
+        # scan_layers: XLA compiles layers of equal shape once: TODO
+        clip=dict(variant="ViT-B/16", scan_layers=True),
+        segmentor=dict(backbone=dict(kind="resnet"), width=256, scan_layers=True),  # R50
         projector=dict(hidden_width=512, num_layers=3),
         generator=dict(hidden_width=1024, num_layers=2, noise_width=256),
     )

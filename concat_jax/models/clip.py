@@ -9,7 +9,7 @@ the names of the Hugging Face checkpoints (`transformers models/clip/modeling_cl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from concat_jax.core.config import check_choice, check_fields
 from concat_jax.models.clip_stems import STEMS
+from concat_jax.models.ops.layers_in_turn import run_in_turn
 
 # The largest multiplier CLIP lets its similarities have (section 2.5), kept against instability.
 MAX_LOGIT_SCALE = 100.0
@@ -130,21 +131,30 @@ class _Tower(nn.Module):
     num_heads: int
     mlp_ratio: float
     activation: str
+    scan_layers: bool
     dtype: Any
 
     def transformer(self, x: jax.Array, is_causal: bool) -> jax.Array:
         """The blocks, [B, L, D] -> [B, L, D]; to be called inside the compact method."""
-        for layer in range(self.depth):
-            x = Block(
-                num_heads=self.num_heads,
-                depth=self.depth,
-                mlp_ratio=self.mlp_ratio,
-                activation=self.activation,
-                is_causal=is_causal,
-                dtype=self.dtype,
-                name=f"layers_{layer}",
-            )(x)
-        return x
+        rounds = [
+            [
+                Block(
+                    num_heads=self.num_heads,
+                    depth=self.depth,
+                    mlp_ratio=self.mlp_ratio,
+                    activation=self.activation,
+                    is_causal=is_causal,
+                    dtype=self.dtype,
+                    name=f"layers_{layer}",
+                )
+            ]
+            for layer in range(self.depth)
+        ]
+
+        def run(blocks: Sequence[Callable], x: jax.Array) -> tuple[jax.Array, None]:
+            return blocks[0](x), None
+
+        return run_in_turn(self, rounds, run, x, scan=self.scan_layers)[0]
 
 
 class VisionTower(_Tower):
@@ -216,6 +226,7 @@ class CLIP(nn.Module):
       eot_id: pool the text at the first occurrence of this id; None pools at the largest id of the
         row, as OpenAI's code does. A row without `eot_id` is pooled at its first token.
       position_interpolation: "bicubic" or "bilinear", for pictures of another size.
+      scan_layers: compile one of a tower's blocks and run it in a loop, see `run_in_turn`.
     """
 
     embed_dim: int = 512
@@ -235,6 +246,7 @@ class CLIP(nn.Module):
     stem: str = "patch"
     eot_id: int | None = None
     position_interpolation: str = "bicubic"
+    scan_layers: bool = False
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
@@ -260,7 +272,8 @@ class CLIP(nn.Module):
     def _shared(self, tower: str) -> dict[str, Any]:
         names = {"width": "width", "depth": "depth", "num_heads": "heads", "mlp_ratio": "mlp_ratio"}
         own = {field: getattr(self, f"{tower}_{name}") for field, name in names.items()}
-        return {**own, "activation": self.activation, "dtype": self.dtype}
+        shared = ("activation", "scan_layers", "dtype")
+        return {**own, **{field: getattr(self, field) for field in shared}}
 
     def _projection(self, width: int) -> nn.Dense:
         init = nn.initializers.normal(width**-0.5)

@@ -3,7 +3,7 @@
 Source: Mask2Former `mask2former/modeling/pixel_decoder/msdeformattn.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +13,7 @@ import numpy as np
 
 from concat_jax.models.ops.convolution import square_conv
 from concat_jax.models.ops.deformable_attention import MultiScaleDeformableAttention
+from concat_jax.models.ops.layers_in_turn import run_in_turn
 from concat_jax.models.ops.linear import Dense, relu
 from concat_jax.models.ops.position_encoding import sine_position_encoding
 from concat_jax.models.ops.valid_area import resize_within, statistics_mask, valid_size, zero_beyond
@@ -56,6 +57,7 @@ class EncoderLayer(nn.Module):
     num_heads: int
     num_points: int
     ffn_width: int
+    scan_levels: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -70,7 +72,7 @@ class EncoderLayer(nn.Module):
         """One layer on tokens [B, S, D], the levels of `sizes` one after another.
 
         Args:
-          positions: [S, D] or [B, S, D] position plus level encoding.
+          positions: [B, S, D] position plus level encoding.
           reference_points: [S, 2] or [B, S, 2].
           valid_sizes: [B, levels, 2] int32 (height, width) of each level's valid area, beyond which
             no value is read and in units of which the points are; or None.
@@ -80,6 +82,7 @@ class EncoderLayer(nn.Module):
             width=self.width,
             num_heads=self.num_heads,
             num_points=self.num_points,
+            scan_levels=self.scan_levels,
             dtype=self.dtype,
             name="self_attention",
         )(tokens + positions.astype(tokens.dtype), reference_points, levels, valid_sizes)
@@ -98,6 +101,7 @@ class PixelDecoder(nn.Module):
     Attributes:
       num_groups: groups of GroupNorm; must divide `width`.
       remat: recompute each encoder layer in the backward pass instead of storing it.
+      scan_layers: compile one encoder layer and run it in a loop, see `run_in_turn`.
       stride: pixels between neighbours of the finest map, which tells the valid area of padded
         images; 4 for the backbones of the publication.
     """
@@ -109,6 +113,7 @@ class PixelDecoder(nn.Module):
     ffn_width: int = 1024
     num_groups: int = 32
     remat: bool = False
+    scan_layers: bool = False
     stride: int = 4
     dtype: Any = jnp.float32
 
@@ -149,7 +154,11 @@ class PixelDecoder(nn.Module):
             encoding = encoding.reshape(*encoding.shape[:-3], -1, self.width)
             references.append(reference_grid(height, width, valid))
             tokens.append(projected.reshape(batch, height * width, self.width))
-            positions.append(encoding + level_embedding[level])
+            # Over the batch before the sum: its gradient is then one of [D], and no chip sends the
+            # others one of [h * w, D] first.
+            positions.append(
+                encoding + jnp.broadcast_to(level_embedding[level], (batch, *encoding.shape[-2:]))
+            )
             sizes.append((height, width))
             valid_sizes.append(valid)
 
@@ -161,15 +170,25 @@ class PixelDecoder(nn.Module):
         else:
             references = jnp.concatenate(references, axis=1)
             level_sizes = jnp.stack(valid_sizes, axis=1)
-        for index in range(self.num_layers):
-            encoded = layer_class(
+        layers = [
+            layer_class(
                 width=self.width,
                 num_heads=self.num_heads,
                 num_points=self.num_points,
                 ffn_width=self.ffn_width,
+                scan_levels=self.scan_layers,
                 dtype=self.dtype,
                 name=f"layer_{index}",
-            )(encoded, positions, references, tuple(sizes), level_sizes)
+            )
+            for index in range(self.num_layers)
+        ]
+
+        def encode(layers: Sequence[Callable], tokens: jax.Array) -> tuple[jax.Array, None]:
+            (layer,) = layers
+            return layer(tokens, positions, references, tuple(sizes), level_sizes), None
+
+        rounds = [[layer] for layer in layers]
+        encoded, _ = run_in_turn(self, rounds, encode, encoded, scan=self.scan_layers)
         scales = _split_levels(encoded, sizes)
 
         finest = features[0]

@@ -38,6 +38,7 @@ DEFAULTS: Mapping[str, Any] = {
     "decoder_ffn_width": 2048,
     "num_groups": 32,
     "remat": False,
+    "scan_layers": False,
     "dtype": "float32",
 }
 
@@ -125,9 +126,9 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
     """A segmentor from a nested mapping; the rest is of `DEFAULTS` (Mask2Former R50).
 
     `backbone` holds `kind` (a key of `BACKBONES`) and the fields of that backbone, as `{"kind":
-    "swin", **SWIN_VARIANTS["tiny"]}`; its num_groups and remat are the outer ones unless given, its
-    dtype always. `ffn_width` is the encoder's, `decoder_ffn_width` the decoder's. Raises ValueError
-    for an unknown key (the nearest valid one is named), kind or dtype.
+    "swin", **SWIN_VARIANTS["tiny"]}`; its num_groups, remat and scan_layers are the outer ones
+    unless given, its dtype always. `ffn_width` is the encoder's, `decoder_ffn_width` the decoder's.
+    Raises ValueError for an unknown key (the nearest valid one is named), kind or dtype.
     """
     for key in config:
         check_choice(key, DEFAULTS, "The segmentor config has no key")
@@ -151,12 +152,14 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
     backbone_class = BACKBONES[kind]
     what = f"The backbone config of kind {kind!r} has no key"
     check_fields(backbone, backbone_class, what, "dtype")
-    for field in {"num_groups", "remat"}.intersection(backbone_class.__dataclass_fields__):
+    for field in {"num_groups", "remat", "scan_layers"}.intersection(
+        backbone_class.__dataclass_fields__
+    ):
         backbone.setdefault(field, settings[field])
     backbone = {k: tuple(v) if isinstance(v, list) else v for k, v in backbone.items()}
 
     shared = {"width": settings["width"], "num_heads": settings["num_heads"]}
-    shared |= {"remat": settings["remat"], "dtype": dtype}
+    shared |= {"remat": settings["remat"], "scan_layers": settings["scan_layers"], "dtype": dtype}
     built_backbone = backbone_class(dtype=dtype, **backbone)
     shared["stride"] = built_backbone.stride
     return Segmentor(

@@ -4,13 +4,15 @@ Source: Mask2Former
 `mask2former/modeling/transformer_decoder/mask2former_transformer_decoder.py`.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from concat_jax.models.ops.layers_in_turn import run_in_turn
 from concat_jax.models.ops.linear import Dense, relu
 from concat_jax.models.ops.position_encoding import sine_position_encoding
 from concat_jax.models.ops.valid_area import resize_within, valid_mask, valid_size
@@ -130,6 +132,8 @@ class TransformerDecoder(nn.Module):
     Attributes:
       num_layers: decoder layers; prediction sets are one more (the learned queries come first).
       remat: recompute each layer in the backward pass instead of storing it.
+      scan_layers: compile one round over the scales and run it in a loop, see `run_in_turn`; where
+        the layers are whole rounds.
       stride: pixels between neighbours of the mask features, which tells the valid area of
         padded images.
     """
@@ -140,6 +144,7 @@ class TransformerDecoder(nn.Module):
     num_heads: int = 8
     ffn_width: int = 2048
     remat: bool = False
+    scan_layers: bool = False
     stride: int = 4
     dtype: Any = jnp.float32
 
@@ -208,19 +213,36 @@ class TransformerDecoder(nn.Module):
 
         layer_class = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         queries = jnp.broadcast_to(query_features, (batch, *table))
-        predictions = [predict(queries)]
-        for index in range(self.num_layers):
-            level = index % len(scales)
-            blocked = attention_block_mask(
-                predictions[-1][1], small_mask_features[level], valid_sizes[level]
-            )
-            queries = layer_class(
+        layers = [
+            layer_class(
                 width=self.width,
                 num_heads=self.num_heads,
                 ffn_width=self.ffn_width,
                 dtype=self.dtype,
                 name=f"layer_{index}",
-            )(queries, query_positions, memories[level], memory_positions[level], blocked)
-            predictions.append(predict(queries))
+            )
+            for index in range(self.num_layers)
+        ]
+
+        def decode(layers: Sequence[Callable], carry: tuple) -> tuple[tuple, list]:
+            queries, mask_embeddings = carry
+            given = []
+            for level, layer in enumerate(layers):
+                blocked = attention_block_mask(
+                    mask_embeddings, small_mask_features[level], valid_sizes[level]
+                )
+                queries = layer(
+                    queries, query_positions, memories[level], memory_positions[level], blocked
+                )
+                given.append(predict(queries))
+                mask_embeddings = given[-1][1]
+            return (queries, mask_embeddings), given
+
+        first = predict(queries)
+        starts = range(0, self.num_layers, len(scales))
+        rounds = [layers[start : start + len(scales)] for start in starts]
+        scan = self.scan_layers and self.num_layers % len(scales) == 0
+        _, given = run_in_turn(self, rounds, decode, (queries, first[1]), scan=scan)
+        predictions = [first, *itertools.chain(*given)]
         all_queries, all_mask_embeddings = zip(*predictions, strict=True)
         return jnp.stack(all_queries, axis=1), jnp.stack(all_mask_embeddings, axis=1)

@@ -2,8 +2,9 @@
 
 A backbone is a linen module
   (images [B, H, W, 3], image_size [B, 2] or None) -> four maps [B, H/s, W/s, C_s], s doubling,
-with an attribute `stride`, that of the first map, and a field `dtype`. One with fields `num_groups`
-or `remat` takes the segmentor's. A new backbone is one file and one line here.
+with an attribute `stride`, that of the first map, and a field `dtype`. One with fields
+`num_groups`, `remat` or `scan_layers` takes the segmentor's. A new backbone is one file and one
+line here.
 """
 
 import flax.linen as nn

@@ -8,7 +8,7 @@ XLA's CPU backend runs them markedly faster than its 1x1 convolutions.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from concat_jax.models.ops.convolution import square_conv
+from concat_jax.models.ops.layers_in_turn import run_in_turn
 from concat_jax.models.ops.linear import Dense, relu
 from concat_jax.models.ops.valid_area import statistics_mask, valid_size, zero_beyond
 
@@ -135,6 +136,8 @@ class ResNet(nn.Module):
       stem: "standard" (7x7 stride 2 and a 3x3 max-pool of stride 2) or "small" (two 3x3
         convolutions, one of stride 2: halves all strides, for images of a hundred pixels).
       num_groups: groups of GroupNorm; must divide every width. Unused by "frozen_batch".
+      scan_layers: compile one of a stage's blocks of equal shape and run it in a loop, see
+        `run_in_turn`.
     """
 
     stage_sizes: Sequence[int] = (3, 4, 6, 3)
@@ -143,6 +146,7 @@ class ResNet(nn.Module):
     norm: str = "frozen_batch"
     stem: str = "standard"
     num_groups: int = 32
+    scan_layers: bool = False
     dtype: Any = jnp.float32
 
     @property
@@ -193,18 +197,27 @@ class ResNet(nn.Module):
                 features = relu(norm(features, size_at(2), f"stem_norm{i}"))
         outputs = []
         for stage, num_blocks in enumerate(self.stage_sizes):
-            for index in range(num_blocks):
-                halves = stage > 0 and index == 0
-                stride = self.stride * 2 ** (stage - halves)
-                features = ResidualBlock(
+            halves = stage > 0
+            first, *others = (
+                ResidualBlock(
                     width=self.width * 2**stage,
-                    stride=2 if halves else 1,
+                    stride=2 if halves and index == 0 else 1,
                     block=self.block,
                     norm=self.norm,
                     num_groups=self.num_groups,
                     dtype=self.dtype,
                     # detectron2 calls the stage of stride 4 "res2".
                     name=f"res{stage + 2}_block{index}",
-                )(features, size_at(stride))
+                )
+                for index in range(num_blocks)
+            )
+            size = size_at(self.stride * 2**stage)
+
+            def run(blocks: Sequence[Callable], features: jax.Array, size=size) -> tuple:
+                return blocks[0](features, size), None
+
+            features = first(features, size_at(self.stride * 2 ** (stage - halves)))
+            rounds = [[block] for block in others]
+            features, _ = run_in_turn(self, rounds, run, features, scan=self.scan_layers)
             outputs.append(features)
         return outputs

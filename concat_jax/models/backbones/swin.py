@@ -8,7 +8,7 @@ Stochastic depth, which the published recipes train with, is not here: the model
 and needs no random key, and inference is the same without it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.models.ops.layers_in_turn import run_in_turn
 from concat_jax.models.ops.linear import Dense
 from concat_jax.models.ops.valid_area import valid_size, zero_beyond
 
@@ -229,6 +230,8 @@ class Swin(nn.Module):
       patch_size: side of an image patch, which is the stride of the first map.
       mlp_ratio: hidden width of a block's perceptron over its channels.
       remat: recompute each block in the backward pass instead of storing it.
+      scan_layers: compile one of a stage's pairs of blocks and run it in a loop, see `run_in_turn`;
+        where there are whole pairs.
     """
 
     stage_sizes: Sequence[int] = (2, 2, 6, 2)
@@ -238,6 +241,7 @@ class Swin(nn.Module):
     patch_size: int = 4
     mlp_ratio: int = 4
     remat: bool = False
+    scan_layers: bool = False
     dtype: Any = jnp.float32
 
     @property
@@ -302,14 +306,27 @@ class Swin(nn.Module):
             if stage > 0:
                 merging = PatchMerging(self.dtype, name=f"merging_{stage}")
                 features = merging(features, size_at(stage - 1))
-            for index in range(num_blocks):
-                features = block_class(
+            blocks = [
+                block_class(
                     num_heads=num_heads,
                     window=self.window_size,
                     shift=self.window_size // 2 if index % 2 else 0,
                     mlp_ratio=self.mlp_ratio,
                     dtype=self.dtype,
                     name=f"stage_{stage}_block_{index}",
-                )(features, size_at(stage))
+                )
+                for index in range(num_blocks)
+            ]
+
+            size = size_at(stage)
+
+            def run(pair: Sequence[Callable], features: jax.Array, size=size) -> tuple:
+                for block in pair:
+                    features = block(features, size)
+                return features, None
+
+            pairs = [blocks[start : start + 2] for start in range(0, num_blocks, 2)]
+            scan = self.scan_layers and num_blocks % 2 == 0
+            features, _ = run_in_turn(self, pairs, run, features, scan=scan)
             outputs.append(nn.LayerNorm(name=f"output_norm_{stage}", **norm)(features))
         return outputs

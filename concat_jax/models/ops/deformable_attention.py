@@ -47,17 +47,22 @@ def _weighted_row_sum(table: jax.Array, indices: jax.Array, weights: jax.Array) 
 
 
 def _level_corners(
-    value: jax.Array, locations: jax.Array, weights: jax.Array, valid_size: jax.Array | None
+    value: jax.Array,
+    locations: jax.Array,
+    weights: jax.Array,
+    valid_size: jax.Array | None,
+    level: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Table [B, H * W * heads, d] of a level's rows; indices into it and weights of the corners.
+    """Table [B, S * heads, d] of the rows of `value`; indices into it and weights of the corners.
 
     A row is the d channels of one head at one position. Of the four corners around each sampling
     point, [points, 4, B, Q, heads]: int32 indices, always in range, and weights, bilinear times
-    attention weight, 0 outside the map.
+    attention weight, 0 outside the map. The map is `value` [B, H, W, heads, d], or its part at
+    `level`, [3] int32 (height, width, start), of [B, S, heads, d].
     """
-    batch, height, row_length, num_heads, depth = value.shape
-    table = value.reshape(batch, height * row_length * num_heads, depth)
-    width = row_length
+    num_heads, depth = value.shape[-2:]
+    height, row_length, start = (*value.shape[1:3], 0) if level is None else level
+    table, width = value.reshape(len(value), -1, depth), row_length
     if valid_size is not None:
         height, width = (valid_size[:, axis, None, None] for axis in (0, 1))
     x = jnp.moveaxis(locations[..., 0], -1, 0) * width - 0.5
@@ -68,7 +73,7 @@ def _level_corners(
     positions, corner_weights = [], []
     for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
         row_share = jnp.where((row >= 0) & (row <= height - 1), row_share, 0.0) * weights
-        row_start = jnp.clip(row, 0, height - 1).astype(jnp.int32) * row_length
+        row_start = jnp.clip(row, 0, height - 1).astype(jnp.int32) * row_length + start
         for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
             inside = (column >= 0) & (column <= width - 1)
             corner_weights.append(jnp.where(inside, column_share, 0.0) * row_share)
@@ -79,14 +84,18 @@ def _level_corners(
 
 @jax.custom_vjp
 def _sample_level(
-    value: jax.Array, locations: jax.Array, weights: jax.Array, valid_size: jax.Array | None
+    value: jax.Array,
+    locations: jax.Array,
+    weights: jax.Array,
+    valid_size: jax.Array | None,
+    level: jax.Array | None,
 ) -> jax.Array:
     """One level's part [B, Q, heads, d] of `multi_scale_deformable_attention`, float32.
 
     The gradient is written out: differentiating through the sum would keep the gathered rows, and
     through the corners four weights and four places a point. Only reverse mode exists.
     """
-    return _weighted_row_sum(*_level_corners(value, locations, weights, valid_size))
+    return _weighted_row_sum(*_level_corners(value, locations, weights, valid_size, level))
 
 
 def _sample_level_backward(residuals: tuple, gradient: jax.Array) -> tuple:
@@ -94,7 +103,7 @@ def _sample_level_backward(residuals: tuple, gradient: jax.Array) -> tuple:
     total, *gradients = jax.lax.platform_dependent(
         *residuals, gradient, cpu=_level_gradients_in_chunks, default=_level_gradients
     )
-    return total.reshape(value.shape).astype(value.dtype), *gradients, None
+    return total.reshape(value.shape).astype(value.dtype), *gradients, None, None
 
 
 def _level_gradients(
@@ -102,16 +111,17 @@ def _level_gradients(
     locations: jax.Array,
     weights: jax.Array,
     valid_size: jax.Array | None,
+    level: jax.Array | None,
     gradient: jax.Array,
     total: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `_sample_level` for the rows of `value`, the locations and the weights, float32.
 
-    The rows' gradient is added to `total` [B, H * W * heads, d]; None: zero.
+    The rows' gradient is added to `total` [B, S * heads, d]; None: zero.
     """
 
     def corner_weights(locations: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple]:
-        table, indices, by_corner = _level_corners(value, locations, weights, valid_size)
+        table, indices, by_corner = _level_corners(value, locations, weights, valid_size, level)
         return by_corner, (table, indices)
 
     by_corner, pull, (table, indices) = jax.vjp(corner_weights, locations, weights, has_aux=True)
@@ -135,12 +145,13 @@ def _level_gradients_in_chunks(
     locations: jax.Array,
     weights: jax.Array,
     valid_size: jax.Array | None,
+    level: jax.Array | None,
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`_level_gradients` over a few queries at a time, so that a CPU's cache holds their rows."""
     batch, num_queries = locations.shape[:2]
     if num_queries <= QUERIES_A_CHUNK:
-        return _level_gradients(value, locations, weights, valid_size, gradient)
+        return _level_gradients(value, locations, weights, valid_size, level, gradient)
     num_chunks = -(-num_queries // QUERIES_A_CHUNK)
     surplus = num_chunks * QUERIES_A_CHUNK - num_queries
 
@@ -156,10 +167,12 @@ def _level_gradients_in_chunks(
 
     def add_chunk(total: jax.Array, chunk: tuple) -> tuple[jax.Array, tuple]:
         locations, weights, gradient = chunk
-        total, *gradients = _level_gradients(value, locations, weights, valid_size, gradient, total)
+        total, *gradients = _level_gradients(
+            value, locations, weights, valid_size, level, gradient, total
+        )
         return total, tuple(gradients)
 
-    zeros = jnp.zeros((batch, math.prod(value.shape[1:4]), value.shape[-1]), jnp.float32)
+    zeros = jnp.zeros((batch, math.prod(value.shape[1:-1]), value.shape[-1]), jnp.float32)
     chunks = tuple(split(array) for array in (locations, weights, gradient))
     total, gradients = jax.lax.scan(add_chunk, zeros, chunks)
     return total, *map(join, gradients)
@@ -173,6 +186,8 @@ def multi_scale_deformable_attention(
     sampling_locations: jax.Array,
     weights: jax.Array,
     valid_sizes: jax.Array | None = None,
+    *,
+    scan_levels: bool = False,
 ) -> jax.Array:
     """Weighted sum [B, Q, heads * d] of bilinear samples of several feature maps, in float32.
 
@@ -188,16 +203,34 @@ def multi_scale_deformable_attention(
       valid_sizes: [B, levels, 2] int32 (height, width) of the top left part of each map that is
         image and not padding; locations are in [0, 1] of that part, and what lies beyond it
         reads zero. None: the whole maps.
+      scan_levels: compile one level and run it in a loop.
     """
-    depth = values[0].shape[-1]
+    batch, *_, depth = values[0].shape
     output = jnp.zeros((*sampling_locations.shape[:3], depth), jnp.float32)
-    for level, value in enumerate(values):
-        output += _sample_level(
-            value,
-            sampling_locations[:, :, :, level],
-            weights[:, :, :, level],
-            None if valid_sizes is None else valid_sizes[:, level],
+    if scan_levels:
+        table = jnp.concatenate([v.reshape(batch, -1, *v.shape[3:]) for v in values], axis=1)
+        sizes = np.array([v.shape[1:3] for v in values], np.int32)
+        areas = np.prod(sizes, axis=1)
+        by_level = (
+            jnp.moveaxis(sampling_locations, 3, 0),
+            jnp.moveaxis(weights, 3, 0),
+            None if valid_sizes is None else jnp.moveaxis(valid_sizes, 1, 0),
+            jnp.column_stack([sizes, np.cumsum(areas) - areas]),
         )
+
+        def add_level(output: jax.Array, of_level: tuple) -> tuple[jax.Array, None]:
+            return output + _sample_level(table, *of_level), None
+
+        output, _ = jax.lax.scan(add_level, output, by_level)
+    else:
+        for level, value in enumerate(values):
+            output += _sample_level(
+                value,
+                sampling_locations[:, :, :, level],
+                weights[:, :, :, level],
+                None if valid_sizes is None else valid_sizes[:, level],
+                None,
+            )
     return output.reshape(*output.shape[:2], -1).astype(values[0].dtype)
 
 
@@ -217,6 +250,8 @@ def compass_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndar
 class MultiScaleDeformableAttention(nn.Module):
     """Deformable attention layer with its four projections; num_heads divides the width D.
 
+    `scan_levels` compiles the sampling of one level and runs it in a loop.
+
     Offsets and attention weights are computed in float32 whatever `dtype` is, because a bfloat16
     location is off by whole pixels.
     """
@@ -224,6 +259,7 @@ class MultiScaleDeformableAttention(nn.Module):
     width: int
     num_heads: int = 8
     num_points: int = 4
+    scan_levels: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -270,6 +306,16 @@ class MultiScaleDeformableAttention(nn.Module):
 
         value_projection = Dense(self.width, name="value_projection", **dense)
         split = (self.num_heads, self.width // self.num_heads)
-        values = [value_projection(f).reshape(*f.shape[:3], *split) for f in features]
-        output = multi_scale_deformable_attention(values, locations, weights, valid_sizes)
+        if self.scan_levels:
+            tokens = [f.reshape(batch, -1, f.shape[-1]) for f in features]
+            bounds = np.cumsum([t.shape[1] for t in tokens])[:-1]
+            projected = value_projection(jnp.concatenate(tokens, axis=1))
+            projected = jnp.split(projected, bounds, axis=1)
+        else:
+            projected = [value_projection(f) for f in features]
+        maps = zip(projected, features, strict=True)
+        values = [p.reshape(*f.shape[:3], *split) for p, f in maps]
+        output = multi_scale_deformable_attention(
+            values, locations, weights, valid_sizes, scan_levels=self.scan_levels
+        )
         return Dense(self.width, name="output_projection", **dense)(output)

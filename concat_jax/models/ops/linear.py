@@ -67,9 +67,21 @@ def relu(inputs: jax.Array) -> jax.Array:
     return jax.nn.relu(inputs)
 
 
-def _relu_backward(is_positive: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    bits = jnp.unpackbits(is_positive, axis=-1, count=gradient.shape[-1])
-    return (jnp.where(bits == 1, gradient, 0),)
+def _relu_forward(inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    outputs = jax.nn.relu(inputs)
+    return outputs, (outputs, jnp.packbits(inputs > 0, axis=-1))
 
 
-relu.defvjp(lambda x: (jax.nn.relu(x), jnp.packbits(x > 0, axis=-1)), _relu_backward)
+def _relu_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array]:
+    def by_bits(outputs: jax.Array, is_positive: jax.Array, gradient: jax.Array) -> jax.Array:
+        bits = jnp.unpackbits(is_positive, axis=-1, count=gradient.shape[-1])
+        return jnp.where(bits == 1, gradient, 0)
+
+    def by_sign(outputs: jax.Array, is_positive: jax.Array, gradient: jax.Array) -> jax.Array:
+        return jnp.where(outputs > 0, gradient, 0)
+
+    # Packing bits across lanes is what TPUs are bad at; the residual of the other goes unused.
+    return (jax.lax.platform_dependent(*residuals, gradient, tpu=by_sign, default=by_bits),)
+
+
+relu.defvjp(_relu_forward, _relu_backward)
