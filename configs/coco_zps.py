@@ -83,7 +83,7 @@ def recipe() -> ConfigDict:
         cache="",  # folder that keeps text embeddings between runs; "" makes them anew
     )
     config.model = dict(
-        # scan_layers: XLA compiles layers of equal shape once: TODO
+        # scan_layers: layers of equal shape run in a loop and are compiled once.
         clip=dict(variant="ViT-B/16", scan_layers=True),
         segmentor=dict(backbone=dict(kind="resnet"), width=256, scan_layers=True),  # R50
         projector=dict(hidden_width=512, num_layers=3),

@@ -1,13 +1,14 @@
 """The pure parts of the TPU report: reading HLO text, formatting, refusing; no compiler needed."""
 
 import builtins
+import functools
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from concat_jax.benchmarking import compile_report
+from concat_jax.benchmarking import abstract_programs, chips, compile_report
 from concat_jax.benchmarking.compile_report import (
     Collective,
     Report,
@@ -87,13 +88,24 @@ def make_report(collectives):
         "temporaries": 4_000_000_000,
         "program": 100_000_000,
     }
-    return Report("v5e:4x4", 16, 32, "images of 928 x 928", 61.4, memory, collectives, 178_000_000)
+    return Report(
+        program="Training step of con",
+        topology="v5e:4x4",
+        num_chips=16,
+        batch_size=32,
+        content="images of 928 x 928",
+        seconds=61.4,
+        flops=2.5e12,
+        memory=memory,
+        collectives=collectives,
+        gradient_bytes=178_000_000,
+    )
 
 
 def test_the_report_in_text():
     text = format_report(make_report(find_collectives(HLO)))
     assert "16 chips, 32 images of 928 x 928 a step, 2 a chip" in text
-    assert "Compiled in 61 s" in text
+    assert "Compiled in 61 s" in text and "convolutions of a chip: 2500.0 GFLOP" in text
     # Arguments, temporaries, program, and the half gigabyte of outputs that reuses no argument.
     assert "in all          7.60 GB of 16.00 GB" in text
     rows = [line.split() for line in text.splitlines()]
@@ -123,10 +135,10 @@ def test_a_missing_compiler_is_said(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_libtpu)
-    for name in compile_report.LIBTPU_ENVIRONMENT:
+    for name in chips.LIBTPU_ENVIRONMENT:
         monkeypatch.setenv(name, "test")  # so that they are put back
     with pytest.raises(ValueError, match="TPU compiler is not installed; run `pip install"):
-        compile_report.make_topology_mesh("v5e:4x4")
+        chips.make_topology_mesh("v5e:4x4")
 
 
 def small_setup(**stages):
@@ -136,7 +148,7 @@ def small_setup(**stages):
     with config.unlocked():
         for name, fields in stages.items():
             config.train[name].update(fields)
-    return compile_report.setup_of(config)
+    return abstract_programs.setup_of(config)
 
 
 @pytest.mark.parametrize(
@@ -148,25 +160,26 @@ def small_setup(**stages):
 )
 def test_a_step_that_cannot_be_is_refused(stage, con, message):
     with pytest.raises(ValueError, match=message):
-        compile_report.abstract_step(small_setup(con=con), stage, make_mesh())
+        abstract_programs.training_program(small_setup(con=con), stage, make_mesh())
 
 
 def lowered_step(setup, name):
     """(state, frozen, batch), what the lowered step returns, and whether its state is donated."""
     mesh = make_mesh()
-    step, arguments, gradient_bytes = compile_report.abstract_step(setup, name, mesh)
+    program = abstract_programs.training_program(setup, name, mesh)
+    arguments = program.arguments
     specs = [{x.sharding.spec for x in jax.tree.leaves(tree)} for tree in arguments]
     assert specs[0] | specs[1] == {PartitionSpec()}
     assert specs[2] == {PartitionSpec(mesh.axis_names)}
     with jax.set_mesh(mesh):
-        lowered = step.lower(*arguments)
+        lowered = program.jitted.lower(*arguments)
     donated = [x.donated for x in jax.tree.leaves(lowered.args_info[0][0])]
     assert donated and all(donated)
     new_state, metrics = lowered.out_info
     assert jax.tree.map(lambda x: x.shape, new_state) == jax.tree.map(
         lambda x: x.shape, arguments[0]
     )
-    return arguments, metrics, gradient_bytes
+    return arguments, metrics, program.gradient_bytes
 
 
 def test_the_step_is_that_of_the_loop():
@@ -195,12 +208,38 @@ def test_other_stages_have_a_step_too(name):
         assert batch["memory_queries"].shape == (144, 4, 64)
 
 
+def test_predictions_have_their_programs_too():
+    """Shapes, and that what a program hands on is what the next one takes."""
+    setup = small_setup()
+    network, names, tile = abstract_programs.prediction_programs(setup, "con", make_mesh())
+    assert network.batch_size == setup.predict.batch_size == network.mesh.size
+    assert network.arguments[1].shape == (4, 128, 128, 3)
+    assert len(names.arguments[2]) == len(setup.vocabulary)
+    codes, counts = jax.eval_shape(functools.partial(tile.jitted, **tile.static), *tile.arguments)
+    assert codes.shape[1] == codes.shape[2] and counts.owned.shape == (4, 32)
+    with pytest.raises(ValueError, match="--stage names stage 'clip', which has no segmentor"):
+        abstract_programs.prediction_programs(setup, "clip", make_mesh())
+
+
+@pytest.mark.parametrize(
+    "name, topology",
+    [("v5e-256", "v5e:16x16"), ("v5litepod-8", "v5e:2x4"), ("v4-32", "v4:2x2x4"), ("v6e:2x2",) * 2],
+)
+def test_slices_as_they_are_rented(name, topology):
+    assert chips.topology_of(name) == topology
+
+
+def test_an_unknown_slice_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="no TPU slice 'v5e-255'; did you mean 'v5e-256'"):
+        chips.topology_of("v5e-255")
+
+
 def test_clip_need_not_be_there():
     """The full config's CLIP has its published sizes without a file of its vocabulary."""
-    setup = compile_report.setup_of(coco_zps.get_config())
+    setup = abstract_programs.setup_of(coco_zps.get_config())
     shapes = jax.eval_shape(lambda: setup.networks.init("clip", jax.random.key(0)))
     sizes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
-    assert (49408, 512) in sizes and compile_report.batch_sizes(setup, "con")["T"] == 77
+    assert (49408, 512) in sizes and abstract_programs.batch_sizes(setup, "con")["T"] == 77
 
 
 @pytest.mark.parametrize(
@@ -211,7 +250,7 @@ def test_clip_need_not_be_there():
             "temporaries (19.76G) exceeds available HBM (15.75G).",
             "does not fit a chip of v5e:4x4: its temporaries need 19.76G of 15.75G; set",
         ),
-        ("INTERNAL: something else\nat line 3", "refuses the step: INTERNAL: something else"),
+        ("INTERNAL: something else\nat line 3", "refuses the program: INTERNAL: something else"),
     ],
 )
 def test_compiler_errors_become_a_sentence(message, sentence):

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from concat_jax.benchmarking import cases
+from concat_jax.benchmarking.abstract_programs import batch_sizes, setup_of
 from concat_jax.benchmarking.cases import Case
-from concat_jax.benchmarking.compile_report import batch_sizes, setup_of
 from concat_jax.benchmarking.harness import Measurement, Work
 from concat_jax.benchmarking.programs import Trainer, random_embeddings, random_params
 from concat_jax.core.batch import FIELDS, batch_shapes

@@ -72,7 +72,7 @@ class EncoderLayer(nn.Module):
         """One layer on tokens [B, S, D], the levels of `sizes` one after another.
 
         Args:
-          positions: [B, S, D] position plus level encoding.
+          positions: [S, D] or [B, S, D] position plus level encoding.
           reference_points: [S, 2] or [B, S, 2].
           valid_sizes: [B, levels, 2] int32 (height, width) of each level's valid area, beyond which
             no value is read and in units of which the points are; or None.
@@ -154,11 +154,11 @@ class PixelDecoder(nn.Module):
             encoding = encoding.reshape(*encoding.shape[:-3], -1, self.width)
             references.append(reference_grid(height, width, valid))
             tokens.append(projected.reshape(batch, height * width, self.width))
-            # Over the batch before the sum: its gradient is then one of [D], and no chip sends the
-            # others one of [h * w, D] first.
-            positions.append(
-                encoding + jnp.broadcast_to(level_embedding[level], (batch, *encoding.shape[-2:]))
-            )
+            embedding = level_embedding[level]
+            if jax.sharding.get_abstract_mesh().size > 1:
+                # Else every device would send the others a gradient of [h * w, D] before the sum.
+                embedding = jnp.broadcast_to(embedding, (batch, *encoding.shape[-2:]))
+            positions.append(encoding + embedding)
             sizes.append((height, width))
             valid_sizes.append(valid)
 

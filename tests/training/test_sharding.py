@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from concat_jax.benchmarking import compile_report
+from concat_jax.benchmarking import abstract_programs
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import make_networks
 from concat_jax.stages import con
@@ -231,8 +231,8 @@ def test_the_rule_that_splits(shape, spec):
 
 def test_the_full_config_leaves_an_eighth_on_each_of_eight_devices():
     mesh = make_mesh(fsdp=8)
-    setup = compile_report.setup_of(coco_zps.get_config())
-    _, (state, _, _), _ = compile_report.abstract_step(setup, "con", mesh)
+    setup = abstract_programs.setup_of(coco_zps.get_config())
+    state, _, _ = abstract_programs.training_program(setup, "con", mesh).arguments
     leaves = jax.tree.leaves(state)
     whole = sum(leaf.size for leaf in leaves)
     here = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
