@@ -46,6 +46,37 @@ def test_the_other_stages_compile(stage):
     assert "16 chips, 16 images" in done.stdout
 
 
+def test_the_full_step_is_of_bounded_size():
+    """Layers in loops: written out, the program alone took hundreds of megabytes of every chip."""
+    pytest.importorskip(
+        "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
+    )
+    done = run_report("--config=configs/coco_zps.py", "--topology=v5e-16")
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
+    program = re.search(r"program +([\d.]+) MB", done.stdout)
+    assert program and float(program[1]) < 250
+    # Gradients, and what is summed over the batch for the losses: no position of a pixel.
+    gradients, reduced = (
+        float(re.search(rf"{what} +(?:\d+ +)?([\d.]+) MB", done.stdout)[1])
+        for what in ("Gradients to sum over the chips:", "all-reduce")
+    )
+    assert reduced < gradients
+    for kind in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert kind not in done.stdout
+
+
+def test_the_predictions_compile():
+    pytest.importorskip(
+        "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
+    )
+    done = run_report("--config=configs/coco_zps.py:mini", "--step=eval", "--topology=v5e-8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for program in ("Network of con", "Names of con", "Panoptic map of con"):
+        assert f"{program}, topology v5e:2x4: 4 chips, 4 images" in done.stdout
+    assert done.stdout.count("  none") == 3  # no collective
+
+
 def test_an_unknown_topology_is_refused_in_one_sentence():
     pytest.importorskip(
         "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
