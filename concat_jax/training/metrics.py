@@ -65,7 +65,7 @@ class MetricWriter:
             with self._sentence():
                 self._tensorboard.write_scalars(step, dict(values))
         if self._local and time.monotonic() - self._shown > _SECONDS_UNSEEN:
-            with contextlib.suppress(OSError):  # what a bucket does not take now it may later
+            with contextlib.suppress(Exception):  # what a bucket does not take now it may later
                 self._show()
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
