@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -197,7 +198,9 @@ def make_reports(
 def compile_program(program: Program, topology: str) -> Report:
     """What the compiler says of one program; ValueError if it does not fit a chip."""
     start = time.monotonic()
-    with jax.set_mesh(program.mesh):
+    # The training loop sets its mesh, a predictor none.
+    trains = program.gradient_bytes > 0
+    with jax.set_mesh(program.mesh) if trains else contextlib.nullcontext():
         traced = program.jitted.trace(*program.arguments, **program.static)
         try:
             compiled = traced.lower().compile()
