@@ -137,7 +137,7 @@ def last_line(text):
 
 def resumed(text):
     found = re.findall(r"Stage (\w+) (?:starts|resumes at step (\d+))", text)
-    return " ".join(f"{name} {step or 0}" for name, step in found[:1]) or "evaluation"
+    return " ".join(f"{name} {step or 0}" for name, step in found[:1]) or "no stage"
 
 
 def results(workdir):
