@@ -120,7 +120,7 @@ def _heed_notice() -> None:
     environment names another.
     """
     server = os.environ.get("GCE_METADATA_HOST", "")
-    if not server and _PRODUCT.exists() and _PRODUCT.read_text().startswith("Google"):
+    if not server and _PRODUCT.exists() and _PRODUCT.read_bytes().startswith(b"Google"):
         server = _SERVER
     if server:
         threading.Thread(target=_await_notice, args=(server,), name="notice", daemon=True).start()
