@@ -136,6 +136,7 @@ class ResNet(nn.Module):
       stem: "standard" (7x7 stride 2 and a 3x3 max-pool of stride 2) or "small" (two 3x3
         convolutions, one of stride 2: halves all strides, for images of a hundred pixels).
       num_groups: groups of GroupNorm; must divide every width. Unused by "frozen_batch".
+      remat: recompute each block in the backward pass instead of storing it.
       scan_layers: compile one of a stage's blocks of equal shape and run it in a loop, see
         `run_in_turn`.
     """
@@ -146,6 +147,7 @@ class ResNet(nn.Module):
     norm: str = "frozen_batch"
     stem: str = "standard"
     num_groups: int = 32
+    remat: bool = False
     scan_layers: bool = False
     dtype: Any = jnp.float32
 
@@ -195,11 +197,12 @@ class ResNet(nn.Module):
                 name = f"stem_conv{i}"
                 features = _conv(features, self.width, 3, 3 - i, self.dtype, size, name)
                 features = relu(norm(features, size_at(2), f"stem_norm{i}"))
+        block_class = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         outputs = []
         for stage, num_blocks in enumerate(self.stage_sizes):
             halves = stage > 0
             first, *others = (
-                ResidualBlock(
+                block_class(
                     width=self.width * 2**stage,
                     stride=2 if halves and index == 0 else 1,
                     block=self.block,
