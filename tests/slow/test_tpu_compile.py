@@ -34,6 +34,24 @@ def test_the_step_compiles_for_sixteen_chips():
         assert kind not in done.stdout
 
 
+def test_gradients_of_split_parameters_are_reduced_to_parts():
+    pytest.importorskip(
+        "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
+    )
+    done = run_report(
+        "--config=configs/coco_zps.py:mini",
+        "--topology=v5e:4x4",
+        "--config.train.con.batch_size=16",
+        "--config.data.image_size=64",
+        "--config.mesh.fsdp=4",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
+    assert re.search(r"all-gather +\d+ +[\d.]+ MB\n +\d+ x, .*/sharding_constraint", done.stdout)
+    assert re.search(r"reduce-scatter +\d+ +[\d.]+ kB\n.*transpose\(jvp", done.stdout)
+    assert "all-to-all" not in done.stdout and "in a loop" not in done.stdout
+
+
 @pytest.mark.parametrize("stage", ["clip", "cat", "finetune"])
 def test_the_other_stages_compile(stage):
     """CAT once held a scatter that the compiler dies of."""
