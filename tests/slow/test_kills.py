@@ -147,7 +147,10 @@ def results(workdir):
         for name, steps in STAGES.items():
             for item in ("params", "optimizer"):
                 path = workdir / name / "checkpoints" / str(steps) / item
-                states[name, item] = jax.tree.map(np.asarray, reader.restore(path))
+                # Here are other devices than several hosts had.
+                leaves = reader.metadata(path).item_metadata.tree
+                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), leaves)
+                states[name, item] = reader.restore(path, restore_args=as_numpy)
     return states
 
 
