@@ -68,7 +68,7 @@ def open_source(
     if in_bucket(root):
         raise FileError(
             f"{root} is in a bucket, and folders of images are read on a machine's disk alone: "
-            f"gcloud storage rsync --recursive {root} DIR copies it; give DIR."
+            f"gcloud storage cp -r {root} DIR copies it; give DIR."
         )
     known, root = DATASETS[dataset], pathlib.Path(root)
     if not str(part) or pathlib.Path(part).name != str(part):

@@ -11,6 +11,7 @@ from concat_jax.models.networks import make_networks
 from concat_jax.stages import con
 from concat_jax.stages.stage import Context
 from concat_jax.training.optimizer import FROZEN, OptimizerConfig, label_params, make_optimizer
+from concat_jax.training.sharding import make_mesh
 from concat_jax.training.state import TrainState, make_train_step
 from configs import coco_zps
 from data_pipelines.labels import load_label_space
@@ -34,7 +35,7 @@ def test_one_step_of_the_full_size_model():
         build(OptimizerConfig, config.train.con.optimizer, "optimizer"), 10, labels
     )
     state = TrainState.create(params, optimizer)
-    step = jax.jit(make_train_step(stage.loss, optimizer, seed=0))
+    step = jax.jit(make_train_step(stage.loss, optimizer, 0, make_mesh(devices=1)))
 
     rng = np.random.default_rng(0)
     ids = np.repeat(np.repeat(rng.integers(0, 13, (1, 16, 16), np.uint8), 32, 1), 32, 2)

@@ -10,6 +10,7 @@ from concat_jax.models.segmentor import normalize_images
 from concat_jax.stages import con
 from concat_jax.stages.clip_targets import clip_targets
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer, path_name
+from concat_jax.training.sharding import make_mesh
 from concat_jax.training.state import TrainState, make_train_step
 from tests import tiny
 from tests.tiny import FAST_COMPILE, KEY, UNSEEN
@@ -173,7 +174,7 @@ def test_con_with_cached_targets_holds_no_clip(online, cached_batch):
     state = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
 
     def trace(stage, batch):
-        step = jax.jit(make_train_step(stage.loss, optimizer, 0))
+        step = jax.jit(make_train_step(stage.loss, optimizer, 0, make_mesh(devices=1)))
         return step.trace(state, tiny.frozen(stage), batch)
 
     traced = trace(without, cached_batch)

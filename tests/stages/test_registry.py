@@ -21,6 +21,7 @@ from concat_jax.stages.queries import IMAGE_FIELDS
 from concat_jax.stages.registry import STAGES, learns_from, make_stage, method_of
 from concat_jax.stages.stage import MATCHING_PROJECTOR, PLAIN_RULES, TEXT, Stage, StageConfig
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
+from concat_jax.training.sharding import make_mesh
 from concat_jax.training.state import TrainState, make_train_step
 from tests import tiny
 
@@ -84,7 +85,10 @@ def step(stage, networks, batch):
     optimizer = make_optimizer(
         OptimizerConfig(schedule="constant"), 2, label_params(params, stage.rules)
     )
-    run = jax.jit(make_train_step(stage.loss, optimizer, 0), compiler_options=tiny.FAST_COMPILE)
+    run = jax.jit(
+        make_train_step(stage.loss, optimizer, 0, make_mesh(devices=1)),
+        compiler_options=tiny.FAST_COMPILE,
+    )
     inputs = {field: batch[field] for field in stage.batch_fields}
     state, metrics = run(TrainState.create(params, optimizer), frozen, inputs)
     return params, jax.device_get(state.params), metrics["loss"]
