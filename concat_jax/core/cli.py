@@ -34,9 +34,8 @@ from concat_jax.core.files import as_path, in_bucket, is_of_bucket, nearest
 
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended: 128 + SIGINT
 BROKEN_PIPE = 141  # the same of SIGPIPE
-HEARTBEAT_TIMEOUT = (
-    20  # seconds until JAX takes a host that is silent for dead, and ends the others
-)
+# Seconds until JAX takes a host that is silent for dead, and ends the others.
+HEARTBEAT_TIMEOUT = 20
 
 
 class Flags(flags.FlagValues):

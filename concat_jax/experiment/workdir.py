@@ -44,7 +44,8 @@ _SHOWN_CHANGES = 8
 ORIGIN_NAME = "origin.json"
 # Keys of the model that change no parameter's shape, so that no checkpoint can tell them.
 _SHAPELESS_KEYS = ("_heads", "num_groups", "activation", "position_interpolation")
-# Options that are gone, and the value that is built in now: what was trained with it goes on.
+# Options that are gone or need not be named, and the value that is built in: what was trained with
+# it goes on.
 REMOVED_KEYS = {
     "train.*.method.pooling_temperature": 0.1,
     "train.*.method.class_negatives": True,

@@ -1,12 +1,25 @@
 """The training step goes through the real TPU compiler, which needs no TPU."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason='the TPU compiler is not installed (pip install "jax[tpu]")',
+    ),
+]
+MINI = (
+    "--config=configs/coco_zps.py:mini",
+    "--topology=v5e:4x4",
+    "--config.train.con.batch_size=16",
+    "--config.data.image_size=64",
+)
 
 
 def run_report(*flags):
@@ -16,15 +29,7 @@ def run_report(*flags):
 
 
 def test_the_step_compiles_for_sixteen_chips():
-    pytest.importorskip(
-        "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
-    )
-    done = run_report(
-        "--config=configs/coco_zps.py:mini",
-        "--topology=v5e:4x4",
-        "--config.train.con.batch_size=16",
-        "--config.data.image_size=64",
-    )
+    done = run_report(*MINI)
     assert done.returncode == 0, done.stderr[-2000:]
     print(done.stdout)
     assert "16 chips, 16 images of 64 x 64 a step, 1 a chip" in done.stdout
@@ -35,16 +40,7 @@ def test_the_step_compiles_for_sixteen_chips():
 
 
 def test_gradients_of_split_parameters_are_reduced_to_parts():
-    pytest.importorskip(
-        "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
-    )
-    done = run_report(
-        "--config=configs/coco_zps.py:mini",
-        "--topology=v5e:4x4",
-        "--config.train.con.batch_size=16",
-        "--config.data.image_size=64",
-        "--config.mesh.fsdp=4",
-    )
+    done = run_report(*MINI, "--config.mesh.fsdp=4")
     assert done.returncode == 0, done.stderr[-2000:]
     print(done.stdout)
     assert re.search(r"all-gather +\d+ +[\d.]+ MB\n +\d+ x, .*/sharding_constraint", done.stdout)
@@ -55,9 +51,6 @@ def test_gradients_of_split_parameters_are_reduced_to_parts():
 @pytest.mark.parametrize("stage", ["clip", "cat", "finetune"])
 def test_the_other_stages_compile(stage):
     """CAT once held a scatter that the compiler dies of."""
-    pytest.importorskip(
-        "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
-    )
     flags = ["--config=configs/coco_zps.py:mini", f"--stage={stage}"]
     done = run_report(*flags, f"--config.train.{stage}.batch_size=16")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -66,9 +59,6 @@ def test_the_other_stages_compile(stage):
 
 def test_the_full_step_is_of_bounded_size():
     """Layers in loops: written out, the program alone took hundreds of megabytes of every chip."""
-    pytest.importorskip(
-        "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
-    )
     done = run_report("--config=configs/coco_zps.py", "--topology=v5e-16")
     assert done.returncode == 0, done.stderr[-2000:]
     print(done.stdout)
@@ -85,9 +75,6 @@ def test_the_full_step_is_of_bounded_size():
 
 
 def test_the_predictions_compile():
-    pytest.importorskip(
-        "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
-    )
     done = run_report("--config=configs/coco_zps.py:mini", "--step=eval", "--topology=v5e-8")
     assert done.returncode == 0, done.stderr[-2000:]
     for program in ("Network of con", "Names of con", "Panoptic map of con"):
@@ -98,9 +85,6 @@ def test_the_predictions_compile():
 
 
 def test_an_unknown_topology_is_refused_in_one_sentence():
-    pytest.importorskip(
-        "libtpu", reason='the TPU compiler is not installed (pip install "jax[tpu]")'
-    )
     done = run_report("--config=configs/coco_zps.py:mini", "--topology=v5e:3x17")
     assert done.returncode == 1
     assert (
