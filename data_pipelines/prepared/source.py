@@ -18,6 +18,7 @@ from PIL import Image
 
 from concat_jax.core.files import FileError, as_path, in_bucket, size_of
 from concat_jax.core.vocabulary import Vocabulary
+from data_pipelines.id_runs import decode_runs
 from data_pipelines.prepared.files import (
     COMMAND,
     FOOTER,
@@ -127,8 +128,8 @@ class PreparedSource:
         fields: Mapping = self._parse(payload).features.feature
         if fields["image_id"].int64_list.value[0] != record.image_id:
             raise damaged(tables_path(self._folder, self._part), "records are not where it says")
-        ids = zlib.decompress(fields["segment_ids/value"].bytes_list.value[0])
-        ids = np.frombuffer(ids, self._id_dtype).reshape(record.height, record.width)
+        runs = fields["segment_runs"].bytes_list.value[0]
+        ids = decode_runs(runs, record.height, record.width, self._id_dtype)
         image = fields["image"].bytes_list.value[0]
         if self._places[index, -1]:
             return cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB), ids
