@@ -73,6 +73,13 @@ def test_array_bytes(text, size):
     assert compile_report.array_bytes(text) == size
 
 
+def test_expected_cycles():
+    line = 'ROOT %f = f32[2] fusion(%p), backend_config={"estimated_cycles":"{}","iterations":"9"}'
+    text = "\n".join(line.replace("{}", str(cycles)) for cycles in (40, 2))
+    assert compile_report.expected_cycles(text) == 42
+    assert compile_report.expected_cycles(HLO) == 0
+
+
 @pytest.mark.parametrize(
     "count, text", [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (2.5e9, "2.50 GB")]
 )
@@ -96,6 +103,7 @@ def make_report(collectives):
         content="images of 928 x 928",
         seconds=61.4,
         flops=2.5e12,
+        cycles=3_640_000,
         memory=memory,
         collectives=collectives,
         gradient_bytes=178_000_000,
@@ -105,6 +113,7 @@ def make_report(collectives):
 def test_the_report_in_text():
     text = format_report(make_report(find_collectives(HLO)))
     assert "16 chips, 32 images of 928 x 928 a step, 2 a chip" in text
+    assert "Cycles that the compiler expects, of loops one pass: 3.6 million" in text
     assert "Compiled in 61 s" in text and "convolutions of a chip: 2500.0 GFLOP" in text
     # Arguments, temporaries, program, and the half gigabyte of outputs that reuses no argument.
     assert "in all          7.60 GB of 16.00 GB" in text

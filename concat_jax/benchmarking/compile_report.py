@@ -34,6 +34,7 @@ _COLLECTIVE = re.compile(
     rf"= (?P<result>.*?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\((?!.*-done\()"
 )
 _SCATTER = re.compile(r" fusion\((?=.*calls=%all-reduce-scatter)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
 # A report names at most this many sources of one kind of collective.
 MAX_SOURCES = 8
@@ -63,6 +64,7 @@ class Report:
       flops: of matrix products and convolutions on one chip, see `count_flops`.
       memory: name -> bytes: arguments, outputs, donated (outputs that reuse arguments),
         temporaries and program.
+      cycles: see `expected_cycles`.
       gradient_bytes: of all trained parameters, which is what a training step has to sum over the
         chips; 0 of a prediction.
     """
@@ -74,6 +76,7 @@ class Report:
     content: str
     seconds: float
     flops: float
+    cycles: int
     memory: Mapping[str, int]
     collectives: Sequence[Collective]
     gradient_bytes: int
@@ -120,6 +123,11 @@ def find_collectives(text: str) -> list[Collective]:
     return found
 
 
+def expected_cycles(text: str) -> int:
+    """Cycles that a TPU's compiler expects of an optimised HLO module, of a loop one pass."""
+    return sum(map(int, _CYCLES.findall(text)))
+
+
 def format_bytes(count: float) -> str:
     """ "1.50 GB"; powers of ten, as chips are sold."""
     for unit in ("B", "kB", "MB"):
@@ -136,6 +144,7 @@ def format_report(report: Report) -> str:
         "chip",
         f"Compiled in {report.seconds:.0f} s",
         f"Products and convolutions of a chip: {report.flops / 1e9:.1f} GFLOP",
+        f"Cycles that the compiler expects, of loops one pass: {report.cycles / 1e6:.1f} million",
         "Memory of a chip:",
         *(f"  {name:<12} {format_bytes(size):>10}" for name, size in report.memory.items()),
     ]
@@ -206,7 +215,7 @@ def compile_program(program: Program, topology: str) -> Report:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             raise ValueError(compile_error(str(error), topology)) from error
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     return Report(
         program=program.name,
         topology=topology,
@@ -215,7 +224,8 @@ def compile_program(program: Program, topology: str) -> Report:
         content=program.content,
         seconds=time.monotonic() - start,
         flops=count_flops(traced.jaxpr.jaxpr) / program.mesh.size,
+        cycles=expected_cycles(text),
         memory={key: getattr(memory, f"{of}_size_in_bytes") for key, of in _MEMORY.items()},
-        collectives=find_collectives(compiled.as_text()),
+        collectives=find_collectives(text),
         gradient_bytes=program.gradient_bytes,
     )
