@@ -222,6 +222,15 @@ def join(client: Any, index: int, count: int) -> None:
     threading.Thread(target=_state.hosts.listen, daemon=True).start()
 
 
+def meet_hosts(what: str) -> None:
+    """Returns when every host has called it with this `what`, which it does once.
+
+    However long that takes: collectives give a late host up, those of a CPU after 30 s.
+    """
+    if _state.hosts:
+        _state.hosts.meet(what)
+
+
 def fail_together(error: BaseException, code: int = 1) -> None:
     """With other hosts, says why this one ends, ends them, and this process; else returns."""
     if not _state.hosts:
@@ -284,6 +293,12 @@ class _Hosts:
                     return
                 time.sleep(0.05)
             _state.agreed = 1 + max(map(int, counts.values()))
+
+    def meet(self, what: str) -> None:
+        """Returns when every host has told what this one tells; `listen` ends it if one fails."""
+        self._tell(what)
+        while len(self._told(what)) < self._count:
+            time.sleep(0.05)
 
     def fail(self, text: str) -> None:
         """Ends the other hosts; returns when they have heard why."""

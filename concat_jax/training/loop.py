@@ -137,10 +137,14 @@ def train_stage(
             inputs = shard_batch({k: batch[k] for k in stage.batch_fields}, mesh)
             tracer.before(step - start)
             with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation(name, step_num=step):
+                if progress is None:
+                    best = seconds_at_peak(step_fn, (state, frozen, inputs), mesh.devices.flat)
+                    if jax.process_count() > 1:  # which need not end compiling together
+                        step_fn = step_fn.lower(state, frozen, inputs).compile()
+                        stopping.meet_hosts(f"compiled {name}")
                 state, metrics = step_fn(state, frozen, inputs)
                 if progress is None:  # from here on: the program is compiled
                     rows = len(next(iter(inputs.values())))
-                    best = seconds_at_peak(step_fn, (state, frozen, inputs), mesh.devices.flat)
                     progress = Progress(name, start, loop.steps, rows, unit="images", at_peak=best)
                     awaited.take_seconds()
             tracer.after(step - start, metrics)

@@ -143,6 +143,19 @@ def test_no_step_begins_before_all_have_said_where_they_are(state):
     assert answers == [True]
 
 
+def test_hosts_meet(state):
+    store = Store({"concat_jax/compiled cat/0": ""})
+    state.hosts = stopping._Hosts(store, 1, 2)
+    stopping.meet_hosts("compiled cat")
+    meeting = threading.Thread(target=stopping.meet_hosts, args=("compiled con",))
+    meeting.start()
+    meeting.join(0.2)
+    assert meeting.is_alive() and "concat_jax/compiled con/1" in store
+    store["concat_jax/compiled con/0"] = ""
+    meeting.join(10)
+    assert not meeting.is_alive()
+
+
 def test_a_host_that_fails_says_so_and_waits_until_the_others_have_heard(state, ends, capfd):
     store = Store({"concat_jax/left/0": ""})
     state.hosts = stopping._Hosts(store, 1, 2)
