@@ -203,8 +203,7 @@ def _features(prepared: Prepared) -> Any:
 
     `image` [H, W, 3] uint8 is decoded without EXIF rotation, which TensorFlow does not know;
     `segment_ids` [H, W] is uint8 or uint16, and the tables `segment_*` have one entry a segment.
-    `segment_runs` is the same map as `encode_runs` makes it, which costs 2 % of the bytes and takes
-    a third of the time to read: training reads it.
+    `segment_runs` is the same map as `encode_runs` makes it, sooner read: training reads it.
     """
     features = tensorflow("tensorflow_datasets").features
     return features.FeaturesDict(

@@ -128,8 +128,12 @@ class PreparedSource:
         fields: Mapping = self._parse(payload).features.feature
         if fields["image_id"].int64_list.value[0] != record.image_id:
             raise damaged(tables_path(self._folder, self._part), "records are not where it says")
-        runs = fields["segment_runs"].bytes_list.value[0]
-        ids = decode_runs(runs, record.height, record.width, self._id_dtype)
+        try:
+            (runs,) = fields["segment_runs"].bytes_list.value  # none in data of an older format
+            ids = decode_runs(runs, record.height, record.width, self._id_dtype)
+        except ValueError as error:
+            path = self._paths[self._places[index, 0]]
+            raise damaged(path, f"the runs of an id map are missing or wrong ({error})") from error
         image = fields["image"].bytes_list.value[0]
         if self._places[index, -1]:
             return cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB), ids
