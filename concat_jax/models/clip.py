@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from concat_jax.core.config import check_choice, check_fields
 from concat_jax.models.clip_stems import STEMS
 from concat_jax.models.ops.layers_in_turn import run_in_turn
+from concat_jax.models.ops.transformer_block import ACTIVATIONS, Block, layer_norm
 
 # The largest multiplier CLIP lets its similarities have (section 2.5), kept against instability.
 MAX_LOGIT_SCALE = 100.0
@@ -37,72 +38,6 @@ CLIP_VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "ViT-L/14": _LARGE,
     "ViT-L/14@336": {**_LARGE, "image_size": 336},
 }
-
-_LAYER_NORM_EPSILON = 1e-5  # torch's default, which CLIP was trained with; linen's is 1e-6
-
-
-_ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
-
-
-def _layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=_LAYER_NORM_EPSILON, dtype=dtype, use_fast_variance=False, name=name
-    )
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, [B, L, W] -> [B, L, W]; softmax in float32 whatever `dtype`."""
-
-    num_heads: int
-    depth: int
-    is_causal: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        # Residual branches start small in proportion to their number (openai/CLIP clip/model.py).
-        into = nn.initializers.normal(width**-0.5)
-        out_of = nn.initializers.normal(width**-0.5 * (2 * self.depth) ** -0.5)
-
-        def heads(name: str) -> jax.Array:  # [B, L, heads, W / heads]
-            y = nn.Dense(width, kernel_init=into, dtype=self.dtype, name=name)(x)
-            return y.reshape(*y.shape[:-1], self.num_heads, width // self.num_heads)
-
-        attended = jax.nn.dot_product_attention(
-            heads("q_proj"), heads("k_proj"), heads("v_proj"), is_causal=self.is_causal
-        )
-        attended = attended.reshape(x.shape)
-        return nn.Dense(width, kernel_init=out_of, dtype=self.dtype, name="out_proj")(attended)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block, [B, L, W] -> [B, L, W]."""
-
-    num_heads: int
-    depth: int
-    mlp_ratio: float
-    activation: str
-    is_causal: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        into = nn.initializers.normal((2 * width) ** -0.5)
-        out_of = nn.initializers.normal(width**-0.5 * (2 * self.depth) ** -0.5)
-        hidden = round(width * self.mlp_ratio)
-        attention = Attention(
-            self.num_heads, self.depth, self.is_causal, self.dtype, name="self_attn"
-        )
-        x = x + attention(_layer_norm(self.dtype, "layer_norm1")(x))
-        y = _layer_norm(self.dtype, "layer_norm2")(x)
-        y = nn.Dense(hidden, kernel_init=into, dtype=self.dtype, name="fc1")(y)
-        y = _ACTIVATIONS[self.activation](y)
-        return x + nn.Dense(width, kernel_init=out_of, dtype=self.dtype, name="fc2")(y)
 
 
 def interpolate_positions(
@@ -141,7 +76,7 @@ class _Tower(nn.Module):
                 Block(
                     num_heads=self.num_heads,
                     depth=self.depth,
-                    mlp_ratio=self.mlp_ratio,
+                    ffn_width=round(self.width * self.mlp_ratio),
                     activation=self.activation,
                     is_causal=is_causal,
                     dtype=self.dtype,
@@ -181,9 +116,9 @@ class VisionTower(_Tower):
         cls = jnp.broadcast_to(cls.astype(self.dtype), (batch, 1, width))
         x = jnp.concatenate([cls, x.reshape(batch, rows * columns, width)], axis=1)
         x = x + table.astype(self.dtype)
-        x = _layer_norm(self.dtype, "pre_layrnorm")(x)  # the checkpoints' own spelling
+        x = layer_norm(self.dtype, "pre_layrnorm")(x)  # the checkpoints' own spelling
         x = self.transformer(x, is_causal=False)
-        return _layer_norm(self.dtype, "post_layernorm")(x[:, 0])
+        return layer_norm(self.dtype, "post_layernorm")(x[:, 0])
 
 
 class TextTower(_Tower):
@@ -207,7 +142,7 @@ class TextTower(_Tower):
         )
         x = embed(tokens) + positions[: tokens.shape[1]].astype(self.dtype)
         x = self.transformer(x, is_causal=True)
-        x = _layer_norm(self.dtype, "final_layer_norm")(x)
+        x = layer_norm(self.dtype, "final_layer_norm")(x)
         eot = jnp.argmax(tokens if self.eot_id is None else tokens == self.eot_id, axis=1)
         return jnp.take_along_axis(x, eot[:, None, None], axis=1)[:, 0]
 
@@ -336,7 +271,7 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
     clip = CLIP(**config)
     for field, allowed in (
         ("stem", STEMS),
-        ("activation", _ACTIVATIONS),
+        ("activation", ACTIVATIONS),
         ("position_interpolation", ("bicubic", "bilinear")),
     ):
         if (value := getattr(clip, field)) not in allowed:
