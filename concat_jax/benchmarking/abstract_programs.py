@@ -20,7 +20,6 @@ from concat_jax.inference.assign_pixels import PixelCounts
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.images import Buckets
 from concat_jax.inference.predictor import TILE_SIDES
-from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.stages.registry import learns_from
 from concat_jax.stages.stage import MATCHING_PROJECTOR, TEXT
 from concat_jax.training.optimizer import FROZEN, label_params, make_optimizer
@@ -190,7 +189,6 @@ def prediction_programs(setup: Setup, name: str, mesh: Mesh) -> list[Program]:
 def batch_sizes(setup: Setup, name: str) -> dict[str, int]:
     """Sizes of the dimensions of a stage's batches, by the letters of `core.batch`."""
     settings, networks, data = setup.stages[name], setup.networks, setup.config.data
-    segmentor = {**DEFAULTS, **setup.config.model.segmentor}
     of_captions = learns_from(settings) == "captions"
     return {
         "B": settings.batch_size,
@@ -198,7 +196,7 @@ def batch_sizes(setup: Setup, name: str) -> dict[str, int]:
         "G": data.get("max_segments", 0),
         "C": networks.clip.embed_dim,
         "T": setup.tokenizer.context_length,
-        "N": segmentor["num_queries"],
+        "N": networks.segmentor.num_queries,
         "D": networks.query_width,
         "K": -(-len(setup.vocabulary) // settings.batch_size) * settings.batch_size,
         "M": settings.method.get("memory_per_class", 0),

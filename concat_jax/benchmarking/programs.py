@@ -21,7 +21,6 @@ from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_
 from concat_jax.models.backbones.swin import SWIN_VARIANTS
 from concat_jax.models.networks import Networks, make_networks
 from concat_jax.models.segmentor import (
-    DEFAULTS,
     LinearClassifier,
     make_segmentor,
     mask_logits,
@@ -92,7 +91,7 @@ def method_networks(case: Case, card: ModelCard) -> Networks:
     return make_networks(
         {
             "clip": {**case.clip, "dtype": case.dtype},
-            "segmentor": {**DEFAULTS, **card.segmentor, "dtype": case.dtype},
+            "segmentor": {**card.segmentor, "dtype": case.dtype},
             "projector": {"hidden_width": 512},
             "generator": {"hidden_width": 1024, "num_layers": 2, "noise_width": 256},
         }
@@ -166,7 +165,7 @@ def _forward(case: Case, segmentor, classifier, params: Any, vocabulary) -> Work
 
 
 def _postprocess(case: Case, segmentor, classifier, params: Any, vocabulary) -> Work:
-    num_queries = params["segmentor"]["transformer_decoder"]["query_feature_embedding"].shape[0]
+    num_queries = segmentor.num_queries
     logits, masks = map(jnp.asarray, cases.logits(case, num_queries, len(vocabulary)))
 
     @jax.jit

@@ -21,7 +21,6 @@ from concat_jax.benchmarking.programs import (
     random_params,
 )
 from concat_jax.evaluation.report import markdown_table
-from concat_jax.models.segmentor import DEFAULTS
 from concat_jax.stages import cat, finetune
 from concat_jax.stages.queries import QueryBank
 from concat_jax.stages.stage import TEXT, Context
@@ -49,7 +48,7 @@ def works(case: Case) -> dict[str, Work]:
     params[TEXT] = random_embeddings(len(vocabulary), networks.clip.embed_dim)
     # Queries [M, N, D] float16 and labels [M, N] int16 of seen classes, -1 where nothing is.
     rng = np.random.default_rng(0)
-    number, width = ({**DEFAULTS, **card.segmentor}[key] for key in ("num_queries", "width"))
+    number, width = networks.segmentor.num_queries, networks.segmentor.width
     queries = rng.standard_normal((BANK_IMAGES, number, width), np.float32).astype(np.float16)
     labels = np.full((BANK_IMAGES, number), -1, np.int16)
     held = min(case.segments, number)

@@ -52,7 +52,7 @@ def works(case: Case) -> dict[str, Work]:
     """
     params, card = load_model(case.model)
     networks = method_networks(case, card)
-    num_queries = params["segmentor"]["transformer_decoder"]["query_feature_embedding"].shape[0]
+    num_queries = networks.segmentor.num_queries
     if max(case.num_masks) > num_queries:
         raise ValueError(
             f"The segmentor predicts {num_queries} masks an image and CLIP is to see "

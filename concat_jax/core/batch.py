@@ -36,6 +36,8 @@ FIELDS: Mapping[str, Field] = {
     "image_size": Field("int32", ("B", 2), 0, "height and width of the valid area in pixels"),
     "clip_image_target": Field("float32", ("B", "C"), 0.0, "CLIP's embedding of the image"),
     "clip_segment_targets": Field("float32", ("B", "G", "C"), 0.0, "and of each segment's crop"),
+    # The loop adds it for stages that ask.
+    "progress": Field("float32", ("B",), 0.0, "share of the stage's steps that are done"),
     # A batch of captions has images and tokens.
     "tokens": Field("int32", ("B", "T"), 0, "token ids of a caption"),
     # A batch of vision queries.
@@ -48,6 +50,7 @@ FIELDS: Mapping[str, Field] = {
 # The columns of a segment table.
 SEGMENT_TABLES = tuple(name for name, field in FIELDS.items() if field.dimensions == ("B", "G"))
 IMAGE_FIELDS = ("image", "segment_ids", *SEGMENT_TABLES, "image_id", "image_size")
+PROGRESS = "progress"
 TARGET_FIELDS = ("clip_image_target", "clip_segment_targets")
 QUERY_FIELDS = ("queries", "query_labels")
 QUERY_TARGETS = "query_targets"

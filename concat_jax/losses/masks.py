@@ -50,6 +50,21 @@ def sample_features(features: jax.Array, points: jax.Array) -> jax.Array:
     )
 
 
+def point_logits(
+    mask_embeddings: jax.Array, mask_features: jax.Array, points: jax.Array
+) -> jax.Array:
+    """Mask logits [B, L, N, P] float32 of L sets of queries [B, L, N, D] at points [B, P, 2].
+
+    Features are [B, h, w, D], or [B, L, h, w, D] where each set has its own.
+    """
+    if mask_features.ndim == 4:
+        features, product = sample_features(mask_features, points), "blnd,bpd->blnp"
+    else:
+        sample = jax.vmap(sample_features, in_axes=(1, None), out_axes=1)
+        features, product = sample(mask_features, points), "blnd,blpd->blnp"
+    return jnp.einsum(product, mask_embeddings, features, preferred_element_type=jnp.float32)
+
+
 def sample_segments(segment_ids: jax.Array, points: jax.Array, num_segments: int) -> jax.Array:
     """Bilinear samples [B, G, P] of every segment's binary mask at shared points [B, P, 2].
 

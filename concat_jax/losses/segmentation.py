@@ -85,13 +85,8 @@ def match_queries(
     serve all sets, and the cost keeps its expectation.
     """
     points = jax.random.uniform(rng, (len(segment_ids), config.num_points, 2))
-    features = masks.sample_features(jax.lax.stop_gradient(mask_features), points)
-    point_logits = jnp.einsum(
-        "blnd,bpd->blnp",
-        jax.lax.stop_gradient(mask_embeddings),
-        features,
-        preferred_element_type=jnp.float32,
-    )
+    predicted = jax.lax.stop_gradient((mask_embeddings, mask_features))
+    point_logits = masks.point_logits(*predicted, points)
     targets = masks.sample_segments(segment_ids, points, labels.shape[1])
     cost = matching.matching_cost(
         jax.lax.stop_gradient(class_logits),
@@ -126,7 +121,7 @@ def segmentation_loss(
     Args:
       class_logits: [B, L, N, K+1]; the last column is no-object.
       mask_embeddings: [B, L, N, D].
-      mask_features: [B, h, w, D].
+      mask_features: [B, h, w, D], or [B, L, h, w, D] where each set has its own.
       segment_ids: [B, H, W] id map, 0 void.
       labels: [B, G] int32 in 0..K-1, -1 where padded; such a segment's pixels are negatives of
         the other segments, as void pixels are.
@@ -154,12 +149,7 @@ def segmentation_loss(
     embeddings = jnp.take_along_axis(
         mask_embeddings, jnp.clip(query_of_segment, 0)[..., None], axis=2
     )
-    point_logits = jnp.einsum(
-        "blgd,bpd->blgp",
-        embeddings,
-        masks.sample_features(mask_features, points),
-        preferred_element_type=jnp.float32,
-    )
+    point_logits = masks.point_logits(embeddings, mask_features, points)
     targets = masks.sample_segments(segment_ids, points, num_segments)[:, None]
     weights = jnp.concatenate(
         [

@@ -59,7 +59,7 @@ def make_networks(config: Mapping[str, Any]) -> Networks:
     check_fields(config["projector"], SemanticProjector, what, "joint_width")
     clip = make_clip(config["clip"])
     segmentor = make_segmentor(config["segmentor"])
-    query_width = config["segmentor"]["width"]
+    query_width = segmentor.width
     return Networks(
         clip=clip,
         segmentor=segmentor,

@@ -9,24 +9,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from concat_jax.core.config import check_choice, check_fields, check_type
+from concat_jax.models import eomt
 from concat_jax.models.backbones import BACKBONES
 from concat_jax.models.pixel_decoder import PixelDecoder
+from concat_jax.models.segmentor_output import DTYPES as DTYPES
+from concat_jax.models.segmentor_output import IMAGENET_MEAN as IMAGENET_MEAN
+from concat_jax.models.segmentor_output import IMAGENET_STD as IMAGENET_STD
+from concat_jax.models.segmentor_output import LinearClassifier as LinearClassifier
+from concat_jax.models.segmentor_output import SegmentorOutput
+from concat_jax.models.segmentor_output import mask_logits as mask_logits
+from concat_jax.models.segmentor_output import normalize_images as normalize_images
 from concat_jax.models.transformer_decoder import TransformerDecoder
-
-# RGB statistics of ImageNet in 0..255, as every published Mask2Former uses them.
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # Mask2Former R50, `configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml`.
 DEFAULTS: Mapping[str, Any] = {
+    "kind": "mask2former",
     "backbone": {"kind": "resnet"},
     "width": 256,
     "num_queries": 100,
@@ -43,50 +44,6 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-@flax.struct.dataclass
-class SegmentorOutput:
-    """What the segmentor predicts, before any class is named.
-
-    Attributes:
-      queries: [B, L, N, D] float32, decoder-normalised queries of all L = decoder layers + 1
-        prediction sets; `queries[:, -1]` are the vision queries.
-      mask_embeddings: [B, L, N, D] float32.
-      mask_features: [B, h, w, D] at stride 4, in the compute type; zero beyond the valid area.
-    """
-
-    queries: jax.Array
-    mask_embeddings: jax.Array
-    mask_features: jax.Array
-
-
-def normalize_images(images: jax.Array) -> jax.Array:
-    """[..., 3] uint8 RGB (0..255) -> float32 with ImageNet mean 0 and deviation 1."""
-    mean = np.asarray(IMAGENET_MEAN, np.float32)
-    std = np.asarray(IMAGENET_STD, np.float32)
-    return (jnp.asarray(images, jnp.float32) - mean) / std
-
-
-def mask_logits(mask_embeddings: jax.Array, mask_features: jax.Array) -> jax.Array:
-    """[B, ..., N, h, w] float32 of embeddings [B, ..., N, D] and features [B, h, w, D]."""
-    return jnp.einsum(
-        "b...nd,bhwd->b...nhw",
-        mask_embeddings.astype(mask_features.dtype),
-        mask_features,
-        preferred_element_type=jnp.float32,
-    )
-
-
-class LinearClassifier(nn.Module):
-    """Mask2Former's own class head, for converted weights: D -> K classes and no-object (last)."""
-
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, queries: jax.Array) -> jax.Array:
-        """[..., N, D] -> [..., N, K + 1] float32 logits."""
-        return nn.Dense(self.num_classes + 1, dtype=jnp.float32, name="class_embed")(queries)
-
-
 class Segmentor(nn.Module):
     """Images in, queries and mask features out. Each part has the image_size as last argument.
 
@@ -99,6 +56,22 @@ class Segmentor(nn.Module):
     backbone: nn.Module
     pixel_decoder: nn.Module
     transformer_decoder: nn.Module
+    anneals = frozen = False
+
+    @property
+    def width(self) -> int:
+        """Of the queries."""
+        return self.transformer_decoder.width
+
+    @property
+    def num_queries(self) -> int:
+        """Of an image."""
+        return self.transformer_decoder.num_queries
+
+    @staticmethod
+    def query_norm(params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Scale and bias [D] of the norm that the queries come out of."""
+        return params["transformer_decoder"]["decoder_norm"]
 
     @property
     def stride(self) -> int:
@@ -122,22 +95,14 @@ class Segmentor(nn.Module):
         return SegmentorOutput(queries, mask_embeddings, mask_features)
 
 
-def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
-    """A segmentor from a nested mapping; the rest is of `DEFAULTS` (Mask2Former R50).
+def make_mask2former(settings: Mapping[str, Any]) -> Segmentor:
+    """A Mask2Former from all its fields.
 
     `backbone` holds `kind` (a key of `BACKBONES`) and the fields of that backbone, as `{"kind":
     "swin", **SWIN_VARIANTS["tiny"]}`; its num_groups, remat and scan_layers are the outer ones
     unless given, its dtype always. `ffn_width` is the encoder's, `decoder_ffn_width` the decoder's.
-    Raises ValueError for an unknown key (the nearest valid one is named), kind or dtype.
     """
-    for key in config:
-        check_choice(key, DEFAULTS, "The segmentor config has no key")
-        check_type(config[key], type(DEFAULTS[key]), f"The segmentor config's {key}")
-    settings = {**DEFAULTS, **config}
-    dtype_name = settings["dtype"]
-    if dtype_name not in DTYPES:
-        raise ValueError(f"Segmentor dtype is {dtype_name!r}; use one of {', '.join(DTYPES)}.")
-    dtype = DTYPES[dtype_name]
+    dtype = DTYPES[settings["dtype"]]
     for divisor in ("num_heads", "num_groups"):
         if settings["width"] % settings[divisor]:
             raise ValueError(
@@ -178,3 +143,33 @@ def make_segmentor(config: Mapping[str, Any]) -> Segmentor:
             **shared,
         ),
     )
+
+
+# By the `kind` of a config: its fields with their defaults, and what makes a segmentor of all.
+SEGMENTORS = {
+    "mask2former": (DEFAULTS, make_mask2former),
+    "eomt": (eomt.DEFAULTS, eomt.make_eomt),
+}
+
+
+def segmentor_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields of a segmentor's config; the absent ones are the defaults of its kind.
+
+    Raises ValueError for an unknown key (the nearest valid one is named), kind or dtype.
+    """
+    kind = config.get("kind", DEFAULTS["kind"])
+    check_choice(kind, SEGMENTORS, "The segmentor's kind is")
+    defaults, _ = SEGMENTORS[kind]
+    for key in config:
+        check_choice(key, defaults, "The segmentor config has no key")
+        check_type(config[key], type(defaults[key]), f"The segmentor config's {key}")
+    settings = {**defaults, **config}
+    if (dtype := settings["dtype"]) not in DTYPES:
+        raise ValueError(f"Segmentor dtype is {dtype!r}; use one of {', '.join(DTYPES)}.")
+    return settings
+
+
+def make_segmentor(config: Mapping[str, Any]) -> Segmentor | eomt.EoMT:
+    """A segmentor from a nested mapping, see `segmentor_settings`; ValueError if it cannot be."""
+    settings = segmentor_settings(config)
+    return SEGMENTORS[settings["kind"]][1](settings)

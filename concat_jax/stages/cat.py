@@ -74,7 +74,7 @@ def generate(networks: Networks, params, text: jax.Array, rng: jax.Array) -> jax
 
     The segmentor's last LayerNorm gives the scale.
     """
-    norm = jax.lax.stop_gradient(params["segmentor"]["transformer_decoder"]["decoder_norm"])
+    norm = jax.lax.stop_gradient(networks.segmentor.query_norm(params["segmentor"]))
     return networks.generator.apply(
         {"params": params["generator"]}, text, rng, norm["scale"], norm["bias"]
     )

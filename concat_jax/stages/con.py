@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.core.batch import TARGET_FIELDS
+from concat_jax.core.batch import PROGRESS, TARGET_FIELDS
 from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses import alignment
@@ -141,8 +141,12 @@ def make_stage(context: Context, config: Config) -> Stage:
 
     def loss(params, frozen, batch, rng):
         labels = training_labels(batch["segment_labels"], batch["segment_is_crowd"], vocabulary)
+        masks = {}
+        if networks.segmentor.anneals:
+            # Apart from the keys that the loss splits off.
+            masks = {"rngs": {"masks": jax.random.fold_in(rng, 1)}, PROGRESS: batch[PROGRESS]}
         output = networks.segmentor.apply(
-            {"params": params["segmentor"]}, normalize_images(batch["image"])
+            {"params": params["segmentor"]}, normalize_images(batch["image"]), **masks
         )
         projector = {"params": params["projector"]}
         semantic = networks.projector.apply(projector, output.queries)  # [B, L, N, C]
@@ -203,7 +207,7 @@ def make_stage(context: Context, config: Config) -> Stage:
             total = total + aligned[0] + aligned[1]
         return total, {"loss": total, **metrics}
 
-    rate = config.backbone_multiplier
+    rate = 0.0 if networks.segmentor.frozen else config.backbone_multiplier
     rules = (
         (r".*/frozen_\w+", 0.0, 0.0),
         (r"segmentor/backbone/" + NO_DECAY, rate, 0.0),
@@ -213,5 +217,6 @@ def make_stage(context: Context, config: Config) -> Stage:
     )
     fields = ("image", "segment_ids", "segment_labels", "segment_is_crowd")
     fields += TARGET_FIELDS if cached else ("image_size",)
+    fields += (PROGRESS,) if networks.segmentor.anneals else ()
     reads = (TEXT, "clip") if align and not cached else (TEXT,)
     return Stage(("segmentor", "projector"), reads, loss, rules, fields)

@@ -14,6 +14,7 @@ from etils.epath import Path
 from jax.sharding import Mesh
 
 from concat_jax.core import stopping
+from concat_jax.core.batch import PROGRESS
 from concat_jax.core.cli import UserStop
 from concat_jax.core.files import as_path
 from concat_jax.core.prefetch import watched
@@ -134,6 +135,9 @@ def train_stage(
     ):
         done = start
         for step, batch in enumerate(awaited, start=start):
+            if PROGRESS in stage.batch_fields:
+                rows = len(next(iter(batch.values())))
+                batch = {**batch, PROGRESS: np.full(rows, step / loop.steps, np.float32)}
             inputs = shard_batch({k: batch[k] for k in stage.batch_fields}, mesh)
             tracer.before(step - start)
             with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation(name, step_num=step):

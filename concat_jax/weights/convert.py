@@ -11,7 +11,7 @@ from etils.epath import Path
 
 from concat_jax.core.files import as_path
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.models.segmentor import DEFAULTS
+from concat_jax.models.segmentor import make_segmentor
 from concat_jax.weights.class_names import Classes, classes_from_hf, default_classes, fresh_head
 from concat_jax.weights.files.readers import read_weights
 from concat_jax.weights.hugging_face_folder import (
@@ -123,7 +123,7 @@ def load_source(
         raise ValueError("The source has no class head; pass --classes with --reinit_head.")
     want = len(classes.vocabulary)
     if new_head:
-        width = {**DEFAULTS, **card.segmentor}["width"]
+        width = make_segmentor(card.segmentor).width
         params, report = fresh_head(source.params, source.report, want, width)
         return dataclasses.replace(source, params=params, report=report)
     if count is None:

@@ -20,7 +20,7 @@ from concat_jax.core.config import build
 from concat_jax.core.files import as_path, on_disk, read_json, write_json
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.clip import CLIP, make_clip
-from concat_jax.models.segmentor import DEFAULTS, LinearClassifier, make_segmentor
+from concat_jax.models.segmentor import LinearClassifier, make_segmentor, segmentor_settings
 from concat_jax.models.semantic_projector import SemanticProjector
 from concat_jax.text.tokenizer import Tokenizer, save_tokenizer
 from concat_jax.weights.disk import CARD_NAME, new_folder
@@ -108,7 +108,7 @@ def _traced_shapes(text: str, num_classes: int | None) -> dict[str, Shape]:
 
 
 def _queries(config: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, {**DEFAULTS, **config}["width"]), jnp.float32)
+    return jax.ShapeDtypeStruct((1, make_segmentor(config).width), jnp.float32)
 
 
 def abstract_params(module: nn.Module, *inputs: jax.ShapeDtypeStruct, **options: Any) -> Params:
@@ -274,8 +274,9 @@ def segmentor_from_folder(
                 "make config.model.segmentor fit the folder."
             )
     is_whole = set(params["segmentor"]) != {"backbone"}
+    given, wanted = map(segmentor_settings, (card.segmentor, config))
     for field in _SHAPELESS if is_whole else ():
-        mine, value = ({**DEFAULTS, **c}[field] for c in (config, card.segmentor))
+        mine, value = wanted.get(field), given.get(field)
         if mine != value:
             raise ValueError(
                 f"{folder} is of a segmentor with {field} {value} where the config's has {mine}; "
@@ -287,5 +288,5 @@ def segmentor_from_folder(
         new={name: shape for name, shape in ours.items() if name not in theirs},
         ignored=shapes_of({"classifier": params.get("classifier", {})}),
     )
-    fresh, given = (traverse_util.flatten_dict(tree) for tree in (fresh, params["segmentor"]))
-    return traverse_util.unflatten_dict({**fresh, **given}), report
+    fresh, loaded = (traverse_util.flatten_dict(tree) for tree in (fresh, params["segmentor"]))
+    return traverse_util.unflatten_dict({**fresh, **loaded}), report

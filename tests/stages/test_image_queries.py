@@ -15,7 +15,7 @@ from concat_jax.experiment.batches import BankConfig, fill_bank
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.generators import QueryGenerator
 from concat_jax.models.networks import Networks
-from concat_jax.models.segmentor import SegmentorOutput
+from concat_jax.models.segmentor import Segmentor, SegmentorOutput
 from concat_jax.models.semantic_projector import SemanticProjector
 from concat_jax.stages import cat, finetune
 from concat_jax.stages.queries import (
@@ -43,6 +43,8 @@ class Norm(nn.Module):
 
 class PatchSegmentor(nn.Module):
     """Queries from the image's patches: a segmentor that compiles in no time."""
+
+    query_norm = staticmethod(Segmentor.query_norm)
 
     @nn.compact
     def __call__(self, images):

@@ -33,7 +33,10 @@ _LEAVES = {
     "array": {"": ("", "same")},
     "linear": {"weight": ("kernel", "dense"), "bias": ("bias", "same")},
     "conv": {"weight": ("kernel", "conv"), "bias": ("bias", "same")},
-    "patches": {"weight": ("kernel", "patches")},
+    "patches": {"weight": ("kernel", "patches"), "bias": ("bias", "same")},
+    "filter": {"": ("", "conv")},
+    "transposed": {"": ("", "transposed")},
+    "tokens": {"": ("", "tokens")},
     "norm": {"weight": ("scale", "same"), "bias": ("bias", "same")},
     "frozen": {
         "weight": ("frozen_scale", "same"),
@@ -42,6 +45,7 @@ _LEAVES = {
         "running_var": ("frozen_variance", "same"),
     },
 }
+_AXES = {"dense": 2, "conv": 4, "patches": 4, "transposed": 4, "tokens": 3}
 _NUMBER = re.compile(r"\{(\w)([+-]\d)?\}")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
@@ -53,7 +57,8 @@ class Row:
     Attributes:
       ours: path in our tree, joined by "/".
       layout: "same", "dense" ([out, in] -> [in, out]), "conv" ([out, in, h, w] -> [h, w, in, out],
-        or [in, out] where ours is a product and h = w = 1) or "patches" (-> [h * w * in, out]).
+        or [in, out] where ours is a product and h = w = 1), "patches" (-> [h * w * in, out]),
+        "transposed" ([in, out, h, w] -> [in, h, w, out]) or "tokens" ([1, n, D] -> [n, D]).
       third: which third of the rows, where torch stacks query, key and value; else None.
     """
 
@@ -157,6 +162,10 @@ def _as_ours(array: np.ndarray, row: Row) -> np.ndarray:
         return array.T
     if row.layout == "same":
         return array
+    if row.layout == "tokens":
+        return array[0]
+    if row.layout == "transposed":
+        return array.transpose(0, 2, 3, 1)
     array = array.transpose(2, 3, 1, 0)
     return array.reshape(-1, array.shape[-1]) if row.layout == "patches" else array
 
@@ -167,6 +176,10 @@ def _as_torchs(array: np.ndarray, row: Row) -> np.ndarray:
         return array.T
     if row.layout == "same":
         return array
+    if row.layout == "tokens":
+        return array[None]
+    if row.layout == "transposed":
+        return array.transpose(0, 3, 1, 2)
     if array.ndim == 2:
         side = math.isqrt(array.shape[0] // 3) if row.layout == "patches" else 1
         array = array.reshape(side, side, -1, array.shape[1])
@@ -178,7 +191,7 @@ def our_shape(shape: Shape, row: Row) -> Shape:
 
     Raises ValueError if it has other axes than the layer.
     """
-    axes = {"dense": 2, "conv": 4, "patches": 4}.get(row.layout, len(shape))
+    axes = _AXES.get(row.layout, len(shape))
     if len(shape) != axes or (row.third is not None and (not shape or shape[0] % 3)):
         raise ValueError(f"its {row.theirs} has shape {shape}, which is none of such a layer")
     if row.layout == "patches" and (shape[1] != 3 or shape[2] != shape[3]):

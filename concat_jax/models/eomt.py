@@ -1,0 +1,299 @@
+"""EoMT: a plain ViT whose last blocks see learned queries, and heads that read masks off them.
+
+Kerssies et al., "Your ViT is Secretly an Image Segmentation Model", arXiv 2503.19108;
+`transformers` `models/eomt/modeling_eomt.py`. With `frozen` the encoder stays as it is and the
+queries get blocks of their own behind it, the form of PMT (Cavagnero et al., arXiv 2603.25398).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from concat_jax.core.config import check_choice, check_fields
+from concat_jax.models.ops.linear import Dense
+from concat_jax.models.ops.transformer_block import ACTIVATIONS, SWIGLU, Block, layer_norm
+from concat_jax.models.ops.valid_area import resize_bilinear, valid_mask, valid_size, zero_beyond
+from concat_jax.models.segmentor_output import (
+    DTYPES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SegmentorOutput,
+    mask_logits,
+)
+from concat_jax.models.vit import VIT_VARIANTS, Rotation, ViT, rotations
+
+# EoMT-L on DINOv2, as published for COCO panoptic at 640 x 640.
+DEFAULTS: Mapping[str, Any] = {
+    "kind": "eomt",
+    "backbone": {},
+    "num_queries": 200,
+    "num_blocks": 4,
+    "num_upscales": 2,
+    "frozen": False,
+    "frozen_ffn_width": 0,
+    "remat": False,
+    "scan_layers": False,
+    "dtype": "float32",
+}
+# A black pixel after `normalize_images`, with which the reference pads.
+BLACK = -np.asarray(IMAGENET_MEAN, np.float32) / np.asarray(IMAGENET_STD, np.float32)
+# Exponent of the annealing (`mask_annealing` of `tue-mps/eomt training/lightning_module.py`).
+ANNEALING_POWER = 0.9
+NORM_EPSILON = 1e-6
+
+_torch_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def mask_rate(progress: jax.Array, index: int, num_blocks: int) -> jax.Array:
+    """Share of queries that block `index` of `num_blocks` masks, at a progress [B] of 0 to 1.
+
+    Blocks are set free one after another, from the first: of L + 2 equal parts of the training all
+    are masked in the first one, block i falls from 1 to 0 in part i + 1, and in the last nothing is
+    masked, as at inference. For four blocks these are the reference's steps for COCO.
+    """
+    done = jnp.clip(progress * (num_blocks + 2) - (index + 1), 0.0, 1.0)
+    return (1.0 - done) ** ANNEALING_POWER
+
+
+class Upscale(nn.Module):
+    """A map twice as large: a transposed convolution that does not overlap, GELU, a 3 x 3 one.
+
+    Of matrix products and shifts: [B, h, w, D] -> [B, 2 h, 2 w, D].
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+        shape = (channels, 2, 2, channels)
+        spread = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0)
+        kernel = self.param("spread_kernel", spread, shape).astype(self.dtype)
+        bias = self.param("spread_bias", nn.initializers.zeros, (channels,)).astype(self.dtype)
+        x = jnp.einsum("bhwc,cijd->bhiwjd", x, kernel)
+        x = x.reshape(batch, 2 * height, 2 * width, channels) + bias
+        x = jax.nn.gelu(x, approximate=False)
+        # One filter a channel: nine shifted copies, scaled and added.
+        around = self.param("around_kernel", _torch_init, (3, 3, 1, channels)).astype(self.dtype)
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        x = sum(
+            padded[:, i : i + 2 * height, j : j + 2 * width] * around[i, j]
+            for i in range(3)
+            for j in range(3)
+        )
+        return layer_norm(self.dtype, "norm", NORM_EPSILON)(x)
+
+
+class EoMT(nn.Module):
+    """Images in, queries and mask features out, as of `Segmentor`.
+
+    Attributes:
+      backbone: the encoder.
+      num_queries: N.
+      num_blocks: L, the blocks that see the queries.
+      num_upscales: doublings from the patches to the mask features.
+      frozen: no gradient reaches the encoder, of which four depths are read and added, each through
+        a learned MLP; the L blocks are new ones, which see queries and patches.
+      frozen_ffn_width: hidden width of those blocks' MLPs.
+    """
+
+    backbone: ViT
+    num_queries: int = 200
+    num_blocks: int = 4
+    num_upscales: int = 2
+    frozen: bool = False
+    frozen_ffn_width: int = 0
+    dtype: Any = jnp.float32
+    anneals = True
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one mask feature to the next."""
+        return self.backbone.patch_size // 2**self.num_upscales
+
+    @property
+    def width(self) -> int:
+        """Of the queries."""
+        return self.backbone.width
+
+    @staticmethod
+    def query_norm(params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Scale and bias [D] of the norm that the queries come out of."""
+        return params.get("decoder_norm") or params["backbone"]["norm"]
+
+    def setup(self) -> None:
+        width = self.backbone.width
+        normal = nn.initializers.normal(1.0)
+        self.query_embedding = self.param("query_embedding", normal, (self.num_queries, width))
+        self.upscales = [Upscale(dtype=self.dtype) for _ in range(self.num_upscales)]
+        self.mask_mlp = [Dense(width, dtype=jnp.float32, kernel_init=_torch_init) for _ in range(3)]
+        if self.frozen:
+            self.laterals = [
+                [Dense(features, dtype=self.dtype) for features in (width // 2, width)]
+                for _ in self._depths
+            ]
+            self.lateral_scale = self.param(
+                "lateral_scale", nn.initializers.ones, (len(self._depths), width)
+            )
+            self.decoder_blocks = [
+                Block(
+                    num_heads=self.backbone.num_heads,
+                    depth=self.num_blocks,
+                    ffn_width=self.frozen_ffn_width or self.backbone.ffn_width,
+                    activation="gelu",
+                    key_bias=False,
+                    layer_scale=True,
+                    dtype=self.dtype,
+                )
+                for _ in range(self.num_blocks)
+            ]
+            self.decoder_norm = layer_norm(jnp.float32)
+
+    @property
+    def _depths(self) -> list[int]:
+        """Blocks of a frozen encoder after which it is read: the quarters."""
+        return [self.backbone.depth * quarter // 4 for quarter in range(1, 5)]
+
+    def __call__(
+        self,
+        images: jax.Array,
+        image_size: jax.Array | None = None,
+        progress: jax.Array | None = None,
+    ) -> SegmentorOutput:
+        """Segment a batch of images [B, H, W, 3] float from `normalize_images`.
+
+        `image_size` [B, 2] int32 is the valid area at the top left. Beyond it the network sees
+        black, as the reference pads to its square, whatever is there; the positions are those of
+        the padded image.
+
+        In training `progress` [B] float32 in 0..1 says how much of it is done: queries of the
+        blocks look at their own predicted masks only, at the `mask_rate`, drawn by the key "masks";
+        the prediction sets are those before each block and the last one, each with mask features
+        [B, L + 1, h, w, D] of its own. None: nobody is masked, and there is the last set alone.
+        """
+        if image_size is not None:
+            image_size = jnp.maximum(image_size, 1)
+            inside = valid_mask(image_size, *images.shape[1:3])[..., None]
+            images = jnp.where(inside, images, BLACK)
+        grid = tuple(side // self.backbone.patch_size for side in images.shape[1:3])
+        x, rotation = self._encode(images, grid)
+        queries = self.query_embedding.astype(x.dtype)
+        queries = jnp.broadcast_to(queries, (len(x), *queries.shape))
+        x = jnp.concatenate([queries, x], axis=1)
+        sets = []
+        for index in range(self.num_blocks):
+            allowed = None
+            if progress is not None:
+                sets.append(self._predict(x, grid, image_size))
+                rate = mask_rate(progress, index, self.num_blocks)
+                allowed = self._allowed(sets[-1], grid, x.shape[1], rate)
+            x = self._block(index, x, rotation, allowed)
+        sets.append(self._predict(x, grid, image_size))
+        output = jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *sets)
+        if progress is None:
+            output = output.replace(mask_features=sets[-1].mask_features)
+        return output
+
+    def _encode(
+        self, images: jax.Array, grid: tuple[int, int]
+    ) -> tuple[jax.Array, Rotation | None]:
+        """Tokens [B, P, D] that the queries are put before, and how patches turn."""
+        backbone = self.backbone
+        x, rotation = backbone.embed(images)
+        if not self.frozen:
+            return backbone.run(x, rotation, 0, backbone.depth - self.num_blocks), rotation
+        total, depth = 0, 0
+        for lateral, scale, until in zip(
+            self.laterals, self.lateral_scale, self._depths, strict=True
+        ):
+            x = backbone.run(x, rotation, depth, until)
+            depth = until
+            read = jax.lax.stop_gradient(backbone.norm(x)).astype(self.dtype)
+            hidden = jax.nn.gelu(lateral[0](read), approximate=False)
+            total += (read + lateral[1](hidden)) * scale.astype(self.dtype)
+        channels = self.backbone.width // self.backbone.num_heads
+        return total, rotations(*grid, channels, self.backbone.rotary_theta)
+
+    def _block(
+        self, index: int, x: jax.Array, rotation: Rotation | None, allowed: jax.Array | None
+    ) -> jax.Array:
+        if self.frozen:
+            return self.decoder_blocks[index](x, rotation, allowed)
+        first = self.backbone.depth - self.num_blocks
+        return self.backbone.run_masked(x, rotation, first + index, allowed)
+
+    def _predict(
+        self, x: jax.Array, grid: tuple[int, int], image_size: jax.Array | None
+    ) -> SegmentorOutput:
+        """One prediction set, without the axis L."""
+        x = self.decoder_norm(x) if self.frozen else self.backbone.norm(x)
+        queries, patches = x[:, : self.num_queries], x[:, -grid[0] * grid[1] :]
+        hidden = queries
+        for layer in self.mask_mlp[:-1]:
+            hidden = jax.nn.gelu(layer(hidden), approximate=False)
+        features = patches.reshape(len(x), *grid, -1).astype(self.dtype)
+        for upscale in self.upscales:
+            features = upscale(features)
+        features = zero_beyond(features, valid_size(image_size, self.stride))
+        return SegmentorOutput(queries, self.mask_mlp[-1](hidden), features)
+
+    def _allowed(
+        self, prediction: SegmentorOutput, grid: tuple[int, int], length: int, rate: jax.Array
+    ) -> jax.Array:
+        """Who looks at whom, [B, length, length] bool: all but queries beyond their masks."""
+        embeddings, features = jax.lax.stop_gradient(
+            (prediction.mask_embeddings, prediction.mask_features)
+        )
+        # Logits are linear in the features, and so is the resize.
+        logits = mask_logits(embeddings, resize_bilinear(features, *grid))
+        inside = (logits > 0).reshape(*logits.shape[:2], -1)
+        draw = jax.random.uniform(self.make_rng("masks"), logits.shape[:2])
+        inside |= (draw >= rate[:, None])[..., None]
+        rest = length - inside.shape[-1]
+        inside = jnp.pad(inside, ((0, 0), (0, 0), (rest, 0)), constant_values=True)
+        return jnp.pad(
+            inside, ((0, 0), (0, length - self.num_queries), (0, 0)), constant_values=True
+        )
+
+
+def make_eomt(settings: Mapping[str, Any]) -> EoMT:
+    """An EoMT from all its fields, see `DEFAULTS`.
+
+    `backbone` holds fields of `ViT` and may name a `variant` of `VIT_VARIANTS`, which they
+    override; its remat and scan_layers are the outer ones unless given, its dtype always. Raises
+    ValueError for an unknown field, or sizes that do not go together.
+    """
+    dtype = DTYPES[settings["dtype"]]
+    backbone = dict(settings["backbone"])
+    if (variant := backbone.pop("variant", None)) is not None:
+        check_choice(variant, VIT_VARIANTS, "There is no ViT variant")
+        backbone = {**VIT_VARIANTS[variant], **backbone}
+    check_fields(backbone, ViT, "The backbone config of an EoMT has no key", "dtype")
+    for field in ("remat", "scan_layers"):
+        backbone.setdefault(field, settings[field])
+    vit = ViT(**backbone, dtype=dtype)
+    check_choice(vit.positions, ("learned", "rotary"), "A ViT's positions are")
+    check_choice(vit.activation, (*ACTIVATIONS, SWIGLU), "A ViT's activation is")
+    if vit.width % (4 * vit.num_heads):
+        raise ValueError(
+            f"The ViT's width {vit.width} is not divisible by 4 times its {vit.num_heads} heads; "
+            "change one of them."
+        )
+    if vit.patch_size % 2 ** settings["num_upscales"]:
+        raise ValueError(
+            f"The patches of {vit.patch_size} pixels cannot be halved {settings['num_upscales']} "
+            "times; make num_upscales smaller."
+        )
+    if settings["num_blocks"] > vit.depth and not settings["frozen"]:
+        raise ValueError(
+            f"The queries are to see {settings['num_blocks']} blocks of {vit.depth}; make "
+            "num_blocks smaller."
+        )
+    own = ("num_queries", "num_blocks", "num_upscales", "frozen", "frozen_ffn_width")
+    return EoMT(vit, **{field: settings[field] for field in own}, dtype=dtype)

@@ -1,0 +1,64 @@
+"""What every segmentor takes and gives, whatever its network.
+
+A segmentor is a linen module (images, image_size) -> `SegmentorOutput` with attributes `stride`,
+`width` and `num_queries`; `query_norm`, which finds in its parameters the norm that queries come
+out of; `frozen`, whether nothing trains its subtree "backbone"; and `anneals`: in training its call
+also takes the batch's `progress`, and a key "masks".
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# RGB statistics of ImageNet in 0..255, as every published Mask2Former uses them.
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@flax.struct.dataclass
+class SegmentorOutput:
+    """What the segmentor predicts, before any class is named.
+
+    Attributes:
+      queries: [B, L, N, D] float32, normalised queries of all L prediction sets; `queries[:, -1]`
+        are the vision queries.
+      mask_embeddings: [B, L, N, D] float32.
+      mask_features: [B, h, w, D] at the segmentor's stride, in the compute type; zero beyond the
+        valid area. [B, L, h, w, D] where each prediction set has its own.
+    """
+
+    queries: jax.Array
+    mask_embeddings: jax.Array
+    mask_features: jax.Array
+
+
+def normalize_images(images: jax.Array) -> jax.Array:
+    """[..., 3] uint8 RGB (0..255) -> float32 with ImageNet mean 0 and deviation 1."""
+    mean = np.asarray(IMAGENET_MEAN, np.float32)
+    std = np.asarray(IMAGENET_STD, np.float32)
+    return (jnp.asarray(images, jnp.float32) - mean) / std
+
+
+def mask_logits(mask_embeddings: jax.Array, mask_features: jax.Array) -> jax.Array:
+    """[B, ..., N, h, w] float32 of embeddings [B, ..., N, D] and features [B, h, w, D]."""
+    return jnp.einsum(
+        "b...nd,bhwd->b...nhw",
+        mask_embeddings.astype(mask_features.dtype),
+        mask_features,
+        preferred_element_type=jnp.float32,
+    )
+
+
+class LinearClassifier(nn.Module):
+    """Mask2Former's own class head, for converted weights: D -> K classes and no-object (last)."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, queries: jax.Array) -> jax.Array:
+        """[..., N, D] -> [..., N, K + 1] float32 logits."""
+        return nn.Dense(self.num_classes + 1, dtype=jnp.float32, name="class_embed")(queries)
