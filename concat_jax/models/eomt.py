@@ -170,7 +170,7 @@ class EoMT(nn.Module):
 
         `image_size` [B, 2] int32 is the valid area at the top left. Beyond it the network sees
         black, as the reference pads to its square, whatever is there; the positions are those of
-        the padded image.
+        the padded image. Sides that the patch size does not divide are padded, too.
 
         In training `progress` [B] float32 in 0..1 says how much of it is done: queries of the
         blocks look at their own predicted masks only, at the `mask_rate`, drawn by the key "masks";
@@ -181,7 +181,13 @@ class EoMT(nn.Module):
             image_size = jnp.maximum(image_size, 1)
             inside = valid_mask(image_size, *images.shape[1:3])[..., None]
             images = jnp.where(inside, images, BLACK)
-        grid = tuple(side // self.backbone.patch_size for side in images.shape[1:3])
+        patch = self.backbone.patch_size
+        grid = tuple(-(-side // patch) for side in images.shape[1:3])
+        missing = [n * patch - side for n, side in zip(grid, images.shape[1:3], strict=True)]
+        if any(missing):
+            # Shifted, so that padding with zeros is black.
+            padding = ((0, 0), *((0, m) for m in missing), (0, 0))
+            images = jnp.pad(images - BLACK, padding) + BLACK
         x, rotation = self._encode(images, grid)
         queries = self.query_embedding.astype(x.dtype)
         queries = jnp.broadcast_to(queries, (len(x), *queries.shape))

@@ -7,11 +7,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from etils.epath import Path
 
 from concat_jax.core.files import as_path
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import make_segmentor
+from concat_jax.weights import eomt
 from concat_jax.weights.class_names import Classes, classes_from_hf, default_classes, fresh_head
 from concat_jax.weights.files.readers import read_weights
 from concat_jax.weights.hugging_face_folder import (
@@ -28,6 +30,7 @@ from concat_jax.weights.model_folder import CARD_NAME, TASKS, ModelCard, Params,
 from concat_jax.weights.names.mask2former import PADING_MODULES
 from concat_jax.weights.report import LoadingReport, name_keys, shapes_of
 from concat_jax.weights.segmentors import (
+    backbone_params_from_dino,
     backbone_params_from_imagenet,
     segmentor_params_from_detectron2,
     segmentor_params_from_hf,
@@ -160,12 +163,26 @@ def _from_hf_folder(path: Path) -> Source:
     if (path / PREPROCESSOR_NAME).is_file():
         sides, notes = check_preprocessing(read_json_object(path / PREPROCESSOR_NAME))
     file = read_weights(weights_in(path, WEIGHTS_NAMES))
+    model_type = content["model_type"]
+    if family := eomt.ENCODERS.get(model_type):
+        params, report = backbone_params_from_dino(file.arrays, config, family)
+        card = ModelCard(config)
+        kind = "a DINO, which can be the encoder of an EoMT"
+        return Source(kind, params, card, report, file.notes)
     params, report = segmentor_params_from_hf(file.arrays, config)
     extra = content.get(EXTRA_KEY)
     task = extra.get("task") if isinstance(extra, Mapping) else None
     card = ModelCard(config, task=task if task in TASKS else "", **sides)
     notes = (*file.notes, *notes)
-    return Source("a Hugging Face Mask2Former", params, card, report, notes, content=content)
+    kind = "a Hugging Face Mask2Former"
+    if model_type in eomt.ARCHITECTURES:
+        kind = "a Hugging Face EoMT"
+        if np.any(file.arrays.get("attn_mask_probs")):
+            notes += (
+                "Its attn_mask_probs are not zero, so transformers masks queries at inference; "
+                "here none is masked then, as after training.",
+            )
+    return Source(kind, params, card, report, notes, content=content)
 
 
 def _from_file(path: Path) -> Source:

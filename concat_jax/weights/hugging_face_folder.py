@@ -15,7 +15,8 @@ import numpy as np
 import safetensors.numpy
 
 from concat_jax.core import files
-from concat_jax.models.segmentor import DEFAULTS, IMAGENET_MEAN, IMAGENET_STD
+from concat_jax.models.segmentor import IMAGENET_MEAN, IMAGENET_STD, segmentor_settings
+from concat_jax.weights import eomt
 from concat_jax.weights.backbones import FORMATS
 from concat_jax.weights.disk import new_folder
 from concat_jax.weights.files.readers import INDEX_SUFFIX
@@ -66,9 +67,15 @@ def segmentor_config_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError if it is another model, on a backbone that is none of ours, or set to
     something that our segmentor does not do.
     """
-    if (kind := content.get("model_type")) != "mask2former":
+    kind = content.get("model_type")
+    if kind in eomt.ARCHITECTURES:
+        return eomt.config_from_hf(content, CONFIG_NAME)
+    if kind in eomt.ENCODERS:
+        return eomt.encoder_config_from_hf(content, CONFIG_NAME)
+    if kind != "mask2former":
         raise ValueError(
-            f"{CONFIG_NAME} is of a model of type {kind!r}; only 'mask2former' can be converted."
+            f"{CONFIG_NAME} is of a model of type {kind!r}; only 'mask2former', "
+            f"{', '.join(map(repr, (*eomt.ARCHITECTURES, *eomt.ENCODERS)))} can be converted."
         )
     backbone = content.get("backbone_config")
     if not isinstance(backbone, Mapping):
@@ -93,7 +100,9 @@ def config_to_hf(card: ModelCard) -> dict[str, Any]:
     What the format has no field for stands under `EXTRA_KEY`. Raises ValueError if the config asks
     for something that transformers does not do.
     """
-    settings = {**DEFAULTS, **card.segmentor}
+    settings = segmentor_settings(card.segmentor)
+    if settings["kind"] == "eomt":
+        return {**eomt.config_to_hf(settings, card.long_side), **_classes_to_hf(card)}
     for field, needed in OURS_FIXED.items():
         if settings[field] != needed:
             raise ValueError(
@@ -109,6 +118,12 @@ def config_to_hf(card: ModelCard) -> dict[str, Any]:
         "backbone_config": {"model_type": kind, **fields},
         **_CONFIG.write(settings),
     }
+    return {**content, **_classes_to_hf(card)}
+
+
+def _classes_to_hf(card: ModelCard) -> dict[str, Any]:
+    """What config.json says of a card besides the network."""
+    content: dict[str, Any] = {}
     extra: dict[str, Any] = {"task": card.task, "source": card.source}
     if (classes := card.vocabulary) is not None:
         content["id2label"] = {str(index): name for index, name in enumerate(classes.names)}
@@ -134,6 +149,12 @@ def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, int], tup
             )
     check_statistics(content, where, {"image_mean": _MEAN, "image_std": _STD})
     size = content.get("size")
+    if content.get("do_split_image"):
+        side = (size or {}).get("shortest_edge")
+        return {"short_side": side, "long_side": side}, (
+            f"By {where}, pictures are cut into overlapping squares; here they are seen as a "
+            "whole, padded to a square.",
+        )
     if not content.get("do_resize", True):
         side = ModelCard.short_side
         return {}, (
@@ -157,8 +178,10 @@ def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, int], tup
 
 
 def preprocessing_to_hf(card: ModelCard) -> dict[str, Any]:
+    is_eomt = card.segmentor.get("kind") == "eomt"
+    own = {"size_divisor": 32} if not is_eomt else {"do_pad": True, "do_split_image": False}
     return {
-        "image_processor_type": "Mask2FormerImageProcessor",
+        "image_processor_type": f"{'Eomt' if is_eomt else 'Mask2Former'}ImageProcessor",
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
@@ -168,7 +191,7 @@ def preprocessing_to_hf(card: ModelCard) -> dict[str, Any]:
         "resample": 2,  # bilinear
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": card.short_side, "longest_edge": card.long_side},
-        "size_divisor": 32,
+        **own,
     }
 
 

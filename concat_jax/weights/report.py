@@ -17,6 +17,8 @@ GROUPS = {
     "backbone": "segmentor/backbone/",
     "pixel decoder": "segmentor/pixel_decoder/",
     "transformer decoder": "segmentor/transformer_decoder/",
+    "upscaling": "segmentor/upscales_",
+    "queries' heads": ("segmentor/mask_mlp_", "segmentor/query_embedding"),
     "class head": "classifier/",
 }
 # Torch's counters and index tables, of which there is one a layer: they are counted, not named.

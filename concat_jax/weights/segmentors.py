@@ -15,10 +15,14 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from concat_jax.models.segmentor import segmentor_settings
+from concat_jax.weights import eomt
 from concat_jax.weights.backbones import FORMATS, PREFIX
 from concat_jax.weights.model_folder import Params, parameter_shapes
 from concat_jax.weights.names.mask2former import OURS_FIXED, detectron2, hugging_face, imagenet
 from concat_jax.weights.names.table import Found, Naming, find, to_ours, to_theirs
+from concat_jax.weights.names.vit import as_segmentors
+from concat_jax.weights.names.vit import hugging_face as vit_names
 from concat_jax.weights.report import LoadingReport, name_keys
 from concat_jax.weights.sizes import read_sizes
 
@@ -59,7 +63,7 @@ def segmentor_params_from_hf(
     array is missing, one too many, of another shape than the config asks for or not finite, or
     other code bases do not have the config's backbone.
     """
-    return _load(find(arrays, hugging_face(config.get("backbone", {}))), config)
+    return _load(find(arrays, _hugging_face(config)), config)
 
 
 def segmentor_params_to_hf(params: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +75,7 @@ def segmentor_params_to_hf(params: Mapping[str, Any], config: Mapping[str, Any])
     over a Swin backbone in silence. Raises ValueError if `params` and the config do not describe
     the same arrays.
     """
-    naming = hugging_face(config.get("backbone", {}))
+    naming = _hugging_face(config)
     head = params.get("classifier", {}).get("class_embed", {}).get("bias")
     wanted = parameter_shapes(config, None if head is None else len(head) - 1)
     if different := traverse_util.flatten_dict(dict(params), sep="/").keys() ^ wanted.keys():
@@ -79,7 +83,27 @@ def segmentor_params_to_hf(params: Mapping[str, Any], config: Mapping[str, Any])
             f"The parameters and the config differ in {len(different)} arrays "
             f"({name_keys(different)}); pass the config that they were made with."
         )
-    return to_theirs(params, naming)
+    arrays = to_theirs(params, naming)
+    if config.get("kind") == "eomt" and head is not None:
+        arrays |= eomt.buffers(segmentor_settings(config)["num_blocks"], len(head) - 1)
+    return arrays
+
+
+def _hugging_face(config: Mapping[str, Any]) -> Naming:
+    if config.get("kind") == "eomt":
+        return eomt.naming(config)
+    return hugging_face(config.get("backbone", {}))
+
+
+def backbone_params_from_dino(
+    arrays: Arrays, config: Mapping[str, Any], family: str
+) -> tuple[Params, LoadingReport]:
+    """The encoder of an EoMT from a DINO's weights, of a `make_segmentor` config around it."""
+    if family == "dinov2":
+        arrays = as_segmentors(arrays)
+    whole = parameter_shapes(config)
+    wanted = {path: shape for path, shape in whole.items() if path.startswith(PREFIX)}
+    return to_ours(find(arrays, vit_names(family, is_gated=False)), wanted)
 
 
 def segmentor_params_from_detectron2(

@@ -1,0 +1,124 @@
+"""EoMT's folders through transformers and back, and DINOs as encoders."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.weights.convert import load_source
+from concat_jax.weights.hugging_face_folder import (
+    check_preprocessing,
+    config_to_hf,
+    preprocessing_to_hf,
+    save_hf_folder,
+    segmentor_config_from_hf,
+)
+from concat_jax.weights.model_folder import ModelCard, load_model, save_model
+from tests.golden.cases import draw_weights
+
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64)
+HEADS = dict(num_blocks=1, num_queries=3, num_labels=2)
+BACKBONE = dict(width=16, depth=2, num_heads=2, ffn_width=32, grid=4)
+CONFIG = dict(kind="eomt", backbone=BACKBONE, num_queries=3, num_blocks=1)
+ROTARY = {**BACKBONE, "positions": "rotary", "key_bias": False}
+VOCABULARY = Vocabulary(("cat", "sky"), (True, False), (True, True), (1, 2))
+
+
+def saved(folder, name: str, config: str, **fields):
+    """A folder of transformers with weights off their initial ones."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, name)(getattr(transformers, config)(**fields))
+    state = model.state_dict()
+    shapes = {k: tuple(v.shape) for k, v in state.items() if "empty_weight" not in k}
+    with torch.no_grad():
+        for key, array in draw_weights(shapes).items():
+            state[key].copy_(torch.from_numpy(array))
+        if hasattr(model, "attn_mask_probs"):
+            model.attn_mask_probs.zero_()  # as after training
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", ["eomt", "eomt_dinov3"])
+def test_to_ours_and_back_bit_for_bit(family, tmp_path):
+    if family == "eomt":
+        sizes, names = {**SIZES, "mlp_ratio": 2}, ("EomtForUniversalSegmentation", "EomtConfig")
+    else:
+        sizes = {**SIZES, "intermediate_size": 32}
+        names = "EomtDinov3ForUniversalSegmentation", "EomtDinov3Config"
+    saved(tmp_path / "theirs", *names, **sizes, **HEADS)
+    source = load_source(tmp_path / "theirs")
+    assert source.kind == "a Hugging Face EoMT" and not source.notes
+    wanted = BACKBONE if family == "eomt" else ROTARY
+    assert make_segmentor(source.card.segmentor) == make_segmentor({**CONFIG, "backbone": wanted})
+    save_model(tmp_path / "ours", source.params, source.card)
+    params, card = load_model(tmp_path / "ours")
+    save_hf_folder(tmp_path / "back", params, card)
+    theirs, back = (
+        safetensors.numpy.load_file(tmp_path / folder / "model.safetensors")
+        for folder in ("theirs", "back")
+    )
+    assert theirs.keys() == back.keys()
+    for key, array in theirs.items():
+        np.testing.assert_array_equal(back[key], array, key)
+    again = json.loads((tmp_path / "back/config.json").read_text())
+    before = json.loads((tmp_path / "theirs/config.json").read_text())
+    changed = {key for key in again.keys() & before.keys() if again[key] != before[key]}
+    assert changed <= ({"image_size"} if family == "eomt_dinov3" else set())  # rotary knows none
+
+
+@pytest.mark.parametrize(
+    "name, config, fields, wanted",
+    [
+        ("Dinov2Model", "Dinov2Config", {"mlp_ratio": 2, "patch_size": 14}, {"patch_size": 14}),
+        (
+            *("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
+            *({"mlp_ratio": 2, "patch_size": 16}, {"num_registers": 4}),
+        ),
+        (
+            *("DINOv3ViTModel", "DINOv3ViTConfig"),
+            *({"intermediate_size": 32, "num_register_tokens": 4}, {"positions": "rotary"}),
+        ),
+    ],
+)
+def test_a_dino_is_an_encoder(name, config, fields, wanted, tmp_path):
+    saved(tmp_path / "dino", name, config, **SIZES, **fields)
+    source = load_source(tmp_path / "dino")
+    backbone = source.card.segmentor["backbone"]
+    assert backbone.items() >= wanted.items() and set(source.params["segmentor"]) == {"backbone"}
+    save_model(tmp_path / "ours", source.params, source.card)
+    assert load_model(tmp_path / "ours")[1].segmentor == source.card.segmentor
+
+
+def test_config_and_preprocessing_round_trip():
+    card = ModelCard(CONFIG, VOCABULARY, "panoptic", "a", True, None, 640, 640)
+    content = config_to_hf(card)
+    assert make_segmentor(segmentor_config_from_hf(content)) == make_segmentor(CONFIG)
+    sides, _ = check_preprocessing(preprocessing_to_hf(card))
+    assert sides == {"short_side": 640, "long_side": 640}
+    sides, notes = check_preprocessing(
+        {"do_split_image": True, "size": {"shortest_edge": 512, "longest_edge": None}}
+    )
+    assert sides == {"short_side": 512, "long_side": 512} and "overlapping" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"model_type": "eomt", "use_swiglu_ffn": True}, "use_swiglu_ffn True, which is not done"),
+        ({"model_type": "eomt_dinov3", "key_bias": True}, "key_bias True, which is not done"),
+        ({"model_type": "videomt"}, "only 'mask2former', 'eomt', 'eomt_dinov3', 'dinov2'"),
+    ],
+)
+def test_what_ours_does_not_do_is_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        segmentor_config_from_hf(content)
+
+
+def test_a_frozen_one_is_not_written():
+    with pytest.raises(ValueError, match="no EoMT with a frozen encoder"):
+        config_to_hf(ModelCard({**CONFIG, "frozen": True}, VOCABULARY))
