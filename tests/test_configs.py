@@ -34,6 +34,7 @@ ON_DISK = ("coco_zps", "coco_zps_inductive", "coco_stuff_zss", "coco_zsi_48_17",
 ARGUMENTS = dict.fromkeys(ON_DISK, ("", "mini"))
 ARGUMENTS["coco_zps"] = ("", "eight_devices", "mini")
 ARGUMENTS["demo_zps"] = ("", "attributes", "attributes,smoke", "smoke")
+ARGUMENTS |= {"coco_zps_eomt": ("", "mini"), "demo_eomt": ("", "smoke")}
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
 
 VOCABULARY = Vocabulary(

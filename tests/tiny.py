@@ -83,8 +83,8 @@ def vocabulary() -> Vocabulary:
 
 def context(**fields: Any) -> Context:
     """What the stages of tests are made with."""
-    given = dict(loss=SegmentationLossConfig(num_points=32)) | fields
-    return Context(networks(), vocabulary(), **given)
+    given = dict(loss=SegmentationLossConfig(num_points=32), networks=networks()) | fields
+    return Context(vocabulary=vocabulary(), **given)
 
 
 def fill(shapes: Any, seed: int) -> Any:

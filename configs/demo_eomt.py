@@ -1,0 +1,34 @@
+"""The demo on EoMT: as `demo_zps.py`, with a plain ViT as the segmentor.
+
+    python -m concat_jax.main --config=configs/demo_eomt.py --workdir=runs/demo_eomt
+
+Needs no download. `--config=configs/demo_eomt.py:smoke` runs every stage for a few steps. Time and
+score: not measured. The ViT starts from random numbers, where the backbone of `demo_zps.py` starts
+from the trunk of the demo's CLIP.
+"""
+
+from ml_collections import ConfigDict
+
+from concat_jax.core.config import with_arguments
+from configs import demo_zps
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config; `arg` is "" or "smoke"."""
+    return with_arguments(recipe(), arg, smoke=demo_zps.smoke)
+
+
+def recipe() -> ConfigDict:
+    """What differs from `demo_zps.py`."""
+    config = demo_zps.recipe()
+    config.model.segmentor = dict(
+        kind="eomt",
+        backbone=dict(
+            width=64, depth=6, num_heads=4, ffn_width=256, patch_size=8, num_registers=1, grid=8
+        ),
+        num_queries=16,
+        num_blocks=3,
+        num_upscales=2,  # mask features at stride 2, as those of `demo_zps.py`
+    )
+    config.train.con.copies = {}
+    return config
