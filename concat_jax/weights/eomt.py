@@ -78,7 +78,8 @@ def encoder_config_from_hf(content: Mapping[str, Any], where: str) -> dict[str, 
     assumed = 4 if kind == "dinov2_with_registers" else 0
     fields["num_registers"] = content.get("num_register_tokens", assumed)
     upscales = 2 if fields["patch_size"] % 4 == 0 else 1
-    return {"kind": "eomt", "backbone": _backbone(fields), "num_upscales": upscales}
+    heads = {"num_blocks": min(4, fields["depth"]), "num_upscales": upscales}
+    return {"kind": "eomt", "backbone": _backbone(fields), **heads}
 
 
 def _backbone(fields: dict[str, Any]) -> dict[str, Any]:

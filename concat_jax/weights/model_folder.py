@@ -32,7 +32,8 @@ TASKS = ("panoptic", "instance", "semantic")
 # Of the file's layout; raised when a reader of today could no longer read it.
 FORMAT = 2
 # Fields of a segmentor's config that no parameter's shape tells.
-_SHAPELESS = ("num_heads", "num_points", "num_groups")
+_SHAPELESS = ("num_heads", "num_points", "num_groups", "num_blocks")
+_SHAPELESS_OF_VIT = ("num_heads", "activation", "norm_epsilon", "rotary_theta")
 
 Params = dict[str, Any]
 
@@ -256,6 +257,17 @@ def _check_together(params: Params, card: ModelCard, what: str) -> None:
             )
 
 
+def _shapeless(config: Mapping[str, Any], is_whole: bool) -> dict[str, Any]:
+    """Fields of a segmentor, or of its backbone alone, that no parameter's shape tells."""
+    settings = segmentor_settings(config)
+    fields = {field: settings[field] for field in _SHAPELESS if field in settings}
+    fields = fields if is_whole else {}
+    if settings["kind"] == "eomt":
+        vit = make_segmentor(config).backbone
+        fields |= {f"backbone.{field}": getattr(vit, field) for field in _SHAPELESS_OF_VIT}
+    return fields
+
+
 def segmentor_from_folder(
     folder: str | os.PathLike[str], config: Mapping[str, Any], fresh: Params
 ) -> tuple[Params, LoadingReport]:
@@ -274,10 +286,9 @@ def segmentor_from_folder(
                 "make config.model.segmentor fit the folder."
             )
     is_whole = set(params["segmentor"]) != {"backbone"}
-    given, wanted = map(segmentor_settings, (card.segmentor, config))
-    for field in _SHAPELESS if is_whole else ():
-        mine, value = wanted.get(field), given.get(field)
-        if mine != value:
+    given, wanted = (_shapeless(c, is_whole) for c in (card.segmentor, config))
+    for field, value in given.items():
+        if value != (mine := wanted.get(field)):
             raise ValueError(
                 f"{folder} is of a segmentor with {field} {value} where the config's has {mine}; "
                 "make config.model.segmentor fit the folder."

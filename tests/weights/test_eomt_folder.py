@@ -23,7 +23,8 @@ SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_s
 HEADS = dict(num_blocks=1, num_queries=3, num_labels=2)
 BACKBONE = dict(width=16, depth=2, num_heads=2, ffn_width=32, grid=4)
 CONFIG = dict(kind="eomt", backbone=BACKBONE, num_queries=3, num_blocks=1)
-ROTARY = {**BACKBONE, "positions": "rotary", "key_bias": False}
+ROTARY = {k: v for k, v in BACKBONE.items() if k != "grid"}
+ROTARY |= {"positions": "rotary", "key_bias": False}
 VOCABULARY = Vocabulary(("cat", "sky"), (True, False), (True, True), (1, 2))
 
 
