@@ -62,7 +62,8 @@ def test_equals_transformers_at_its_own_and_at_other_sizes(family, is_gated, tmp
     params = params["segmentor"]["backbone"]
     apply = jax.jit(vit.apply, compiler_options=tiny.FAST_COMPILE)
     torch = pytest.importorskip("torch")
-    for rows, columns in ((4, 4), (3, 5)):
+    # Positions at their own size in one case; tables are resized, and rotations made, in the rest.
+    for rows, columns in ((4, 4), (3, 5)) if (family, is_gated) == ("dinov2", False) else ((3, 5),):
         images = np.random.default_rng(0).normal(size=(2, rows * p, columns * p, 3))
         images = images.astype(np.float32)
         with torch.no_grad():
