@@ -1,4 +1,4 @@
-"""EoMT of the published sizes S and L beside transformers', both families: outputs, loss, gradients.
+"""EoMT of published sizes S and L beside transformers', both families: outputs, loss, gradients.
 
 Random weights that hide no mistake. `-s` prints every error. The small variants run in the fast set
 (tests/models/test_eomt.py).
