@@ -144,8 +144,9 @@ class Model:
 
     def config(self, **settings: Any) -> PredictConfig:
         """How to predict, with the card's image size; ValueError for what is no setting."""
-        sides = {"short_side": self.card.short_side, "long_side": self.card.long_side}
-        return build(PredictConfig, {**sides, **settings}, "PredictConfig")
+        own = {"short_side": self.card.short_side, "long_side": self.card.long_side}
+        own["windows"] = self.card.windows and tuple(settings.get("tasks", ())) == ("semantic",)
+        return build(PredictConfig, {**own, **settings}, "PredictConfig")
 
     def predictor(
         self,

@@ -21,6 +21,7 @@ from concat_jax.inference.images import Buckets, to_rgb
 from concat_jax.inference.instance import Instance, instance_inference
 from concat_jax.inference.panoptic import KEEP_RULES, ImageSegments, SegmentTables, list_segments
 from concat_jax.inference.programs import NamedQueries, Network, Sizes
+from concat_jax.inference.windows import Windows
 
 T = TypeVar("T")
 
@@ -46,6 +47,7 @@ class PredictConfig:
       gamma: see `heads.bias_names`; 0 is no calibration. Several values give a panoptic map for
         each, from one run of the networks.
       short_side, long_side: of the network's input, see `Buckets`.
+      windows: semantic maps are made through square windows of `short_side`, see `Windows`.
       batch_size: images that the network takes at once.
     """
 
@@ -59,6 +61,7 @@ class PredictConfig:
     gamma: float | tuple[float, ...] = 0.0
     short_side: int = 800
     long_side: int = 1333
+    windows: bool = False
     batch_size: int = 1
 
     def __post_init__(self):
@@ -77,9 +80,17 @@ class PredictConfig:
         is_number = isinstance(self.gamma, numbers.Real) and np.isfinite(self.gamma)
         if not isinstance(self.gamma, tuple) and not is_number:
             raise ValueError(f"gamma is {self.gamma} and must be a finite number.")
-        Buckets(self.short_side, self.long_side)  # refuses sides that cannot be
+        _ = self.shapes_of_input  # refuses sides that cannot be
+        if self.windows and tuple(self.tasks) != ("semantic",):
+            raise ValueError("Windows are for the task semantic alone; set windows=False.")
         if isinstance(self.gamma, tuple) and {"semantic", "instance"} & set(self.tasks):
             raise ValueError("Several values of gamma are for the task panoptic alone.")
+
+    @property
+    def shapes_of_input(self) -> Buckets | Windows:
+        if self.windows:
+            return Windows(self.short_side)
+        return Buckets(self.short_side, self.long_side)
 
     @property
     def gammas(self) -> tuple[float, ...]:
@@ -152,7 +163,7 @@ class Predictor:
         config = PredictConfig() if config is None else config
         rule = config.keep_rule or head.KEEP_RULE
         self.config = dataclasses.replace(config, keep_rule=rule)
-        self.vocabulary, self.buckets = vocabulary, Buckets(config.short_side, config.long_side)
+        self.vocabulary, self.buckets = vocabulary, config.shapes_of_input
         self.programs = [] if programs_used is None else programs_used
         self.notices = tuple(notices) if "panoptic" in config.tasks else ()
         if config.gammas != (0.0,) and len({*vocabulary.is_seen}) == 1:
@@ -190,6 +201,10 @@ class Predictor:
         images = np.stack([item.image for item in filled])
         image_size = np.array([item.image_size for item in filled], np.int32)
         native_size = np.array([item.native_size for item in filled], np.int32)
+        native = [item.native_size for item in batch]
+        if self.config.windows:
+            maps = self._in_windows(images, image_size, native_size)
+            return [Prediction(semantic=one) for one in maps[: len(batch)]]
         stride = self._segmentor.module.stride
         sizes = Sizes((image_size / stride).astype(np.float32), native_size)
         images, image_size, sizes = self._put((images, image_size, sizes))
@@ -197,28 +212,8 @@ class Predictor:
         # masks serves every image: another one would cost its compilation.
         is_padded = any(item.image_size != item.image.shape[:2] for item in batch)
         is_padded |= any(program.startswith("padded ") for program in self.programs)
-        height, width = batch[0].image.shape[:2]
-        self._use(f"{'padded ' * is_padded}network {height}x{width}")
-        logits, queries = programs.run_segmentor(
-            self._segmentor, images, image_size, is_padded=is_padded, canvas=self.buckets.canvas
-        )
-        config = self.config
-        several = f" at {len(config.gammas)} gammas" * (len(config.gammas) > 1)
-        self._use(f"{self._head.num_classes} names{several}")
-        named = programs.name_queries(
-            self._head,
-            queries,
-            self._is_thing,
-            self._is_seen,
-            np.asarray(config.gammas, np.float32),
-            {
-                "score_threshold": config.score_threshold,
-                "objectness_threshold": config.objectness_threshold,
-            },
-            keep_rule=config.keep_rule,
-        )
+        logits, named = self._run(images, image_size, is_padded)
         scores = named.scores
-        native = [item.native_size for item in batch]
         panoptic = semantic = instances = queries = (None,) * len(batch)
         if "panoptic" in self.config.tasks:
             panoptic = self._panoptic(logits, named, sizes, native)
@@ -247,6 +242,32 @@ class Predictor:
                 yield from flush(waiting.pop(shape))
         for batch in waiting.values():
             yield from flush(batch)
+
+    def _run(
+        self, images: jax.Array, image_size: jax.Array, is_padded: bool
+    ) -> tuple[jax.Array, NamedQueries]:
+        """Mask logits of images [B, H, W, 3] uint8, and what the head says of their queries."""
+        height, width = images.shape[1:3]
+        self._use(f"{'padded ' * is_padded}network {height}x{width}")
+        logits, queries = programs.run_segmentor(
+            self._segmentor, images, image_size, is_padded=is_padded, canvas=self.buckets.canvas
+        )
+        config = self.config
+        several = f" at {len(config.gammas)} gammas" * (len(config.gammas) > 1)
+        self._use(f"{self._head.num_classes} names{several}")
+        named = programs.name_queries(
+            self._head,
+            queries,
+            self._is_thing,
+            self._is_seen,
+            np.asarray(config.gammas, np.float32),
+            {
+                "score_threshold": config.score_threshold,
+                "objectness_threshold": config.objectness_threshold,
+            },
+            keep_rule=config.keep_rule,
+        )
+        return logits, named
 
     def _put(self, arrays: Any) -> Any:
         return arrays if self._sharding is None else jax.device_put(arrays, self._sharding)
@@ -290,6 +311,35 @@ class Predictor:
             )
 
         return _in_tiles(tile, native)
+
+    def _in_windows(
+        self, images: np.ndarray, image_size: np.ndarray, native_size: np.ndarray
+    ) -> list[np.ndarray]:
+        """Semantic maps, by way of the class scores [B, K, H, W] of whole padded images."""
+        side = self.config.short_side
+        axis = 1 if images.shape[1] > images.shape[2] else 2
+        starts = self.buckets.starts(image_size[:, axis - 1], images.shape[axis] // side)
+        weights = self.buckets.weights(starts)
+        shape = (len(images), self._head.num_classes, *images.shape[1:3])
+        totals = self._put(np.zeros(shape, np.float32))
+        gamma = np.float32(self.config.gamma)
+        for start, weight in zip(starts, weights, strict=True):
+            places = start[:, None] + np.arange(side)
+            places = places[:, :, None, None] if axis == 1 else places[:, None, :, None]
+            window = self._put(np.take_along_axis(images, places, axis))
+            logits, named = self._run(window, np.full_like(image_size, side), is_padded=False)
+            self._use("sum of windows")
+            at = self._put((start, weight))
+            totals = programs.add_window(
+                totals, logits, named.scores, self._is_seen, gamma, *at, axis=axis + 1
+            )
+        sizes = self._put(Sizes(image_size.astype(np.float32), native_size))
+
+        def tile(origin: np.ndarray, side: int) -> jax.Array:
+            self._use(f"semantic map {side}x{side}")
+            return programs.best_class_tile(totals, sizes, origin, side=side)
+
+        return _in_tiles(tile, native_size)
 
     def _instances(self, logits, scores, sizes, native) -> list[list[Instance]]:
         logits, probs, source_size = jax.device_get((logits, scores.class_probs, sizes.source_size))

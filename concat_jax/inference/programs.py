@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from concat_jax.inference.assign_pixels import PixelCounts, RankedQueries, assign_pixels
 from concat_jax.inference.heads import ClassScores, Head, bias_names
 from concat_jax.inference.panoptic import SegmentTables, rank_queries, settle_segments
-from concat_jax.inference.semantic import semantic_inference
+from concat_jax.inference.semantic import best_class, class_scores, semantic_inference
 from concat_jax.models.segmentor import Segmentor, mask_logits, normalize_images
 
 
@@ -69,10 +69,10 @@ def run_segmentor(
         {"params": segmentor.params}, normalize_images(images), image_size if is_padded else None
     )
     logits = mask_logits(output.mask_embeddings[:, -1], output.mask_features)
-    missing = (
-        (0, side // module.stride - have)
-        for side, have in zip(canvas, logits.shape[2:], strict=True)
-    )
+    # Patches that do not divide the canvas reach beyond it.
+    height, width = (-(-side // module.stride) for side in canvas)
+    logits = logits[:, :, :height, :width]
+    missing = ((0, height - logits.shape[2]), (0, width - logits.shape[3]))
     return jnp.pad(logits, ((0, 0), (0, 0), *missing)), output.queries[:, -1]
 
 
@@ -126,3 +126,30 @@ def semantic_tile(logits, scores, is_seen, gamma, sizes, origin, *, side) -> jax
     return semantic_inference(
         logits, probs, output_size=(side, side), origin=origin, **sizes._asdict()
     )
+
+
+@functools.partial(jax.jit, static_argnames="axis", donate_argnums=0)
+def add_window(totals, logits, scores, is_seen, gamma, start, weight, *, axis) -> jax.Array:
+    """Class scores [B, K, H, W] with those of a square window added at `start` [B] of an axis.
+
+    Logits [B, N, h, w] are resized to the window; `weight` [B, side] is along the axis.
+    """
+    side = min(totals.shape[2:])
+    shape = (*logits.shape[:2], side, side)
+    logits = jax.image.resize(logits, shape, "bilinear", antialias=False)
+    probs = bias_names(scores.class_probs, is_seen, gamma)[..., :-1]
+    weight = jnp.expand_dims(weight, (1, 5 - axis))
+    window = class_scores(logits, probs) * weight
+
+    def add(totals: jax.Array, window: jax.Array, start: jax.Array) -> jax.Array:
+        corner = [0, 0, 0]
+        corner[axis - 1] = start
+        here = jax.lax.dynamic_slice(totals, corner, window.shape)
+        return jax.lax.dynamic_update_slice(totals, here + window, corner)
+
+    return jax.vmap(add)(totals, window, start)
+
+
+@functools.partial(jax.jit, static_argnames="side")
+def best_class_tile(totals, sizes, origin, *, side) -> jax.Array:
+    return best_class(totals, output_size=(side, side), origin=origin, **sizes._asdict())

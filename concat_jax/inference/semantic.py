@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -38,33 +39,74 @@ def semantic_inference(
     Returns:
       [B, H, W] class indices, uint8 where they fit, else uint16. The first of equal classes wins.
     """
-    batch = mask_logits.shape[0]
+    probs = class_probs[..., :-1].astype(jnp.float32)
+
+    def scores(logits: jax.Array) -> jax.Array:
+        return class_scores(logits, probs)
+
+    return _class_map(
+        mask_logits,
+        scores,
+        probs.shape[-1],
+        output_size,
+        source_size,
+        image_size,
+        origin,
+        strip_rows,
+    )
+
+
+def class_scores(mask_logits: jax.Array, probs: jax.Array) -> jax.Array:
+    """[B, K, h, w] float32 of masks [B, N, h, w] and probabilities of real classes [B, N, K]."""
+    masks = jax.nn.sigmoid(mask_logits.astype(jnp.float32))
+    return jnp.einsum("bnk,bnhw->bkhw", probs, masks, precision=jax.lax.Precision.HIGHEST)
+
+
+def best_class(
+    scores: jax.Array,
+    *,
+    output_size: tuple[int, int],
+    source_size: jax.Array | None = None,
+    image_size: jax.Array | None = None,
+    origin: jax.Array | None = None,
+    strip_rows: int = 16,
+) -> jax.Array:
+    """The map of `semantic_inference` from class scores [B, K, h, w], which are resized instead."""
+    sizes = (output_size, source_size, image_size, origin)
+    return _class_map(scores, lambda resized: resized, scores.shape[1], *sizes, strip_rows)
+
+
+def _class_map(
+    maps: jax.Array,
+    scores_of: Callable[[jax.Array], jax.Array],
+    num_classes: int,
+    output_size: tuple[int, int],
+    source_size: jax.Array | None,
+    image_size: jax.Array | None,
+    origin: jax.Array | None,
+    strip_rows: int,
+) -> jax.Array:
+    """Best classes [B, H, W] by the scores of maps [B, M, h, w] resized strip by strip."""
+    batch = maps.shape[0]
     height, width = output_size
     rows = min(strip_rows, height)
     padded_height = -(-height // rows) * rows
     row_taps, column_taps, end = tile_taps(
-        mask_logits, output_size, padded_height, source_size, image_size, origin
+        maps, output_size, padded_height, source_size, image_size, origin
     )
-    probs = class_probs[..., :-1].astype(jnp.float32)
-    dtype = jnp.uint8 if probs.shape[-1] <= 256 else jnp.uint16
+    dtype = jnp.uint8 if num_classes <= 256 else jnp.uint16
 
-    def strip(index, maps):
+    def strip(index, classes):
         start = index * rows
         taps = jax.tree.map(
             lambda tap: jax.lax.dynamic_slice_in_dim(tap, start, rows, axis=1), row_taps
         )
         # Rows first: a few rows of the narrow source, where [N, h, W] would be large.
-        logits = jax.vmap(functools.partial(blend, axis=1))(mask_logits, taps)
-        logits = jax.vmap(functools.partial(blend, axis=2))(logits, column_taps)
-        scores = jnp.einsum(
-            "bnk,bnhw->bkhw",
-            probs,
-            jax.nn.sigmoid(logits.astype(jnp.float32)),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        classes = jnp.argmax(scores, axis=1).astype(dtype)
-        return jax.lax.dynamic_update_slice_in_dim(maps, classes, start, axis=1)
+        resized = jax.vmap(functools.partial(blend, axis=1))(maps, taps)
+        resized = jax.vmap(functools.partial(blend, axis=2))(resized, column_taps)
+        best = jnp.argmax(scores_of(resized), axis=1).astype(dtype)
+        return jax.lax.dynamic_update_slice_in_dim(classes, best, start, axis=1)
 
-    maps = jnp.zeros((batch, padded_height, width), dtype)
+    classes = jnp.zeros((batch, padded_height, width), dtype)
     num_strips = (end[:, 0].max() + rows - 1) // rows
-    return jax.lax.fori_loop(0, num_strips, strip, maps)[:, :height]
+    return jax.lax.fori_loop(0, num_strips, strip, classes)[:, :height]

@@ -134,11 +134,12 @@ def _classes_to_hf(card: ModelCard) -> dict[str, Any]:
     return {**content, EXTRA_KEY: extra}
 
 
-def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, int], tuple[str, ...]]:
+def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Refuse a preprocessor_config.json that feeds the model other numbers than we do.
 
-    Returns the sides of the network's input that it asks for, as fields of `ModelCard`, empty where
-    it asks for none that a card can hold; and sentences to be read.
+    Returns the sides of the network's input that it asks for, and whether semantic maps are made
+    through windows, as fields of `ModelCard`, empty where it asks for none that a card can hold;
+    and sentences to be read.
     """
     where = PREPROCESSOR_NAME
     for field in ("do_normalize", "do_rescale"):
@@ -150,11 +151,13 @@ def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, int], tup
     check_statistics(content, where, {"image_mean": _MEAN, "image_std": _STD})
     size = content.get("size")
     if content.get("do_split_image"):
-        side = (size or {}).get("shortest_edge")
-        return {"short_side": side, "long_side": side}, (
-            f"By {where}, pictures are cut into overlapping squares; here they are seen as a "
-            "whole, padded to a square.",
-        )
+        side = size.get("shortest_edge") if isinstance(size, Mapping) else size
+        if type(side) is not int or side < 1:
+            raise ValueError(
+                f"{where} cuts pictures into windows of size {size!r}; give size a shortest_edge."
+            )
+        note = f"By {where}, semantic maps are made through windows of {side} pixels."
+        return {"short_side": side, "long_side": side, "windows": True}, (note,)
     if not content.get("do_resize", True):
         side = ModelCard.short_side
         return {}, (
@@ -179,7 +182,10 @@ def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, int], tup
 
 def preprocessing_to_hf(card: ModelCard) -> dict[str, Any]:
     is_eomt = card.segmentor.get("kind") == "eomt"
-    own = {"size_divisor": 32} if not is_eomt else {"do_pad": True, "do_split_image": False}
+    own: dict[str, Any] = {"size_divisor": 32}
+    if is_eomt:
+        own = {"do_pad": not card.windows, "do_split_image": card.windows}
+    longest = None if card.windows else card.long_side
     return {
         "image_processor_type": f"{'Eomt' if is_eomt else 'Mask2Former'}ImageProcessor",
         "do_resize": True,
@@ -190,7 +196,7 @@ def preprocessing_to_hf(card: ModelCard) -> dict[str, Any]:
         "image_std": _STD.round(6).tolist(),
         "resample": 2,  # bilinear
         "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": card.short_side, "longest_edge": card.long_side},
+        "size": {"shortest_edge": card.short_side, "longest_edge": longest},
         **own,
     }
 

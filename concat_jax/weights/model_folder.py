@@ -71,6 +71,7 @@ class ModelCard:
         then all False and mean nothing.
       text: what names classes by text, None where a linear head does.
       short_side, long_side: of the network's input, see `inference.images.Buckets`.
+      windows: semantic maps are made through windows, see `inference.windows.Windows`.
     """
 
     segmentor: Mapping[str, Any]
@@ -81,6 +82,7 @@ class ModelCard:
     text: TextCard | None = None
     short_side: int = 800
     long_side: int = 1333
+    windows: bool = False
 
 
 def text_modules(card: TextCard) -> tuple[CLIP, SemanticProjector]:

@@ -101,10 +101,12 @@ def test_config_and_preprocessing_round_trip():
     assert make_segmentor(segmentor_config_from_hf(content)) == make_segmentor(CONFIG)
     sides, _ = check_preprocessing(preprocessing_to_hf(card))
     assert sides == {"short_side": 640, "long_side": 640}
-    sides, notes = check_preprocessing(
-        {"do_split_image": True, "size": {"shortest_edge": 512, "longest_edge": None}}
-    )
-    assert sides == {"short_side": 512, "long_side": 512} and "overlapping" in notes[0]
+    windows = {"short_side": 512, "long_side": 512, "windows": True}
+    content = preprocessing_to_hf(ModelCard(CONFIG, **windows))
+    assert content["size"] == {"shortest_edge": 512, "longest_edge": None}
+    assert check_preprocessing(content)[0] == windows
+    with pytest.raises(ValueError, match="windows of size None; give size a shortest_edge"):
+        check_preprocessing({"do_split_image": True})
 
 
 @pytest.mark.parametrize(

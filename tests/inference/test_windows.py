@@ -1,0 +1,90 @@
+"""Semantic maps through windows beside transformers', with a segmentor of one line."""
+
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.inference.predictor import PredictConfig, Predictor
+from concat_jax.inference.windows import Windows
+from tests.inference.fakes import FakeHead, network
+
+CLASSES = Vocabulary(
+    names=("a", "b", "c", "d"),
+    is_thing=(False,) * 4,
+    is_seen=(True,) * 4,
+    category_ids=(1, 2, 3, 4),
+)
+SIDE = 32
+# One window, two and three of them, lying and standing; the last ones are made smaller and larger.
+SIZES = [(32, 32), (32, 50), (70, 32), (40, 111), (100, 31)]
+
+
+def pictures():
+    rng = np.random.default_rng(0)
+    for height, width in SIZES:
+        small = rng.integers(0, 256, (5, 6, 3)).astype(np.uint8)
+        yield np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def theirs(image: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """transformers' class scores [K, H, W] with the masks of `fakes.FakeSegmentor`."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.EomtImageProcessorPil(
+        size={"shortest_edge": SIDE, "longest_edge": None}, do_split_image=True
+    )
+    given = processor(image, return_tensors="pt")
+    masks = torch.einsum(
+        "qd,bdhw->bqhw", 2 * torch.eye(3) - 1, 8 * given.pixel_values[..., ::2, ::2]
+    )
+    outputs = types.SimpleNamespace(
+        masks_queries_logits=masks,
+        class_queries_logits=torch.from_numpy(np.log(probs)).expand(len(masks), -1, -1),
+        patch_offsets=given.patch_offsets,
+    )
+    (found,) = processor.post_process_semantic_segmentation(
+        outputs, [image.shape[:2]], return_segmentation_scores=True
+    )
+    return found.segmentation_scores.numpy()
+
+
+def test_maps_are_transformers():
+    raw = np.random.default_rng(1).normal(0, 1, (3, 5)).astype(np.float32)
+    probs = np.exp(raw) / np.exp(raw).sum(axis=-1, keepdims=True)
+    config = PredictConfig(
+        tasks=("semantic",), short_side=SIDE, long_side=SIDE, windows=True, batch_size=2
+    )
+    predictor = Predictor(network(), FakeHead(probs), CLASSES, config)
+    images = list(pictures())
+    found = dict(predictor.stream((n, predictor.prepare(i)) for n, i in enumerate(images)))
+    assert len(found) == len(images)
+    for number, image in enumerate(images):
+        scores, classes = theirs(image, probs), found[number].semantic
+        assert classes.shape == image.shape[:2]
+        chosen = np.take_along_axis(scores, classes[None].astype(int), 0)[0]
+        np.testing.assert_allclose(chosen, scores.max(axis=0), rtol=1e-4)
+        assert len(np.unique(classes)) > 1
+
+
+def test_windows_of_images_of_a_batch_lie_where_each_ends():
+    windows = Windows(32)
+    starts = windows.starts(np.array([50, 64, 33]), 2)
+    np.testing.assert_array_equal(starts, [[0, 0, 0], [18, 32, 1]])
+    weights = windows.weights(starts)
+    assert weights[0, 0].tolist() == [1.0] * 18 + [0.5] * 14
+    assert weights[1, 1].tolist() == [1.0] * 32
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"short_side": 50}, "short_side is 50, but windows have sides divisible by 32"),
+        ({"tasks": ("panoptic",)}, "Windows are for the task semantic alone"),
+    ],
+)
+def test_bad_settings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        PredictConfig(**{"tasks": ("semantic",), "short_side": 64, "windows": True, **fields})
