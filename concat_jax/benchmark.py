@@ -4,7 +4,7 @@
 
 Every case is run by each implementation in a process of its own, one after another, on whatever
 device each framework finds. `benchmark.md` and `benchmark.json` are written. Without torch and
-transformers only ours is measured.
+transformers only ours is measured. `--segmentor=eomt_base --sizes=640` measures an EoMT.
 
     python -m concat_jax.benchmark --tasks=alignment
     python -m concat_jax.benchmark --tasks=two_stage --images=FOLDER --batch=4
@@ -60,7 +60,7 @@ from concat_jax.benchmarking.harness import (
     table_in_turns,
     table_of_compared,
 )
-from concat_jax.benchmarking.programs import BACKBONES, prepare_models
+from concat_jax.benchmarking.programs import SEGMENTORS, prepare_models
 from concat_jax.benchmarking.reference import is_installed
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
@@ -74,7 +74,7 @@ MAX_WRITTEN = 1000
 def define_flags(flags: cli.Flags) -> None:
     flags.string("output", "benchmark", "Folder for benchmark.md and benchmark.json.")
     flags.string("model", "", "A converted model's folder; else random weights.")
-    flags.string("backbone", "resnet50", "Of the random weights.")
+    flags.string("segmentor", "mask2former_resnet50", "Of random weights.")
     flags.strings("tasks", COMPARED, f"Any of {', '.join(TASKS)}.")
     flags.strings("sizes", ["512", "800"], "512 or 800x1088: forward and postprocess.")
     flags.integer("batch", 1, "Images at once, but for the training tasks.", 1)
@@ -137,7 +137,7 @@ def run(given: cli.Flags) -> tuple[dict[str, Any], str, dict[str, Figure]]:
       ValueError: for a flag without meaning, or where every case failed.
     """
     cases = make_cases(given)
-    check_choice(given.backbone, BACKBONES, "--backbone is unknown:")
+    check_choice(given.segmentor, SEGMENTORS, "--segmentor is unknown:")
     for name in given.reference:
         check_choice(name, ("torch", "torch.compile"), "--reference is unknown:")
     implementations = ["ours", *given.reference]
@@ -149,7 +149,7 @@ def run(given: cli.Flags) -> tuple[dict[str, Any], str, dict[str, Figure]]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if not all(case.task in ON_HOST + OF_CONFIG for case in cases):
-            arguments = (given.model, given.backbone, folder, is_compared)
+            arguments = (given.model, given.segmentor, folder, is_compared)
             source = in_own_process(prepare_models, *arguments)
         for case in cases:
             names = implementations if case.task in COMPARED else ["ours"]

@@ -15,6 +15,7 @@ from concat_jax.benchmarking import cases
 from concat_jax.benchmarking.cases import NUM_CLASSES, Case
 from concat_jax.benchmarking.harness import Work
 from concat_jax.core.arrays import unit
+from concat_jax.core.batch import PROGRESS
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.panoptic import panoptic_inference
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
@@ -26,6 +27,7 @@ from concat_jax.models.segmentor import (
     mask_logits,
     normalize_images,
 )
+from concat_jax.models.vit import VIT_VARIANTS
 from concat_jax.stages.stage import LossFn
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
 from concat_jax.training.sharding import make_mesh
@@ -108,31 +110,44 @@ def random_embeddings(*shape: int) -> np.ndarray:
     return unit(np.random.default_rng(3).normal(size=shape).astype(np.float32))
 
 
-# Backbones with random weights, when no converted model is given.
-BACKBONES = {
-    "resnet50": {"kind": "resnet"},
-    "resnet101": {"kind": "resnet", "stage_sizes": (3, 4, 23, 3)},
-    **{f"swin_{name}": {"kind": "swin", **fields} for name, fields in SWIN_VARIANTS.items()},
+# Segmentors with random weights, when no converted model is given. EoMT's are the published ones
+# for COCO panoptic at 640 x 640 (github.com/tue-mps/eomt, configs/dinov2/coco/panoptic).
+SEGMENTORS = {
+    "mask2former_resnet50": {"backbone": {"kind": "resnet"}},
+    "mask2former_resnet101": {"backbone": {"kind": "resnet", "stage_sizes": (3, 4, 23, 3)}},
+    **{
+        f"mask2former_swin_{name}": {"backbone": {"kind": "swin", **fields}}
+        for name, fields in SWIN_VARIANTS.items()
+    },
+    **{
+        f"eomt_{name}": {
+            "kind": "eomt",
+            "backbone": {**VIT_VARIANTS[f"dinov2-{name}"], "patch_size": 16, "grid": 40},
+            "num_blocks": num_blocks,
+        }
+        for name, num_blocks in (("small", 3), ("base", 3), ("large", 4))
+    },
 }
 
 
-def prepare_models(model: str, backbone: str, folder: Path, with_reference: bool) -> str:
+def prepare_models(model: str, segmentor: str, folder: Path, with_reference: bool) -> str:
     """Writes the weights of every implementation into a folder each; returns what they are."""
     if model:
         params, card = load_model(model)
         source = card.source
     else:
-        config = {"backbone": BACKBONES[backbone]}
+        config = SEGMENTORS[segmentor]
         rng, flags = jax.random.key(0), (True,) * NUM_CLASSES
         ids = tuple(range(1, NUM_CLASSES + 1))
         vocabulary = Vocabulary(tuple(f"class_{i - 1}" for i in ids), flags, flags, ids)
-        init = jax.jit(make_segmentor(config).init)
+        network = make_segmentor(config)
+        queries = np.zeros((1, 1, network.width))
         params = {
-            "segmentor": init(rng, np.zeros((1, 64, 64, 3)))["params"],
-            "classifier": LinearClassifier(NUM_CLASSES).init(rng, np.zeros((1, 1, 256)))["params"],
+            "segmentor": jax.jit(network.init)(rng, np.zeros((1, 64, 64, 3)))["params"],
+            "classifier": LinearClassifier(NUM_CLASSES).init(rng, queries)["params"],
         }
         card = ModelCard(config, vocabulary, "panoptic", "random weights", True)
-        source = f"{backbone}, random weights"
+        source = f"{segmentor}, random weights"
     save_model(folder / "ours", params, card)
     if with_reference:
         save_hf_folder(folder / "reference", params, card)
@@ -191,7 +206,14 @@ def _postprocess(case: Case, segmentor, classifier, params: Any, vocabulary) -> 
 
 def _train(case: Case, segmentor, classifier, params: Any, vocabulary) -> Work:
     def loss(params, frozen, batch, rng):
-        output = segmentor.apply({"params": params["segmentor"]}, normalize_images(batch["image"]))
+        masks = {}
+        if segmentor.anneals:  # at the beginning of a training, where all queries are masked
+            masks = {
+                "rngs": {"masks": jax.random.fold_in(rng, 1)},
+                PROGRESS: jnp.zeros(len(batch["image"])),
+            }
+        images = normalize_images(batch["image"])
+        output = segmentor.apply({"params": params["segmentor"]}, images, **masks)
         terms = segmentation_loss(
             rng,
             classifier.apply({"params": params["classifier"]}, output.queries),

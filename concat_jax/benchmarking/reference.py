@@ -1,4 +1,4 @@
-"""The reference's side: transformers' Mask2Former in PyTorch, with the same weights.
+"""The reference's side: transformers' Mask2Former or EoMT in PyTorch, with the same weights.
 
 The only module of the package that imports PyTorch, and only inside functions.
 """
@@ -33,9 +33,11 @@ def works(case: Case) -> dict[str, Work]:
     transformers.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, case.dtype)
-    network = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(case.model)
+    network = transformers.AutoModelForUniversalSegmentation.from_pretrained(case.model)
     # Evaluation mode: the batch norms keep their statistics, as training from ImageNet does.
     network = network.to(device).eval()
+    if hasattr(network, "attn_mask_probs"):  # of EoMT: what share of queries each block masks
+        network.attn_mask_probs.fill_(float(case.task == "train"))
     autocast = torch.autocast(device.type, dtype, enabled=case.dtype != "float32")
 
     mean, std = (np.asarray(values, np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -65,6 +65,26 @@ def point_logits(
     return jnp.einsum(product, mask_embeddings, features, preferred_element_type=jnp.float32)
 
 
+def few_point_logits(
+    mask_embeddings: jax.Array, mask_features: jax.Array, points: jax.Array
+) -> jax.Array:
+    """As `point_logits`, for fewer queries than features have channels.
+
+    Where each set has features of its own the products come first, so that what is gathered, and
+    scattered backward, is a number for every query and not one for every channel.
+    """
+    if mask_features.ndim == 4:
+        return point_logits(mask_embeddings, mask_features, points)
+    logits = jnp.einsum(
+        "blnd,blhwd->blhwn",
+        mask_embeddings.astype(mask_features.dtype),
+        mask_features,
+        preferred_element_type=jnp.float32,
+    )
+    sample = jax.vmap(sample_features, in_axes=(1, None), out_axes=1)
+    return jnp.swapaxes(sample(logits, points), 2, 3)
+
+
 def sample_segments(segment_ids: jax.Array, points: jax.Array, num_segments: int) -> jax.Array:
     """Bilinear samples [B, G, P] of every segment's binary mask at shared points [B, P, 2].
 

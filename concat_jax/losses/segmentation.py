@@ -149,7 +149,7 @@ def segmentation_loss(
     embeddings = jnp.take_along_axis(
         mask_embeddings, jnp.clip(query_of_segment, 0)[..., None], axis=2
     )
-    point_logits = masks.point_logits(embeddings, mask_features, points)
+    point_logits = masks.few_point_logits(embeddings, mask_features, points)
     targets = masks.sample_segments(segment_ids, points, num_segments)[:, None]
     weights = jnp.concatenate(
         [

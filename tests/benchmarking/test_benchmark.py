@@ -182,7 +182,7 @@ def test_memory_of_one_that_is_alone_is_what_it_took():
         (["--tasks=alignments"], "did you mean 'alignment'"),
         (["--tasks=input_pipeline"], "needs --images=COCO"),
         (["--sizes=12"], "Size '12' is not like 512"),
-        (["--backbone=resnet5"], "did you mean 'resnet50'"),
+        (["--segmentor=eomt_bas"], "did you mean 'eomt_base'"),
         (["--reference=tensorflow"], "--reference is unknown"),
     ],
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from concat_jax.losses.masks import point_logits, sample_features
+from concat_jax.losses.masks import few_point_logits, point_logits, sample_features
 from concat_jax.models.eomt import BLACK, mask_rate
 from concat_jax.models.segmentor import LinearClassifier, make_segmentor, mask_logits
 from concat_jax.weights.names.table import find, to_ours, to_theirs
@@ -160,11 +160,12 @@ def test_a_frozen_encoder_has_no_gradient_and_all_else_has():
     assert model.query_norm(params) is params["decoder_norm"]
 
 
-def test_point_logits_of_features_of_each_set_are_those_of_each_set():
+@pytest.mark.parametrize("logits_at", [point_logits, few_point_logits])
+def test_point_logits_of_features_of_each_set_are_those_of_each_set(logits_at):
     rng = np.random.default_rng(0)
     embeddings, features = rng.normal(size=(2, 3, 4, 8)), rng.normal(size=(2, 3, 6, 5, 8))
     points = rng.uniform(size=(2, 7, 2)).astype(np.float32)
-    found = point_logits(jnp.asarray(embeddings), jnp.asarray(features), points)
+    found = logits_at(jnp.asarray(embeddings), jnp.asarray(features), points)
     for index in range(3):
         sampled = sample_features(jnp.asarray(features[:, index]), points)
         expected = np.einsum("bnd,bpd->bnp", embeddings[:, index], sampled)
