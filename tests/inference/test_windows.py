@@ -1,4 +1,4 @@
-"""Semantic maps through windows beside transformers', with a segmentor of one line."""
+"""EoMT's two ways to see a picture beside transformers', with a segmentor of one line."""
 
 import types
 
@@ -22,20 +22,23 @@ SIDE = 32
 SIZES = [(32, 32), (32, 50), (70, 32), (40, 111), (100, 31)]
 
 
-def pictures():
+def pictures(sizes=SIZES):
     rng = np.random.default_rng(0)
-    for height, width in SIZES:
+    for height, width in sizes:
         small = rng.integers(0, 256, (5, 6, 3)).astype(np.uint8)
         yield np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def theirs(image: np.ndarray, probs: np.ndarray) -> np.ndarray:
-    """transformers' class scores [K, H, W] with the masks of `fakes.FakeSegmentor`."""
+def probabilities() -> np.ndarray:
+    raw = np.random.default_rng(1).normal(0, 1, (3, 5)).astype(np.float32)
+    return np.exp(raw) / np.exp(raw).sum(axis=-1, keepdims=True)
+
+
+def theirs(image: np.ndarray, probs: np.ndarray, **fields):
+    """transformers' processor, and the masks and names of `fakes` for what it makes of an image."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    processor = transformers.EomtImageProcessorPil(
-        size={"shortest_edge": SIDE, "longest_edge": None}, do_split_image=True
-    )
+    processor = transformers.EomtImageProcessorPil(**fields)
     given = processor(image, return_tensors="pt")
     masks = torch.einsum(
         "qd,bdhw->bqhw", 2 * torch.eye(3) - 1, 8 * given.pixel_values[..., ::2, ::2]
@@ -45,15 +48,11 @@ def theirs(image: np.ndarray, probs: np.ndarray) -> np.ndarray:
         class_queries_logits=torch.from_numpy(np.log(probs)).expand(len(masks), -1, -1),
         patch_offsets=given.patch_offsets,
     )
-    (found,) = processor.post_process_semantic_segmentation(
-        outputs, [image.shape[:2]], return_segmentation_scores=True
-    )
-    return found.segmentation_scores.numpy()
+    return processor, outputs
 
 
-def test_maps_are_transformers():
-    raw = np.random.default_rng(1).normal(0, 1, (3, 5)).astype(np.float32)
-    probs = np.exp(raw) / np.exp(raw).sum(axis=-1, keepdims=True)
+def test_semantic_maps_through_windows_are_transformers():
+    probs = probabilities()
     config = PredictConfig(
         tasks=("semantic",), short_side=SIDE, long_side=SIDE, windows=True, batch_size=2
     )
@@ -62,11 +61,41 @@ def test_maps_are_transformers():
     found = dict(predictor.stream((n, predictor.prepare(i)) for n, i in enumerate(images)))
     assert len(found) == len(images)
     for number, image in enumerate(images):
-        scores, classes = theirs(image, probs), found[number].semantic
+        size = {"shortest_edge": SIDE, "longest_edge": None}
+        processor, outputs = theirs(image, probs, size=size, do_split_image=True)
+        (one,) = processor.post_process_semantic_segmentation(
+            outputs, [image.shape[:2]], return_segmentation_scores=True
+        )
+        scores, classes = one.segmentation_scores.numpy(), found[number].semantic
         assert classes.shape == image.shape[:2]
         chosen = np.take_along_axis(scores, classes[None].astype(int), 0)[0]
         np.testing.assert_allclose(chosen, scores.max(axis=0), rtol=1e-4)
         assert len(np.unique(classes)) > 1
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 22), (20, 32)])
+def test_panoptic_maps_of_the_padded_square_are_transformers(size):
+    """Up to the last pixel before the padding, which here looks at the picture alone."""
+    probs, (image, *_) = probabilities(), pictures([size])
+    config = PredictConfig(
+        short_side=SIDE, long_side=SIDE, keep_rule="score", score_threshold=0.1, batch_size=1
+    )
+    predictor = Predictor(network(), FakeHead(probs), CLASSES, config)
+    prepared = predictor.prepare(image)
+    assert prepared.image.shape == (SIDE, SIDE, 3)
+    (ours,) = predictor.predict([prepared])
+    square = {"shortest_edge": SIDE, "longest_edge": SIDE}
+    processor, outputs = theirs(image, probs, size=square, do_pad=True)
+    (found,) = processor.post_process_panoptic_segmentation(
+        outputs, [size], threshold=0.1, stuff_classes=[0, 1, 2, 3]
+    )
+    names = {-1: -1} | {one["id"]: one["label_id"] for one in found["segments_info"]}
+    expected = np.vectorize(names.get)(found["segmentation"].numpy())
+    labels = {0: -1} | ours.panoptic.labels_by_id()
+    named = np.vectorize(labels.get)(ours.panoptic.id_map)
+    inner = tuple(slice(side if side == SIDE else side - 1) for side in size)
+    np.testing.assert_array_equal(named[inner], expected[inner])
+    assert len(np.unique(named)) > 2
 
 
 def test_windows_of_images_of_a_batch_lie_where_each_ends():
