@@ -4,7 +4,8 @@
 
 Needs no download. `--config=configs/demo_eomt.py:smoke` runs every stage for a few steps. Time and
 score: not measured. The ViT starts from random numbers, where the backbone of `demo_zps.py` starts
-from the trunk of the demo's CLIP.
+from the trunk of the demo's CLIP. With `:clip_encoder` the encoder is that CLIP's image tower,
+frozen, and CON's targets are read off what it sees.
 """
 
 from ml_collections import ConfigDict
@@ -14,8 +15,8 @@ from configs import demo_zps
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The config; `arg` is "" or "smoke"."""
-    return with_arguments(recipe(), arg, smoke=demo_zps.smoke)
+    """The config; `arg` is "", "clip_encoder", "smoke" or both, as "clip_encoder,smoke"."""
+    return with_arguments(recipe(), arg, clip_encoder=clip_encoder, smoke=demo_zps.smoke)
 
 
 def recipe() -> ConfigDict:
@@ -32,3 +33,11 @@ def recipe() -> ConfigDict:
     )
     config.train.con.copies = {}
     return config
+
+
+def clip_encoder(config: ConfigDict) -> None:
+    """CLIP's own image tower as the encoder, frozen, with new blocks for the queries behind it."""
+    config.model.segmentor.backbone = dict(kind="clip", **config.model.clip)
+    config.model.segmentor.update(frozen=True, frozen_ffn_width=256)
+    config.train.con.copies = {"segmentor/backbone": "clip/vision_model"}
+    config.train.con.method.targets = "encoder"

@@ -69,27 +69,32 @@ class _Tower(nn.Module):
     scan_layers: bool
     dtype: Any
 
-    def transformer(self, x: jax.Array, is_causal: bool) -> jax.Array:
-        """The blocks, [B, L, D] -> [B, L, D]; to be called inside the compact method."""
-        rounds = [
-            [
-                Block(
-                    num_heads=self.num_heads,
-                    depth=self.depth,
-                    ffn_width=round(self.width * self.mlp_ratio),
-                    activation=self.activation,
-                    is_causal=is_causal,
-                    dtype=self.dtype,
-                    name=f"layers_{layer}",
-                )
-            ]
-            for layer in range(self.depth)
+    def make_blocks(self, is_causal: bool) -> list[Block]:
+        """The blocks, to be called in `setup`."""
+        return [
+            Block(
+                num_heads=self.num_heads,
+                depth=self.depth,
+                ffn_width=self.ffn_width,
+                activation=self.activation,
+                is_causal=is_causal,
+                dtype=self.dtype,
+            )
+            for _ in range(self.depth)
         ]
 
-        def run(blocks: Sequence[Callable], x: jax.Array) -> tuple[jax.Array, None]:
+    @property
+    def ffn_width(self) -> int:
+        return round(self.width * self.mlp_ratio)
+
+    def run(self, x: jax.Array, first: int, last: int) -> jax.Array:
+        """Blocks `first` to `last` - 1, [B, L, D] -> [B, L, D]."""
+
+        def run_one(blocks: Sequence[Callable], x: jax.Array) -> tuple[jax.Array, None]:
             return blocks[0](x), None
 
-        return run_in_turn(self, rounds, run, x, scan=self.scan_layers)[0]
+        rounds = [[block] for block in self.layers[first:last]]
+        return run_in_turn(self, rounds, run_one, x, scan=self.scan_layers)[0]
 
 
 class VisionTower(_Tower):
@@ -100,25 +105,46 @@ class VisionTower(_Tower):
     stem: str
     position_interpolation: str
 
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def setup(self) -> None:
         side = self.image_size // self.patch_size
-        x = STEMS[self.stem](self.patch_size, self.width, self.dtype, name="patch_embedding")(
-            images.astype(self.dtype)
-        )
-        batch, rows, columns, width = x.shape
         scale = nn.initializers.normal(self.width**-0.5)
-        cls = self.param("class_embedding", scale, (width,))
-        table = self.param("position_embedding", scale, (1 + side * side, width))
+        self.patch_embedding = STEMS[self.stem](self.patch_size, self.width, self.dtype)
+        self.class_embedding = self.param("class_embedding", scale, (self.width,))
+        shape = (1 + side * side, self.width)
+        self.position_embedding = self.param("position_embedding", scale, shape)
+        self.pre_layrnorm = layer_norm(self.dtype)  # the checkpoints' own spelling
+        self.layers = self.make_blocks(is_causal=False)
+        self.post_layernorm = layer_norm(self.dtype)
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Class token and patches [B, 1 + P, D] before the first block."""
+        side = self.image_size // self.patch_size
+        x = self.patch_embedding(images.astype(self.dtype))
+        batch, rows, columns, width = x.shape
         table = interpolate_positions(
-            table, (side, side), (rows, columns), self.position_interpolation
+            self.position_embedding, (side, side), (rows, columns), self.position_interpolation
         )
-        cls = jnp.broadcast_to(cls.astype(self.dtype), (batch, 1, width))
+        cls = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (batch, 1, width))
         x = jnp.concatenate([cls, x.reshape(batch, rows * columns, width)], axis=1)
-        x = x + table.astype(self.dtype)
-        x = layer_norm(self.dtype, "pre_layrnorm")(x)  # the checkpoints' own spelling
-        x = self.transformer(x, is_causal=False)
-        return layer_norm(self.dtype, "post_layernorm")(x[:, 0])
+        return self.pre_layrnorm(x + table.astype(self.dtype))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return self.post_layernorm(self.run(self.embed(images), 0, self.depth)[:, 0])
+
+    def regions(self, tokens: jax.Array, inside: jax.Array) -> jax.Array:
+        """Normalised class tokens [B, R, D] that saw a region each in the last block.
+
+        From tokens [B, 1 + P, D] before that block, and which patches are inside, [B, R, P] bool.
+        With all of them it is what `__call__` gives.
+        """
+        batch, number, patches = inside.shape
+        cls = jnp.broadcast_to(tokens[:, :1], (batch, number, tokens.shape[-1]))
+        x = jnp.concatenate([cls, tokens[:, 1:]], axis=1)
+        own = jnp.broadcast_to(jnp.eye(number, dtype=bool), (batch, number, number))
+        allowed = jnp.concatenate([own, inside], axis=2)
+        # What patches see no longer matters.
+        allowed = jnp.pad(allowed, ((0, 0), (0, patches), (0, 0)), constant_values=True)
+        return self.post_layernorm(self.layers[-1](x, None, allowed)[:, :number])
 
 
 class TextTower(_Tower):
@@ -128,21 +154,22 @@ class TextTower(_Tower):
     context_length: int
     eot_id: int | None
 
-    @nn.compact
+    def setup(self) -> None:
+        embedding = nn.initializers.normal(0.02)
+        self.token_embedding = nn.Embed(
+            self.vocab_size, self.width, embedding_init=embedding, dtype=self.dtype
+        )
+        shape = (self.context_length, self.width)
+        self.position_embedding = self.param(
+            "position_embedding", nn.initializers.normal(0.01), shape
+        )
+        self.layers = self.make_blocks(is_causal=True)
+        self.final_layer_norm = layer_norm(self.dtype)
+
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        embed = nn.Embed(
-            self.vocab_size,
-            self.width,
-            embedding_init=nn.initializers.normal(0.02),
-            dtype=self.dtype,
-            name="token_embedding",
-        )
-        positions = self.param(
-            "position_embedding", nn.initializers.normal(0.01), (self.context_length, self.width)
-        )
-        x = embed(tokens) + positions[: tokens.shape[1]].astype(self.dtype)
-        x = self.transformer(x, is_causal=True)
-        x = layer_norm(self.dtype, "final_layer_norm")(x)
+        positions = self.position_embedding[: tokens.shape[1]]
+        x = self.token_embedding(tokens) + positions.astype(self.dtype)
+        x = self.final_layer_norm(self.run(x, 0, self.depth))
         eot = jnp.argmax(tokens if self.eot_id is None else tokens == self.eot_id, axis=1)
         return jnp.take_along_axis(x, eot[:, None, None], axis=1)[:, 0]
 
@@ -185,13 +212,7 @@ class CLIP(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        self.vision_model = VisionTower(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            stem=self.stem,
-            position_interpolation=self.position_interpolation,
-            **self._shared("image"),
-        )
+        self.vision_model = VisionTower(**self.vision_fields)
         self.text_model = TextTower(
             vocab_size=self.vocab_size,
             context_length=self.context_length,
@@ -204,6 +225,13 @@ class CLIP(nn.Module):
             "logit_scale", nn.initializers.constant(math.log(INITIAL_LOGIT_SCALE)), ()
         )
 
+    @property
+    def vision_fields(self) -> dict[str, Any]:
+        """Fields of the `VisionTower`."""
+        own = ("image_size", "patch_size", "stem", "position_interpolation")
+        return {**{field: getattr(self, field) for field in own}, **self._shared("image")}
+
+    @nn.nowrap
     def _shared(self, tower: str) -> dict[str, Any]:
         names = {"width": "width", "depth": "depth", "num_heads": "heads", "mlp_ratio": "mlp_ratio"}
         own = {field: getattr(self, f"{tower}_{name}") for field, name in names.items()}
@@ -227,6 +255,13 @@ class CLIP(nn.Module):
                 f"and W divisible by the patch size {p}."
             )
         return self.visual_projection(self.vision_model(images)).astype(jnp.float32)
+
+    def encode_regions(self, tokens: jax.Array, inside: jax.Array) -> jax.Array:
+        """Projected class tokens [B, R, C] float32 of regions of a picture, not L2-normalised.
+
+        As of `VisionTower.regions`.
+        """
+        return self.visual_projection(self.vision_model.regions(tokens, inside)).astype(jnp.float32)
 
     def encode_text(self, tokens: jax.Array) -> jax.Array:
         """Projected end-of-text tokens [M, C] float32, not L2-normalised.

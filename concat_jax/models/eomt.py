@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.core.config import check_choice, check_fields
+from concat_jax.models.clip_encoder import ClipEncoder, make_clip_encoder
 from concat_jax.models.ops.linear import Dense
 from concat_jax.models.ops.transformer_block import ACTIVATIONS, SWIGLU, Block, layer_norm
 from concat_jax.models.ops.valid_area import resize_bilinear, valid_mask, valid_size, zero_beyond
@@ -41,6 +42,7 @@ DEFAULTS: Mapping[str, Any] = {
     "scan_layers": False,
     "dtype": "float32",
 }
+ENCODERS = ("vit", "clip")
 # A black pixel after `normalize_images`, with which the reference pads.
 BLACK = -np.asarray(IMAGENET_MEAN, np.float32) / np.asarray(IMAGENET_STD, np.float32)
 # Exponent of the annealing (`mask_annealing` of `tue-mps/eomt training/lightning_module.py`).
@@ -103,7 +105,7 @@ class EoMT(nn.Module):
       frozen_ffn_width: hidden width of those blocks' MLPs.
     """
 
-    backbone: ViT
+    backbone: ViT | ClipEncoder
     num_queries: int = 200
     num_blocks: int = 4
     num_upscales: int = 2
@@ -121,6 +123,10 @@ class EoMT(nn.Module):
     def width(self) -> int:
         """Of the queries."""
         return self.backbone.width
+
+    @property
+    def gives_clip_tokens(self) -> bool:
+        return self.frozen and isinstance(self.backbone, ClipEncoder)
 
     @staticmethod
     def query_norm(params: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -188,7 +194,7 @@ class EoMT(nn.Module):
             # Shifted, so that padding with zeros is black.
             padding = ((0, 0), *((0, m) for m in missing), (0, 0))
             images = jnp.pad(images - BLACK, padding) + BLACK
-        x, rotation = self._encode(images, grid)
+        x, rotation, clip_tokens = self._encode(images, grid)
         queries = self.query_embedding.astype(x.dtype)
         queries = jnp.broadcast_to(queries, (len(x), *queries.shape))
         x = jnp.concatenate([queries, x], axis=1)
@@ -204,27 +210,30 @@ class EoMT(nn.Module):
         output = jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *sets)
         if progress is None:
             output = output.replace(mask_features=sets[-1].mask_features)
-        return output
+        return output.replace(clip_tokens=clip_tokens)
 
     def _encode(
         self, images: jax.Array, grid: tuple[int, int]
-    ) -> tuple[jax.Array, Rotation | None]:
-        """Tokens [B, P, D] that the queries are put before, and how patches turn."""
+    ) -> tuple[jax.Array, Rotation | None, jax.Array | None]:
+        """Tokens [B, P, D] that the queries are put before, how patches turn, CLIP's tokens."""
         backbone = self.backbone
         x, rotation = backbone.embed(images)
         if not self.frozen:
-            return backbone.run(x, rotation, 0, backbone.depth - self.num_blocks), rotation
-        total, depth = 0, 0
+            return backbone.run(x, rotation, 0, backbone.depth - self.num_blocks), rotation, None
+        total, depth, clip_tokens = 0, 0, None
         for lateral, scale, until in zip(
             self.laterals, self.lateral_scale, self._depths, strict=True
         ):
+            if self.gives_clip_tokens and until == backbone.depth:
+                x = clip_tokens = backbone.run(x, rotation, depth, until - 1)
+                depth = until - 1
             x = backbone.run(x, rotation, depth, until)
             depth = until
             read = jax.lax.stop_gradient(backbone.norm(x)).astype(self.dtype)
             hidden = jax.nn.gelu(lateral[0](read), approximate=False)
             total += (read + lateral[1](hidden)) * scale.astype(self.dtype)
-        channels = self.backbone.width // self.backbone.num_heads
-        return total, rotations(*grid, channels, self.backbone.rotary_theta)
+        channels = backbone.width // backbone.num_heads
+        return total, rotations(*grid, channels, backbone.rotary_theta), clip_tokens
 
     def _block(
         self, index: int, x: jax.Array, rotation: Rotation | None, allowed: jax.Array | None
@@ -268,24 +277,36 @@ class EoMT(nn.Module):
         )
 
 
+def _make_vit(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> ViT:
+    fields = dict(fields)
+    if (variant := fields.pop("variant", None)) is not None:
+        check_choice(variant, VIT_VARIANTS, "There is no ViT variant")
+        fields = {**VIT_VARIANTS[variant], **fields}
+    check_fields(fields, ViT, "The backbone config of an EoMT has no key", "dtype")
+    for field in ("remat", "scan_layers"):
+        fields.setdefault(field, settings[field])
+    vit = ViT(**fields, dtype=DTYPES[settings["dtype"]])
+    check_choice(vit.positions, ("learned", "rotary"), "A ViT's positions are")
+    check_choice(vit.activation, (*ACTIVATIONS, SWIGLU), "A ViT's activation is")
+    return vit
+
+
 def make_eomt(settings: Mapping[str, Any]) -> EoMT:
     """An EoMT from all its fields, see `DEFAULTS`.
 
     `backbone` holds fields of `ViT` and may name a `variant` of `VIT_VARIANTS`, which they
-    override; its remat and scan_layers are the outer ones unless given, its dtype always. Raises
-    ValueError for an unknown field, or sizes that do not go together.
+    override; its remat and scan_layers are the outer ones unless given, its dtype always. With
+    `kind` "clip" it holds fields of `make_clip` instead. Raises ValueError for an unknown field, or
+    sizes that do not go together.
     """
-    dtype = DTYPES[settings["dtype"]]
-    backbone = dict(settings["backbone"])
-    if (variant := backbone.pop("variant", None)) is not None:
-        check_choice(variant, VIT_VARIANTS, "There is no ViT variant")
-        backbone = {**VIT_VARIANTS[variant], **backbone}
-    check_fields(backbone, ViT, "The backbone config of an EoMT has no key", "dtype")
-    for field in ("remat", "scan_layers"):
-        backbone.setdefault(field, settings[field])
-    vit = ViT(**backbone, dtype=dtype)
-    check_choice(vit.positions, ("learned", "rotary"), "A ViT's positions are")
-    check_choice(vit.activation, (*ACTIVATIONS, SWIGLU), "A ViT's activation is")
+    fields = dict(settings["backbone"])
+    kind = fields.pop("kind", ENCODERS[0])
+    check_choice(kind, ENCODERS, "The backbone of an EoMT is")
+    if kind == "clip":
+        shared = {"scan_layers": settings["scan_layers"], "dtype": settings["dtype"]}
+        vit = make_clip_encoder({**fields, **shared})
+    else:
+        vit = _make_vit(fields, settings)
     if vit.width % (4 * vit.num_heads):
         raise ValueError(
             f"The ViT's width {vit.width} is not divisible by 4 times its {vit.num_heads} heads; "
@@ -302,4 +323,4 @@ def make_eomt(settings: Mapping[str, Any]) -> EoMT:
             "num_blocks smaller."
         )
     own = ("num_queries", "num_blocks", "num_upscales", "frozen", "frozen_ffn_width")
-    return EoMT(vit, **{field: settings[field] for field in own}, dtype=dtype)
+    return EoMT(vit, **{field: settings[field] for field in own}, dtype=DTYPES[settings["dtype"]])

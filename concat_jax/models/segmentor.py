@@ -56,7 +56,7 @@ class Segmentor(nn.Module):
     backbone: nn.Module
     pixel_decoder: nn.Module
     transformer_decoder: nn.Module
-    anneals = frozen = False
+    anneals = frozen = gives_clip_tokens = False
 
     @property
     def width(self) -> int:

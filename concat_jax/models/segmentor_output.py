@@ -2,8 +2,8 @@
 
 A segmentor is a linen module (images, image_size) -> `SegmentorOutput` with attributes `stride`,
 `width` and `num_queries`; `query_norm`, which finds in its parameters the norm that queries come
-out of; `frozen`, whether nothing trains its subtree "backbone"; and `anneals`: in training its call
-also takes the batch's `progress`, and a key "masks".
+out of; `frozen`, whether nothing trains its subtree "backbone"; `gives_clip_tokens`; and `anneals`:
+in training its call also takes the batch's `progress`, and a key "masks".
 """
 
 import flax.linen as nn
@@ -29,11 +29,13 @@ class SegmentorOutput:
       mask_embeddings: [B, L, N, D] float32.
       mask_features: [B, h, w, D] at the segmentor's stride, in the compute type; zero beyond the
         valid area. [B, L, h, w, D] where each prediction set has its own.
+      clip_tokens: of a frozen CLIP as encoder, [B, 1 + P, D] before its last block; else None.
     """
 
     queries: jax.Array
     mask_embeddings: jax.Array
     mask_features: jax.Array
+    clip_tokens: jax.Array | None = None
 
 
 def normalize_images(images: jax.Array) -> jax.Array:
@@ -41,6 +43,11 @@ def normalize_images(images: jax.Array) -> jax.Array:
     mean = np.asarray(IMAGENET_MEAN, np.float32)
     std = np.asarray(IMAGENET_STD, np.float32)
     return (jnp.asarray(images, jnp.float32) - mean) / std
+
+
+def unnormalize_images(images: jax.Array) -> jax.Array:
+    """RGB in 0..255 of `normalize_images`, float32."""
+    return images * np.asarray(IMAGENET_STD, np.float32) + np.asarray(IMAGENET_MEAN, np.float32)
 
 
 def mask_logits(mask_embeddings: jax.Array, mask_features: jax.Array) -> jax.Array:

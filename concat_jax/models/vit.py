@@ -1,4 +1,4 @@
-"""Plain vision transformers as encoders of a segmentor: DINOv2, DINOv3 and CLIP's image tower.
+"""Plain vision transformers as encoders of a segmentor: DINOv2 and DINOv3.
 
 Oquab et al., arXiv 2304.07193; registers of Darcet et al., arXiv 2309.16588; Siméoni et al.,
 arXiv 2508.10104. Sources: `transformers` `models/dinov2_with_registers` and `models/dinov3_vit`.
@@ -62,9 +62,8 @@ class ViT(nn.Module):
       positions: "learned", a table that is added to the patches; or "rotary", of DINOv3.
       grid: side of the learned table, resized to an image's own (bicubic, antialiased).
       rotary_theta: the longest wavelength of rotary positions.
-      activation: "gelu", "quick_gelu" (CLIP's) or "swiglu".
+      activation: "gelu" or "swiglu".
       key_bias, layer_scale, norm_epsilon: see `Block`.
-      pre_norm: the tokens are normalised before the first block, as CLIP's are.
       remat: recompute each block in the backward pass instead of storing it.
       scan_layers: compile one block and run it in a loop, see `run_in_turn`.
     """
@@ -82,7 +81,6 @@ class ViT(nn.Module):
     key_bias: bool = True
     layer_scale: bool = True
     norm_epsilon: float = 1e-6
-    pre_norm: bool = False
     remat: bool = False
     scan_layers: bool = False
     dtype: Any = jnp.float32
@@ -102,8 +100,6 @@ class ViT(nn.Module):
         if self.positions == "learned":
             shape = (self.grid**2, self.width)
             self.position_embedding = self.param("position_embedding", normal, shape)
-        if self.pre_norm:
-            self.input_norm = layer_norm(self.dtype, epsilon=self.norm_epsilon)
         block = nn.remat(Block) if self.remat else Block
         self.blocks = [
             block(
@@ -148,8 +144,6 @@ class ViT(nn.Module):
             prefix = jnp.concatenate([prefix, self.register_tokens])
         prefix = jnp.broadcast_to(prefix.astype(self.dtype), (batch, *prefix.shape))
         x = jnp.concatenate([prefix, x], axis=1)
-        if self.pre_norm:
-            x = self.input_norm(x)
         if self.positions == "learned":
             return x, None
         return x, rotations(rows, columns, self.width // self.num_heads, self.rotary_theta)

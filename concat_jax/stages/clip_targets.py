@@ -190,3 +190,40 @@ def clip_targets(
     # The whole of it on each device's own images: TPU's partitioner would gather the pictures.
     targets = over_batch_shards(targets, num_replicated=1)
     return jax.lax.stop_gradient(targets(params, images, segment_ids, image_size))
+
+
+def patch_regions(segment_ids: jax.Array, num_segments: int, patch_size: int) -> jax.Array:
+    """Patches [B, G, P] bool that segments of an id map [B, H, W] are seen in.
+
+    Those of which a segment owns at least half as much as of the one that it owns most of, so that
+    a large one is cut at the middle of its border and a small one still has a patch.
+    """
+    p = patch_size
+    batch, height, width = segment_ids.shape
+    ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, -height % p), (0, -width % p)))
+    rows, columns = (side // p for side in ids.shape[1:])
+    ids = ids.reshape(batch, rows, p, columns, p).transpose(0, 1, 3, 2, 4)
+    ids = ids.reshape(batch, rows * columns, p * p, 1)
+    counts = jnp.sum(ids == jnp.arange(1, num_segments + 1), axis=2)  # [B, P, G]
+    counts = counts.transpose(0, 2, 1)
+    return (counts > 0) & (2 * counts >= counts.max(axis=-1, keepdims=True))
+
+
+def token_targets(
+    clip: CLIP, params, tokens: jax.Array, segment_ids: jax.Array, num_segments: int
+) -> tuple[jax.Array, jax.Array]:
+    """`clip_targets` from what a segmentor's encoder, which is CLIP, saw of the images already.
+
+    CLIP's last block runs again, on tokens [B, 1 + P, D] before it (`SegmentorOutput.clip_tokens`)
+    and a class token for every segment, which sees the patches of its segment alone. Mask class
+    tokens are of Ding et al., arXiv 2208.08984, there in every block; g sees all patches and is
+    CLIP's own embedding of the picture at this size. What the patches themselves saw before, their
+    surroundings included, stays in them.
+    """
+    regions = patch_regions(segment_ids, num_segments, clip.patch_size)
+    whole = jnp.ones((len(regions), 1, regions.shape[-1]), bool)
+    inside = jnp.concatenate([whole, regions], axis=1)
+    embeddings = clip.apply({"params": params}, tokens, inside, method="encode_regions")
+    embeddings = l2_normalize(embeddings)
+    of_segments = jnp.where(regions.any(axis=-1)[..., None], embeddings[:, 1:], 0.0)
+    return jax.lax.stop_gradient((embeddings[:, 0], of_segments))

@@ -20,7 +20,7 @@ from concat_jax.losses import alignment
 from concat_jax.losses.segmentation import segmentation_loss
 from concat_jax.models.clip import CLIP
 from concat_jax.models.segmentor import normalize_images
-from concat_jax.stages.clip_targets import CropConfig, clip_targets
+from concat_jax.stages.clip_targets import CropConfig, clip_targets, token_targets
 from concat_jax.stages.stage import NO_DECAY, TEXT, Context, Stage
 
 LEARNS_FROM = "images"
@@ -48,6 +48,8 @@ class Config:
       targets: "online" runs CLIP on every batch; "cached" takes the targets from the batch, where
         they were looked up: of un-augmented images at native size, so the same up to what jitter,
         flip and crop change. The step then holds no CLIP. "": cached where they are at hand.
+        "encoder" reads them off the tokens of a segmentor whose frozen encoder is CLIP, see
+        `token_targets`.
       max_segments: the most segments of an image that online targets look at, the largest: CLIP
         runs for every row of the tables, padding included, and the crop of a tiny segment says
         little. 0 for all rows. The others are not aligned.
@@ -72,7 +74,7 @@ class Config:
             raise ValueError(f"CON alignment is {self.alignment!r}; choose 'cosine' or 'infonce'.")
         check_choice(self.pooling, alignment.POOLINGS, "CON pooling is")
         check_choice(self.global_target, ("image", "segments"), "CON global_target is")
-        check_choice(self.targets, ("", "online", "cached"), "CON targets are")
+        check_choice(self.targets, ("", "online", "cached", "encoder"), "CON targets are")
         if self.aligned_sets < 0:
             raise ValueError(f"CON aligned_sets is {self.aligned_sets} and must be 0 or more.")
 
@@ -115,6 +117,17 @@ def make_stage(context: Context, config: Config) -> Stage:
     at_hand = "cached" if context.has_clip_targets else "online"
     cached = align and (config.targets or at_hand) == "cached"
     networks, vocabulary = context.networks, context.vocabulary
+    if config.targets == "encoder":
+        if not networks.segmentor.gives_clip_tokens:
+            raise ValueError(
+                "CON's targets are of the segmentor's encoder, which is no frozen CLIP; set its "
+                'backbone\'s kind to "clip" and frozen to True, or CON\'s targets to "online".'
+            )
+        if context.crops.hide_void:
+            raise ValueError(
+                "CON's targets are of the segmentor's encoder, which sees void pixels where "
+                'config.crops.hide_void says to hide them; set CON\'s targets to "online".'
+            )
 
     def pull(predictions, targets, valid, labels=None):
         if config.alignment == "cosine":
@@ -167,6 +180,14 @@ def make_stage(context: Context, config: Config) -> Stage:
         if align:
             if cached:
                 image_target, segment_targets = (batch[field] for field in TARGET_FIELDS)
+            elif config.targets == "encoder":
+                image_target, segment_targets = token_targets(
+                    networks.clip,
+                    frozen["clip"],
+                    output.clip_tokens,
+                    batch["segment_ids"],
+                    labels.shape[1],
+                )
             else:
                 image_target, segment_targets = clip_targets(
                     networks.clip,

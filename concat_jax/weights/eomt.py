@@ -93,7 +93,7 @@ def _backbone(fields: dict[str, Any]) -> dict[str, Any]:
 def family_of(config: Mapping[str, Any]) -> str:
     """The model_type of an EoMT of our config; ValueError where transformers has none such."""
     backbone = config.get("backbone", {})
-    if config.get("frozen") or backbone.get("pre_norm") or "variant" in backbone:
+    if config.get("frozen") or "kind" in backbone or "variant" in backbone:
         raise ValueError(
             "transformers has no EoMT with a frozen encoder, none on CLIP, and our variants by "
             "name are not its; it cannot be written."

@@ -266,7 +266,7 @@ def _shapeless(config: Mapping[str, Any], is_whole: bool) -> dict[str, Any]:
     fields = fields if is_whole else {}
     if settings["kind"] == "eomt":
         vit = make_segmentor(config).backbone
-        fields |= {f"backbone.{field}": getattr(vit, field) for field in _SHAPELESS_OF_VIT}
+        fields |= {f"backbone.{f}": getattr(vit, f, None) for f in _SHAPELESS_OF_VIT}
     return fields
 
 

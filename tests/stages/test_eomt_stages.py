@@ -3,11 +3,16 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from concat_jax.core.batch import PROGRESS
+from concat_jax.models.clip_images import l2_normalize, normalize_clip_images
 from concat_jax.models.networks import make_networks
+from concat_jax.models.segmentor import normalize_images
 from concat_jax.stages import cat, con, finetune
+from concat_jax.stages.clip_targets import CropConfig, patch_regions, token_targets
 from concat_jax.stages.stage import TEXT, Stage
 from concat_jax.training import loop
 from concat_jax.training.optimizer import FROZEN, OptimizerConfig, label_params, path_name
@@ -57,6 +62,44 @@ def test_a_frozen_encoder_is_not_trained_by_con():
     assert frozen == backbone and backbone
 
 
+def test_targets_of_an_encoder_that_is_clip():
+    """The whole picture's is CLIP's own; a segment's looks at its own patches."""
+    clip = {**tiny.MODEL["clip"], "image_depth": 2, "image_size": 32}
+    segmentor = {**SEGMENTOR, "backbone": dict(kind="clip", **clip), "frozen": True}
+    of = make_networks({**tiny.MODEL, "clip": clip, "segmentor": segmentor})
+    stage = con.make_stage(tiny.context(networks=of), con.Config(targets="encoder"))
+    trained, frozen = params(stage.trains, of), params(stage.reads, of)
+    frozen["clip"] = {**frozen["clip"], "vision_model": trained["segmentor"]["backbone"]}
+    batch = tiny.batch()
+    (loss, metrics), (gradients, _) = tiny.evaluate(stage)(
+        trained, frozen, {**batch, PROGRESS: np.zeros(2, np.float32)}, KEY
+    )
+    tiny.assert_finite(loss, metrics, gradients)
+    assert not tiny.unreached(stage, gradients)
+
+    @functools.partial(jax.jit, compiler_options=tiny.FAST_COMPILE)
+    def targets(params, images, ids):
+        variables = {"params": params["segmentor"]}
+        tokens = of.segmentor.apply(variables, normalize_images(images)).clip_tokens
+        pictures = normalize_clip_images(images)
+        whole = of.clip.apply({"params": params["clip"]}, pictures, method="encode_image")
+        found = token_targets(of.clip, params["clip"], tokens, ids, 3)
+        # Other patches in the right half of the picture, which is segment 2.
+        other = tokens.at[:, 1:].multiply(1.0 - 2.0 * (jnp.arange(16) % 4 >= 2)[:, None])
+        return found, token_targets(of.clip, params["clip"], other, ids, 3), l2_normalize(whole)
+
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)
+    ids = np.ones((1, 32, 32), np.uint8)
+    ids[:, :, 16:] = 2
+    both = {"segmentor": trained["segmentor"], "clip": frozen["clip"]}
+    (image, segments), (_, others), whole = targets(both, images, ids)
+    np.testing.assert_allclose(image, whole, atol=1e-5)
+    assert not segments[0, 2].any()
+    assert abs(np.linalg.norm(segments[0, 0]) - 1) < 1e-5
+    np.testing.assert_allclose(segments[0, 0], others[0, 0], atol=1e-5)
+    assert np.abs(segments[0, 1] - others[0, 1]).max() > 1e-2
+
+
 def test_cat_and_finetune_learn_from_its_queries():
     of = networks()
     context = tiny.context(networks=of)
@@ -91,3 +134,23 @@ def test_the_loop_says_how_far_it_is(tmp_path, monkeypatch):
         optimizer=OptimizerConfig(learning_rate=0.1),
     )
     np.testing.assert_allclose(seen, [0, 0.25, 0.5, 0.75])
+
+
+def test_segments_are_seen_in_the_patches_that_they_own_most_of():
+    ids = np.zeros((1, 8, 10), np.uint8)
+    ids[0, :, :5] = 1  # a whole patch and a quarter of the next one
+    ids[0, 1, 9] = 2  # a pixel
+    regions = patch_regions(jnp.asarray(ids), 3, 4)[0].reshape(3, 2, 3)
+    np.testing.assert_array_equal(regions[0], [[1, 0, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(regions[1], [[0, 0, 1], [0, 0, 0]])
+    assert not regions[2].any()
+
+
+def test_targets_of_an_encoder_that_is_no_frozen_clip_are_refused():
+    with pytest.raises(ValueError, match="segmentor's encoder, which is no frozen CLIP; set"):
+        con.make_stage(tiny.context(), con.Config(targets="encoder"))
+    backbone = dict(kind="clip", **tiny.MODEL["clip"])
+    segmentor = {**SEGMENTOR, "backbone": backbone, "frozen": True}
+    of, crops = make_networks({**tiny.MODEL, "segmentor": segmentor}), CropConfig(hide_void=True)
+    with pytest.raises(ValueError, match="encoder, which sees void pixels"):
+        con.make_stage(tiny.context(networks=of, crops=crops), con.Config(targets="encoder"))
