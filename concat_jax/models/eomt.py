@@ -55,11 +55,14 @@ _torch_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def mask_rate(progress: jax.Array, index: int, num_blocks: int) -> jax.Array:
     """Share of queries that block `index` of `num_blocks` masks, at a progress [B] of 0 to 1.
 
-    Blocks are set free one after another, from the first: of L + 2 equal parts of the training all
-    are masked in the first one, block i falls from 1 to 0 in part i + 1, and in the last nothing is
-    masked, as at inference. For four blocks these are the reference's steps for COCO.
+    Blocks are set free one after another, from the first. All are masked in the first sixth of the
+    training and nothing is in the last one, as at inference; each falls from 1 to 0 in a sixth of
+    it, the first one in the second, the last one in the fifth and the others at even distances.
+    These are the reference's steps for three blocks (configs/dinov2/cityscapes) and for four
+    (configs/dinov2/coco).
     """
-    done = jnp.clip(progress * (num_blocks + 2) - (index + 1), 0.0, 1.0)
+    start = 1 + 3 * index / max(num_blocks - 1, 1)
+    done = jnp.clip(6 * progress - start, 0.0, 1.0)
     return (1.0 - done) ** ANNEALING_POWER
 
 
