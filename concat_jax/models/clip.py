@@ -1,9 +1,10 @@
 """CLIP's two towers in flax.linen.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
-sections 2.4-2.5; layer for layer the ViT variants of `openai/CLIP clip/model.py`. Submodules carry
-the names of the Hugging Face checkpoints (`transformers models/clip/modeling_clip.py`), so that
-`concat_jax.weights.clip` needs little but rename tables.
+sections 2.4-2.5; layer for layer `openai/CLIP clip/model.py`. Submodules carry the names of the
+Hugging Face checkpoints (`transformers models/clip/modeling_clip.py`), so that
+`concat_jax.weights.clip` needs little but rename tables; the convolutional image towers, which
+those do not have, are in `clip_pooling`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from concat_jax.core.config import check_choice, check_fields
+from concat_jax.models.clip_pooling import (
+    CONV_TOWERS,
+    PROJECTIONS,
+    STRIDE,
+    ConvTower,
+    make_conv_tower,
+)
 from concat_jax.models.clip_stems import STEMS
+from concat_jax.models.clip_variants import CLIP_VARIANTS as CLIP_VARIANTS
 from concat_jax.models.ops.layers_in_turn import run_in_turn
 from concat_jax.models.ops.transformer_block import ACTIVATIONS, Block, layer_norm
 
@@ -25,19 +34,6 @@ from concat_jax.models.ops.transformer_block import ACTIVATIONS, Block, layer_no
 MAX_LOGIT_SCALE = 100.0
 # "equivalent of 0.07" in section 2.5: the temperature that training starts from.
 INITIAL_LOGIT_SCALE = 1.0 / 0.07
-
-# The sizes that OpenAI published (Radford et al. 2021, table 20) as fields of `CLIP`. What is not
-# here (MLP ratio 4, quick GELU, 77 tokens of 49408) is the same in all of them, and its default.
-_BASE = dict(embed_dim=512, image_size=224, image_width=768, image_depth=12, image_heads=12)
-_BASE |= dict(text_width=512, text_depth=12, text_heads=8)
-_LARGE = dict(embed_dim=768, image_size=224, image_width=1024, image_depth=24, image_heads=16)
-_LARGE |= dict(text_width=768, text_depth=12, text_heads=12, patch_size=14)
-CLIP_VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "ViT-B/32": {**_BASE, "patch_size": 32},
-    "ViT-B/16": {**_BASE, "patch_size": 16},
-    "ViT-L/14": _LARGE,
-    "ViT-L/14@336": {**_LARGE, "image_size": 336},
-}
 
 
 def interpolate_positions(
@@ -175,12 +171,17 @@ class TextTower(_Tower):
 
 
 class CLIP(nn.Module):
-    """CLIP with ViT image tower and text tower; the defaults are OpenAI's ViT-B/16.
+    """CLIP with image and text tower; the defaults are OpenAI's ViT-B/16.
 
     Build it with `make_clip`, which checks the fields. Attributes:
       embed_dim: C, width of the joint space.
+      image_tower: "vit", or one of `CONV_TOWERS`: "resnet" (OpenAI's) and "convnext" (open_clip's),
+        which read `image_stages`, `image_width` (of the first stage), the first `image_heads` and
+        the second `projection`, and have 32 for `patch_size`.
       image_size: native picture side; other sizes interpolate the positions.
       patch_size: pixels a token; a power of two for the "conv" stem.
+      image_stages: blocks of each stage of a convolutional tower.
+      projection: "linear" or "mlp", of a ConvNeXt to the joint space.
       image_mlp_ratio, text_mlp_ratio: hidden width of the MLPs over the tower's width.
       activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact; most OpenCLIP weights).
       stem: "patch" (CLIP's), "conv" (small pictures from scratch, see `ConvStem`) or "resnet" (also
@@ -192,8 +193,11 @@ class CLIP(nn.Module):
     """
 
     embed_dim: int = 512
+    image_tower: str = "vit"
     image_size: int = 224
     patch_size: int = 16
+    image_stages: Sequence[int] = ()
+    projection: str = "linear"
     image_width: int = 768
     image_depth: int = 12
     image_heads: int = 12
@@ -212,14 +216,17 @@ class CLIP(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        self.vision_model = VisionTower(**self.vision_fields)
+        if self.image_tower == "vit":
+            self.vision_model = VisionTower(**self.vision_fields)
+            self.visual_projection = self._projection(self.image_width)
+        else:
+            self.vision_model = ConvTower(*make_conv_tower(self))
         self.text_model = TextTower(
             vocab_size=self.vocab_size,
             context_length=self.context_length,
             eot_id=self.eot_id,
             **self._shared("text"),
         )
-        self.visual_projection = self._projection(self.image_width)
         self.text_projection = self._projection(self.text_width)
         self.logit_scale = self.param(
             "logit_scale", nn.initializers.constant(math.log(INITIAL_LOGIT_SCALE)), ()
@@ -243,7 +250,7 @@ class CLIP(nn.Module):
         return nn.Dense(self.embed_dim, use_bias=False, kernel_init=init, dtype=self.dtype)
 
     def encode_image(self, images: jax.Array) -> jax.Array:
-        """Projected class tokens [B, C] float32, not L2-normalised.
+        """Embeddings [B, C] float32 (a ViT's projected class token), not L2-normalised.
 
         Images are [B, H, W, 3] float, normalised as by `normalize_clip_images`, with sides
         divisible by the patch size, else ValueError.
@@ -254,7 +261,10 @@ class CLIP(nn.Module):
                 f"CLIP's image tower got images of shape {images.shape}; give [B, H, W, 3] with H "
                 f"and W divisible by the patch size {p}."
             )
-        return self.visual_projection(self.vision_model(images)).astype(jnp.float32)
+        embeddings = self.vision_model(images)
+        if self.image_tower == "vit":
+            embeddings = self.visual_projection(embeddings)
+        return embeddings.astype(jnp.float32)
 
     def encode_regions(self, tokens: jax.Array, inside: jax.Array) -> jax.Array:
         """Projected class tokens [B, R, C] float32 of regions of a picture, not L2-normalised.
@@ -301,10 +311,13 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
         check_choice(variant, CLIP_VARIANTS, "CLIP has no variant")
         config = {**CLIP_VARIANTS[variant], **config}
     check_fields(config, CLIP, "CLIP has no field")
+    config = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
     if "dtype" in config:
         config["dtype"] = jnp.dtype(config["dtype"])
     clip = CLIP(**config)
     for field, allowed in (
+        ("image_tower", ("vit", *CONV_TOWERS)),
+        ("projection", PROJECTIONS),
         ("stem", STEMS),
         ("activation", ACTIVATIONS),
         ("position_interpolation", ("bicubic", "bilinear")),
@@ -313,8 +326,15 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
             raise ValueError(f"CLIP's {field} is {value!r}; choose one of {tuple(allowed)}.")
     for tower in ("image", "text"):
         width, heads = getattr(clip, f"{tower}_width"), getattr(clip, f"{tower}_heads")
-        if width % heads:
+        # A ResNet's heads are of the last stage, and a ConvNeXt has none.
+        factor = {"resnet": 32, "convnext": heads}.get(clip.image_tower, 1)
+        if width * (factor if tower == "image" else 1) % heads:
             raise ValueError(f"CLIP's {tower}_width {width} is not divisible by its {heads} heads.")
+    if clip.image_tower != "vit" and (clip.patch_size != STRIDE or len(clip.image_stages) != 4):
+        raise ValueError(
+            f"CLIP's {clip.image_tower} tower has four image_stages and patch_size {STRIDE}, not "
+            f"{tuple(clip.image_stages)} and {clip.patch_size}."
+        )
     if clip.image_size % clip.patch_size:
         raise ValueError(
             f"CLIP's image_size {clip.image_size} is not divisible by patch_size {clip.patch_size}."

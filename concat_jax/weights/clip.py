@@ -46,8 +46,12 @@ OPEN_CLIP_WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_mod
 PATCH_STEM = {f"{names.VISION}/patch_embedding/projection/kernel"}
 # Fields that the tokenizer decides, not config.model.clip.
 _TOKENIZER_FIELDS = ("vocab_size", "context_length")
-# What no shape shows.
-_SHAPELESS = ("image_heads", "text_heads", "activation")
+# What no shape shows, by the image tower.
+_SHAPELESS = {
+    "vit": ("image_heads", "text_heads", "activation"),
+    "resnet": ("text_heads", "activation"),
+    "convnext": ("text_heads", "activation", "image_size"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +74,13 @@ class ClipWeights:
 
     def __str__(self) -> str:
         config, ignored = self.config, self.report.ignored
-        name = variant_of(config) or (
-            f"ViT of {config['image_width']} x {config['image_depth']} on patches of "
-            f"{config['patch_size']} with text of {config['text_width']} x {config['text_depth']}"
-        )
+        tower = f"ViT of {config['image_width']} x {config.get('image_depth')} on patches of "
+        tower += f"{config['patch_size']}"
+        if "image_tower" in config:
+            stages = " + ".join(map(str, config["image_stages"]))
+            tower = f"{config['image_tower']} of {config['image_width']} x ({stages})"
+        text = f"{config['text_width']} x {config['text_depth']}"
+        name = variant_of(config) or f"{tower} with text of {text}"
         parts = [
             f"{name} at {config['image_size']} pixels from {self.source} ({self.kind}): "
             f"{self.report.num_parameters:,} numbers in {len(self.report.loaded)} arrays loaded, "
@@ -86,29 +93,26 @@ class ClipWeights:
 
 
 def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
-    """Read a CLIP with ViT image tower; nothing in the files is run.
+    """Read a CLIP whose image tower is a ViT, OpenAI's ResNet or a ConvNeXt; no file is run.
 
     It is a Hugging Face folder or the file of weights in it; an OpenAI `.pt` (TorchScript archive
     or state_dict); a file of open_clip, or its folder. A file without a config beside it is taken
-    for what OpenAI made: heads 64 wide, and quick GELU unless it looks like open_clip's
-    (safetensors, or a training checkpoint), whose default is GELU. What was so decided is in
-    `ClipWeights.assumed`. Raises ValueError if it is missing, broken, no such CLIP, of an
-    architecture that `CLIP` does not have, of other sizes than its config says, or holds values
-    that are not finite.
+    for what OpenAI made: heads 64 wide, and quick GELU unless it looks like open_clip's (a
+    ConvNeXt; with a ViT safetensors, or a training checkpoint), whose default is GELU. What was so
+    decided is in `ClipWeights.assumed`. Raises ValueError if it is missing, broken, no such CLIP,
+    of an architecture that `CLIP` does not have, of other sizes than its config says, or holds
+    values that are not finite.
     """
     path = as_path(path)
     file = _weights_file(path) if path.is_dir() else path
     content = read_weights(file)
     try:
-        if any(name.startswith(("visual.layer1.", "visual.attnpool.")) for name in content.arrays):
-            raise ValueError(
-                "its image tower is a ResNet (RN50 and relatives); take a CLIP with a ViT, such as "
-                "ViT-B/16"
-            )
         is_hf = any(name.startswith(("vision_model.", "text_model.")) for name in content.arrays)
-        if not is_hf and "visual.conv1.weight" not in content.arrays:
+        tower = names.tower_of(content.arrays)
+        if not is_hf and tower == "vit" and "visual.conv1.weight" not in content.arrays:
             raise ValueError(f"it holds weights of another model ({name_keys(content.arrays)})")
-        found = find(content.arrays, names.HUGGING_FACE if is_hf else names.OPENAI)
+        openai = names.OPENAI if tower == "vit" else names.conv_clip(tower)
+        found = find(content.arrays, names.HUGGING_FACE if is_hf else openai)
         config, kind, assumed = _describe(file, content, found, is_hf)
         clip = make_clip(config)
         images = jax.ShapeDtypeStruct((1, clip.image_size, clip.image_size, 3), jnp.float32)
@@ -153,9 +157,13 @@ def _describe(
     is_open_clips |= bool(content.other) or "module." in content.prefixes
     has_sizes = any(name in content.arrays for name in names.OPENAI_SIZES)  # as OpenAI's own have
     is_open_clips &= not (is_hf or content.is_script or has_sizes)
+    is_open_clips |= sizes.get("image_tower") == "convnext"
     kind = "Hugging Face" if is_hf else "open_clip" if is_open_clips else "OpenAI"
-    config = {**heads_as_openai(sizes), "activation": "gelu" if is_open_clips else "quick_gelu"}
-    return config, kind, () if has_sizes else _SHAPELESS
+    tower = sizes.get("image_tower", "vit")
+    # OpenAI made no ConvNeXt, and open_clip no ResNet that people have.
+    is_gelu = is_open_clips and tower != "resnet" or tower == "convnext"
+    config = {**heads_as_openai(sizes), "activation": "gelu" if is_gelu else "quick_gelu"}
+    return config, kind, () if has_sizes else _SHAPELESS[tower]
 
 
 def clip_tokenizer_folder(path: str | os.PathLike[str]) -> Path | None:
@@ -173,12 +181,16 @@ def clip_params_for(weights: ClipWeights, abstract: Params, clip: CLIP) -> Param
     config.model.clip.
     """
     wanted_shapes = shapes_of(abstract)
-    if PATCH_STEM != {name for name in wanted_shapes if "/patch_embedding/" in name}:
+    tower = weights.config.get("image_tower", "vit")
+    if clip.image_tower != tower:
+        raise ValueError(_misfit(weights, {"image_tower": (tower, clip.image_tower)}))
+    stem = {name for name in wanted_shapes if "/patch_embedding/" in name}
+    if tower == "vit" and stem != PATCH_STEM:
         raise ValueError(
             f"{weights.source} does not fit config.model.clip, whose stem is not CLIP's own; set "
             "config.model.clip.stem to 'patch'."
         )
-    wanted = sizes_from_shapes(wanted_shapes) | {f: getattr(clip, f) for f in _SHAPELESS}
+    wanted = sizes_from_shapes(wanted_shapes) | {f: getattr(clip, f) for f in _SHAPELESS[tower]}
     given = weights.config
     different = {f: (given[f], mine) for f, mine in wanted.items() if given[f] != mine}
     if different:

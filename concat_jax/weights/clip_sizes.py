@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from concat_jax.models.clip import CLIP_VARIANTS
 from concat_jax.models.clip_images import CLIP_MEAN, CLIP_STD
-from concat_jax.weights.names.clip import TEXT, VISION
+from concat_jax.models.clip_pooling import STRIDE, resnet_heads
+from concat_jax.models.clip_variants import CLIP_VARIANTS
+from concat_jax.weights.names.clip import BACKBONE, POOLING, TEXT, VISION
 from concat_jax.weights.names.table import Naming, Shape
 from concat_jax.weights.sizes import HubConfig, check_statistics, read_sizes
 
@@ -48,28 +49,35 @@ _TOWERS = {
 }
 _BOTH = HubConfig({"embed_dim": ("projection_dim", 512)}, {"model_type": "clip"})
 # What shapes show: all but heads, activation and end of text.
-_SIZES = {
-    "embed_dim": "visual_projection/kernel [_, n]",
-    "patch_numbers": f"{VISION}/patch_embedding/projection/kernel [n, _]",
-    "image_positions": f"{VISION}/position_embedding [n, _]",
-    "image_width": f"{VISION}/class_embedding [n]",
-    "image_depth": f"{VISION}/layers_#",
-    "image_hidden": f"{VISION}/layers_0/fc1/kernel [_, n]",
+_TEXT_SIZES = {
+    "embed_dim": "text_projection/kernel [_, n]",
     "vocab_size": f"{TEXT}/token_embedding/embedding [n, _]",
     "context_length": f"{TEXT}/position_embedding [n, _]",
     "text_width": f"{TEXT}/token_embedding/embedding [_, n]",
     "text_depth": f"{TEXT}/layers_#",
     "text_hidden": f"{TEXT}/layers_0/fc1/kernel [_, n]",
 }
+_VIT_SIZES = {
+    "patch_numbers": f"{VISION}/patch_embedding/projection/kernel [n, _]",
+    "image_positions": f"{VISION}/position_embedding [n, _]",
+    "image_width": f"{VISION}/class_embedding [n]",
+    "image_depth": f"{VISION}/layers_#",
+    "image_hidden": f"{VISION}/layers_0/fc1/kernel [_, n]",
+}
+# The side that open_clip's ConvNeXts are trained at where nothing tells.
+_CONVNEXT_SIDE = 256
 _OPEN_CLIP = {
-    "vision_cfg": HubConfig({"head_width": ("head_width", HEAD_WIDTH)}),
+    "vision_cfg": HubConfig(
+        {"head_width": ("head_width", HEAD_WIDTH), "image_size": ("image_size", 224)}
+    ),
     "text_cfg": HubConfig({"text_heads": ("heads", 8)}),
 }
 # Keys of open_clip's vision_cfg and text_cfg (open_clip src/open_clip/{model,transformer}.py) that
 # change what the same parameters compute, and their values in the plain CLIP. Keys that are not
 # here only matter in training, or add parameters, which the rename table then names.
 _OPEN_CLIP_PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "timm_model_name": (None, ""),
+    "timm_model_name": (None, "", "convnext_base", "convnext_large"),
+    "timm_pool": ("", "avg"),
     "hf_model_name": (None, ""),
     "pool_type": ("tok", "argmax"),
     "global_average_pool": (False,),
@@ -116,10 +124,16 @@ def _with_ratios(config: Config) -> Config:
 def sizes_from_shapes(shapes: Mapping[str, Shape], naming: Naming | None = None) -> Config:
     """Fields for `make_clip` that shapes show: all but heads, activation and end of text.
 
-    Shapes are by our path ("vision_model/class_embedding"), of a CLIP with patch stem; errors use
-    the file's `naming`. Raises ValueError if the shapes are no CLIP's.
+    Shapes are by our path ("vision_model/class_embedding"), of a CLIP with patch stem or a
+    convolutional tower; errors use the file's `naming`. Raises ValueError if the shapes are no
+    CLIP's.
     """
-    config = read_sizes(_SIZES, shapes, naming)
+    config = read_sizes(_TEXT_SIZES, shapes, naming)
+    config["text_mlp_ratio"] = config.pop("text_hidden") / config["text_width"]
+    if any(path.startswith(BACKBONE) for path in shapes):
+        return config | conv_sizes(shapes, naming, BACKBONE, POOLING)
+    config |= read_sizes(_VIT_SIZES, shapes, naming)
+    config["image_mlp_ratio"] = config.pop("image_hidden") / config["image_width"]
     numbers, positions = config.pop("patch_numbers"), config.pop("image_positions")
     patch_size, side = math.isqrt(numbers // 3), math.isqrt(positions - 1)
     if 3 * patch_size**2 != numbers or side**2 != positions - 1:
@@ -127,7 +141,39 @@ def sizes_from_shapes(shapes: Mapping[str, Shape], naming: Naming | None = None)
             f"its {positions} positions and patches of {numbers} numbers are no square pictures of "
             "square patches"
         )
-    return _with_ratios({**config, "image_size": side * patch_size, "patch_size": patch_size})
+    return {**config, "image_size": side * patch_size, "patch_size": patch_size}
+
+
+def conv_sizes(
+    shapes: Mapping[str, Shape], naming: Naming | None, backbone: str, pooling: str
+) -> Config:
+    """Fields for `make_clip` of a convolutional image tower, whose parts are at these paths.
+
+    A ConvNeXt's image_size, which none of its shapes shows, is that of open_clip's smaller ones.
+    """
+    is_resnet = f"{pooling}positions" in shapes
+    stage = f"{backbone}{'res' if is_resnet else 'stage'}"
+    first = 2 if is_resnet else 0
+    places = {f"{k}": f"{stage}{first + k}_block#" for k in range(4)}
+    stem = f"{backbone}stem_conv{'3' if is_resnet else ''}/kernel [_, _, _, n]"
+    places["image_width"] = stem
+    found = read_sizes(places, shapes, naming)
+    width = found.pop("image_width")
+    config = {
+        "image_tower": "resnet" if is_resnet else "convnext",
+        "image_stages": tuple(found.values()),
+        "image_width": width,
+        "patch_size": STRIDE,
+    }
+    if not is_resnet:
+        is_mlp = f"{pooling}fc1/kernel" in shapes
+        own = {"projection": "mlp" if is_mlp else "linear", "image_size": _CONVNEXT_SIDE}
+        return config | own
+    positions = read_sizes({"n": f"{pooling}positions [n, _]"}, shapes, naming)["n"]
+    side = math.isqrt(positions - 1)
+    if side**2 != positions - 1:
+        raise ValueError(f"its {positions} positions are no square")
+    return config | {"image_size": side * STRIDE, "image_heads": resnet_heads(width)}
 
 
 def clip_config_from_open_clip(content: Mapping[str, Any], sizes: Config) -> Config:
@@ -146,9 +192,18 @@ def clip_config_from_open_clip(content: Mapping[str, Any], sizes: Config) -> Con
             if key in _OPEN_CLIP_PLAIN and value not in _OPEN_CLIP_PLAIN[key]:
                 raise ValueError(f"its {name}.{key} is {value!r}, which CLIP here does not do")
         config |= section.read(entries, f"its {name}")
+    tower = config.get("image_tower", "vit")
+    if bool(model["vision_cfg"].get("timm_model_name")) != (tower == "convnext"):
+        raise ValueError(f"its vision_cfg is of another image tower than the weights' {tower}")
     preprocessing = content.get("preprocess_cfg") or {}
     check_statistics(preprocessing, "its preprocess_cfg", {"mean": CLIP_MEAN, "std": CLIP_STD})
-    config["image_heads"] = config["image_width"] // config.pop("head_width")
+    head_width, side = config.pop("head_width"), config["image_size"]
+    if tower != "convnext":
+        config["image_size"] = sizes["image_size"]  # positions may have been resized since
+    elif side % STRIDE:
+        raise ValueError(f"its vision_cfg has image_size {side}, no multiple of {STRIDE}")
+    if tower == "vit":
+        config["image_heads"] = config["image_width"] // head_width
     return config
 
 
@@ -158,7 +213,7 @@ def heads_as_openai(sizes: Config) -> Config:
     Raises ValueError if a tower's width is no multiple of it.
     """
     heads = {}
-    for tower in ("image", "text"):
+    for tower in ("image", "text") if "image_tower" not in sizes else ("text",):
         heads[f"{tower}_heads"], rest = divmod(width := sizes[f"{tower}_width"], HEAD_WIDTH)
         if rest:
             raise ValueError(

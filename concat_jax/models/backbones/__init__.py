@@ -9,7 +9,8 @@ line here.
 
 import flax.linen as nn
 
+from concat_jax.models.backbones.convnext import ConvNeXt
 from concat_jax.models.backbones.resnet import ResNet
 from concat_jax.models.backbones.swin import Swin
 
-BACKBONES: dict[str, type[nn.Module]] = {"resnet": ResNet, "swin": Swin}
+BACKBONES: dict[str, type[nn.Module]] = {"convnext": ConvNeXt, "resnet": ResNet, "swin": Swin}

@@ -22,9 +22,9 @@ from concat_jax.models.ops.valid_area import statistics_mask, valid_size, zero_b
 
 # detectron2 and torchvision both normalise with this epsilon; published weights assume it.
 NORM_EPSILON = 1e-5
-BLOCKS = ("bottleneck", "basic")
+BLOCKS = ("bottleneck", "basic", "antialiased")
 NORMS = ("frozen_batch", "group")
-STEMS = ("standard", "small")
+STEMS = ("standard", "small", "deep")
 # Channels of a bottleneck block's output over those of its inner convolutions.
 BOTTLENECK_EXPANSION = 4
 
@@ -90,8 +90,19 @@ def _conv(
     return convolution(zero_beyond(features, size))
 
 
+def _average(features: jax.Array, stride: int, size: jax.Array | None) -> jax.Array:
+    """Means of squares: [B, H, W, C] -> [B, ceil(H/s), ceil(W/s), C]; beyond `size` are zeros."""
+    if stride == 1:
+        return features
+    missing = ((0, -side % stride) for side in features.shape[1:3])
+    features = jnp.pad(zero_beyond(features, size), ((0, 0), *missing, (0, 0)))
+    batch, height, width, channels = features.shape
+    squares = (batch, height // stride, stride, width // stride, stride, channels)
+    return features.reshape(squares).mean(axis=(2, 4))
+
+
 class ResidualBlock(nn.Module):
-    """One residual block of either kind: [B, H, W, C] -> [B, ceil(H/s), ceil(W/s), out_width]."""
+    """One residual block of any kind: [B, H, W, C] -> [B, ceil(H/s), ceil(W/s), out_width]."""
 
     width: int
     stride: int
@@ -106,12 +117,16 @@ class ResidualBlock(nn.Module):
         norm = functools.partial(_normalize, self.norm, self.num_groups, self.dtype)
         out_size = valid_size(size, self.stride)
         out_width = self.width
-        if self.block == "bottleneck":
+        averages = self.block == "antialiased"
+        if self.block != "basic":
             out_width = self.width * BOTTLENECK_EXPANSION
             hidden = _pointwise(features, self.width, 1, self.dtype, "conv1")
             hidden = relu(norm(hidden, size, "norm1"))
-            hidden = _conv(hidden, self.width, 3, self.stride, self.dtype, size, "conv2")
-            hidden = relu(norm(hidden, out_size, "norm2"))
+            stride = 1 if averages else self.stride
+            hidden = _conv(hidden, self.width, 3, stride, self.dtype, size, "conv2")
+            hidden = relu(norm(hidden, size if averages else out_size, "norm2"))
+            if averages:
+                hidden = _average(hidden, self.stride, size)
             hidden = _pointwise(hidden, out_width, 1, self.dtype, "conv3")
             hidden = norm(hidden, out_size, "norm3")
         else:
@@ -120,7 +135,10 @@ class ResidualBlock(nn.Module):
             hidden = _conv(hidden, self.width, 3, 1, self.dtype, out_size, "conv2")
             hidden = norm(hidden, out_size, "norm2")
         if self.stride > 1 or features.shape[-1] != out_width:
-            features = _pointwise(features, out_width, self.stride, self.dtype, "shortcut")
+            stride = self.stride
+            if averages:
+                features, stride = _average(features, stride, size), 1
+            features = _pointwise(features, out_width, stride, self.dtype, "shortcut")
             features = norm(features, out_size, "shortcut_norm")
         return relu(hidden + features)
 
@@ -131,10 +149,12 @@ class ResNet(nn.Module):
     Attributes:
       stage_sizes: number of blocks of each of up to four stages; (3, 4, 6, 3) is ResNet-50.
       width: channels of the stem; stage i works with width * 2**i channels.
-      block: "bottleneck" (1x1, 3x3, 1x1; ResNet-50 and up) or "basic" (two 3x3).
+      block: "bottleneck" (1x1, 3x3, 1x1; ResNet-50 and up), "basic" (two 3x3) or "antialiased" (a
+        bottleneck that averages where others stride; CLIP's, `openai/CLIP clip/model.py`).
       norm: "frozen_batch" for pretrained weights, "group" for training from scratch.
-      stem: "standard" (7x7 stride 2 and a 3x3 max-pool of stride 2) or "small" (two 3x3
-        convolutions, one of stride 2: halves all strides, for images of a hundred pixels).
+      stem: "standard" (7x7 stride 2 and a 3x3 max-pool of stride 2), "deep" (three 3x3, the first
+        of stride 2, and averages of 2x2; CLIP's) or "small" (two 3x3 convolutions, one of stride 2:
+        halves all strides, for images of a hundred pixels).
       num_groups: groups of GroupNorm; must divide every width. Unused by "frozen_batch".
       remat: recompute each block in the backward pass instead of storing it.
       scan_layers: compile one of a stage's blocks of equal shape and run it in a loop, see
@@ -174,7 +194,7 @@ class ResNet(nn.Module):
     def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> list[jax.Array]:
         """A map [B, ceil(H/s), ceil(W/s), C_s] a stage, s = 4, 8, 16, 32 (small stem: 2 to 16).
 
-        C_s = width * (1, 2, 4, 8), times 4 for bottleneck blocks. `image_size` [B, 2] int32
+        C_s = width * (1, 2, 4, 8), times 4 but for basic blocks. `image_size` [B, 2] int32
         (height, width) is each image's valid area, whose maps are those of the unpadded image and
         without meaning beyond; None where nothing is padded.
         """
@@ -193,10 +213,15 @@ class ResNet(nn.Module):
             features = jnp.pad(features, padding, constant_values=-jnp.inf)
             features = nn.max_pool(features, window_shape=(3, 3), strides=(2, 2))
         else:
-            for i, size in ((1, image_size), (2, size_at(2))):
-                name = f"stem_conv{i}"
-                features = _conv(features, self.width, 3, 3 - i, self.dtype, size, name)
+            widths, strides = (self.width, self.width), (2, 1)
+            if self.stem == "deep":
+                widths, strides = (self.width // 2, self.width // 2, self.width), (2, 1, 1)
+            for i, (width, stride) in enumerate(zip(widths, strides, strict=True), start=1):
+                size = image_size if i == 1 else size_at(2)
+                features = _conv(features, width, 3, stride, self.dtype, size, f"stem_conv{i}")
                 features = relu(norm(features, size_at(2), f"stem_norm{i}"))
+            if self.stem == "deep":
+                features = _average(features, 2, size_at(2))
         block_class = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         outputs = []
         for stage, num_blocks in enumerate(self.stage_sizes):

@@ -1,29 +1,40 @@
-"""What Hugging Face and OpenAI call CLIP's parameters.
+"""What Hugging Face, OpenAI and open_clip call CLIP's parameters.
 
 Columns: `transformers.CLIPModel.state_dict()`; `openai/CLIP clip/model.py`, which open_clip took
-over, where the projections to the joint space are matrices that multiply from the right.
+over, where the projections to the joint space are matrices that multiply from the right. The
+convolutional image towers are OpenAI's ResNet there, and timm's ConvNeXt in open_clip.
 """
 
 from __future__ import annotations
 
-from concat_jax.weights.names.table import Naming, columns
+from collections.abc import Collection
+
+from concat_jax.weights.names.table import Naming, Row, columns
 
 VISION = "vision_model"
 TEXT = "text_model"
-_CLIP = """
-logit_scale                      array    logit_scale    logit_scale
-{visual,text}_projection         linear   {visual,text}_projection  -
-{visual,text}_projection/kernel  array    -              {visual.proj,text_projection}
+BACKBONE, POOLING = f"{VISION}/backbone/", f"{VISION}/pooling/"
+_TEXT = """
+logit_scale             array   logit_scale      logit_scale
+text_projection         linear  text_projection  -
+text_projection/kernel  array   -                text_projection
+@ text_model/  text_model.  -
+token_embedding/embedding  array  embeddings.token_embedding.weight     token_embedding.weight
+position_embedding         array  embeddings.position_embedding.weight  positional_embedding
+final_layer_norm           norm   final_layer_norm                      ln_final
+@ text_model/layers_{i}/ text_model.encoder.layers.{i}. transformer.resblocks.{i}.
+"""
+_VISION = """
+@ -  -  -
+visual_projection         linear  visual_projection  -
+visual_projection/kernel  array   -                  visual.proj
 @ vision_model/  vision_model.  visual.
 class_embedding                  array    embeddings.class_embedding            class_embedding
 patch_embedding/projection       patches  embeddings.patch_embedding            conv1
 position_embedding              array    embeddings.position_embedding.weight  positional_embedding
 pre_layrnorm                     norm     pre_layrnorm                          ln_pre
 post_layernorm                   norm     post_layernorm                        ln_post
-@ text_model/  text_model.  -
-token_embedding/embedding  array  embeddings.token_embedding.weight     token_embedding.weight
-position_embedding         array  embeddings.position_embedding.weight  positional_embedding
-final_layer_norm           norm   final_layer_norm                      ln_final
+@ vision_model/layers_{i}/ vision_model.encoder.layers.{i}. visual.transformer.resblocks.{i}.
 """
 _LAYER = """
 layer_norm{1,2}         norm    layer_norm{1,2}         ln_{1,2}
@@ -32,21 +43,73 @@ self_attn/out_proj      linear  self_attn.out_proj      attn.out_proj
 fc1                     linear  mlp.fc1                 mlp.c_fc
 fc2                     linear  mlp.fc2                 mlp.c_proj
 """
-_TABLE = (
-    _CLIP
-    + "@ vision_model/layers_{i}/ vision_model.encoder.layers.{i}. "
-    + "visual.transformer.resblocks.{i}."
-    + _LAYER
-    + "@ text_model/layers_{i}/ text_model.encoder.layers.{i}. transformer.resblocks.{i}."
-    + _LAYER
-)
+# Our path of a backbone and of a pooling, and what stands before the names of both.
+_RESNET = """
+@ {backbone}  visual.
+stem_conv{1,2,3}  conv    conv{1,2,3}
+stem_norm{1,2,3}  frozen  bn{1,2,3}
+@ {backbone}res{s+1}_block{b}/  visual.layer{s}.{b}.
+conv{1,2,3}       conv    conv{1,2,3}
+norm{1,2,3}       frozen  bn{1,2,3}
+shortcut          conv    downsample.0
+shortcut_norm     frozen  downsample.1
+@ {pooling}  visual.attnpool.
+positions         array   positional_embedding
+{q,k,v,c}_proj    linear  {q,k,v,c}_proj
+"""
+_CONVNEXT = """
+@ {backbone}  visual.trunk.stem.
+stem_conv         conv    0
+stem_norm         norm    1
+@ {backbone}stage{s}_  visual.trunk.stages.{s}.downsample.
+merge_norm        norm    0
+merge_conv        conv    1
+@ {backbone}stage{s}_block{b}/  visual.trunk.stages.{s}.blocks.{b}.
+layer_scale       array   gamma
+conv              conv    conv_dw
+norm              norm    norm
+fc{1,2}           linear  mlp.fc{1,2}
+@ {pooling}  visual.
+norm              norm    trunk.head.norm
+fc{1,2}           linear  head.mlp.fc{1,2}
+projection        linear  head.proj
+"""
+_TOWERS = {"resnet": _RESNET, "convnext": _CONVNEXT}
+# An array that only such a tower has.
+FIRSTS = {
+    "resnet": "visual.attnpool.positional_embedding",
+    "convnext": "visual.trunk.stem.0.weight",
+}
 # Sizes that OpenAI's files hold as numbers.
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 # Last parts of the names of what is no parameter: index vectors (0, 1, 2, ...) that transformers
-# stored before version 4.31, those sizes, and the causal mask, one or one a layer.
-_BUFFERS = rf"(^|\.)(position_ids|attn_mask|{'|'.join(OPENAI_SIZES)})$"
+# stored before version 4.31, those sizes, the causal mask, one or one a layer, and the counters of
+# torch's norms.
+_BUFFERS = rf"(^|\.)(position_ids|attn_mask|num_batches_tracked|{'|'.join(OPENAI_SIZES)})$"
 
-_hf, _openai = columns(_TABLE, "", "", "")
+_hf, _openai = columns(_TEXT + _LAYER + _VISION + _LAYER, "", "", "")
 HUGGING_FACE = Naming(_hf, _BUFFERS)
 # open_clip keeps the text tower of its newer class under "text."; inside, names are the same.
-OPENAI = Naming(_openai, _BUFFERS, ((r"^text\.", ""),))
+_SPELLINGS = ((r"^text\.", ""),)
+OPENAI = Naming(_openai, _BUFFERS, _SPELLINGS)
+
+
+def tower_of(names: Collection[str]) -> str:
+    """`CLIP.image_tower` of a CLIP with OpenAI's or open_clip's names."""
+    return next((tower for tower, first in FIRSTS.items() if first in names), "vit")
+
+
+def conv_clip(tower: str) -> Naming:
+    """OpenAI's or open_clip's names of a CLIP with a convolutional image tower."""
+    return Naming(text_tower("") + conv_tower(tower, BACKBONE, POOLING), _BUFFERS, _SPELLINGS)
+
+
+def conv_tower(tower: str, backbone: str, pooling: str) -> tuple[Row, ...]:
+    """The rows of a convolutional image tower, whose parts are at these paths of ours."""
+    table = _TOWERS[tower].replace("{backbone}", backbone).replace("{pooling}", pooling)
+    return columns(table, "", "")[0]
+
+
+def text_tower(prefix: str) -> tuple[Row, ...]:
+    """The rows of the text tower and the scale, at this path of ours."""
+    return columns(_TEXT + _LAYER, prefix, "", "")[1]
