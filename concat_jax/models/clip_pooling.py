@@ -150,3 +150,13 @@ class ConvTower(nn.Module):
 
 # Backbone and pooling of an image tower, by the name that `CLIP.image_tower` has.
 CONV_TOWERS = {"resnet": (clip_resnet, AttentionPool), "convnext": (ConvNeXt, MeanPool)}
+
+
+def make_conv_tower(clip: Any) -> tuple[nn.Module, nn.Module]:
+    """Backbone and pooling of a `CLIP` with a convolutional image tower, which has its fields."""
+    make_backbone, pooling = CONV_TOWERS[clip.image_tower]
+    own: dict[str, Any] = {"projection": clip.projection}
+    if clip.image_tower == "resnet":
+        own = {"side": clip.image_size // STRIDE, "num_heads": clip.image_heads}
+    backbone = make_backbone(tuple(clip.image_stages), clip.image_width, dtype=clip.dtype)
+    return backbone, pooling(clip.embed_dim, dtype=clip.dtype, **own)

@@ -12,6 +12,7 @@ import zlib
 import numpy as np
 
 from concat_jax.models.backbones.swin import SWIN_VARIANTS
+from concat_jax.text.tokenizer import WordTokenizer
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -55,6 +56,8 @@ def draw_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         noise = 0.5 * noise
     elif len(shape) > 1 and is_weight and "embed" not in name.split(".")[-2]:
         noise = noise * np.prod(shape[1:]) ** -0.5
+    elif name.endswith(("gamma", "positional_embedding")):
+        noise = 0.3 * noise
     elif len(shape) == 1:
         noise = 0.1 * noise
     return noise.astype(np.float32)
@@ -143,6 +146,59 @@ def clip_inputs() -> tuple[np.ndarray, np.ndarray]:
     for row, end in enumerate((2, 9, 40, 76)):
         tokens[row, end:] = 999
     return images.astype(np.float32), tokens
+
+
+# FC-CLIP on its two families of towers: small ones, and as published with fewer queries and layers.
+
+_FCCLIP_SMALL = dict(width=32, num_queries=10, num_heads=4, num_encoder_layers=1, ffn_width=40)
+_FCCLIP_SMALL |= dict(num_decoder_layers=3, decoder_ffn_width=48, image_size=64, text_depth=1)
+_FCCLIP_FULL = dict(width=256, num_queries=20, num_heads=8, num_encoder_layers=6, ffn_width=1024)
+_FCCLIP_FULL |= dict(num_decoder_layers=9, decoder_ffn_width=2048)
+_R50 = dict(tower="resnet", stages=(3, 4, 6, 3), channels=64, image_size=224, embed_dim=1024)
+_LARGE = dict(tower="convnext", stages=(3, 3, 27, 3), channels=192, image_size=320, embed_dim=768)
+FCCLIPS = {
+    "fcclip_resnet": dict(
+        tower="resnet", stages=(1, 2, 1, 1), channels=16, embed_dim=24, text_width=64
+    )
+    | _FCCLIP_SMALL,
+    "fcclip_convnext": dict(
+        tower="convnext", stages=(1, 1, 2, 1), channels=8, embed_dim=12, text_width=64
+    )
+    | _FCCLIP_SMALL,
+    "fcclip_r50": _R50 | dict(text_width=512, text_depth=12) | _FCCLIP_FULL,
+    "fcclip_convnext_large": _LARGE | dict(text_width=768, text_depth=16) | _FCCLIP_FULL,
+}
+FCCLIP_SIZES = {
+    "fcclip_resnet": [(64, 96), (128, 64)],
+    "fcclip_convnext": [(64, 96), (128, 64)],
+    "fcclip_r50": [(224, 224), (256, 320), (384, 256)],
+    "fcclip_convnext_large": [(224, 224), (256, 320), (384, 256)],
+}
+# Synonyms stand after commas, as in FC-CLIP's files. Two classes of the second were trained on.
+FCCLIP_TRAINED = ["person,child,girl", "traffic light", "sky,clouds", "grass"]
+FCCLIP_ASKED = ["girl,woman", "sky,cloud", "red balloon", "ground,soil,dirt", "sea", "big wall"]
+FCCLIP_IS_THING = [True, False, True, False, False, False]
+# The 14 prompts of FC-CLIP are in `templates.json`; their words besides the names'.
+FCCLIP_WORDS = "a photo of this is there in the scene small medium large"
+CONTEXT = 16
+
+
+def fcclip_tokenizer() -> WordTokenizer:
+    return WordTokenizer.of_texts([FCCLIP_WORDS, *FCCLIP_TRAINED, *FCCLIP_ASKED], CONTEXT)
+
+
+def fcclip_image(size: tuple[int, int]) -> np.ndarray:
+    """[H, W, 3] uint8 of coarse blocks and fine noise."""
+    rng = np.random.RandomState(size[0] + size[1])
+    blocks = rng.randint(0, 256, (size[0] // 32, size[1] // 32, 3))
+    noise = rng.randint(-40, 40, (*size, 3))
+    return (blocks.repeat(32, axis=0).repeat(32, axis=1) + noise).clip(0, 255).astype(np.uint8)
+
+
+def fcclip_clip_images(side: int) -> np.ndarray:
+    """[2, side, side, 3] float32."""
+    rng = np.random.RandomState(3)
+    return (rng.normal(size=(2, side, side, 3)) + rng.normal(size=(2, 1, 1, 3))).astype(np.float32)
 
 
 # Texts for CLIP's tokenizer.

@@ -75,7 +75,7 @@ def inputs(side: int) -> tuple[np.ndarray, np.ndarray]:
     return images.astype(np.float32), tokens
 
 
-@pytest.mark.parametrize("variant", CLIP_VARIANTS)
+@pytest.mark.parametrize("variant", [v for v in CLIP_VARIANTS if v.startswith("ViT")])
 def test_equals_transformers(variant, tmp_path):
     model = transformers.CLIPModel(hf_config(variant)).eval()
     randomize(model)

@@ -101,13 +101,11 @@ def test_other_pixel_statistics_are_refused(clip_hf_folder, tools, tmp_path):
     assert "its preprocessor_config.json has image_std [0.5, 0.5, 0.5], but" in refusal(tmp_path)
 
 
-def test_resnet_clips_and_other_models(clip_state, tmp_path):
+def test_half_a_resnet_and_other_models(clip_state, tmp_path):
     path = tmp_path / "weights.safetensors"
-    resnet = {"visual.layer1.0.conv1.weight": np.zeros((8, 8, 1, 1), np.float32)}
+    resnet = {"visual.attnpool.positional_embedding": np.zeros((5, 8), np.float32)}
     safetensors.numpy.save_file({**clip_state, **resnet}, path)
-    assert "its image tower is a ResNet (RN50 and relatives); take a CLIP with a ViT" in refusal(
-        path
-    )
+    assert "it lacks visual.conv3.weight, which tells a size of the network" in refusal(path)
     safetensors.numpy.save_file({"backbone.conv1.weight": np.zeros(3)}, path)
     assert "it holds weights of another model (backbone.conv1.weight)" in refusal(path)
     wide = {**clip_state, "visual.conv1.weight": np.zeros((192, 4, 4, 4), np.float32)}

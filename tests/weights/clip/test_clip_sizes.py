@@ -70,7 +70,7 @@ def test_config_from_hf_fills_in_what_transformers_leaves_out():
     assert (ours["text_width"], ours["eot_id"]) == (theirs.hidden_size, theirs.eos_token_id)
 
 
-@pytest.mark.parametrize("variant", CLIP_VARIANTS)
+@pytest.mark.parametrize("variant", [v for v in CLIP_VARIANTS if v.startswith("ViT")])
 def test_variants_are_openais(variant, tools):
     """Numbers of parameters as published, and sizes as the Hub's configs have them."""
     clip = make_clip({"variant": variant})
