@@ -95,8 +95,13 @@ def test_outputs_and_panoptic_maps(family, size, side):
     processor = transformers.EomtImageProcessorPil(
         size={"shortest_edge": side, "longest_edge": side}
     )
+    # Random masks lie on each other, so that no segment owns most of its mask.
     their_map = processor.post_process_panoptic_segmentation(
-        theirs, [(side, side)], threshold=0.0, stuff_classes=np.flatnonzero(~is_thing).tolist()
+        theirs,
+        [(side, side)],
+        threshold=0.0,
+        overlap_mask_area_threshold=0.0,
+        stuff_classes=np.flatnonzero(~is_thing).tolist(),
     )[0]
     ids, tables = panoptic_inference(
         masks,
@@ -106,6 +111,7 @@ def test_outputs_and_panoptic_maps(family, size, side):
         output_size=(side, side),
         keep_rule="score",
         score_threshold=0.0,
+        overlap_threshold=0.0,
     )
     their_ids = their_map["segmentation"].numpy().astype(int) + 1
     pairs, counts = np.unique(
