@@ -131,7 +131,10 @@ def uncertainty_weights(logits: jax.Array, count: int) -> jax.Array:
     # The largest bound with fewer than `count` values below it: the last one picked.
     last = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(bits.shape[:-1], jnp.int32))
     tied = bits == last[..., None]
-    share = (count - number_below(last)) / jnp.sum(tied.astype(jnp.float32), axis=-1)
+    # Nothing is tied, not even the last one itself, where a compiler computes the logits twice and
+    # rounds them otherwise; that point then counts nothing, or whole.
+    num_tied = jnp.maximum(jnp.sum(tied.astype(jnp.float32), axis=-1), 1.0)
+    share = (count - number_below(last)) / num_tied
     return jnp.where(bits < last[..., None], 1.0, jnp.where(tied, share[..., None], 0.0))
 
 
