@@ -34,5 +34,11 @@ class ClipEncoder(VisionTower):
 
 
 def make_clip_encoder(fields: Mapping[str, Any]) -> ClipEncoder:
-    """The encoder with the sizes of a `make_clip` config."""
-    return ClipEncoder(**make_clip(fields).vision_fields)
+    """The encoder with the sizes of a `make_clip` config; ValueError for another tower than a ViT."""
+    clip = make_clip(fields)
+    if clip.image_tower != "vit":
+        raise ValueError(
+            f"The encoder of an EoMT is a ViT and CLIP's image tower is a {clip.image_tower}; "
+            'take a variant such as "ViT-B/16".'
+        )
+    return ClipEncoder(**clip.vision_fields)

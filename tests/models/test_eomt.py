@@ -189,6 +189,7 @@ def test_point_logits_of_features_of_each_set_are_those_of_each_set(logits_at):
         ({"backbone": {**BACKBONE, "num_heads": 5}}, "not divisible by 4 times its 5 heads"),
         ({"backbone": {**BACKBONE, "patch_size": 14}}, "patches of 14 pixels cannot be halved 2"),
         ({"num_blocks": 4}, "see 4 blocks of 3"),
+        ({"backbone": {"kind": "clip", "variant": "RN50"}}, "image tower is a resnet"),
     ],
 )
 def test_bad_configs_are_refused(change, message):
