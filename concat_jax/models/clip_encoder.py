@@ -34,7 +34,7 @@ class ClipEncoder(VisionTower):
 
 
 def make_clip_encoder(fields: Mapping[str, Any]) -> ClipEncoder:
-    """The encoder with the sizes of a `make_clip` config; ValueError for another tower than a ViT."""
+    """The encoder with the sizes of a `make_clip` config; ValueError if its tower is no ViT."""
     clip = make_clip(fields)
     if clip.image_tower != "vit":
         raise ValueError(
