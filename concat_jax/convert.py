@@ -3,8 +3,9 @@
     python -m concat_jax.convert SOURCE DESTINATION
 
 SOURCE is a Hugging Face Mask2Former's folder, a file of weights (a Detectron2 Mask2Former's .pkl
-or .pth, PADing's, or an ImageNet ResNet's or Swin's), a folder that this command made, or a workdir
-of `concat_jax.main`, of which segmentor, projector, text tower and tokenizer are taken.
+or .pth, PADing's, FC-CLIP's, or an ImageNet ResNet's or Swin's), a folder that this command made,
+or a workdir of `concat_jax.main`, of which segmentor, projector, text tower and tokenizer are
+taken.
 DESTINATION is a folder to make: for `concat_jax.predict` and `config.init.segmentor`, or with
 --to=hf for transformers. What became of every array is printed.
 """
@@ -18,16 +19,17 @@ from concat_jax.core import cli
 from concat_jax.core.files import as_path
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.model import export_workdir, is_workdir
+from concat_jax.inference.training_names import embed_training_names, find_clip_tokenizer
 from concat_jax.weights.class_names import Classes
 from concat_jax.weights.convert import load_source
 from concat_jax.weights.disk import check_apart, check_destination
 from concat_jax.weights.hugging_face_folder import save_hf_folder
 from concat_jax.weights.model_folder import TASKS, ModelCard, save_model
-from data_pipelines.labels import load_classes, load_label_space
+from data_pipelines.labels import load_classes, load_label_space, with_synonyms
 
 FORMATS = ("orbax", "hf")
 USAGE = "python -m concat_jax.convert SOURCE DESTINATION [flags]"
-COCO_SPLIT = "coco_panoptic_119_14"
+COCO_SPLIT, COCO_VOCABULARY = "coco_panoptic_119_14", "coco_panoptic_133"
 
 
 def define_flags(flags: cli.Flags) -> None:
@@ -38,6 +40,11 @@ def define_flags(flags: cli.Flags) -> None:
         "name a line.",
     )
     flags.switch("reinit_head", "Make a new class head.")
+    flags.string(
+        "tokenizer",
+        "",
+        "Of an FC-CLIP: CLIP's bpe_simple_vocab_16e6.txt.gz, tokenizer.json, or a folder with it.",
+    )
     flags.string("task", "", f"What the weights are for: {', '.join(TASKS)}.")
     flags.string("to", "orbax", "orbax: for this package; hf: for transformers.")
     flags.string("stage", "", "Of a workdir; the last that is evaluated by default.")
@@ -57,7 +64,7 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     source, destination = arguments
     check_apart(source, destination)
     if is_workdir(as_path(source)):
-        for name in ("classes", "reinit_head", "task"):
+        for name in ("classes", "reinit_head", "task", "tokenizer"):
             if given[name].present:
                 raise ValueError(f"--{name} is for weights of others, not for a workdir.")
         if given.to != "orbax":
@@ -75,20 +82,30 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     if given.float16 and given.to == "hf":
         raise ValueError("--float16 is for --to=orbax; folders of Hugging Face's hold float32.")
     check_destination(destination, overwrite=given.overwrite)
-    known, named = _trained(load_label_space(COCO_SPLIT)), None
+    known, named = load_label_space(COCO_SPLIT), None
+    known = _trained(with_synonyms(known, load_label_space(COCO_VOCABULARY)))
     if given.classes:
         vocabulary, knows_things = load_classes(given.classes, known)
         named = Classes(_trained(vocabulary), knows_things, given.classes)
 
     model = load_source(source, known, named, new_head=given.reinit_head)
     print(f"{source} is {model.kind}.", model.report, sep="\n")
+    tokenizer = None
+    if model.num_trained is not None:
+        if given.to == "hf":
+            raise ValueError("--to=hf cannot hold a model that names classes by text.")
+        tokenizer = find_clip_tokenizer(given.tokenizer or source, model.card)
+        model = embed_training_names(model, tokenizer)
+    elif given.tokenizer:
+        raise ValueError("--tokenizer is for models that name classes by text; leave it out.")
     card = dataclasses.replace(model.card, task=given.task or model.card.task)
     print(*model.notes, *_describe(card, model.classes), sep="\n")
     how = {"overwrite": given.overwrite}
     if given.to == "hf":
         save_hf_folder(destination, model.params, card, **how)
     else:
-        save_model(destination, model.params, card, **how, float16=given.float16)
+        how |= {"float16": given.float16, "tokenizer": tokenizer}
+        save_model(destination, model.params, card, **how)
     print(f"Wrote {destination}.")
 
 

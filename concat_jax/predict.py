@@ -51,7 +51,9 @@ def define_flags(flags: cli.Flags) -> None:
     )
     flags.string("task", "", "panoptic, instance or semantic; the model's own by default.")
     flags.string("keep_rule", "", f"Of panoptic maps: {' or '.join(KEEP_RULES)}.")
-    flags.number("score_threshold", None, "0.8 for panoptic maps, 0.5 for instances.")
+    flags.number(
+        "score_threshold", None, "0.8 for panoptic maps (0 of an FC-CLIP), 0.5 for instances."
+    )
     flags.number("objectness_threshold", 0.5, "Of --keep_rule=objectness.")
     flags.number("mask_threshold", 0.5, "Mask probability of a panoptic pixel.")
     flags.number("overlap_threshold", 0.8, "Share of its mask that a segment owns.")
@@ -155,7 +157,7 @@ def config_of(given: cli.Flags, model: Model) -> PredictConfig:
     return model.config(
         tasks=(task,),
         keep_rule=given.keep_rule,
-        score_threshold=0.8 if threshold is None else threshold,
+        score_threshold=threshold,
         # Average precision wants all instances; nobody can look at them.
         instance_threshold=0.5 if threshold is None else threshold,
         objectness_threshold=given.objectness_threshold,

@@ -20,6 +20,7 @@ PADing's `datasets/mscoco_unseen_classes.json` and detectron2's `COCO_CATEGORIES
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
@@ -80,10 +81,10 @@ def parse_classes(classes: Names, training: Vocabulary) -> tuple[Vocabulary, boo
     """A vocabulary from the names that somebody asks for, and whether it says which are things.
 
     `classes` is "red balloon, blue balloon; grey ground" (things; stuff), a file, {"things": [...],
-    "stuff": [...]}, or a list, of which those are stuff that are stuff in `training`. A name that
-    is among `training` is seen or unseen as it was there; any other is unseen. Where nothing says
-    which are things, all are taken as such. Raises ValueError as `load_classes`, and for a name
-    that is empty, no text or twice.
+    "stuff": [...]}, or a list, of which those are stuff that are stuff in `training`. A class is
+    seen if a word for it is one for a class that was seen in `training`; any other is unseen. Where
+    nothing says which are things, all are taken as such. Raises ValueError as `load_classes`, and
+    for a name that is empty, no text, twice, or nearly that of a file that ships.
     """
     found, knows_things = None, True
     if isinstance(classes, str | os.PathLike) and _find(classes):
@@ -98,8 +99,10 @@ def parse_classes(classes: Names, training: Vocabulary) -> tuple[Vocabulary, boo
             raise ValueError(f"Name {number} of the classes is empty; take it out.")
         if name.casefold() in {other.casefold() for other in names[: number - 1]}:
             raise ValueError(f"The classes hold the name {name!r} more than once; take one out.")
-    seen = {training.names[k].casefold() for k in training.seen}
-    flags = dict(is_thing=is_thing, is_seen=tuple(name.casefold() in seen for name in names))
+    texts = found.texts if found else tuple((name,) for name in names)
+    seen = {word.casefold() for k in training.seen for word in training.texts[k]}
+    is_seen = tuple(any(word.casefold() in seen for word in words) for words in texts)
+    flags = dict(is_thing=is_thing, is_seen=is_seen)
     if found:
         return dataclasses.replace(found, **flags), knows_things
     ids = tuple(range(1, len(names) + 1))
@@ -113,6 +116,7 @@ def _asked_for(classes: Names, training: Vocabulary) -> tuple[tuple[str, ...], t
     ):
         raise ValueError(f"There is no file {classes}; name one that is there, or the classes.")
     if isinstance(classes, str):
+        _refuse_misspelt(classes)
         parts = [[n.strip() for n in part.split(",")] for part in classes.split(";")]
         parts = [part if part != [""] else [] for part in parts]
         if len(parts) > 2:
@@ -137,6 +141,17 @@ def _asked_for(classes: Names, training: Vocabulary) -> tuple[tuple[str, ...], t
         }
         flags = [name.strip().casefold() not in stuff for name in classes]
     return tuple(name.strip() for part in parts for name in part), tuple(flags)
+
+
+def _refuse_misspelt(text: str) -> None:
+    """ValueError for a single word that is nearly the name of a vocabulary that ships."""
+    names = sorted(file.stem for folder in FOLDERS for file in folder.glob("*.json"))
+    is_word = text.strip() and not set(text.strip()) & set(",; ")
+    if is_word and "_" in text and (close := difflib.get_close_matches(text.casefold(), names, 1)):
+        raise ValueError(
+            f"No vocabulary that ships is named {text!r}; did you mean {close[0]!r}? A class of "
+            f"that name is asked for as '{text};'."
+        )
 
 
 def with_synonyms(vocabulary: Vocabulary, source: Vocabulary) -> Vocabulary:

@@ -12,7 +12,7 @@ import numpy as np
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.images import SIDE_MULTIPLE
 from concat_jax.inference.predictor import Predictor
-from concat_jax.models.segmentor import mask_logits, normalize_images
+from concat_jax.inference.programs import Network, look
 
 # A side of a shape that is left open: how many names there are.
 NAMES = "K"
@@ -56,7 +56,7 @@ def make_program(predictor: Predictor, size: tuple[int, int], *, open_names: boo
     """
     check_size(size)
     network, head = predictor.networks
-    module, num_names = network.module, len(predictor.vocabulary)
+    num_names = len(predictor.vocabulary)
     if head.num_classes > num_names:  # no other names will come to fill it up
         head = head.replace(text=head.text[:num_names], is_name=None)
     takes_text = open_names and isinstance(head, TextHead)
@@ -67,9 +67,8 @@ def make_program(predictor: Predictor, size: tuple[int, int], *, open_names: boo
         segmentor, named = params
         if text is not None:
             named = named.replace(text=text, training_text=named.text)
-        output = module.apply({"params": segmentor}, normalize_images(image))
-        scores = named(output.queries[:, -1])
-        logits = mask_logits(output.mask_embeddings[:, -1], output.mask_features)
+        logits, queries = look(Network(segmentor, network.module), image)
+        scores = named(queries)
         return {"mask_logits": logits, **scores._asdict()}
 
     inputs = {"image": Spec((1, *size, 3), "uint8", "RGB, 0 to 255")}

@@ -9,10 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.models.segmentor import LinearClassifier
-from concat_jax.models.semantic_projector import SemanticProjector
+from concat_jax.models.segmentor_output import ClipEmbeddings, LinearClassifier
+from concat_jax.models.semantic_projector import SemanticProjector, cosines
 
 Array = jax.Array | np.ndarray
+
+
+class ClipQueries(NamedTuple):
+    """Vision queries [B, N, D], and what CLIP says of their masks."""
+
+    queries: jax.Array
+    clip: ClipEmbeddings
+
+
+# Vision queries [B, N, D], or more where the segmentor stands on CLIP.
+Queries = jax.Array | ClipQueries
 
 
 class ClassScores(NamedTuple):
@@ -25,16 +36,18 @@ class ClassScores(NamedTuple):
 class Head(Protocol):
     """Queries to class probabilities. A pytree: other arrays of the same shapes compile nothing.
 
-    `KEEP_RULE` is the rule of `panoptic.rank_queries` that suits its scores.
+    `KEEP_RULE` is the rule of `panoptic.rank_queries` that suits its scores, `SCORE_THRESHOLD` what
+    the rule "score" then wants.
     """
 
     KEEP_RULE: ClassVar[str]
+    SCORE_THRESHOLD: ClassVar[float]
 
     @property
     def num_classes(self) -> int: ...
 
-    def __call__(self, queries: jax.Array) -> ClassScores:
-        """Of vision queries [B, N, D]."""
+    def __call__(self, queries: Queries) -> ClassScores:
+        """Of what the segmentor says of its queries."""
         ...
 
 
@@ -48,6 +61,7 @@ class LinearHead:
 
     params: Any
     KEEP_RULE: ClassVar[str] = "score"
+    SCORE_THRESHOLD: ClassVar[float] = 0.8
 
     @property
     def num_classes(self) -> int:
@@ -78,14 +92,16 @@ class TextHead:
     training_text: jax.Array | None
     projector: SemanticProjector = flax.struct.field(pytree_node=False)
     KEEP_RULE: ClassVar[str] = "objectness"
+    SCORE_THRESHOLD: ClassVar[float] = 0.8
 
     @property
     def num_classes(self) -> int:
         """K, filling included."""
         return self.text.shape[0]
 
-    def __call__(self, queries: jax.Array) -> ClassScores:
+    def __call__(self, queries: Queries) -> ClassScores:
         """As `Head`; a name that only fills up has probability 0."""
+        queries = queries.queries if isinstance(queries, ClipQueries) else queries
         variables = {"params": self.params}
         semantic = self.projector.apply(variables, queries)
 
@@ -100,6 +116,47 @@ class TextHead:
         if self.training_text is None:
             return scores
         return scores._replace(objectness=_scores(classify(self.training_text)).objectness)
+
+
+@flax.struct.dataclass
+class EnsembleHead(TextHead):
+    """FC-CLIP's: the names that a `TextHead` gives and those that CLIP itself gives, multiplied.
+
+    Both are distributions over the names alone, raised to powers that add up to 1, as CLIP knows
+    better what training did not show (arXiv 2308.02487, section 3.4). No-object is the
+    `TextHead`'s.
+
+    Attributes:
+      is_seen: [K] bool, the names that training showed.
+      scale: [], of CLIP's cosines.
+      alpha, beta: CLIP's power for a name that training showed, and for another.
+      needs_places: leave CLIP out where a mask has no place on its map, as FC-CLIP does with
+        ResNets.
+    """
+
+    is_seen: jax.Array = None
+    scale: jax.Array = None
+    alpha: float = flax.struct.field(pytree_node=False, default=0.4)
+    beta: float = flax.struct.field(pytree_node=False, default=0.8)
+    needs_places: bool = flax.struct.field(pytree_node=False, default=False)
+    KEEP_RULE: ClassVar[str] = "score"
+    SCORE_THRESHOLD: ClassVar[float] = 0.0
+
+    def __call__(self, queries: Queries) -> ClassScores:
+        """As `Head`, of `ClipQueries`."""
+        own = TextHead.__call__(self, queries)
+        is_name = True if self.is_name is None else self.is_name
+        logits = self.scale * cosines(queries.clip.embeddings, self.text)
+        by_clip = jax.nn.log_softmax(jnp.where(is_name, logits, -jnp.inf), axis=-1)
+        names, no_object = own.class_probs[..., :-1], own.class_probs[..., -1:]
+        power = jnp.broadcast_to(jnp.where(self.is_seen, self.alpha, self.beta), names.shape)
+        if self.needs_places:
+            power = power * queries.clip.is_seen[..., None]
+        tiny = jnp.finfo(jnp.float32).tiny
+        by_head = jnp.log(jnp.maximum(names / jnp.maximum(1 - no_object, tiny), tiny))
+        both = jnp.where(is_name, (1 - power) * by_head + power * by_clip, -jnp.inf)
+        named = jax.nn.softmax(both, axis=-1) * (1 - no_object)
+        return ClassScores(jnp.concatenate([named, no_object], axis=-1), own.objectness)
 
 
 def _scores(logits: jax.Array) -> ClassScores:
@@ -134,14 +191,23 @@ def bias_names(class_probs: Array, is_seen: Array, gamma: Array | float) -> Arra
 FEWEST_NAMES = 32
 
 
-def text_head_for(head: TextHead, text: np.ndarray, training_text: np.ndarray) -> TextHead:
-    """A head for other names, its K filled up to `FEWEST_NAMES` times a power of two."""
+def text_head_for(
+    head: TextHead, text: np.ndarray, training_text: np.ndarray, is_seen: np.ndarray
+) -> TextHead:
+    """A head for other names, its K filled up to `FEWEST_NAMES` times a power of two.
+
+    `is_seen` [K] bool says which of them training showed.
+    """
     count = FEWEST_NAMES
     while count < len(text):
         count *= 2
     filled = np.concatenate([text, np.repeat(text[:1], count - len(text), axis=0)])
+    flags = {}
+    if isinstance(head, EnsembleHead):
+        flags["is_seen"] = jnp.asarray(np.pad(is_seen, (0, count - len(text))))
     return head.replace(
         text=jnp.asarray(filled),
         is_name=jnp.asarray(np.arange(count) < len(text)),
         training_text=jnp.asarray(training_text),
+        **flags,
     )

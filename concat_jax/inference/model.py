@@ -10,19 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.core.config import build, check_choice
 from concat_jax.core.files import ImageError, as_path
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.inference.heads import LinearHead, TextHead, text_head_for
+from concat_jax.inference.heads import EnsembleHead, LinearHead, TextHead, text_head_for
 from concat_jax.inference.images import Picture, open_picture
 from concat_jax.inference.inputs import source_names
 from concat_jax.inference.predictor import PredictConfig, Prediction, Predictor, Prepared
 from concat_jax.inference.programs import Network
 from concat_jax.inference.result import Result, Results
 from concat_jax.inference.text_tower import TextTower
+from concat_jax.models.clip import MAX_LOGIT_SCALE
 from concat_jax.models.segmentor import DTYPES, make_segmentor
 from concat_jax.text.tokenizer import Tokenizer, load_tokenizer
 from concat_jax.weights.model_folder import TOKENIZER_NAME, ModelCard, load_model, text_modules
@@ -77,6 +79,14 @@ class Model:
         clip, projector = text_modules(card.text)
         text = params["training_text"]
         self._head = TextHead(params["projector"], text, None, None, projector)
+        if card.text.ensemble is not None:
+            seen, log_scale = (
+                np.asarray(card.vocabulary.is_seen),
+                params["text_tower"]["logit_scale"],
+            )
+            scale = jnp.minimum(jnp.exp(log_scale), MAX_LOGIT_SCALE)
+            own = {"is_seen": jnp.asarray(seen), "scale": scale, **card.text.ensemble}
+            self._head = EnsembleHead(params["projector"], text, None, None, projector, **own)
         self._tower = TextTower(
             clip,
             params["text_tower"],
@@ -183,7 +193,8 @@ class Model:
 
     def _embed(self, vocabulary: Vocabulary) -> TextHead:
         text = self._tower.embed(vocabulary, batch_size=PROMPTS_AT_ONCE)
-        return text_head_for(self._head, text, np.asarray(self._head.text))
+        seen = np.asarray(vocabulary.is_seen)
+        return text_head_for(self._head, text, np.asarray(self._head.text), seen)
 
 
 def _sources(pictures: Sequence[Picture]) -> list[str]:

@@ -39,7 +39,8 @@ class PredictConfig:
     Attributes:
       tasks: any of `TASKS`; the networks run once for all of them.
       keep_rule: of panoptic maps, see `rank_queries`; "" takes the head's.
-      score_threshold: of the rule "score", 0.8 in the reference.
+      score_threshold: of the rule "score"; None takes the head's, 0.8 for a linear one as in the
+        reference.
       objectness_threshold: of the rule "objectness": even odds of holding a segment.
       mask_threshold: mask probability from which a pixel is in the mask, 0.5 in the reference.
       overlap_threshold: share of its mask that a panoptic segment must own, 0.8 in the reference.
@@ -53,7 +54,7 @@ class PredictConfig:
 
     tasks: Sequence[str] = ("panoptic",)
     keep_rule: str = ""
-    score_threshold: float = 0.8
+    score_threshold: float | None = None
     objectness_threshold: float = 0.5
     mask_threshold: float = 0.5
     overlap_threshold: float = 0.8
@@ -75,7 +76,8 @@ class PredictConfig:
             raise ValueError(f"batch_size is {self.batch_size} and must be at least 1.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name.endswith("_threshold") and not 0 <= value <= 1:
+            is_threshold = field.name.endswith("_threshold") and value is not None
+            if is_threshold and not 0 <= value <= 1:
                 raise ValueError(f"{field.name} is {value} and must lie in 0..1.")
         is_number = isinstance(self.gamma, numbers.Real) and np.isfinite(self.gamma)
         if not isinstance(self.gamma, tuple) and not is_number:
@@ -162,7 +164,9 @@ class Predictor:
         """
         config = PredictConfig() if config is None else config
         rule = config.keep_rule or head.KEEP_RULE
-        self.config = dataclasses.replace(config, keep_rule=rule)
+        threshold = config.score_threshold
+        threshold = head.SCORE_THRESHOLD if threshold is None else threshold
+        self.config = dataclasses.replace(config, keep_rule=rule, score_threshold=threshold)
         self.vocabulary, self.buckets = vocabulary, config.shapes_of_input
         self.programs = [] if programs_used is None else programs_used
         self.notices = tuple(notices) if "panoptic" in config.tasks else ()

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from concat_jax.inference.assign_pixels import PixelCounts, RankedQueries, assign_pixels
-from concat_jax.inference.heads import ClassScores, Head, bias_names
+from concat_jax.inference.heads import ClassScores, ClipQueries, Head, Queries, bias_names
 from concat_jax.inference.panoptic import SegmentTables, rank_queries, settle_segments
 from concat_jax.inference.semantic import best_class, class_scores, semantic_inference
 from concat_jax.models.segmentor import Segmentor, mask_logits, normalize_images
@@ -58,29 +58,38 @@ def run_segmentor(
     *,
     is_padded: bool,
     canvas: tuple[int, int],
-) -> tuple[jax.Array, jax.Array]:
-    """Mask logits [B, N, h, w] and queries [B, N, D] of images [B, H, W, 3] uint8.
+) -> tuple[jax.Array, Queries]:
+    """Mask logits [B, N, h, w] and queries of images [B, H, W, 3] uint8.
 
     `is_padded` has the network mask its padding. The logits are those of `canvas` (height, width),
     zero beyond the image: post-processing is compiled once and not once a padded shape.
     """
     module = segmentor.module
-    output = module.apply(
-        {"params": segmentor.params}, normalize_images(images), image_size if is_padded else None
-    )
-    logits = mask_logits(output.mask_embeddings[:, -1], output.mask_features)
+    logits, queries = look(segmentor, images, image_size if is_padded else None)
     # Patches that do not divide the canvas reach beyond it.
     height, width = (-(-side // module.stride) for side in canvas)
     logits = logits[:, :, :height, :width]
     missing = ((0, height - logits.shape[2]), (0, width - logits.shape[3]))
-    return jnp.pad(logits, ((0, 0), (0, 0), *missing)), output.queries[:, -1]
+    return jnp.pad(logits, ((0, 0), (0, 0), *missing)), queries
+
+
+def look(
+    segmentor: Network, images: jax.Array, image_size: jax.Array | None = None
+) -> tuple[jax.Array, Queries]:
+    """Mask logits [B, N, h, w] of images [B, H, W, 3] uint8, and what a head names queries by."""
+    module = segmentor.module
+    normalize = getattr(module, "normalize", normalize_images)
+    output = module.apply({"params": segmentor.params}, normalize(images), image_size)
+    logits = mask_logits(output.mask_embeddings[:, -1], output.mask_features)
+    queries = output.queries[:, -1]
+    return logits, queries if output.clip is None else ClipQueries(queries, output.clip)
 
 
 @functools.partial(jax.jit, static_argnames="keep_rule")
 def name_queries(
-    head: Head, queries: jax.Array, is_thing, is_seen, gammas, thresholds, *, keep_rule
+    head: Head, queries: Queries, is_thing, is_seen, gammas, thresholds, *, keep_rule
 ) -> NamedQueries:
-    """Names vision queries [B, N, D]; small, for it is compiled anew for another number of names.
+    """Names queries; small, for it is compiled anew for another number of names.
 
     `is_thing` and `is_seen` are [K] bool, `gammas` [R].
     """

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from concat_jax.core.config import check_choice, check_fields, check_type
-from concat_jax.models import eomt
+from concat_jax.models import eomt, fcclip
 from concat_jax.models.backbones import BACKBONES
 from concat_jax.models.pixel_decoder import PixelDecoder
 from concat_jax.models.segmentor_output import DTYPES as DTYPES
@@ -149,6 +149,7 @@ def make_mask2former(settings: Mapping[str, Any]) -> Segmentor:
 SEGMENTORS = {
     "mask2former": (DEFAULTS, make_mask2former),
     "eomt": (eomt.DEFAULTS, eomt.make_eomt),
+    "fcclip": (fcclip.DEFAULTS, fcclip.make_fcclip),
 }
 
 
@@ -169,7 +170,7 @@ def segmentor_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def make_segmentor(config: Mapping[str, Any]) -> Segmentor | eomt.EoMT:
+def make_segmentor(config: Mapping[str, Any]) -> Segmentor | eomt.EoMT | fcclip.FCCLIP:
     """A segmentor from a nested mapping, see `segmentor_settings`; ValueError if it cannot be."""
     settings = segmentor_settings(config)
     return SEGMENTORS[settings["kind"]][1](settings)

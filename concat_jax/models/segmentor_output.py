@@ -2,9 +2,12 @@
 
 A segmentor is a linen module (images, image_size) -> `SegmentorOutput` with attributes `stride`,
 `width` and `num_queries`; `query_norm`, which finds in its parameters the norm that queries come
-out of; `frozen`, whether nothing trains its subtree "backbone"; `gives_clip_tokens`; and `anneals`:
-in training its call also takes the batch's `progress`, and a key "masks".
+out of; `frozen`, whether nothing trains its subtree "backbone"; `gives_clip_tokens`; `anneals`: in
+training its call also takes the batch's `progress`, and a key "masks"; and `normalize`, where its
+images are not ImageNet's.
 """
+
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -19,6 +22,14 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+class ClipEmbeddings(NamedTuple):
+    """What CLIP's image tower says of N masks: [B, N, C] float32, and [B, N] bool, of those that
+    have a place on its map; the embedding of another means nothing."""
+
+    embeddings: jax.Array
+    is_seen: jax.Array
+
+
 @flax.struct.dataclass
 class SegmentorOutput:
     """What the segmentor predicts, before any class is named.
@@ -30,12 +41,14 @@ class SegmentorOutput:
       mask_features: [B, h, w, D] at the segmentor's stride, in the compute type; zero beyond the
         valid area. [B, L, h, w, D] where each prediction set has its own.
       clip_tokens: of a frozen CLIP as encoder, [B, 1 + P, D] before its last block; else None.
+      clip: of the last set's masks, where the segmentor stands on CLIP and asks it; else None.
     """
 
     queries: jax.Array
     mask_embeddings: jax.Array
     mask_features: jax.Array
     clip_tokens: jax.Array | None = None
+    clip: ClipEmbeddings | None = None
 
 
 def normalize_images(images: jax.Array) -> jax.Array:

@@ -18,6 +18,8 @@ from concat_jax.text.tokenizer import Tokenizer
 
 # Part of every manifest: raised when the same prompts and weights come to other embeddings.
 _FORMAT = 2
+# Rows of tokens are cut to a multiple of it: few widths, so that few programs are compiled.
+_WIDTH = 8
 _KIND = StoreKind("cached text embeddings", ("embeddings",), "start again: they are made anew")
 
 EncodeText = Callable[[np.ndarray], np.ndarray]
@@ -56,6 +58,9 @@ def embed_classes(
     """
     prompts = make_prompts(names, templates, clean=clean, synonyms=synonyms)
     tokens = tokenize(tokenizer, prompts)
+    # A causal tower's end token does not see what comes after it.
+    needed = _WIDTH * -(-int((tokens == tokenizer.eot_id).argmax(axis=1).max() + 1) // _WIDTH)
+    tokens = tokens[:, : max(needed, 1)]
     if not os.fspath(folder):
         return _embed(encode_text_fn, tokens, prompts, batch_size)
     manifest = {
@@ -88,12 +93,16 @@ def embed_classes(
 def _embed(
     encode_text_fn: EncodeText, tokens: np.ndarray, prompts: ClassPrompts, batch_size: int
 ) -> np.ndarray:
-    embeddings = []
+    # Sums of a text's prompts, and no prompt's own embedding, stay: there may be 100,000.
+    sums = None
     for start in range(0, len(tokens), batch_size):
-        chunk = np.arange(start, start + batch_size).clip(max=len(tokens) - 1)
-        embeddings.append(np.asarray(encode_text_fn(tokens[chunk]), np.float64))
-    by_prompt = unit(np.concatenate(embeddings)[: len(tokens)])
-    by_text = unit(by_prompt.reshape(-1, len(prompts.templates), by_prompt.shape[-1]).mean(axis=1))
+        chunk = np.arange(start, min(start + batch_size, len(tokens)))
+        rows = tokens[np.pad(chunk, (0, batch_size - len(chunk)), mode="edge")]
+        by_prompt = unit(np.asarray(encode_text_fn(rows), np.float64))[: len(chunk)]
+        if sums is None:
+            sums = np.zeros((len(tokens) // len(prompts.templates), by_prompt.shape[-1]))
+        np.add.at(sums, chunk // len(prompts.templates), by_prompt)
+    by_text = unit(sums)
     ends = np.cumsum([len(texts) for texts in prompts.texts])
     rows = np.split(by_text, ends[:-1])
     if prompts.synonyms == "max":

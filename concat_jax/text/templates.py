@@ -2,7 +2,8 @@
 
 Of `templates.json`, "name" is the bare name, which a `WordTokenizer`, whose words are the names'
 own, can read. "eight" is `imagenet_select` of PADing and ZegFormer, so that numbers under their
-protocol compare. "eighty" is `imagenet_templates` of openai/CLIP
+protocol compare. "fourteen" is ViLD's (Gu et al., arXiv 2104.13921), as FC-CLIP
+(`fcclip/fcclip.py`) takes them. "eighty" is `imagenet_templates` of openai/CLIP
 notebooks/Prompt_Engineering_for_ImageNet.ipynb in its order: the ensemble of Radford et al. 2021,
 section 3.1.4.
 """

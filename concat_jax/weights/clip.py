@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils.epath import Path
 
 from concat_jax.core.files import as_path
@@ -114,14 +115,35 @@ def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
         openai = names.OPENAI if tower == "vit" else names.conv_clip(tower)
         found = find(content.arrays, names.HUGGING_FACE if is_hf else openai)
         config, kind, assumed = _describe(file, content, found, is_hf)
-        clip = make_clip(config)
-        images = jax.ShapeDtypeStruct((1, clip.image_size, clip.image_size, 3), jnp.float32)
-        wanted = abstract_params(clip, images, jax.ShapeDtypeStruct((1, 1), jnp.int32))
-        params, report = to_ours(found, shapes_of(wanted))
+        params, report = _params(found, config)
     except ValueError as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"{path} cannot be read as a CLIP: {reason}.") from error
     return ClipWeights(config, params, str(path), kind, assumed, report, content.notes)
+
+
+def _params(found: Found, config: Mapping[str, Any]) -> tuple[Params, LoadingReport]:
+    clip = make_clip(config)
+    images = jax.ShapeDtypeStruct((1, clip.image_size, clip.image_size, 3), jnp.float32)
+    wanted = abstract_params(clip, images, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    return to_ours(found, shapes_of(wanted))
+
+
+def clip_of_arrays(
+    arrays: Mapping[str, np.ndarray],
+) -> tuple[dict[str, Any], Params, LoadingReport]:
+    """Config, parameters and report of a CLIP inside another file, with a convolutional tower.
+
+    What no shape shows is as published: quick GELU with a ResNet, GELU with a ConvNeXt, and heads
+    64 wide. Raises ValueError as `read_clip`.
+    """
+    tower = names.tower_of(arrays)
+    if tower == "vit":
+        raise ValueError("its CLIP has no convolutional image tower (a ResNet or a ConvNeXt)")
+    found = find(arrays, names.conv_clip(tower))
+    config = heads_as_openai(sizes_from_shapes(found.shapes(), found.naming))
+    config["activation"] = "gelu" if tower == "convnext" else "quick_gelu"
+    return config, *_params(found, config)
 
 
 def _weights_file(folder: Path) -> Path:

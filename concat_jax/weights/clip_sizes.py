@@ -131,7 +131,7 @@ def sizes_from_shapes(shapes: Mapping[str, Shape], naming: Naming | None = None)
     config = read_sizes(_TEXT_SIZES, shapes, naming)
     config["text_mlp_ratio"] = config.pop("text_hidden") / config["text_width"]
     if any(path.startswith(BACKBONE) for path in shapes):
-        return config | conv_sizes(shapes, naming, BACKBONE, POOLING)
+        return config | _conv_sizes(shapes, naming)
     config |= read_sizes(_VIT_SIZES, shapes, naming)
     config["image_mlp_ratio"] = config.pop("image_hidden") / config["image_width"]
     numbers, positions = config.pop("patch_numbers"), config.pop("image_positions")
@@ -144,18 +144,16 @@ def sizes_from_shapes(shapes: Mapping[str, Shape], naming: Naming | None = None)
     return {**config, "image_size": side * patch_size, "patch_size": patch_size}
 
 
-def conv_sizes(
-    shapes: Mapping[str, Shape], naming: Naming | None, backbone: str, pooling: str
-) -> Config:
-    """Fields for `make_clip` of a convolutional image tower, whose parts are at these paths.
+def _conv_sizes(shapes: Mapping[str, Shape], naming: Naming | None) -> Config:
+    """Fields for `make_clip` of a convolutional image tower.
 
     A ConvNeXt's image_size, which none of its shapes shows, is that of open_clip's smaller ones.
     """
-    is_resnet = f"{pooling}positions" in shapes
-    stage = f"{backbone}{'res' if is_resnet else 'stage'}"
+    is_resnet = f"{POOLING}positions" in shapes
+    stage = f"{BACKBONE}{'res' if is_resnet else 'stage'}"
     first = 2 if is_resnet else 0
     places = {f"{k}": f"{stage}{first + k}_block#" for k in range(4)}
-    stem = f"{backbone}stem_conv{'3' if is_resnet else ''}/kernel [_, _, _, n]"
+    stem = f"{BACKBONE}stem_conv{'3' if is_resnet else ''}/kernel [_, _, _, n]"
     places["image_width"] = stem
     found = read_sizes(places, shapes, naming)
     width = found.pop("image_width")
@@ -166,10 +164,10 @@ def conv_sizes(
         "patch_size": STRIDE,
     }
     if not is_resnet:
-        is_mlp = f"{pooling}fc1/kernel" in shapes
+        is_mlp = f"{POOLING}fc1/kernel" in shapes
         own = {"projection": "mlp" if is_mlp else "linear", "image_size": _CONVNEXT_SIDE}
         return config | own
-    positions = read_sizes({"n": f"{pooling}positions [n, _]"}, shapes, naming)["n"]
+    positions = read_sizes({"n": f"{POOLING}positions [n, _]"}, shapes, naming)["n"]
     side = math.isqrt(positions - 1)
     if side**2 != positions - 1:
         raise ValueError(f"its {positions} positions are no square")

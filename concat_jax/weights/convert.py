@@ -13,7 +13,7 @@ from etils.epath import Path
 from concat_jax.core.files import as_path
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import make_segmentor
-from concat_jax.weights import eomt
+from concat_jax.weights import eomt, fcclip
 from concat_jax.weights.class_names import Classes, classes_from_hf, default_classes, fresh_head
 from concat_jax.weights.files.readers import read_weights
 from concat_jax.weights.hugging_face_folder import (
@@ -47,6 +47,7 @@ class Source:
       notes: sentences that somebody who uses the weights should read.
       classes: those of the card, None without a class head.
       content: of Hugging Face's config.json.
+      num_trained: how many classes it was trained on, where it names them by text.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Source:
     notes: tuple[str, ...] = ()
     classes: Classes | None = None
     content: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    num_trained: int | None = None
 
 
 def load_source(
@@ -106,6 +108,8 @@ def load_source(
         reason = str(error).rstrip(".")
         what = reason if str(path) in reason else f"{path} cannot be converted: {reason}"
         raise ValueError(f"{what}.") from error
+    if source.num_trained is not None:
+        return _trained_on_text(source, path, named, known, new_head)
     is_backbone = set(source.params["segmentor"]) == {"backbone"}
     card = dataclasses.replace(
         source.card,
@@ -139,6 +143,31 @@ def load_source(
             "--reinit_head for a new head, which has to be trained."
         )
     return source
+
+
+def _trained_on_text(
+    source: Source, path: Path, named: Classes | None, known: Vocabulary | None, new_head: bool
+) -> Source:
+    """With the classes that it was trained on: the named, else COCO panoptic's."""
+    count = source.num_trained
+    if new_head:
+        raise ValueError(f"{path} names classes by text and has no head to make; no --reinit_head.")
+    if named is None and known is not None and len(known) == count:
+        named = Classes(known, True, f"COCO panoptic's, because it was trained on {count} classes")
+    if named is None or len(named.vocabulary) != count:
+        other = f"and {named.origin} names {len(named.vocabulary)}" if named else "not COCO's 133"
+        raise ValueError(
+            f"{path} is an FC-CLIP that was trained on {count} classes, {other}; pass --classes "
+            "with those of its training, as --classes=ade20k_150."
+        )
+    card = dataclasses.replace(
+        source.card,
+        vocabulary=named.vocabulary,
+        knows_things=named.knows_things,
+        task="panoptic",
+        source=path.resolve().name,
+    )
+    return dataclasses.replace(source, classes=named, card=card)
 
 
 def _from_model_folder(path: Path) -> Source:
@@ -192,6 +221,9 @@ def _from_file(path: Path) -> Source:
             f"{path} holds a Hugging Face Mask2Former, whose sizes stand in its config.json; name "
             "the folder with both."
         )
+    if any(key.startswith(fcclip.CLIP) for key in file.arrays):
+        params, card, report, count = fcclip.fcclip_of_arrays(file.arrays)
+        return Source("an FC-CLIP", params, card, report, file.notes, num_trained=count)
     if any(key.startswith("sem_seg_head.") for key in file.arrays):
         params, config, report = segmentor_params_from_detectron2(file.arrays)
         notes = file.notes
@@ -207,7 +239,7 @@ def _from_file(path: Path) -> Source:
         return Source(kind, params, ModelCard(config), report, file.notes)
     raise ValueError(
         f"{path} holds weights of an unknown model ({name_keys(file.arrays)}); what can be "
-        "converted are a Detectron2 Mask2Former, PADing, and a ResNet or Swin of ImageNet."
+        "converted are a Detectron2 Mask2Former, PADing, FC-CLIP, and a ResNet or Swin of ImageNet."
     )
 
 

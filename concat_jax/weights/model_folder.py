@@ -48,6 +48,8 @@ class TextCard:
       tokenizer: its `kind`, "words" or "clip", its `context_length` and for words the `words`;
         CLIP's lies in the folder `TOKENIZER_NAME` beside the card.
       templates, clean_names, synonyms: see `inference.text_tower.TextTower`.
+      ensemble: `alpha`, `beta` and `needs_places` of `inference.heads.EnsembleHead`, where CLIP
+        names the masks beside the projector; else None.
     """
 
     projector: Mapping[str, Any]
@@ -56,6 +58,7 @@ class TextCard:
     templates: tuple[str, ...]
     clean_names: bool
     synonyms: str
+    ensemble: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,7 @@ def abstract_params(module: nn.Module, *inputs: jax.ShapeDtypeStruct, **options:
     return jax.eval_shape(functools.partial(module.init, **options), key, *inputs)["params"]
 
 
-def _text_shapes(card: ModelCard) -> dict[str, Shape]:
+def text_shapes(card: ModelCard) -> dict[str, Shape]:
     """As `parameter_shapes`, of "projector/" and "text_tower/"."""
     clip, projector = text_modules(card.text)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -238,7 +241,7 @@ def _check_together(params: Params, card: ModelCard, what: str) -> None:
     """Every array of the parameters where the card's config has it, and with its shape."""
     found, classes = shapes_of(params), len(card.vocabulary) if card.vocabulary else None
     if card.text is not None:
-        wanted = parameter_shapes(card.segmentor) | _text_shapes(card)
+        wanted = parameter_shapes(card.segmentor) | text_shapes(card)
         # One row a class, whatever the synonyms make of it.
         rows = found.pop("training_text", (0,))[0]
         if rows != classes:

@@ -126,11 +126,15 @@ def segmentor_params_from_detectron2(
 
 def detectron2_config(found: Found, kind: str) -> dict[str, Any]:
     """A `make_segmentor` config by the arrays of a Detectron2 Mask2Former."""
-    shapes = found.shapes()
-    config = read_sizes(_SIZES, shapes, found.naming)
+    backbone = {"kind": kind, **FORMATS[kind].sizes(found.shapes(), found.naming)}
+    return {"backbone": backbone, **decoders_config(found)}
+
+
+def decoders_config(found: Found) -> dict[str, Any]:
+    """What of such a config is not the backbone's."""
+    config = read_sizes(_SIZES, found.shapes(), found.naming)
     config["num_heads"] //= _NUM_LEVELS * OURS_FIXED["num_points"]
-    backbone = {"kind": kind, **FORMATS[kind].sizes(shapes, found.naming)}
-    return {"backbone": backbone, **config, **OURS_FIXED}
+    return config | OURS_FIXED
 
 
 def backbone_params_from_imagenet(

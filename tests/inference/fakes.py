@@ -36,6 +36,7 @@ class FakeHead:
 
     probs: Any
     KEEP_RULE: ClassVar[str] = "objectness"
+    SCORE_THRESHOLD: ClassVar[float] = 0.8
 
     @property
     def num_classes(self) -> int:

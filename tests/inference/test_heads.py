@@ -46,7 +46,7 @@ def test_more_names_make_no_more_objects():
     found = {28: head(queries)}
     for count in (150, 847):
         names = tiny.unit(rng.normal(size=(count, 16)))
-        found[count] = text_head_for(head, names, training)(queries)
+        found[count] = text_head_for(head, names, training, np.zeros(len(names), bool))(queries)
     middle = float(np.median(found[28].objectness))
     thresholds = dict(score_threshold=0.8, objectness_threshold=middle)
     kept = {}

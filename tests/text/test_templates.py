@@ -8,7 +8,7 @@ from concat_jax.text.templates import TEMPLATES, find_templates
 def test_template_sets():
     assert TEMPLATES["single"] == ("a photo of a {}.",)
     counts = {name: len(set(templates)) for name, templates in TEMPLATES.items()}
-    assert counts == {"name": 1, "single": 1, "eight": 8, "eighty": 80}
+    assert counts == {"name": 1, "single": 1, "eight": 8, "fourteen": 14, "eighty": 80}
     assert all(t.count("{}") == 1 for templates in TEMPLATES.values() for t in templates)
     # The published seven that were chosen among the eighty are among the eight.
     assert set(TEMPLATES["eight"][:7]) <= set(TEMPLATES["eighty"])
@@ -34,7 +34,10 @@ def test_templates_are_found_by_name_or_given():
 @pytest.mark.parametrize(
     ("choice", "sentence"),
     [
-        ("ninety", "no template set 'ninety'; use one of name, single, eight, eighty, or a list"),
+        (
+            "ninety",
+            "no template set 'ninety'; use one of name, single, eight, fourteen, eighty, or a list",
+        ),
         ("", "no template set ''"),
         (["a photo"], "'a photo' must hold '{}' once"),
         ("{} and {}", "'{} and {}' must hold '{}' once"),

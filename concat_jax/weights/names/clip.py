@@ -101,15 +101,15 @@ def tower_of(names: Collection[str]) -> str:
 
 def conv_clip(tower: str) -> Naming:
     """OpenAI's or open_clip's names of a CLIP with a convolutional image tower."""
-    return Naming(text_tower("") + conv_tower(tower, BACKBONE, POOLING), _BUFFERS, _SPELLINGS)
+    return Naming(text_tower() + conv_tower(tower), _BUFFERS, _SPELLINGS)
 
 
-def conv_tower(tower: str, backbone: str, pooling: str) -> tuple[Row, ...]:
-    """The rows of a convolutional image tower, whose parts are at these paths of ours."""
-    table = _TOWERS[tower].replace("{backbone}", backbone).replace("{pooling}", pooling)
+def conv_tower(tower: str) -> tuple[Row, ...]:
+    """The rows of a convolutional image tower."""
+    table = _TOWERS[tower].replace("{backbone}", BACKBONE).replace("{pooling}", POOLING)
     return columns(table, "", "")[0]
 
 
-def text_tower(prefix: str) -> tuple[Row, ...]:
-    """The rows of the text tower and the scale, at this path of ours."""
-    return columns(_TEXT + _LAYER, prefix, "", "")[1]
+def text_tower() -> tuple[Row, ...]:
+    """The rows of the text tower and the scale."""
+    return columns(_TEXT + _LAYER, "", "", "")[1]

@@ -60,6 +60,17 @@ _norm                      norm    _layer_norm          norm
 {in,out}                   linear  fc{1,2}              linear{1,2}
 norm                       norm    final_layer_norm     norm
 """
+# What FC-CLIP (`fcclip/modeling/transformer_decoder`) has for a class head.
+_FCCLIP = """
+@ projector/  sem_seg_head.predictor.
+layer_{i}            linear  class_embed.layers.{i}
+log_scale            array   logit_scale
+@ -  -
+projector/no_object_embedding    array   void_embedding.weight
+@ segmentor/mask_pooling_  sem_seg_head.predictor._mask_pooling_proj.
+norm                 norm    0
+projection           linear  1
+"""
 # Modules that PADing adds at the top for its second stage (`PADing/PADing_model.py`): a generator
 # of queries with its losses' networks, and the classifier trained on what it generates.
 PADING_MODULES = (
@@ -132,6 +143,12 @@ def detectron2(kind: str) -> Naming:
             (r"^sem_seg_head\.(?!pixel_decoder\.|predictor)", "sem_seg_head.pixel_decoder."),
         ),
     )
+
+
+def fcclip() -> Naming:
+    """FC-CLIP's names of all but its CLIP."""
+    rows = (*_DETECTRON2_HEADS, *columns(_FCCLIP, "", "")[0])
+    return Naming(rows, rf"{_BOOKKEEPING}|^pixel_(mean|std)$")
 
 
 def imagenet(kind: str) -> tuple[Naming, ...]:

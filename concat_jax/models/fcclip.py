@@ -1,0 +1,149 @@
+"""FC-CLIP: Mask2Former's decoders on a frozen convolutional CLIP, and that CLIP over their masks.
+
+Source: Yu et al., "Convolutions Die Hard", arXiv 2308.02487; `bytedance/fc-clip fcclip/fcclip.py`
+and `modeling/transformer_decoder/fcclip_transformer_decoder.py`. Whatever names are asked for, the
+network is the same: what they are compared with are two vectors a query, and comparing them is for
+`inference.heads.EnsembleHead`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from concat_jax.models.clip import CLIP, make_clip
+from concat_jax.models.clip_images import normalize_clip_images
+from concat_jax.models.clip_pooling import STRIDE, make_conv_tower, masked_mean
+from concat_jax.models.ops.linear import Dense
+from concat_jax.models.ops.valid_area import resize_within, valid_size
+from concat_jax.models.pixel_decoder import NORM_EPSILON, PixelDecoder
+from concat_jax.models.segmentor_output import (
+    DTYPES,
+    ClipEmbeddings,
+    SegmentorOutput,
+    mask_logits,
+)
+from concat_jax.models.transformer_decoder import TransformerDecoder
+
+# `configs/coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k.yaml`.
+DEFAULTS: Mapping[str, Any] = {
+    "kind": "fcclip",
+    "clip": {"variant": "convnext_large_d_320"},
+    "width": 256,
+    "num_queries": 250,
+    "num_decoder_layers": 9,
+    "num_encoder_layers": 6,
+    "num_heads": 8,
+    "num_points": 4,
+    "ffn_width": 1024,
+    "decoder_ffn_width": 2048,
+    "num_groups": 32,
+    "dtype": "float32",
+}
+
+
+class FCCLIP(nn.Module):
+    """Images in; of the last prediction set alone queries, masks and CLIP's embeddings of them.
+
+    Attributes:
+      backbone, pooling: the two parts of CLIP's image tower, see `make_conv_tower`.
+      pixel_decoder, transformer_decoder: as `Segmentor` has them.
+    """
+
+    backbone: nn.Module
+    pooling: nn.Module
+    pixel_decoder: nn.Module
+    transformer_decoder: nn.Module
+    dtype: Any = jnp.float32
+    anneals = gives_clip_tokens = False
+    frozen = True
+    normalize = staticmethod(normalize_clip_images)
+
+    @property
+    def width(self) -> int:
+        """Of the queries."""
+        return self.transformer_decoder.width
+
+    @property
+    def num_queries(self) -> int:
+        """Of an image."""
+        return self.transformer_decoder.num_queries
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one mask feature to the next."""
+        return self.backbone.stride
+
+    @staticmethod
+    def query_norm(params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Scale and bias [D] of the norm that the queries come out of."""
+        return params["transformer_decoder"]["decoder_norm"]
+
+    @nn.compact
+    def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> SegmentorOutput:
+        """As `Segmentor`, of images from `normalize_clip_images`.
+
+        To the decoder's queries is added what the mask features are inside their masks, so that
+        they tell of what is there and not of where alone.
+        """
+        if image_size is not None:
+            image_size = jnp.clip(image_size, 1, jnp.asarray(images.shape[1:3]))
+        maps = jax.lax.stop_gradient(self.backbone(images, image_size))
+        features, scales = self.pixel_decoder(maps, image_size)
+        queries, embeddings = self.transformer_decoder(scales, features, image_size)
+        queries, embeddings = queries[:, -1:], embeddings[:, -1:]
+
+        def inside(features: jax.Array) -> jax.Array:  # [B, N, h, w] bool
+            return mask_logits(embeddings[:, 0], features) > 0
+
+        where = inside(features)  # beyond the image the features are zero
+        flat = features.reshape(features.shape[0], -1, features.shape[-1])
+        pooled = masked_mean(flat, where.reshape(*where.shape[:2], -1))
+        norm = nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, name="mask_pooling_norm")
+        project = Dense(self.width, dtype=jnp.float32, name="mask_pooling_projection")
+        queries = queries + project(norm(pooled))[:, None]
+
+        size = valid_size(image_size, STRIDE)
+        height, width = maps[-1].shape[1:3]
+        finest = valid_size(image_size, self.stride)
+        # Logits are linear in the features, and so is the resize.
+        small = inside(resize_within(features, finest, height, width, size))
+        clip = self.pooling(maps[-1], small, size)
+        seen = ClipEmbeddings(clip, small.any(axis=(2, 3)))
+        return SegmentorOutput(queries, embeddings, features, clip=seen)
+
+
+def tower_of(settings: Mapping[str, Any]) -> CLIP:
+    """The CLIP whose image tower a config of kind "fcclip" has; its text tower means nothing."""
+    clip = make_clip({**settings["clip"], "dtype": settings["dtype"]})
+    if clip.image_tower == "vit":
+        raise ValueError("FC-CLIP's tower is convolutional; set clip to have variant='RN50', say.")
+    return clip
+
+
+def make_fcclip(settings: Mapping[str, Any]) -> FCCLIP:
+    """An FC-CLIP from all its fields; `clip` holds those of `make_clip`."""
+    backbone, pooling = make_conv_tower(tower_of(settings))
+    shared = {"width": settings["width"], "num_heads": settings["num_heads"]}
+    shared |= {"dtype": DTYPES[settings["dtype"]], "stride": backbone.stride}
+    return FCCLIP(
+        backbone=backbone,
+        pooling=pooling,
+        pixel_decoder=PixelDecoder(
+            num_layers=settings["num_encoder_layers"],
+            num_points=settings["num_points"],
+            ffn_width=settings["ffn_width"],
+            num_groups=settings["num_groups"],
+            **shared,
+        ),
+        transformer_decoder=TransformerDecoder(
+            num_queries=settings["num_queries"],
+            num_layers=settings["num_decoder_layers"],
+            ffn_width=settings["decoder_ffn_width"],
+            **shared,
+        ),
+    )
