@@ -19,7 +19,7 @@ from concat_jax.core import cli
 from concat_jax.core.files import as_path
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.model import export_workdir, is_workdir
-from concat_jax.inference.training_names import embed_training_names, find_clip_tokenizer
+from concat_jax.inference.text_tower import embed_training_names, find_clip_tokenizer
 from concat_jax.weights.class_names import Classes
 from concat_jax.weights.convert import load_source
 from concat_jax.weights.disk import check_apart, check_destination

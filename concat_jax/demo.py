@@ -51,7 +51,7 @@ def build(desk: Desk) -> gradio.Blocks:
         if picture is None:
             return notice_html("Drop a picture first, or take an example."), gr.skip()
         names, numbers = (rest[:2], rest[2:]) if reads_names else ((), rest)
-        settings = dict(zip(SETTINGS[reads_names], numbers, strict=True))
+        settings = dict(zip(SETTINGS[rule], numbers, strict=True))
         try:
             return "", desk.ask(picture, *names, answer=result_html, **settings)
         except ValueError as error:
@@ -60,7 +60,7 @@ def build(desk: Desk) -> gradio.Blocks:
             traceback.print_exc()
             return notice_html(FAILED), gr.skip()
 
-    reads_names = desk.model.card.text is not None
+    reads_names, rule = desk.model.card.text is not None, desk.model.keep_rule
     vocabulary = desk.model.vocabulary
     opening = desk.ask(0, answer=result_html) if desk.scenes else ""
     empty = "<p class=empty>Drop a picture, and its segments show here.</p>"
@@ -95,7 +95,7 @@ def build(desk: Desk) -> gradio.Blocks:
                     if reads_names
                 ]
                 go = gr.Button("Segment", variant="primary", elem_id="go")
-                sliders = [gr.Slider(**_slider(name)) for name in SETTINGS[reads_names]]
+                sliders = [gr.Slider(**_slider(name, desk.model)) for name in SETTINGS[rule]]
         asked = dict(inputs=[picture, *fields, *sliders], outputs=[notice, view])
         how = dict(
             concurrency_id="model",
@@ -129,21 +129,22 @@ def _examples_of(vocabulary: Any, is_thing: bool) -> str:
     return ", ".join(names[:: max(1, len(names) // 3)][:3])
 
 
-# What a head's names are judged by, and what the page calls it; by whether it reads names.
+# What a head's names are judged by, and what the page calls it; by the head's rule.
 SETTINGS = {
-    True: ("objectness_threshold", "mask_threshold", "gamma"),
-    False: ("score_threshold", "mask_threshold"),
+    "objectness": ("objectness_threshold", "mask_threshold", "gamma"),
+    "score": ("score_threshold", "mask_threshold"),
 }
 _SLIDERS = {
     "objectness_threshold": ("Object threshold", "Higher keeps fewer segments.", 0.5),
-    "score_threshold": ("Score threshold", "Higher keeps fewer segments.", 0.8),
+    "score_threshold": ("Score threshold", "Higher keeps fewer segments.", None),
     "mask_threshold": ("Mask threshold", "Higher draws them tighter.", 0.5),
     "gamma": ("γ", "Higher favours names that training never segmented.", 0.0),
 }
 
 
-def _slider(name: str) -> dict[str, Any]:
+def _slider(name: str, model: Any) -> dict[str, Any]:
     label, info, value = _SLIDERS[name]
+    value = model.score_threshold if value is None else value
     low, high, step = (-5, 5, 0.1) if name == "gamma" else (0, 1, 0.01)
     return dict(label=label, info=info, value=value, minimum=low, maximum=high, step=step)
 

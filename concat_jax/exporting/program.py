@@ -58,7 +58,7 @@ def make_program(predictor: Predictor, size: tuple[int, int], *, open_names: boo
     network, head = predictor.networks
     num_names = len(predictor.vocabulary)
     if head.num_classes > num_names:  # no other names will come to fill it up
-        head = head.replace(text=head.text[:num_names], is_name=None)
+        head = head.without_filling(num_names)
     takes_text = open_names and isinstance(head, TextHead)
     if takes_text and head.text.ndim != 2:
         raise ValueError("The model keeps the synonyms of a name apart; give --classes.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import flax.struct
 import jax
@@ -99,6 +99,10 @@ class TextHead:
         """K, filling included."""
         return self.text.shape[0]
 
+    def without_filling(self, count: int) -> Self:
+        """The head of its first `count` names, if that is all of them."""
+        return self.replace(text=self.text[:count], is_name=None)
+
     def __call__(self, queries: Queries) -> ClassScores:
         """As `Head`; a name that only fills up has probability 0."""
         queries = queries.queries if isinstance(queries, ClipQueries) else queries
@@ -141,6 +145,10 @@ class EnsembleHead(TextHead):
     needs_places: bool = flax.struct.field(pytree_node=False, default=False)
     KEEP_RULE: ClassVar[str] = "score"
     SCORE_THRESHOLD: ClassVar[float] = 0.0
+
+    def without_filling(self, count: int) -> Self:
+        """As `TextHead`."""
+        return TextHead.without_filling(self, count).replace(is_seen=self.is_seen[:count])
 
     def __call__(self, queries: Queries) -> ClassScores:
         """As `Head`, of `ClipQueries`."""

@@ -109,6 +109,16 @@ class Model:
             tokenizer = load_tokenizer(as_path(folder) / TOKENIZER_NAME, card.text.tokenizer)
         return cls(params, card, tokenizer, dtype=dtype)
 
+    @property
+    def keep_rule(self) -> str:
+        """The head's, where `PredictConfig` names none."""
+        return self._head.KEEP_RULE
+
+    @property
+    def score_threshold(self) -> float:
+        """The head's, where `PredictConfig` names none."""
+        return self._head.SCORE_THRESHOLD
+
     @overload
     def __call__(
         self, images: Picture, classes: Names | Vocabulary | None = None, **settings: Any

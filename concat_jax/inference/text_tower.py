@@ -10,13 +10,19 @@ import jax
 import numpy as np
 
 from concat_jax.core.arrays import fingerprint
+from concat_jax.core.files import as_path
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.clip import CLIP
 from concat_jax.models.clip_images import l2_normalize
 from concat_jax.text.embeddings import embed_classes
+from concat_jax.text.prompts import clean_name
 from concat_jax.text.templates import find_templates
-from concat_jax.text.tokenizer import Tokenizer
+from concat_jax.text.tokenizer import Tokenizer, has_clip_tokenizer, make_clip_tokenizer
+from concat_jax.weights.convert import Source
+from concat_jax.weights.model_folder import ModelCard, text_modules
 
+BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
+PROMPTS_AT_ONCE = 64
 # What of CLIP's parameters the text tower needs.
 SUBTREES = ("text_model", "text_projection", "logit_scale")
 
@@ -61,3 +67,55 @@ class TextTower:
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(clip: CLIP, params: Any, tokens: jax.Array) -> jax.Array:
     return l2_normalize(clip.apply({"params": params}, tokens, method="encode_text"))
+
+
+def find_clip_tokenizer(path: str, card: ModelCard) -> Tokenizer:
+    """The tokenizer of a file, of a folder, or of what lies beside a file of weights.
+
+    Raises ValueError if there is none, or it is of another CLIP than the card's.
+    """
+    place = as_path(path)
+    folder = place if place.is_dir() else place.parent
+    if (folder / BPE_NAME).is_file() and not has_clip_tokenizer(folder):
+        place = folder / BPE_NAME
+    elif has_clip_tokenizer(folder) and not place.name.endswith((".json", ".gz")):
+        place = folder
+    if not place.is_dir() and not place.name.endswith((".json", ".gz")):
+        raise ValueError(
+            f"{path} has no tokenizer beside it, which its text tower needs; give --tokenizer="
+            f"{BPE_NAME}, a copy of the file of that name in github.com/openai/CLIP, or the folder "
+            "of a Hugging Face CLIP."
+        )
+    clip, _ = text_modules(card.text)
+    tokenizer = make_clip_tokenizer(place, clip.context_length)
+    if tokenizer.vocab_size != clip.vocab_size:
+        raise ValueError(
+            f"The tokenizer {place} has {tokenizer.vocab_size} tokens where the text tower has "
+            f"{clip.vocab_size}; give --tokenizer with the one that it was trained with."
+        )
+    return tokenizer
+
+
+def embed_training_names(source: Source, tokenizer: Tokenizer) -> Source:
+    """A source with text for the classes it was trained on, which get their readable names."""
+    card = source.card
+    names = tuple(map(clean_name, card.vocabulary.names))
+    synonyms = tuple(
+        tuple(word for word in words if word != name)
+        for name, words in zip(names, card.vocabulary.synonyms, strict=True)
+    )
+    vocabulary = dataclasses.replace(card.vocabulary, names=names, synonyms=synonyms)
+    clip, _ = text_modules(card.text)
+    tower = TextTower(
+        clip,
+        source.params["text_tower"],
+        tokenizer,
+        card.text.templates,
+        card.text.clean_names,
+        card.text.synonyms,
+    )
+    text = tower.embed(vocabulary, batch_size=PROMPTS_AT_ONCE)
+    params = {**source.params, "training_text": text}
+    return dataclasses.replace(
+        source, params=params, card=dataclasses.replace(card, vocabulary=vocabulary)
+    )

@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from concat_jax.models.clip import CLIP_VARIANTS
 from concat_jax.models.clip_images import CLIP_MEAN, CLIP_STD
 from concat_jax.models.clip_pooling import STRIDE, resnet_heads
-from concat_jax.models.clip_variants import CLIP_VARIANTS
 from concat_jax.weights.names.clip import BACKBONE, POOLING, TEXT, VISION
 from concat_jax.weights.names.table import Naming, Shape
 from concat_jax.weights.sizes import HubConfig, check_statistics, read_sizes

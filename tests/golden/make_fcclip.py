@@ -202,7 +202,7 @@ def model(name: str):
         criterion=torch.nn.Identity(),
         num_queries=config["num_queries"],
         object_mask_threshold=0.0,
-        overlap_threshold=0.8,
+        overlap_threshold=cases.FCCLIP_OVERLAP,
         train_metadata=types.SimpleNamespace(stuff_classes=cases.FCCLIP_TRAINED),
         test_metadata=asked,
         size_divisibility=32,

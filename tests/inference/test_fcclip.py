@@ -6,8 +6,8 @@ import pytest
 
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.model import Model
-from concat_jax.inference.programs import look
-from concat_jax.inference.training_names import embed_training_names
+from concat_jax.inference.programs import look, run_segmentor
+from concat_jax.inference.text_tower import embed_training_names
 from concat_jax.models.semantic_projector import unit
 from concat_jax.weights.class_names import Classes
 from concat_jax.weights.convert import load_source
@@ -56,16 +56,24 @@ def compare(name, folder):
     for number, size in enumerate(cases.FCCLIP_SIZES[name]):
         image = cases.fcclip_image(size)
         sides = dict(short_side=min(size), long_side=max(size))
-        predictor = model.predictor(model.config(**sides, tasks=("panoptic", "queries")), ASKED)
+        predictor = model.predictor(
+            model.config(
+                **sides, tasks=("panoptic", "queries"), overlap_threshold=cases.FCCLIP_OVERLAP
+            ),
+            ASKED,
+        )
         network, head = predictor.networks
-        logits, queries = jax.jit(look)(network, image[None])
+        # The very program that the predictor runs below.
+        size = np.array([size], np.int32)
+        how = dict(is_padded=False, canvas=predictor.buckets.canvas)
+        logits, queries = run_segmentor(network, image[None], size, **how)
         classified = head.projector.apply(
             {"params": head.params}, queries.queries, head.text, method="predict"
         )
         count = len(ASKED)
         found = predictor(image)
         ours = {
-            "masks": logits[0, ::3, ::3, ::4],
+            "masks": logits[0, ::3, : size[0, 0] // 4 : 3, : size[0, 1] // 4 : 4],
             "seen_logits": np.delete(classified[0], np.s_[count:-1], axis=1),
             "clip": queries.clip.embeddings[0],
             "probs": np.delete(found.queries.class_probs, np.s_[count:-1], axis=1),
@@ -82,7 +90,7 @@ def compare(name, folder):
         labels = np.array([s["label"] for s in found.panoptic.segments])
         # Ids are other numbers for the same segments.
         pairs = np.unique(np.stack([ids.ravel(), theirs.ravel()]), axis=1)
-        assert len(pairs[0]) == len(set(pairs[0])) == len(set(pairs[1])) > 2, f"maps of {size}"
+        assert len(pairs[0]) == len(set(pairs[0])) == len(set(pairs[1])) > 1, f"maps of {size}"
         assert (pairs[0] == 0).tolist() == (pairs[1] == 0).tolist()
         np.testing.assert_array_equal(labels, golden[f"labels_{number}"])
     return errors

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from concat_jax.models.clip import make_clip
+from concat_jax.models.clip import CLIP_VARIANTS, make_clip
 from concat_jax.models.clip_pooling import AttentionPool, make_conv_tower
-from concat_jax.models.clip_variants import CLIP_VARIANTS
 from concat_jax.weights.clip import read_clip
 from tests.golden import cases
 
