@@ -40,6 +40,7 @@ class Halves:
 
     vocabulary = PRESETS["texture"].vocabulary
     card = types.SimpleNamespace(text="read")
+    keep_rule = "objectness"
 
     def __init__(self):
         self.calls, self.at_once, self.most, self.delay = [], 0, 0, 0.0

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.models.segmentor_output import ClipEmbeddings, LinearClassifier
-from concat_jax.models.semantic_projector import SemanticProjector, cosines
+from concat_jax.models.semantic_projector import SemanticProjector, best_synonyms, unit
 
 Array = jax.Array | np.ndarray
 
@@ -154,7 +154,9 @@ class EnsembleHead(TextHead):
         """As `Head`, of `ClipQueries`."""
         own = TextHead.__call__(self, queries)
         is_name = True if self.is_name is None else self.is_name
-        logits = self.scale * cosines(queries.clip.embeddings, self.text)
+        words = self.text.reshape(-1, self.text.shape[-1])
+        logits = self.scale * jnp.einsum("bnc,kc->bnk", unit(queries.clip.embeddings), words)
+        logits = best_synonyms(logits, self.text)
         by_clip = jax.nn.log_softmax(jnp.where(is_name, logits, -jnp.inf), axis=-1)
         names, no_object = own.class_probs[..., :-1], own.class_probs[..., -1:]
         power = jnp.broadcast_to(jnp.where(self.is_seen, self.alpha, self.beta), names.shape)

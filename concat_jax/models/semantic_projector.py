@@ -29,17 +29,11 @@ def class_vectors(text: jax.Array) -> jax.Array:
     return unit(jnp.where(repeats[..., None], 0.0, text).sum(axis=1))
 
 
-def cosines(vectors: jax.Array, text: jax.Array) -> jax.Array:
-    """Cosines [..., K] float32 of vectors [..., C] and each class's text.
-
-    `text` is [K, C] L2-normalised, or [K, S, C] with one of each synonym: a class is then as near
-    as the nearest of its synonyms.
-    """
-    words = text.reshape(-1, text.shape[-1])  # one matrix product whatever S is
-    found = jnp.einsum("...c,kc->...k", unit(vectors), words.astype(jnp.float32))
+def best_synonyms(logits: jax.Array, text: jax.Array) -> jax.Array:
+    """Logits [..., K] of those [..., K * S] of every text [K, S, C]; as they are of text [K, C]."""
     if text.ndim == 2:
-        return found
-    return found.reshape(*found.shape[:-1], *text.shape[:2]).max(axis=-1)
+        return logits
+    return logits.reshape(*logits.shape[:-1], *text.shape[:2]).max(axis=-1)
 
 
 class SemanticProjector(nn.Module):
@@ -83,13 +77,20 @@ class SemanticProjector(nn.Module):
     def classify(self, semantic_queries: jax.Array, text: jax.Array) -> jax.Array:
         """Class logits exp(s) · cos(S, [T; t_∅]), [..., K+1] float32; the last column is no-object.
 
-        `text` is as of `cosines`.
+        `text` is [K, C] L2-normalised, or [K, S, C] with one of each synonym: a class is then as
+        near as the nearest of its synonyms.
         """
         no_object = self.no_object_embedding
         no_object = no_object * jax.lax.rsqrt(jnp.sum(no_object**2) + 1e-12)
+        words = text.reshape(-1, text.shape[-1])  # one matrix product whatever S is
+        words = jnp.concatenate([words.astype(jnp.float32), no_object[None]])
+        queries = unit(semantic_queries)
         scale = jnp.minimum(jnp.exp(self.log_scale), MAX_SCALE)
-        parts = [cosines(semantic_queries, words) for words in (text, no_object[None])]
-        return scale * jnp.concatenate(parts, axis=-1)
+        logits = scale * jnp.einsum("...c,kc->...k", queries, words)
+        if text.ndim == 2:
+            return logits
+        classes = best_synonyms(logits[..., :-1], text)
+        return jnp.concatenate([classes, logits[..., -1:]], axis=-1)
 
     def predict(self, queries: jax.Array, text: jax.Array) -> jax.Array:
         """Class logits [..., K+1] of vision queries [..., D] against text [K, C] or [K, S, C]."""
