@@ -140,7 +140,9 @@ class EoMT(nn.Module):
         width = self.backbone.width
         normal = nn.initializers.normal(1.0)
         self.query_embedding = self.param("query_embedding", normal, (self.num_queries, width))
-        self.upscales = [Upscale(dtype=self.dtype) for _ in range(self.num_upscales)]
+        # Maps of every set, which weigh more than the blocks' tokens.
+        upscale = nn.remat(Upscale) if self.backbone.remat else Upscale
+        self.upscales = [upscale(dtype=self.dtype) for _ in range(self.num_upscales)]
         self.mask_mlp = [Dense(width, dtype=jnp.float32, kernel_init=_torch_init) for _ in range(3)]
         if self.frozen:
             self.laterals = [

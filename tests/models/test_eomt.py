@@ -166,6 +166,26 @@ def test_a_frozen_encoder_has_no_gradient_and_all_else_has():
     assert model.query_norm(params) is params["decoder_norm"]
 
 
+def test_remat_changes_no_gradient():
+    params = tiny.fill(abstract(CONFIG), 0)
+
+    def gradient(remat):
+        model = make_segmentor({**CONFIG, "remat": remat})
+
+        def loss(params):
+            output = model.apply({"params": params}, pictures())
+            return jnp.sum(jnp.sin(output.mask_features)) + jnp.sum(output.mask_embeddings**2)
+
+        return jax.jit(jax.grad(loss), compiler_options=tiny.FAST_COMPILE)(params)
+
+    # Of numbers up to 14.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradient(remat=True),
+        gradient(remat=False),
+    )
+
+
 @pytest.mark.parametrize("logits_at", [point_logits, few_point_logits])
 def test_point_logits_of_features_of_each_set_are_those_of_each_set(logits_at):
     rng = np.random.default_rng(0)
