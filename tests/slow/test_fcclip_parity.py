@@ -1,0 +1,18 @@
+"""FC-CLIP at its published widths and depths beside its own modules, with random weights.
+
+By golden files of `tests/golden/make_fcclip.py`, for 20 queries of 250; `-s` prints every error.
+"""
+
+import pytest
+
+from tests.golden import cases
+from tests.inference.test_fcclip import compare
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [name for name in cases.FCCLIPS if "_r50" in name])
+def test_equals_fcclips_own_modules(name, tmp_path):
+    errors = compare(name, tmp_path)
+    print(name, errors)
+    assert max(errors.values()) < 1e-4, errors
