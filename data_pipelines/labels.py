@@ -147,7 +147,10 @@ def _refuse_misspelt(text: str) -> None:
     """ValueError for a single word that is nearly the name of a vocabulary that ships."""
     names = sorted(file.stem for folder in FOLDERS for file in folder.glob("*.json"))
     is_word = text.strip() and not set(text.strip()) & set(",; ")
-    if is_word and "_" in text and (close := difflib.get_close_matches(text.casefold(), names, 1)):
+    # Words of a language have neither, so of one without it is asked more.
+    cutoff = 0.6 if set(text) & set("_0123456789") else 0.85
+    close = difflib.get_close_matches(text.strip().casefold(), names, 1, cutoff)
+    if is_word and close:
         raise ValueError(
             f"No vocabulary that ships is named {text!r}; did you mean {close[0]!r}? A class of "
             f"that name is asked for as '{text};'."

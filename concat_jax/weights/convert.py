@@ -47,7 +47,8 @@ class Source:
       notes: sentences that somebody who uses the weights should read.
       classes: those of the card, None without a class head.
       content: of Hugging Face's config.json.
-      num_trained: how many classes it was trained on, where it names them by text.
+      num_trained: how many classes it was trained on, where it names them by text; 0 where the
+        file does not tell.
     """
 
     kind: str
@@ -152,13 +153,21 @@ def _trained_on_text(
     count = source.num_trained
     if new_head:
         raise ValueError(f"{path} names classes by text and has no head to make; no --reinit_head.")
-    if named is None and known is not None and len(known) == count:
-        named = Classes(known, True, f"COCO panoptic's, because it was trained on {count} classes")
+    if named is None and known is not None and count in (0, len(known)):
+        why = f"it was trained on {count} classes" if count else "nothing names or counts its own"
+        named = Classes(known, True, f"COCO panoptic's, because {why}")
+    notes = source.notes
+    if not count and named is not None:
+        count = len(named.vocabulary)
+        notes += (
+            f"It lacks {fcclip.WEIGHTS}, which tells how many classes it was trained on: that they "
+            f"are these {count} is assumed. If they are not, pass --classes with those that are.",
+        )
     if named is None or len(named.vocabulary) != count:
         other = f"and {named.origin} names {len(named.vocabulary)}" if named else "not COCO's 133"
         raise ValueError(
-            f"{path} is an FC-CLIP that was trained on {count} classes, {other}; pass --classes "
-            "with those of its training, as --classes=ade20k_150."
+            f"{path} is an FC-CLIP that was trained on {count or 'unknown'} classes, {other}; pass "
+            "--classes with those of its training, as --classes=ade20k_150."
         )
     card = dataclasses.replace(
         source.card,
@@ -167,7 +176,7 @@ def _trained_on_text(
         task="panoptic",
         source=path.resolve().name,
     )
-    return dataclasses.replace(source, classes=named, card=card)
+    return dataclasses.replace(source, classes=named, card=card, notes=notes, num_trained=count)
 
 
 def _from_model_folder(path: Path) -> Source:

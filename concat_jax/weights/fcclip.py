@@ -23,10 +23,9 @@ from concat_jax.weights.segmentors import decoders_config
 
 # What stands before the names of the CLIP.
 CLIP = "backbone.clip_model."
-_VOID, _WEIGHTS = "void_embedding.weight", "criterion.empty_weight"
+_VOID, WEIGHTS = "void_embedding.weight", "criterion.empty_weight"
 # The powers of CLIP (arXiv 2308.02487, section 4.1).
 _ALPHA, _BETA = 0.4, 0.8
-_COCO_CLASSES = 133
 _SEGMENTORS_FIELDS = (
     "embed_dim image_tower image_stages image_width image_heads image_size patch_size projection"
 ).split()
@@ -37,16 +36,25 @@ def fcclip_of_arrays(
 ) -> tuple[Params, ModelCard, LoadingReport, int]:
     """Parameters but the training text, the card, a report, and how many classes it was trained on.
 
-    A file without `criterion.empty_weight`, which tells that number, is taken for COCO's. Raises
+    That number is 0 where the file has no `criterion.empty_weight`, which tells it. Raises
     ValueError if the CLIP or a decoder is none that can be read, or arrays are missing or left.
     """
     clip_config, clip, clip_report = clip_of_arrays(
         {k.removeprefix(CLIP): v for k, v in arrays.items() if k.startswith(CLIP)}
     )
     rest = {key: value for key, value in arrays.items() if not key.startswith(CLIP)}
-    if np.ndim(rest.get(_VOID)) == 2:
+    if np.shape(rest.get(_VOID))[:-1] == (1,):
         rest[_VOID] = rest[_VOID][0]
-    count = len(rest[_WEIGHTS]) - 1 if _WEIGHTS in rest else _COCO_CLASSES
+    count = 0
+    if WEIGHTS in rest:
+        # The last is no-object.
+        shape = np.shape(rest[WEIGHTS])
+        if len(shape) != 1 or shape[0] < 2:
+            raise ValueError(
+                f"its {WEIGHTS} has shape {shape}, but is one number a class and one more; use "
+                "another file"
+            )
+        count = shape[0] - 1
     found = find(rest, fcclip())
     decoders = decoders_config(found)
     own = {k: v for k, v in clip_config.items() if k in _SEGMENTORS_FIELDS}

@@ -394,6 +394,12 @@ def test_a_text_file_of_known_names_has_their_flags_and_ids(tmp_path):
         ("a; b; c", "has several semicolons"),
         ("names.txt", "There is no file names.txt"),
         (pathlib.Path("names"), "There is no file names"),
+        (
+            "ade20k_510",
+            "named 'ade20k_510'; did you mean 'ade20k_150'. .* asked for as 'ade20k_510;'",
+        ),
+        ("ADE20K-150", "did you mean 'ade20k_150'"),
+        ("cityscapes", "did you mean 'cityscapes_19'"),
         ({"thing": ["a"]}, "no key 'thing'; did you mean 'things'"),
         ({"things": "cat"}, "hold 'cat' where a list of names belongs"),
         (["cat", 3], "where a list of names belongs"),
@@ -416,6 +422,9 @@ def test_names_are_things_then_stuff_and_seen_or_not(tmp_path):
     assert found.is_thing == (True, False, True)
     found, _ = parse_classes({"stuff": ["cat"], "things": ["sky", "unicorn"]}, TRAINING)
     assert found.names == ("sky", "unicorn", "cat") and found.is_thing == (True, True, False)
+    # The remedy for a class that is named as a vocabulary nearly is.
+    found, _ = parse_classes("ade20k_510;", TRAINING)
+    assert found.names == ("ade20k_510",) and found.is_thing == (True,)
     # Names that are too long for a file's are names.
     assert len(parse_classes(", ".join(f"class {k}" for k in range(999)), TRAINING)[0]) == 999
     # A file's ids are kept, a split of it means training and says nothing here.

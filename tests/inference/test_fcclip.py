@@ -120,6 +120,16 @@ def test_files_that_are_no_such_fcclip(tmp_path):
     path = published_file("fcclip_resnet", tmp_path)
     with pytest.raises(ValueError, match="was trained on 4 classes, not COCO.s 133; pass"):
         load_source(path)
+    # A file that does not tell how many: what is assumed is said.
+    arrays = torch.load(path, weights_only=True)["model"]
+    del arrays["criterion.empty_weight"]
+    torch.save(arrays, path)
+    for named in (None, TRAINED):
+        source = load_source(path, TRAINED.vocabulary, named)
+        assert source.num_trained == 4 and "these 4 is assumed" in " ".join(source.notes)
+    path = published_file("fcclip_resnet", tmp_path, **{"criterion.empty_weight": np.float32([1])})
+    with pytest.raises(ValueError, match=r"empty_weight has shape \(1,\), but is one number a"):
+        load_source(path, named=TRAINED)
     grass = np.zeros((7, 7), np.float32)
     path = published_file("fcclip_resnet", tmp_path, **{"sem_seg_head.predictor.grass": grass})
     with pytest.raises(ValueError, match=r"also holds 1 array .*predictor\.grass"):
