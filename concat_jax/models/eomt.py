@@ -106,6 +106,7 @@ class EoMT(nn.Module):
       frozen: no gradient reaches the encoder, of which four depths are read and added, each through
         a learned MLP; the L blocks are new ones, which see queries and patches.
       frozen_ffn_width: hidden width of those blocks' MLPs.
+      remat: recompute the upscaled maps in the backward pass; the backbone's blocks have their own.
     """
 
     backbone: ViT | ClipEncoder
@@ -114,6 +115,7 @@ class EoMT(nn.Module):
     num_upscales: int = 2
     frozen: bool = False
     frozen_ffn_width: int = 0
+    remat: bool = False
     dtype: Any = jnp.float32
     anneals = True
 
@@ -141,7 +143,7 @@ class EoMT(nn.Module):
         normal = nn.initializers.normal(1.0)
         self.query_embedding = self.param("query_embedding", normal, (self.num_queries, width))
         # Maps of every set, which weigh more than the blocks' tokens.
-        upscale = nn.remat(Upscale) if self.backbone.remat else Upscale
+        upscale = nn.remat(Upscale) if self.remat else Upscale
         self.upscales = [upscale(dtype=self.dtype) for _ in range(self.num_upscales)]
         self.mask_mlp = [Dense(width, dtype=jnp.float32, kernel_init=_torch_init) for _ in range(3)]
         if self.frozen:
@@ -327,5 +329,5 @@ def make_eomt(settings: Mapping[str, Any]) -> EoMT:
             f"The queries are to see {settings['num_blocks']} blocks of {vit.depth}; make "
             "num_blocks smaller."
         )
-    own = ("num_queries", "num_blocks", "num_upscales", "frozen", "frozen_ffn_width")
+    own = ("num_queries", "num_blocks", "num_upscales", "frozen", "frozen_ffn_width", "remat")
     return EoMT(vit, **{field: settings[field] for field in own}, dtype=DTYPES[settings["dtype"]])
