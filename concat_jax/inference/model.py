@@ -53,7 +53,7 @@ class Model:
             whose = f"The weights of {card.source}" if card.source else "These weights"
             raise ValueError(
                 f"{whose} have no class head (a backbone alone?) and cannot name segments; convert "
-                "a whole Mask2Former, or give the workdir of a training run."
+                "a whole Mask2Former or EoMT, or give the workdir of a training run."
             )
         settings = dict(card.segmentor)
         if dtype:

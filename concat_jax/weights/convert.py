@@ -197,11 +197,15 @@ def _from_hf_folder(path: Path) -> Source:
     """A Hugging Face Mask2Former; preprocessor_config.json may be absent."""
     content = read_json_object(path / CONFIG_NAME)
     config = segmentor_config_from_hf(content)
+    model_type = content["model_type"]
     sides, notes = {}, ()
     if (path / PREPROCESSOR_NAME).is_file():
         sides, notes = check_preprocessing(read_json_object(path / PREPROCESSOR_NAME))
+    elif model_type in eomt.ARCHITECTURES:
+        side = eomt.image_size(content, CONFIG_NAME)
+        sides = {"short_side": side, "long_side": side}
+        notes = (f"There is no {PREPROCESSOR_NAME}; by {CONFIG_NAME}, pictures are {side} square.",)
     file = read_weights(weights_in(path, WEIGHTS_NAMES))
-    model_type = content["model_type"]
     if family := eomt.ENCODERS.get(model_type):
         params, report = backbone_params_from_dino(file.arrays, config, family)
         card = ModelCard(config)

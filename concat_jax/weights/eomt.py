@@ -63,9 +63,17 @@ def config_from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises ValueError for settings that our segmentor does not have.
     """
+    if "rope_theta" in content:  # transformers reads it of either place
+        rotary = {**_THETA, "rope_theta": content["rope_theta"]}
+        content = {"rope_parameters": rotary, **content}
     fields = _EOMT[content["model_type"]].read(content, where)
     own = {name: fields.pop(name) for name in ("num_queries", "num_blocks", "num_upscales")}
-    return {"kind": "eomt", "backbone": _backbone(fields), **own}
+    return {"kind": "eomt", "backbone": _backbone(fields, where), **own}
+
+
+def image_size(content: Mapping[str, Any], where: str) -> int:
+    """The side of the pictures of an EoMT by its config.json; errors as above."""
+    return _EOMT[content["model_type"]].read(content, where)["image_size"]
 
 
 def encoder_config_from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -76,14 +84,23 @@ def encoder_config_from_hf(content: Mapping[str, Any], where: str) -> dict[str, 
     fields = _DINO[ENCODERS[kind]].read(content, where)
     # Absent are four of DINOv2 with registers, and none of the others.
     assumed = 4 if kind == "dinov2_with_registers" else 0
-    fields["num_registers"] = content.get("num_register_tokens", assumed)
+    fields["num_registers"] = count = content.get("num_register_tokens", assumed)
+    if type(count) is not int or count < 0:
+        raise ValueError(
+            f"{where} has num_register_tokens {count!r}; it must be a whole number, 0 or more"
+        )
     upscales = 2 if fields["patch_size"] % 4 == 0 else 1
     heads = {"num_blocks": min(4, fields["depth"]), "num_upscales": upscales}
-    return {"kind": "eomt", "backbone": _backbone(fields), **heads}
+    return {"kind": "eomt", "backbone": _backbone(fields, where), **heads}
 
 
-def _backbone(fields: dict[str, Any]) -> dict[str, Any]:
+def _backbone(fields: dict[str, Any], where: str) -> dict[str, Any]:
     side = fields.pop("image_size")
+    if side < fields["patch_size"]:
+        raise ValueError(
+            f"{where} has image_size {side}, less than one patch of {fields['patch_size']} pixels; "
+            "take it from where the weights are from"
+        )
     if "mlp_ratio" not in fields:
         return {**fields, "positions": "rotary", "key_bias": False}
     ffn_width = fields.pop("mlp_ratio") * fields["width"]

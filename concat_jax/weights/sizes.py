@@ -15,7 +15,8 @@ from concat_jax.weights.names.table import Naming, Shape
 # Published files round pixel statistics to three digits or to float32.
 _STATISTICS_TOLERANCE = 1e-3
 # What a field of a config has to be, by the type of its default.
-_KINDS = {int: "a whole number", float: "a number", str: "a word", list: "a list of whole numbers"}
+_KINDS = {int: "a whole number, 1 or more", float: "a number above 0", str: "a word"}
+_KINDS[list] = "a list of whole numbers, 1 or more"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _as_kind(value: Any, kind: type) -> Any:
         return None
     if kind is int:
         return int(value) if value == value // 1 and value >= 1 else None
-    return value
+    return value if kind is str or value > 0 else None
 
 
 def check_statistics(

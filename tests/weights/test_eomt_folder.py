@@ -53,7 +53,10 @@ def test_to_ours_and_back_bit_for_bit(family, tmp_path):
         names = "EomtDinov3ForUniversalSegmentation", "EomtDinov3Config"
     saved(tmp_path / "theirs", *names, **sizes, **HEADS)
     source = load_source(tmp_path / "theirs")
-    assert source.kind == "a Hugging Face EoMT" and not source.notes
+    assert source.kind == "a Hugging Face EoMT"
+    # No preprocessor_config.json: as config.json says.
+    assert (source.card.short_side, source.card.long_side) == (64, 64)
+    assert ["pictures are 64 square" in note for note in source.notes] == [True]
     wanted = BACKBONE if family == "eomt" else ROTARY
     assert make_segmentor(source.card.segmentor) == make_segmentor({**CONFIG, "backbone": wanted})
     save_model(tmp_path / "ours", source.params, source.card)
@@ -114,6 +117,12 @@ def test_config_and_preprocessing_round_trip():
     [
         ({"model_type": "eomt", "use_swiglu_ffn": True}, "use_swiglu_ffn True, which is not done"),
         ({"model_type": "eomt_dinov3", "key_bias": True}, "key_bias True, which is not done"),
+        ({"model_type": "eomt_dinov3", "rope_theta": 50.0}, "'rope_theta': 50.0.*not done here"),
+        ({"model_type": "eomt", "image_size": 8}, "image_size 8, less than one patch of 16 pixels"),
+        ({"model_type": "dinov2", "image_size": 8}, "image_size 8, less than one patch of 14"),
+        ({"model_type": "eomt", "num_queries": 0}, "num_queries 0; it must be a whole number, 1"),
+        ({"model_type": "eomt", "layer_norm_eps": -1}, "layer_norm_eps -1; it must be a number ab"),
+        ({"model_type": "dinov3_vit", "num_register_tokens": -1}, "tokens -1; it must be a whole"),
         ({"model_type": "videomt"}, "only 'mask2former', 'eomt', 'eomt_dinov3', 'dinov2'"),
     ],
 )
