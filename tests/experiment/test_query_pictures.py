@@ -28,6 +28,7 @@ class FakeSetup:
     predict = types.SimpleNamespace(batch_size=2)
     networks = types.SimpleNamespace(
         clip=None,
+        segmentor=types.SimpleNamespace(frozen=False, anneals=False),
         projector=types.SimpleNamespace(apply=lambda variables, queries: queries[..., :3]),
     )
     stages = {
