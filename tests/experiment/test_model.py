@@ -177,7 +177,11 @@ def test_every_way_to_a_prediction_agrees_on_one_image(experiment, tmp_path):
         .predictor(PredictConfig(short_side=64, long_side=64, **settings))(native["image"])
         .panoptic
     )
-    same(found, swept)
+    # A sweep is another program, which may round a score the other way.
+    np.testing.assert_array_equal(found.id_map, swept.id_map)
+    assert found.fates == swept.fates and len(found.segments) == len(swept.segments) > 0
+    for one, two in zip(found.segments, swept.segments, strict=True):
+        assert one == {**two, "score": pytest.approx(two["score"], rel=1e-6)}
     segments = [
         {"id": row + 1, "label": int(label)}
         for row, label in enumerate(native["segment_labels"])

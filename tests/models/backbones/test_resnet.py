@@ -103,7 +103,7 @@ def test_frozen_batch_norm_by_hand_and_without_gradient():
     [
         ({"block": "bottle"}, "block is 'bottle'; use one of bottleneck, basic"),
         ({"norm": "batch"}, "norm is 'batch'"),
-        ({"stem": "deep"}, "stem is 'deep'"),
+        ({"stem": "depe"}, "stem is 'depe'"),
         ({"stage_sizes": (2,) * 5}, r"stage_sizes is \(2, 2, 2, 2, 2\)"),
         ({"norm": "group", "width": 12, "num_groups": 8}, "width 12 .* num_groups 8"),
     ],
