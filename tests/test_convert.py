@@ -17,12 +17,8 @@ import pytest
 import safetensors.numpy
 
 from concat_jax import convert
-from concat_jax.models.segmentor import (
-    LinearClassifier,
-    make_segmentor,
-    mask_logits,
-    normalize_images,
-)
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.models.segmentor_output import LinearClassifier, mask_logits, normalize_images
 from concat_jax.weights.disk import check_destination
 from concat_jax.weights.model_folder import load_model
 from concat_jax.weights.names.mask2former import detectron2

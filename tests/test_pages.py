@@ -16,7 +16,8 @@ from concat_jax.benchmarking import cases
 from concat_jax.core.coco_writers import PanopticWriter
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.ablation_rows import SCORED
-from concat_jax.models.segmentor import LinearClassifier, make_segmentor
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.models.segmentor_output import LinearClassifier
 from concat_jax.weights.hugging_face_folder import save_hf_folder
 from concat_jax.weights.model_folder import ModelCard
 from data_pipelines.labels import load_label_space

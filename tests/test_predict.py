@@ -21,7 +21,8 @@ from concat_jax.inference.inputs import find_images
 from concat_jax.inference.model import Model
 from concat_jax.inference.panoptic import ImageSegments
 from concat_jax.inference.predictor import PredictConfig
-from concat_jax.models.segmentor import LinearClassifier, make_segmentor
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.models.segmentor_output import LinearClassifier
 from concat_jax.weights.model_folder import ModelCard, save_model
 from tests.coco_maps import panoptic_maps
 

@@ -21,12 +21,8 @@ from concat_jax.inference.panoptic import panoptic_inference
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
 from concat_jax.models.backbones.swin import SWIN_VARIANTS
 from concat_jax.models.networks import Networks, make_networks
-from concat_jax.models.segmentor import (
-    LinearClassifier,
-    make_segmentor,
-    mask_logits,
-    normalize_images,
-)
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.models.segmentor_output import LinearClassifier, mask_logits, normalize_images
 from concat_jax.models.vit import VIT_VARIANTS
 from concat_jax.stages.stage import LossFn
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer

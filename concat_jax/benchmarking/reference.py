@@ -13,7 +13,7 @@ import numpy as np
 from concat_jax.benchmarking import cases
 from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import Work
-from concat_jax.models.segmentor import IMAGENET_MEAN, IMAGENET_STD
+from concat_jax.models.segmentor_output import IMAGENET_MEAN, IMAGENET_STD
 from concat_jax.training.optimizer import OptimizerConfig
 
 

@@ -25,7 +25,8 @@ from concat_jax.inference.programs import Network
 from concat_jax.inference.result import Result, Results
 from concat_jax.inference.text_tower import TextTower
 from concat_jax.models.clip import MAX_LOGIT_SCALE
-from concat_jax.models.segmentor import DTYPES, make_segmentor
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.models.segmentor_output import DTYPES
 from concat_jax.text.tokenizer import Tokenizer, load_tokenizer
 from concat_jax.weights.model_folder import TOKENIZER_NAME, ModelCard, load_model, text_modules
 from data_pipelines.labels import Names, parse_classes

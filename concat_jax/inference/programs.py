@@ -16,7 +16,8 @@ from concat_jax.inference.assign_pixels import PixelCounts, RankedQueries, assig
 from concat_jax.inference.heads import ClassScores, ClipQueries, Head, Queries, bias_names
 from concat_jax.inference.panoptic import SegmentTables, rank_queries, settle_segments
 from concat_jax.inference.semantic import best_class, class_scores, semantic_inference
-from concat_jax.models.segmentor import Segmentor, mask_logits, normalize_images
+from concat_jax.models.mask2former import Segmentor
+from concat_jax.models.segmentor_output import mask_logits, normalize_images
 
 
 @flax.struct.dataclass

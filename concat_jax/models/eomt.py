@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.core.config import check_choice, check_fields
-from concat_jax.models.clip_encoder import ClipEncoder, make_clip_encoder
 from concat_jax.models.ops.linear import Dense
 from concat_jax.models.ops.transformer_block import ACTIVATIONS, SWIGLU, Block, layer_norm
 from concat_jax.models.ops.valid_area import resize_bilinear, valid_mask, valid_size, zero_beyond
@@ -27,7 +26,14 @@ from concat_jax.models.segmentor_output import (
     SegmentorOutput,
     mask_logits,
 )
-from concat_jax.models.vit import VIT_VARIANTS, Rotation, ViT, rotations
+from concat_jax.models.vit import (
+    VIT_VARIANTS,
+    ClipEncoder,
+    Rotation,
+    ViT,
+    make_clip_encoder,
+    rotations,
+)
 
 # EoMT-L on DINOv2, as published for COCO panoptic at 640 x 640.
 DEFAULTS: Mapping[str, Any] = {

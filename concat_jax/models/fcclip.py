@@ -18,16 +18,15 @@ import jax.numpy as jnp
 from concat_jax.models.clip import CLIP, make_clip
 from concat_jax.models.clip_images import normalize_clip_images
 from concat_jax.models.clip_pooling import STRIDE, make_conv_tower, masked_mean
+from concat_jax.models.mask2former import Segmentor, make_decoders
 from concat_jax.models.ops.linear import Dense
 from concat_jax.models.ops.valid_area import resize_within, valid_size
-from concat_jax.models.pixel_decoder import NORM_EPSILON, PixelDecoder
+from concat_jax.models.pixel_decoder import NORM_EPSILON
 from concat_jax.models.segmentor_output import (
-    DTYPES,
     ClipEmbeddings,
     SegmentorOutput,
     mask_logits,
 )
-from concat_jax.models.transformer_decoder import TransformerDecoder
 
 # `configs/coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k.yaml`.
 DEFAULTS: Mapping[str, Any] = {
@@ -46,42 +45,16 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-class FCCLIP(nn.Module):
+class FCCLIP(Segmentor):
     """Images in; of the last prediction set alone queries, masks and CLIP's embeddings of them.
 
     Attributes:
       backbone, pooling: the two parts of CLIP's image tower, see `make_conv_tower`.
-      pixel_decoder, transformer_decoder: as `Segmentor` has them.
     """
 
-    backbone: nn.Module
     pooling: nn.Module
-    pixel_decoder: nn.Module
-    transformer_decoder: nn.Module
-    dtype: Any = jnp.float32
-    anneals = gives_clip_tokens = False
     frozen = True
     normalize = staticmethod(normalize_clip_images)
-
-    @property
-    def width(self) -> int:
-        """Of the queries."""
-        return self.transformer_decoder.width
-
-    @property
-    def num_queries(self) -> int:
-        """Of an image."""
-        return self.transformer_decoder.num_queries
-
-    @property
-    def stride(self) -> int:
-        """Pixels from one mask feature to the next."""
-        return self.backbone.stride
-
-    @staticmethod
-    def query_norm(params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Scale and bias [D] of the norm that the queries come out of."""
-        return params["transformer_decoder"]["decoder_norm"]
 
     @nn.compact
     def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> SegmentorOutput:
@@ -128,22 +101,4 @@ def tower_of(settings: Mapping[str, Any]) -> CLIP:
 def make_fcclip(settings: Mapping[str, Any]) -> FCCLIP:
     """An FC-CLIP from all its fields; `clip` holds those of `make_clip`."""
     backbone, pooling = make_conv_tower(tower_of(settings))
-    shared = {"width": settings["width"], "num_heads": settings["num_heads"]}
-    shared |= {"dtype": DTYPES[settings["dtype"]], "stride": backbone.stride}
-    return FCCLIP(
-        backbone=backbone,
-        pooling=pooling,
-        pixel_decoder=PixelDecoder(
-            num_layers=settings["num_encoder_layers"],
-            num_points=settings["num_points"],
-            ffn_width=settings["ffn_width"],
-            num_groups=settings["num_groups"],
-            **shared,
-        ),
-        transformer_decoder=TransformerDecoder(
-            num_queries=settings["num_queries"],
-            num_layers=settings["num_decoder_layers"],
-            ffn_width=settings["decoder_ffn_width"],
-            **shared,
-        ),
-    )
+    return FCCLIP(backbone, pooling=pooling, **make_decoders(settings, backbone.stride))

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from concat_jax.core.config import check_fields
 from concat_jax.models.clip import CLIP, make_clip
 from concat_jax.models.generators import make_generator
-from concat_jax.models.segmentor import Segmentor, make_segmentor
+from concat_jax.models.mask2former import Segmentor
+from concat_jax.models.segmentor import make_segmentor
 from concat_jax.models.semantic_projector import SemanticProjector
 
 Params = dict[str, Any]

@@ -1,153 +1,15 @@
-"""The segmentor: backbone, pixel decoder and transformer decoder of Mask2Former, without classes.
-
-Source: Cheng et al., arXiv 2112.01527; Mask2Former `mask2former/maskformer_model.py`. Which class a
-query holds is decided outside, from `SegmentorOutput.queries`: by text through the semantic
-projector, or by `LinearClassifier` where converted weights bring a linear head.
-"""
+"""Segmentors by the `kind` of a config."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-
-from concat_jax.core.config import check_choice, check_fields, check_type
-from concat_jax.models import eomt, fcclip
-from concat_jax.models.backbones import BACKBONES
-from concat_jax.models.pixel_decoder import PixelDecoder
-from concat_jax.models.segmentor_output import DTYPES as DTYPES
-from concat_jax.models.segmentor_output import IMAGENET_MEAN as IMAGENET_MEAN
-from concat_jax.models.segmentor_output import IMAGENET_STD as IMAGENET_STD
-from concat_jax.models.segmentor_output import LinearClassifier as LinearClassifier
-from concat_jax.models.segmentor_output import SegmentorOutput
-from concat_jax.models.segmentor_output import mask_logits as mask_logits
-from concat_jax.models.segmentor_output import normalize_images as normalize_images
-from concat_jax.models.transformer_decoder import TransformerDecoder
-
-# Mask2Former R50, `configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml`.
-DEFAULTS: Mapping[str, Any] = {
-    "kind": "mask2former",
-    "backbone": {"kind": "resnet"},
-    "width": 256,
-    "num_queries": 100,
-    "num_decoder_layers": 9,
-    "num_encoder_layers": 6,
-    "num_heads": 8,
-    "num_points": 4,
-    "ffn_width": 1024,
-    "decoder_ffn_width": 2048,
-    "num_groups": 32,
-    "remat": False,
-    "scan_layers": False,
-    "dtype": "float32",
-}
-
-
-class Segmentor(nn.Module):
-    """Images in, queries and mask features out. Each part has the image_size as last argument.
-
-    Attributes:
-      backbone: returns four maps [B, H/s, W/s, C_s], s = 4, 8, 16, 32.
-      pixel_decoder: those maps -> (mask_features, three scales).
-      transformer_decoder: (scales, mask_features) -> (queries, mask_embeddings).
-    """
-
-    backbone: nn.Module
-    pixel_decoder: nn.Module
-    transformer_decoder: nn.Module
-    anneals = frozen = gives_clip_tokens = False
-
-    @property
-    def width(self) -> int:
-        """Of the queries."""
-        return self.transformer_decoder.width
-
-    @property
-    def num_queries(self) -> int:
-        """Of an image."""
-        return self.transformer_decoder.num_queries
-
-    @staticmethod
-    def query_norm(params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Scale and bias [D] of the norm that the queries come out of."""
-        return params["transformer_decoder"]["decoder_norm"]
-
-    @property
-    def stride(self) -> int:
-        """Pixels from one mask feature to the next."""
-        return self.backbone.stride
-
-    def __call__(self, images: jax.Array, image_size: jax.Array | None = None) -> SegmentorOutput:
-        """Segment a batch of images [B, H, W, 3] float from `normalize_images`.
-
-        `image_size` [B, 2] int32 is the (height, width) of each image's valid area at the top left;
-        None where nothing is padded. The rest is padding, whatever its values: the output is that
-        of the unpadded image run alone at its own size. Of the mask features the first
-        ceil(height / 4) rows and ceil(width / 4) columns belong to the image; the rest is zero.
-        """
-        if image_size is not None:
-            # At least a pixel: statistics and softmaxes over nothing would be NaN.
-            image_size = jnp.clip(image_size, 1, jnp.asarray(images.shape[1:3]))
-        features = self.backbone(images, image_size)
-        mask_features, scales = self.pixel_decoder(features, image_size)
-        queries, mask_embeddings = self.transformer_decoder(scales, mask_features, image_size)
-        return SegmentorOutput(queries, mask_embeddings, mask_features)
-
-
-def make_mask2former(settings: Mapping[str, Any]) -> Segmentor:
-    """A Mask2Former from all its fields.
-
-    `backbone` holds `kind` (a key of `BACKBONES`) and the fields of that backbone, as `{"kind":
-    "swin", **SWIN_VARIANTS["tiny"]}`; its num_groups, remat and scan_layers are the outer ones
-    unless given, its dtype always. `ffn_width` is the encoder's, `decoder_ffn_width` the decoder's.
-    """
-    dtype = DTYPES[settings["dtype"]]
-    for divisor in ("num_heads", "num_groups"):
-        if settings["width"] % settings[divisor]:
-            raise ValueError(
-                f"The segmentor's width {settings['width']} is not divisible by {divisor} "
-                f"{settings[divisor]}; change one of them."
-            )
-
-    backbone = dict(settings["backbone"])
-    kind = backbone.pop("kind", "resnet")
-    if kind not in BACKBONES:
-        raise ValueError(f"Backbone kind is {kind!r}; use one of {', '.join(BACKBONES)}.")
-    backbone_class = BACKBONES[kind]
-    what = f"The backbone config of kind {kind!r} has no key"
-    check_fields(backbone, backbone_class, what, "dtype")
-    for field in {"num_groups", "remat", "scan_layers"}.intersection(
-        backbone_class.__dataclass_fields__
-    ):
-        backbone.setdefault(field, settings[field])
-    backbone = {k: tuple(v) if isinstance(v, list) else v for k, v in backbone.items()}
-
-    shared = {"width": settings["width"], "num_heads": settings["num_heads"]}
-    shared |= {"remat": settings["remat"], "scan_layers": settings["scan_layers"], "dtype": dtype}
-    built_backbone = backbone_class(dtype=dtype, **backbone)
-    shared["stride"] = built_backbone.stride
-    return Segmentor(
-        backbone=built_backbone,
-        pixel_decoder=PixelDecoder(
-            num_layers=settings["num_encoder_layers"],
-            num_points=settings["num_points"],
-            ffn_width=settings["ffn_width"],
-            num_groups=settings["num_groups"],
-            **shared,
-        ),
-        transformer_decoder=TransformerDecoder(
-            num_queries=settings["num_queries"],
-            num_layers=settings["num_decoder_layers"],
-            ffn_width=settings["decoder_ffn_width"],
-            **shared,
-        ),
-    )
-
+from concat_jax.core.config import check_choice, check_type
+from concat_jax.models import eomt, fcclip, mask2former
+from concat_jax.models.segmentor_output import DTYPES
 
 # By the `kind` of a config: its fields with their defaults, and what makes a segmentor of all.
 SEGMENTORS = {
-    "mask2former": (DEFAULTS, make_mask2former),
+    "mask2former": (mask2former.DEFAULTS, mask2former.make_mask2former),
     "eomt": (eomt.DEFAULTS, eomt.make_eomt),
     "fcclip": (fcclip.DEFAULTS, fcclip.make_fcclip),
 }
@@ -158,7 +20,7 @@ def segmentor_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for an unknown key (the nearest valid one is named), kind or dtype.
     """
-    kind = config.get("kind", DEFAULTS["kind"])
+    kind = config.get("kind", mask2former.DEFAULTS["kind"])
     check_choice(kind, SEGMENTORS, "The segmentor's kind is")
     defaults, _ = SEGMENTORS[kind]
     for key in config:
@@ -170,7 +32,7 @@ def segmentor_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def make_segmentor(config: Mapping[str, Any]) -> Segmentor | eomt.EoMT | fcclip.FCCLIP:
+def make_segmentor(config: Mapping[str, Any]) -> mask2former.Segmentor | eomt.EoMT:
     """A segmentor from a nested mapping, see `segmentor_settings`; ValueError if it cannot be."""
     settings = segmentor_settings(config)
     return SEGMENTORS[settings["kind"]][1](settings)

@@ -1,4 +1,4 @@
-"""Plain vision transformers as encoders of a segmentor: DINOv2 and DINOv3.
+"""Plain vision transformers as encoders of a segmentor: DINOv2, DINOv3 and CLIP's image tower.
 
 Oquab et al., arXiv 2304.07193; registers of Darcet et al., arXiv 2309.16588; Siméoni et al.,
 arXiv 2508.10104. Sources: `transformers` `models/dinov2_with_registers` and `models/dinov3_vit`.
@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.models.clip import VisionTower, make_clip
+from concat_jax.models.clip_images import normalize_clip_images
 from concat_jax.models.ops.layers_in_turn import run_in_turn
 from concat_jax.models.ops.linear import Dense
 from concat_jax.models.ops.transformer_block import Block, layer_norm
+from concat_jax.models.segmentor_output import unnormalize_images
 
 Rotation = tuple[np.ndarray, np.ndarray]
 
@@ -167,3 +170,35 @@ class ViT(nn.Module):
         """Normalised tokens [B, 1 + registers + patches, D] float32 of images [B, H, W, 3]."""
         x, rotation = self.embed(images)
         return self.norm(self.run(x, rotation, 0, self.depth))
+
+
+class ClipEncoder(VisionTower):
+    """CLIP's image tower in the place of `ViT`, with the parameters of a "vision_model"."""
+
+    rotary_theta: float = 100.0  # of what turns; CLIP's own positions are learned
+
+    def embed(self, images: jax.Array) -> tuple[jax.Array, None]:
+        """Class token and patches of images from `normalize_images`, and how they turn: not."""
+        return super().embed(normalize_clip_images(unnormalize_images(images))), None
+
+    def run(self, x: jax.Array, rotation: None, first: int, last: int) -> jax.Array:
+        return super().run(x, first, last)
+
+    def run_masked(
+        self, x: jax.Array, rotation: None, index: int, allowed: jax.Array | None
+    ) -> jax.Array:
+        return self.layers[index](x, None, allowed)
+
+    def norm(self, x: jax.Array) -> jax.Array:
+        return self.post_layernorm(x).astype("float32")
+
+
+def make_clip_encoder(fields: Mapping[str, Any]) -> ClipEncoder:
+    """The encoder with the sizes of a `make_clip` config; ValueError if its tower is no ViT."""
+    clip = make_clip(fields)
+    if clip.image_tower != "vit":
+        raise ValueError(
+            f"The encoder of an EoMT is a ViT and CLIP's image tower is a {clip.image_tower}; "
+            'take a variant such as "ViT-B/16".'
+        )
+    return ClipEncoder(**clip.vision_fields)

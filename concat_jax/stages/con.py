@@ -19,7 +19,7 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses import alignment
 from concat_jax.losses.segmentation import segmentation_loss
 from concat_jax.models.clip import CLIP
-from concat_jax.models.segmentor import normalize_images
+from concat_jax.models.segmentor_output import normalize_images
 from concat_jax.stages.clip_targets import CropConfig, clip_targets, token_targets
 from concat_jax.stages.stage import NO_DECAY, TEXT, Context, Stage
 

@@ -18,7 +18,7 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.matching import labels_of_queries
 from concat_jax.losses.segmentation import match_queries
 from concat_jax.models.networks import Params
-from concat_jax.models.segmentor import normalize_images
+from concat_jax.models.segmentor_output import normalize_images
 from concat_jax.stages.clip_targets import clip_targets
 from concat_jax.stages.con import training_labels
 from concat_jax.stages.stage import MATCHING_PROJECTOR, TEXT, Batch, Context, Stage

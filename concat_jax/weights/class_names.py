@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.models.segmentor import LinearClassifier
+from concat_jax.models.segmentor_output import LinearClassifier
 from concat_jax.weights.hugging_face_folder import EXTRA_KEY
 from concat_jax.weights.model_folder import Params
 from concat_jax.weights.report import LoadingReport, name_keys, shapes_of

@@ -15,7 +15,8 @@ import numpy as np
 import safetensors.numpy
 
 from concat_jax.core import files
-from concat_jax.models.segmentor import IMAGENET_MEAN, IMAGENET_STD, segmentor_settings
+from concat_jax.models.segmentor import segmentor_settings
+from concat_jax.models.segmentor_output import IMAGENET_MEAN, IMAGENET_STD
 from concat_jax.weights import eomt
 from concat_jax.weights.backbones import FORMATS
 from concat_jax.weights.disk import new_folder

@@ -20,7 +20,8 @@ from concat_jax.core.config import build
 from concat_jax.core.files import as_path, on_disk, read_json, write_json
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.clip import CLIP, make_clip
-from concat_jax.models.segmentor import LinearClassifier, make_segmentor, segmentor_settings
+from concat_jax.models.segmentor import make_segmentor, segmentor_settings
+from concat_jax.models.segmentor_output import LinearClassifier
 from concat_jax.models.semantic_projector import SemanticProjector
 from concat_jax.text.tokenizer import Tokenizer, save_tokenizer
 from concat_jax.weights.disk import CARD_NAME, new_folder

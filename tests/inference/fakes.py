@@ -10,7 +10,7 @@ import numpy as np
 
 from concat_jax.inference.heads import ClassScores
 from concat_jax.inference.programs import Network
-from concat_jax.models.segmentor import SegmentorOutput
+from concat_jax.models.segmentor_output import SegmentorOutput
 
 # Pixels of images: void, and one bright channel for each of three queries.
 COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)

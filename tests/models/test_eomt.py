@@ -7,7 +7,8 @@ import pytest
 
 from concat_jax.losses.masks import few_point_logits, point_logits, sample_features
 from concat_jax.models.eomt import BLACK, mask_rate
-from concat_jax.models.segmentor import LinearClassifier, make_segmentor, mask_logits
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.models.segmentor_output import LinearClassifier, mask_logits
 from concat_jax.weights.names.table import find, to_ours, to_theirs
 from concat_jax.weights.names.vit import hugging_face
 from concat_jax.weights.report import shapes_of

@@ -12,7 +12,8 @@ from concat_jax.models.backbones import swin as swin_lib
 from concat_jax.models.ops.position_encoding import sine_position_encoding
 from concat_jax.models.ops.valid_area import resize_within, valid_mask, valid_size, zero_beyond
 from concat_jax.models.pixel_decoder import reference_grid
-from concat_jax.models.segmentor import make_segmentor, mask_logits, normalize_images
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.models.segmentor_output import mask_logits, normalize_images
 from concat_jax.models.transformer_decoder import attention_block_mask
 from tests.golden.cases import relative_error
 

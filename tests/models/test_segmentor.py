@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from concat_jax.models import segmentor as segmentor_lib
-from concat_jax.models.segmentor import make_segmentor, mask_logits, normalize_images
+from concat_jax.models import mask2former
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.models.segmentor_output import (
+    LinearClassifier,
+    mask_logits,
+    normalize_images,
+)
 from concat_jax.models.transformer_decoder import MultiHeadAttention, attention_block_mask
 from concat_jax.weights import segmentors
 from concat_jax.weights.names.mask2former import hugging_face
@@ -36,7 +41,7 @@ def make_reference(config):
     """A Hugging Face Mask2Former of the same shape with random weights and norm statistics."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    settings = {**segmentor_lib.DEFAULTS, **config}
+    settings = {**mask2former.DEFAULTS, **config}
     backbone = settings["backbone"]
     width = backbone.get("width", 64)
     backbone_config = transformers.ResNetConfig(
@@ -80,7 +85,7 @@ def make_reference(config):
 
 def predict(config, params, images):
     """Output, class logits and mask logits of every prediction set."""
-    model, classifier = make_segmentor(config), segmentor_lib.LinearClassifier(NUM_CLASSES)
+    model, classifier = make_segmentor(config), LinearClassifier(NUM_CLASSES)
 
     def apply(params, images):
         output = model.apply({"params": params["segmentor"]}, images)

@@ -16,12 +16,8 @@ import pytest
 from PIL import Image
 
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
-from concat_jax.models.segmentor import (
-    LinearClassifier,
-    make_segmentor,
-    mask_logits,
-    normalize_images,
-)
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.models.segmentor_output import LinearClassifier, mask_logits, normalize_images
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,8 @@ from flax import traverse_util
 
 from concat_jax.inference.panoptic import panoptic_inference
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
-from concat_jax.models.segmentor import LinearClassifier, make_segmentor, mask_logits
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.models.segmentor_output import LinearClassifier, mask_logits
 from concat_jax.weights.hugging_face_folder import segmentor_config_from_hf
 from concat_jax.weights.segmentors import segmentor_params_from_hf
 from tests.golden.cases import draw_weights

@@ -17,7 +17,9 @@ from concat_jax.exporting.formats import FORMATS
 from concat_jax.exporting.program import deviation, make_program
 from concat_jax.inference.model import Model
 from concat_jax.inference.predictor import PredictConfig
-from concat_jax.models.segmentor import DEFAULTS, LinearClassifier, make_segmentor
+from concat_jax.models.mask2former import DEFAULTS
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.models.segmentor_output import LinearClassifier
 from concat_jax.weights.model_folder import ModelCard, abstract_params
 from data_pipelines.synthetic.world import draw_scenes
 from tests import tiny

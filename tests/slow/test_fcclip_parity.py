@@ -6,7 +6,10 @@ By golden files of `tests/golden/make_fcclip.py`, for 20 queries of 250; `-s` pr
 import pytest
 
 from tests.golden import cases
-from tests.inference.test_fcclip import compare
+
+pytest.importorskip("torch")  # which the quick test's file wants, too
+
+from tests.inference.test_fcclip import compare  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

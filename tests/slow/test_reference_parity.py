@@ -18,12 +18,8 @@ from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_
 from concat_jax.models import pixel_decoder, transformer_decoder
 from concat_jax.models.backbones import resnet
 from concat_jax.models.backbones.swin import SWIN_VARIANTS
-from concat_jax.models.segmentor import (
-    LinearClassifier,
-    make_segmentor,
-    mask_logits,
-    normalize_images,
-)
+from concat_jax.models.segmentor import make_segmentor
+from concat_jax.models.segmentor_output import LinearClassifier, mask_logits, normalize_images
 from concat_jax.models.transformer_decoder import attention_block_mask
 from concat_jax.weights.segmentors import segmentor_params_from_hf
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from concat_jax.core.batch import TARGET_FIELDS
-from concat_jax.models.segmentor import normalize_images
+from concat_jax.models.segmentor_output import normalize_images
 from concat_jax.stages import con
 from concat_jax.stages.clip_targets import clip_targets
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer, path_name

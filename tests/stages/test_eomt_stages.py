@@ -10,7 +10,7 @@ import pytest
 from concat_jax.core.batch import PROGRESS
 from concat_jax.models.clip_images import l2_normalize, normalize_clip_images
 from concat_jax.models.networks import make_networks
-from concat_jax.models.segmentor import normalize_images
+from concat_jax.models.segmentor_output import normalize_images
 from concat_jax.stages import cat, con, finetune
 from concat_jax.stages.clip_targets import CropConfig, patch_regions, token_targets
 from concat_jax.stages.stage import TEXT, Stage

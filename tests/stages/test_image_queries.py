@@ -14,8 +14,9 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.batches import BankConfig, fill_bank
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.generators import QueryGenerator
+from concat_jax.models.mask2former import Segmentor
 from concat_jax.models.networks import Networks
-from concat_jax.models.segmentor import Segmentor, SegmentorOutput
+from concat_jax.models.segmentor_output import SegmentorOutput
 from concat_jax.models.semantic_projector import SemanticProjector
 from concat_jax.stages import cat, finetune
 from concat_jax.stages.queries import (

@@ -6,7 +6,8 @@ import pytest
 
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.backbones.swin import SWIN_VARIANTS
-from concat_jax.models.segmentor import DEFAULTS, make_segmentor
+from concat_jax.models.mask2former import DEFAULTS
+from concat_jax.models.segmentor import make_segmentor
 from concat_jax.weights.class_names import classes_from_hf
 from concat_jax.weights.hugging_face_folder import (
     check_preprocessing,
