@@ -22,7 +22,7 @@ from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_
 from concat_jax.models.backbones.swin import SWIN_VARIANTS
 from concat_jax.models.networks import Networks, make_networks
 from concat_jax.models.segmentor import make_segmentor
-from concat_jax.models.segmentor_output import LinearClassifier, mask_logits, normalize_images
+from concat_jax.models.segmentor_output import LinearClassifier, mask_logits, training_arguments
 from concat_jax.models.vit import VIT_VARIANTS
 from concat_jax.stages.stage import LossFn
 from concat_jax.training.optimizer import OptimizerConfig, label_params, make_optimizer
@@ -164,7 +164,7 @@ def _forward(case: Case, segmentor, classifier, params: Any, vocabulary) -> Work
 
     @jax.jit
     def predict(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        output = segmentor.apply({"params": params["segmentor"]}, normalize_images(images))
+        output = segmentor.apply({"params": params["segmentor"]}, segmentor.normalize(images))
         queries = output.queries[:, -1]
         return {
             "class_logits": classifier.apply({"params": params["classifier"]}, queries),
@@ -202,14 +202,12 @@ def _postprocess(case: Case, segmentor, classifier, params: Any, vocabulary) -> 
 
 def _train(case: Case, segmentor, classifier, params: Any, vocabulary) -> Work:
     def loss(params, frozen, batch, rng):
-        masks = {}
-        if segmentor.anneals:  # at the beginning of a training, where all queries are masked
-            masks = {
-                "rngs": {"masks": jax.random.fold_in(rng, 1)},
-                PROGRESS: jnp.zeros(len(batch["image"])),
-            }
-        images = normalize_images(batch["image"])
-        output = segmentor.apply({"params": params["segmentor"]}, images, **masks)
+        begun = {PROGRESS: jnp.zeros(len(batch["image"]))}  # where an EoMT masks all its queries
+        output = segmentor.apply(
+            {"params": params["segmentor"]},
+            segmentor.normalize(batch["image"]),
+            **training_arguments(segmentor, rng, begun),
+        )
         terms = segmentation_loss(
             rng,
             classifier.apply({"params": params["classifier"]}, output.queries),

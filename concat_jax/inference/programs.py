@@ -17,7 +17,7 @@ from concat_jax.inference.heads import ClassScores, ClipQueries, Head, Queries, 
 from concat_jax.inference.panoptic import SegmentTables, rank_queries, settle_segments
 from concat_jax.inference.semantic import best_class, class_scores, semantic_inference
 from concat_jax.models.mask2former import Segmentor
-from concat_jax.models.segmentor_output import mask_logits, normalize_images
+from concat_jax.models.segmentor_output import mask_logits
 
 
 @flax.struct.dataclass
@@ -79,8 +79,7 @@ def look(
 ) -> tuple[jax.Array, Queries]:
     """Mask logits [B, N, h, w] of images [B, H, W, 3] uint8, and what a head names queries by."""
     module = segmentor.module
-    normalize = getattr(module, "normalize", normalize_images)
-    output = module.apply({"params": segmentor.params}, normalize(images), image_size)
+    output = module.apply({"params": segmentor.params}, module.normalize(images), image_size)
     logits = mask_logits(output.mask_embeddings[:, -1], output.mask_features)
     queries = output.queries[:, -1]
     return logits, queries if output.clip is None else ClipQueries(queries, output.clip)

@@ -25,6 +25,7 @@ from concat_jax.models.segmentor_output import (
     IMAGENET_STD,
     SegmentorOutput,
     mask_logits,
+    normalize_images,
 )
 from concat_jax.models.vit import (
     VIT_VARIANTS,
@@ -124,6 +125,7 @@ class EoMT(nn.Module):
     remat: bool = False
     dtype: Any = jnp.float32
     anneals = True
+    normalize = staticmethod(normalize_images)
 
     @property
     def stride(self) -> int:

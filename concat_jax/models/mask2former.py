@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from concat_jax.core.config import check_fields
 from concat_jax.models.backbones import BACKBONES
 from concat_jax.models.pixel_decoder import PixelDecoder
-from concat_jax.models.segmentor_output import DTYPES, SegmentorOutput
+from concat_jax.models.segmentor_output import DTYPES, SegmentorOutput, normalize_images
 from concat_jax.models.transformer_decoder import TransformerDecoder
 
 # Mask2Former R50, `configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml`.
@@ -52,6 +52,7 @@ class Segmentor(nn.Module):
     pixel_decoder: nn.Module
     transformer_decoder: nn.Module
     anneals = frozen = gives_clip_tokens = False
+    normalize = staticmethod(normalize_images)
 
     @property
     def width(self) -> int:

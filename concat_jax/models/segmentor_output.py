@@ -3,17 +3,20 @@
 A segmentor is a linen module (images, image_size) -> `SegmentorOutput` with attributes `stride`,
 `width` and `num_queries`; `query_norm`, which finds in its parameters the norm that queries come
 out of; `frozen`, whether nothing trains its subtree "backbone"; `gives_clip_tokens`; `anneals`: in
-training its call also takes the batch's `progress`, and a key "masks"; and `normalize`, where its
-images are not ImageNet's.
+training its call also takes what `training_arguments` gives; and `normalize`, which makes its input
+of images [..., 3] uint8.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from concat_jax.core.batch import PROGRESS
 
 # RGB statistics of ImageNet in 0..255, as every published Mask2Former uses them.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -56,6 +59,15 @@ def normalize_images(images: jax.Array) -> jax.Array:
     mean = np.asarray(IMAGENET_MEAN, np.float32)
     std = np.asarray(IMAGENET_STD, np.float32)
     return (jnp.asarray(images, jnp.float32) - mean) / std
+
+
+def training_arguments(
+    segmentor: Any, rng: jax.Array, batch: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+    """Further arguments of a segmentor's call in training; draws apart from `split(rng)`."""
+    if not segmentor.anneals:
+        return {}
+    return {"rngs": {"masks": jax.random.fold_in(rng, 1)}, PROGRESS: batch[PROGRESS]}
 
 
 def unnormalize_images(images: jax.Array) -> jax.Array:

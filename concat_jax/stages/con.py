@@ -19,7 +19,7 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses import alignment
 from concat_jax.losses.segmentation import segmentation_loss
 from concat_jax.models.clip import CLIP
-from concat_jax.models.segmentor_output import normalize_images
+from concat_jax.models.segmentor_output import training_arguments
 from concat_jax.stages.clip_targets import CropConfig, clip_targets, token_targets
 from concat_jax.stages.stage import NO_DECAY, TEXT, Context, Stage
 
@@ -154,12 +154,11 @@ def make_stage(context: Context, config: Config) -> Stage:
 
     def loss(params, frozen, batch, rng):
         labels = training_labels(batch["segment_labels"], batch["segment_is_crowd"], vocabulary)
-        masks = {}
-        if networks.segmentor.anneals:
-            # Apart from the keys that the loss splits off.
-            masks = {"rngs": {"masks": jax.random.fold_in(rng, 1)}, PROGRESS: batch[PROGRESS]}
-        output = networks.segmentor.apply(
-            {"params": params["segmentor"]}, normalize_images(batch["image"]), **masks
+        segmentor = networks.segmentor
+        output = segmentor.apply(
+            {"params": params["segmentor"]},
+            segmentor.normalize(batch["image"]),
+            **training_arguments(segmentor, rng, batch),
         )
         projector = {"params": params["projector"]}
         semantic = networks.projector.apply(projector, output.queries)  # [B, L, N, C]

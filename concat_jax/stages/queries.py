@@ -18,7 +18,6 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.matching import labels_of_queries
 from concat_jax.losses.segmentation import match_queries
 from concat_jax.models.networks import Params
-from concat_jax.models.segmentor_output import normalize_images
 from concat_jax.stages.clip_targets import clip_targets
 from concat_jax.stages.con import training_labels
 from concat_jax.stages.stage import MATCHING_PROJECTOR, TEXT, Batch, Context, Stage
@@ -44,7 +43,7 @@ def extract_queries(
     networks, vocabulary = context.networks, context.vocabulary
     rows = training_labels(batch["segment_labels"], batch["segment_is_crowd"], vocabulary)
     output = networks.segmentor.apply(
-        {"params": params["segmentor"]}, normalize_images(batch["image"])
+        {"params": params["segmentor"]}, networks.segmentor.normalize(batch["image"])
     )
     queries = output.queries[:, -1]
     logits = networks.projector.apply(

@@ -10,7 +10,7 @@ import numpy as np
 
 from concat_jax.inference.heads import ClassScores
 from concat_jax.inference.programs import Network
-from concat_jax.models.segmentor_output import SegmentorOutput
+from concat_jax.models.segmentor_output import SegmentorOutput, normalize_images
 
 # Pixels of images: void, and one bright channel for each of three queries.
 COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
@@ -22,6 +22,7 @@ class FakeSegmentor:
 
     traced: list[tuple[tuple[int, ...], bool]] = dataclasses.field(default_factory=list)
     stride: int = 2
+    normalize = staticmethod(normalize_images)
 
     def apply(self, variables, images, image_size):
         self.traced.append((images.shape, image_size is not None))

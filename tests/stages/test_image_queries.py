@@ -1,5 +1,6 @@
 """Images in the loop: the loss of the bank for the same images, and gradients where they belong."""
 
+import dataclasses
 import functools
 import types
 
@@ -16,7 +17,7 @@ from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.generators import QueryGenerator
 from concat_jax.models.mask2former import Segmentor
 from concat_jax.models.networks import Networks
-from concat_jax.models.segmentor_output import SegmentorOutput
+from concat_jax.models.segmentor_output import SegmentorOutput, normalize_images
 from concat_jax.models.semantic_projector import SemanticProjector
 from concat_jax.stages import cat, finetune
 from concat_jax.stages.queries import (
@@ -46,6 +47,7 @@ class PatchSegmentor(nn.Module):
     """Queries from the image's patches: a segmentor that compiles in no time."""
 
     query_norm = staticmethod(Segmentor.query_norm)
+    normalize = staticmethod(normalize_images)
 
     @nn.compact
     def __call__(self, images):
@@ -127,6 +129,23 @@ def bank_queries():
     )
     params = {"segmentor": SEGMENTOR, "projector": PROJECTOR}
     return jax.device_get(extract(params, image_batch()))
+
+
+def test_a_segmentor_normalises_its_images_itself():
+    class Reversed(PatchSegmentor):
+        normalize = staticmethod(lambda images: normalize_images(images[..., ::-1]))
+
+    networks = dataclasses.replace(NETWORKS, segmentor=Reversed())
+    batch = image_batch()
+    batch["image"] = batch["image"][..., ::-1]
+    found = extract_queries(
+        dataclasses.replace(CONTEXT, networks=networks),
+        {"segmentor": SEGMENTOR, "projector": PROJECTOR},
+        TEXT,
+        batch,
+        matching_key(KEY),
+    )
+    np.testing.assert_allclose(found["queries"], bank_queries()["queries"], atol=1e-5)
 
 
 @functools.cache
