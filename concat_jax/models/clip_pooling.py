@@ -14,8 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from concat_jax.models.backbones.convnext import ConvNeXt, layer_norm
+from concat_jax.models.backbones.convnext import NORM_EPSILON, ConvNeXt
 from concat_jax.models.backbones.resnet import BOTTLENECK_EXPANSION, ResNet
+from concat_jax.models.ops.transformer_block import layer_norm
 from concat_jax.models.ops.valid_area import resize_within, valid_mask
 
 # Pixels from one place of the last map to the next.
@@ -117,7 +118,7 @@ class MeanPool(nn.Module):
         """As `AttentionPool`."""
         values = features.reshape(features.shape[0], -1, features.shape[-1])
         x = masked_mean(values, _weights(masks, features, size))
-        x = layer_norm(self.dtype, "norm")(x)
+        x = layer_norm(self.dtype, "norm", NORM_EPSILON)(x)
         if self.projection == "mlp":
             x = nn.Dense(2 * self.embed_dim, dtype=self.dtype, name="fc1")(x)
             x = jax.nn.gelu(x, approximate=False)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.core.config import check_choice, check_fields
+from concat_jax.models.ops.convolution import depthwise_by_shifts
 from concat_jax.models.ops.linear import Dense
 from concat_jax.models.ops.transformer_block import ACTIVATIONS, SWIGLU, Block, layer_norm
 from concat_jax.models.ops.valid_area import resize_bilinear, valid_mask, valid_size, zero_beyond
@@ -91,14 +92,9 @@ class Upscale(nn.Module):
         x = jnp.einsum("bhwc,cijd->bhiwjd", x, kernel)
         x = x.reshape(batch, 2 * height, 2 * width, channels) + bias
         x = jax.nn.gelu(x, approximate=False)
-        # One filter a channel: nine shifted copies, scaled and added.
         around = self.param("around_kernel", _torch_init, (3, 3, 1, channels)).astype(self.dtype)
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        x = sum(
-            padded[:, i : i + 2 * height, j : j + 2 * width] * around[i, j]
-            for i in range(3)
-            for j in range(3)
-        )
+        # By shifts on a TPU, too, whose compiler takes three times as long for groups.
+        x = depthwise_by_shifts(x, around)
         return layer_norm(self.dtype, "norm", NORM_EPSILON)(x)
 
 

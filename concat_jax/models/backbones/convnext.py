@@ -9,19 +9,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from concat_jax.models.ops.convolution import depthwise_by_shifts
 from concat_jax.models.ops.layers_in_turn import run_in_turn
 from concat_jax.models.ops.linear import Dense
+from concat_jax.models.ops.transformer_block import layer_norm
 from concat_jax.models.ops.valid_area import valid_size, zero_beyond
 
 NORM_EPSILON = 1e-6  # timm's
 _KERNEL = 7
 _INITIAL_LAYER_SCALE = 1e-6
 _init = nn.initializers.truncated_normal(0.02)
-
-
-def layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
-    """Over the channels of a pixel."""
-    return nn.LayerNorm(epsilon=NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name)
 
 
 def _merge(
@@ -56,7 +53,11 @@ class DepthwiseConv(nn.Module):
         kernel = self.param("kernel", _init, (_KERNEL, _KERNEL, 1, width)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (width,)).astype(self.dtype)
         features = features.astype(self.dtype)
-        return jax.lax.platform_dependent(features, kernel, cpu=_shifted, default=_grouped) + bias
+        # XLA's CPU backend has no fast convolution of many groups.
+        return (
+            jax.lax.platform_dependent(features, kernel, cpu=depthwise_by_shifts, default=_grouped)
+            + bias
+        )
 
 
 def _grouped(features: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -70,19 +71,6 @@ def _grouped(features: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-def _shifted(features: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The sum of shifted maps: XLA's CPU backend has no fast convolution of many groups."""
-    height, width = features.shape[1:3]
-    edge = _KERNEL // 2
-    padded = jnp.pad(features, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
-    total = jnp.zeros_like(features)
-    for row in range(_KERNEL):
-        for column in range(_KERNEL):
-            here = padded[:, row : row + height, column : column + width]
-            total = total + here * kernel[row, column, 0]
-    return total
-
-
 class ConvNeXtBlock(nn.Module):
     """Depthwise convolution, norm, MLP, scaled and added: [B, H, W, C] -> the same."""
 
@@ -93,7 +81,7 @@ class ConvNeXtBlock(nn.Module):
         """`size` [B, 2] is the valid area, beyond which zeros are read."""
         width = features.shape[-1]
         hidden = DepthwiseConv(self.dtype, name="conv")(zero_beyond(features, size))
-        hidden = layer_norm(self.dtype, "norm")(hidden)
+        hidden = layer_norm(self.dtype, "norm", NORM_EPSILON)(hidden)
         hidden = Dense(4 * width, kernel_init=_init, dtype=self.dtype, name="fc1")(hidden)
         hidden = jax.nn.gelu(hidden, approximate=False)
         hidden = Dense(width, kernel_init=_init, dtype=self.dtype, name="fc2")(hidden)
@@ -129,13 +117,15 @@ class ConvNeXt(nn.Module):
         features = _merge(
             images.astype(self.dtype), self.width, 4, image_size, self.dtype, "stem_conv"
         )
-        features = layer_norm(self.dtype, "stem_norm")(features)
+        features = layer_norm(self.dtype, "stem_norm", NORM_EPSILON)(features)
         block_class = nn.remat(ConvNeXtBlock) if self.remat else ConvNeXtBlock
         outputs = []
         for stage, num_blocks in enumerate(self.stage_sizes):
             if stage:
                 size = valid_size(image_size, 2 ** (stage + 1))
-                features = layer_norm(self.dtype, f"stage{stage}_merge_norm")(features)
+                features = layer_norm(self.dtype, f"stage{stage}_merge_norm", NORM_EPSILON)(
+                    features
+                )
                 width, name = self.width * 2**stage, f"stage{stage}_merge_conv"
                 features = _merge(features, width, 2, size, self.dtype, name)
             size = valid_size(image_size, 2 ** (stage + 2))

@@ -15,6 +15,22 @@ BAND_ELEMENTS = 2**19
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
+def depthwise_by_shifts(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[B, H, W, C] with one filter a channel, kernel [k, k, 1, C] with odd k; padded with zeros.
+
+    As k * k shifted copies, scaled and added.
+    """
+    height, width = inputs.shape[1:3]
+    side = len(kernel)
+    edge = side // 2
+    padded = jnp.pad(inputs, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
+    return sum(
+        padded[:, row : row + height, column : column + width] * kernel[row, column, 0]
+        for row in range(side)
+        for column in range(side)
+    )
+
+
 def _plain(inputs: jax.Array, kernel: jax.Array, settings: tuple) -> jax.Array:
     """[B, H, W, C] with a kernel [h, w, C, D]; settings are (strides, padding, precision)."""
     strides, padding, precision = settings
