@@ -201,13 +201,16 @@ def _second_interrupt(number: int, frame: Any) -> None:
 
 
 def _is_no_echo(record: native_logging.LogRecord) -> bool:
-    """False for an error that Orbax's threads and tasks log, each in full, before it is raised."""
+    """False for an error that Orbax's threads and tasks log, each in full, besides raising it.
+
+    Of the arrays of a checkpoint, which TensorStore writes, each has one when a disk is full.
+    """
     if record.levelno < native_logging.ERROR:
         return True
     text = record.pathname + record.getMessage()
     if record.exc_info:
         text += native_logging.Formatter().formatException(record.exc_info)
-    return f"{os.sep}orbax{os.sep}" not in text
+    return f"{os.sep}orbax{os.sep}" not in text and "in OCDBT database" not in text
 
 
 class UserStop(RuntimeError):

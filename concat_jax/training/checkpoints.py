@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -260,8 +259,6 @@ class StageCheckpoints:
             if isinstance(error, CheckpointError):
                 raise
             step, self._saving = self._saving, None
-            # Every array has an error of its own then, which asyncio prints when it is forgotten.
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             del self.manager  # it would raise the error again
             with contextlib.suppress(Exception):  # of a bucket out of reach; the next save does it
                 if jax.process_index() == 0:

@@ -100,7 +100,14 @@ def test_a_terminal_without_the_letter_shows_a_question_mark(monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize(("file", "is_shown"), [("a/orbax/b.py", False), ("a/ours/b.py", True)])
+@pytest.mark.parametrize(
+    ("file", "is_shown"),
+    [
+        ("a/orbax/b.py", False),
+        ("Error writing 'x' in OCDBT database at local file 'y'", False),
+        ("a/ours/b.py", True),
+    ],
+)
 def test_errors_that_orbax_logs_before_it_raises_them_are_shown_once(file, is_shown, caplog):
     def command(given, rest):
         try:
