@@ -30,6 +30,10 @@ draws `scaling.png`.
 
 times training batches from COCO's folder and from it prepared for tf.data, beside decoding its
 JPEGs alone.
+
+    python -m concat_jax.benchmark --tasks=matching
+
+times the assignment of queries to segments, beside Scenic's where that is installed.
 """
 
 from __future__ import annotations
@@ -46,9 +50,8 @@ from matplotlib.figure import Figure
 
 from concat_jax.benchmarking.cases import (
     COMPARED,
-    OF_CONFIG,
-    ON_HOST,
     TASKS,
+    WITHOUT_MODEL,
     Case,
     make_cases,
 )
@@ -148,7 +151,7 @@ def run(given: cli.Flags) -> tuple[dict[str, Any], str, dict[str, Figure]]:
     source, measured = "none", []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if not all(case.task in ON_HOST + OF_CONFIG for case in cases):
+        if not all(case.task in WITHOUT_MODEL for case in cases):
             arguments = (given.model, given.segmentor, folder, is_compared)
             source = in_own_process(prepare_models, *arguments)
         for case in cases:

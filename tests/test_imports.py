@@ -19,6 +19,7 @@ RULE = {
     "losses": {"core", "models"},
     "stages": {"core", "models", "losses"},
     "training": {"core", "models", "losses", "stages"},
+    "neighbours": {"core", "losses"},
     "weights": {"core", "models", "text"},
     "visualize": {"core"},
     "data_pipelines": {"core"},

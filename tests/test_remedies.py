@@ -84,6 +84,7 @@ def test_flags_in_messages_exist():
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for module, rest in commands_in(text):  # these are checked above
             text = text.replace(f"python -m {module}{rest}", "")
+        text = re.sub(r"pip (un)?install( --[a-z-]+)*", "", text)  # with flags of its own
         for flag in flags_in(text):
             known = [name] if name in commands() else commands()
             if not any(is_flag(flag, module) for module in known):

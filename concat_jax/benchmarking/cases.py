@@ -23,7 +23,8 @@ COMPARED = ("forward", "postprocess", "train")
 WITH_CLIP = ("alignment", "two_stage", "query_stages")
 ON_HOST = ("panoptic_quality", "input_pipeline")
 OF_CONFIG = ("scaling",)
-TASKS = (*COMPARED, *WITH_CLIP, *OF_CONFIG, *ON_HOST)
+WITHOUT_MODEL = (*OF_CONFIG, *ON_HOST, "matching")
+TASKS = (*COMPARED, *WITH_CLIP, *WITHOUT_MODEL)
 # Classes of COCO panoptic; the class head's size hardly matters to speed.
 NUM_CLASSES = 133
 # Queries that hold a segment in the post-processing case; COCO images have about eleven.
@@ -39,8 +40,8 @@ class Case:
         map), "train" (forward, losses, gradients, AdamW), "alignment" (stage 1 without CLIP's
         targets, with cached and with online ones), "two_stage" (images to panoptic maps by our
         path, and with CLIP on every mask), "panoptic_quality" (id maps to counts), "query_stages"
-        (stages 2 and 3 from a query bank), "scaling" (a config's step of stage 1 at many sizes) or
-        "input_pipeline" (files to training batches).
+        (stages 2 and 3 from a query bank), "scaling" (a config's step of stage 1 at many sizes),
+        "input_pipeline" (files to training batches) or "matching" (costs to assignments).
       height, width: of the network's input, or of drawn maps.
       segments: annotated segments an image.
       clip: config for `make_clip` ("alignment", "two_stage", "query_stages").
@@ -80,6 +81,8 @@ class Case:
             return f"{self.task} of {self.num_images} pairs ({drawn})"
         if self.task == "scaling":
             return f"{self.task} of {self.recipe}"
+        if self.task == "matching":
+            return self.task
         if self.task == "query_stages":
             return f"{self.task}, {self.segments} of an image's queries hold a segment"
         if self.task == "input_pipeline":
@@ -115,7 +118,7 @@ def make_cases(given: cli.Flags) -> list[Case]:
                 fields["files"] = image_files(given.images, given.two_stage_images)
         elif task == "panoptic_quality":
             sizes = ["480x640"]
-        elif task == "query_stages":
+        elif task in ("query_stages", "matching"):
             sizes = ["32"]  # queries have none
         elif task == "scaling":
             sizes, fields["recipe"] = ["32"], given.recipe  # which has sizes of its own

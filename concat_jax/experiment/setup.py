@@ -17,6 +17,7 @@ from concat_jax.inference.predictor import PredictConfig
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.generators import make_generator
 from concat_jax.models.networks import Networks, make_networks
+from concat_jax.neighbours.matchers import OURS, make_matcher
 from concat_jax.stages.clip_targets import CropConfig
 from concat_jax.stages.registry import make_stage
 from concat_jax.stages.stage import INIT, Context, Stage, StageConfig
@@ -158,10 +159,12 @@ def make_setup(
     model = config.model.to_dict()
     sizes = ("vocab_size", "context_length", "eot_id")
     model["clip"] |= {size: getattr(tokenizer, size) for size in sizes}
-    loss, crops, bank, profile = (
+    constants = dict(config.get("loss", {}))
+    matcher = make_matcher(constants.pop("matcher", OURS))
+    loss = build(SegmentationLossConfig, {**constants, "matcher": matcher}, "config.loss")
+    crops, bank, profile = (
         build(cls, config.get(name, {}), f"config.{name}")
         for name, cls in (
-            ("loss", SegmentationLossConfig),
             ("crops", CropConfig),
             ("bank", BankConfig),
             ("profile", ProfileConfig),

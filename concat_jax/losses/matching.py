@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from concat_jax.losses import masks
+
+# (finite costs [B, L, N, G], segments [B, G] that are none of padding) -> the query [B, L, G] int32
+# of each segment, -1 for those left over; what it says of padding is not looked at.
+Matcher = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def matching_cost(
@@ -39,8 +45,14 @@ def matching_cost(
     )
 
 
-def match(cost: jax.Array, valid: jax.Array) -> jax.Array:
-    """Hungarian assignment: the query [B, L, G] of each segment, -1 where invalid or left over.
+def hungarian(cost: jax.Array, valid: jax.Array) -> jax.Array:
+    """The `Matcher` of least cost, by optax; columns of padding must cost alike in all rows."""
+    del valid
+    return jax.vmap(jax.vmap(_assign))(cost)
+
+
+def match(cost: jax.Array, valid: jax.Array, matcher: Matcher = hungarian) -> jax.Array:
+    """The query [B, L, G] of each segment, -1 where invalid or left over.
 
     A `cost` [B, L, N, G] that is not finite counts as worse than every finite one, so a NaN can
     neither crash the solver nor win. Where `valid` [B, G] segments outnumber queries, the costliest
@@ -60,7 +72,7 @@ def match(cost: jax.Array, valid: jax.Array) -> jax.Array:
     cost = jnp.where(usable, cost, not_finite)
     cost = jnp.where(valid[:, None, None, :], cost, padded)
 
-    query_of_segment = masks.over_batch_shards(jax.vmap(jax.vmap(_assign)))(cost)
+    query_of_segment = masks.over_batch_shards(matcher)(cost, valid)
     return jnp.where(valid[:, None, :], query_of_segment, -1)
 
 

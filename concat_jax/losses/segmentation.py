@@ -21,6 +21,7 @@ class SegmentationLossConfig:
       num_points: points a mask is compared on, 112 x 112.
       oversample_ratio: candidates drawn per point, at least 1.
       importance_ratio: share of the points taken where the mask is least certain, in [0, 1].
+      matcher: gives segments to queries by their cost.
     """
 
     class_weight: float = 2.0
@@ -30,6 +31,7 @@ class SegmentationLossConfig:
     num_points: int = 12544
     oversample_ratio: float = 3.0
     importance_ratio: float = 0.75
+    matcher: matching.Matcher = matching.hungarian
 
     def __post_init__(self):
         if self.oversample_ratio < 1 or not 0 <= self.importance_ratio <= 1:
@@ -99,7 +101,7 @@ def match_queries(
         mask_weight=config.mask_weight,
         dice_weight=config.dice_weight,
     )
-    return matching.match(cost, labels >= 0)
+    return matching.match(cost, labels >= 0, config.matcher)
 
 
 def segmentation_loss(

@@ -12,7 +12,7 @@ from flax import traverse_util
 from PIL import Image
 
 from concat_jax import benchmark as command
-from concat_jax.benchmarking import alignment, harness, query_stages, two_stage
+from concat_jax.benchmarking import alignment, harness, matching, query_stages, two_stage
 from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import Measurement, Work, in_turns
 from concat_jax.core.vocabulary import Vocabulary
@@ -79,6 +79,17 @@ def test_query_stages(case):
         outputs = work.call()
         assert work.flops > 0 and np.isfinite(outputs["loss"])
         assert outputs["bank_shape"].tolist() == [2048, 6, 32]
+
+
+def test_matching(monkeypatch):
+    monkeypatch.setattr(matching, "SIDE", 6)
+    monkeypatch.setattr(matching, "MATCHERS", ("hungarian", "scenic.greedy"))
+    monkeypatch.setitem(sys.modules, "scenic", None)
+    works = matching.works(Case("matching"))
+    assert list(works) == ["hungarian"]  # an untrained guess costs 5 a segment
+    assert 0 < works["hungarian"].call()["cost"] < 3 * 6
+    results = in_turns(works, 2)
+    assert "Not to be had here: scenic.greedy." in matching.table(Case("matching"), results)
 
 
 def test_the_command_measures_in_processes_of_their_own(model, tmp_path, capsys):
