@@ -178,13 +178,11 @@ class VisionTower(_Tower):
         From tokens [B, 1 + P, D] before that block, and which patches are inside, [B, R, P] bool.
         With all of them it is what `__call__` gives.
         """
-        batch, number, patches = inside.shape
+        batch, number, _ = inside.shape
         cls = jnp.broadcast_to(tokens[:, :1], (batch, number, tokens.shape[-1]))
         x = jnp.concatenate([cls, tokens[:, 1:]], axis=1)
         own = jnp.broadcast_to(jnp.eye(number, dtype=bool), (batch, number, number))
         allowed = jnp.concatenate([own, inside], axis=2)
-        # What patches see no longer matters.
-        allowed = jnp.pad(allowed, ((0, 0), (0, patches), (0, 0)), constant_values=True)
         return self.post_layernorm(self.layers[-1](x, None, allowed)[:, :number])
 
 

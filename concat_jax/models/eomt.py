@@ -272,7 +272,7 @@ class EoMT(nn.Module):
     def _allowed(
         self, prediction: SegmentorOutput, grid: tuple[int, int], length: int, rate: jax.Array
     ) -> jax.Array:
-        """Who looks at whom, [B, length, length] bool: all but queries beyond their masks."""
+        """Whom the queries see, [B, N, length] bool: patches of their masks, and all that is none."""
         embeddings, features = jax.lax.stop_gradient(
             (prediction.mask_embeddings, prediction.mask_features)
         )
@@ -282,10 +282,7 @@ class EoMT(nn.Module):
         draw = jax.random.uniform(self.make_rng("masks"), logits.shape[:2])
         inside |= (draw >= rate[:, None])[..., None]
         rest = length - inside.shape[-1]
-        inside = jnp.pad(inside, ((0, 0), (0, 0), (rest, 0)), constant_values=True)
-        return jnp.pad(
-            inside, ((0, 0), (0, length - self.num_queries), (0, 0)), constant_values=True
-        )
+        return jnp.pad(inside, ((0, 0), (0, 0), (rest, 0)), constant_values=True)
 
 
 def _make_vit(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> ViT:

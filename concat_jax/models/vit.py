@@ -163,7 +163,7 @@ class ViT(nn.Module):
     def run_masked(
         self, x: jax.Array, rotation: Rotation | None, index: int, allowed: jax.Array | None
     ) -> jax.Array:
-        """Block `index`, with `allowed` [B, L, L] bool as of `Attention`."""
+        """Block `index`, with `allowed` [B, N, L] bool as of `Attention`."""
         return self.blocks[index](x, rotation, allowed)
 
     def __call__(self, images: jax.Array) -> jax.Array:

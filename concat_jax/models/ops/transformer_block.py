@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from concat_jax.models.ops.attention import attend
 from concat_jax.models.ops.linear import Dense
 
 ACTIVATIONS = {
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         rotation: tuple[jax.Array, jax.Array] | None = None,
         allowed: jax.Array | None = None,
     ) -> jax.Array:
-        """`rotation` as of `rotate`; `allowed` [B, L, L] bool: who (row) sees whom."""
+        """`rotation` as of `rotate`; `allowed` [B, N, L] bool: whom the first N tokens see."""
         width = x.shape[-1]
         # Residual branches start small in proportion to their number (openai/CLIP clip/model.py).
         into = nn.initializers.normal(width**-0.5)
@@ -69,13 +70,17 @@ class Attention(nn.Module):
         queries, keys = heads("q_proj"), heads("k_proj", self.key_bias)
         if rotation is not None:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        attended = jax.nn.dot_product_attention(
-            queries,
-            keys,
-            heads("v_proj"),
-            mask=None if allowed is None else allowed[:, None],
-            is_causal=self.is_causal,
-        )
+        values = heads("v_proj")
+        if self.is_causal:
+            allowed = jnp.tri(x.shape[1], dtype=bool)[None]
+        if allowed is None:
+            attended = attend(queries, keys, values)
+        else:
+            number = allowed.shape[1]
+            attended = attend(queries[:, :number], keys, values, allowed)
+            if number < x.shape[1]:
+                others = attend(queries[:, number:], keys, values)
+                attended = jnp.concatenate([attended, others], axis=1)
         attended = attended.reshape(x.shape)
         return Dense(width, kernel_init=out_of, dtype=self.dtype, name="out_proj")(attended)
 
