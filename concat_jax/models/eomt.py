@@ -272,7 +272,7 @@ class EoMT(nn.Module):
     def _allowed(
         self, prediction: SegmentorOutput, grid: tuple[int, int], length: int, rate: jax.Array
     ) -> jax.Array:
-        """Whom the queries see, [B, N, length] bool: patches of their masks, and all that is none."""
+        """Whom the queries see, [B, N, length] bool: of the patches their masks'."""
         embeddings, features = jax.lax.stop_gradient(
             (prediction.mask_embeddings, prediction.mask_features)
         )
