@@ -5,26 +5,8 @@ python -m concat_jax.main --config=configs/demo_zps.py --workdir=runs/demo
 
 from __future__ import annotations
 
-import jax
-import ml_collections
-from etils.epath import Path
-
 from concat_jax.core import cli
-from concat_jax.core.files import as_path
-from concat_jax.experiment.experiment import Experiment
-
-
-def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict:
-    """Run a config in a workdir; returns the report. Errors are raised, as for any function."""
-    from data_pipelines.datasets import make_datasets
-
-    datasets = make_datasets(
-        config.data,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return Experiment(config, as_path(workdir), datasets).run()
+from concat_jax.experiment.experiment import run
 
 
 @cli.command(

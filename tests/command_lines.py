@@ -21,6 +21,8 @@ PACKAGES = (concat_jax, data_pipelines)
 # Values of `arg` in --config=FILE:arg that give a config other sections.
 ARGUMENTS = ("", "mini", "smoke", "attributes")
 PLACEHOLDERS = {"--name"}
+# Of Scenic's launcher, whose own parser this is not, pages name the flags of ours.
+SCENIC_MAIN = "concat_jax.scenic_main"
 
 
 @functools.cache
@@ -40,7 +42,7 @@ def commands():
             found[info.name] = {name: flags[name].parser for name in flags}
             if "with_config=True" in inspect.getsource(module):
                 found[info.name] |= dict.fromkeys(("config", "workdir", "distributed"))
-    return found
+    return found | {SCENIC_MAIN: dict.fromkeys(("config", "workdir"))}
 
 
 @functools.cache
@@ -133,6 +135,7 @@ def parse(module, words):
         if found[-1].arguments and not arguments:
             raise SystemExit(f"Error: unknown argument {found[-1].arguments[0]!r}.")
 
+    module = "concat_jax.main" if module == SCENIC_MAIN else module
     cli_main, main = cli.main, importlib.import_module(module).main
     if isinstance(main, functools.partial):
         note(*main.args, [module, *words], **main.keywords)

@@ -108,24 +108,31 @@ def main(
     if with_config:
         _define_config(values, argv)
     define_flags(values)
-    catching = stopping.catching_sigterm if with_config else contextlib.nullcontext
+    with ending_well(interrupted, preemptible=with_config):
+        rest = _parse(values, argv)
+        if values.help:
+            print(f"{doc.strip()}\n\nFlags:\n{values.get_help()}")
+            return
+        if rest and not arguments:
+            raise ValueError(f"unknown argument {rest[0]!r}; flags look like --name=value.")
+        logging.set_verbosity(logging.ERROR)  # Orbax narrates, and warns of what it does not need
+        if computes:
+            from concat_jax.core.runtime import enable_compilation_cache, keep_freed_memory
+
+            enable_compilation_cache()
+            keep_freed_memory()
+        code = command(values, rest)
+    if code:
+        sys.exit(code)
+
+
+@contextlib.contextmanager
+def ending_well(interrupted: str, *, preemptible: bool) -> Iterator[None]:
+    """Ends the program in a sentence on a user's mistake, Ctrl-C, or, if `preemptible`, SIGTERM."""
+    catching = stopping.catching_sigterm if preemptible else contextlib.nullcontext
     try:
         with _first_interrupt_only(), catching(interrupted), one_sentence():
-            rest = _parse(values, argv)
-            if values.help:
-                print(f"{doc.strip()}\n\nFlags:\n{values.get_help()}")
-                return
-            if rest and not arguments:
-                raise ValueError(f"unknown argument {rest[0]!r}; flags look like --name=value.")
-            logging.set_verbosity(
-                logging.ERROR
-            )  # Orbax narrates, and warns of what it does not need
-            if computes:
-                from concat_jax.core.runtime import enable_compilation_cache, keep_freed_memory
-
-                enable_compilation_cache()
-                keep_freed_memory()
-            code = command(values, rest)
+            yield
     except stopping.Terminated as stop:
         stopping.leave(stopping.PREEMPTED, str(stop))
     except KeyboardInterrupt as stop:
@@ -136,8 +143,6 @@ def main(
     except BaseException as error:
         stopping.fail_together(error)
         raise
-    if code:
-        sys.exit(code)
 
 
 def command(

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,7 +14,7 @@ import ml_collections
 from etils.epath import Path
 
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import FileError, write_json
+from concat_jax.core.files import FileError, as_path, write_json
 from concat_jax.core.prefetch import in_threads
 from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation import calibration, report
@@ -39,7 +39,7 @@ from concat_jax.inference.programs import Network
 from concat_jax.stages.stage import COMES_WITH, MATCHING_PROJECTOR, TEXT
 from concat_jax.training.checkpoints import CheckpointError
 from concat_jax.training.loop import LoopConfig, train_stage
-from concat_jax.training.metrics import MetricWriter
+from concat_jax.training.metrics import MetricWriter, Mirror
 from concat_jax.training.sharding import along_batch, copy_to_host, inference_mesh, make_mesh
 
 if TYPE_CHECKING:
@@ -56,10 +56,15 @@ class Experiment:
         datasets: Datasets,
         *,
         trains: bool = True,
+        mirror: Callable[[str], Mirror] | None = None,
     ):
-        """With `trains` False nothing is written, and cached CLIP targets need not be there yet."""
+        """With `trains` False nothing is written, and cached CLIP targets need not be there yet.
+
+        `mirror` gives who is told of a stage's scalars besides, by its name.
+        """
         self.setup = setup = make_setup(config, datasets)
         self.workdir, self.datasets = workdir, datasets
+        self._mirror = mirror or (lambda name: None)
         self.mesh = make_mesh(config.mesh.devices, config.mesh.get("fsdp", 1))
         self.parameters = Parameters(setup, workdir, self.mesh)
         self.embeddings = ClassEmbeddings(
@@ -225,6 +230,7 @@ class Experiment:
             ),
             optimizer=setup.optimizer(name),
             look=looks.look(self, name) if settings.eval_every else None,
+            mirror=self._mirror(name),
         )
         for subtree, tree in trained.items():
             self.parameters.keep(subtree, name, tree)
@@ -288,7 +294,8 @@ class Experiment:
         if keep_rule != self.setup.predict.keep_rule:
             folder = folder / f"rule_{keep_rule}"
         predictor = self.predictor(name, keep_rule=keep_rule)
-        with contextlib.closing(MetricWriter(folder, tensorboard=config.tensorboard)) as writer:
+        writer = MetricWriter(folder, tensorboard=config.tensorboard, mirror=self._mirror(name))
+        with contextlib.closing(writer):
             summary = looks.score(
                 self,
                 predictor,
@@ -301,3 +308,20 @@ class Experiment:
                 coco_folder=folder if config.eval.write_coco else None,
             )
         return summary | {"keep_rule": predictor.config.keep_rule}
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    mirror: Callable[[str], Mirror] | None = None,
+) -> dict:
+    """Run a config in a workdir; returns the report. Errors are raised, as for any function."""
+    from data_pipelines.datasets import make_datasets
+
+    datasets = make_datasets(
+        config.data,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return Experiment(config, as_path(workdir), datasets, mirror=mirror).run()

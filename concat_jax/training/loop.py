@@ -21,7 +21,7 @@ from concat_jax.core.prefetch import watched
 from concat_jax.core.progress import Progress
 from concat_jax.stages.stage import TEXT, Stage
 from concat_jax.training.checkpoints import StageCheckpoints
-from concat_jax.training.metrics import MetricWriter
+from concat_jax.training.metrics import MetricWriter, Mirror
 from concat_jax.training.optimizer import (
     FROZEN,
     OptimizerConfig,
@@ -76,6 +76,7 @@ def train_stage(
     loop: LoopConfig,
     optimizer: OptimizerConfig,
     look: Look | None = None,
+    mirror: Mirror | None = None,
 ) -> Any:
     """Trains a stage to its last step, from its newest checkpoint if any; the trained subtrees.
 
@@ -85,6 +86,7 @@ def train_stage(
       batches: (first step, number of steps) -> generator of numpy batches, one a step, the same
         for the same step whenever asked.
       look: asked every `loop.eval_every` steps, on all hosts together.
+      mirror: told of the scalars besides.
 
     Raises:
       NonFiniteLossError: naming the step, the images and the last checkpoint.
@@ -118,7 +120,7 @@ def train_stage(
     frozen = jax.device_put(frozen, split_by_rule(frozen, mesh))
     skips = loop.max_skips > 0
     step_fn = jit_train_step(stage.loss, transform, loop.seed, mesh, abstract, skips=skips)
-    writer = MetricWriter(as_path(workdir) / name, tensorboard=loop.tensorboard)
+    writer = MetricWriter(as_path(workdir) / name, tensorboard=loop.tensorboard, mirror=mirror)
     looks = _Looks(checkpoints, loop.max_skips)
     progress: Progress | None = None
     iterator = watched(batches(start, loop.steps - start), f"Stage {name}", start)

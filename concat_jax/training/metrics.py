@@ -9,7 +9,7 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -18,6 +18,8 @@ from etils.epath import Path
 from concat_jax.core.files import FileError, as_path, in_bucket, put_folder, system_reason
 
 METRICS = "metrics.jsonl"
+# (step, name -> number): who is told of scalars besides.
+Mirror = Callable[[int, Mapping[str, float]], None]
 _SECONDS_UNSEEN = 60  # of what is new, in a bucket: each time whole files are sent
 
 
@@ -28,10 +30,10 @@ class MetricWriter:
     bucket, where no file can be appended to, what is new shows after a minute or when it is closed.
     """
 
-    def __init__(self, directory: Path, *, tensorboard: bool):
+    def __init__(self, directory: Path, *, tensorboard: bool, mirror: Mirror | None = None):
         """`directory` is made if absent, and its `metrics.jsonl` appended to."""
         leads = jax.process_index() == 0
-        self._directory, self._local = directory, None
+        self._directory, self._local, self._mirror = directory, None, mirror
         if leads and in_bucket(directory):
             self._local, self._shown = tempfile.TemporaryDirectory(), time.monotonic()
             directory = as_path(self._local.name)
@@ -61,6 +63,8 @@ class MetricWriter:
         except OSError as error:
             self._file.truncate(end)  # no half row for a later one to be appended to
             raise OSError(error.errno, error.strerror, self._file.name) from error
+        if self._mirror:
+            self._mirror(step, values)
         if self._tensorboard:
             with self._sentence():
                 self._tensorboard.write_scalars(step, dict(values))

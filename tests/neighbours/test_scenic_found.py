@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from concat_jax import scenic_main
 from concat_jax.neighbours.matchers import make_matcher
 from concat_jax.neighbours.scenic import scenic_folder
 
@@ -31,6 +32,12 @@ def test_the_package_of_the_index_is_told_from_scenic_without_being_imported(pat
     assert str(path / "scenic" / "__init__.py") in str(raised.value)
     assert "pip uninstall --yes scenic" in str(raised.value)
     assert "pip install --no-deps -r requirements-scenic.txt" in str(raised.value)
+
+
+def test_the_launcher_ends_in_that_sentence(path):
+    make_package(path / "scenic")
+    with pytest.raises(SystemExit, match="Error: `import scenic` finds .*another package"):
+        scenic_main.main()
 
 
 def test_scenic_itself_is_found(path):
