@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from concat_jax.inference.model import Model
 
 
-def load(path: str | os.PathLike[str], *, stage: str = "", dtype: str = "") -> Model:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    stage: str = "",
+    dtype: str = "",
+    clip: str | os.PathLike[str] = "",
+) -> Model:
     """A model from a workdir of `concat_jax.main`, or a folder that `concat_jax.convert` made.
 
     Compiled programs are kept for the next process, in `~/.cache/concat_jax` unless
@@ -31,6 +37,8 @@ def load(path: str | os.PathLike[str], *, stage: str = "", dtype: str = "") -> M
       path: "demo" is the model that ships: the finished demo, which knows its synthetic world.
       stage: of a workdir; the last that is evaluated by default.
       dtype: float32 or bfloat16; the model's own by default.
+      clip: a CLIP's file or folder, for a model that knows its own names alone: CLIP names its
+        masks by any others, which takes a forward pass of CLIP a mask.
 
     Raises ValueError if there is no model, the stage has not finished, or what is there is damaged.
     """
@@ -39,7 +47,7 @@ def load(path: str | os.PathLike[str], *, stage: str = "", dtype: str = "") -> M
     from concat_jax.experiment.model import open_model
 
     enable_compilation_cache()
-    return open_model(path, stage=stage, dtype=dtype)
+    return open_model(path, stage=stage, dtype=dtype, clip=clip)
 
 
 def _say_stopped(kind, *error) -> None:

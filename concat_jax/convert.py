@@ -24,7 +24,7 @@ from concat_jax.weights.class_names import Classes
 from concat_jax.weights.convert import load_source
 from concat_jax.weights.disk import check_apart, check_destination
 from concat_jax.weights.hugging_face_folder import save_hf_folder
-from concat_jax.weights.model_folder import TASKS, ModelCard, save_model
+from concat_jax.weights.model_folder import TASKS, ModelCard, save_model, text_modules
 from data_pipelines.labels import load_classes, load_label_space, with_synonyms
 
 FORMATS = ("orbax", "hf")
@@ -94,7 +94,8 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     if model.num_trained is not None:
         if given.to == "hf":
             raise ValueError("--to=hf cannot hold a model that names classes by text.")
-        tokenizer = find_clip_tokenizer(given.tokenizer or source, model.card)
+        clip, _ = text_modules(model.card.text)
+        tokenizer = find_clip_tokenizer(given.tokenizer or source, clip)
         model = embed_training_names(model, tokenizer)
     elif given.tokenizer:
         raise ValueError("--tokenizer is for models that name classes by text; leave it out.")

@@ -8,6 +8,12 @@
 the last evaluated stage is taken unless --stage names another. --classes has things, a semicolon,
 stuff; or is a file with a name a line, or a JSON list of {"name", "isthing"}. Names that training
 showed no pixel of carry a star in the pictures.
+
+    python -m concat_jax.predict --model=models/eomt --clip=clip-vit-base-patch16 --output=out \\
+        photo.jpg --classes="corgi, tea cup; parquet"
+
+A model that knows its own names alone finds the masks, and CLIP, of Hugging Face, OpenAI or
+open_clip, names them: a forward pass of CLIP a mask, and what that took is printed.
 """
 
 from __future__ import annotations
@@ -45,6 +51,7 @@ def define_flags(flags: cli.Flags) -> None:
     flags.string("model", "", "Folder that concat_jax.convert wrote, or a workdir.")
     flags.string("stage", "", "Of a workdir; the last that is evaluated by default.")
     flags.string("classes", "", "Things; stuff. Or a file. The model's own by default.")
+    flags.string("clip", "", "A CLIP that names the masks of a model that reads no names.")
     flags.string("output", "", "Folder for the results; made if absent.")
     flags.string(
         "annotations", "", "COCO json of the images' data set: its names and ids are used."
@@ -117,6 +124,8 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: 
         f"{', '.join(predictor.programs) or 'none'}.",
         flush=True,
     )
+    if predictor.namer is not None:
+        print(predictor.namer.cost(), flush=True)
     if failures:
         print(f"{len(failures)} failed:", *failures, sep="\n  ", flush=True)
     return len(failures)
@@ -134,7 +143,13 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> int:
     if not (given.model and given.output and arguments):
         raise ValueError("give --model=DIR, --output=DIR and the images to segment.")
     output = cli.output_folder(given)
-    model = open_model(given.model, stage=given.stage, dtype=given.dtype)
+    if given.clip and not given.classes:
+        raise ValueError(
+            f"--clip={given.clip} is for names of one's own; give them, as --classes='cat; sky'."
+        )
+    model = open_model(given.model, stage=given.stage, dtype=given.dtype, clip=given.clip)
+    if model.clip is not None:
+        print(f"Names by CLIP on each mask that may be an object: {model.clip.about}.")
     predictor = model.predictor(config_of(given, model), given.classes or None)
     for notice in predictor.notices:
         print(notice)

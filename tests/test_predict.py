@@ -16,7 +16,7 @@ from concat_jax import predict
 from concat_jax.core.mask_codes import decode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.score_files import score_panoptic
-from concat_jax.inference import predictor as predictor_module
+from concat_jax.inference import programs
 from concat_jax.inference.inputs import find_images
 from concat_jax.inference.model import Model
 from concat_jax.inference.panoptic import ImageSegments
@@ -183,7 +183,7 @@ def test_a_folder_of_everything(model, zoo, tmp_path, capsys):
 def test_tiles_of_any_side_give_the_same_map(loose, zoo, monkeypatch):
     image = Image.open(zoo / "rgb.png")
     whole = loose(image).panoptic
-    monkeypatch.setattr(predictor_module, "TILE_SIDES", (32,))
+    monkeypatch.setattr(programs, "TILE_SIDES", (32,))
     tiled = loose(np.asarray(image)).panoptic
     assert loose.programs.count("panoptic map 32x32") == 1, "six tiles, one program"
     assert isinstance(whole, ImageSegments) and whole.segments

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import pathlib
 import re
+import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -197,3 +200,22 @@ def assert_finite(loss: Any, metrics: Mapping[str, Any], gradients: Any) -> None
 def assert_same(first: Any, second: Any) -> None:
     """Two trees hold the very same numbers."""
     jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def clip_folder(folder: pathlib.Path) -> pathlib.Path:
+    """A tiny Hugging Face CLIP: config.json, model.safetensors, and a tokenizer of letters."""
+    import transformers
+
+    letters = [*string.ascii_lowercase, ".", ","]
+    tokens = [*letters, *(f"{one}</w>" for one in letters), "<|startoftext|>", "<|endoftext|>"]
+    tower = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    ids = dict(vocab_size=len(tokens), bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1)
+    config = transformers.CLIPConfig(
+        text_config=dict(tower, max_position_embeddings=77, **ids),
+        vision_config=dict(tower, image_size=16, patch_size=8),
+        projection_dim=12,
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder

@@ -19,7 +19,6 @@ from concat_jax.inference import programs
 from concat_jax.inference.assign_pixels import PixelCounts
 from concat_jax.inference.heads import TextHead
 from concat_jax.inference.images import Buckets
-from concat_jax.inference.predictor import TILE_SIDES
 from concat_jax.stages.registry import learns_from
 from concat_jax.stages.stage import MATCHING_PROJECTOR, TEXT
 from concat_jax.training.optimizer import FROZEN, label_params, make_optimizer
@@ -181,7 +180,7 @@ def prediction_programs(setup: Setup, name: str, mesh: Mesh) -> list[Program]:
         "Panoptic map",
         programs.panoptic_tile,
         *(logits, names.bids, counts, sizes, np.zeros(2, np.int32), config.mask_threshold),
-        side=TILE_SIDES[-1],
+        side=programs.TILE_SIDES[-1],
     )
     return [run, named, tile]
 

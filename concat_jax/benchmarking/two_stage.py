@@ -1,10 +1,7 @@
 """Our inference beside the same segmentor followed by CLIP on every mask.
 
-Two-stage open-vocabulary pipelines name a mask by CLIP: the image is cut to the mask's box, what is
-not the mask is painted in the mean colour, and CLIP's image tower encodes the result. ZegFormer
-(Ding et al., arXiv 2112.07910, `mask_former/mask_former_model.py`) does it for every query, OVSeg
-(Liang et al., arXiv 2210.04150, `open_vocab_seg/modeling/clip_adapter/adapter.py`) for every query
-whose mask has a pixel. Pipelines that pool one pass of CLIP over the masks are not measured here.
+The second is what `inference.clip_names` does where a model reads no names, of a set number of
+masks. Pipelines that pool one pass of CLIP over the masks are not measured here.
 
 Both paths share segmentor and post-processing. Each is one compiled program that sees images and
 gives panoptic maps; the second spends nothing on a projector, on pixels that are not cropped, or on
@@ -31,11 +28,12 @@ from concat_jax.benchmarking.programs import (
     random_params,
 )
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.inference.heads import TextHead
+from concat_jax.inference.clip_names import ImageTower, cut_masks, rank_masks, show_masks
+from concat_jax.inference.heads import ClipHead, ClipQueries, LinearHead, TextHead
 from concat_jax.inference.panoptic import Fate, SegmentTables, panoptic_inference
 from concat_jax.inference.programs import Network, run_segmentor
-from concat_jax.models.clip_images import l2_normalize, normalize_clip_images, resize_windows
 from concat_jax.models.networks import Networks
+from concat_jax.models.segmentor_output import ClipEmbeddings
 from concat_jax.weights.model_folder import load_model
 
 # CLIP's multiplier of cosines, as OVSeg has it.
@@ -68,8 +66,8 @@ def works(case: Case) -> dict[str, Work]:
         output_size=tuple(source.native_size.max(axis=0).tolist()),
     )
     text = jnp.asarray(random_embeddings(len(card.vocabulary), networks.clip.embed_dim))
-    params = {name: random_params(networks, name) for name in ("projector", "clip")} | {
-        "segmentor": jax.device_put(params["segmentor"])
+    params = jax.device_put(params) | {
+        name: random_params(networks, name) for name in ("projector", "clip")
     }
 
     def work(path: Callable[..., Result]) -> Work:
@@ -136,46 +134,38 @@ class Paths:
 
     def ours(self, params: Any, text: jax.Array, images, image_size, native_size) -> Result:
         """As `Predictor` with a `TextHead`: the projector names the queries."""
-        masks, scores = self.segment(params, text, images, image_size)
-        return self._finish(masks, scores.class_probs, image_size, native_size)
+        masks, queries = self.segment(params, images, image_size)
+        head = TextHead(params["projector"], text, None, None, self.networks.projector)
+        return self._finish(masks, head(queries).class_probs, image_size, native_size)
 
     def two_stage(
         self, params: Any, text: jax.Array, images, image_size, native_size, *, num_masks: int
     ) -> Result:
-        """CLIP names the `num_masks` largest masks of an image; the others hold nothing."""
-        # Nothing reads the scores, so that the compiler leaves the projector out.
-        masks, _ = self.segment(params, text, images, image_size)
-        clip = self.networks.clip
-        chosen, windows = largest_masks(masks, num_masks)
-        crops = cut_out(
-            images,
-            jnp.take_along_axis(masks, chosen[:, :, None, None], axis=1),
-            windows,
-            stride=self.networks.segmentor.stride,
-            size=clip.image_size,
-            image_size=image_size,
+        """CLIP names the `num_masks` likeliest objects of an image; the others are none."""
+        masks, queries = self.segment(params, images, image_size)
+        own, clip = LinearHead(params["classifier"]), self.networks.clip
+        tower = ImageTower(params["clip"], clip)
+        order, counts = rank_masks(own, queries, masks, 0.0)
+        chosen, stride = order[:, :num_masks], self.networks.segmentor.stride
+        crops = cut_masks(tower, images, image_size, masks, chosen, stride=stride)
+        known = ClipEmbeddings(
+            jnp.zeros((*queries.shape[:2], clip.embed_dim)), jnp.zeros(queries.shape[:2], bool)
         )
-        encode = jax.vmap(
-            functools.partial(clip.apply, method="encode_image"), in_axes=(None, 1), out_axes=1
-        )
-        embeddings = l2_normalize(encode({"params": params["clip"]}, crops))  # [B, M, C]
-        logits = CLIP_SCALE * jnp.einsum("bmc,kc->bmk", embeddings, text)
-        named = jnp.pad(jax.nn.softmax(logits, axis=-1), ((0, 0), (0, 0), (0, 1)))
-        nothing = jnp.zeros((*masks.shape[:2], named.shape[-1])).at[..., -1].set(1.0)
-        put = jax.vmap(lambda table, rows, values: table.at[rows].set(values))
-        return self._finish(masks, put(nothing, chosen, named), image_size, native_size)
+        is_shown = jnp.arange(num_masks) < counts[:, None]
+        seen = show_masks(tower, crops, chosen, is_shown, known)
+        head = ClipHead(own, text, None, jnp.asarray(CLIP_SCALE))
+        probs = head(ClipQueries(queries, seen)).class_probs
+        return self._finish(masks, probs, image_size, native_size)
 
-    def segment(self, params: Any, text: jax.Array, images, image_size) -> Any:
-        """Mask logits [B, N, h, w], and what the projector says of the queries."""
-        logits, queries = run_segmentor(
+    def segment(self, params: Any, images, image_size) -> tuple[jax.Array, jax.Array]:
+        """Mask logits [B, N, h, w], and queries."""
+        return run_segmentor(
             Network(params["segmentor"], self.networks.segmentor),
             images,
             image_size,
             is_padded=self.is_padded,
             canvas=images.shape[1:3],
         )
-        head = TextHead(params["projector"], text, None, None, self.networks.projector)
-        return logits, head(queries)
 
     def _finish(self, masks: jax.Array, probs: jax.Array, image_size, native_size) -> Result:
         segment_ids, tables = panoptic_inference(
@@ -189,45 +179,3 @@ class Paths:
             keep_rule=TextHead.KEEP_RULE,
         )
         return Result(segment_ids, tables, (masks > 0).any(axis=(2, 3)).sum(axis=1))
-
-
-def largest_masks(masks: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
-    """The `number` M largest masks of logits [B, N, h, w], not positive beyond the image.
-
-    Returns queries [B, M] int32, largest first, and boxes [B, M, 4] float32 (top, left, height,
-    width) in pixels of the logits; that of an empty mask is the whole map, as ZegFormer takes it.
-    """
-    inside = masks > 0
-    _, chosen = jax.lax.top_k(inside.sum(axis=(2, 3)), number)
-
-    def extent(axis: int) -> tuple[jax.Array, jax.Array]:
-        occupied = jnp.take_along_axis(inside.any(axis=axis), chosen[..., None], axis=1)
-        first = jnp.argmax(occupied, axis=-1)
-        return first, occupied.shape[-1] - jnp.argmax(occupied[..., ::-1], axis=-1) - first
-
-    (top, height), (left, width) = extent(3), extent(2)
-    return chosen, jnp.stack([top, left, height, width], axis=-1).astype(jnp.float32)
-
-
-def cut_out(
-    images: jax.Array,
-    masks: jax.Array,
-    boxes: jax.Array,
-    *,
-    stride: int,
-    size: int,
-    image_size: jax.Array,
-) -> jax.Array:
-    """What CLIP sees of every mask: its box, resized, the rest of it painted in the mean colour, 0.
-
-    From images [B, H, W, 3] uint8, logits of masks [B, M, H / stride, W / stride] and their boxes
-    to [B, M, size, size, 3] float32. The logits are resized straight to the crop: no mask at the
-    image's size is ever made.
-    """
-    crops = resize_windows(images, boxes * stride, size, image_size=image_size)
-
-    def resize_mask(mask: jax.Array, box: jax.Array) -> jax.Array:  # [B, h, w], [B, 4]
-        return resize_windows(mask[..., None], box[:, None], size)[:, 0]
-
-    own = jax.vmap(resize_mask, in_axes=1, out_axes=1)(masks, boxes) > 0
-    return jnp.where(own, normalize_clip_images(crops), 0.0)

@@ -94,12 +94,19 @@ def is_workdir(folder: Path) -> bool:
     return isinstance(content, dict) and any(key.startswith("train.") for key in content)
 
 
-def open_model(path: str | os.PathLike[str], *, stage: str = "", dtype: str = "") -> Model:
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    stage: str = "",
+    dtype: str = "",
+    clip: str | os.PathLike[str] = "",
+) -> Model:
     """A model from a workdir, or from a folder that `python -m concat_jax.convert` made.
 
     The text "demo" names the model that ships; "./demo", as any `Path`, is a folder. `stage` ""
-    takes the last that the config evaluates, or the last of all; `dtype` "" the model's own. Raises
-    ValueError if the folder is neither, the stage has not finished, or what is there is damaged.
+    takes the last that the config evaluates, or the last of all; `dtype` "" the model's own; `clip`
+    is one that names the masks of a linear head. Raises ValueError if the folder is neither, the
+    stage has not finished, or what is there is damaged.
     """
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise ValueError(f"{path!r} is no model; give a model's folder, or demo.")
@@ -114,7 +121,7 @@ def open_model(path: str | os.PathLike[str], *, stage: str = "", dtype: str = ""
     if (folder / CARD_NAME).is_file():
         if stage:
             raise ValueError(f"The stage {stage!r} is of a workdir; {folder} holds one model.")
-        return Model.from_folder(folder, dtype=dtype)
+        return Model.from_folder(folder, dtype=dtype, clip=clip)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}; give a model's folder, or demo.")
     if (folder / EXPORT_NAME).is_file():
@@ -132,7 +139,7 @@ def open_model(path: str | os.PathLike[str], *, stage: str = "", dtype: str = ""
             f"{folder} holds neither {CARD_NAME}, which python -m concat_jax.convert writes, nor "
             f"the {CONFIG_NAME} of a workdir, which python -m concat_jax.main writes."
         )
-    return Model(*load_workdir(folder, stage), dtype=dtype)
+    return Model(*load_workdir(folder, stage), dtype=dtype, clip=clip)
 
 
 def export_workdir(

@@ -1,4 +1,4 @@
-"""What names the queries: a linear head of converted weights, or text."""
+"""What names the queries: a linear head of converted weights, text, or CLIP on their masks."""
 
 from __future__ import annotations
 
@@ -154,10 +154,7 @@ class EnsembleHead(TextHead):
         """As `Head`, of `ClipQueries`."""
         own = TextHead.__call__(self, queries)
         is_name = True if self.is_name is None else self.is_name
-        words = self.text.reshape(-1, self.text.shape[-1])
-        logits = self.scale * jnp.einsum("bnc,kc->bnk", unit(queries.clip.embeddings), words)
-        logits = best_synonyms(logits, self.text)
-        by_clip = jax.nn.log_softmax(jnp.where(is_name, logits, -jnp.inf), axis=-1)
+        by_clip = _named_by_clip(queries.clip, self.text, is_name, self.scale)
         names, no_object = own.class_probs[..., :-1], own.class_probs[..., -1:]
         power = jnp.broadcast_to(jnp.where(self.is_seen, self.alpha, self.beta), names.shape)
         if self.needs_places:
@@ -167,6 +164,49 @@ class EnsembleHead(TextHead):
         both = jnp.where(is_name, (1 - power) * by_head + power * by_clip, -jnp.inf)
         named = jax.nn.softmax(both, axis=-1) * (1 - no_object)
         return ClassScores(jnp.concatenate([named, no_object], axis=-1), own.objectness)
+
+
+@flax.struct.dataclass
+class ClipHead:
+    """The two-stage way: another head says which queries hold an object, and CLIP names those.
+
+    A mask that CLIP was not shown is none.
+
+    Attributes:
+      own: the head whose names are not asked for.
+      text, is_name: as of `TextHead`.
+      scale: [], of CLIP's cosines.
+    """
+
+    own: Any
+    text: jax.Array
+    is_name: jax.Array | None
+    scale: jax.Array
+    KEEP_RULE: ClassVar[str] = "objectness"
+    SCORE_THRESHOLD: ClassVar[float] = 0.0
+
+    @property
+    def num_classes(self) -> int:
+        """K, filling included."""
+        return self.text.shape[0]
+
+    def __call__(self, queries: ClipQueries) -> ClassScores:
+        """As `Head`."""
+        objectness = self.own(queries.queries).objectness * queries.clip.is_seen
+        is_name = True if self.is_name is None else self.is_name
+        by_clip = _named_by_clip(queries.clip, self.text, is_name, self.scale)
+        named = jnp.exp(by_clip) * objectness[..., None]
+        return ClassScores(jnp.append(named, 1 - objectness[..., None], axis=-1), objectness)
+
+
+def _named_by_clip(
+    clip: ClipEmbeddings, text: jax.Array, is_name: jax.Array | bool, scale: jax.Array
+) -> jax.Array:
+    """Logarithms of probabilities [B, N, K] of the names alone."""
+    words = text.reshape(-1, text.shape[-1])
+    logits = scale * jnp.einsum("bnc,kc->bnk", unit(clip.embeddings), words)
+    logits = best_synonyms(logits, text)
+    return jax.nn.log_softmax(jnp.where(is_name, logits, -jnp.inf), axis=-1)
 
 
 def _scores(logits: jax.Array) -> ClassScores:
@@ -202,22 +242,26 @@ FEWEST_NAMES = 32
 
 
 def text_head_for(
-    head: TextHead, text: np.ndarray, training_text: np.ndarray, is_seen: np.ndarray
-) -> TextHead:
+    head: TextHead | ClipHead,
+    text: np.ndarray,
+    training_text: np.ndarray | None,
+    is_seen: np.ndarray,
+) -> TextHead | ClipHead:
     """A head for other names, its K filled up to `FEWEST_NAMES` times a power of two.
 
-    `is_seen` [K] bool says which of them training showed.
+    `is_seen` [K] bool says which of them training showed; a `ClipHead` has no `training_text`.
     """
     count = FEWEST_NAMES
     while count < len(text):
         count *= 2
     filled = np.concatenate([text, np.repeat(text[:1], count - len(text), axis=0)])
     flags = {}
+    if training_text is not None:
+        flags["training_text"] = jnp.asarray(training_text)
     if isinstance(head, EnsembleHead):
         flags["is_seen"] = jnp.asarray(np.pad(is_seen, (0, count - len(text))))
     return head.replace(
         text=jnp.asarray(filled),
         is_name=jnp.asarray(np.arange(count) < len(text)),
-        training_text=jnp.asarray(training_text),
         **flags,
     )

@@ -17,7 +17,8 @@ from concat_jax.core.config import build, check_choice
 from concat_jax.core.files import ImageError, as_path
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.inference.heads import EnsembleHead, LinearHead, TextHead, text_head_for
+from concat_jax.inference.clip_names import MaskNamer, read_clip_names
+from concat_jax.inference.heads import ClipHead, EnsembleHead, LinearHead, TextHead, text_head_for
 from concat_jax.inference.images import Picture, open_picture
 from concat_jax.inference.inputs import source_names
 from concat_jax.inference.predictor import PredictConfig, Prediction, Predictor, Prepared
@@ -47,9 +48,19 @@ class Model:
     """
 
     def __init__(
-        self, params: Any, card: ModelCard, tokenizer: Tokenizer | None = None, *, dtype: str = ""
+        self,
+        params: Any,
+        card: ModelCard,
+        tokenizer: Tokenizer | None = None,
+        *,
+        dtype: str = "",
+        clip: str | os.PathLike[str] = "",
     ):
-        """`dtype` "" is the card's; ValueError if nothing in the weights names segments."""
+        """`dtype` "" is the card's; `clip` is a CLIP's file or folder, see `read_clip_names`.
+
+        Raises ValueError if nothing in the weights names segments, or text does and a CLIP is given
+        besides.
+        """
         if card.vocabulary is None:
             whose = f"The weights of {card.source}" if card.source else "These weights"
             raise ValueError(
@@ -61,6 +72,7 @@ class Model:
             check_choice(dtype, DTYPES, "There is no dtype")
             settings["dtype"] = dtype
         self.card, self.vocabulary, self._notice = card, card.vocabulary, ""
+        self.clip = None
         if not card.knows_things:
             # Stuff flags that nobody set would merge every class into one segment.
             things = (True,) * len(card.vocabulary)
@@ -76,7 +88,15 @@ class Model:
         self._network = Network(params["segmentor"], make_segmentor(settings))
         if card.text is None:
             self._head = LinearHead(params["classifier"])
+            if clip:
+                self.clip = read_clip_names(clip, settings.get("dtype", "float32"))
+                self._namer = MaskNamer(self.clip.tower)
             return
+        if clip:
+            raise ValueError(
+                f"{card.source or 'This model'} names by text already; leave out the CLIP {clip}, "
+                "which is for models with a linear head."
+            )
         clip, projector = text_modules(card.text)
         text = params["training_text"]
         self._head = TextHead(params["projector"], text, None, None, projector)
@@ -98,7 +118,13 @@ class Model:
         )
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str], *, dtype: str = "") -> Model:
+    def from_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: str = "",
+        clip: str | os.PathLike[str] = "",
+    ) -> Model:
         """A model of a folder that `python -m concat_jax.convert` made.
 
         Raises:
@@ -108,7 +134,7 @@ class Model:
         tokenizer = None
         if card.text:
             tokenizer = load_tokenizer(as_path(folder) / TOKENIZER_NAME, card.text.tokenizer)
-        return cls(params, card, tokenizer, dtype=dtype)
+        return cls(params, card, tokenizer, dtype=dtype, clip=clip)
 
     @property
     def keep_rule(self) -> str:
@@ -189,22 +215,28 @@ class Model:
             vocabulary, knows_things = parse_classes(classes, self.vocabulary)
             if not knows_things:
                 notices += ["Which names are things is not said: all are taken as such."]
-        head = self._head
-        if vocabulary.names != self.vocabulary.names:
+        head, namer = self._head, None
+        if self.clip is not None and classes is not None:
+            head, namer = self._head_for(vocabulary), self._namer
+        elif vocabulary.names != self.vocabulary.names:
             if card.text is None:
                 raise ValueError(
                     f"The head of {card.source or 'this model'} is linear and names its own "
-                    f"{len(self.vocabulary)} classes alone; names of one's own need a model that "
-                    "was trained to read them, such as the workdir of python -m concat_jax.main."
+                    f"{len(self.vocabulary)} classes alone; for others give a CLIP that names its "
+                    "masks, --clip=FOLDER, or a model that was trained to read names, such as the "
+                    "workdir of python -m concat_jax.main."
                 )
             head = self._head_for(vocabulary)
         config = config or self.config()
-        how = {"notices": notices, "programs_used": self._programs}
+        how = {"notices": notices, "programs_used": self._programs, "namer": namer}
         return Predictor(self._network, head, vocabulary, config, **how)
 
-    def _embed(self, vocabulary: Vocabulary) -> TextHead:
-        text = self._tower.embed(vocabulary, batch_size=PROMPTS_AT_ONCE)
+    def _embed(self, vocabulary: Vocabulary) -> TextHead | ClipHead:
         seen = np.asarray(vocabulary.is_seen)
+        if self.clip is not None:
+            text = self.clip.text.embed(vocabulary, batch_size=PROMPTS_AT_ONCE)
+            return text_head_for(self.clip.head(self._head), text, None, seen)
+        text = self._tower.embed(vocabulary, batch_size=PROMPTS_AT_ONCE)
         return text_head_for(self._head, text, np.asarray(self._head.text), seen)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -16,20 +16,17 @@ from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference import programs
 from concat_jax.inference.assign_pixels import PixelCounts
+from concat_jax.inference.clip_names import MASKS_AT_ONCE, MaskNamer
 from concat_jax.inference.heads import Head, bias_names
-from concat_jax.inference.images import Buckets, to_rgb
+from concat_jax.inference.images import Buckets, Windows, to_rgb
 from concat_jax.inference.instance import Instance, instance_inference
 from concat_jax.inference.panoptic import KEEP_RULES, ImageSegments, SegmentTables, list_segments
 from concat_jax.inference.programs import NamedQueries, Network, Sizes
-from concat_jax.inference.windows import Windows
 
 T = TypeVar("T")
 
 # "queries" hands out the masks and names of all queries, for what is measured on them.
 TASKS = ("panoptic", "semantic", "instance", "queries")
-# Sides of the square tiles that maps at native size are made in: an image takes the first that it
-# fits, or as many of the last as cover it. Few programs serve every size, at bounded memory.
-TILE_SIDES = (64, 320, 640, 1344)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +92,13 @@ class PredictConfig:
         return Buckets(self.short_side, self.long_side)
 
     @property
+    def least_objectness(self) -> float:
+        """Below it a query is in no result, whatever it is named."""
+        threshold = getattr(self, f"{self.keep_rule}_threshold", 0.0) or 0.0
+        least = {"panoptic": threshold, "instance": self.instance_threshold}
+        return min(least.get(task, 0.0) for task in self.tasks)
+
+    @property
     def gammas(self) -> tuple[float, ...]:
         return self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
 
@@ -155,12 +159,13 @@ class Predictor:
         sharding: Sharding | None = None,
         notices: Sequence[str] = (),
         programs_used: list[str] | None = None,
+        namer: MaskNamer | None = None,
     ):
         """`vocabulary` has at most head.num_classes classes, in the head's order.
 
         `sharding` lays a batch over devices, on all of which the parameters lie; None leaves it to
         JAX. `notices` are sentences on what cannot be done as asked; `programs_used` is a list that
-        predictors of one segmentor share.
+        predictors of one segmentor share; `namer` shows masks to CLIP for a `ClipHead`.
         """
         config = PredictConfig() if config is None else config
         rule = config.keep_rule or head.KEEP_RULE
@@ -174,6 +179,7 @@ class Predictor:
             which = "every" if vocabulary.is_seen[0] else "no"
             self.notices += (f"gamma changes nothing: {which} name was seen in training.",)
         self._segmentor, self._head, self._sharding = segmentor, head, sharding
+        self.namer = namer
         padding = (0, head.num_classes - len(vocabulary))
         self._is_thing = np.pad(np.asarray(vocabulary.is_thing), padding)
         self._is_seen = np.pad(np.asarray(vocabulary.is_seen), padding)
@@ -257,6 +263,10 @@ class Predictor:
             self._segmentor, images, image_size, is_padded=is_padded, canvas=self.buckets.canvas
         )
         config = self.config
+        if self.namer is not None:
+            self._use(f"CLIP on {MASKS_AT_ONCE} masks")
+            how = {"least": config.least_objectness, "stride": self._segmentor.module.stride}
+            queries = self.namer(self._head.own, images, image_size, logits, queries, **how)
         several = f" at {len(config.gammas)} gammas" * (len(config.gammas) > 1)
         self._use(f"{self._head.num_classes} names{several}")
         named = programs.name_queries(
@@ -295,7 +305,7 @@ class Predictor:
             )
             return codes
 
-        maps = _in_tiles(tile, native)
+        maps = programs.in_tiles(tile, native)
         self._use("segments")
         tables = programs.settle(named.named, named.is_thing, counts, config.overlap_threshold)
         tables = jax.device_get(tables)
@@ -314,7 +324,7 @@ class Predictor:
                 logits, scores, self._is_seen, gamma, sizes, origin, side=side
             )
 
-        return _in_tiles(tile, native)
+        return programs.in_tiles(tile, native)
 
     def _in_windows(
         self, images: np.ndarray, image_size: np.ndarray, native_size: np.ndarray
@@ -343,7 +353,7 @@ class Predictor:
             self._use(f"semantic map {side}x{side}")
             return programs.best_class_tile(totals, sizes, origin, side=side)
 
-        return _in_tiles(tile, native_size)
+        return programs.in_tiles(tile, native_size)
 
     def _instances(self, logits, scores, sizes, native) -> list[list[Instance]]:
         logits, probs, source_size = jax.device_get((logits, scores.class_probs, sizes.source_size))
@@ -375,24 +385,3 @@ def _at_each_gamma(codes: np.ndarray, tables: SegmentTables) -> tuple[ImageSegme
             known[key] = list_segments(here.lookup[codes], here)
         results.append(known[key])
     return tuple(results)
-
-
-def _in_tiles(
-    make: Callable[[np.ndarray, int], jax.Array], native_sizes: Sequence[tuple[int, int]]
-) -> list[np.ndarray]:
-    """Maps of a batch at native sizes from tiles of one static side.
-
-    Args:
-      make: (origin [2] int32, side) -> [B, side, side] device array.
-    """
-    height, width = np.max(native_sizes, axis=0)
-    side = next((s for s in TILE_SIDES if max(height, width) <= s), TILE_SIDES[-1])
-    maps: list[np.ndarray] = []
-    for top in range(0, height, side):
-        for left in range(0, width, side):
-            tile = np.asarray(make(np.array([top, left], np.int32), side))
-            maps = maps or [np.empty(size, tile.dtype) for size in native_sizes]
-            for whole, part in zip(maps, tile, strict=False):
-                place = whole[top : top + side, left : left + side]
-                place[...] = part[: place.shape[0], : place.shape[1]]
-    return maps

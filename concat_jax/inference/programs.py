@@ -6,11 +6,13 @@ Those that take long to compile know nothing of the names that are asked for, no
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from concat_jax.inference.assign_pixels import PixelCounts, RankedQueries, assign_pixels
 from concat_jax.inference.heads import ClassScores, ClipQueries, Head, Queries, bias_names
@@ -18,6 +20,10 @@ from concat_jax.inference.panoptic import SegmentTables, rank_queries, settle_se
 from concat_jax.inference.semantic import best_class, class_scores, semantic_inference
 from concat_jax.models.mask2former import Segmentor
 from concat_jax.models.segmentor_output import mask_logits
+
+# Sides of the square tiles that maps at native size are made in: an image takes the first that it
+# fits, or as many of the last as cover it. Few programs serve every size, at bounded memory.
+TILE_SIDES = (64, 320, 640, 1344)
 
 
 @flax.struct.dataclass
@@ -162,3 +168,24 @@ def add_window(totals, logits, scores, is_seen, gamma, start, weight, *, axis) -
 @functools.partial(jax.jit, static_argnames="side")
 def best_class_tile(totals, sizes, origin, *, side) -> jax.Array:
     return best_class(totals, output_size=(side, side), origin=origin, **sizes._asdict())
+
+
+def in_tiles(
+    make: Callable[[np.ndarray, int], jax.Array], native_sizes: Sequence[tuple[int, int]]
+) -> list[np.ndarray]:
+    """Maps of a batch at native sizes from tiles of one static side.
+
+    Args:
+      make: (origin [2] int32, side) -> [B, side, side] device array.
+    """
+    height, width = np.max(native_sizes, axis=0)
+    side = next((s for s in TILE_SIDES if max(height, width) <= s), TILE_SIDES[-1])
+    maps: list[np.ndarray] = []
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            tile = np.asarray(make(np.array([top, left], np.int32), side))
+            maps = maps or [np.empty(size, tile.dtype) for size in native_sizes]
+            for whole, part in zip(maps, tile, strict=False):
+                place = whole[top : top + side, left : left + side]
+                place[...] = part[: place.shape[0], : place.shape[1]]
+    return maps

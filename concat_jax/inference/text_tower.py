@@ -19,7 +19,7 @@ from concat_jax.text.prompts import clean_name
 from concat_jax.text.templates import find_templates
 from concat_jax.text.tokenizer import Tokenizer, has_clip_tokenizer, make_clip_tokenizer
 from concat_jax.weights.convert import Source
-from concat_jax.weights.model_folder import ModelCard, text_modules
+from concat_jax.weights.model_folder import text_modules
 
 BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
 PROMPTS_AT_ONCE = 64
@@ -69,10 +69,10 @@ def _encode(clip: CLIP, params: Any, tokens: jax.Array) -> jax.Array:
     return l2_normalize(clip.apply({"params": params}, tokens, method="encode_text"))
 
 
-def find_clip_tokenizer(path: str, card: ModelCard) -> Tokenizer:
+def find_clip_tokenizer(path: str, clip: CLIP) -> Tokenizer:
     """The tokenizer of a file, of a folder, or of what lies beside a file of weights.
 
-    Raises ValueError if there is none, or it is of another CLIP than the card's.
+    Raises ValueError if there is none, or it is of another CLIP.
     """
     place = as_path(path)
     folder = place if place.is_dir() else place.parent
@@ -80,18 +80,17 @@ def find_clip_tokenizer(path: str, card: ModelCard) -> Tokenizer:
         place = folder / BPE_NAME
     elif has_clip_tokenizer(folder) and not place.name.endswith((".json", ".gz")):
         place = folder
-    if not place.is_dir() and not place.name.endswith((".json", ".gz")):
+    if not (has_clip_tokenizer(place) or place.name.endswith((".json", ".gz"))):
         raise ValueError(
-            f"{path} has no tokenizer beside it, which its text tower needs; give --tokenizer="
-            f"{BPE_NAME}, a copy of the file of that name in github.com/openai/CLIP, or the folder "
-            "of a Hugging Face CLIP."
+            f"{path} has no tokenizer beside it, which its text tower needs; put {BPE_NAME} of "
+            "github.com/openai/CLIP there, or the tokenizer.json of a Hugging Face CLIP (convert "
+            "also takes --tokenizer=FILE)."
         )
-    clip, _ = text_modules(card.text)
     tokenizer = make_clip_tokenizer(place, clip.context_length)
     if tokenizer.vocab_size != clip.vocab_size:
         raise ValueError(
             f"The tokenizer {place} has {tokenizer.vocab_size} tokens where the text tower has "
-            f"{clip.vocab_size}; give --tokenizer with the one that it was trained with."
+            f"{clip.vocab_size}; give the one that it was trained with."
         )
     return tokenizer
 

@@ -7,6 +7,8 @@ area and the resampling is two matrix products, so shapes are static and acceler
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -111,3 +113,51 @@ def resize_for_clip(
         raise ValueError(f"resize_for_clip got fit={fit!r}; choose 'crop' or 'squash'.")
     resized = resize_windows(images, window[:, None], size, image_size=image_size)
     return jnp.clip(resized[:, 0], 0.0, 255.0)
+
+
+def mask_windows(masks: jax.Array, min_side: float = 0.0, max_side: float = math.inf) -> jax.Array:
+    """Boxes [B, M, 4] float32 (top, left, height, width) of masks [B, M, h, w], logits.
+
+    In their pixels. Each side is at least `min_side`, about the same centre, and at most
+    `max_side`, about the mask's centroid. That of an empty mask is the whole map, as ZegFormer
+    takes it.
+    """
+    inside = masks > 0
+
+    def along(axis: int) -> tuple[jax.Array, jax.Array]:
+        counts = inside.sum(axis=axis, dtype=jnp.float32)  # [B, M, L]
+        length = counts.shape[-1]
+        occupied = counts > 0
+        first = jnp.argmax(occupied, axis=-1)
+        extent = length - jnp.argmax(occupied[..., ::-1], axis=-1) - first
+        centroid = counts @ (jnp.arange(length) + 0.5) / jnp.maximum(counts.sum(axis=-1), 1)
+        middle = jnp.where(extent > max_side, centroid, first + extent / 2)
+        side = jnp.clip(extent, min_side, max_side)
+        return middle - side / 2, side
+
+    (top, height), (left, width) = along(3), along(2)
+    return jnp.stack([top, left, height, width], axis=-1).astype(jnp.float32)
+
+
+def cut_out(
+    images: jax.Array,
+    masks: jax.Array,
+    windows: jax.Array,
+    *,
+    stride: int,
+    size: int,
+    image_size: jax.Array,
+) -> jax.Array:
+    """What CLIP sees of every mask: its window, resized, the rest painted in the mean colour, 0.
+
+    From images [B, H, W, 3] uint8, logits of masks [B, M, H / stride, W / stride] and windows in
+    them to [B, M, size, size, 3] float32. The logits are resized straight to the crop: no mask at
+    the image's size is ever made.
+    """
+    crops = resize_windows(images, windows * stride, size, image_size=image_size)
+
+    def resize_mask(mask: jax.Array, window: jax.Array) -> jax.Array:  # [B, h, w], [B, 4]
+        return resize_windows(mask[..., None], window[:, None], size)[:, 0]
+
+    own = jax.vmap(resize_mask, in_axes=1, out_axes=1)(masks, windows) > 0
+    return jnp.where(own, normalize_clip_images(crops), 0.0)

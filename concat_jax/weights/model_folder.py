@@ -75,7 +75,7 @@ class ModelCard:
         then all False and mean nothing.
       text: what names classes by text, None where a linear head does.
       short_side, long_side: of the network's input, see `inference.images.Buckets`.
-      windows: semantic maps are made through windows, see `inference.windows.Windows`.
+      windows: semantic maps are made through windows, see `inference.images.Windows`.
     """
 
     segmentor: Mapping[str, Any]

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.inference.images import Windows
 from concat_jax.inference.predictor import PredictConfig, Predictor
-from concat_jax.inference.windows import Windows
 from tests.inference.fakes import FakeHead, network
 
 CLASSES = Vocabulary(
