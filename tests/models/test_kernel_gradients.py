@@ -41,6 +41,31 @@ def test_relu(channels):
     assert_same_gradients(relu, jax.nn.relu, inputs)
 
 
+@pytest.mark.parametrize("size, height", [(3, 12), (7, 12), (3, 1)])
+def test_depthwise_filters_by_bands(monkeypatch, size, height):
+    monkeypatch.setattr(convolution, "BAND_ELEMENTS", 2 * 10 * 4 * 4)  # four rows of the input
+    inputs, kernel, edge = normal(2, height, 10, 4), normal(size, size, 1, 4), size // 2
+
+    def ours(inputs, kernel):
+        def filtered(rows):
+            return convolution.depthwise_by_shifts(jnp.tanh(rows), kernel, row_padding=0)
+
+        return convolution.by_bands(filtered, inputs, edge)
+
+    def expected(inputs, kernel):
+        return jax.lax.conv_general_dilated(
+            jnp.tanh(inputs),
+            kernel,
+            (1, 1),
+            ((edge, edge),) * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=4,
+        )
+
+    np.testing.assert_allclose(ours(inputs, kernel), expected(inputs, kernel), atol=1e-4)
+    assert_same_gradients(ours, expected, inputs, kernel)
+
+
 @pytest.mark.parametrize("size, stride, height", [(3, 1, 12), (3, 2, 13), (7, 2, 15), (3, 1, 2)])
 def test_convolution_in_bands(monkeypatch, size, stride, height):
     monkeypatch.setattr(convolution, "BAND_ELEMENTS", 10 * 4 * 4)  # four rows of the input

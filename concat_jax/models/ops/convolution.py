@@ -3,32 +3,66 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Input elements of a band of rows whose weight gradient is computed at once on a CPU. XLA's CPU
-# convolution takes three times as long for the weight gradient of a map eight times this size.
+# Input elements of a band of rows that a CPU computes at once. XLA's CPU convolution takes three
+# times as long for the weight gradient of a map eight times this size.
 BAND_ELEMENTS = 2**19
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def depthwise_by_shifts(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+def depthwise_by_shifts(
+    inputs: jax.Array, kernel: jax.Array, row_padding: int | None = None
+) -> jax.Array:
     """[B, H, W, C] with one filter a channel, kernel [k, k, 1, C] with odd k; padded with zeros.
 
-    As k * k shifted copies, scaled and added.
+    As k * k shifted copies, scaled and added. `row_padding` is k // 2 unless given.
     """
-    height, width = inputs.shape[1:3]
     side = len(kernel)
     edge = side // 2
-    padded = jnp.pad(inputs, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
+    rows = edge if row_padding is None else row_padding
+    padded = jnp.pad(inputs, ((0, 0), (rows, rows), (edge, edge), (0, 0)))
+    height, width = (length - 2 * edge for length in padded.shape[1:3])
     return sum(
         padded[:, row : row + height, column : column + width] * kernel[row, column, 0]
         for row in range(side)
         for column in range(side)
     )
+
+
+def by_bands(function: Callable[[jax.Array], jax.Array], inputs: jax.Array, edge: int) -> jax.Array:
+    """What `function` makes of [B, H, W, C] with `edge` rows of zeros above and below it.
+
+    It maps [B, r + 2 edge, W, C] to [B, r, W, ...], each row of which is made of the 2 edge + 1
+    about it. A CPU runs it on bands of rows that fit into its cache, and again in the backward
+    pass.
+    """
+
+    def whole(inputs: jax.Array) -> jax.Array:
+        return function(jnp.pad(inputs, ((0, 0), (edge, edge), (0, 0), (0, 0))))
+
+    def in_bands(inputs: jax.Array) -> jax.Array:
+        batch, height, *rest = inputs.shape
+        rows = max(edge, 1, BAND_ELEMENTS * height // inputs.size)
+        rows = next(rows for rows in range(min(rows, height), height + 1) if height % rows == 0)
+        bands = jnp.moveaxis(inputs.reshape(batch, height // rows, rows, *rest), 1, 0)
+        beyond = jnp.zeros_like(bands[:1, :, :edge])
+        above = jnp.concatenate([beyond, bands[:-1, :, rows - edge :]])
+        below = jnp.concatenate([bands[1:, :, :edge], beyond])
+
+        @jax.checkpoint
+        def one(band: tuple[jax.Array, ...]) -> jax.Array:
+            return function(jnp.concatenate(band, axis=1))
+
+        outputs = jnp.moveaxis(jax.lax.map(one, (above, bands, below)), 0, 1)
+        return outputs.reshape(batch, height, *outputs.shape[3:])
+
+    return jax.lax.platform_dependent(inputs, cpu=in_bands, default=whole)
 
 
 def _plain(inputs: jax.Array, kernel: jax.Array, settings: tuple) -> jax.Array:

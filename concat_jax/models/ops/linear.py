@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(inputs: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:
-    """[..., K] times [K, N] -> [..., N]."""
+def matmul(inputs: jax.Array, kernel: jax.Array, precision: Any = None) -> jax.Array:
+    """[..., K] times [K, N] -> [..., N]; reverse mode only."""
     contracted = ((inputs.ndim - 1,), (0,))
     return jax.lax.dot_general(inputs, kernel, (contracted, ((), ())), precision=precision)
 
@@ -42,7 +42,7 @@ def _matmul_backward(
     return input_gradient, kernel_gradient
 
 
-_matmul.defvjp(lambda x, k, how: (_matmul(x, k, how), (x, k)), _matmul_backward)
+matmul.defvjp(lambda x, k, how: (matmul(x, k, how), (x, k)), _matmul_backward)
 
 
 def _dot_general(
@@ -50,7 +50,7 @@ def _dot_general(
 ) -> jax.Array:
     """`lax.dot_general` as flax's Dense calls it; reverse mode only."""
     del dimension_numbers  # the last axis of the inputs with the first of the kernel
-    return _matmul(inputs, kernel, precision)
+    return matmul(inputs, kernel, precision)
 
 
 # Parameters, numbers and fields are those of flax's `nn.Dense`.
