@@ -10,7 +10,7 @@ those do not have, are in `clip_pooling`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +27,7 @@ from concat_jax.models.clip_pooling import (
     resnet_heads,
 )
 from concat_jax.models.clip_stems import STEMS
-from concat_jax.models.ops.layers_in_turn import run_in_turn
+from concat_jax.models.ops.layers_in_turn import Run, run_in_turn
 from concat_jax.models.ops.transformer_block import ACTIVATIONS, Block, layer_norm
 
 # The largest multiplier CLIP lets its similarities have (section 2.5), kept against instability.
@@ -130,12 +130,12 @@ class _Tower(nn.Module):
 
     def run(self, x: jax.Array, first: int, last: int) -> jax.Array:
         """Blocks `first` to `last` - 1, [B, L, D] -> [B, L, D]."""
+        return self.in_turn(lambda blocks, x: (blocks[0](x), None), x, first, last)[0]
 
-        def run_one(blocks: Sequence[Callable], x: jax.Array) -> tuple[jax.Array, None]:
-            return blocks[0](x), None
-
+    def in_turn(self, run: Run, carry: Any, first: int, last: int) -> tuple[Any, list[Any]]:
+        """`run_in_turn` over blocks `first` to `last` - 1, one a round."""
         rounds = [[block] for block in self.layers[first:last]]
-        return run_in_turn(self, rounds, run_one, x, scan=self.scan_layers)[0]
+        return run_in_turn(self, rounds, run, carry, scan=self.scan_layers)
 
 
 class VisionTower(_Tower):

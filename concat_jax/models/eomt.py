@@ -7,7 +7,7 @@ queries get blocks of their own behind it, the form of PMT (Cavagnero et al., ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ import numpy as np
 
 from concat_jax.core.config import check_choice, check_fields
 from concat_jax.models.ops.convolution import by_bands, depthwise_by_shifts
+from concat_jax.models.ops.layers_in_turn import Run, run_in_turn
 from concat_jax.models.ops.linear import Dense, matmul
 from concat_jax.models.ops.transformer_block import ACTIVATIONS, SWIGLU, Block, layer_norm
 from concat_jax.models.ops.valid_area import resize_bilinear, valid_mask, valid_size, zero_beyond
@@ -218,14 +219,21 @@ class EoMT(nn.Module):
         queries = self.query_embedding.astype(x.dtype)
         queries = jnp.broadcast_to(queries, (len(x), *queries.shape))
         x = jnp.concatenate([queries, x], axis=1)
-        sets = []
-        for index in range(self.num_blocks):
-            allowed = None
-            if progress is not None:
-                sets.append(self._predict(x, grid, image_size))
-                rate = mask_rate(progress, index, self.num_blocks)
-                allowed = self._allowed(sets[-1], grid, x.shape[1], rate)
-            x = self._block(index, x, rotation, allowed)
+
+        def see(blocks: Sequence[Callable], carry: tuple) -> tuple[tuple, SegmentorOutput]:
+            x, index = carry
+            prediction = self._predict(x, grid, image_size)
+            rate = mask_rate(progress, index, self.num_blocks)
+            draw = jax.random.uniform(jax.random.fold_in(key, index), (len(x), self.num_queries))
+            allowed = self._allowed(prediction, grid, x.shape[1], draw >= rate[:, None])
+            return (blocks[0](x, rotation, allowed), index + 1), prediction
+
+        if progress is None:
+            sets = []
+            x, _ = self._in_turn(lambda blocks, x: (blocks[0](x, rotation), None), x)
+        else:
+            key = self.make_rng("masks")
+            (x, _), sets = self._in_turn(see, (x, 0))
         sets.append(self._predict(x, grid, image_size))
         output = jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *sets)
         if progress is None:
@@ -255,13 +263,13 @@ class EoMT(nn.Module):
         channels = backbone.width // backbone.num_heads
         return total, rotations(*grid, channels, backbone.rotary_theta), clip_tokens
 
-    def _block(
-        self, index: int, x: jax.Array, rotation: Rotation | None, allowed: jax.Array | None
-    ) -> jax.Array:
-        if self.frozen:
-            return self.decoder_blocks[index](x, rotation, allowed)
-        first = self.backbone.depth - self.num_blocks
-        return self.backbone.run_masked(x, rotation, first + index, allowed)
+    def _in_turn(self, run: Run, carry: Any) -> tuple[Any, list[Any]]:
+        """`run_in_turn` over the blocks that see the queries."""
+        if not self.frozen:
+            depth = self.backbone.depth
+            return self.backbone.in_turn(run, carry, depth - self.num_blocks, depth)
+        rounds = [[block] for block in self.decoder_blocks]
+        return run_in_turn(self, rounds, run, carry, scan=self.backbone.scan_layers)
 
     def _predict(
         self, x: jax.Array, grid: tuple[int, int], image_size: jax.Array | None
@@ -279,17 +287,16 @@ class EoMT(nn.Module):
         return SegmentorOutput(queries, self.mask_mlp[-1](hidden), features)
 
     def _allowed(
-        self, prediction: SegmentorOutput, grid: tuple[int, int], length: int, rate: jax.Array
+        self, prediction: SegmentorOutput, grid: tuple[int, int], length: int, free: jax.Array
     ) -> jax.Array:
-        """Whom the queries see, [B, N, length] bool: of the patches their masks'."""
+        """Whom the queries see, [B, N, length] bool: of the patches their masks', if not `free`."""
         embeddings, features = jax.lax.stop_gradient(
             (prediction.mask_embeddings, prediction.mask_features)
         )
         # Logits are linear in the features, and so is the resize.
         logits = mask_logits(embeddings, resize_bilinear(features, *grid))
         inside = (logits > 0).reshape(*logits.shape[:2], -1)
-        draw = jax.random.uniform(self.make_rng("masks"), logits.shape[:2])
-        inside |= (draw >= rate[:, None])[..., None]
+        inside |= free[..., None]
         rest = length - inside.shape[-1]
         return jnp.pad(inside, ((0, 0), (0, 0), (rest, 0)), constant_values=True)
 

@@ -6,7 +6,7 @@ arXiv 2508.10104. Sources: `transformers` `models/dinov2_with_registers` and `mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ import numpy as np
 
 from concat_jax.models.clip import VisionTower, make_clip
 from concat_jax.models.clip_images import normalize_clip_images
-from concat_jax.models.ops.layers_in_turn import run_in_turn
+from concat_jax.models.ops.layers_in_turn import Run, run_in_turn
 from concat_jax.models.ops.linear import Dense
 from concat_jax.models.ops.transformer_block import Block, layer_norm
 from concat_jax.models.segmentor_output import unnormalize_images
@@ -153,18 +153,12 @@ class ViT(nn.Module):
 
     def run(self, x: jax.Array, rotation: Rotation | None, first: int, last: int) -> jax.Array:
         """Blocks `first` to `last` - 1 on tokens [B, L, D], of which the patches are the last."""
+        return self.in_turn(lambda blocks, x: (blocks[0](x, rotation), None), x, first, last)[0]
 
-        def run_one(blocks: Sequence[Callable], x: jax.Array) -> tuple[jax.Array, None]:
-            return blocks[0](x, rotation), None
-
+    def in_turn(self, run: Run, carry: Any, first: int, last: int) -> tuple[Any, list[Any]]:
+        """`run_in_turn` over blocks `first` to `last` - 1, one a round."""
         rounds = [[block] for block in self.blocks[first:last]]
-        return run_in_turn(self, rounds, run_one, x, scan=self.scan_layers)[0]
-
-    def run_masked(
-        self, x: jax.Array, rotation: Rotation | None, index: int, allowed: jax.Array | None
-    ) -> jax.Array:
-        """Block `index`, with `allowed` [B, N, L] bool as of `Attention`."""
-        return self.blocks[index](x, rotation, allowed)
+        return run_in_turn(self, rounds, run, carry, scan=self.scan_layers)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Normalised tokens [B, 1 + registers + patches, D] float32 of images [B, H, W, 3]."""
@@ -183,11 +177,6 @@ class ClipEncoder(VisionTower):
 
     def run(self, x: jax.Array, rotation: None, first: int, last: int) -> jax.Array:
         return super().run(x, first, last)
-
-    def run_masked(
-        self, x: jax.Array, rotation: None, index: int, allowed: jax.Array | None
-    ) -> jax.Array:
-        return self.layers[index](x, None, allowed)
 
     def norm(self, x: jax.Array) -> jax.Array:
         return self.post_layernorm(x).astype("float32")
