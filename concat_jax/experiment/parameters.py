@@ -11,6 +11,7 @@ import ml_collections
 from etils.epath import Path
 from jax.sharding import Mesh
 
+from concat_jax.core.batch import QUERY_TARGETS, TARGET_FIELDS
 from concat_jax.core.config import check_choice
 from concat_jax.core.files import as_path
 from concat_jax.core.runtime import light_compiler_options
@@ -109,12 +110,27 @@ class Parameters:
             )
         print(f"Warning: {said}: its scores of unseen classes are not zero-shot.")
 
+    def _check_no_image_embeddings(self, path: Path) -> None:
+        for name in self._setup.config.stages:
+            stage = self._setup.make_stage(name)
+            of_clip = {"clip", *TARGET_FIELDS, QUERY_TARGETS}
+            uses = of_clip & {*stage.trains, *stage.reads, *stage.batch_fields}
+            if uses and self._setup.stages[name].takes.get("clip") == INIT:
+                raise ValueError(
+                    f"config.init.clip is {path}, an OWL-ViT: its image tower has no projection to "
+                    f"the joint space, and stage {name!r} embeds images; give a whole CLIP, or "
+                    "leave out what learns from CLIP's images (of CON, set its global_weight and "
+                    "instance_weight to 0)."
+                )
+
     def _initial(self, subtree: str, abstract: Params) -> Params:
         config = self._setup.config
         path = initial_path(config, subtree)
         if subtree == "clip":
             weights = read_clip(path)
             print(f"CLIP: {weights}.")
+            if not weights.embeds_images:
+                self._check_no_image_embeddings(path)
             return clip_params_for(weights, abstract, self._setup.networks.clip)
         fresh = self.fresh(subtree, INIT)
         if path is None:

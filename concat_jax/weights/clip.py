@@ -1,4 +1,4 @@
-"""CLIP from wherever people have it: Hugging Face, OpenAI's archives, open_clip. No torch, numpy.
+"""CLIP from wherever people have it: Hugging Face, OpenAI, open_clip, Scenic. No torch, numpy.
 
 What a file is, is told by its content. The sizes come from the config beside it, or from the shapes
 where there is none.
@@ -37,6 +37,7 @@ from concat_jax.weights.hugging_face_folder import (
 )
 from concat_jax.weights.model_folder import Params, abstract_params
 from concat_jax.weights.names import clip as names
+from concat_jax.weights.names import scenic_clip
 from concat_jax.weights.names.table import Found, find, to_ours
 from concat_jax.weights.report import LoadingReport, name_keys, shapes_of
 from concat_jax.weights.sizes import check_statistics
@@ -45,6 +46,7 @@ OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # What CLIP's own patch embedding consists of.
 PATCH_STEM = {f"{names.VISION}/patch_embedding/projection/kernel"}
+PROJECTION = "visual_projection/kernel"
 # Fields that the tokenizer decides, not config.model.clip.
 _TOKENIZER_FIELDS = ("vocab_size", "context_length")
 # What no shape shows, by the image tower.
@@ -73,6 +75,11 @@ class ClipWeights:
     report: LoadingReport
     notes: tuple[str, ...]
 
+    @property
+    def embeds_images(self) -> bool:
+        """False of an OWL-ViT: it lacks the projection to the joint space, which is NaN here."""
+        return not self.report.new
+
     def __str__(self) -> str:
         config, ignored = self.config, self.report.ignored
         tower = f"ViT of {config['image_width']} x {config.get('image_depth')} on patches of "
@@ -97,7 +104,8 @@ def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
     """Read a CLIP whose image tower is a ViT, OpenAI's ResNet or a ConvNeXt; no file is run.
 
     It is a Hugging Face folder or the file of weights in it; an OpenAI `.pt` (TorchScript archive
-    or state_dict); a file of open_clip, or its folder. A file without a config beside it is taken
+    or state_dict); a file of open_clip, or its folder; Scenic's `.npy` of OpenAI's arrays, or a
+    flax checkpoint of its CLIP or OWL-ViT with a ViT. A file without a config beside it is taken
     for what OpenAI made: heads 64 wide, and quick GELU unless it looks like open_clip's (a
     ConvNeXt; with a ViT safetensors, or a training checkpoint), whose default is GELU. What was so
     decided is in `ClipWeights.assumed`. Raises ValueError if it is missing, broken, no such CLIP,
@@ -108,6 +116,8 @@ def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
     file = _weights_file(path) if path.is_dir() else path
     content = read_weights(file)
     try:
+        if scenic_clip.is_scenic(content.arrays):
+            return _of_scenic(path, content)
         is_hf = any(name.startswith(("vision_model.", "text_model.")) for name in content.arrays)
         tower = names.tower_of(content.arrays)
         if not is_hf and tower == "vit" and "visual.conv1.weight" not in content.arrays:
@@ -122,11 +132,30 @@ def read_clip(path: str | os.PathLike[str]) -> ClipWeights:
     return ClipWeights(config, params, str(path), kind, assumed, report, content.notes)
 
 
-def _params(found: Found, config: Mapping[str, Any]) -> tuple[Params, LoadingReport]:
+def _params(
+    found: Found, config: Mapping[str, Any], lacking: tuple[str, ...] = ()
+) -> tuple[Params, LoadingReport]:
     clip = make_clip(config)
     images = jax.ShapeDtypeStruct((1, clip.image_size, clip.image_size, 3), jnp.float32)
     wanted = abstract_params(clip, images, jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    return to_ours(found, shapes_of(wanted))
+    shapes = shapes_of(wanted)
+    params, report = to_ours(found, {k: v for k, v in shapes.items() if k not in lacking})
+    new = {path: shapes[path] for path in lacking}
+    for path, shape in new.items():
+        module, leaf = path.split("/")
+        params[module] = {leaf: np.full(shape, np.nan, np.float32)}
+    return params, dataclasses.replace(report, new=new)
+
+
+def _of_scenic(path: Path, content: WeightsFile) -> ClipWeights:
+    arrays, heads = scenic_clip.merge_heads(content.arrays)
+    found = find(arrays, scenic_clip.naming(arrays))
+    config = {**sizes_from_shapes(found.shapes(), found.naming), **heads}
+    config |= {"activation": "quick_gelu", "eot_id": None}
+    is_owl_vit = any(name.startswith(scenic_clip.OWL_VIT) for name in arrays)
+    params, report = _params(found, config, (PROJECTION,) * is_owl_vit)
+    kind = "Scenic's OWL-ViT" if is_owl_vit else "Scenic's CLIP"
+    return ClipWeights(config, params, str(path), kind, (), report, content.notes)
 
 
 def clip_of_arrays(

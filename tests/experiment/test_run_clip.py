@@ -1,5 +1,6 @@
 """A run whose CLIP, tokenizer and all, is a folder that somebody downloaded."""
 
+import dataclasses
 import importlib
 import json
 
@@ -9,7 +10,9 @@ import pytest
 from flax import traverse_util
 
 from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.experiment import parameters
 from concat_jax.experiment.experiment import Experiment
+from concat_jax.weights.clip import read_clip
 from data_pipelines.datasets import Datasets
 
 transformers = pytest.importorskip("transformers")
@@ -43,9 +46,11 @@ def folder(tmp_path):
     return folder
 
 
-def make_run(folder, tmp_path, **clip):
+def make_run(folder, tmp_path, con=None, **clip):
     config = importlib.import_module("configs.coco_zps").get_config()
     config.init.clip = str(folder)
+    with config.unlocked():
+        config.train.con.method.update(con or {})
     config.text.update(tokenizer="clip", bpe_path="", context_length=8, templates="name")
     with config.unlocked():
         config.model.clip = FIELDS | clip
@@ -73,6 +78,18 @@ def test_weights_and_tokenizer_come_from_one_folder(folder, tmp_path, capsys):
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert line.startswith("CLIP: ViT of 16 x 1 on patches of 8 with text of 16 x 1 at 16 pixels")
     assert f"{folder} (Hugging Face): {count:,} numbers in {len(flat)} arrays loaded" in line
+
+
+def test_an_owl_vit_serves_what_learns_from_names_alone(folder, tmp_path, monkeypatch):
+    weights = read_clip(folder)
+    report = dataclasses.replace(weights.report, new={"visual_projection/kernel": (16, 12)})
+    owl_vit = dataclasses.replace(weights, report=report)
+    monkeypatch.setattr(parameters, "read_clip", lambda path: owl_vit)
+    run = make_run(folder, tmp_path)
+    with pytest.raises(ValueError, match="no projection to the joint space, and stage 'con' emb"):
+        run.parameters.get("clip", "init")
+    run = make_run(folder, tmp_path, con=dict(global_weight=0.0, instance_weight=0.0))
+    assert run.parameters.get("clip", "init")
 
 
 def test_a_folder_without_a_tokenizer_and_one_of_another_size(folder, tmp_path):

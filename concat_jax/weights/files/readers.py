@@ -1,4 +1,4 @@
-"""Files of weights as name -> array: safetensors, pickles, and what torch writes.
+"""Files of weights as name -> array: safetensors, pickles, and what torch, numpy and flax write.
 
 Nothing in a file is run (see `restricted_pickle.py`) and torch is not imported.
 """
@@ -14,9 +14,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 from etils.epath import Path
+from flax import serialization, traverse_util
 
 from concat_jax.core.files import as_path, on_disk, read_json
-from concat_jax.weights.files.restricted_pickle import SAFETENSORS_TYPES, as_array, read_pickle
+from concat_jax.weights.files.restricted_pickle import (
+    SAFETENSORS_TYPES,
+    as_array,
+    in_box,
+    read_pickle,
+)
 from concat_jax.weights.files.torch_files import (
     LEGACY_START,
     ZIP_START,
@@ -33,7 +39,11 @@ WEIGHT_ENTRIES = ("model", "state_dict", "model_state_dict", "module")
 # model. The second are torch's own wrappers of parts, which no layer is called.
 PREFIXES = ("module.", "model.", "state_dict.")
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Where flax's train states keep them, before optax and since.
+FLAX_ENTRIES = (("optimizer", "target"), ("params",))
 INDEX_SUFFIX = ".index.json"
+# A map, of few or many keys, that begins with a short text.
+_MSGPACK = re.compile(rb"([\x81-\x8f]|\xde..)[\xa1-\xbf]", re.DOTALL)
 # Of a safetensors header in bytes: the format's own limit.
 _MAX_HEADER = 100_000_000
 # How files begin that people have in the place of weights.
@@ -72,7 +82,8 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
     """Read a file of weights; its format is told by its first bytes, not by its name.
 
     It is a safetensors file, a pickle of arrays (Detectron2 `.pkl`), a `.pth`, `.pt` or `.bin` of
-    `torch.save` or `torch.jit.save`; or the `.index.json` of weights in several files. Raises
+    `torch.save` or `torch.jit.save`, a dictionary of `numpy.save`, a checkpoint of
+    `flax.training.checkpoints`; or the `.index.json` of weights in several files. Raises
     ValueError if the file is missing, empty, cut off, of another format, holds no weights, or is a
     pickle that names something weights have no need of; the sentence names the file.
     """
@@ -131,10 +142,45 @@ def _read(file: BinaryIO, suffix: str) -> WeightsFile:
         return WeightsFile(_read_safetensors(file.read()))
     if start.startswith(b"\x80") or suffix == ".pkl":
         return _pick_weights(read_pickle(file, read_nested=read_storage))
+    if start.startswith(b"\x93NUMPY"):
+        return _read_numpy(file)
+    if _MSGPACK.match(start):
+        return _read_flax(file.read())
     for beginning, what in _OTHER_FILES.items():
         if start.startswith(beginning):
             raise ValueError(what)
-    raise ValueError("it begins like none of safetensors, a pickle and a file of torch.save")
+    raise ValueError(
+        "it begins like none of safetensors, a pickle, a flax checkpoint and a file of torch.save"
+    )
+
+
+def _read_numpy(file: BinaryIO) -> WeightsFile:
+    """A dictionary in the box that `numpy.save` makes of it."""
+    version = np.lib.format.read_magic(file)
+    read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+    shape, _, dtype = read_header(file)
+    if shape or not dtype.hasobject:
+        raise ValueError("it holds one array and no names")
+    return _pick_weights(in_box(read_pickle(file)))
+
+
+def _read_flax(content: bytes) -> WeightsFile:
+    """The parameters of a checkpoint in msgpack, names joined by "/"; nothing in it is run."""
+    try:
+        state = serialization.msgpack_restore(content)
+    except ValueError as error:
+        raise ValueError(f"it is cut off or no checkpoint of flax ({error})") from error
+    for path in FLAX_ENTRIES:
+        params: Any = state
+        for key in path:
+            params = params.get(key) if isinstance(params, dict) else None
+        if isinstance(params, dict):
+            break
+    else:
+        raise ValueError("it is a checkpoint of flax that holds no params")
+    flat = traverse_util.flatten_dict(params, sep="/")
+    arrays = {k: np.asarray(v) for k, v in flat.items() if isinstance(v, np.ndarray | np.generic)}
+    return WeightsFile(arrays, tuple(key for key in state if key != path[0]))
 
 
 def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:

@@ -130,6 +130,9 @@ class _Type:
 
     def __init__(self, name: str, *_: Any):
         name = name.lstrip("<>|=") if isinstance(name, str) else ""
+        if name == "O8":  # of a box around one object, see `_Array`
+            self.dtype = np.dtype(object)
+            return
         if name not in _NUMPY_TYPES:
             raise ValueError(f"an array is of type {name or 'unknown'!r}")
         self.dtype = np.dtype(name).newbyteorder("<")
@@ -142,7 +145,11 @@ class _Type:
 
 
 class _Array:
-    """A numpy array; `__setstate__` brings its content."""
+    """A numpy array; `__setstate__` brings its content.
+
+    `numpy.save` puts what is no array in a box, an array of objects without axes: its content is
+    then what the box holds.
+    """
 
     __slots__ = ("value",)
 
@@ -151,13 +158,17 @@ class _Array:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, is_fortran, content = state
+        if shape == () and isinstance(content, list) and len(content) == 1:
+            (self.value,) = content
+            return
         self.value = _array(content, kind, shape, "F" if is_fortran else "C")
 
 
 def _array(content: Any, kind: Any, shape: Any, order: Any = "C") -> np.ndarray:
     if isinstance(content, str):  # Python 2 wrote bytes as text
         content = content.encode("latin1")
-    if not isinstance(content, bytes | bytearray) or not isinstance(kind, _Type):
+    is_plain = isinstance(kind, _Type) and not kind.dtype.hasobject
+    if not isinstance(content, bytes | bytearray) or not is_plain:
         raise ValueError("an array holds objects")
     return np.frombuffer(content, kind.dtype).reshape(
         _sizes(shape), order="F" if order == "F" else "C"
@@ -285,4 +296,10 @@ def as_array(value: Any) -> np.ndarray | None:
     """The array that an entry of a pickle is, None if it is something else."""
     if isinstance(value, Tensor):
         return value.numpy()
-    return value.value if isinstance(value, _Array) else None
+    array = value.value if isinstance(value, _Array) else None
+    return array if isinstance(array, np.ndarray) else None
+
+
+def in_box(value: Any) -> Any:
+    """What the box holds that `numpy.save` made of an object; the value itself if it is none."""
+    return value.value if isinstance(value, _Array) and as_array(value) is None else value

@@ -28,7 +28,7 @@ from flax import traverse_util
 from concat_jax.weights.report import LoadingReport, name_keys
 
 Shape = tuple[int, ...]
-# Kind of a layer -> torch's leaf -> our leaf and how its axes turn.
+# Kind of a layer -> their leaf, torch's or flax's -> our leaf and how its axes turn.
 _LEAVES = {
     "array": {"": ("", "same")},
     "linear": {"weight": ("kernel", "dense"), "bias": ("bias", "same")},
@@ -37,6 +37,9 @@ _LEAVES = {
     "filter": {"": ("", "conv")},
     "transposed": {"": ("", "transposed")},
     "tokens": {"": ("", "tokens")},
+    "flax_linear": {"kernel": ("kernel", "same"), "bias": ("bias", "same")},
+    "flax_norm": {"scale": ("scale", "same"), "bias": ("bias", "same")},
+    "flax_patches": {"kernel": ("kernel", "flax_patches")},
     "norm": {"weight": ("scale", "same"), "bias": ("bias", "same")},
     "frozen": {
         "weight": ("frozen_scale", "same"),
@@ -45,7 +48,7 @@ _LEAVES = {
         "running_var": ("frozen_variance", "same"),
     },
 }
-_AXES = {"dense": 2, "conv": 4, "patches": 4, "transposed": 4, "tokens": 3}
+_AXES = {"dense": 2, "conv": 4, "patches": 4, "flax_patches": 4, "transposed": 4, "tokens": 3}
 _NUMBER = re.compile(r"\{(\w)([+-]\d)?\}")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
@@ -58,7 +61,8 @@ class Row:
       ours: path in our tree, joined by "/".
       layout: "same", "dense" ([out, in] -> [in, out]), "conv" ([out, in, h, w] -> [h, w, in, out],
         or [in, out] where ours is a product and h = w = 1), "patches" (-> [h * w * in, out]),
-        "transposed" ([in, out, h, w] -> [in, h, w, out]) or "tokens" ([1, n, D] -> [n, D]).
+        "flax_patches" ([h, w, in, out] -> [h * w * in, out]), "transposed" ([in, out, h, w] ->
+        [in, h, w, out]) or "tokens" ([1, n, D] -> [n, D]).
       third: which third of the rows, where torch stacks query, key and value; else None.
     """
 
@@ -155,7 +159,7 @@ def _translate(name: str, source: str, target: str) -> str | None:
 
 
 def _as_ours(array: np.ndarray, row: Row) -> np.ndarray:
-    """A torch array in our layout, as a view where that can be."""
+    """Their array in our layout, as a view where that can be."""
     if row.third is not None:
         array = np.split(array, 3)[row.third]
     if row.layout == "dense":
@@ -166,8 +170,9 @@ def _as_ours(array: np.ndarray, row: Row) -> np.ndarray:
         return array[0]
     if row.layout == "transposed":
         return array.transpose(0, 2, 3, 1)
-    array = array.transpose(2, 3, 1, 0)
-    return array.reshape(-1, array.shape[-1]) if row.layout == "patches" else array
+    if row.layout != "flax_patches":
+        array = array.transpose(2, 3, 1, 0)
+    return array.reshape(-1, array.shape[-1]) if "patches" in row.layout else array
 
 
 def _as_torchs(array: np.ndarray, row: Row) -> np.ndarray:
@@ -181,9 +186,9 @@ def _as_torchs(array: np.ndarray, row: Row) -> np.ndarray:
     if row.layout == "transposed":
         return array.transpose(0, 3, 1, 2)
     if array.ndim == 2:
-        side = math.isqrt(array.shape[0] // 3) if row.layout == "patches" else 1
+        side = math.isqrt(array.shape[0] // 3) if "patches" in row.layout else 1
         array = array.reshape(side, side, -1, array.shape[1])
-    return array.transpose(3, 2, 0, 1)
+    return array if row.layout == "flax_patches" else array.transpose(3, 2, 0, 1)
 
 
 def our_shape(shape: Shape, row: Row) -> Shape:
@@ -194,7 +199,9 @@ def our_shape(shape: Shape, row: Row) -> Shape:
     axes = _AXES.get(row.layout, len(shape))
     if len(shape) != axes or (row.third is not None and (not shape or shape[0] % 3)):
         raise ValueError(f"its {row.theirs} has shape {shape}, which is none of such a layer")
-    if row.layout == "patches" and (shape[1] != 3 or shape[2] != shape[3]):
+    sides_and_colours = {"patches": (*shape[2:], *shape[1:2]), "flax_patches": shape[:3]}
+    height, width, colours = sides_and_colours.get(row.layout, (0, 0, 3))
+    if colours != 3 or height != width:
         raise ValueError(
             f"its {row.theirs} has shape {shape}, which is no convolution of square patches of RGB "
             "pictures"
