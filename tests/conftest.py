@@ -26,6 +26,17 @@ import pytest  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_configure(config):
+    """XLA's older emitters of loops compile a program in half the time of those that users have.
+
+    Slow tests keep the latter. XLA ends a process whose flag it does not know, as a later jaxlib
+    may have dropped this one; XLA reads it when the first program is compiled.
+    """
+    if config.option.markexpr == "not slow" and jax.__version_info__ < (0, 11):
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """Folder with real COCO panoptic images, golden cases and vocabularies.
