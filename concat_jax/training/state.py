@@ -89,5 +89,5 @@ def jit_train_step(
         make_train_step(loss, optimizer, seed, mesh, skips=skips),
         donate_argnums=0,
         out_shardings=(split_by_rule(state, mesh), replicated(mesh)),
-        compiler_options=step_compiler_options(mesh.devices.flat[0].platform),
+        compiler_options=step_compiler_options(mesh.devices.flat[0].device_kind),
     )

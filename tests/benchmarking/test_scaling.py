@@ -72,7 +72,7 @@ def test_a_step_is_counted_and_runs(monkeypatch):
     config.model.segmentor = dict(tiny.MODEL["segmentor"])
     config.train.con.batch_size, config.data.image_size, config.data.max_segments = 2, 32, 3
     config.loss.num_points = 9
-    monkeypatch.setattr(state, "step_compiler_options", lambda platform: tiny.FAST_COMPILE)
+    monkeypatch.setattr(state, "step_compiler_options", lambda device_kind: tiny.FAST_COMPILE)
     work = scaling._step(config)
     assert work.flops > 1e6 and work.traffic_bytes > 1e6
     assert np.isfinite(work.call()["loss"])
