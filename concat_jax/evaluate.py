@@ -23,7 +23,8 @@ Images and classes that the two sides number differently are told by their names
     python -m concat_jax.evaluate --config=configs/demo_zps.py --workdir=runs/demo --stage=finetune
 
 scores a finished stage as the training command does, by config.eval.settings.tasks; --pictures go
-to the stage's folder.
+to the stage's folder. With --namers it is asked instead how the stage's own text head, CLIP on the
+same masks, and both together name them.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def define_flags(flags: cli.Flags) -> None:
     flags.string("ignore", ignored, "Pixels of label maps that are no class.")
     flags.choice("protocol", "coco", list(PROTOCOLS), "IoUs of the instance task.")
     flags.string("stage", "finetune", "Of a config: the stage to score.")
+    flags.switch("namers", "Of a config: how text head and CLIP name the stage's masks.")
     flags.integer("pictures", 0, "Images to draw, of the worst and of the best each.", 0)
     flags.string("images", "", "Folder of the annotated images, for --pictures.")
     flags.switch("classes", "Also print every class.")
@@ -161,6 +163,11 @@ def evaluate_stage(given: cli.Flags) -> dict:
     datasets = make_datasets(config.data, seed=config.seed, **host)
     run = Experiment(config, workdir, datasets, trains=False)
     run.check_stage(stage)
+    if given.namers:
+        from concat_jax.benchmarking import naming
+
+        print(f"\n{naming.compare(run, stage)}")
+        return {}
     if given.pictures and "panoptic" not in run.setup.predict.tasks:
         raise ValueError(
             "--pictures are of panoptic maps, which config.eval.settings.tasks lacks; leave it out."
@@ -168,6 +175,9 @@ def evaluate_stage(given: cli.Flags) -> dict:
     summary = run.evaluate(stage, num_extremes=given.pictures)
     if given.pictures:
         print(f"Pictures: {workdir / stage}")
+    if others := run.elsewhere.score(run, stage):
+        print(f"\n{run.elsewhere.format({stage: others})}")
+        summary = summary | {"elsewhere": others}
     return summary
 
 
@@ -193,6 +203,8 @@ def evaluate_flags(given: cli.Flags) -> dict:
             "give --task, --annotations and --predictions to score files, or --config, --workdir "
             "and --stage to score a trained stage."
         )
+    elif given.namers:
+        raise ValueError("--namers is for a trained stage; give --config and --workdir.")
     else:
         if given.pictures:
             folder = as_path(given.images)

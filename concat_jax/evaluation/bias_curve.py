@@ -91,6 +91,20 @@ def accuracy_curve(
     return lost[..., -1:] - lost, gained
 
 
+def accuracy_at_zero(names: NamedQueries, is_seen: np.ndarray) -> tuple[float, float]:
+    """Seen and unseen accuracy where all names compete and none is favoured, means over classes."""
+    of_seen = np.asarray(is_seen, bool)[names.labels]
+    right = np.where(
+        of_seen, names.seen_right & (names.gaps > 0), names.unseen_right & (names.gaps <= 0)
+    )
+    sides = []
+    for side in (of_seen, ~of_seen):
+        classes = np.unique(names.labels[side])
+        means = [right[names.labels == k].mean() for k in classes]
+        sides.append(100 * float(np.mean(means)) if means else float("nan"))
+    return sides[0], sides[1]
+
+
 def naming_curve(names: NamedQueries, is_seen: np.ndarray) -> Naming:
     """What a sweep of the bias makes of the names; NaN if one side has no query."""
     is_seen = np.asarray(is_seen, bool)

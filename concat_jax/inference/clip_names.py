@@ -87,17 +87,17 @@ class MaskNamer:
     """Shows masks to CLIP, and knows what that cost so far.
 
     Attributes:
+      own: the head that says which queries are objects.
       num_masks: that were shown.
     """
 
-    def __init__(self, tower: ImageTower):
-        self.tower, self.num_masks = tower, 0
+    def __init__(self, tower: ImageTower, own: Head):
+        self.tower, self.own, self.num_masks = tower, own, 0
         self._rounds: dict[bool, list[float]] = {False: [], True: []}
         self._compiled: set[tuple[int, ...]] = set()
 
     def __call__(
         self,
-        own: Head,
         images: jax.Array,
         image_size: jax.Array,
         logits: jax.Array,
@@ -108,7 +108,7 @@ class MaskNamer:
     ) -> ClipQueries:
         """What `ClipHead` names queries by; `least` and the arrays are as `rank_masks` has them."""
         batch, number = queries.shape[:2]
-        order, counts = rank_masks(own, queries, logits, least)
+        order, counts = rank_masks(self.own, queries, logits, least)
         width = self.tower.module.embed_dim
         known = ClipEmbeddings(jnp.zeros((batch, number, width)), jnp.zeros((batch, number), bool))
         counts = np.asarray(counts)

@@ -136,6 +136,8 @@ class EnsembleHead(TextHead):
       alpha, beta: CLIP's power for a name that training showed, and for another.
       needs_places: leave CLIP out where a mask has no place on its map, as FC-CLIP does with
         ResNets.
+      void_weight: w of p(no-object) · (1 - w · max p), with p of CLIP's names: what CLIP is sure of
+        is an object the likelier (OVRCOAT). FC-CLIP has none.
     """
 
     is_seen: jax.Array = None
@@ -143,6 +145,7 @@ class EnsembleHead(TextHead):
     alpha: float = flax.struct.field(pytree_node=False, default=0.4)
     beta: float = flax.struct.field(pytree_node=False, default=0.8)
     needs_places: bool = flax.struct.field(pytree_node=False, default=False)
+    void_weight: float = flax.struct.field(pytree_node=False, default=0.0)
     KEEP_RULE: ClassVar[str] = "score"
     SCORE_THRESHOLD: ClassVar[float] = 0.0
 
@@ -162,8 +165,14 @@ class EnsembleHead(TextHead):
         tiny = jnp.finfo(jnp.float32).tiny
         by_head = jnp.log(jnp.maximum(names / jnp.maximum(1 - no_object, tiny), tiny))
         both = jnp.where(is_name, (1 - power) * by_head + power * by_clip, -jnp.inf)
+        objectness = own.objectness
+        if self.void_weight:
+            sure = jnp.exp(by_clip.max(axis=-1)) * queries.clip.is_seen
+            kept = 1 - self.void_weight * sure
+            no_object = no_object * kept[..., None]
+            objectness = 1 - (1 - objectness) * kept
         named = jax.nn.softmax(both, axis=-1) * (1 - no_object)
-        return ClassScores(jnp.concatenate([named, no_object], axis=-1), own.objectness)
+        return ClassScores(jnp.concatenate([named, no_object], axis=-1), objectness)
 
 
 @flax.struct.dataclass

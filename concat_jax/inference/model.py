@@ -90,7 +90,7 @@ class Model:
             self._head = LinearHead(params["classifier"])
             if clip:
                 self.clip = read_clip_names(clip, settings.get("dtype", "float32"))
-                self._namer = MaskNamer(self.clip.tower)
+                self._namer = MaskNamer(self.clip.tower, self._head)
             return
         if clip:
             raise ValueError(

@@ -266,7 +266,7 @@ class Predictor:
         if self.namer is not None:
             self._use(f"CLIP on {MASKS_AT_ONCE} masks")
             how = {"least": config.least_objectness, "stride": self._segmentor.module.stride}
-            queries = self.namer(self._head.own, images, image_size, logits, queries, **how)
+            queries = self.namer(images, image_size, logits, queries, **how)
         several = f" at {len(config.gammas)} gammas" * (len(config.gammas) > 1)
         self._use(f"{self._head.num_classes} names{several}")
         named = programs.name_queries(

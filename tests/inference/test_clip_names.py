@@ -40,7 +40,7 @@ def predictor(params, tasks, **settings):
     text = tiny.unit(np.random.default_rng(5).normal(size=(len(ASKED), 16)))
     head = ClipHead(LinearHead(params["classifier"]), jnp.asarray(text), None, jnp.float32(20))
     config = PredictConfig(tasks, short_side=SIZE, long_side=SIZE, batch_size=2, **settings)
-    namer = MaskNamer(ImageTower(tiny.params("clip"), NETWORKS.clip))
+    namer = MaskNamer(ImageTower(tiny.params("clip"), NETWORKS.clip), head.own)
     network = Network(params["segmentor"], NETWORKS.segmentor)
     return Predictor(network, head, ASKED, config, namer=namer)
 

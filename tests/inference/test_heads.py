@@ -5,8 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from concat_jax.inference.heads import TextHead, bias_names, text_head_for
+from concat_jax.inference.heads import (
+    ClipQueries,
+    EnsembleHead,
+    TextHead,
+    bias_names,
+    text_head_for,
+)
 from concat_jax.inference.panoptic import rank_queries
+from concat_jax.models.segmentor_output import ClipEmbeddings
+from concat_jax.models.semantic_projector import SemanticProjector
 from tests import tiny
 
 IS_SEEN = np.array([True, False, True])
@@ -60,3 +68,49 @@ def test_more_names_make_no_more_objects():
         assert (kept[count] != kept[28]).sum() <= 1  # the median itself, by a rounding
     against_all = 1 - np.asarray(found[847].class_probs)[..., -1]
     assert (against_all > middle).mean() > 0.9
+
+
+def test_what_clip_is_sure_of_is_an_object_the_likelier():
+    """p(no-object) · (1 - w · max p), by hand; where CLIP saw nothing, it stays."""
+    rng = np.random.default_rng(4)
+    projector = SemanticProjector(joint_width=8, hidden_width=8, num_layers=1)
+    text = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
+    text /= jnp.linalg.norm(text, axis=1, keepdims=True)
+    queries = jnp.asarray(rng.normal(size=(1, 2, 8)), jnp.float32)
+    params = projector.init(jax.random.key(0), queries, text, method="predict")["params"]
+    plain = TextHead(params, text, None, None, projector)
+    is_seen, scale = jnp.array([True, False, False]), jnp.float32(5)
+    fields = dict(params=params, text=text, is_name=None, training_text=None, projector=projector)
+    head = EnsembleHead(**fields, is_seen=is_seen, scale=scale, needs_places=True)
+    clip = jnp.asarray(rng.normal(size=(1, 2, 8)), jnp.float32)
+    given = ClipQueries(queries, ClipEmbeddings(clip, jnp.array([[True, False]])))
+    own, void = plain(queries), np.asarray(plain(queries).class_probs[..., -1])
+    without = head.replace(alpha=0.0, beta=0.0)
+    np.testing.assert_allclose(without(given).class_probs, own.class_probs, atol=1e-6)
+    found = without.replace(void_weight=0.5)(given)
+    cosines = clip[0, 0] @ text.T / jnp.linalg.norm(clip[0, 0])
+    most = float(jax.nn.softmax(5 * cosines).max())
+    expected = void * np.array([[1 - 0.5 * most, 1]])
+    np.testing.assert_allclose(found.class_probs[..., -1], expected, atol=1e-6)
+    np.testing.assert_allclose(found.objectness, 1 - expected, atol=1e-6)
+    np.testing.assert_allclose(found.class_probs.sum(axis=-1), 1, atol=1e-6)
+
+
+def test_objectness_of_an_fcclip_is_that_of_training_whatever_is_asked():
+    rng = np.random.default_rng(5)
+    projector = SemanticProjector(joint_width=8, hidden_width=8, num_layers=1)
+    training, *asked = (jnp.asarray(rng.normal(size=(k, 8)), jnp.float32) for k in (4, 2, 40))
+    queries = jnp.asarray(rng.normal(size=(1, 3, 8)), jnp.float32)
+    params = projector.init(jax.random.key(0), queries, training, method="predict")["params"]
+    clip = ClipEmbeddings(jnp.ones((1, 3, 8)), jnp.ones((1, 3), bool))
+    found = []
+    for text in asked:
+        head = EnsembleHead(
+            params, text, None, training, projector,
+            is_seen=jnp.zeros(len(text), bool), scale=jnp.float32(5),
+        )  # fmt: skip
+        found.append(head(ClipQueries(queries, clip)).objectness)
+    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(
+        found[0], TextHead(params, training, None, None, projector)(queries).objectness
+    )

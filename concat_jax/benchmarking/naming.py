@@ -1,0 +1,86 @@
+"""Ways to name a stage's masks, side by side: its text head, CLIP on the masks, and both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from concat_jax.evaluation.bias_curve import accuracy_at_zero, naming_curve
+from concat_jax.evaluation.calibration import GAMMAS, calibrate, sweep
+from concat_jax.evaluation.report import markdown_table
+from concat_jax.inference.clip_names import ImageTower, MaskNamer
+from concat_jax.inference.heads import ClipHead, EnsembleHead
+from concat_jax.inference.predictor import Predictor
+from concat_jax.models.clip import MAX_LOGIT_SCALE
+
+if TYPE_CHECKING:
+    from concat_jax.experiment.experiment import Experiment
+
+# FC-CLIP's powers of CLIP for names that training showed and for others, and halves of them.
+POWERS = ((0.4, 0.8), (0.2, 0.4))
+VOID_WEIGHTS = (0.5, 1.0)
+COLUMNS = ("seen", "unseen", "unseen among unseen", "hPQ", "hPQ at γ", "γ")
+
+
+def predictors(run: Experiment, name: str) -> Iterator[tuple[str, Predictor]]:
+    """Each way by its title; all have the masks of stage `name`, and CLIP is the stage's own."""
+    plain = run.predictor(name, gamma=GAMMAS, tasks=("panoptic", "queries"))
+    segmentor, text = plain.networks
+    yield "text head", plain
+    setup = run.setup
+    params = run.parameters.whole("clip", setup.holds_after(name)["clip"])
+    scale = jnp.minimum(jnp.exp(params["logit_scale"]), MAX_LOGIT_SCALE)
+    images = {key: tree for key, tree in params.items() if not key.startswith("text_")}
+    crops = setup.context.crops
+    sides = (crops.min_side, crops.max_side or math.inf)
+    tower = ImageTower(jax.device_put(images), setup.networks.clip, *sides)
+    fields = {field: getattr(text, field) for field in ("params", "text", "is_name")}
+    fields |= {"training_text": text.training_text, "projector": text.projector, "scale": scale}
+    seen = jnp.asarray(plain.vocabulary.is_seen)
+    both = EnsembleHead(**fields, is_seen=seen, needs_places=True)
+    heads = {"CLIP on its masks": ClipHead(text, text.text, text.is_name, scale)}
+    for alpha, beta in POWERS:
+        title = f"both, CLIP's power {alpha} for seen names and {beta} for unseen ones"
+        heads[title] = both.replace(alpha=alpha, beta=beta)
+    for weight in VOID_WEIGHTS:
+        title = f"text head, no-object times 1 - {weight:g} max p of CLIP"
+        heads[title] = both.replace(alpha=0.0, beta=0.0, void_weight=weight)
+    for title, head in heads.items():
+        how = {"namer": MaskNamer(tower, text)}
+        yield title, Predictor(segmentor, head, plain.vocabulary, plain.config, **how)
+
+
+def compare(run: Experiment, name: str) -> str:
+    """A Markdown table of how each way names, percent; γ is chosen on the world's other split.
+
+    Accuracies are means over classes, of the queries that hold a segment: "seen" and "unseen" where
+    all names compete. ValueError where the config has no `eval.bias_split`.
+    """
+    split = run.setup.config.eval.get("bias_split", "")
+    if not split:
+        raise ValueError(
+            "--namers chooses gamma on other scenes than are scored, and config.eval.bias_split "
+            "names none; it is for the synthetic world."
+        )
+    from data_pipelines.datasets import make_datasets
+
+    config = run.setup.config
+    held_out = make_datasets({**config.data, "eval_split": split}, seed=config.seed)
+    rows = []
+    for title, predictor in predictors(run, name):
+
+        def sweep_of(examples, _, predictor=predictor, title=title):
+            return sweep(predictor, examples, name=title)
+
+        gamma, _, found = calibrate(sweep_of, held_out.evaluation(), run.datasets.evaluation())
+        is_seen = np.asarray(found.vocabulary.is_seen)
+        scores = [*accuracy_at_zero(found.names, is_seen)]
+        scores.append(naming_curve(found.names, is_seen).among_unseen)
+        scores += [found.summary(g)["harmonic"]["pq"] for g in (0.0, gamma)]
+        rows.append([title, *(f"{score:.1f}" for score in scores), f"{gamma + 0:g}"])
+    return markdown_table(["names by", *COLUMNS], rows)
