@@ -1,17 +1,21 @@
-"""Open-vocabulary segmentation: trained on all of COCO panoptic, evaluated on ADE20K's 150 names.
+"""Open-vocabulary segmentation: trained on all of COCO panoptic, evaluated by six lists of names.
 
     python -m concat_jax.main --config=configs/ade20k_ovss.py --workdir=runs/ovss \\
         --config.data.root=/path/to/coco --config.data.eval_root=/path/to/ADEChallengeData2016 \\
         --config.init.clip=/path/to/clip-vit-base-patch16 --config.init.segmentor=weights/r50
 
 Nothing is trained on ADE20K, and its names are not known before the evaluation. `eval_root` has
-what Mask2Former's `datasets/prepare_ade20k_pan_seg.py` makes. After training, the same command with
+what Mask2Former's `datasets/prepare_ade20k_pan_seg.py` makes. With
 
-    --config.data.eval_kind=ade20k_847 --config.data.eval_root=/path/to/ADE20K_2021_17_01 \\
-        --config.eval.settings.tasks="('semantic',)"
+    --config.eval.elsewhere.a847.root=/path/to/ADE20K_2021_17_01 \\
+    --config.eval.elsewhere.pc59.root=/path/to/pascal_ctx_d2 \\
+    --config.eval.elsewhere.pc459.root=/path/to/pascal_ctx_d2 \\
+    --config.eval.elsewhere.voc20.root=/path/to/VOCdevkit/VOC2012 \\
+    --config.eval.elsewhere.voc21.root=/path/to/VOCdevkit/VOC2012
 
-scores another data set: also pascal_context_59, pascal_context_459 and pascal_voc
-(`data_pipelines/sources/registry.py` tells their folders).
+those are scored in the same run and come to one table; what has no root is left out
+(`data_pipelines/sources/registry.py` tells the folders). `concat_jax.evaluate --config` with the
+same flags and --stage=finetune scores a run that is finished.
 
 Hardware, time and score: not measured. To compare with, on ADE20K (PQ, AP, mIoU): FC-CLIP with R50,
 also trained on COCO panoptic, 17.9, 9.5, 23.3; with ConvNeXt-L 26.8, 16.8, 34.1 (README of
@@ -42,5 +46,14 @@ def recipe() -> ConfigDict:
     config.eval.settings.tasks = ("panoptic", "semantic", "instance")
     config.eval.stages = dict(
         con="stage 1 (CON)", finetune="full, open vocabulary (CON + CAT + union finetune)"
+    )
+    semantic = dict(part="validation", root="", split_file="", tasks=("semantic",))
+    config.eval.elsewhere = dict(
+        a847=dict(semantic, kind="ade20k_847"),
+        pc59=dict(semantic, kind="pascal_context_59"),
+        pc459=dict(semantic, kind="pascal_context_459"),
+        voc20=dict(semantic, kind="pascal_voc", part="val"),
+        # Background, which is void above, is a class with FC-CLIP's words for it.
+        voc21=dict(semantic, kind="pascal_voc", part="val", split_file="pascal_voc_21"),
     )
     return config

@@ -138,15 +138,7 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
             config, seed=seed, process_index=process_index, process_count=process_count
         )
     )
-    test = SegmentationLoader(
-        _open(config, "eval_" if config.get("eval_kind", "") else "", "eval_part", "keep"),
-        image_size=config["eval_size"],
-        num_eval_images=config["num_eval_images"] or None,
-        unseen_images="keep",
-        max_segments=config["max_segments"],
-        num_threads=config["num_threads"],
-        seed=seed,
-    )
+    test = evaluation_part(config, seed=seed)
     if not any(len(record.labels) for record in test.records[: test.num_eval_images]):
         raise FileError(
             f"Not one image of the evaluation part {config['eval_part']!r} has a segment, so there "
@@ -199,6 +191,19 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
         check_clip_targets=check_clip_targets if folder else None,
         eval_vocabulary=test.vocabulary if elsewhere else None,
         identity=identity,
+    )
+
+
+def evaluation_part(config: Mapping[str, Any], *, seed: int) -> SegmentationLoader:
+    """The part that a config evaluates on, of another data set where it has an `eval_kind`."""
+    return SegmentationLoader(
+        _open(config, "eval_" if config.get("eval_kind", "") else "", "eval_part", "keep"),
+        image_size=config["eval_size"],
+        num_eval_images=config["num_eval_images"] or None,
+        unseen_images="keep",
+        max_segments=config["max_segments"],
+        num_threads=config["num_threads"],
+        seed=seed,
     )
 
 

@@ -17,11 +17,13 @@ from concat_jax.core.config import check_choice
 from concat_jax.core.files import FileError, as_path, write_json
 from concat_jax.core.prefetch import in_threads
 from concat_jax.core.progress import format_seconds
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation import calibration, report
 from concat_jax.experiment import evidence, looks
 from concat_jax.experiment.batches import check_clip_targets, query_bank, stage_batches
 from concat_jax.experiment.class_embeddings import ClassEmbeddings
 from concat_jax.experiment.copy_parameters import copy_parameters
+from concat_jax.experiment.elsewhere import Elsewhere
 from concat_jax.experiment.model import write_labels
 from concat_jax.experiment.parameters import INIT, Parameters, initial_path
 from concat_jax.experiment.setup import make_setup
@@ -65,6 +67,7 @@ class Experiment:
         self.setup = setup = make_setup(config, datasets)
         self.workdir, self.datasets = workdir, datasets
         self._mirror = mirror or (lambda name: None)
+        self.elsewhere = Elsewhere(config)
         self.mesh = make_mesh(config.mesh.devices, config.mesh.get("fsdp", 1))
         self.parameters = Parameters(setup, workdir, self.mesh)
         self.embeddings = ClassEmbeddings(
@@ -142,6 +145,9 @@ class Experiment:
             for rule in rules
         }
         table = report.format_comparison(results) if results else "No stage is evaluated."
+        elsewhere = {title: self.elsewhere.score(self, name) for name, title in titles.items()}
+        if others := self.elsewhere.format(elsewhere):
+            table += f"\n\n{others}"
         measured = self._evidence(titles)
         if measured:
             table += f"\n\n{evidence.format_evidence(measured)}"
@@ -150,6 +156,7 @@ class Experiment:
         print(f"\n{table}\n")
         seconds = time.monotonic() - start
         out = {"stages": trained, "results": results, "evidence": measured, "table": table}
+        out |= {"elsewhere": elsewhere}
         out |= {"seconds": round(seconds, 1), "config": shown, "stages_evaluated": sorted(titles)}
         if config.get("init", {}).get("allow_unseen_weights", False):
             out["not_zero_shot"] = "config.init.allow_unseen_weights: the segmentor may know them"
@@ -162,6 +169,7 @@ class Experiment:
         """Once before the first stage: one at fault would end the run after the last."""
         print("Reading the images of the evaluation, to find faults before training.", flush=True)
         try:
+            self.elsewhere.open(self)
             collections.deque(self.datasets.evaluation(), maxlen=0)
         except FileError as error:
             raise FileError(
@@ -247,18 +255,22 @@ class Experiment:
             raise ValueError(f"Stage {name!r} has not finished in {self.workdir}; train it first.")
         check_origins(self.workdir, (name,))
 
-    def predictor(self, name: str, **changes: Any) -> Predictor:
+    def predictor(
+        self, name: str, vocabulary: Vocabulary | None = None, **changes: Any
+    ) -> Predictor:
         """What holds after stage `name`, on this host's devices alone.
 
         Args:
+          vocabulary: the names; None takes those that the config evaluates by.
           **changes: fields of `PredictConfig`, instead of those of config.eval.settings.
         """
         setup = self.setup
+        vocabulary = vocabulary or setup.eval_vocabulary
         sources = setup.holds_after(name)
         params = {s: self.parameters.whole(s, sources[s]) for s in ("segmentor", "projector")}
-        text = self.embeddings.get(sources["clip"], setup.eval_vocabulary)
+        text = self.embeddings.get(sources["clip"], vocabulary)
         training_text = None
-        if setup.eval_vocabulary is not setup.vocabulary:
+        if vocabulary is not setup.vocabulary:
             training_text = self.embeddings.get(sources["clip"], setup.vocabulary)
         config = dataclasses.replace(setup.predict, **changes)
         mesh = inference_mesh(self.mesh, config.batch_size)
@@ -266,7 +278,7 @@ class Experiment:
         return Predictor(
             Network(params["segmentor"], setup.networks.segmentor),
             TextHead(params["projector"], text, None, training_text, setup.networks.projector),
-            setup.eval_vocabulary,
+            vocabulary,
             config,
             sharding=along_batch(mesh),
         )

@@ -1,0 +1,110 @@
+"""A stage on further data sets, each with names of its own: `config.eval.elsewhere`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import ml_collections
+
+from concat_jax.core.config import build, check_choice
+from concat_jax.evaluation.evaluate import evaluate
+from concat_jax.evaluation.report import markdown_table
+from concat_jax.experiment.class_embeddings import check_names
+from concat_jax.inference.predictor import TASKS
+
+if TYPE_CHECKING:
+    from concat_jax.experiment.experiment import Experiment
+    from data_pipelines.loader import SegmentationLoader
+
+# Column to where a summary has it.
+COLUMNS = {
+    "PQ": lambda summary: summary["all"]["pq"],
+    "mIoU": lambda summary: summary["semantic"]["all"]["miou"],
+    "AP": lambda summary: summary["instance"]["all"]["ap"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A section of `config.eval.elsewhere`.
+
+    Attributes:
+      kind, part, split_file: as `open_source` has them.
+      root: of its files; "" leaves the data set out.
+      tasks: what is scored; several make the networks run once.
+    """
+
+    kind: str
+    part: str
+    tasks: tuple[str, ...] = ("semantic",)
+    root: str = ""
+    split_file: str = ""
+
+    def __post_init__(self):
+        for task in self.tasks:
+            check_choice(task, TASKS[:-1], f"config.eval.elsewhere of {self.kind} has no task")
+
+
+class Elsewhere:
+    """The data sets of a config that have a root, opened when they are first needed."""
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        sections = config.eval.get("elsewhere", {})
+        self._config, self._loaders = config, {}
+        self.sets = {
+            name: build(DataSet, section, f"config.eval.elsewhere.{name}")
+            for name, section in sections.items()
+        }
+        self.without_root = tuple(name for name, one in self.sets.items() if not one.root)
+
+    def open(self, run: Experiment) -> Mapping[str, SegmentationLoader]:
+        """Each data set by name; errors as `open_source`, and for names that cannot be read."""
+        from data_pipelines.datasets import evaluation_part
+
+        for name, one in self.sets.items():
+            if name in self._loaders or not one.root:
+                continue
+            where = dict(eval_kind=one.kind, eval_root=one.root, eval_split_file=one.split_file)
+            data = {**self._config.data, **where, "eval_part": one.part}
+            self._loaders[name] = evaluation_part(data, seed=self._config.seed)
+            vocabulary = self._loaders[name].vocabulary
+            check_names(self._config.text, run.setup.tokenizer, vocabulary)
+        return self._loaders
+
+    def score(self, run: Experiment, stage: str) -> dict[str, Any]:
+        """Data set to the summary of `evaluate`; each vocabulary is embedded once."""
+        hosts = jax.process_index(), jax.process_count()
+        return {
+            name: evaluate(
+                run.predictor(stage, loader.vocabulary, tasks=self.sets[name].tasks, windows=False),
+                loader.eval_examples(*hosts),
+                name=f"{stage}, {name}",
+            )
+            | {"classes": len(loader.vocabulary)}
+            for name, loader in self.open(run).items()
+        }
+
+    def format(self, rows: Mapping[str, Mapping[str, Any]]) -> str:
+        """One Markdown table, percent, of title -> what `score` gave; "" where nothing is."""
+        lines = []
+        for title, found in rows.items():
+            for name, summary in found.items():
+                cells = [_cell(summary, get) for get in COLUMNS.values()]
+                lines.append([title, name, summary["classes"], summary["images"], *cells])
+        if not lines:
+            return ""
+        table = markdown_table(["run", "data set", "classes", "images", *COLUMNS], lines)
+        missing = ", ".join(self.without_root)
+        return table + (f"\n\nWithout a root, so not scored: {missing}." if missing else "")
+
+
+def _cell(summary: Mapping[str, Any], get: Any) -> str:
+    try:
+        value = get(summary)
+    except KeyError:
+        return "-"
+    return f"{value:.1f}" if math.isfinite(value) else "-"
