@@ -57,10 +57,9 @@ def load_classes(
     """
     path = _find(name_or_path)
     if path is None:
-        names = sorted(file.stem for folder in FOLDERS for file in folder.glob("*.json"))
         raise ValueError(
             f"There is no file of classes {str(name_or_path)!r}; give a path or one of: "
-            f"{', '.join(names)}."
+            f"{', '.join(_shipped())}."
         )
     text = read_text(path)
     if path.suffix == ".json" or text.lstrip()[:1] in ("[", "{"):
@@ -127,6 +126,11 @@ def _asked_for(classes: Names, training: Vocabulary) -> tuple[tuple[str, ...], t
         parts = [classes.get(key, ()) for key in ("things", "stuff")]
     else:
         parts = [classes]
+        if isinstance(classes, Sequence) and len(classes) == 1 and classes[0] in _shipped():
+            raise ValueError(
+                f"{list(classes)!r} is a list of one class; for the names of the vocabulary give "
+                f"{classes[0]!r} itself, and for a class of that name '{classes[0]};'."
+            )
     for part in parts:
         is_list = isinstance(part, Sequence) and not isinstance(part, str)
         if not is_list or not all(isinstance(name, str) for name in part):
@@ -143,9 +147,14 @@ def _asked_for(classes: Names, training: Vocabulary) -> tuple[tuple[str, ...], t
     return tuple(name.strip() for part in parts for name in part), tuple(flags)
 
 
+def _shipped() -> list[str]:
+    """Names of the splits and vocabularies that ship."""
+    return sorted(file.stem for folder in FOLDERS for file in folder.glob("*.json"))
+
+
 def _refuse_misspelt(text: str) -> None:
     """ValueError for a single word that is nearly the name of a vocabulary that ships."""
-    names = sorted(file.stem for folder in FOLDERS for file in folder.glob("*.json"))
+    names = _shipped()
     is_word = text.strip() and not set(text.strip()) & set(",; ")
     # Words of a language have neither, so of one without it is asked more.
     cutoff = 0.6 if set(text) & set("_0123456789") else 0.85

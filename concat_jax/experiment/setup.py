@@ -157,6 +157,12 @@ def make_setup(
         for vocabulary in {labels.vocabulary, evaluated}:
             check_names(config.text, tokenizer, vocabulary)
     model = config.model.to_dict()
+    if model["segmentor"].get("kind") == "fcclip":
+        raise ValueError(
+            "config.model.segmentor.kind is 'fcclip', which predicts and is not trained here: of "
+            "its prediction sets it gives the last alone, and losses want all. Convert FC-CLIP's "
+            "own file for it, or set config.model.segmentor.kind to 'mask2former' or 'eomt'."
+        )
     sizes = ("vocab_size", "context_length", "eot_id")
     model["clip"] |= {size: getattr(tokenizer, size) for size in sizes}
     constants = dict(config.get("loss", {}))

@@ -403,6 +403,7 @@ def test_a_text_file_of_known_names_has_their_flags_and_ids(tmp_path):
         ({"thing": ["a"]}, "no key 'thing'; did you mean 'things'"),
         ({"things": "cat"}, "hold 'cat' where a list of names belongs"),
         (["cat", 3], "where a list of names belongs"),
+        (["ade20k_150"], "is a list of one class; .* give 'ade20k_150' itself"),
         (3, "hold 3 where a list of names belongs"),
     ],
 )
@@ -432,6 +433,14 @@ def test_names_are_things_then_stuff_and_seen_or_not(tmp_path):
     assert found.category_ids == (7, 3, 5) and found.is_thing == (False, True, True)
     assert found.is_seen == (True, False, True) and found.synonyms[2] == ("kitty",)
     assert len(parse_classes("pascal_voc_20", TRAINING)[0]) == 20
+    # By its name a vocabulary comes whole; a class is seen by any of its words, of either side.
+    coco = load_classes("coco_panoptic_133")[0]
+    coco = dataclasses.replace(coco, is_seen=(True,) * len(coco))
+    found, knows_things = parse_classes("ade20k_150", coco)
+    assert len(found) == 150 and knows_things and sum(found.is_thing) == 100
+    seen = {name for name, flag in zip(found.names, found.is_seen, strict=True) if flag}
+    assert {"bed", "sky", "sofa"} <= seen and not {"flag", "chandelier"} & seen
+    assert "sofa" not in coco.names
     # Where nothing says which are things all are, as of linear heads.
     found, knows_things = parse_classes(str(write(tmp_path, "a\nsky", "a.txt")), TRAINING)
     assert found.is_thing == (True, True) and not knows_things

@@ -78,6 +78,10 @@ def unknown_network_field(config):
     config.model.generator.noise = 3
 
 
+def no_training_of_it(config):
+    config.model.segmentor.kind = "fcclip"
+
+
 def unknown_rule(config):
     config.eval.keep_rules = ("objectnes",)
 
@@ -144,6 +148,7 @@ def unknown_profile_field(config):
         (unread_clip, "config.init.clip is nothere, which no stage .*; leave it out"),
         (unread_words, "config.text.bpe_path is nothere, which no .*; leave it out"),
         (pictures_below_none, "config.eval.num_pictures is -1"),
+        (no_training_of_it, "segmentor.kind is 'fcclip', which predicts and is not trained here"),
         (unknown_network_field, "config.model.generator has no key 'noise'.*'noise_width'"),
     ],
 )

@@ -162,3 +162,23 @@ def test_a_killed_writer_leaves_nothing_under_the_name(tmp_path, monkeypatch):
 def test_bad_names_are_refused_before_the_cache_is_looked_at(tmp_path):
     with pytest.raises(ValueError, match="same text"):
         embed(tmp_path, Encoder(), names=["cat", "Cat"])
+
+
+def test_rows_are_cut_to_the_longest_prompt_and_nothing_changes():
+    """Of a causal tower; the width is a multiple of eight, so that few programs are compiled."""
+    widths = []
+
+    class Ended(LetterTokenizer):
+        def __call__(self, texts):
+            return super().__call__([f"{text}{chr(self.eot_id)}" for text in texts])
+
+    def encode(tokens):  # what stands before the end alone counts, as in a causal tower
+        widths.append(tokens.shape[1])
+        before = np.cumsum(tokens == Ended.eot_id, axis=1) == 0
+        letters = [((tokens == ord(x)) & before).sum(axis=1) + 0.5 for x in "acdkst"]
+        return np.stack(letters, axis=1)
+
+    cut = embed("", encode, tokenizer=Ended(), names=["cat", "dog"])
+    also_long = embed("", encode, tokenizer=Ended(), names=["cat", "dog", "a d k s t cats"])
+    assert widths == [8, 24]
+    np.testing.assert_array_equal(cut, also_long[:2])

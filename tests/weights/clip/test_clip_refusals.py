@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from concat_jax.weights.clip import read_clip
+from concat_jax.models.clip import CLIP_VARIANTS, make_clip
+from concat_jax.weights.clip import ClipWeights, clip_params_for, read_clip
 from concat_jax.weights.files.readers import read_weights
 from concat_jax.weights.files.torch_files import MAX_ATTRIBUTES
 
@@ -259,3 +260,13 @@ def test_an_archive_has_the_names_and_types_of_its_state_dict(tmp_path):
     for name, tensor in model.state_dict().items():
         assert arrays[name].dtype == tensor.numpy().dtype
         np.testing.assert_array_equal(arrays[name], tensor.numpy(), err_msg=name)
+
+
+def test_weights_of_another_tower_than_the_config():
+    """Both ways; the remedy is the config of the weights."""
+    towers = {name: {"image_tower": "vit", **CLIP_VARIANTS[name]} for name in ("RN50", "ViT-B/32")}
+    for name, other in (("RN50", "ViT-B/32"), ("ViT-B/32", "RN50")):
+        weights = ClipWeights(towers[name], {}, f"{name}.pt", "OpenAI", (), None, ())
+        theirs, mine = (towers[which]["image_tower"] for which in (name, other))
+        with pytest.raises(ValueError, match=rf"image_tower is '{theirs}' not '{mine}'; set conf"):
+            clip_params_for(weights, {}, make_clip({"variant": other}))
