@@ -211,6 +211,7 @@ class FakeRun:
     def __init__(self, config, workdir, datasets, *, trains):
         assert not trains
         self.setup = types.SimpleNamespace(predict=types.SimpleNamespace(tasks=("semantic",)))
+        self.elsewhere = types.SimpleNamespace(score=lambda run, stage: {})
 
     def check_stage(self, name):
         if name != "finetune":
@@ -249,6 +250,11 @@ def test_a_stage_is_scored_by_the_config_s_metrics(stage_of, capsys):
 def test_pictures_of_a_stage_without_panoptic_maps_are_refused(stage_of):
     with pytest.raises(ValueError, match="--pictures are of panoptic maps"):
         stage_of("--pictures=2")
+
+
+def test_namers_are_of_a_stage():
+    with pytest.raises(ValueError, match="--namers is for a trained stage"):
+        run("--task=panoptic", "--namers")
 
 
 def test_a_stage_that_cannot_be_scored_is_refused(stage_of):
