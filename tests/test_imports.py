@@ -28,6 +28,7 @@ RULE = {
     "exporting": {"core", "models", "inference"},
 }
 RULE["experiment"] = set(RULE)
+RULE["scenic_project"] = set(RULE)
 RULE["benchmarking"] = set(RULE)
 RULE["page"] = {"core", "visualize", "inference", "data_pipelines"}
 RULE["commands"] = set(RULE)

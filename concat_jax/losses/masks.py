@@ -193,7 +193,8 @@ def over_batch_shards(function, num_replicated: int = 0):
     `num_replicated` trees that every device holds whole, then arrays with the batch axis first.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    # Where every axis is manual, as in `jax.pmap`, this is a device's own part already.
+    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
         return function
     batch = PartitionSpec(mesh.axis_names)
 

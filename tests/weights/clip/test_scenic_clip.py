@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import serialization, traverse_util
+from flax import traverse_util
 
 from concat_jax.models.clip import make_clip
 from concat_jax.weights.clip import read_clip
-from concat_jax.weights.names import scenic_clip
-from concat_jax.weights.names.table import to_theirs
 from tests import tiny
 from tests.neighbours.with_scenic import need_scenic
+from tests.weights.clip.scenic_files import as_scenic, save
 
 HEADS = {"image_heads": 3, "text_heads": 2}
 SIZES = dict(embed_dim=24, image_size=16, patch_size=4, image_width=48, image_depth=2)
@@ -29,19 +28,6 @@ def params_of(config):
     return tiny.fill(shapes["params"], 0)
 
 
-def as_scenic(params):
-    """Name -> array with heads apart, as Scenic's CLIP has them."""
-    arrays = to_theirs(params, scenic_clip.naming(()))
-    arrays["logit_scale"] = arrays["logit_scale"].reshape(())
-    for name, array in arrays.items():
-        heads = HEADS["text_heads" if name.startswith("text/") else "image_heads"]
-        if "/attn/out/kernel" in name:
-            arrays[name] = array.reshape(heads, -1, array.shape[-1])
-        elif "/attn/" in name and "/out/" not in name:
-            arrays[name] = array.reshape(*array.shape[:-1], heads, -1)
-    return {name.replace("resblocks_", "resblocks."): array for name, array in arrays.items()}
-
-
 def as_owl_vit(arrays, *, is_old):
     """In an OWL-ViT: no projection, heads of its own, and in newer code other numbers of norms."""
     arrays = {f"backbone/clip/{k}": v for k, v in arrays.items() if k != "visual/proj/kernel"}
@@ -52,19 +38,13 @@ def as_owl_vit(arrays, *, is_old):
     return arrays | {name: np.ones(3, np.float32) for name in heads}
 
 
-def save(path, arrays, **state):
-    params = traverse_util.unflatten_dict(arrays, sep="/")
-    path.write_bytes(serialization.msgpack_serialize(state or {"global_step": 3, "params": params}))
-    return path
-
-
 @pytest.fixture(scope="module")
 def params():
     return params_of(CONFIG)
 
 
 def test_a_clip_comes_back_from_a_checkpoint(params, tmp_path):
-    weights = read_clip(save(tmp_path / "checkpoint_3", as_scenic(params)))
+    weights = read_clip(save(tmp_path / "checkpoint_3", as_scenic(params, **HEADS)))
     assert weights.config == CONFIG and weights.embeds_images
     tiny.assert_same(weights.params, params)
     assert "(Scenic's CLIP)" in str(weights) and "holds global_step; ignored" in str(weights)
@@ -72,7 +52,7 @@ def test_a_clip_comes_back_from_a_checkpoint(params, tmp_path):
 
 @pytest.mark.parametrize("is_old", [True, False])
 def test_an_owl_vits_towers_come_back_without_the_projection_of_images(params, is_old, tmp_path):
-    arrays = as_owl_vit(as_scenic(params), is_old=is_old)
+    arrays = as_owl_vit(as_scenic(params, **HEADS), is_old=is_old)
     path = tmp_path / "clip_vit_b32"
     if is_old:  # before optax
         tree = traverse_util.unflatten_dict(arrays, sep="/")
@@ -102,14 +82,14 @@ def test_an_owl_vits_towers_come_back_without_the_projection_of_images(params, i
     ],
 )
 def test_every_array_is_accounted_for(params, change, message, tmp_path):
-    arrays = as_scenic(params)
+    arrays = as_scenic(params, **HEADS)
     change(arrays)
     with pytest.raises(ValueError, match=message):
         read_clip(save(tmp_path / "file", arrays))
 
 
 def test_damaged_files_end_in_a_sentence(params, tmp_path):
-    path = save(tmp_path / "file", as_scenic(params))
+    path = save(tmp_path / "file", as_scenic(params, **HEADS))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="file cannot be read as weights: it is cut off"):
