@@ -8,7 +8,8 @@ from tests.experiment.test_model import STAGES, finish, tiny_config
 
 
 def test_every_way_is_a_row_and_all_name_the_same_queries(tmp_path, monkeypatch):
-    monkeypatch.setattr(naming, "GAMMAS", (0.0,))
+    for field, few in (("GAMMAS", (0.0,)), ("POWERS", ((0.4, 0.8),)), ("VOID_WEIGHTS", (1.0,))):
+        monkeypatch.setattr(naming, field, few)
     monkeypatch.setattr(query_names, "LEAST_IOU", 0.0)  # random masks hold little
     config = tiny_config()
     run = Experiment(config, tmp_path / "run", make_datasets(config.data, seed=0))
