@@ -12,9 +12,10 @@ pytest.importorskip("torch")  # which the quick test's file wants, too
 from tests.inference.test_fcclip import compare  # noqa: E402
 
 pytestmark = pytest.mark.slow
+FULL = [name for name, config in cases.FCCLIPS.items() if config["width"] == 256]
 
 
-@pytest.mark.parametrize("name", [name for name in cases.FCCLIPS if "_r50" in name])
+@pytest.mark.parametrize("name", FULL)
 def test_equals_fcclips_own_modules(name, tmp_path):
     errors = compare(name, tmp_path)
     print(name, errors)
