@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,7 +15,6 @@ from concat_jax.evaluation.report import markdown_table
 from concat_jax.inference.clip_names import ImageTower, MaskNamer
 from concat_jax.inference.heads import ClipHead, EnsembleHead
 from concat_jax.inference.predictor import Predictor
-from concat_jax.models.clip import MAX_LOGIT_SCALE
 
 if TYPE_CHECKING:
     from concat_jax.experiment.experiment import Experiment
@@ -34,16 +32,17 @@ def predictors(run: Experiment, name: str) -> Iterator[tuple[str, Predictor]]:
     yield "text head", plain
     setup = run.setup
     params = run.parameters.whole("clip", setup.holds_after(name)["clip"])
-    scale = jnp.minimum(jnp.exp(params["logit_scale"]), MAX_LOGIT_SCALE)
-    images = {key: tree for key, tree in params.items() if not key.startswith("text_")}
     crops = setup.context.crops
     sides = (crops.min_side, crops.max_side or math.inf)
-    tower = ImageTower(jax.device_put(images), setup.networks.clip, *sides)
-    fields = {field: getattr(text, field) for field in ("params", "text", "is_name")}
-    fields |= {"training_text": text.training_text, "projector": text.projector, "scale": scale}
-    seen = jnp.asarray(plain.vocabulary.is_seen)
-    both = EnsembleHead(**fields, is_seen=seen, needs_places=True)
-    heads = {"CLIP on its masks": ClipHead(text, text.text, text.is_name, scale)}
+    tower = ImageTower.of(params, setup.networks.clip, *sides)
+    same = ("params", "text", "is_name", "training_text", "projector")
+    both = EnsembleHead(
+        **{field: getattr(text, field) for field in same},
+        scale=tower.scale,
+        is_seen=jnp.asarray(plain.vocabulary.is_seen),
+        needs_places=True,
+    )
+    heads = {"CLIP on its masks": ClipHead(text, text.text, text.is_name, tower.scale)}
     for alpha, beta in POWERS:
         title = f"both, CLIP's power {alpha} for seen names and {beta} for unseen ones"
         heads[title] = both.replace(alpha=alpha, beta=beta)

@@ -144,7 +144,7 @@ class Paths:
         """CLIP names the `num_masks` likeliest objects of an image; the others are none."""
         masks, queries = self.segment(params, images, image_size)
         own, clip = LinearHead(params["classifier"]), self.networks.clip
-        tower = ImageTower(params["clip"], clip)
+        tower = ImageTower.of(params["clip"], clip)
         order, counts = rank_masks(own, queries, masks, 0.0)
         chosen, stride = order[:, :num_masks], self.networks.segmentor.stride
         crops = cut_masks(tower, images, image_size, masks, chosen, stride=stride)

@@ -34,15 +34,23 @@ MASKS_AT_ONCE = 8
 
 @flax.struct.dataclass
 class ImageTower:
-    """CLIP's image tower, and the sides of what it sees in pixels of the image, see `mask_windows`.
-
-    `params` are those of `module`; its text tower is not run.
-    """
+    """CLIP's image tower, and the sides of what it sees in pixels of the image: `mask_windows`."""
 
     params: Any
     module: CLIP = flax.struct.field(pytree_node=False)
     min_side: float = flax.struct.field(pytree_node=False, default=0.0)
     max_side: float = flax.struct.field(pytree_node=False, default=math.inf)
+
+    @classmethod
+    def of(cls, params: Any, module: CLIP, *sides: float) -> ImageTower:
+        """Of the parameters of a whole CLIP, put on the device without its text tower."""
+        params = {name: tree for name, tree in params.items() if not name.startswith("text_")}
+        return cls(jax.device_put(params), module, *sides)
+
+    @property
+    def scale(self) -> jax.Array:
+        """Of cosines, [] float32."""
+        return jnp.minimum(jnp.exp(self.params["logit_scale"]), MAX_LOGIT_SCALE)
 
 
 @jax.jit
@@ -142,12 +150,11 @@ class ClipNames:
 
     text: TextTower
     tower: ImageTower
-    scale: jax.Array
     about: str
 
     def head(self, own: Head) -> ClipHead:
         """Without names yet, see `text_head_for`."""
-        return ClipHead(own, None, None, self.scale)
+        return ClipHead(own, None, None, self.tower.scale)
 
 
 def read_clip_names(path: str | os.PathLike[str], dtype: str = "float32") -> ClipNames:
@@ -155,10 +162,6 @@ def read_clip_names(path: str | os.PathLike[str], dtype: str = "float32") -> Cli
     weights = read_clip(path)
     clip = make_clip({**weights.config, "dtype": dtype, "scan_layers": True})
     tokenizer = find_clip_tokenizer(str(path), clip)
-    params = jax.device_put(weights.params)
-    text = TextTower(
-        clip, {name: params[name] for name in SUBTREES}, tokenizer, "fourteen", True, "max"
-    )
-    scale = jnp.minimum(jnp.exp(params["logit_scale"]), MAX_LOGIT_SCALE)
-    images = {name: tree for name, tree in params.items() if not name.startswith("text_")}
-    return ClipNames(text, ImageTower(images, clip), scale, str(weights))
+    params = jax.device_put({name: weights.params[name] for name in SUBTREES})
+    text = TextTower(clip, params, tokenizer, "fourteen", True, "max")
+    return ClipNames(text, ImageTower.of(weights.params, clip), str(weights))
