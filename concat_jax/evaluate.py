@@ -176,7 +176,7 @@ def evaluate_stage(given: cli.Flags) -> dict:
     if given.pictures:
         print(f"Pictures: {workdir / stage}")
     if others := run.elsewhere.score(run, stage):
-        print(f"\n{run.elsewhere.format({stage: others})}")
+        print(f"\n{run.elsewhere.format({stage: summary}, {stage: others})}")
         summary = summary | {"elsewhere": others}
     return summary
 

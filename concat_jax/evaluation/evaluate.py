@@ -50,9 +50,9 @@ def evaluate(
 
     Returns:
       `PanopticQuality.summarize` if panoptic is among the predictor's tasks, with "semantic":
-      `SemanticIoU.summarize` and "instance": `AveragePrecision.summarize` if they are, "images"
-      and "images_per_second" (compilation included). Instances are scored against
-      the masks of the annotations where the data set has them ("segment_masks"), else against the
+      `SemanticIoU.summarize` and "instance": `AveragePrecision.summarize` if they are, "classes",
+      "images" and "images_per_second" (compilation included). Instances are scored against the
+      masks of the annotations where the data set has them ("segment_masks"), else against the
       things of the panoptic ground truth, which do not overlap.
     """
     vocabulary = predictor.vocabulary
@@ -88,5 +88,5 @@ def evaluate(
     }
     if picture_folder and (num_pictures or num_extremes) and "panoptic" in summaries:
         extremes.write(picture_folder, summaries["panoptic"]["per_class"])
-    speed = {"images": count, "images_per_second": count / seconds}
-    return {**summaries.pop("panoptic", {}), **summaries, **speed}
+    counts = {"classes": len(vocabulary), "images": count, "images_per_second": count / seconds}
+    return {**summaries.pop("panoptic", {}), **summaries, **counts}

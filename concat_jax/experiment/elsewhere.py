@@ -84,20 +84,30 @@ class Elsewhere:
                 loader.eval_examples(*hosts),
                 name=f"{stage}, {name}",
             )
-            | {"classes": len(loader.vocabulary)}
             for name, loader in self.open(run).items()
         }
 
-    def format(self, rows: Mapping[str, Mapping[str, Any]]) -> str:
-        """One Markdown table, percent, of title -> what `score` gave; "" where nothing is."""
-        lines = []
-        for title, found in rows.items():
-            for name, summary in found.items():
-                cells = [_cell(summary, get) for get in COLUMNS.values()]
-                lines.append([title, name, summary["classes"], summary["images"], *cells])
-        if not lines:
+    def format(self, own: Mapping[str, Mapping], found: Mapping[str, Mapping[str, Mapping]]) -> str:
+        """One Markdown table, percent, data set by data set; "" where there are no others.
+
+        Args:
+          own: title to the summary of the config's own data set.
+          found: title to what `score` gave.
+        """
+        if not any(found.values()):
             return ""
-        table = markdown_table(["run", "data set", "classes", "images", *COLUMNS], lines)
+        data = self._config.data
+        sets = {data.get("eval_kind", "") or data.kind: own}
+        for title, summaries in found.items():
+            for name, summary in summaries.items():
+                sets.setdefault(name, {})[title] = summary
+        lines = [
+            [name, title, summary["classes"], summary["images"]]
+            + [_cell(summary, get) for get in COLUMNS.values()]
+            for name, summaries in sets.items()
+            for title, summary in summaries.items()
+        ]
+        table = markdown_table(["data set", "run", "classes", "images", *COLUMNS], lines)
         missing = ", ".join(self.without_root)
         return table + (f"\n\nWithout a root, so not scored: {missing}." if missing else "")
 

@@ -146,7 +146,7 @@ class Experiment:
         }
         table = report.format_comparison(results) if results else "No stage is evaluated."
         elsewhere = {title: self.elsewhere.score(self, name) for name, title in titles.items()}
-        if others := self.elsewhere.format(elsewhere):
+        if others := self.elsewhere.format(results, elsewhere):
             table += f"\n\n{others}"
         measured = self._evidence(titles)
         if measured:

@@ -48,10 +48,12 @@ def test_one_table_and_each_vocabulary_is_embedded_once(config, tmp_path, monkey
     monkeypatch.setattr(TextTower, "embed", count)
     found = {stage: run.elsewhere.score(run, stage) for stage in ("con", "finetune")}
     assert sorted(embedded) == sorted([len(run.setup.vocabulary), 847, 59, 20, 21, 150])
-    table = run.elsewhere.format(found)
+    table = run.elsewhere.format({"finetune": run.evaluate("finetune")}, found)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")]
-    assert rows[0] == ["run", "data set", "classes", "images", "PQ", "mIoU", "AP"]
-    by_set = {row[1]: row[2:] for row in rows[2:12] if row[0] == "finetune"}
+    assert rows[0] == ["data set", "run", "classes", "images", "PQ", "mIoU", "AP"]
+    by_set = {row[0]: row[2:] for row in rows[2:13] if row[1] == "finetune"}
+    assert rows[2][:2] == ["synthetic", "finetune"] and len(by_set) == 6
+    assert by_set.pop("synthetic")[0] == str(len(run.setup.vocabulary))
     sizes = {name: (int(row[0]), int(row[1])) for name, row in by_set.items()}
     assert sizes["a847"] == (847, 2) and sizes["voc20"] == (20, 1) and sizes["voc21"] == (21, 1)
     for name, (_, _, quality, miou, precision) in by_set.items():
