@@ -17,6 +17,7 @@ from tests.weights.clip.scenic_files import as_scenic, save
 trainer, train_utils = need_scenic("train_lib.classification_trainer", "train_lib.train_utils")
 BATCH, NUM_EVAL = 8, 11  # of which the last batch holds three
 SCENICS = dict(
+    rng_seed=0,
     dataset_name="concat_jax",
     data_dtype_str="uint8",
     batch_size=BATCH,
