@@ -12,7 +12,7 @@ from flax import traverse_util
 from PIL import Image
 
 from concat_jax import benchmark as command
-from concat_jax.benchmarking import alignment, harness, matching, query_stages, two_stage
+from concat_jax.benchmarking import alignment, harness, matching, programs, query_stages, two_stage
 from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import Measurement, Work, in_turns
 from concat_jax.core.vocabulary import Vocabulary
@@ -46,13 +46,19 @@ def test_alignment(case, monkeypatch):
     assert list(alignment.VARIANTS) == names
     variants = {name: alignment.VARIANTS[name] for name in (names[0], names[2])}
     monkeypatch.setattr(alignment, "VARIANTS", variants)
+    random = lambda networks, name: tiny.params(name, of=networks)  # noqa: E731
+    monkeypatch.setattr(alignment, "random_params", random)
+
+    def count(function, *arguments):
+        return None, {"flops": function.lower(*arguments).cost_analysis()["flops"]}
+
+    # Compiled and run, a step of the stage is in test_scaling.
+    monkeypatch.setattr(programs, "compile_program", count)
     works = alignment.works(dataclasses.replace(case, task="alignment", batch=2))
     without, online = works.values()
     # Two images, and three crops each, through the tower: 16 wide, 5 tokens, MLP of 4 x 16.
     encoding = 2 * (1 + 3) * 2 * 5 * (4 * 16 * 16 + 2 * 16 * 64)
     assert online.flops - without.flops > encoding
-    losses = [float(work.call()["loss"]) for work in (without, online)]
-    assert np.isfinite(losses).all() and losses[0] != losses[1]
 
 
 def test_two_stage(case, tmp_path):
