@@ -22,7 +22,7 @@ import concat_jax.experiment.experiment
 import concat_jax.experiment.looks
 from concat_jax import main
 from concat_jax.core import config as configuration
-from concat_jax.experiment import query_pictures
+from concat_jax.experiment import batches, parameters, query_pictures
 from concat_jax.experiment.setup import make_setup
 from concat_jax.experiment.workdir_lock import LOCK_NAME
 from concat_jax.training import sharding
@@ -86,6 +86,15 @@ def programs_with_constants():
         yield found
     jax.config.update("jax_captured_constants_warn_bytes", before)
     found += [str(w.message) for w in caught if "onstants were captured" in str(w.message)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_optimization():
+    """Of what runs once or twice; users' level of it is above that of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (parameters, batches):
+            patch.setattr(module, "light_compiler_options", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +174,11 @@ def test_a_mesh_that_splits_parameters_evaluates_alike(finished, copied, monkeyp
     (copied / "report.json").unlink()
     config = tiny_config()
     config.mesh.update(devices=8, fsdp=4)
+    config.eval.stages = {name: config.eval.stages[name] for name in ("con", "finetune")}
+    config.eval.bias_split = ""
     report, _ = run(config, copied)
     assert not report["stages"]  # all are finished
+    assert len(report["results"]) == 2
     for title, summary in report["results"].items():
         for group in ("all", "seen", "unseen"):
             assert summary[group] == pytest.approx(
@@ -216,7 +228,7 @@ def test_the_files_of_a_run(finished):
     for name in tiny_config().eval.stages:
         with Image.open(workdir / name / "pictures.png") as picture:
             assert picture.width > 3 * 64 and picture.height > 2 * 64
-            assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 50
+            assert len(picture.getcolors(picture.width * picture.height)) > 50
 
 
 def test_looks_at_a_stage_in_training(finished):
@@ -271,8 +283,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoints(copied, finished):
     workdir = finished[0]
     for name in ("con", "finetune"):
         shutil.rmtree(copied / name / "checkpoints" / "2")
-    (copied / "report.json").unlink()
-    _, printed = run(tiny_config(), copied)
+    config = tiny_config()
+    config.eval.stages = {}  # the very parameters are those that were scored
+    _, printed = run(config, copied)
     assert "Stage con resumes at step 1" in printed
     assert "Stage finetune resumes at step 1" in printed
     for name in ("clip", "cat", "control"):
@@ -283,8 +296,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoints(copied, finished):
             saved_params(copied, name, subtree),
             saved_params(workdir, name, subtree),
         )
-    again = json.loads((copied / "report.json").read_text())
-    assert again["table"] == finished[1]["table"]
 
 
 def test_a_stage_trained_anew_leaves_no_mixture(copied, monkeypatch):

@@ -55,9 +55,10 @@ SIZES = ((53, 65), (33, 20), BUCKET)
 
 
 @functools.cache
-def model_and_params(name):
+def model_and_params(name, num_decoder_layers=3):
     """A segmentor and random, not initial, parameters: initial ones hide much behind zeros."""
-    model = make_segmentor({**HEADS, "backbone": BACKBONES[name]})
+    heads = HEADS | {"num_decoder_layers": num_decoder_layers}
+    model = make_segmentor({**heads, "backbone": BACKBONES[name]})
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     rng = np.random.default_rng(0)
@@ -77,8 +78,8 @@ def model_and_params(name):
 
 
 @functools.cache
-def compiled(name, *, padded):
-    model, _ = model_and_params(name)
+def compiled(*, padded):
+    model, _ = model_and_params("frozen_batch")
 
     def run(params, images, image_size=None):
         output = model.apply({"params": params}, images, image_size)
@@ -105,25 +106,22 @@ def into_bucket(images, fill):
 
 
 # Each size run alone is a program of its own to compile.
-@pytest.mark.parametrize(
-    "name, compared", [("frozen_batch", (0, 1)), ("group", (0, 2)), ("swin", (0, 1))]
-)
-def test_padded_equals_unpadded(name, compared):
-    model, params = model_and_params(name)
+def test_padded_equals_unpadded():
+    model, params = model_and_params("frozen_batch")
     stride = model.backbone.stride
     images = draw_images()
     noise = np.random.default_rng(2)
     batch = into_bucket(images, lambda shape: noise.normal(scale=50, size=shape))
     sizes = jnp.asarray(SIZES, jnp.int32)
-    output, masks = compiled(name, padded=True)(params, batch, sizes)
+    output, masks = compiled(padded=True)(params, batch, sizes)
 
     # Not-a-number is the padding that leaks the furthest.
     other = into_bucket(images, lambda shape: np.full(shape, np.nan))
-    again, masks_again = compiled(name, padded=True)(params, other, sizes)
+    again, masks_again = compiled(padded=True)(params, other, sizes)
     jax.tree.map(np.testing.assert_array_equal, (output, masks), (again, masks_again))
 
-    for index in compared:
-        alone, alone_masks = compiled(name, padded=False)(params, images[index][None])
+    for index in (0, 1):
+        alone, alone_masks = compiled(padded=False)(params, images[index][None])
         height, width = alone.mask_features.shape[1:3]
         assert (height, width) == tuple(-(-x // stride) for x in SIZES[index])
         assert relative_error(output.queries[index], alone.queries[0]) < 1e-4
@@ -134,9 +132,25 @@ def test_padded_equals_unpadded(name, compared):
         assert not features[height:].any() and not features[:, width:].any()
 
 
+@pytest.mark.parametrize("name, compared", [("group", (0, 2)), ("swin", (0, 1))])
+def test_maps_of_other_backbones_are_those_of_the_unpadded_image(name, compared):
+    model, params = model_and_params(name)
+    run = jax.jit(
+        lambda images, *size: model.backbone.apply({"params": params["backbone"]}, images, *size),
+        compiler_options=QUICK,
+    )
+    images, sizes = draw_images(), jnp.asarray(SIZES, jnp.int32)
+    maps = run(into_bucket(images, lambda shape: np.full(shape, np.nan)), sizes)
+    for index in compared:
+        for level, (found, alone) in enumerate(zip(maps, run(images[index][None]), strict=True)):
+            shape = tuple(-(-x // (model.backbone.stride * 2**level)) for x in SIZES[index])
+            assert alone.shape[1:3] == shape
+            assert relative_error(found[index, : shape[0], : shape[1]], alone[0]) < 1e-4
+
+
 @pytest.mark.parametrize("name", ["group", pytest.param("swin", marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_unpadded_image(name):
-    model, params = model_and_params(name)
+    model, params = model_and_params(name, num_decoder_layers=1)
     image = draw_images()[0]
     (batch,) = into_bucket([image], lambda shape: np.full(shape, 7.0))[None]
 
@@ -163,7 +177,7 @@ def test_sharded_padded_batch_needs_no_gather():
         pytest.skip(f"needs 8 devices, found {len(devices)}")
     mesh = Mesh(np.asarray(devices), ("data",))
     by_image, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-    model, params = model_and_params("frozen_batch")
+    model, params = model_and_params("frozen_batch", num_decoder_layers=1)
     arguments = (
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), params),
         jax.ShapeDtypeStruct((8, 64, 64, 3), jnp.float32, sharding=by_image),
@@ -184,7 +198,7 @@ def test_sharded_padded_batch_needs_no_gather():
 def test_sizes_out_of_range_are_clipped():
     model, params = model_and_params("frozen_batch")
     images = into_bucket(draw_images(), np.zeros)
-    run = compiled("frozen_batch", padded=True)
+    run = compiled(padded=True)
     sizes = jnp.asarray([[0, 0], [1000, 1000], [-3, 7]], jnp.int32)
     clipped = jnp.asarray([[1, 1], BUCKET, [1, 7]], jnp.int32)
     output = run(params, images, sizes)
