@@ -45,7 +45,10 @@ Cells = Mapping[str, Sequence[Mapping[str, Any]]]
 
 def shared_stages(config: ml_collections.ConfigDict) -> list[str]:
     """The stages that all seeds of a world share: those on captions."""
-    stages = {name: build(StageConfig, config.train[name], name) for name in config.stages}
+    stages = {
+        name: build(StageConfig, config.train[name], f"config.train.{name}")
+        for name in config.stages
+    }
     return [name for name, settings in stages.items() if learns_from(settings) == "captions"]
 
 

@@ -53,6 +53,8 @@ PROTOCOLS = {"coco": COCO_THRESHOLDS, "zsi": ZSI_THRESHOLDS}
 # Flags of one way to call this, which mean nothing to the other.
 FILE_FLAGS = ("task", "annotations", "predictions", "split", "annotation_pngs", "png_folder")
 FILE_FLAGS += ("annotation_values", "prediction_values", "ignore", "protocol", "images")
+# Flags of scores, of which --namers gives none.
+SCORE_FLAGS = ("pictures", "classes", "output")
 
 
 def define_flags(flags: cli.Flags) -> None:
@@ -149,7 +151,8 @@ def evaluate_files(given: cli.Flags, extremes: WorstAndBest | None = None) -> di
 def evaluate_stage(given: cli.Flags) -> dict:
     """Scores a finished stage of the flags' config and workdir; returns the summary.
 
-    Predictions and pictures go to the stage's folder, as after training.
+    Predictions and pictures go to the stage's folder, as after training. With --namers it prints
+    their table instead, and there is no summary.
     """
     import jax
 
@@ -197,7 +200,12 @@ def evaluate_flags(given: cli.Flags) -> dict:
                 f"--{of_files[0]} is for predictions in files and --config for a trained stage; "
                 "give one or the other."
             )
+        for name in SCORE_FLAGS:
+            if given.namers and given[name].present:
+                raise ValueError(f"--{name} means nothing to --namers, a table; leave it out.")
         summary = evaluate_stage(given)
+        if given.namers:
+            return summary
     elif given["stage"].present or not of_files:
         raise ValueError(
             "give --task, --annotations and --predictions to score files, or --config, --workdir "

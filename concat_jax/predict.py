@@ -59,7 +59,7 @@ def define_flags(flags: cli.Flags) -> None:
     flags.string("task", "", "panoptic, instance or semantic; the model's own by default.")
     flags.string("keep_rule", "", f"Of panoptic maps: {' or '.join(KEEP_RULES)}.")
     flags.number(
-        "score_threshold", None, "0.8 for panoptic maps (0 of an FC-CLIP), 0.5 for instances."
+        "score_threshold", None, "Of --keep_rule=score: 0.8, 0 of an FC-CLIP; of instances: 0.5."
     )
     flags.number("objectness_threshold", 0.5, "Of --keep_rule=objectness.")
     flags.number("mask_threshold", 0.5, "Mask probability of a panoptic pixel.")
@@ -72,8 +72,9 @@ def define_flags(flags: cli.Flags) -> None:
 
 
 def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: str = "") -> int:
-    """Segments what the inputs stand for and writes the results; returns how many inputs failed.
+    """Segments what the inputs stand for and writes the results; returns the exit code.
 
+    It is 1 if an input failed, or if there was none to segment.
     `annotations` is a COCO json that names and numbers the images; "" does so by their files.
     """
     start = time.monotonic()
@@ -128,7 +129,7 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: 
         print(predictor.namer.cost(), flush=True)
     if failures:
         print(f"{len(failures)} failed:", *failures, sep="\n  ", flush=True)
-    return len(failures)
+    return int(bool(failures) or not num_written)
 
 
 @cli.command(
@@ -139,7 +140,7 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: 
     "not. The same command starts anew.",
 )
 def main(given: cli.Flags, arguments: Sequence[str]) -> int:
-    """What the flags ask for; 1 if an image failed."""
+    """What the flags ask for; returns as `run`."""
     if not (given.model and given.output and arguments):
         raise ValueError("give --model=DIR, --output=DIR and the images to segment.")
     output = cli.output_folder(given)
@@ -153,7 +154,7 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> int:
     predictor = model.predictor(config_of(given, model), given.classes or None)
     for notice in predictor.notices:
         print(notice)
-    return min(1, run(predictor, arguments, output, given.annotations))
+    return run(predictor, arguments, output, given.annotations)
 
 
 def config_of(given: cli.Flags, model: Model) -> PredictConfig:
@@ -168,7 +169,7 @@ def config_of(given: cli.Flags, model: Model) -> PredictConfig:
         if given[name].present and task not in tasks:
             raise ValueError(f"--{name} means nothing to the task {task}; leave it out.")
     threshold = given.score_threshold
-    sides = {name: given[name].value for name in ("short_side", "long_side") if given[name].value}
+    sides = {name: given[name].value for name in ("short_side", "long_side") if given[name].present}
     return model.config(
         tasks=(task,),
         keep_rule=given.keep_rule,

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
 from concat_jax.core.files import FileError
+from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.count_table import PartCounts, count_part, format_classes, format_parts
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.prepared.build import build_part
@@ -75,7 +76,7 @@ def prepare(
     vocabulary = next(iter(sources.values())).vocabulary
     print(format_classes(vocabulary, counts), format_parts(vocabulary, counts), sep="\n\n")
     for part, source in sources.items():
-        _check_something_is_left(part, counts[part])
+        _check_something_is_left(part, counts[part], vocabulary)
         print(_test_leak(part, source, treatments[part]), flush=True)
         left_out = getattr(source, "skipped", 0)
         if out is None:
@@ -106,13 +107,18 @@ def prepare(
     return counts
 
 
-def _check_something_is_left(part: str, counts: PartCounts) -> None:
+def _check_something_is_left(part: str, counts: PartCounts, vocabulary: Vocabulary) -> None:
     if counts.kept_images:
         return
     if not counts.class_segments.any():
         raise FileError(
             f"Not one of the {counts.images} images of {part} has a segment, so there is nothing "
             "to learn or score; check that the annotation lists segments."
+        )
+    if not any(vocabulary.is_seen):
+        raise FileError(
+            f"The split marks no class seen, so none of the {counts.images} images of {part} is "
+            'left to train on; give each class a "split" of "seen" or "unseen" there.'
         )
     raise FileError(
         f"Every one of the {counts.images} images of {part} shows unseen classes"

@@ -205,6 +205,19 @@ def test_flags_of_files_and_of_a_config_do_not_mix(files, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "space"), [((), "{}/truth.json"), (("--split={}/two.json",), "the split")]
+)
+@pytest.mark.parametrize("task", ["panoptic", "semantic"])
+def test_predictions_by_other_classes_say_whose_they_are_not(files, task, flags, space):
+    content = json.loads((files / "found.json").read_text())
+    content["categories"][1]["name"] = "fog"
+    (files / "found.json").write_text(json.dumps(content))
+    flags = (flag.format(files) for flag in flags)
+    with pytest.raises(ValueError, match=f"found.json calls .* 'fog', {space.format(files)} 'sky'"):
+        run(*of_files(files, f"--task={task}", *flags))
+
+
 class FakeRun:
     """A run of which the finetune alone can be scored."""
 
@@ -255,6 +268,12 @@ def test_pictures_of_a_stage_without_panoptic_maps_are_refused(stage_of):
 def test_namers_are_of_a_stage():
     with pytest.raises(ValueError, match="--namers is for a trained stage"):
         run("--task=panoptic", "--namers")
+
+
+@pytest.mark.parametrize("flag", ["--pictures=2", "--classes", "--output=report.json"])
+def test_namers_score_nothing_that_could_be_written(stage_of, flag):
+    with pytest.raises(ValueError, match=f"{flag.partition('=')[0]} means nothing to --namers"):
+        stage_of("--namers", flag)
 
 
 def test_a_stage_that_cannot_be_scored_is_refused(stage_of):

@@ -210,10 +210,15 @@ def test_nothing_found_is_explained(model, zoo, tmp_path, capsys):
 def test_where_every_input_fails_the_results_of_before_stay(model, zoo, tmp_path, capsys):
     flags = f"--model={model}", f"--output={tmp_path / 'out'}", *SIDES
     assert call(*flags, zoo / "bad-text.jpg") == 1 and not (tmp_path / "out").exists()
-    assert call(*flags, zoo / "rgb.png", "--gamma=2") == 0
-    assert "gamma changes nothing: every name was seen" in capsys.readouterr().out
+    assert call(*flags, zoo / "rgb.png", "--gamma=2", "--objectness_threshold=0.9") == 0
+    printed = capsys.readouterr().out
+    assert "gamma changes nothing: every name was seen" in printed
+    assert "objectness_threshold changes nothing: queries are kept by score" in printed
+    (tmp_path / "cameras/one").mkdir(parents=True)
+    shutil.copy(zoo / "rgb.png", tmp_path / "cameras/one")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
-    for inputs in ([zoo / "bad-text.jpg", zoo / "bad-empty.png"], [zoo / "not_there.png"]):
+    bad = [zoo / "bad-text.jpg", zoo / "bad-empty.png"], [zoo / "not_there.png"]
+    for inputs in (*bad, [tmp_path / "cameras"]):  # of the last, all is passed over
         assert call(*flags, *inputs) == 1
         assert f"nothing is written, {tmp_path / 'out'} is as it was" in capsys.readouterr().out
         assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
@@ -337,6 +342,7 @@ def test_a_backbone_alone_is_refused(random_params, tmp_path):
             ["--task=semantic", "--keep_rule=score", "--model=m", "--output=o", "a.png"],
             "keep_rule m",
         ),
+        (["--short_side=0", "--model=m", "--output=o", "a.png"], "short_side is 0"),
         (["--batch_size=0", "--model=m", "--output=o", "a.png"], "batch_size is 0"),
         (["--model=m", "--output=README.md", "a.png"], "--output=README.md is a file"),
     ],

@@ -95,7 +95,7 @@ def main(
       computes: programs that it compiles are kept for the next time.
       interrupted: the sentence for Ctrl-C, where what was interrupted has none of its own.
     """
-    argv = list(sys.argv if argv is None else argv)
+    argv = [_with_home(word) for word in (sys.argv if argv is None else argv)]
     for name in ("absl", "asyncio"):
         native_logging.getLogger(name).addFilter(_is_no_echo)
     sys.unraisablehook = _show_unraisable
@@ -259,6 +259,13 @@ def _parse(values: Flags, argv: Sequence[str]) -> list[str]:
     except (flags.Error, ValueError, OSError) as error:
         # ml_collections quotes the whole traceback of a config file; its last line says it all.
         raise ValueError(re.split(r"\w+Error: ", str(error))[-1]) from error
+
+
+def _with_home(word: str) -> str:
+    """--flag=~/folder with the home folder, which shells put in only where a word begins with ~."""
+    flag, equals, value = word.partition("=")
+    is_home = flag.startswith("-") and value.startswith("~/")
+    return flag + equals + os.path.expanduser(value) if is_home else word
 
 
 def _check_config_file(argv: Sequence[str]) -> None:

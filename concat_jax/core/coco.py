@@ -197,6 +197,7 @@ def check_categories(
     must_have_all: bool = True,
     may_have_more: bool = False,
     own_names: bool = False,
+    truth: str | os.PathLike[str] = "",
 ) -> None:
     """Refuses categories that are not the label space's; FileError names the first at fault.
 
@@ -204,33 +205,37 @@ def check_categories(
       must_have_all: a class that the file lacks is a fault, too.
       may_have_more: categories that the label space lacks are none.
       own_names: the file may call the classes by other names.
+      truth: annotations, whose label space it is and by which the file was to be predicted; "" for
+        a split's.
     """
     kind = {True: "a thing", False: "stuff", None: "either"}
     rows = zip(vocabulary.category_ids, vocabulary.names, vocabulary.is_thing, strict=True)
     ours = {number: (name, thing) for number, name, thing in rows}
-    advice = "use a split made for this file."
+    space, advice = "the split", "use a split made for this file."
+    if truth:
+        space, advice = truth, "predict by the classes there, with --classes of concat_jax.predict."
     for number, category in categories.items():
         if number not in ours:
             if may_have_more:
                 continue
             raise FileError(
-                f"{path} lists category {number} ({category.name!r}), which is absent in the "
-                f"split; {advice}"
+                f"{path} lists category {number} ({category.name!r}), which is absent in "
+                f"{space}; {advice}"
             )
         name, thing = ours[number]
         if category.name != name and not own_names:
             raise FileError(
-                f"{path} calls category {number} {category.name!r}, the split {name!r}; {advice}"
+                f"{path} calls category {number} {category.name!r}, {space} {name!r}; {advice}"
             )
         if category.is_thing not in (None, thing):
             raise FileError(
                 f"Category {number} ({name!r}) is {kind[category.is_thing]} in {path} and "
-                f"{kind[thing]} in the split; {advice}"
+                f"{kind[thing]} in {space}; {advice}"
             )
     missing = [number for number in ours if number not in categories]
     if missing and (must_have_all or len(missing) == len(ours)):
         raise FileError(
-            f"{path} lacks category {missing[0]} ({ours[missing[0]][0]!r}) of the split; {advice}"
+            f"{path} lacks category {missing[0]} ({ours[missing[0]][0]!r}) of {space}; {advice}"
         )
 
 

@@ -41,7 +41,8 @@ def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
       where: how to call the section in an error, e.g. "config.loss".
 
     Raises:
-      ValueError: for an unknown or a missing key, or a value of another type.
+      ValueError: for an unknown or a missing key, a value of another type, or what the class
+        itself refuses.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in section.items():
@@ -51,7 +52,13 @@ def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
         no_default = field.default is field.default_factory is dataclasses.MISSING
         if no_default and name not in section:
             raise ValueError(f"{where} lacks the key {name!r}.")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        if not where.startswith("config.") or where in str(error):
+            raise
+        raise ValueError(f"In {where}: {error}") from error
 
 
 def check_type(value: Any, annotation: Any, what: str) -> None:

@@ -69,8 +69,8 @@ def _read_labels(workdir: Path, config: ml_collections.ConfigDict) -> Labels:
         from data_pipelines.datasets import make_datasets
 
         return make_datasets(config.data, seed=config.seed)
-    content = read_json(path)
     try:
+        content = read_json(path)
         columns = {name: tuple(column) for name, column in content["vocabulary"].items()}
         return types.SimpleNamespace(
             vocabulary=Vocabulary(**columns),

@@ -178,6 +178,13 @@ class Predictor:
         if config.gammas != (0.0,) and len({*vocabulary.is_seen}) == 1:
             which = "every" if vocabulary.is_seen[0] else "no"
             self.notices += (f"gamma changes nothing: {which} name was seen in training.",)
+        unset = {"score": None, "objectness": PredictConfig.objectness_threshold}
+        for other in unset.keys() - {rule}:
+            if "panoptic" in config.tasks and getattr(config, f"{other}_threshold") != unset[other]:
+                self.notices += (
+                    f"{other}_threshold changes nothing: queries are kept by {rule}; set "
+                    f"{rule}_threshold, or keep_rule={other}.",
+                )
         self._segmentor, self._head, self._sharding = segmentor, head, sharding
         self.namer = namer
         padding = (0, head.num_classes - len(vocabulary))

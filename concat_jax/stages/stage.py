@@ -131,7 +131,7 @@ class StageConfig:
         zeros = dict.fromkeys(("steps", "save_every", "eval_every", "max_skips"), 0)
         for field, least in (ones | zeros).items():
             if (value := getattr(self, field)) < least:
-                raise ValueError(f"{field} of a stage is {value} and must be at least {least}.")
+                raise ValueError(f"{field} is {value} and must be at least {least}.")
 
 
 # Norms, biases, embeddings and scalars have no weight decay, as in CLIP; Mask2Former decays biases.

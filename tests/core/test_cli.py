@@ -57,6 +57,15 @@ def test_the_command_gets_its_flags_and_arguments():
     assert got == [("r", 3, ["a", "b"])]
 
 
+def test_the_home_folder_is_put_in(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    got = []
+    run = lambda given, rest: got.append((given.root, *rest))  # noqa: E731
+    words = ["x", "--root=~/runs/a", "~x", "~/y"]
+    cli.main("Doc.", define_flags, run, words, arguments="FILES", computes=False)
+    assert got == [("/home/me/runs/a", "~x", "~/y")]
+
+
 def test_commands_do_not_see_each_others_flags():
     cli.main("", lambda flags: flags.string("one", "", ""), lambda g, r: None, ["x", "--one=1"])
     with pytest.raises(SystemExit, match="no flag"):

@@ -225,6 +225,7 @@ def test_categories_of_another_label_space_are_refused(tmp_path):
     refused("calls category 187 'sky', the split 'fog'", names=("cat", "fog"))
     refused("'cat'. is a thing in .* and stuff in the split", things=(False, False))
     refused("category 187 .'sky'., which is absent", ("cat",), (True,), (17,))
+    refused("'sky', gt.json 'fog'; predict by the classes", ("cat", "fog"), truth="gt.json")
     more = dict(names=("cat", "sky", "fog"), things=(True, False, False), ids=(17, 187, 3))
     refused("lacks category 3 .'fog'. of the split", **more)
     refused("lacks category 1", ids=(1, 2), may_have_more=True, must_have_all=False)

@@ -17,6 +17,10 @@ class Settings:
     sizes: tuple[int, ...] = (1,)
     method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"steps is {self.steps} and must be at least 0.")
+
 
 def test_build_takes_given_fields_and_defaults():
     built = configuration.build(Settings, {"steps": 3, "rate": 0.5}, "config.x")
@@ -40,6 +44,7 @@ def test_build_takes_config_dicts_and_turns_lists_into_tuples():
         ({"steps": 3.5}, "config.x.steps is 3.5 and must be a whole number."),
         ({"steps": True}, "config.x.steps is True and must be a whole number."),
         ({"steps": 3, "rate": "no"}, "config.x.rate is 'no' and must be a number."),
+        ({"steps": -1}, "In config.x: steps is -1 and must be at least 0."),
     ],
 )
 def test_build_names_what_is_wrong(section, message):

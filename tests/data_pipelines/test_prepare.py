@@ -192,6 +192,15 @@ def test_a_part_of_which_nothing_is_left_is_refused(tiny_panoptic, change, flags
         run("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", *flags)
 
 
+def test_a_split_that_marks_no_class_seen_is_named(tiny_panoptic):
+    split = json.loads((tiny_panoptic / "split.json").read_text())
+    for category in split["categories"]:
+        del category["split"]
+    (tiny_panoptic / "split.json").write_text(json.dumps(split))
+    with pytest.raises(SystemExit, match="The split marks no class seen, .* give each class a"):
+        run("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=drop")
+
+
 def _turn(path):
     exif = Image.Exif()
     exif[0x0112] = 6
