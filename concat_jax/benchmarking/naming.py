@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.evaluation.bias_curve import accuracy_at_zero, naming_curve
+from concat_jax.evaluation.bias_curve import naming_curve
 from concat_jax.evaluation.calibration import GAMMAS, calibrate, sweep
 from concat_jax.evaluation.report import markdown_table
 from concat_jax.inference.clip_names import ImageTower, MaskNamer
@@ -60,16 +60,12 @@ def compare(run: Experiment, name: str) -> str:
     Accuracies are means over classes, of the queries that hold a segment: "seen" and "unseen" where
     all names compete. ValueError where the config has no `eval.bias_split`.
     """
-    split = run.setup.config.eval.get("bias_split", "")
-    if not split:
+    held_out = run.held_out()
+    if held_out is None:
         raise ValueError(
             "--namers chooses gamma on other scenes than are scored, and config.eval.bias_split "
             "names none; it is for the synthetic world."
         )
-    from data_pipelines.datasets import make_datasets
-
-    config = run.setup.config
-    held_out = make_datasets({**config.data, "eval_split": split}, seed=config.seed)
     rows = []
     for title, predictor in predictors(run, name):
 
@@ -77,9 +73,8 @@ def compare(run: Experiment, name: str) -> str:
             return sweep(predictor, examples, name=title)
 
         gamma, _, found = calibrate(sweep_of, held_out.evaluation(), run.datasets.evaluation())
-        is_seen = np.asarray(found.vocabulary.is_seen)
-        scores = [*accuracy_at_zero(found.names, is_seen)]
-        scores.append(naming_curve(found.names, is_seen).among_unseen)
+        names = naming_curve(found.names, np.asarray(found.vocabulary.is_seen))
+        scores = [names.seen, names.unseen, names.among_unseen]
         scores += [found.summary(g)["harmonic"]["pq"] for g in (0.0, gamma)]
         rows.append([title, *(f"{score:.1f}" for score in scores), f"{gamma + 0:g}"])
     return markdown_table(["names by", *COLUMNS], rows)

@@ -34,12 +34,15 @@ class Naming(NamedTuple):
     """How queries are named, means over classes in percent.
 
     `area` is that under unseen against seen accuracy as the bias sweeps (AUSUC); `among_seen` and
-    `among_unseen` are the accuracies where only names of the own side compete.
+    `among_unseen` are the accuracies where only names of the own side compete, `seen` and `unseen`
+    those where all do and none is favoured.
     """
 
     area: float
     among_seen: float
     among_unseen: float
+    seen: float
+    unseen: float
 
 
 def name_queries(
@@ -91,25 +94,13 @@ def accuracy_curve(
     return lost[..., -1:] - lost, gained
 
 
-def accuracy_at_zero(names: NamedQueries, is_seen: np.ndarray) -> tuple[float, float]:
-    """Seen and unseen accuracy where all names compete and none is favoured, means over classes."""
-    of_seen = np.asarray(is_seen, bool)[names.labels]
-    right = np.where(
-        of_seen, names.seen_right & (names.gaps > 0), names.unseen_right & (names.gaps <= 0)
-    )
-    sides = []
-    for side in (of_seen, ~of_seen):
-        classes = np.unique(names.labels[side])
-        means = [right[names.labels == k].mean() for k in classes]
-        sides.append(100 * float(np.mean(means)) if means else float("nan"))
-    return sides[0], sides[1]
-
-
 def naming_curve(names: NamedQueries, is_seen: np.ndarray) -> Naming:
     """What a sweep of the bias makes of the names; NaN if one side has no query."""
     is_seen = np.asarray(is_seen, bool)
     of_seen = is_seen[names.labels]
     if not of_seen.any() or of_seen.all():
-        return Naming(*[float("nan")] * 3)
+        return Naming(*[float("nan")] * len(Naming._fields))
     seen, unseen = accuracy_curve(names, is_seen, np.ones(len(names.labels)))
-    return Naming(float(curve_area(seen, unseen)), float(seen[0]), float(unseen[-1]))
+    plain = len(np.unique(names.gaps[names.gaps <= 0]))  # steps before the bias is above 0
+    points = seen[0], unseen[-1], seen[plain], unseen[plain]
+    return Naming(*map(float, (curve_area(seen, unseen), *points)))

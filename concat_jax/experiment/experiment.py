@@ -179,20 +179,24 @@ class Experiment:
 
     def _evidence(self, titles: Mapping[str, str]) -> dict[str, Any]:
         """Title to what no bias can fake of a stage; γ is chosen on the world's other split."""
-        config = self.setup.config
-        if not config.eval.get("bias_split", ""):
+        held_out = self.held_out()
+        if held_out is None:
             return {}
-        from data_pipelines.datasets import make_datasets
-
-        held_out = make_datasets(
-            {**config.data, "eval_split": config.eval.bias_split}, seed=config.seed
-        )
         return {
             title: evidence.measure(
                 self, name, held_out.evaluation(), self.datasets.evaluation(), self.workdir / name
             )
             for name, title in titles.items()
         }
+
+    def held_out(self) -> Datasets | None:
+        """The world of `config.eval.bias_split`; None where that names none."""
+        from data_pipelines.datasets import make_datasets
+
+        config = self.setup.config
+        if not (split := config.eval.get("bias_split", "")):
+            return None
+        return make_datasets({**config.data, "eval_split": split}, seed=config.seed)
 
     def train(self, name: str) -> None:
         """Train one stage to its end."""

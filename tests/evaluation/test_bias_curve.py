@@ -44,13 +44,14 @@ def test_curve_is_a_sweep(queries):
     seen, unseen = points.T
     assert found.among_seen == pytest.approx(seen[0]) == accuracies(*queries, -50.0)[0]
     assert found.among_unseen == pytest.approx(unseen[-1])
+    assert (found.seen, found.unseen) == pytest.approx(accuracies(*queries, 0.0))
 
 
 def test_a_bias_changes_no_area(queries):
     """What the harmonic mean at one bias measures and the area does not."""
     logits, labels = queries
     plain, biased = (naming_curve(named(logits + b * IS_SEEN, labels), IS_SEEN) for b in (0.0, 2.0))
-    assert biased == pytest.approx(plain)
+    assert biased[:3] == pytest.approx(plain[:3])
     harmonic = [harmonic_mean(*accuracies(logits + b * IS_SEEN, labels, 0.0)) for b in (0.0, 2.0)]
     assert harmonic[1] < harmonic[0] - 5
 
