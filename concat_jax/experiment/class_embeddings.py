@@ -10,7 +10,7 @@ import numpy as np
 
 from concat_jax.core.config import check_choice
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.inference.text_tower import SUBTREES, TextTower
+from concat_jax.inference.text_tower import TextTower, text_params
 from concat_jax.models.clip import CLIP
 from concat_jax.models.networks import Params
 from concat_jax.text.prompts import SYNONYM_MODES, make_prompts, tokenize
@@ -72,8 +72,7 @@ class ClassEmbeddings:
     def get(self, source: str, vocabulary: Vocabulary) -> np.ndarray:
         """Embeddings of a vocabulary by the CLIP of `source`, see `TextTower.embed`."""
         if (source, vocabulary) not in self._made:
-            params, text = self._clip_params(source), self._text
-            params = {name: params[name] for name in SUBTREES}
+            params, text = text_params(self._clip_params(source)), self._text
             names = (text.templates, text.clean_names, text.synonyms)
             tower = TextTower(self._clip, params, self._tokenizer, *names)
             # Several hosts run the tower together: none may find its answer on a disk of its own.

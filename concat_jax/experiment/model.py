@@ -21,7 +21,7 @@ from concat_jax.experiment.setup import Labels, Setup, make_setup
 from concat_jax.experiment.workdir import check_origins
 from concat_jax.inference.model import Model
 from concat_jax.inference.predictor import PredictConfig
-from concat_jax.inference.text_tower import SUBTREES
+from concat_jax.inference.text_tower import text_params
 from concat_jax.models.networks import Params
 from concat_jax.text.templates import find_templates
 from concat_jax.text.tokenizer import Tokenizer
@@ -180,8 +180,7 @@ def load_workdir(workdir: Path, stage: str = "") -> tuple[Params, ModelCard, Tok
         config.text, clip, setup.tokenizer, lambda source: parameters.get("clip", source)
     )
     params = {name: parameters.get(name, sources[name]) for name in ("segmentor", "projector")}
-    tower = parameters.get("clip", clip_source)
-    params["text_tower"] = {name: tower[name] for name in SUBTREES}
+    params["text_tower"] = text_params(parameters.get("clip", clip_source))
     params["training_text"] = embeddings.get(clip_source, setup.vocabulary)
     (task, *_) = (*setup.predict.tasks, TASKS[0])
     card = ModelCard(

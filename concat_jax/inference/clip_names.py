@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.inference.heads import ClipHead, ClipQueries, Head
-from concat_jax.inference.text_tower import SUBTREES, TextTower, find_clip_tokenizer
-from concat_jax.models.clip import CLIP, MAX_LOGIT_SCALE, make_clip
+from concat_jax.inference.text_tower import TextTower, find_clip_tokenizer, text_params
+from concat_jax.models.clip import CLIP, cosine_scale, make_clip
 from concat_jax.models.clip_images import cut_out, mask_windows
 from concat_jax.models.segmentor_output import ClipEmbeddings
 from concat_jax.weights.clip import read_clip
@@ -50,7 +50,7 @@ class ImageTower:
     @property
     def scale(self) -> jax.Array:
         """Of cosines, [] float32."""
-        return jnp.minimum(jnp.exp(self.params["logit_scale"]), MAX_LOGIT_SCALE)
+        return cosine_scale(self.params)
 
 
 @jax.jit
@@ -162,6 +162,6 @@ def read_clip_names(path: str | os.PathLike[str], dtype: str = "float32") -> Cli
     weights = read_clip(path)
     clip = make_clip({**weights.config, "dtype": dtype, "scan_layers": True})
     tokenizer = find_clip_tokenizer(str(path), clip)
-    params = jax.device_put({name: weights.params[name] for name in SUBTREES})
+    params = jax.device_put(text_params(weights.params))
     text = TextTower(clip, params, tokenizer, "fourteen", True, "max")
     return ClipNames(text, ImageTower.of(weights.params, clip), str(weights))

@@ -25,7 +25,7 @@ from concat_jax.inference.predictor import PredictConfig, Prediction, Predictor,
 from concat_jax.inference.programs import Network
 from concat_jax.inference.result import Result, Results
 from concat_jax.inference.text_tower import TextTower
-from concat_jax.models.clip import MAX_LOGIT_SCALE
+from concat_jax.models.clip import cosine_scale
 from concat_jax.models.segmentor import make_segmentor
 from concat_jax.models.segmentor_output import DTYPES
 from concat_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -97,25 +97,13 @@ class Model:
                 f"{card.source or 'This model'} names by text already; leave out the CLIP {clip}, "
                 "which is for models with a linear head."
             )
-        clip, projector = text_modules(card.text)
-        text = params["training_text"]
-        self._head = TextHead(params["projector"], text, None, None, projector)
+        _, projector = text_modules(card.text)
+        head = params["projector"], params["training_text"], None, None, projector
+        self._head = TextHead(*head)
         if card.text.ensemble is not None:
-            seen, log_scale = (
-                np.asarray(card.vocabulary.is_seen),
-                params["text_tower"]["logit_scale"],
-            )
-            scale = jnp.minimum(jnp.exp(log_scale), MAX_LOGIT_SCALE)
-            own = {"is_seen": jnp.asarray(seen), "scale": scale, **card.text.ensemble}
-            self._head = EnsembleHead(params["projector"], text, None, None, projector, **own)
-        self._tower = TextTower(
-            clip,
-            params["text_tower"],
-            tokenizer,
-            card.text.templates,
-            card.text.clean_names,
-            card.text.synonyms,
-        )
+            seen, scale = jnp.asarray(card.vocabulary.is_seen), cosine_scale(params["text_tower"])
+            self._head = EnsembleHead(*head, is_seen=seen, scale=scale, **card.text.ensemble)
+        self._tower = TextTower.of_card(card.text, params["text_tower"], tokenizer)
 
     @classmethod
     def from_folder(

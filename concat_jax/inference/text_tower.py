@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -12,26 +13,29 @@ import numpy as np
 from concat_jax.core.arrays import fingerprint
 from concat_jax.core.files import as_path
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.models.clip import CLIP
-from concat_jax.models.clip_images import l2_normalize
+from concat_jax.models.clip import CLIP, make_clip
+from concat_jax.models.semantic_projector import unit
 from concat_jax.text.embeddings import embed_classes
 from concat_jax.text.prompts import clean_name
 from concat_jax.text.templates import find_templates
 from concat_jax.text.tokenizer import Tokenizer, has_clip_tokenizer, make_clip_tokenizer
 from concat_jax.weights.convert import Source
-from concat_jax.weights.model_folder import text_modules
+from concat_jax.weights.model_folder import TextCard
 
 BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
 PROMPTS_AT_ONCE = 64
-# What of CLIP's parameters the text tower needs.
-SUBTREES = ("text_model", "text_projection", "logit_scale")
+
+
+def text_params(clip: Mapping[str, Any]) -> dict[str, Any]:
+    """What of CLIP's parameters its text tower needs, and the scale."""
+    return {name: clip[name] for name in ("text_model", "text_projection", "logit_scale")}
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTower:
     """A text tower with all that decides what it makes of a name.
 
-    `params` are the `SUBTREES` of the module's; its image tower is not run.
+    `params` are as `text_params` has them: the image tower is not run.
     """
 
     clip: CLIP
@@ -40,6 +44,12 @@ class TextTower:
     templates: str | tuple[str, ...]
     clean_names: bool
     synonyms: str
+
+    @classmethod
+    def of_card(cls, card: TextCard, params: Any, tokenizer: Tokenizer) -> Self:
+        """That of a model's folder."""
+        how = card.templates, card.clean_names, card.synonyms
+        return cls(make_clip(card.clip), params, tokenizer, *how)
 
     def embed(
         self, vocabulary: Vocabulary, *, cache: str = "", batch_size: int = 256
@@ -66,7 +76,7 @@ class TextTower:
 # The parameters are an argument: as constants they would be compiled into the program.
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(clip: CLIP, params: Any, tokens: jax.Array) -> jax.Array:
-    return l2_normalize(clip.apply({"params": params}, tokens, method="encode_text"))
+    return unit(clip.apply({"params": params}, tokens, method="encode_text"))
 
 
 def find_clip_tokenizer(path: str, clip: CLIP) -> Tokenizer:
@@ -104,15 +114,7 @@ def embed_training_names(source: Source, tokenizer: Tokenizer) -> Source:
         for name, words in zip(names, card.vocabulary.synonyms, strict=True)
     )
     vocabulary = dataclasses.replace(card.vocabulary, names=names, synonyms=synonyms)
-    clip, _ = text_modules(card.text)
-    tower = TextTower(
-        clip,
-        source.params["text_tower"],
-        tokenizer,
-        card.text.templates,
-        card.text.clean_names,
-        card.text.synonyms,
-    )
+    tower = TextTower.of_card(card.text, source.params["text_tower"], tokenizer)
     text = tower.embed(vocabulary, batch_size=PROMPTS_AT_ONCE)
     params = {**source.params, "training_text": text}
     return dataclasses.replace(

@@ -341,6 +341,11 @@ class CLIP(nn.Module):
         return self.encode_image(images), self.encode_text(tokens), jnp.exp(log_scale)
 
 
+def cosine_scale(params: Mapping[str, Any]) -> jax.Array:
+    """The multiplier [] of cosines as `CLIP` has it, of its parameters alone."""
+    return jnp.minimum(jnp.exp(params["logit_scale"]), MAX_LOGIT_SCALE)
+
+
 def make_clip(config: Mapping[str, Any]) -> CLIP:
     """A `CLIP` from a mapping of its fields; absent fields take the ViT-B/16 defaults.
 
