@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.inference.images import SUFFIXES, read_image
+from concat_jax.inference.images import SUFFIXES, read_image, resized_within
 from concat_jax.models.clip import make_clip
 
 # Ours beside the reference, a process each.
@@ -232,10 +231,7 @@ def letterbox(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tup
     """An image [h, w, 3] as large as fits in `size`, at the top left, and its size there."""
     scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    canvas = np.zeros((*size, 3), np.uint8)
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-    canvas[:height, :width] = resized
-    return canvas, (height, width)
+    return resized_within(image, (height, width), size), (height, width)
 
 
 class Pictures(NamedTuple):

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -120,6 +120,18 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def resized_within(image: np.ndarray, size: Iterable[int], shape: Iterable[int]) -> np.ndarray:
+    """[*shape, 3] uint8: an image [h, w, 3] at another size at the top left, zero beyond.
+
+    Bilinear with antialias, as Pillow does for the reference.
+    """
+    height, width = size
+    padded = np.zeros((*shape, 3), np.uint8)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    padded[:height, :width] = resized
+    return padded
+
+
 @dataclasses.dataclass(frozen=True)
 class Buckets:
     """The few padded shapes that images of all sizes are resized into.
@@ -169,17 +181,9 @@ class Buckets:
         return next(s for s in self.shapes if size[0] <= s[0] and size[1] <= s[1])
 
     def prepare(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-        """[H, W, 3] uint8 resized and padded to one of `shapes`, and its (height, width) in it.
-
-        Bilinear with antialias, as Pillow does for the reference.
-        """
-        height, width = self.resized(*image.shape[:2])
-        resized = Image.fromarray(image)
-        if resized.size != (width, height):
-            resized = resized.resize((width, height), Image.Resampling.BILINEAR)
-        padded = np.zeros((*self.shape_for((height, width)), 3), np.uint8)
-        padded[:height, :width] = resized
-        return padded, (height, width)
+        """[H, W, 3] uint8 resized and padded to one of `shapes`, and its (height, width) in it."""
+        size = self.resized(*image.shape[:2])
+        return resized_within(image, size, self.shape_for(size)), size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,14 +221,9 @@ class Windows:
 
     def prepare(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         """[H, W, 3] uint8 resized and padded to whole windows, and its (height, width) in them."""
-        height, width = self.resized(*image.shape[:2])
-        resized = Image.fromarray(image)
-        if resized.size != (width, height):
-            resized = resized.resize((width, height), Image.Resampling.BILINEAR)
-        shape = (math.ceil(side / self.side) * self.side for side in (height, width))
-        padded = np.zeros((*shape, 3), np.uint8)
-        padded[:height, :width] = resized
-        return padded, (height, width)
+        size = self.resized(*image.shape[:2])
+        shape = (math.ceil(side / self.side) * self.side for side in size)
+        return resized_within(image, size, shape), size
 
     def starts(self, lengths: np.ndarray, number: int) -> np.ndarray:
         """First pixels [number, B] of the windows along sides of these lengths [B]."""
