@@ -35,10 +35,10 @@ class Progress:
         self._last, self._last_time = start, time.monotonic()
         self._rate: float | None = None
 
-    def tick(self, done: int, terms: Terms = _NONE) -> None:
+    def tick(self, done: int) -> None:
         """`report`, where a line is due or all is done."""
         if done >= self._total or time.monotonic() - self._last_time >= self._every:
-            self.report(done, terms)
+            self.report(done)
 
     def pause(self, seconds: float) -> None:
         """Takes out of the reckoning what was spent on something else."""

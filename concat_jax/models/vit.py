@@ -88,11 +88,6 @@ class ViT(nn.Module):
     scan_layers: bool = False
     dtype: Any = jnp.float32
 
-    @property
-    def num_prefix(self) -> int:
-        """Tokens before the patches: class token and registers."""
-        return 1 + self.num_registers
-
     def setup(self) -> None:
         normal = nn.initializers.normal(0.02)
         self.patch_projection = Dense(self.width, kernel_init=normal, dtype=self.dtype)

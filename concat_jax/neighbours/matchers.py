@@ -24,7 +24,6 @@ SCENIC = {
     "scenic.greedy": ("greedy", "greedy_matcher"),
     "scenic.sinkhorn": ("sinkhorn", "sinkhorn_matcher"),
 }
-EXACT = (OURS, *list(SCENIC)[:-2])
 MATCHERS = (OURS, *SCENIC)
 
 

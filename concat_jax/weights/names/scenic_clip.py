@@ -16,7 +16,6 @@ from concat_jax.weights.names.table import Naming, columns
 
 # Where the CLIP of an OWL-ViT is among its parameters.
 OWL_VIT = "backbone/clip/"
-IMAGE_PROJECTION = "visual/proj/kernel"
 _TOWER = """
 layer_norm{1,2}         flax_norm    ln_{1,2}/*
 self_attn/{q,k,v}_proj  flax_linear  attn/{query,key,value}/*
