@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from concat_jax.models.clip_images import l2_normalize
 from concat_jax.models.semantic_projector import unit
 
 POOLINGS = ("objectness", "similarity", "mean")
@@ -98,8 +97,8 @@ def contrastive_loss(
     # Full precision: the scale multiplies an accelerator's rounding up to 100-fold.
     cosine = jnp.einsum(
         "bc,dc->bd",
-        l2_normalize(image_embeddings),
-        l2_normalize(text_embeddings),
+        unit(image_embeddings),
+        unit(text_embeddings),
         precision=jax.lax.Precision.HIGHEST,
     )
     logits = jnp.asarray(logit_scale, jnp.float32) * cosine

@@ -24,16 +24,6 @@ def normalize_clip_images(images: jax.Array) -> jax.Array:
     return (images.astype(jnp.float32) - mean) / std
 
 
-def l2_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """`x` [..., C] over its Euclidean norm, in float32.
-
-    Rows of norm under `epsilon` are divided by `epsilon`, so that the gradient is finite at zero.
-    """
-    x = x.astype(jnp.float32)
-    square = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, epsilon**2))
-
-
 def _cubic(distance: jax.Array) -> jax.Array:
     """Keys' cubic kernel, a = -1/2: that of Pillow, `jax.image` and torch's antialiased resize."""
     d = jnp.abs(distance)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.core.config import check_choice, check_fields
-from concat_jax.models.clip_images import l2_normalize
+from concat_jax.models.semantic_projector import unit
 
 
 class QueryGenerator(nn.Module):
@@ -167,7 +167,7 @@ class RegressionGenerator(nn.Module):
         shapes = self._shapes(text.shape[-1])
         p = {name: self.param(name, nn.initializers.zeros, shape) for name, shape in shapes.items()}
         moved = text - p["text_mean"]
-        place = l2_normalize(p["image_mean"] + moved @ p["text_map"])
+        place = unit(p["image_mean"] + moved @ p["text_map"])
         cosines = jnp.einsum("...c,rc->...r", place, p["centres"])
         values = jnp.exp(p["sharpness"] * (cosines - 1.0))
         return p["offset"] + moved @ p["linear"] + values @ p["weights"]

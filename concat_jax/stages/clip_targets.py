@@ -12,11 +12,11 @@ from concat_jax.losses.masks import over_batch_shards
 from concat_jax.models.clip import CLIP
 from concat_jax.models.clip_images import (
     CLIP_MEAN,
-    l2_normalize,
     normalize_clip_images,
     resize_for_clip,
     resize_windows,
 )
+from concat_jax.models.semantic_projector import unit
 
 FILLS = ("mean", "none")
 
@@ -181,7 +181,7 @@ def clip_targets(
         def encode(pictures: jax.Array) -> jax.Array:  # [b, s, s, 3] -> [b, C]
             return clip.apply({"params": params}, pictures, method="encode_image")
 
-        embeddings = l2_normalize(jax.vmap(encode, in_axes=1, out_axes=1)(pictures))
+        embeddings = unit(jax.vmap(encode, in_axes=1, out_axes=1)(pictures))
         by_segment = jnp.where((areas > 0)[..., None], embeddings[:, 1:], 0.0)
         place = jax.vmap(lambda table, row, values: table.at[row].set(values))
         table = jnp.zeros((len(images), num_segments, embeddings.shape[-1]), jnp.float32)
@@ -224,6 +224,6 @@ def token_targets(
     whole = jnp.ones((len(regions), 1, regions.shape[-1]), bool)
     inside = jnp.concatenate([whole, regions], axis=1)
     embeddings = clip.apply({"params": params}, tokens, inside, method="encode_regions")
-    embeddings = l2_normalize(embeddings)
+    embeddings = unit(embeddings)
     of_segments = jnp.where(regions.any(axis=-1)[..., None], embeddings[:, 1:], 0.0)
     return jax.lax.stop_gradient((embeddings[:, 0], of_segments))

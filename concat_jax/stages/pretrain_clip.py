@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from concat_jax.losses.alignment import contrastive_loss
-from concat_jax.models.clip_images import l2_normalize, normalize_clip_images
+from concat_jax.models.clip_images import normalize_clip_images
+from concat_jax.models.semantic_projector import unit
 from concat_jax.stages.stage import PLAIN_RULES, Context, Stage
 
 LEARNS_FROM = "captions"
@@ -56,7 +57,7 @@ def make_stage(context: Context, config: Config) -> Stage:
         image, text, scale = clip.apply({"params": params["clip"]}, images, batch["tokens"])
         same = jnp.all(batch["tokens"][:, None] == batch["tokens"][None], axis=-1)
         value = contrastive_loss(image, text, scale, same_caption=same).mean()
-        similarity = l2_normalize(image) @ l2_normalize(text).T
+        similarity = unit(image) @ unit(text).T
         best = jnp.argmax(similarity, axis=1)
         hit = jnp.take_along_axis(same, best[:, None], axis=1)[:, 0]
         return value, {"loss": value, "accuracy": jnp.mean(hit.astype(jnp.float32))}

@@ -11,7 +11,8 @@ import safetensors.numpy
 
 from concat_jax.losses.alignment import contrastive_loss
 from concat_jax.models.clip import interpolate_positions, make_clip
-from concat_jax.models.clip_images import l2_normalize, normalize_clip_images
+from concat_jax.models.clip_images import normalize_clip_images
+from concat_jax.models.semantic_projector import unit
 from concat_jax.weights.clip import read_clip
 from tests.golden import cases
 
@@ -110,7 +111,7 @@ def _compare(config: dict, tokens: np.ndarray, num_images: int, folder) -> dict[
             pixel_values=torch.from_numpy(images.transpose(0, 3, 1, 2).copy()),
         )
     image, text, scale = _apply(clip, {"params": params}, images, tokens)
-    image, text = l2_normalize(image), l2_normalize(text)
+    image, text = unit(image), unit(text)
     logits = scale * jnp.einsum("bc,mc->bm", image, text)
     differences = {
         "image": np.abs(image - theirs.image_embeds.numpy()).max(),
@@ -141,7 +142,7 @@ def test_says_what_transformers_said_at_the_published_widths(tmp_path):
     ours = read_clip(tmp_path)
     images, tokens = cases.clip_inputs()
     image, text, scale = _apply(make_clip(ours.config), {"params": ours.params}, images, tokens)
-    image, text = l2_normalize(image), l2_normalize(text)
+    image, text = unit(image), unit(text)
     logits = scale * jnp.einsum("bc,mc->bm", image, text)
     for key, array in {"image": image, "text": text, "logits": logits}.items():
         assert cases.relative_error(array, golden[key]) < 1e-4, key
@@ -273,7 +274,7 @@ def test_other_picture_sizes_are_a_model_of_that_size(sides, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "interpolate", antialiased)
         np.testing.assert_allclose(ours, theirs(), atol=1e-5)
-    ours, other = l2_normalize(ours), l2_normalize(jnp.asarray(without_antialias))
+    ours, other = unit(ours), unit(jnp.asarray(without_antialias))
     cosine = jnp.sum(ours * other, axis=-1)
     print(sides, "cosine to transformers' interpolation", cosine)
     assert cosine.min() > 0.95
@@ -353,7 +354,7 @@ def test_normalisation_is_clips():
     np.testing.assert_allclose(normalize_clip_images(0 * grey)[0, 0, 0, 0], -1.792263, rtol=1e-5)
 
 
-def test_l2_normalize_is_finite_at_zero():
-    np.testing.assert_allclose(l2_normalize(jnp.asarray([[3.0, 4.0]])), [[0.6, 0.8]], rtol=1e-6)
-    gradient = jax.grad(lambda x: l2_normalize(x).sum())(jnp.zeros((1, 4)))
+def test_unit_is_finite_at_zero():
+    np.testing.assert_allclose(unit(jnp.asarray([[3.0, 4.0]])), [[0.6, 0.8]], rtol=1e-6)
+    gradient = jax.grad(lambda x: unit(x).sum())(jnp.zeros((1, 4)))
     assert np.isfinite(gradient).all()

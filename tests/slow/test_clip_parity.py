@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from concat_jax.models.clip import CLIP_VARIANTS, make_clip
-from concat_jax.models.clip_images import l2_normalize
+from concat_jax.models.semantic_projector import unit
 from concat_jax.weights.clip import read_clip
 from concat_jax.weights.clip_sizes import variant_of
 
@@ -98,7 +98,7 @@ def test_equals_transformers(variant, tmp_path):
     clip = make_clip({"variant": variant, "eot_id": 49407})
     assert clip == make_clip(weights.config)
     image, text, scale = jax.jit(clip.apply)({"params": weights.params}, images, tokens)
-    image, text = l2_normalize(image), l2_normalize(text)
+    image, text = unit(image), unit(text)
     logits = scale * jnp.einsum("bc,mc->bm", image, text)
     ours = {"image embeddings": image, "text embeddings": text, "logits": logits}
 

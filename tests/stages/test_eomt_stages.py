@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from concat_jax.core.batch import PROGRESS
-from concat_jax.models.clip_images import l2_normalize, normalize_clip_images
+from concat_jax.models.clip_images import normalize_clip_images
 from concat_jax.models.networks import make_networks
 from concat_jax.models.segmentor_output import normalize_images
+from concat_jax.models.semantic_projector import unit
 from concat_jax.stages import cat, con, finetune
 from concat_jax.stages.clip_targets import CropConfig, patch_regions, token_targets
 from concat_jax.stages.stage import TEXT, Stage
@@ -86,7 +87,7 @@ def test_targets_of_an_encoder_that_is_clip():
         found = token_targets(of.clip, params["clip"], tokens, ids, 3)
         # Other patches in the right half of the picture, which is segment 2.
         other = tokens.at[:, 1:].multiply(1.0 - 2.0 * (jnp.arange(16) % 4 >= 2)[:, None])
-        return found, token_targets(of.clip, params["clip"], other, ids, 3), l2_normalize(whole)
+        return found, token_targets(of.clip, params["clip"], other, ids, 3), unit(whole)
 
     images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)
     ids = np.ones((1, 32, 32), np.uint8)
