@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,18 +42,15 @@ def semantic_inference(
     """
     probs = class_probs[..., :-1].astype(jnp.float32)
 
-    def scores(logits: jax.Array) -> jax.Array:
-        return class_scores(logits, probs)
-
     return _class_map(
         mask_logits,
-        scores,
+        lambda logits: class_scores(logits, probs),
         probs.shape[-1],
-        output_size,
-        source_size,
-        image_size,
-        origin,
-        strip_rows,
+        output_size=output_size,
+        source_size=source_size,
+        image_size=image_size,
+        origin=origin,
+        strip_rows=strip_rows,
     )
 
 
@@ -62,29 +60,24 @@ def class_scores(mask_logits: jax.Array, probs: jax.Array) -> jax.Array:
     return jnp.einsum("bnk,bnhw->bkhw", probs, masks, precision=jax.lax.Precision.HIGHEST)
 
 
-def best_class(
-    scores: jax.Array,
-    *,
-    output_size: tuple[int, int],
-    source_size: jax.Array | None = None,
-    image_size: jax.Array | None = None,
-    origin: jax.Array | None = None,
-    strip_rows: int = 16,
-) -> jax.Array:
-    """The map of `semantic_inference` from class scores [B, K, h, w], which are resized instead."""
-    sizes = (output_size, source_size, image_size, origin)
-    return _class_map(scores, lambda resized: resized, scores.shape[1], *sizes, strip_rows)
+def best_class(scores: jax.Array, **sizes: Any) -> jax.Array:
+    """The map of `semantic_inference` from class scores [B, K, h, w], which are resized instead.
+
+    `sizes` are its keywords.
+    """
+    return _class_map(scores, lambda resized: resized, scores.shape[1], **sizes)
 
 
 def _class_map(
     maps: jax.Array,
     scores_of: Callable[[jax.Array], jax.Array],
     num_classes: int,
+    *,
     output_size: tuple[int, int],
-    source_size: jax.Array | None,
-    image_size: jax.Array | None,
-    origin: jax.Array | None,
-    strip_rows: int,
+    source_size: jax.Array | None = None,
+    image_size: jax.Array | None = None,
+    origin: jax.Array | None = None,
+    strip_rows: int = 16,
 ) -> jax.Array:
     """Best classes [B, H, W] by the scores of maps [B, M, h, w] resized strip by strip."""
     batch = maps.shape[0]
