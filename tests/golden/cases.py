@@ -174,8 +174,8 @@ FCCLIP_SIZES = {
     "fcclip_resnet": [(64, 96), (128, 64)],
     "fcclip_convnext": [(64, 96), (128, 64)],
     "fcclip_r50": [(224, 224), (256, 320), (384, 256)],
-    # One: with these random weights the maps of the others are void throughout.
-    "fcclip_convnext_large": [(224, 224)],
+    # With these random weights the maps of the last two are void throughout.
+    "fcclip_convnext_large": [(224, 224), (256, 320), (384, 256)],
 }
 # Synonyms stand after commas, as in FC-CLIP's files. Two classes of the second were trained on.
 FCCLIP_TRAINED = ["person,child,girl", "traffic light", "sky,clouds", "grass"]
