@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import numbers
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -61,19 +62,24 @@ def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
         raise ValueError(f"In {where}: {error}") from error
 
 
-def check_type(value: Any, annotation: Any, what: str) -> None:
+def check_type(value: Any, annotation: Any, what: str, default: Any = 0) -> None:
     """Raise a ValueError unless a value is of the type that its field is annotated with.
 
-    True is no number, and a flag's "no" is not False.
+    True is no number, and a flag's "no" is not False. Numbers are finite, none is negative, and a
+    whole one is not 0 where the `default` is not, nor where there is none.
     """
     kind, words = _KINDS.get(getattr(annotation, "__name__", annotation), (object, ""))
     is_bool = isinstance(value, bool)
     if not isinstance(value, kind) or (is_bool and kind not in (bool, object)):
         raise ValueError(f"{what} is {value!r} and must be {words}.")
+    least = int(kind is numbers.Integral and default != 0)
+    if kind in (numbers.Integral, numbers.Real) and not least <= value < math.inf:
+        bound = f"at least {least}" if math.isfinite(value) else "finite"
+        raise ValueError(f"{what} is {value} and must be {bound}.")
 
 
 def check_fields(section: Mapping[str, Any], module: type, what: str, *decided: str) -> None:
-    """Raise a ValueError for a key that is no field of a linen module, or a value of another type.
+    """Raise a ValueError for a key that is no field of a linen module, or a value it cannot be.
 
     Args:
       section: of a config.
@@ -82,10 +88,11 @@ def check_fields(section: Mapping[str, Any], module: type, what: str, *decided: 
       decided: fields that are decided elsewhere.
     """
     own = {"parent", "name"}  # linen's
-    fields = {f.name: f.type for f in dataclasses.fields(module) if f.name not in (*own, *decided)}
+    fields = {f.name: f for f in dataclasses.fields(module) if f.name not in (*own, *decided)}
     for key, value in section.items():
         check_choice(key, sorted(fields), what)
-        check_type(value, fields[key], f"{module.__name__}.{key}")
+        field = fields[key]
+        check_type(value, field.type, f"{module.__name__}.{key}", field.default)
 
 
 def check_choice(value: str, valid: Collection[str], what: str) -> None:

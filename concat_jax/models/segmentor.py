@@ -18,14 +18,16 @@ SEGMENTORS = {
 def segmentor_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """All fields of a segmentor's config; the absent ones are the defaults of its kind.
 
-    Raises ValueError for an unknown key (the nearest valid one is named), kind or dtype.
+    Raises ValueError for an unknown key (the nearest valid one is named), kind or dtype, or a size
+    that cannot be.
     """
     kind = config.get("kind", mask2former.DEFAULTS["kind"])
     check_choice(kind, SEGMENTORS, "The segmentor's kind is")
     defaults, _ = SEGMENTORS[kind]
     for key in config:
         check_choice(key, defaults, "The segmentor config has no key")
-        check_type(config[key], type(defaults[key]), f"The segmentor config's {key}")
+        where, default = f"The segmentor config's {key}", defaults[key]
+        check_type(config[key], type(default), where, default)
     settings = {**defaults, **config}
     if (dtype := settings["dtype"]) not in DTYPES:
         raise ValueError(f"Segmentor dtype is {dtype!r}; use one of {', '.join(DTYPES)}.")

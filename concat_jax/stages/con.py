@@ -75,8 +75,6 @@ class Config:
         check_choice(self.pooling, alignment.POOLINGS, "CON pooling is")
         check_choice(self.global_target, ("image", "segments"), "CON global_target is")
         check_choice(self.targets, ("", "online", "cached", "encoder"), "CON targets are")
-        if self.aligned_sets < 0:
-            raise ValueError(f"CON aligned_sets is {self.aligned_sets} and must be 0 or more.")
 
 
 # What of CLIP decides its image embeddings besides the parameters.

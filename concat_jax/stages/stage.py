@@ -127,11 +127,9 @@ class StageConfig:
         return {**self.takes, **{f"{part} of {s}": s for *stage, part in copied for s in stage}}
 
     def __post_init__(self):
-        ones = dict.fromkeys(("batch_size", "log_every", "keep"), 1)
-        zeros = dict.fromkeys(("steps", "save_every", "eval_every", "max_skips"), 0)
-        for field, least in (ones | zeros).items():
-            if (value := getattr(self, field)) < least:
-                raise ValueError(f"{field} is {value} and must be at least {least}.")
+        for field in ("batch_size", "log_every", "keep"):
+            if (value := getattr(self, field)) < 1:
+                raise ValueError(f"{field} is {value} and must be at least 1.")
 
 
 # Norms, biases, embeddings and scalars have no weight decay, as in CLIP; Mask2Former decays biases.

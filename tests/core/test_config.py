@@ -1,6 +1,7 @@
 """Config sections to dataclasses, nearest names, arguments of config files."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,8 @@ class Settings:
     method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.steps < 0:
-            raise ValueError(f"steps is {self.steps} and must be at least 0.")
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps} and must be at least 1.")
 
 
 def test_build_takes_given_fields_and_defaults():
@@ -44,7 +45,11 @@ def test_build_takes_config_dicts_and_turns_lists_into_tuples():
         ({"steps": 3.5}, "config.x.steps is 3.5 and must be a whole number."),
         ({"steps": True}, "config.x.steps is True and must be a whole number."),
         ({"steps": 3, "rate": "no"}, "config.x.rate is 'no' and must be a number."),
-        ({"steps": -1}, "In config.x: steps is -1 and must be at least 0."),
+        ({"steps": 0}, "In config.x: steps is 0 and must be at least 1."),
+        ({"steps": -1}, "config.x.steps is -1 and must be at least 0."),
+        ({"steps": 3, "rate": -1.0}, "config.x.rate is -1.0 and must be at least 0."),
+        ({"steps": 3, "rate": math.nan}, "config.x.rate is nan and must be finite."),
+        ({"steps": 3, "rate": math.inf}, "config.x.rate is inf and must be finite."),
     ],
 )
 def test_build_names_what_is_wrong(section, message):

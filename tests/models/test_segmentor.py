@@ -312,6 +312,9 @@ def test_full_size_shapes_and_parameter_count():
         ({"backbone": {"kind": "vgg"}}, "kind is 'vgg'; use one of"),
         ({"dtype": "float16"}, "dtype is 'float16'; use one of float32, bfloat16"),
         ({"num_heads": 7}, "width 256 is not divisible by num_heads 7"),
+        ({"num_heads": 0}, "config's num_heads is 0 and must be at least 1"),
+        ({"backbone": {"width": 0}}, "ResNet.width is 0 and must be at least 1"),
+        ({"kind": "eomt", "backbone": {"num_heads": 0}}, "ViT.num_heads is 0 and must be at least"),
         ({"width": 24}, "width 24 is not divisible by num_groups 32"),
     ],
 )

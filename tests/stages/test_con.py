@@ -224,7 +224,6 @@ def test_a_step_moves_all_but_frozen_statistics(online):
         (dict(targets="cache"), "CON targets are 'cache'; did you mean 'cached'"),
         (dict(alignment="l2"), "'l2'.*'cosine' or 'infonce'"),
         (dict(pooling="max"), "CON pooling is 'max'"),
-        (dict(aligned_sets=-1), "aligned_sets is -1 and must be 0 or more"),
     ],
 )
 def test_con_refuses_unknown_constants(field, message):
