@@ -10,7 +10,10 @@ from typing import Any
 import jax
 import optax
 
+from concat_jax.core.config import check_choice
+
 FROZEN = "frozen"
+SCHEDULES = ("cosine", "constant", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +40,21 @@ class OptimizerConfig:
     accumulate: int = 1
 
     def __post_init__(self):
+        check_choice(self.schedule, SCHEDULES, "There is no schedule")
         if self.accumulate < 1:
             raise ValueError(f"accumulate is {self.accumulate} and must be at least 1.")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step, over `steps` steps; ValueError if the schedule is unknown."""
+    """Learning rate by step, over `steps` steps."""
     peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
     elif config.schedule == "constant":
         main = optax.constant_schedule(peak)
-    elif config.schedule == "steps":
+    else:
         boundaries = {int(share * steps) - warmup: 0.1 for share in config.decay_at}
         main = optax.piecewise_constant_schedule(peak, boundaries)
-    else:
-        raise ValueError(
-            f"Schedule {config.schedule!r} is unknown; choose 'cosine', 'constant' or 'steps'."
-        )
     if not warmup:
         return main
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])

@@ -66,6 +66,10 @@ def unknown_optimizer_field(config):
     config.train.control.optimizer.momentum = 0.9
 
 
+def unknown_schedule(config):
+    config.train.control.optimizer.schedule = "cosin"
+
+
 def unknown_choice(config):
     config.train.cat.method.contrast_distance = "manhattan"
 
@@ -135,6 +139,7 @@ def unknown_profile_field(config):
         (untrained, "'finetune' reads 'generator'; say in config.train.finetune.takes"),
         (unknown_field, "config.train.finetune.method has no key 'deviaton'.*'deviation'"),
         (unknown_optimizer_field, "config.train.control.optimizer has no key 'momentum'"),
+        (unknown_schedule, "In config.train.control.optimizer: .*'cosin'; did you mean 'cosine'"),
         (unknown_choice, "CAT contrast_distance is 'manhattan'"),
         (unknown_evaluation, "config.eval.stages names no stage of 'finetuned'.*'finetune'"),
         (unknown_rule, "config.eval.keep_rules names no rule: 'objectnes'.*'objectness'"),
