@@ -126,9 +126,9 @@ def find_collectives(text: str) -> list[Collective]:
 def expected_cycles(text: str) -> int:
     """Cycles that a TPU's compiler expects of an optimised HLO module, of a loop one pass.
 
-    What it has no estimate for, -1 as an unsigned number of 64 bits, is left out.
+    What it has no estimate for, -1 or the largest number of 64 bits, is left out.
     """
-    return sum(cycles for cycles in map(int, _CYCLES.findall(text)) if cycles < 1 << 63)
+    return sum(cycles for cycles in map(int, _CYCLES.findall(text)) if cycles < 1 << 62)
 
 
 def format_bytes(count: float) -> str:
