@@ -17,7 +17,7 @@ from concat_jax.exporting.formats import FORMATS, Format
 from concat_jax.exporting.program import make_program
 from concat_jax.inference.predictor import PredictConfig
 from concat_jax.inference.programs import run_segmentor
-from concat_jax.inference.text_tower import SUBTREES
+from concat_jax.inference.text_tower import text_params
 from concat_jax.models.networks import make_networks
 from concat_jax.text.tokenizer import WordTokenizer
 from concat_jax.weights.model_folder import ModelCard, TextCard, save_model
@@ -48,7 +48,7 @@ def text_folder(tmp_path_factory):
     params = {
         "segmentor": tiny.params("segmentor", of=networks),
         "projector": tiny.params("projector", of=networks),
-        "text_tower": {name: tower[name] for name in SUBTREES},
+        "text_tower": text_params(tower),
         "training_text": tiny.text(),
     }
     card = ModelCard(

@@ -19,6 +19,8 @@ T = TypeVar("T")
 _OPEN = re.compile(
     r"(train\.\w+(\.\w+)?|model\.\w+(\.backbone)?|loss|crops|bank|eval\.settings|profile)\.\w+"
 )
+# Of numbers of parts, those that a network can do without; fields whose default is not 0.
+DISPENSABLE = ("num_registers", "num_upscales")
 # What a value must be, by the annotation of its field; others are not checked.
 _KINDS = {
     "bool": (bool, "True or False"),
@@ -66,13 +68,13 @@ def check_type(value: Any, annotation: Any, what: str, default: Any = 0) -> None
     """Raise a ValueError unless a value is of the type that its field is annotated with.
 
     True is no number, and a flag's "no" is not False. Numbers are finite, none is negative, and a
-    whole one is not 0 where the `default` is not, nor where there is none.
+    whole one is not 0 where the `default` is not, nor where there is none, but for `DISPENSABLE`.
     """
     kind, words = _KINDS.get(getattr(annotation, "__name__", annotation), (object, ""))
     is_bool = isinstance(value, bool)
     if not isinstance(value, kind) or (is_bool and kind not in (bool, object)):
         raise ValueError(f"{what} is {value!r} and must be {words}.")
-    least = int(kind is numbers.Integral and default != 0)
+    least = int(kind is numbers.Integral and default != 0 and not what.endswith(DISPENSABLE))
     if kind in (numbers.Integral, numbers.Real) and not least <= value < math.inf:
         bound = f"at least {least}" if math.isfinite(value) else "finite"
         raise ValueError(f"{what} is {value} and must be {bound}.")

@@ -90,10 +90,11 @@ class Sweep:
         return self.counts[self.gammas.index(gamma)]
 
     def summary(self, gamma: float) -> dict:
-        """`PanopticQuality.summarize` at one of the values, and "images"."""
+        """`PanopticQuality.summarize` at one of the values, "classes" and "images"."""
         total = PanopticQuality(len(self.vocabulary))
         total.iou_sum, total.tp, total.fp, total.fn = self.at(gamma).sum(axis=0, dtype=np.float64)
-        return {**total.summarize(self.vocabulary), "images": self.counts.shape[1]}
+        sizes = {"classes": len(self.vocabulary), "images": self.counts.shape[1]}
+        return {**total.summarize(self.vocabulary), **sizes}
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Seen and unseen PQ [R], percent."""
