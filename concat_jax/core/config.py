@@ -19,15 +19,18 @@ T = TypeVar("T")
 _OPEN = re.compile(
     r"(train\.\w+(\.\w+)?|model\.\w+(\.backbone)?|loss|crops|bank|eval\.settings|profile)\.\w+"
 )
-# Of numbers of parts, those that a network can do without; fields whose default is not 0.
-DISPENSABLE = ("num_registers", "num_upscales")
 # What a value must be, by the annotation of its field; others are not checked.
 _KINDS = {
     "bool": (bool, "True or False"),
     "int": (numbers.Integral, "a whole number"),
+    "Count": (numbers.Integral, "a whole number"),
     "float": (numbers.Real, "a number"),
     "str": (str, "text"),
 }
+
+
+class Count(int):
+    """A number that a field of a network may have where an int, which is a size, is not 0."""
 
 
 def is_open(path: str) -> bool:
@@ -64,17 +67,18 @@ def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
         raise ValueError(f"In {where}: {error}") from error
 
 
-def check_type(value: Any, annotation: Any, what: str, default: Any = 0) -> None:
+def check_type(value: Any, annotation: Any, what: str, *, of_network: bool = False) -> None:
     """Raise a ValueError unless a value is of the type that its field is annotated with.
 
-    True is no number, and a flag's "no" is not False. Numbers are finite, none is negative, and a
-    whole one is not 0 where the `default` is not, nor where there is none, but for `DISPENSABLE`.
+    True is no number, and a flag's "no" is not False. Numbers are finite, none is negative, and an
+    int of a network is not 0, but a `Count` may be.
     """
-    kind, words = _KINDS.get(getattr(annotation, "__name__", annotation), (object, ""))
+    name = getattr(annotation, "__name__", annotation)
+    kind, words = _KINDS.get(name, (object, ""))
     is_bool = isinstance(value, bool)
     if not isinstance(value, kind) or (is_bool and kind not in (bool, object)):
         raise ValueError(f"{what} is {value!r} and must be {words}.")
-    least = int(kind is numbers.Integral and default != 0 and not what.endswith(DISPENSABLE))
+    least = int(of_network and name == "int")
     if kind in (numbers.Integral, numbers.Real) and not least <= value < math.inf:
         bound = f"at least {least}" if math.isfinite(value) else "finite"
         raise ValueError(f"{what} is {value} and must be {bound}.")
@@ -90,20 +94,17 @@ def check_fields(section: Mapping[str, Any], module: type, what: str, *decided: 
       decided: fields that are decided elsewhere.
     """
     own = {"parent", "name"}  # linen's
-    fields = {f.name: f for f in dataclasses.fields(module) if f.name not in (*own, *decided)}
+    fields = {f.name: f.type for f in dataclasses.fields(module) if f.name not in (*own, *decided)}
     for key, value in section.items():
         check_choice(key, sorted(fields), what)
-        field = fields[key]
-        check_type(value, field.type, f"{module.__name__}.{key}", field.default)
+        check_type(value, fields[key], f"{module.__name__}.{key}", of_network=True)
 
 
 def check_choice(value: str, valid: Collection[str], what: str) -> None:
-    """Raise a ValueError naming the nearest valid name unless `value` is one."""
+    """Raise a ValueError, with the nearest name or all if none is near, unless `value` is one."""
     if value not in valid:
-        folded = {name.casefold(): name for name in valid}
-        # Of few names that are all far off, all are told.
-        cutoff = 0.4 if len(folded) <= 12 else 0.0
-        close = difflib.get_close_matches(str(value).casefold(), folded, n=1, cutoff=cutoff)
+        folded = {name.casefold().lstrip("-"): name for name in valid}
+        close = difflib.get_close_matches(str(value).casefold().lstrip("-"), folded, 1, cutoff=0.4)
         others = f"; there are {', '.join(valid)}." if folded else "."
         hint = f"; did you mean {folded[close[0]]!r}?" if close else others
         raise ValueError(f"{what} {value!r}{hint}")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.core.config import check_choice, check_fields
+from concat_jax.core.config import Count, check_choice, check_fields
 from concat_jax.models.ops.convolution import by_bands, depthwise_by_shifts
 from concat_jax.models.ops.layers_in_turn import Run, run_in_turn
 from concat_jax.models.ops.linear import Dense, matmul
@@ -44,9 +44,9 @@ DEFAULTS: Mapping[str, Any] = {
     "backbone": {},
     "num_queries": 200,
     "num_blocks": 4,
-    "num_upscales": 2,
+    "num_upscales": Count(2),
     "frozen": False,
-    "frozen_ffn_width": 0,
+    "frozen_ffn_width": Count(0),
     "remat": False,
     "scan_layers": False,
     "dtype": "float32",

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.core.config import Count
 from concat_jax.models.clip import VisionTower, make_clip
 from concat_jax.models.clip_images import normalize_clip_images
 from concat_jax.models.ops.layers_in_turn import Run, run_in_turn
@@ -76,7 +77,7 @@ class ViT(nn.Module):
     num_heads: int = 16
     ffn_width: int = 4096
     patch_size: int = 16
-    num_registers: int = 4
+    num_registers: Count = 4
     positions: str = "learned"
     grid: int = 40
     rotary_theta: float = 100.0

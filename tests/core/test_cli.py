@@ -33,6 +33,7 @@ def ended(arguments, command=lambda given, rest: None, *, capsys, **settings):
     ("arguments", "sentence"),
     [
         (["--rot=a"], "Error: there is no flag '--rot'; did you mean '--root'?"),
+        (["--bench=a"], "Error: there is no flag '--bench'; there are --help, --root, --size."),
         (["b"], "Error: unknown argument 'b'; flags look like --name=value."),
         (["--size=x"], "Error: flag --size=x: "),
         (["--size=-1"], "Error: flag --size=-1: "),

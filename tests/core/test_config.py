@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,6 +67,9 @@ def test_check_choice():
         configuration.check_choice("ONXX", ("jax", "savedmodel", "onnx"), "kind is")
     with pytest.raises(ValueError, match="^kind is 'tflite'; there are jax, onnx\\.$"):
         configuration.check_choice("tflite", ("jax", "onnx"), "kind is")
+    many = (*string.ascii_lowercase, "distributed")
+    with pytest.raises(ValueError, match="^kind is 'stage'; there are a, b, .*, distributed\\.$"):
+        configuration.check_choice("stage", many, "kind is")
     with pytest.raises(ValueError, match="^kind is 'cta'\\.$"):
         configuration.check_choice("cta", (), "kind is")
 
