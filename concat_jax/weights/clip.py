@@ -189,7 +189,7 @@ def _describe(
     """Config, kind, and the fields of it that nothing tells."""
     preprocessor = file.parent / PREPROCESSOR_NAME
     if is_hf and preprocessor.is_file():
-        needed = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+        needed = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "rescale_factor": 1 / 255}
         check_statistics(read_json_object(preprocessor), f"its {PREPROCESSOR_NAME}", needed)
     beside = file.parent / (CONFIG_NAME if is_hf else OPEN_CLIP_CONFIG_NAME)
     sizes = {}

@@ -60,6 +60,7 @@ _CONFIG = HubConfig(
 )
 # Of pixels in 0..1.
 _MEAN, _STD = (np.asarray(numbers) / 255 for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+_STATISTICS = {"image_mean": _MEAN, "image_std": _STD, "rescale_factor": 1 / 255}
 
 
 def segmentor_config_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, Any], tup
                 f"{where} has {field} {content[field]!r}; the segmentor is fed images that are "
                 "rescaled and normalised."
             )
-    check_statistics(content, where, {"image_mean": _MEAN, "image_std": _STD})
+    check_statistics(content, where, _STATISTICS)
     size = content.get("size")
     if content.get("do_split_image"):
         side = size.get("shortest_edge") if isinstance(size, Mapping) else size

@@ -17,6 +17,8 @@ _STATISTICS_TOLERANCE = 1e-3
 # What a field of a config has to be, by the type of its default.
 _KINDS = {int: "a whole number, 1 or more", float: "a number above 0", str: "a word"}
 _KINDS[list] = "a list of whole numbers, 1 or more"
+# The most layers of anything: tracing a network takes a time for each.
+_MOST_LAYERS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,9 @@ class HubConfig:
                 raise ValueError(
                     f"{where} has {theirs} {value!r}; it must be {_KINDS[type(default)]}"
                 )
+            counts_layers = re.search("layers|blocks|depths", theirs)
+            if counts_layers and np.max(fields[ours]) > _MOST_LAYERS:
+                raise ValueError(f"{where} has {theirs} {value!r}; at most {_MOST_LAYERS} are read")
         for ours, needed in self.derived(fields).items():
             if (value := fields.pop(ours)) != needed:
                 raise ValueError(
@@ -89,14 +94,15 @@ def _as_kind(value: Any, kind: type) -> Any:
 
 
 def check_statistics(
-    content: Mapping[str, Any], where: str, needed: Mapping[str, Sequence[float]]
+    content: Mapping[str, Any], where: str, needed: Mapping[str, Sequence[float] | float]
 ) -> None:
     """Raise a ValueError where fields of a config are given and are not these pixel statistics."""
     for field, ours in needed.items():
         value = content.get(field)
         with contextlib.suppress(TypeError, ValueError):
             theirs = np.asarray(ours if value is None else value, np.float64)
-            if theirs.shape == (3,) and np.allclose(theirs, ours, 0, _STATISTICS_TOLERANCE):
+            is_near = np.allclose(theirs, ours, 0, _STATISTICS_TOLERANCE)
+            if is_near and theirs.shape == np.shape(ours):
                 continue
         raise ValueError(
             f"{where} has {field} {value!r}, but pictures are normalised here with "

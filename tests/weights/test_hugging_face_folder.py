@@ -113,6 +113,8 @@ def test_preprocessing_of_published_models_is_ours():
         check_preprocessing({"image_mean": [0.5, 0.5, 0.5]})
     with pytest.raises(ValueError, match="image_std"):
         check_preprocessing({"image_std": [0.225]})
+    with pytest.raises(ValueError, match="rescale_factor 1.0, but pictures are .* with 0.0039"):
+        check_preprocessing({"rescale_factor": 1.0})
     with pytest.raises(ValueError, match="do_normalize False"):
         check_preprocessing({"do_normalize": False})
 
@@ -146,6 +148,7 @@ def test_the_size_that_a_preprocessor_asks_for(content, sides, note):
         ({"num_queries": "many"}, "num_queries 'many'; it must be a whole number"),
         ({"hidden_dim": None, "num_queries": [1, 2]}, r"num_queries \[1, 2\]; it must be"),
         ({"encoder_layers": 2.5}, "encoder_layers 2.5"),
+        ({"encoder_layers": 10**6}, "encoder_layers 1000000; at most 1000 are read"),
         ({"num_attention_heads": True}, "num_attention_heads True"),
         ({"dim_feedforward": -1}, "dim_feedforward -1"),
         ({"feature_strides": 4}, "feature_strides 4"),
