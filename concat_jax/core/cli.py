@@ -175,7 +175,9 @@ def one_sentence() -> Iterator[None]:
         text = str(error)
         if isinstance(error, OSError) and error.strerror and error.filename is not None:
             text = f"{os.fspath(error.filename)}: {error.strerror}."
-        sys.exit(f"Error: {' '.join(text.split())}")
+        # On one line, and without what a terminal would obey.
+        text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text)
+        sys.exit(f"Error: {text.strip()}")
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -197,7 +198,7 @@ def check_categories(
     must_have_all: bool = True,
     may_have_more: bool = False,
     own_names: bool = False,
-    truth: str | os.PathLike[str] = "",
+    remedy: str = "use a split made for this file",
 ) -> None:
     """Refuses categories that are not the label space's; FileError names the first at fault.
 
@@ -205,37 +206,35 @@ def check_categories(
       must_have_all: a class that the file lacks is a fault, too.
       may_have_more: categories that the label space lacks are none.
       own_names: the file may call the classes by other names.
-      truth: annotations, whose label space it is and by which the file was to be predicted; "" for
-        a split's.
+      remedy: how the error ends.
     """
     kind = {True: "a thing", False: "stuff", None: "either"}
     rows = zip(vocabulary.category_ids, vocabulary.names, vocabulary.is_thing, strict=True)
     ours = {number: (name, thing) for number, name, thing in rows}
-    space, advice = "the split", "use a split made for this file."
-    if truth:
-        space, advice = truth, "predict by the classes there, with --classes of concat_jax.predict."
     for number, category in categories.items():
         if number not in ours:
             if may_have_more:
                 continue
             raise FileError(
-                f"{path} lists category {number} ({category.name!r}), which is absent in "
-                f"{space}; {advice}"
+                f"{path} lists category {number} ({category.name!r}), which is absent in the "
+                f"label space; {remedy}."
             )
         name, thing = ours[number]
         if category.name != name and not own_names:
             raise FileError(
-                f"{path} calls category {number} {category.name!r}, {space} {name!r}; {advice}"
+                f"{path} calls category {number} {category.name!r}, the label space {name!r}; "
+                f"{remedy}."
             )
         if category.is_thing not in (None, thing):
             raise FileError(
                 f"Category {number} ({name!r}) is {kind[category.is_thing]} in {path} and "
-                f"{kind[thing]} in {space}; {advice}"
+                f"{kind[thing]} in the label space; {remedy}."
             )
     missing = [number for number in ours if number not in categories]
     if missing and (must_have_all or len(missing) == len(ours)):
         raise FileError(
-            f"{path} lacks category {missing[0]} ({ours[missing[0]][0]!r}) of {space}; {advice}"
+            f"{path} lacks category {missing[0]} ({ours[missing[0]][0]!r}) of the label space; "
+            f"{remedy}."
         )
 
 
@@ -350,8 +349,8 @@ class _Entry:
 
     def file_name(self) -> str:
         name = self.content.get("file_name")
-        # Of other characters, no file system has a name, and no terminal can show it.
-        if not isinstance(name, str) or not name or not name.replace(" ", "_").isprintable():
+        # No file system has the name 0, and surrogates are no text.
+        if not isinstance(name, str) or not name or re.search("[\0\ud800-\udfff]", name):
             raise self._wrong("file_name", "a file's name")
         return name
 

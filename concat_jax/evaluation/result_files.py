@@ -126,15 +126,11 @@ def check_counts(
 
 
 def classes_of(
-    path: epath.Path,
-    categories: Mapping[int, Category] | None,
-    vocabulary: Vocabulary,
-    truth: str | os.PathLike[str] = "",
+    path: epath.Path, categories: Mapping[int, Category] | None, vocabulary: Vocabulary
 ) -> tuple[dict[int, int], str]:
     """Category id -> class index of predictions, and a sentence if they were told by their names.
 
-    `categories` None takes the ids for the label space's own, which is that of the annotations
-    `truth` or of a split. FileError if one is not of it.
+    `categories` None takes the ids for the label space's own. FileError if one is not of it.
     """
     index_of = vocabulary.index_of_category
     if categories is None:
@@ -144,7 +140,8 @@ def classes_of(
     same = all(index_of.get(i) == known.get(c.name, -1) for i, c in categories.items())
     if same or len(set(names)) < len(names) or not known.keys() >= set(names):
         bare = {i: dataclasses.replace(c, is_thing=None) for i, c in categories.items()}
-        check_categories(path, bare, vocabulary, must_have_all=False, truth=truth)
+        remedy = "predict by its classes, with --classes of concat_jax.predict"
+        check_categories(path, bare, vocabulary, must_have_all=False, remedy=remedy)
         return index_of, ""
     note = f"{path} numbers its categories in another way; they were told by their names."
     return {number: known[category.name] for number, category in categories.items()}, note

@@ -64,9 +64,8 @@ def score_panoptic(
     truth = read_panoptic(annotations)
     found = read_panoptic(predictions, prediction=True)
     folders = png_folder(truth, annotation_folder), png_folder(found, prediction_folder)
-    space = "" if vocabulary else truth.path
     vocabulary = panoptic_vocabulary(truth, vocabulary)
-    class_of, *notes = classes_of(found.path, found.categories, vocabulary, space)
+    class_of, *notes = classes_of(found.path, found.categories, vocabulary)
     pairs, note = pair_images(*_names(truth, found), truth.path, found.path)
     sides = (
         [(truth.annotations[i], truth.path) for i in pairs.values()],
@@ -210,7 +209,6 @@ def score_instances(
     (stuff).
     """
     truth = read_instances(annotations)
-    space = "" if vocabulary else truth.path
     if vocabulary is None:
         vocabulary = vocabulary_of(truth.path, truth.categories)
     check_categories(truth.path, truth.categories, vocabulary, must_have_all=False)
@@ -220,7 +218,7 @@ def score_instances(
     if manifest is not None:
         names = {i: image.file_name for i, image in manifest.images.items()}
         categories = manifest.categories
-    class_of, note = classes_of(predictions, categories, vocabulary, space)
+    class_of, note = classes_of(predictions, categories, vocabulary)
     own_names = {i: image.file_name for i, image in truth.images.items()}
     pairs, other_note = pair_images(
         own_names, names, truth.path, predictions, may_miss=manifest is None

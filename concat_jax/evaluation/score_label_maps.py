@@ -86,7 +86,6 @@ def score_semantic(
     Returns `SemanticIoU.summarize` with "images" and "notes".
     """
     notes: list[str] = []
-    space = "" if vocabulary else annotations
     if not as_path(annotations).is_dir():
         file = read_panoptic(annotations)
         vocabulary = panoptic_vocabulary(file, vocabulary)
@@ -99,11 +98,11 @@ def score_semantic(
         )
     if as_path(predictions).is_dir():
         found = _folder_maps(
-            predictions, "prediction", prediction_values, vocabulary, ignored_values, notes, space
+            predictions, "prediction", prediction_values, vocabulary, ignored_values, notes
         )
     else:
         file = read_panoptic(predictions, prediction=True)
-        class_of, note = classes_of(file.path, file.categories, vocabulary, space)
+        class_of, note = classes_of(file.path, file.categories, vocabulary)
         notes.append(note)
         found = _panoptic_maps(file, prediction_folder, class_of)
     pairs = _pair_maps(truth, found)
@@ -185,12 +184,8 @@ def _folder_maps(
     vocabulary: Vocabulary,
     ignored: Sequence[int],
     notes: list[str],
-    space: Path = "",
 ) -> _Maps:
-    """Label maps of a folder and the folders in it; `notes` gets how the manifest was read.
-
-    `space` are the annotations whose classes these are, as `classes_of` has it.
-    """
+    """Label maps of a folder and the folders in it; `notes` gets how the manifest was read."""
     folder = as_path(folder)
     files = sorted(
         file
@@ -208,7 +203,7 @@ def _folder_maps(
     if not values:
         manifest = read_manifest(folder, "semantic") or manifest_in(folder, [*names.values()])
     if manifest is not None:
-        class_of, note = classes_of(manifest.path, manifest.categories, vocabulary, space)
+        class_of, note = classes_of(manifest.path, manifest.categories, vocabulary)
         notes.append(note)
         lookup = _lookup(class_of, [manifest.void])
         unlisted = [file for file, name in names.items() if name not in manifest.maps]

@@ -19,7 +19,7 @@ from concat_jax.core.vocabulary import Vocabulary
 
 IMAGES = [
     {"id": 1, "file_name": "a.jpg", "height": 6, "width": 8},
-    {"id": 2, "file_name": "sub/b.jpg", "height": 6, "width": 8},
+    {"id": 2, "file_name": "sub/b\u202f\n.jpg", "height": 6, "width": 8},
 ]
 PANOPTIC = {
     "images": IMAGES,
@@ -74,7 +74,10 @@ def test_panoptic_files_are_read(tmp_path):
     file = read_panoptic(write(tmp_path, PANOPTIC))
     one = file.annotations[1]
     assert (one.ids, one.category_ids, one.is_crowd) == ((7, 300), (17, 187), (True, False))
-    assert file.images[2].file_name == "sub/b.jpg" and file.annotations[2].file_name == "sub/b.png"
+    assert (
+        file.images[2].file_name == "sub/b\u202f\n.jpg"
+        and file.annotations[2].file_name == "sub/b.png"
+    )
     vocabulary = vocabulary_of(file.path, file.categories)
     assert vocabulary == Vocabulary(("cat", "sky"), (True, False), (True, True), (17, 187))
     # A prediction may leave out what the ground truth says.
@@ -112,6 +115,7 @@ PANOPTIC_FAULTS = [
     (lambda c: c["images"][0].update(height="6"), "'height' of image 1 .* is '6'"),
     (lambda c: c["images"][0].update(width=0), "'width' of image 1 .* number from 1 on"),
     (lambda c: c["images"][0].pop("file_name"), "'file_name' of image 1 .* missing"),
+    (lambda c: c["images"][0].update(file_name="a\0.jpg"), r"'file_name' of image 1 .*a\\x00.jpg"),
     (lambda c: c["images"][0].update(id=1.5), "'id' of image 0 .* is 1.5"),
     (lambda c: c.pop("annotations"), "no list of 'annotations'"),
     (
@@ -222,12 +226,12 @@ def test_categories_of_another_label_space_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             check_categories(file.path, file.categories, other, **rules)
 
-    refused("calls category 187 'sky', the split 'fog'", names=("cat", "fog"))
-    refused("'cat'. is a thing in .* and stuff in the split", things=(False, False))
+    refused("calls category 187 'sky', the label space 'fog'", names=("cat", "fog"))
+    refused("'cat'. is a thing in .* and stuff in the label space", things=(False, False))
     refused("category 187 .'sky'., which is absent", ("cat",), (True,), (17,))
-    refused("'sky', gt.json 'fog'; predict by the classes", ("cat", "fog"), truth="gt.json")
+    refused("the label space 'fog'; make it so.", ("cat", "fog"), remedy="make it so")
     more = dict(names=("cat", "sky", "fog"), things=(True, False, False), ids=(17, 187, 3))
-    refused("lacks category 3 .'fog'. of the split", **more)
+    refused("lacks category 3 .'fog'. of the label space", **more)
     refused("lacks category 1", ids=(1, 2), may_have_more=True, must_have_all=False)
     fewer = Vocabulary(("feline",), (True,), (True,), (17,))
     check_categories(file.path, file.categories, fewer, may_have_more=True, own_names=True)

@@ -129,10 +129,10 @@ def changed(edit):
         (lambda c: c.update(images=[], annotations=[]), "lists no image"),
         (lambda c: c["images"][0].update(id="a9"), "two images with the number 9"),
         (lambda c: c["images"][0].update(file_name="8.jpg"), "8.jpg, which is not on disk"),
-        (lambda c: c["categories"][1].update(name="mug"), "category 47 'mug', the split 'cup'"),
+        (lambda c: c["categories"][1].update(name="mug"), "47 'mug', the label space 'cup'"),
         (
             lambda c: c.update(categories=c["categories"][3:], annotations=[]),
-            "lacks category 47 .*of the split",
+            "lacks category 47 .*of the label space",
         ),
         (lambda c: c["annotations"][0].update(id=0), "annotation id 0; number from 1"),
         (lambda c: c["images"][0].update(file_name="4.jpg"), "names the file 4.jpg for 2 images"),

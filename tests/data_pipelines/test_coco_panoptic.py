@@ -141,12 +141,12 @@ def _duplicate(key):
         (lambda content: content.update(images=[]), "annotates the image 18 and lists none"),
         (lambda content: content.update(annotations=[]), "annotates no image"),
         (_change(["images", 0, "id"], "beach"), "which its 'images' lack"),
-        (_change(["categories", 0, "name"], "heaven"), "category 10 'heaven', the split 'sky'"),
-        (_change(["categories", 2, "isthing"], 0), "Category 7 .*stuff .* a thing in the split"),
+        (_change(["categories", 0, "name"], "heaven"), "10 'heaven', the label space 'sky'"),
+        (_change(["categories", 2, "isthing"], 0), "Category 7 .*stuff .* thing in the label"),
         (_change(["categories", 3], None), "which the file does not list"),
         (
             lambda content: content["categories"].append({"id": 1, "name": "x", "isthing": 0}),
-            "category 1 .*'x'.*, which is absent in the split",
+            "category 1 .*'x'.*, which is absent in the label space",
         ),
     ],
 )

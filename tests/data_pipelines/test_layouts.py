@@ -232,7 +232,7 @@ def test_a_folder_of_ones_own_with_a_part_of_any_name(tmp_path):
         open_source("panoptic_folder", tmp_path, "spring")
     with pytest.raises(ValueError, match="no file of classes 'other.json'"):
         open_source("panoptic_folder", tmp_path, "spring", "other.json")
-    with pytest.raises(FileError, match="calls category 1 'lawn', the split 'person'"):
+    with pytest.raises(FileError, match="calls category 1 'lawn', the label space 'person'"):
         open_source("panoptic_folder", tmp_path, "spring", "coco_panoptic_119_14")
 
 

@@ -89,7 +89,7 @@ def test_classes_of_other_names_are_refused(tmp_path):
     truth = write_panoptic(tmp_path / "gt", (2, 1))
     others = Vocabulary(("wall", "sky", "dog"), VOCABULARY.is_thing, (True,) * 3, (1, 2, 3))
     found = write_panoptic(tmp_path / "pred", (2, 1), others)
-    with pytest.raises(ValueError, match=r"pred.json calls category 3 'dog', the split 'cat'"):
+    with pytest.raises(ValueError, match=r"calls category 3 'dog', the label space 'cat'"):
         score_panoptic(truth, found, VOCABULARY)
 
 

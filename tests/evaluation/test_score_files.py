@@ -255,7 +255,7 @@ def damaged_panoptic(folder, damage):
         ("id twice", r"found.json lists the segment id \d+ more than once"),
         ("size", r"found/1.png is 14x18 \(height x width\) and its ground truth .* 12x16"),
         ("category", r"found.json has the category 99, which the file does not list"),
-        ("categories", r"found.json calls category 17 'dog', the split 'cat'"),
+        ("categories", r"found.json calls category 17 'dog', the label space 'cat'"),
         ("no json", r"found.json is not valid JSON"),
     ],
 )
@@ -306,7 +306,7 @@ def test_annotations_of_other_classes_are_refused(panoptic_files):
         (lambda t, r: t.pop("images"), r"instances.json has no list of 'images'"),
         (
             lambda t, r: t["categories"][0].update(name="dog"),
-            r"calls category 17 'dog', the split 'cat'",
+            r"calls category 17 'dog', the label space 'cat'",
         ),
     ],
 )
