@@ -1,15 +1,12 @@
-"""Scores of prediction files against annotation files, hotcoco's counts where it has them."""
+"""Scores of prediction files against annotation files."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from etils import epath
-from hotcoco.panoptic import PanopticEval
 
 from concat_jax.core.coco import (
     ImageId,
@@ -20,7 +17,7 @@ from concat_jax.core.coco import (
     read_panoptic,
     vocabulary_of,
 )
-from concat_jax.core.files import FileError, as_path, in_bucket
+from concat_jax.core.files import FileError, as_path
 from concat_jax.core.mask_codes import read_id_map, segment_rows
 from concat_jax.core.prefetch import with_progress
 from concat_jax.core.vocabulary import Vocabulary
@@ -72,15 +69,9 @@ def score_panoptic(
         [(found.annotations[i], found.path) for i in pairs],
     )
     classes = vocabulary.index_of_category, class_of
-    quality = None
-    # hotcoco tells neither what a segment of another class was named nor the PQ of an image, and
-    # reads files of this machine.
-    if all(vocabulary.is_seen) and not extremes and not any(map(in_bucket, folders)):
-        quality = _library_counts(sides, folders, classes, len(vocabulary))
-    if quality is None:
-        entry_of = truth.images or truth.annotations
-        names = [entry_of[i].file_name for i in pairs.values()]
-        quality = _count_panoptic(sides, folders, classes, len(vocabulary), names, extremes)
+    entry_of = truth.images or truth.annotations
+    names = [entry_of[i].file_name for i in pairs.values()]
+    quality = _count_panoptic(sides, folders, classes, len(vocabulary), names, extremes)
     right, missed, wrong = (int(n.sum()) for n in (quality.tp, quality.fn, quality.fp))
     is_told = found.categories is not None
     check_counts(right + missed, wrong, right, truth.path, found.path, is_told=is_told)
@@ -117,30 +108,6 @@ def _names(*files: PanopticFile) -> list[dict[ImageId, str | None]]:
     return [dict.fromkeys(n) for n in names]
 
 
-def _library_counts(
-    sides: Sequence[Sequence[tuple[PanopticAnnotation, epath.Path]]],
-    folders: Sequence[epath.Path],
-    classes: Sequence[Mapping[int, int]],
-    num_classes: int,
-) -> PanopticQuality | None:
-    """Counts of pairs of annotations, ground truth first, each with the json it is of.
-
-    None where something is at fault, or in a form that hotcoco does not read.
-    """
-    quality = PanopticQuality(num_classes)
-    truth, found = (_as_dict(*side, num_classes) for side in zip(sides, classes, strict=True))
-    with contextlib.suppress(ValueError, OSError):
-        # panopticapi's checks are of predictions; against itself, the ground truth passes them.
-        PanopticEval(truth, truth, gt_folder=folders[0], pred_folder=folders[0]).evaluate()
-        counted = PanopticEval(truth, found, gt_folder=folders[0], pred_folder=folders[1])
-        counted.evaluate()
-        for k, row in counted.results()["per_class"].items():
-            quality.iou_sum[k], quality.tp[k] = row["iou"], row["tp"]
-            quality.fp[k], quality.fn[k] = row["fp"], row["fn"]
-        return quality
-    return None
-
-
 def _count_panoptic(
     sides: Sequence[Sequence[tuple[PanopticAnnotation, epath.Path]]],
     folders: Sequence[epath.Path],
@@ -149,7 +116,7 @@ def _count_panoptic(
     names: Sequence[str],
     extremes: WorstAndBest | None,
 ) -> PanopticQuality:
-    """As `_library_counts`, image by image; a FileError tells what is at fault."""
+    """Counts of pairs of annotations, ground truth first, each with the json it is of."""
     quality = PanopticQuality(num_classes)
 
     def count(number: int) -> tuple[PanopticQuality, list[Maps]]:
@@ -173,27 +140,6 @@ def _count_panoptic(
         if extremes:
             extremes.add(own, name, *maps)
     return quality
-
-
-def _as_dict(
-    side: Sequence[tuple[PanopticAnnotation, epath.Path]],
-    class_of: Mapping[int, int],
-    num_classes: int,
-) -> dict[str, Any]:
-    """Annotations as hotcoco takes them: images by their position, categories by their class."""
-    annotations = []
-    for position, (one, json_path) in enumerate(side):
-        what = f"A segment of {one.file_name} in {json_path}"
-        rows = zip(one.ids, classes_in(one.category_ids, class_of, what), one.is_crowd, strict=True)
-        infos = [
-            {"id": number, "category_id": label, "iscrowd": int(crowd), "area": 0}
-            for number, label, crowd in rows
-        ]
-        entry = {"image_id": position, "file_name": one.file_name, "segments_info": infos}
-        annotations.append(entry)
-    images = [{"id": position, "height": 1, "width": 1} for position in range(len(side))]
-    categories = [{"id": k, "name": str(k), "isthing": 1} for k in range(num_classes)]
-    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def score_instances(
