@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from concat_jax.losses.alignment import pairwise_cosine
+
 DISTANCES = ("cosine", "euclidean")
 
 
@@ -25,11 +27,6 @@ def squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.maximum(squares - 2 * cross, 0.0)
 
 
-def directions(queries: jax.Array) -> jax.Array:
-    """Queries [..., D] at length 1."""
-    return queries / jnp.sqrt(jnp.sum(queries**2, -1, keepdims=True) + 1e-12)
-
-
 def similarity(a: jax.Array, b: jax.Array, distance: str) -> jax.Array:
     """Similarity [M, R] of a [M, D] and b [R, D]: what the contrasts put over a temperature.
 
@@ -37,21 +34,18 @@ def similarity(a: jax.Array, b: jax.Array, distance: str) -> jax.Array:
     so cannot be satisfied by direction alone.
     """
     if distance == "cosine":
-        return jnp.einsum("md,rd->mr", directions(a), directions(b))
+        return pairwise_cosine(a, b)
     return -squared_distances(a, b) / a.shape[-1]
 
 
-def class_means(
-    queries: jax.Array, labels: jax.Array, num_classes: int
-) -> tuple[jax.Array, jax.Array]:
-    """Mean query [K, D] of each class and counts [K], float32; zero for a class without a query.
+def class_means(queries: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
+    """Mean query [K, D] float32 of each class; zero for a class without a query.
 
     Queries are [M, D], labels [M] int32, -1 for queries of no class.
     """
     member = jax.nn.one_hot(labels, num_classes)  # a label of -1 is a row of zeros
-    counts = member.sum(axis=0)
-    means = jnp.einsum("mk,md->kd", member, queries.astype(jnp.float32), precision="highest")
-    return means / jnp.maximum(counts, 1)[:, None], counts
+    sums = jnp.einsum("mk,md->kd", member, queries.astype(jnp.float32), precision="highest")
+    return sums / jnp.maximum(member.sum(axis=0), 1)[:, None]
 
 
 def mmd(
@@ -132,35 +126,3 @@ def query_contrast(
     count = positive.sum(axis=-1)
     mean = jnp.sum(jnp.where(positive, losses, 0.0), axis=-1) / jnp.maximum(count, 1)
     return mean, count > 0
-
-
-def spread_match(
-    pseudo: jax.Array,
-    pseudo_labels: jax.Array,
-    real: jax.Array,
-    real_labels: jax.Array,
-    *,
-    num_classes: int,
-    distance: str,
-) -> tuple[jax.Array, jax.Array]:
-    """Squared difference [K] of the log spreads of each class's pseudo and real queries, valid [K].
-
-    The spread of a class is the mean squared deviation from its mean, over n - 1, so that few
-    pseudo and many real queries can be compared; with cosine, that of the directions. A contrast
-    alone is content with a class that has collapsed to a point; this is not. Valid where both sides
-    have two queries at least; arguments as `query_contrast` has them.
-    """
-
-    def log_spread(queries, labels):
-        queries = directions(queries) if distance == "cosine" else queries
-        means, counts = class_means(queries, labels, num_classes)
-        deviations = jnp.sum((queries - means[jnp.clip(labels, 0)]) ** 2, axis=-1)
-        sums = jnp.einsum("m,mk->k", deviations, jax.nn.one_hot(labels, num_classes))
-        # Over D as well: the floor, for equal queries, is then the same at any width.
-        spread = sums / jnp.maximum(counts - 1, 1) / queries.shape[-1]
-        return jnp.log(spread + 1e-6), counts
-
-    pseudo_spread, pseudo_counts = log_spread(pseudo, pseudo_labels)
-    real_spread, real_counts = log_spread(jax.lax.stop_gradient(real), real_labels)
-    valid = (pseudo_counts >= 2) & (real_counts >= 2)
-    return jnp.where(valid, (pseudo_spread - real_spread) ** 2, 0.0), valid

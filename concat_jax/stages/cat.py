@@ -1,7 +1,7 @@
 """Stage 2, CAT: a generator of pseudo vision queries, by cycle transition.
 
-Semantic to vision: pseudo queries of seen classes are matched to real ones (contrast, MMD, spread),
-to those of a batch of images or to a memory of every class as well.
+Semantic to vision: pseudo queries of seen classes are matched to real ones (contrast, MMD), to
+those of a batch of images or, in the contrast, to a memory of every class as well.
 Vision to semantic: the frozen projector must read the class back from every pseudo query, of
 unseen names too where the setting knows them.
 """
@@ -28,6 +28,8 @@ LEARNS_FROM = "queries"
 # Pseudo queries of each unseen class in a step, for the cycle. Ours, not tuned: noise is drawn anew
 # in every step, so that a few make many over a stage.
 UNSEEN_PER_CLASS = 4
+# Squared widths of the MMD's kernels: PADing's, for 256-d queries.
+BANDWIDTHS = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +39,9 @@ class Config:
     Attributes:
       contrast_temperature: low ones (0.1) are content with a pseudo query that is nearer to its
         class than to other queries, two spreads off; 1 keeps pulling.
-      contrast_distance: "cosine" or "euclidean", of the contrasts and of the spread.
-      spread_weight: of matching each class's spread to that of its real queries (ours).
-      memory_per_class: real queries of each class that contrast and spread see beside the batch's;
-        0 for none. The MMD compares with the batch alone, which holds classes as they occur.
-      memory_pseudo: also generate a pseudo query for each of them, so that rare classes are
-        learnt as often as frequent ones; else each real query of the batch asks for one.
-      mmd_bandwidths: squared kernel widths; PADing's for 256-d queries.
+      contrast_distance: "cosine" or "euclidean".
+      memory_per_class: real queries of each class that the contrast sees beside the batch's; 0 for
+        none. The MMD compares with the batch alone, which holds classes as they occur.
       cycle_weight: of classifying P(v̂) and of pulling it to the text embedding; weights near 1
         distort the generated distribution.
       unseen_names: the setting knows unseen names in training (generalized); False is inductive.
@@ -52,21 +50,13 @@ class Config:
     contrast_weight: float = 0.3
     contrast_temperature: float = 1.0
     contrast_distance: str = "euclidean"
-    spread_weight: float = 0.0
     memory_per_class: int = 0
-    memory_pseudo: bool = False
     mmd_weight: float = 1.0
-    mmd_bandwidths: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0)
     cycle_weight: float = 0.03
     unseen_names: bool = True
 
     def __post_init__(self):
         check_choice(self.contrast_distance, transition.DISTANCES, "CAT contrast_distance is")
-        if self.memory_pseudo and not self.memory_per_class:
-            raise ValueError(
-                "CAT's memory_pseudo needs a memory; set --config.train.STAGE.method."
-                "memory_per_class=8, for example."
-            )
 
 
 def generate(networks: Networks, params, text: jax.Array, rng: jax.Array) -> jax.Array:
@@ -117,23 +107,21 @@ def make_stage(context: Context, config: Config) -> Stage:
 
         # The batch's own queries come first, those of the memory behind them.
         real, labels, valid = _real_queries(batch)
-        of_batch = slice(batch["query_labels"].size)
-        pseudo_labels = labels if config.memory_pseudo else labels[of_batch]
+        pseudo_labels = labels[: batch["query_labels"].size]
         pseudo = generate(networks, everything, vectors[jnp.clip(pseudo_labels, 0)], rng_seen)
 
-        matched = labels[of_batch] >= 0
-        compared = (pseudo[of_batch], real[of_batch], matched, matched)
-        terms = {"mmd": transition.mmd(*compared, bandwidths=config.mmd_bandwidths)}
+        matched = pseudo_labels >= 0
+        compared = (pseudo, real[: len(pseudo)], matched, matched)
+        terms = {"mmd": transition.mmd(*compared, bandwidths=BANDWIDTHS)}
         sides = (pseudo, pseudo_labels, real, labels)
-        distance = config.contrast_distance
-        contrast = transition.query_contrast(
-            *sides, temperature=config.contrast_temperature, distance=distance, real_valid=valid
+        losses, has_positive = transition.query_contrast(
+            *sides,
+            temperature=config.contrast_temperature,
+            distance=config.contrast_distance,
+            real_valid=valid,
         )
-        terms["contrast"] = _mean_of_valid(*contrast)
-        if config.spread_weight:
-            terms["spread"] = _mean_of_valid(
-                *transition.spread_match(*sides, num_classes=num_classes, distance=distance)
-            )
+        contrast = jnp.where(has_positive, losses, 0.0).sum()
+        terms["contrast"] = contrast / jnp.maximum(has_positive.sum(), 1)
 
         # The cycle back needs no real query, so it can train unseen names as well.
         known = vocabulary.seen
@@ -184,10 +172,6 @@ def _real_queries(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     )
 
 
-def _mean_of_valid(losses: jax.Array, valid: jax.Array) -> jax.Array:
-    return jnp.where(valid, losses, 0.0).sum() / jnp.maximum(valid.sum(), 1)
-
-
 def _class_statistics(pseudo, pseudo_labels, real, labels, num_classes: int) -> Metrics:
     """How pseudo classes lie against real ones, in units of the real classes' spread.
 
@@ -195,8 +179,8 @@ def _class_statistics(pseudo, pseudo_labels, real, labels, num_classes: int) -> 
     shows as a small one. "offset_ratio" is the mean distance between the means of a class's pseudo
     and real queries; classes that are off show as a large one.
     """
-    means, _ = transition.class_means(pseudo, pseudo_labels, num_classes)
-    real_means, _ = transition.class_means(real, labels, num_classes)
+    means = transition.class_means(pseudo, pseudo_labels, num_classes)
+    real_means = transition.class_means(real, labels, num_classes)
     spread = _mean_distance(pseudo, means, pseudo_labels)
     real_spread = jnp.maximum(_mean_distance(real, real_means, labels), 1e-6)
     offset = _mean_distance(real_means[jnp.clip(pseudo_labels, 0)], means, pseudo_labels)

@@ -116,42 +116,11 @@ def test_contrast_rows_of_padding_are_neither_positive_nor_negative():
     np.testing.assert_array_equal(subset[1], [True, False])
 
 
-def test_spread_match_by_hand():
-    """Class 0: pseudo at ±1 and real at ±3 of their means, so spreads 2 and 18 over n - 1 = 1.
-
-    Class 1 has the same spread twice, of two and of four queries; class 2 one pseudo query only.
-    """
-    pseudo = jnp.array([[0.0], [2.0], [5.0], [6.0], [1.0]])
-    real = jnp.array([[-3.0], [3.0], [0.0], [0.0], [1.0], [1.0], [7.0], [8.0], [50.0]])
-    losses, valid = transition.spread_match(
-        pseudo, jnp.array([0, 0, 1, 1, 2]), real, jnp.array([0, 0, 1, 1, 1, 1, 2, 2, -1]),
-        num_classes=3, distance="euclidean",
-    )  # fmt: skip
-    np.testing.assert_array_equal(valid, [True, True, False])
-    unequal = np.log(0.5 / (1 / 3)) ** 2  # 1/2 over one, and 4 x 1/4 over three
-    np.testing.assert_allclose(losses, [np.log(2 / 18) ** 2, unequal, 0], rtol=1e-4)
-
-
-def test_spread_match_with_cosine_is_blind_to_length():
-    queries, labels = normal(6, 3), jnp.array([0, 0, 0, 1, 1, 1])
-    options = dict(num_classes=2, distance="cosine")
-    longer = queries * jnp.arange(1.0, 7.0)[:, None]
-    losses, valid = transition.spread_match(longer, labels, queries, labels, **options)
-    assert valid.all()
-    np.testing.assert_allclose(losses, 0, atol=1e-6)
-    shrunk = jnp.array([[1.0, 0.01, 0], [1, -0.01, 0], [1, 0, 0.01], *queries[3:]])
-    losses, _ = transition.spread_match(shrunk, labels, queries, labels, **options)
-    assert losses[0] > 1 and losses[1] < 1e-6
-
-
 # Each as (pseudo, real) -> loss, for queries of classes 0 and 1.
 LABELS, REAL_LABELS = jnp.array([0, 0, 1, 1]), jnp.array([0, 0, 1, 1, -1])
 TERMS = {
     "query": lambda pseudo, real, distance: transition.query_contrast(
         pseudo, LABELS, real, REAL_LABELS, temperature=0.1, distance=distance
-    )[0],
-    "spread": lambda pseudo, real, distance: transition.spread_match(
-        pseudo, LABELS, real, REAL_LABELS, num_classes=3, distance=distance
     )[0],
     "mmd": lambda pseudo, real, distance: transition.mmd(
         pseudo, real, LABELS >= 0, REAL_LABELS >= 0, bandwidths=BANDWIDTHS
@@ -176,11 +145,10 @@ def test_gradients_go_to_pseudo_queries_and_not_to_real_ones(term, distance):
     assert np.isfinite(collapsed).all()
 
 
-@pytest.mark.parametrize("term", ["query", "spread"])
-def test_terms_of_nothing_are_zero_with_finite_gradients(term, monkeypatch):
+def test_a_contrast_of_nothing_is_zero_with_finite_gradients(monkeypatch):
     monkeypatch.setitem(globals(), "LABELS", jnp.full(4, -1))
     monkeypatch.setitem(globals(), "REAL_LABELS", jnp.full(5, -1))
     value, gradient = jax.value_and_grad(
-        lambda pseudo: TERMS[term](pseudo, normal(5, 3), "cosine").sum()
+        lambda pseudo: TERMS["query"](pseudo, normal(5, 3), "cosine").sum()
     )(normal(4, 3))
     assert value == 0 and not np.asarray(gradient).any()

@@ -27,14 +27,8 @@ def memory_batch():
 VARIANTS = {
     "default": ({"mmd": 1.0, "contrast": 0.3, "cycle": 0.03}, cat.Config(), tiny.query_batch()),
     "inductive": (
-        {"mmd": 1.0, "contrast": 0.3, "cycle": 0.03, "spread": 0.3},
-        cat.Config(
-            unseen_names=False,
-            contrast_distance="cosine",
-            spread_weight=0.3,
-            memory_per_class=3,
-            memory_pseudo=True,
-        ),
+        {"mmd": 1.0, "contrast": 0.3, "cycle": 0.03},
+        cat.Config(unseen_names=False, contrast_distance="cosine", memory_per_class=3),
         memory_batch(),
     ),
 }
@@ -96,8 +90,8 @@ def test_cat_survives_a_batch_without_a_matched_query(run):
     assert metrics["loss_mmd"] == 0 and metrics["loss_contrast"] == 0
 
 
-def test_contrast_and_spread_learn_from_the_memory_and_the_mmd_from_the_batch():
-    config = cat.Config(spread_weight=1.0)
+def test_the_contrast_learns_from_the_memory_and_the_mmd_from_the_batch():
+    config = cat.Config()
     batch = {
         "queries": np.random.default_rng(16).normal(size=(2, 4, 32)).astype(np.float32),
         "query_labels": np.array([[1, 1, -1, -1], [4, 4, -1, -1]], np.int32),
@@ -126,17 +120,9 @@ def test_contrast_and_spread_learn_from_the_memory_and_the_mmd_from_the_batch():
     np.testing.assert_allclose(own["offset_ratio"], plain["offset_ratio"], rtol=1e-4)
     batch["memory_queries"][1] += 1.0
     other = of_memory()
-    for name in ("loss_contrast", "loss_spread", "offset_ratio"):
+    for name in ("loss_contrast", "offset_ratio"):
         assert abs(other[name] - own[name]) > 1e-3, name
     np.testing.assert_allclose(other["loss_mmd"], plain["loss_mmd"], rtol=1e-4)
-
-
-def test_cat_refuses_to_use_a_memory_that_is_off():
-    with pytest.raises(
-        ValueError,
-        match="memory_pseudo needs a memory; set --config.train.STAGE.method.memory_per_class",
-    ):
-        cat.Config(memory_pseudo=True)
 
 
 def test_unseen_names_are_refused_where_there_are_none():

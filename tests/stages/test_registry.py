@@ -166,7 +166,6 @@ ONE_CLASS = Vocabulary(("cat",), (True,), (True,), (1,))
         ("cat", {}, ONE_CLASS, 1),
         ("finetune", {}, ONE_CLASS, 1),
         ("finetune", dict(method=dict(unseen_names=False)), None, 2),
-        ("cat", dict(method=dict(memory_pseudo=True)), None, 1),
         ("cat", dict(queries="images", method=dict(memory_per_class=2)), None, 2),
         ("cat", dict(oracle=True, queries="images"), None, 1),
     ],
