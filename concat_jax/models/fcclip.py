@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from concat_jax.models.clip import CLIP, make_clip
 from concat_jax.models.clip_images import normalize_clip_images
 from concat_jax.models.clip_pooling import STRIDE, make_conv_tower, masked_mean
-from concat_jax.models.mask2former import Segmentor, make_decoders
+from concat_jax.models.mask2former import DECODERS, Segmentor, make_decoders
 from concat_jax.models.ops.linear import Dense
 from concat_jax.models.ops.valid_area import resize_within, valid_size
 from concat_jax.models.pixel_decoder import NORM_EPSILON
@@ -32,16 +32,8 @@ from concat_jax.models.segmentor_output import (
 DEFAULTS: Mapping[str, Any] = {
     "kind": "fcclip",
     "clip": {"variant": "convnext_large_d_320"},
-    "width": 256,
+    **DECODERS,
     "num_queries": 250,
-    "num_decoder_layers": 9,
-    "num_encoder_layers": 6,
-    "num_heads": 8,
-    "num_points": 4,
-    "ffn_width": 1024,
-    "decoder_ffn_width": 2048,
-    "num_groups": 32,
-    "dtype": "float32",
 }
 
 

@@ -21,9 +21,7 @@ from concat_jax.models.segmentor_output import DTYPES, SegmentorOutput, normaliz
 from concat_jax.models.transformer_decoder import TransformerDecoder
 
 # Mask2Former R50, `configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml`.
-DEFAULTS: Mapping[str, Any] = {
-    "kind": "mask2former",
-    "backbone": {"kind": "resnet"},
+DECODERS: Mapping[str, Any] = {
     "width": 256,
     "num_queries": 100,
     "num_decoder_layers": 9,
@@ -33,9 +31,14 @@ DEFAULTS: Mapping[str, Any] = {
     "ffn_width": 1024,
     "decoder_ffn_width": 2048,
     "num_groups": 32,
+    "dtype": "float32",
+}
+DEFAULTS: Mapping[str, Any] = {
+    "kind": "mask2former",
+    "backbone": {"kind": "resnet"},
+    **DECODERS,
     "remat": False,
     "scan_layers": False,
-    "dtype": "float32",
 }
 
 
