@@ -1,4 +1,4 @@
-"""How fast training batches are made, beside decoding the JPEGs alone, and where the time goes.
+"""How fast training batches are made, beside decoding the JPEGs alone.
 
 Seconds are those of the processor, not of the clock, so that they hold for one core whatever else
 the machine does; what waits for a disk is not in them.
@@ -11,7 +11,7 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,10 @@ from PIL import Image
 from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import Measurement, Work
 from concat_jax.evaluation.report import markdown_table
-from data_pipelines import augment, placement
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.prepared.build import build_part
 from data_pipelines.prepared.pipeline import training_batches
 from data_pipelines.prepared.source import PreparedSource
-from data_pipelines.sources.pictures import open_picture
 from data_pipelines.sources.registry import open_source
 
 CLOCK = time.process_time
@@ -33,13 +31,11 @@ RAW = "JPEG to array, nothing else"
 FOLDER, PREPARED = "batches from the folder", "batches from prepared data, by tf.data"
 # A round of the latter is so many passes, as it begins with building the pipeline.
 PASSES = 8
-# Parts of the way from the folder to a batch, each measured alone on all images.
-JPEG, READ, RESAMPLE, MAP = "JPEG", "JPEG and id map", "image: resize, crop, flip, pad", "id map"
 DATA_SET = "coco_panoptic_zps"
 
 
 def works(case: Case, part: str = "train2017") -> dict[str, Work]:
-    """Batches from a folder and from it prepared, the JPEGs alone, and parts of the work.
+    """Batches from a folder and from it prepared, and the JPEGs alone.
 
     The case's `source` is a folder in COCO's panoptic layout, `height` the side of the training
     images. The first `num_images` by id are read in a round: shuffled, and some again to fill the
@@ -59,49 +55,29 @@ def works(case: Case, part: str = "train2017") -> dict[str, Work]:
     of_id = {record.image_id: record for record in folder.records}
     records = [of_id[image_id] for ids in batches for image_id in ids.tolist()]
     paths = [folder.images_folder / record.file_name for record in records]
-    read = [folder.read(record) for record in records]
-    images, maps = zip(*((np.asarray(image), ids) for image, ids in read), strict=True)
-    places = [
-        augment.sample_jitter(np.random.default_rng([0, number]), *ids.shape, size)
-        for number, ids in enumerate(maps)
-    ]
-    canvas = np.empty((size, size, 3), np.uint8)
 
-    def decode(path: Any) -> None:
-        image = Image.open(io.BytesIO(path.read_bytes()))
-        # Pillow's `convert` copies what is RGB already.
-        np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    def decode() -> dict[str, Any]:
+        for path in paths:
+            image = Image.open(io.BytesIO(path.read_bytes()))
+            # Pillow's `convert` copies what is RGB already.
+            np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return {"images": np.array(len(records))}
 
-    def each(function: Callable[..., Any], *columns: Any) -> Work:
-        def call() -> dict[str, Any]:
-            for row in zip(*columns, strict=True):
-                function(*row)
-            return {"images": np.array(len(records))}
-
-        return Work(call)
+    def by_loader() -> dict[str, Any]:
+        for step in steps:
+            from_folder.batch(step, case.batch)
+        return {"images": np.array(len(records))}
 
     def by_tf_data() -> dict[str, Any]:
         for _ in training_batches(prepared, [*steps] * PASSES, case.batch):
             pass
         return {"images": np.array(PASSES * len(records))}
 
-    return {
-        RAW: each(decode, paths),
-        FOLDER: each(lambda step: from_folder.batch(step, case.batch), steps),
-        PREPARED: Work(by_tf_data),
-        JPEG: each(open_picture, paths),
-        READ: each(folder.read, records),
-        RESAMPLE: each(
-            lambda image, place: placement.place_image(image, place, size, canvas=canvas),
-            images,
-            places,
-        ),
-        MAP: each(lambda ids, place: placement.place_segments(ids, place, 100), maps, places),
-    }
+    return {RAW: Work(decode), FOLDER: Work(by_loader), PREPARED: Work(by_tf_data)}
 
 
 def table(case: Case, results: Mapping[str, Measurement]) -> str:
-    """Images a second of a core, and the share of each part of the work."""
+    """Images a second of a core."""
     number = {name: int(result.outputs["images"]) for name, result in results.items()}
     rows = []
     for name in (RAW, FOLDER, PREPARED):
@@ -112,20 +88,10 @@ def table(case: Case, results: Mapping[str, Measurement]) -> str:
         shown = result.show(1000 / number[name], 2)
         rows.append([name, rate, shown, f"{statistics.median(shares):.2f}"])
     heads = ["variant", "images/s", "ms an image (fastest to slowest round)"]
-    ms = {name: 1000 * result.median / number[name] for name, result in results.items()}
-    parts = {
-        JPEG: ms[JPEG],
-        "id map: PNG, look-up": ms[READ] - ms[JPEG],
-        RESAMPLE: ms[RESAMPLE],
-        "id map: the same, renumber": ms[MAP],
-    }
-    parts["the rest"] = ms[FOLDER] - sum(parts.values())
-    shares = [[n, f"{s:.2f}", f"{100 * s / ms[FOLDER]:.0f} %"] for n, s in parts.items()]
     return "\n\n".join(
         [
             f"Large-scale jitter to {case.height}, images a second of one core:",
             markdown_table([*heads, "share of JPEG decoding"], rows),
-            markdown_table(["part, from the folder", "ms an image", "share"], shares),
             "Seconds are the processor's, in one thread; the files were in memory.",
         ]
     )

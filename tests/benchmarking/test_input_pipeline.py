@@ -14,7 +14,7 @@ from concat_jax.benchmarking.harness import Measurement, in_turns
     importlib.util.find_spec("tensorflow_datasets") is None,
     reason="pip install -r requirements-data.txt brings TFDS",
 )
-def test_measures_every_variant_and_part_once_a_round(shared_data):
+def test_measures_every_variant_once_a_round(shared_data):
     case = Case("input_pipeline", 32, 32, batch=2, num_images=3)
     case = dataclasses.replace(case, source=str(shared_data / "coco_panoptic_mini"))
     works = input_pipeline.works(case, part="val2017")
@@ -25,7 +25,7 @@ def test_measures_every_variant_and_part_once_a_round(shared_data):
     assert images.pop(input_pipeline.PREPARED) == 4 * input_pipeline.PASSES
     assert set(images.values()) == {4}  # two batches
     text = input_pipeline.table(case, results)
-    assert "| the rest |" in text and "Large-scale jitter to 32" in text
+    assert "Large-scale jitter to 32" in text
 
 
 def test_table_by_hand():
@@ -36,14 +36,8 @@ def test_table_by_hand():
         input_pipeline.RAW: measured(1, 2, 1.5),
         input_pipeline.FOLDER: measured(3, 4, 2),
         input_pipeline.PREPARED: measured(2, 2, 2),
-        input_pipeline.JPEG: measured(1.5),
-        input_pipeline.READ: measured(2),
-        input_pipeline.RESAMPLE: measured(0.5),
-        input_pipeline.MAP: measured(0.2),
     }
     table = input_pipeline.table(Case("input_pipeline", 1024, 1024), results)
     assert "| JPEG to array, nothing else | 667 | 1.50 (1.00 to 2.00) | 1.00 |" in table
     # Round by round: 1/3, 2/4, 1.5/2.
     assert "| batches from the folder | 333 | 3.00 (2.00 to 4.00) | 0.50 |" in table
-    assert "| JPEG | 1.50 | 50 % |" in table and "| id map: PNG, look-up | 0.50 | 17 % |" in table
-    assert "| the rest | 0.30 | 10 % |" in table
