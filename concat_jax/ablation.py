@@ -34,7 +34,7 @@ from concat_jax.evaluation.calibration import Sweep
 from concat_jax.evaluation.report import markdown_table
 from concat_jax.experiment.ablation_rows import ROWS, SCORED, stages_before, with_rows
 from concat_jax.experiment.evidence import SCORES, load_sweep, measure, scores
-from concat_jax.experiment.experiment import Experiment
+from concat_jax.experiment.experiment import open_experiment
 from concat_jax.stages.registry import learns_from
 from concat_jax.stages.stage import StageConfig
 from concat_jax.training.metrics import METRICS
@@ -54,13 +54,11 @@ def shared_stages(config: ml_collections.ConfigDict) -> list[str]:
 
 def train_shared(config: ml_collections.ConfigDict, world: Path) -> None:
     """Trains what all seeds of a world share, with the world's own seed."""
-    from data_pipelines.datasets import make_datasets
-
     config = copy.deepcopy(config)
     with config.unlocked():
         config.seed = config.data.world_seed
         config.stages, config.eval.stages = tuple(shared_stages(config)), {}
-    run = Experiment(config, world, make_datasets(config.data, seed=config.seed))
+    run = open_experiment(config, world)
     for name in config.stages:
         if not run.parameters.is_finished(name):
             run.train(name)
@@ -84,7 +82,7 @@ def run_seed(
         for name in shared:
             if not (folder / name).exists():
                 (folder / name).symlink_to(f"../{name}")
-        run = Experiment(config, folder, make_datasets(config.data, seed=seed))
+        run = open_experiment(config, folder)
         held_out = make_datasets({**config.data, "eval_split": "validation"}, seed=seed)
     for row, file in files.items():
         if file.exists():

@@ -42,7 +42,7 @@ from concat_jax.evaluation.calibration import (
     format_areas,
     format_sweep,
 )
-from concat_jax.experiment.experiment import Experiment
+from concat_jax.experiment.experiment import open_experiment
 from concat_jax.visualize import plots
 
 HALVES = ("even", "odd")
@@ -141,11 +141,9 @@ def calibrate_stage(
     num_images: int = 0,
 ) -> float:
     """Chooses γ for a finished stage among `gammas` and 0; writes the report."""
-    from data_pipelines.datasets import make_datasets
-
     check_gammas((0.0, *gammas))
     images = held_out_images(config.data, part, seed=config.seed, num_images=num_images)
-    run = Experiment(config, workdir, make_datasets(config.data, seed=config.seed), trains=False)
+    run = open_experiment(config, workdir, trains=False)
     run.check_stage(stage)
 
     print(f"Stage {stage}, {images.name}:", flush=True)

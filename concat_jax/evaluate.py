@@ -154,17 +154,12 @@ def evaluate_stage(given: cli.Flags) -> dict:
     Predictions and pictures go to the stage's folder, as after training. With --namers it prints
     their table instead, and there is no summary.
     """
-    import jax
-
-    from concat_jax.experiment.experiment import Experiment
-    from data_pipelines.datasets import make_datasets
+    from concat_jax.experiment.experiment import open_experiment
 
     stage = given.stage
     config, workdir = cli.config_and_workdir(given)
     cli.join_hosts(given)
-    host = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    datasets = make_datasets(config.data, seed=config.seed, **host)
-    run = Experiment(config, workdir, datasets, trains=False)
+    run = open_experiment(config, workdir, trains=False)
     run.check_stage(stage)
     if given.namers:
         from concat_jax.benchmarking import naming

@@ -9,16 +9,14 @@ of evaluation images, of unseen classes too: to be looked at, nothing learns fro
 from __future__ import annotations
 
 from concat_jax.core import cli
-from concat_jax.experiment.experiment import Experiment
+from concat_jax.experiment.experiment import open_experiment
 from concat_jax.experiment.query_pictures import has_queries, write_picture
 
 
 @cli.command(__doc__, with_config=True)
 def main(given: cli.Flags) -> None:
-    from data_pipelines.datasets import make_datasets
-
     config, workdir = cli.config_and_workdir(given)
-    run = Experiment(config, workdir, make_datasets(config.data, seed=config.seed), trains=False)
+    run = open_experiment(config, workdir, trains=False)
     drawn = [
         name
         for name in config.stages

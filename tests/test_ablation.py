@@ -127,7 +127,7 @@ class FakeRun:
 
 @pytest.fixture
 def fake_run(monkeypatch):
-    monkeypatch.setattr(ablation, "Experiment", FakeRun)
+    monkeypatch.setattr("concat_jax.experiment.experiment.Experiment", FakeRun)
     monkeypatch.setattr(FakeRun, "log", [])
     monkeypatch.setattr(evidence, "DRAWS", 20)
     return FakeRun.log

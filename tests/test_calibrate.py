@@ -109,7 +109,7 @@ class FakeRun:
 
 @pytest.fixture
 def fake_run(monkeypatch):
-    monkeypatch.setattr(calibrate, "Experiment", FakeRun)
+    monkeypatch.setattr("concat_jax.experiment.experiment.Experiment", FakeRun)
     monkeypatch.setattr(FakeRun, "asked", [])
     monkeypatch.setattr("data_pipelines.datasets.make_datasets", lambda *args, **kwargs: None)
     images = calibrate.HeldOut("some images", lambda: "held out", lambda: "other half")

@@ -22,12 +22,12 @@ from concat_jax.core.files import FileError, as_path
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
 from concat_jax.experiment.batches import clip_target_identity
-from concat_jax.experiment.experiment import Experiment
+from concat_jax.experiment.experiment import open_experiment
 from concat_jax.models.clip import CLIP
 from concat_jax.stages.clip_targets import CropConfig, clip_targets
 from concat_jax.training.sharding import along_batch, mesh_of, replicated
 from data_pipelines.clip_target_cache import DTYPE, dataset_identity, target_store
-from data_pipelines.datasets import make_datasets, training_part
+from data_pipelines.datasets import training_part
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.source import ImageRecord
 
@@ -278,8 +278,7 @@ def cache(config: ml_collections.ConfigDict, workdir: str = "", **options: int) 
     folder = config.data.get("clip_targets", "")
     if not folder:
         raise ValueError("Nowhere to write: set config.data.clip_targets to the cache's folder.")
-    datasets = make_datasets(config.data, seed=config.seed)
-    run = Experiment(config, as_path(workdir or folder), datasets, trains=False)
+    run = open_experiment(config, workdir or folder, trains=False)
     stages = {name: run.setup.make_stage(name) for name in run.setup.stages}
     learn = [name for name in stages if set(TARGET_FIELDS) <= set(stages[name].batch_fields)]
     sources = {run.setup.stages[name].takes["clip"] for name in learn}

@@ -326,18 +326,24 @@ class Experiment:
         return summary | {"keep_rule": predictor.config.keep_rule}
 
 
+def open_experiment(
+    config: ml_collections.ConfigDict, workdir: str | Path, **options: Any
+) -> Experiment:
+    """The experiment of a config on its own data, shared by the hosts.
+
+    `options` are of `Experiment`.
+    """
+    from data_pipelines.datasets import make_datasets
+
+    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    datasets = make_datasets(config.data, seed=config.seed, **hosts)
+    return Experiment(config, as_path(workdir), datasets, **options)
+
+
 def run(
     config: ml_collections.ConfigDict,
     workdir: str | Path,
     mirror: Callable[[str], Mirror] | None = None,
 ) -> dict:
     """Run a config in a workdir; returns the report. Errors are raised, as for any function."""
-    from data_pipelines.datasets import make_datasets
-
-    datasets = make_datasets(
-        config.data,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return Experiment(config, as_path(workdir), datasets, mirror=mirror).run()
+    return open_experiment(config, workdir, mirror=mirror).run()

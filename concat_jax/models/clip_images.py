@@ -82,25 +82,18 @@ def resize_windows(
 
 
 def resize_for_clip(
-    images: jax.Array, size: int, *, image_size: jax.Array | None = None, fit: str = "crop"
+    images: jax.Array, size: int, *, image_size: jax.Array | None = None
 ) -> jax.Array:
     """Whole pictures [B, H, W, 3] in 0..255 at CLIP's input size, for `normalize_clip_images`.
 
-    `image_size` [B, 2] is the valid area at the top left; None: all. `fit` "crop" keeps the central
-    square, as CLIP's own preprocessing does (up to its rounding of the crop to whole pixels);
-    "squash" keeps all content and changes the aspect.
+    `image_size` [B, 2] is the valid area at the top left; None: all. All content is kept and the
+    aspect changes, where CLIP's own preprocessing keeps the central square.
     """
     batch, height, width, _ = images.shape
     if image_size is None:
         image_size = jnp.broadcast_to(jnp.asarray([height, width]), (batch, 2))
     extent = image_size.astype(jnp.float32)
-    if fit == "crop":
-        side = jnp.min(extent, axis=-1, keepdims=True)
-        window = jnp.concatenate([(extent - side) / 2, side, side], axis=-1)
-    elif fit == "squash":
-        window = jnp.concatenate([jnp.zeros_like(extent), extent], axis=-1)
-    else:
-        raise ValueError(f"resize_for_clip got fit={fit!r}; choose 'crop' or 'squash'.")
+    window = jnp.concatenate([jnp.zeros_like(extent), extent], axis=-1)
     resized = resize_windows(images, window[:, None], size, image_size=image_size)
     return jnp.clip(resized[:, 0], 0.0, 255.0)
 

@@ -173,7 +173,7 @@ def clip_targets(
         if config.hide_void:
             mean = 255.0 * jnp.asarray(CLIP_MEAN)
             shown = jnp.where((segment_ids == 0)[..., None], mean, images)
-        whole = resize_for_clip(shown, size, fit="squash", image_size=image_size)
+        whole = resize_for_clip(shown, size, image_size=image_size)
         ids, rows, areas = keep_largest(segment_ids, num_segments, count)
         crops = masked_crops(images, ids, count, size, config, image_size=image_size)
         pictures = jnp.concatenate([normalize_clip_images(whole)[:, None], crops], axis=1)

@@ -8,7 +8,7 @@ import pytest
 from concat_jax.models import clip_images
 
 # Compiled once a shape: operation by operation is slower than the work itself.
-resize_for_clip = jax.jit(clip_images.resize_for_clip, static_argnames=("size", "fit"))
+resize_for_clip = jax.jit(clip_images.resize_for_clip, static_argnames="size")
 resize_windows = jax.jit(clip_images.resize_windows, static_argnames="size")
 
 
@@ -37,21 +37,15 @@ def test_native_size_is_the_identity():
 def test_each_picture_is_resized_over_its_own_valid_area():
     images = _pictures(2, 20, 30, 3)
     image_size = np.array([[20, 30], [12, 18]])
-    ours = resize_for_clip(images, 8, image_size=image_size, fit="squash")
+    ours = resize_for_clip(images, 8, image_size=image_size)
     for b, (height, width) in enumerate(image_size):
         alone = jax.image.resize(
             images[b, :height, :width].astype(np.float32), (8, 8, 3), "bicubic", antialias=True
         )
         np.testing.assert_allclose(ours[b], alone.clip(0, 255), atol=1e-2)
     images[1, 12:] = 255 - images[1, 12:]  # padding has no say
-    again = resize_for_clip(images, 8, image_size=image_size, fit="squash")
+    again = resize_for_clip(images, 8, image_size=image_size)
     np.testing.assert_array_equal(again, ours)
-
-
-def test_crop_keeps_the_central_square():
-    images = _pictures(1, 8, 12, 3)
-    images[:, :, :2], images[:, :, 10:] = 0, 0
-    np.testing.assert_allclose(resize_for_clip(images, 8), images[:, :, 2:10], atol=1e-4)
 
 
 def test_a_window_is_the_crop_of_the_resized_picture():
@@ -70,8 +64,3 @@ def test_empty_windows_and_pictures_are_finite():
     assert np.isfinite(resize_windows(images, windows, 4)).all()
     image_size = np.array([[0, 0], [8, 8]])
     assert np.isfinite(resize_for_clip(images, 4, image_size=image_size)).all()
-
-
-def test_an_unknown_fit_is_refused():
-    with pytest.raises(ValueError, match="fit='pad'; choose 'crop' or 'squash'"):
-        resize_for_clip(_pictures(1, 8, 8, 3), 4, fit="pad")
