@@ -15,13 +15,10 @@ from PIL import Image
 
 from concat_jax.core.batch import SEGMENT_TABLES, pad_table
 from data_pipelines.colour import colour_jitter
-from data_pipelines.id_runs import run_starts
 from data_pipelines.placement import Placement, pad_ids, place, resize_then_cut
 
 # What `augment_example` knows.
 KINDS = ("lsj", "semantic", "none")
-# Windows that `sample_semantic` tries.
-_TRIES = 10
 
 
 def sample_jitter(
@@ -54,47 +51,29 @@ def letterbox_placement(height: int, width: int, size: int) -> Placement:
 
 def sample_semantic(
     rng: np.random.Generator,
-    segment_ids: np.ndarray,
-    segment_labels: np.ndarray,
+    height: int,
+    width: int,
     size: int,
     *,
     shortest_edges: Sequence[int],
     longest_edge: int,
-    max_class_area: float = 1.0,
 ) -> Placement:
-    """Draws the placement of semantic training: shortest edge, crop limited by class area, flip.
+    """Draws the placement of semantic training: shortest edge, crop, flip.
 
     The image is resized so that its shorter side is one of `shortest_edges`, chosen uniformly, or
-    less if its longer side would exceed `longest_edge` (detectron2 `ResizeShortestEdge`). Of up to
-    ten random windows the first is taken in which more than one class has pixels and none
-    has `max_class_area` of the labelled pixels or more; if none is such, the last one (detectron2
-    `RandomCrop_CategoryAreaConstraint`). Segment ids [H, W] are rows of the labels [n] plus 1.
+    less if its longer side would exceed `longest_edge` (detectron2 `ResizeShortestEdge`).
 
     Args:
       shortest_edges: Mask2Former takes 0.5 to 1.5 times the crop in steps of a tenth on COCO-Stuff.
       longest_edge: Mask2Former's is four times the crop.
-      max_class_area: a share; 1 sets no limit and takes the first window.
     """
-    height, width = segment_ids.shape
-    # Fixed in order and number, whatever the image holds.
     edge = shortest_edges[rng.integers(len(shortest_edges))]
     mirrored = bool(rng.uniform() < 0.5)
-    where = rng.uniform(size=(_TRIES, 2))
+    where = rng.uniform(size=2)
     factor = min(edge / min(height, width), longest_edge / max(height, width))
     resized = (max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5)))
-    class_of = np.concatenate([[0], np.asarray(segment_labels, np.int64) + 1])
-    for try_ in where:
-        offset = _offset(try_, resized, size)
-        placement = resize_then_cut((height, width), resized, offset, size, mirrored=mirrored)
-        if max_class_area >= 1:
-            break
-        window = segment_ids[slice(*placement.rows), slice(*placement.columns)].ravel()
-        starts = run_starts(window)
-        lengths = np.diff(starts, append=window.size)
-        areas = np.bincount(class_of[window[starts]], lengths)[1:]
-        if np.count_nonzero(areas) > 1 and areas.max() < max_class_area * areas.sum():
-            break
-    return placement
+    offset = _offset(where, resized, size)
+    return resize_then_cut((height, width), resized, offset, size, mirrored=mirrored)
 
 
 def augment_example(
@@ -102,22 +81,19 @@ def augment_example(
     rng: np.random.Generator,
     image: Image.Image | np.ndarray,
     segment_ids: np.ndarray,
-    segment_labels: np.ndarray,
     size: int,
     *,
     scale_range: tuple[float, float],
     max_segments: int,
-    max_class_area: float = 1.0,
     canvas: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A training example by one of the recipes `KINDS`; returns as `place`.
 
     Args:
       kind: "lsj", large-scale jitter; "semantic", shortest edge from `scale_range` times the size
-        in steps of a tenth, crop limited by class area, and colours; "none", letterboxed.
-      image: RGB, [H, W], with segment_ids [H, W] and the class of each, segment_labels [n].
+        in steps of a tenth, crop and colours; "none", letterboxed.
+      image: RGB, [H, W], with segment_ids [H, W].
       max_segments, canvas: as for `place`.
-      max_class_area: of "semantic".
     """
     height, width = segment_ids.shape
     if kind == "lsj":
@@ -126,13 +102,7 @@ def augment_example(
         low, high = (round(10 * scale) for scale in scale_range)
         edges = [max(1, int(0.1 * step * size)) for step in range(low, high + 1)]
         placement = sample_semantic(
-            rng,
-            segment_ids,
-            segment_labels,
-            size,
-            shortest_edges=edges,
-            longest_edge=4 * size,
-            max_class_area=max_class_area,
+            rng, height, width, size, shortest_edges=edges, longest_edge=4 * size
         )
         # Before the resize, where there are fewer pixels, not after it as the reference does.
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)

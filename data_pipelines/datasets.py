@@ -216,7 +216,6 @@ def training_part(
         image_size=config["image_size"],
         scale_range=tuple(config["scale_range"]),
         augment=config["augment"],
-        max_class_area=config.get("max_class_area", 1.0),
         unseen_images=config["unseen_images"],
         on_bad_example=config["on_bad_example"],
         process_index=process_index,

@@ -61,7 +61,6 @@ class SegmentationLoader:
         on_bad_example: Literal["raise", "skip"] = "raise",
         augment: str = "lsj",
         scale_range: tuple[float, float] = (0.1, 2.0),
-        max_class_area: float = 1.0,
         num_eval_images: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
@@ -79,7 +78,7 @@ class SegmentationLoader:
             "skip": the next good image in the epoch's order takes its place, the file is logged
             once and counted in `skipped`. Evaluation always raises: a skipped image would change
             the metric in silence.
-          augment, scale_range, max_class_area: see `augment.augment_example`.
+          augment, scale_range: see `augment.augment_example`.
           num_eval_images: evaluate on the first so many images by id; None takes all.
         """
         for name, value, least in (
@@ -104,7 +103,7 @@ class SegmentationLoader:
         self.num_eval_images = min(num_eval_images or len(self.records), len(self.records))
         self._seed, self._size = seed, image_size
         self.max_segments, self._augment = max_segments, augment
-        self._scale_range, self._max_class_area = scale_range, max_class_area
+        self._scale_range = scale_range
         self._zero_shot, self._skip = unseen_images != "keep", on_bad_example == "skip"
         self._process_index, self._process_count = process_index, process_count
         self._is_thing = np.array(self.vocabulary.is_thing)
@@ -230,11 +229,9 @@ class SegmentationLoader:
             np.random.default_rng([self._seed, position, _JITTER_STREAM]),
             image,
             segment_ids,
-            record.labels,
             self._size,
             scale_range=self._scale_range,
             max_segments=self.max_segments,
-            max_class_area=self._max_class_area,
             canvas=canvas,
         )
         height, width = placed.shape
