@@ -79,10 +79,8 @@ def define_flags(flags: cli.Flags) -> None:
     flags.string("model", "", "A converted model's folder; else random weights.")
     flags.string("segmentor", "mask2former_resnet50", "Of random weights.")
     flags.strings("tasks", COMPARED, f"Any of {', '.join(TASKS)}.")
-    flags.strings("sizes", ["512", "800"], "512 or 800x1088: forward and postprocess.")
-    flags.integer("batch", 1, "Images at once, but for the training tasks.", 1)
-    flags.strings("train_sizes", ["512"], "Sizes of train and alignment.")
-    flags.integer("train_batch", 2, "Images of train and alignment.", 1)
+    flags.strings("sizes", [], "As 512 or 800x1088; each task's own by default.")
+    flags.integer("batch", None, "Images at once; each task's own by default.", 1)
     flags.integer("segments", 12, "Annotated segments an image.", 1)
     flags.string(
         "clip",
@@ -95,12 +93,10 @@ def define_flags(flags: cli.Flags) -> None:
         "Folder or glob of two_stage, panoptic json of panoptic_quality, else drawn; COCO's folder "
         "of input_pipeline.",
     )
-    flags.strings("two_stage_sizes", ["512"], "Sizes of two_stage.")
     flags.integer("two_stage_images", 20, "Images in all, of two_stage and panoptic_quality.", 1)
     # An average image of COCO panoptic has eleven segments, so ten is kind to the other side.
     flags.strings("two_stage_masks", ["10"], "Masks that CLIP sees of an image.")
     flags.string("recipe", "configs/coco_zps.py:mini", "Of scaling: FILE or FILE:ARGUMENT.")
-    flags.integer("input_size", 1024, "Side of input_pipeline's images.", 32)
     flags.choice("dtype", "float32", ("float32", "bfloat16"), "Compute type.")
     flags.integer("repeats", 5, "Timed calls of a case, after one to warm up.", 1)
     flags.switch("same_allocator", "Give the reference's train step ours setting, too.")

@@ -24,6 +24,14 @@ ON_HOST = ("panoptic_quality", "input_pipeline")
 OF_CONFIG = ("scaling",)
 WITHOUT_MODEL = (*OF_CONFIG, *ON_HOST, "matching")
 TASKS = (*COMPARED, *WITH_CLIP, *WITHOUT_MODEL)
+# Sizes of tasks that have some, and images at once where that is not 1, unless flags say others.
+SIZES = {
+    **dict.fromkeys(("forward", "postprocess"), ("512", "800")),
+    **dict.fromkeys(("train", "alignment", "two_stage"), ("512",)),
+    "panoptic_quality": ("480x640",),
+    "input_pipeline": ("1024",),
+}
+BATCH = {"train": 2, "alignment": 2, "input_pipeline": 4}
 # Classes of COCO panoptic; the class head's size hardly matters to speed.
 NUM_CLASSES = 133
 # Queries that hold a segment in the post-processing case; COCO images have about eleven.
@@ -101,36 +109,26 @@ def make_cases(given: cli.Flags) -> list[Case]:
     for task in given.tasks:
         check_choice(task, TASKS, "--tasks names no task:")
         fields: dict[str, Any] = {"segments": given.segments, "dtype": given.dtype}
+        fields |= {"batch": given.batch or BATCH.get(task, 1), "recipe": given.recipe}
         if task in ("two_stage", *ON_HOST):
             fields |= {"num_images": given.two_stage_images, "source": given.images}
         if task in WITH_CLIP:
             fields["clip"] = parse_clip(given.clip)
-        if task in ("train", "alignment"):
-            sizes, fields["batch"] = given.train_sizes, given.train_batch
-        elif task == "two_stage":
-            sizes, fields["batch"] = given.two_stage_sizes, given.batch
+        if task == "two_stage":
             masks = given.two_stage_masks
             if not masks or not all(text.isdigit() and int(text) > 0 for text in masks):
                 raise ValueError(f"--two_stage_masks={','.join(masks)} is not like 10 or 10,100.")
             fields["num_masks"] = tuple(dict.fromkeys(map(int, masks)))
             if given.images:
                 fields["files"] = image_files(given.images, given.two_stage_images)
-        elif task == "panoptic_quality":
-            sizes = ["480x640"]
-        elif task in ("query_stages", "matching"):
-            sizes = ["32"]  # queries have none
-        elif task == "scaling":
-            sizes, fields["recipe"] = ["32"], given.recipe  # which has sizes of its own
         elif task == "input_pipeline":
-            sizes = [f"{given.input_size}"]
-            fields |= {"batch": 4, "num_images": 100}
+            fields["num_images"] = 100
             if not given.images:
                 raise ValueError(
                     "--tasks=input_pipeline needs --images=COCO, a folder with train2017 and "
                     "annotations."
                 )
-        else:
-            sizes, fields["batch"] = given.sizes, given.batch
+        sizes = (given.sizes or SIZES[task]) if task in SIZES else ["32"]
         cases += [Case(task, *parse_size(text), **fields) for text in sizes]
     return cases
 
