@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from concat_jax.models.backbones.convnext import NORM_EPSILON, ConvNeXt
 from concat_jax.models.backbones.resnet import BOTTLENECK_EXPANSION, ResNet
+from concat_jax.models.ops.linear import gelu
 from concat_jax.models.ops.transformer_block import layer_norm
 from concat_jax.models.ops.valid_area import resize_within, valid_mask
 
@@ -121,7 +122,7 @@ class MeanPool(nn.Module):
         x = layer_norm(self.dtype, "norm", NORM_EPSILON)(x)
         if self.projection == "mlp":
             x = nn.Dense(2 * self.embed_dim, dtype=self.dtype, name="fc1")(x)
-            x = jax.nn.gelu(x, approximate=False)
+            x = gelu(x)
             x = nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="fc2")(x)
         else:
             x = nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="projection")(x)

@@ -18,7 +18,7 @@ import numpy as np
 from concat_jax.core.config import Count, check_choice, check_fields
 from concat_jax.models.ops.convolution import by_bands, depthwise_by_shifts
 from concat_jax.models.ops.layers_in_turn import Run, run_in_turn
-from concat_jax.models.ops.linear import Dense, matmul
+from concat_jax.models.ops.linear import Dense, gelu, matmul
 from concat_jax.models.ops.transformer_block import ACTIVATIONS, SWIGLU, Block, layer_norm
 from concat_jax.models.ops.valid_area import resize_bilinear, valid_mask, valid_size, zero_beyond
 from concat_jax.models.segmentor_output import (
@@ -100,7 +100,7 @@ class Upscale(nn.Module):
         params, norm = self.variables["params"]["norm"], norm.clone(parent=None, name=None)
 
         def refine(x: jax.Array) -> jax.Array:
-            x = jax.nn.gelu(x, approximate=False)  # zero at zero
+            x = gelu(x)  # zero at zero
             # By shifts on a TPU, too, whose compiler takes three times as long for groups.
             x = depthwise_by_shifts(x, around, row_padding=0)
             return norm.apply({"params": params}, x)
@@ -258,7 +258,7 @@ class EoMT(nn.Module):
             x = backbone.run(x, rotation, depth, until)
             depth = until
             read = jax.lax.stop_gradient(backbone.norm(x)).astype(self.dtype)
-            hidden = jax.nn.gelu(lateral[0](read), approximate=False)
+            hidden = gelu(lateral[0](read))
             total += (read + lateral[1](hidden)) * scale.astype(self.dtype)
         channels = backbone.width // backbone.num_heads
         return total, rotations(*grid, channels, backbone.rotary_theta), clip_tokens
@@ -279,7 +279,7 @@ class EoMT(nn.Module):
         queries, patches = x[:, : self.num_queries], x[:, -grid[0] * grid[1] :]
         hidden = queries
         for layer in self.mask_mlp[:-1]:
-            hidden = jax.nn.gelu(layer(hidden), approximate=False)
+            hidden = gelu(layer(hidden))
         features = patches.reshape(len(x), *grid, -1).astype(self.dtype)
         for upscale in self.upscales:
             features = upscale(features)

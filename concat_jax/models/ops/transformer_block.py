@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from concat_jax.models.ops.attention import attend
-from concat_jax.models.ops.linear import Dense
+from concat_jax.models.ops.linear import Dense, gelu
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
 }
 NORM_EPSILON = 1e-5  # torch's default, which CLIP was trained with; linen's is 1e-6
 # The gated MLP, whose gate has this activation; its other half is linear.
