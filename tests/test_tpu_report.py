@@ -82,6 +82,52 @@ def test_expected_cycles():
     assert compile_report.expected_cycles(HLO) == 0
 
 
+LOOPS = """HloModule step
+
+%inner_condition (p: (s32[], f32[2])) -> pred[] {
+  %n = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%inner (p: (s32[], f32[2])) -> (s32[], f32[2]) {
+  ROOT %f = f32[2] fusion(%p), backend_config={"estimated_cycles":"10"}
+}
+
+%outer_condition (p: (s32[], f32[2])) -> pred[] {
+  %n = s32[]{:T(128)} constant(3)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%outer (p: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %a = f32[2] fusion(%p), backend_config={"estimated_cycles":"1000"}
+  ROOT %w = (s32[], f32[2]) while(%t), condition=%inner_condition, body=%inner
+}
+
+%until_met (p: f32[2]) -> pred[] {
+  ROOT %c = pred[] fusion(%p), calls=%x, backend_config={"estimated_cycles":"5"}
+}
+
+%either (p: f32[2]) -> f32[2] {
+  ROOT %b = f32[2] copy(%p), backend_config={"estimated_cycles":"100000"}
+}
+
+%unused (p: f32[2]) -> f32[2] {
+  ROOT %b = f32[2] copy(%p), backend_config={"estimated_cycles":"400000"}
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %w = (s32[], f32[2]) while(%t), condition=%outer_condition, body=%outer
+  %u = f32[2] while(%t), condition=%until_met, body=%either
+  ROOT %r = f32[2] conditional(%p, %u, %x), true_computation=%either, false_computation=%either
+}
+"""
+
+
+def test_cycles_of_loops():
+    assert compile_report.whole_cycles(LOOPS) == 3 * (1000 + 7 * 10) + 5 + 3 * 100_000
+    assert compile_report.expected_cycles(LOOPS) == 501_015
+
+
 @pytest.mark.parametrize(
     "count, text", [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (2.5e9, "2.50 GB")]
 )
@@ -106,6 +152,8 @@ def make_report(collectives):
         seconds=61.4,
         flops=2.5e12,
         cycles=3_640_000,
+        whole_cycles=9_400_000,
+        bytes_accessed=1.5e9,
         memory=memory,
         collectives=collectives,
         gradient_bytes=178_000_000,
@@ -115,7 +163,8 @@ def make_report(collectives):
 def test_the_report_in_text():
     text = format_report(make_report(find_collectives(HLO)))
     assert "16 chips, 32 images of 928 x 928 a step, 2 a chip" in text
-    assert "Cycles that the compiler expects, of loops one pass: 3.6 million" in text
+    assert "Cycles that the compiler expects: 9.4 million, of loops one pass 3.6 million" in text
+    assert "Bytes accessed, of loops one pass: 1.50 GB" in text
     assert "Compiled in 61 s" in text and "convolutions of a chip: 2500.0 GFLOP" in text
     # Arguments, temporaries, program, and the half gigabyte of outputs that reuses no argument.
     assert "in all          7.60 GB of 16.00 GB" in text

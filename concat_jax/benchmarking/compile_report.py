@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,12 @@ _COLLECTIVE = re.compile(
 )
 _SCATTER = re.compile(r" fusion\((?=.*calls=%all-reduce-scatter)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_COMPUTATION = re.compile(
+    r"^(?P<entry>ENTRY )?%(?P<name>[\w.\-]+) \(.*\{\n(?P<lines>(?:  .*\n)*)\}", re.MULTILINE
+)
+_LOOP = re.compile(r" while\(.*condition=%(?P<condition>[\w.\-]+), body=%(?P<body>[\w.\-]+)")
+_CALLED = re.compile(r" (?:call|conditional)\(.*?\), .*?(?:to_apply|computations?)=(.*)")
+_COUNT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
 # A report names at most this many sources of one kind of collective.
 MAX_SOURCES = 8
@@ -65,6 +72,8 @@ class Report:
       memory: name -> bytes: arguments, outputs, donated (outputs that reuse arguments),
         temporaries and program.
       cycles: see `expected_cycles`.
+      whole_cycles: see `whole_cycles`.
+      bytes_accessed: by XLA's cost analysis, of a loop one pass.
       gradient_bytes: of all trained parameters, which is what a training step has to sum over the
         chips; 0 of a prediction.
     """
@@ -77,6 +86,8 @@ class Report:
     seconds: float
     flops: float
     cycles: int
+    whole_cycles: int
+    bytes_accessed: float
     memory: Mapping[str, int]
     collectives: Sequence[Collective]
     gradient_bytes: int
@@ -131,6 +142,34 @@ def expected_cycles(text: str) -> int:
     return sum(cycles for cycles in map(int, _CYCLES.findall(text)) if cycles < 1 << 62)
 
 
+def whole_cycles(text: str) -> int:
+    """As `expected_cycles`, of a loop as many passes as it takes where the module says how many.
+
+    The condition of a scan compares its counter to the only whole number that it holds; other loops
+    count for one pass.
+    """
+    computations = {
+        match["name"]: match["lines"].splitlines() for match in _COMPUTATION.finditer(text)
+    }
+
+    @functools.cache
+    def total(name: str) -> int:
+        cycles = 0
+        for line in computations[name]:
+            cycles += expected_cycles(line)
+            if loop := _LOOP.search(line):
+                numbers = _COUNT.findall("\n".join(computations[loop["condition"]]))
+                passes = int(numbers[0]) if len(numbers) == 1 else 1
+                cycles += passes * (total(loop["condition"]) + total(loop["body"]))
+            elif called := _CALLED.search(line):
+                names = re.findall(r"%([\w.\-]+)", called[1])
+                cycles += sum(total(name) for name in names if name in computations)
+        return cycles
+
+    (entry,) = (match["name"] for match in _COMPUTATION.finditer(text) if match["entry"])
+    return total(entry)
+
+
 def format_bytes(count: float) -> str:
     """ "1.50 GB"; powers of ten, as chips are sold."""
     for unit in ("B", "kB", "MB"):
@@ -147,7 +186,9 @@ def format_report(report: Report) -> str:
         "chip",
         f"Compiled in {report.seconds:.0f} s",
         f"Products and convolutions of a chip: {report.flops / 1e9:.1f} GFLOP",
-        f"Cycles that the compiler expects, of loops one pass: {report.cycles / 1e6:.1f} million",
+        f"Cycles that the compiler expects: {report.whole_cycles / 1e6:.1f} million, of loops one "
+        f"pass {report.cycles / 1e6:.1f} million",
+        f"Bytes accessed, of loops one pass: {format_bytes(report.bytes_accessed)}",
         "Memory of a chip:",
         *(f"  {name:<12} {format_bytes(size):>10}" for name, size in report.memory.items()),
     ]
@@ -228,6 +269,8 @@ def compile_program(program: Program, topology: str) -> Report:
         seconds=time.monotonic() - start,
         flops=count_flops(traced.jaxpr.jaxpr) / program.mesh.size,
         cycles=expected_cycles(text),
+        whole_cycles=whole_cycles(text),
+        bytes_accessed=compiled.cost_analysis()["bytes accessed"],
         memory={key: getattr(memory, f"{of}_size_in_bytes") for key, of in _MEMORY.items()},
         collectives=find_collectives(text),
         gradient_bytes=program.gradient_bytes,

@@ -1,12 +1,14 @@
 """The gradients written for CPUs against those that JAX derives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from concat_jax.models.ops import convolution, deformable_attention
-from concat_jax.models.ops.linear import Dense, relu
+from concat_jax.models.ops.linear import Dense, gelu, relu
 
 RNG = np.random.default_rng(0)
 
@@ -39,6 +41,21 @@ def test_dense():
 def test_relu(channels):
     inputs = normal(2, 5, channels).at[0, 0].set(0.0)
     assert_same_gradients(relu, jax.nn.relu, inputs)
+
+
+@pytest.mark.parametrize("dtype, epsilon", [("float32", 5e-7), ("bfloat16", 4e-3)])
+def test_gelu(dtype, epsilon):
+    inputs = jnp.linspace(-30, 30, 6001).astype(dtype)
+    with jax.enable_x64(True):
+        exact = functools.partial(jax.nn.gelu, approximate=False)
+        expected, slope = jax.jvp(exact, (inputs.astype("float64"),), (jnp.ones(6001),))
+        expected, slope = np.asarray(expected), np.asarray(slope)
+    values, pullback = jax.vjp(gelu, inputs)
+    assert values.dtype == inputs.dtype
+    largest = np.maximum(1, np.abs(np.float64(inputs)))
+    np.testing.assert_array_less(np.abs(np.float64(values) - expected) / largest, epsilon)
+    (gradient,) = pullback(jnp.ones_like(inputs))
+    np.testing.assert_allclose(np.float64(gradient), slope, atol=2 * epsilon)
 
 
 @pytest.mark.parametrize("size, height", [(3, 12), (7, 12), (3, 1)])
