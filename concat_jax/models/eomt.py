@@ -103,6 +103,8 @@ class Upscale(nn.Module):
             x = gelu(x)  # zero at zero
             # By shifts on a TPU, too, whose compiler takes three times as long for groups.
             x = depthwise_by_shifts(x, around, row_padding=0)
+            # Else a TPU's compiler computes the filter again in each pass of the norm.
+            x = jax.lax.optimization_barrier(x)
             return norm.apply({"params": params}, x)
 
         return by_bands(refine, x, edge=1)
