@@ -33,7 +33,7 @@ from concat_jax.evaluation.bootstrap import difference, estimate
 from concat_jax.evaluation.calibration import Sweep
 from concat_jax.evaluation.report import markdown_table
 from concat_jax.experiment.ablation_rows import ROWS, SCORED, stages_before, with_rows
-from concat_jax.experiment.evidence import SCORES, load_sweep, measure, scores
+from concat_jax.experiment.evidence import SCORES, left_out_gamma, load_sweep, measure, scores
 from concat_jax.experiment.experiment import open_experiment
 from concat_jax.stages.registry import learns_from
 from concat_jax.stages.stage import StageConfig
@@ -87,12 +87,17 @@ def run_seed(
     for row, file in files.items():
         if file.exists():
             continue
-        for stage in (*stages_before(config, row), row):
-            began = time.monotonic()
-            if not run.parameters.is_finished(stage):
-                print(f"\n[seed {seed}]", end=" ")
-                run.train(stage)
-        cell = measure(run, row, held_out.evaluation(), run.datasets.evaluation(), folder / row)
+        chosen_by, gamma = ROWS[row].chosen_by, None
+        for scored in filter(None, (chosen_by, row)):
+            for stage in (*stages_before(config, scored), scored):
+                began = time.monotonic()
+                if not run.parameters.is_finished(stage):
+                    print(f"\n[seed {seed}]", end=" ")
+                    run.train(stage)
+        if chosen_by:
+            gamma = left_out_gamma(run, chosen_by, held_out.evaluation())
+        test = run.datasets.evaluation()
+        cell = measure(run, row, held_out.evaluation(), test, folder / row, gamma)
         write_json(file, cell | {"seconds": round(time.monotonic() - began, 1)})
     return {row: read_json(file) for row, file in files.items()}
 

@@ -8,6 +8,7 @@ import pytest
 
 from concat_jax import ablation
 from concat_jax.core.config import build
+from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.bias_curve import NamedQueries
 from concat_jax.evaluation.calibration import Sweep
 from concat_jax.experiment import evidence
@@ -110,6 +111,10 @@ class FakeRun:
     def __init__(self, config, workdir, datasets):
         self.workdir, self.seed, self.config = workdir, config.seed, config
         self.datasets = types.SimpleNamespace(evaluation=lambda: "test")
+        self.setup = types.SimpleNamespace(
+            vocabulary=VOCABULARY,
+            vocabulary_of=lambda name: VOCABULARY.leaving_out(config.train[name].left_out),
+        )
         self.parameters = types.SimpleNamespace(
             is_finished=lambda name: (workdir / name / "done").exists()
         )
@@ -119,7 +124,10 @@ class FakeRun:
         (self.workdir / name).mkdir(parents=True)
         (self.workdir / name / "done").touch()
 
-    def sweep(self, name, examples, gammas):
+    def sweep(self, name, examples, gammas, vocabulary=None):
+        if vocabulary:
+            self.log.append((self.seed, "choose", name))
+            return types.SimpleNamespace(best=lambda: 2.0)
         if self.log[-1] != (self.seed, "score", name):
             self.log.append((self.seed, "score", name))
         return sweep(gammas, 0.6, 0.3 + 0.1 * self.seed)
@@ -161,6 +169,45 @@ def test_seeds_share_the_world_and_finished_cells_are_not_run_again(fake_run, tm
     fake_run.clear()
     assert ablation.ablation(config, ["projection", "con"], 2, 5, tmp_path) == table
     assert fake_run == []
+
+
+def test_an_inductive_row_takes_the_gamma_of_one_that_leaves_seen_classes_out(fake_run, tmp_path):
+    ablation.ablation(demo_zps.get_config("smoke"), ["inductive"], 1, 0, tmp_path)
+    assert [what[1:] for what in fake_run[2:]] == [
+        ("train", "cat_inductive_left_out"),
+        ("train", "inductive_left_out"),
+        ("train", "cat_inductive"),
+        ("train", "inductive"),
+        ("choose", "inductive_left_out"),
+        ("score", "inductive"),
+    ]
+    cell = json.loads((tmp_path / "world_0" / "seed_0" / "inductive" / "cell.json").read_text())
+    assert cell["gamma"] == 2.0
+
+
+def test_a_gamma_of_left_out_classes_sees_no_unseen_one():
+    vocabulary = Vocabulary(
+        tuple("abcdef"), (True,) * 6, (False, True, True, True, False, True), tuple(range(6))
+    )
+    example = {
+        "segment_ids": np.array([[0, 1, 2], [3, 4, 4]]),
+        "segment_labels": np.array([0, 3, 1, 4, -1]),
+    }
+
+    class Run:
+        setup = types.SimpleNamespace(
+            vocabulary=vocabulary, vocabulary_of=lambda name: vocabulary.leaving_out(2)
+        )
+
+        def sweep(self, name, examples, gammas, known):
+            (found,) = examples
+            assert known.names == tuple("bcdf") and known.is_seen == (False, True, False, True)
+            assert known.category_ids == (1, 2, 3, 5)
+            np.testing.assert_array_equal(found["segment_ids"], [[0, 0, 2], [3, 0, 0]])
+            np.testing.assert_array_equal(found["segment_labels"], [-1, 2, 0, -1, -1])
+            return types.SimpleNamespace(best=lambda: 0.75)
+
+    assert evidence.left_out_gamma(Run(), "refit_left_out", [example]) == 0.75
 
 
 def test_what_a_run_saw_as_it_learnt_is_read_once_a_step(tmp_path):

@@ -17,7 +17,9 @@ class Row:
     """A stage made of one of the config's with some `changes`, scored where it has a title.
 
     `takes` is subtree to the row that gives it, where that is not the config's stage; None: it is
-    not taken. `base` is the row that it is compared to, seed by seed and scene by scene.
+    not taken. `base` is the row that it is compared to, seed by seed and scene by scene. The γ of a
+    row is chosen on validation scenes with labels of unseen classes, or, for `chosen_by` another
+    row that leaves seen classes out, by those.
     """
 
     title: str
@@ -25,12 +27,14 @@ class Row:
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     takes: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     base: str = ""
+    chosen_by: str = ""
 
 
 _STAGE_1 = {"segmentor": "con", "projector": "con"}
 _PROJECTION = {"segmentor": "projection", "projector": "projection"}
 _NO_PULL = {"method.global_weight": 0.0, "method.instance_weight": 0.0}
 _INDUCTIVE = {"method.unseen_names": False}
+_LEFT_OUT = {"left_out": 4}
 
 # PADing's generator, cut down to the demo's widths, and its losses without those of structure: MMD,
 # and a thousandth of the classification of pseudo queries.
@@ -62,6 +66,22 @@ def _with_cat(
         f"cat_{name}": Row("", "cat", changes, stage_1),
         name: Row(title, "finetune", {}, {**stage_1, "generator": f"cat_{name}"}, base="fair"),
     }
+
+
+def _inductive(
+    title: str, name: str, stage: str, changes: Mapping[str, Any], *, with_cat: bool, base: str
+) -> dict[str, Row]:
+    """A finetune that knows no unseen name, and what chooses its γ: the same without some seen."""
+    rows = {}
+    for row, left_out in ((name, {}), (f"{name}_left_out", _LEFT_OUT)):
+        takes = dict(_STAGE_1)
+        if with_cat:
+            takes["generator"] = f"cat_{row}"
+            rows[f"cat_{row}"] = Row("", "cat", {**_INDUCTIVE, **left_out}, _STAGE_1)
+        rows[row] = Row("", stage, {**_INDUCTIVE, **changes, **left_out}, takes)
+    chosen_by = f"{name}_left_out"
+    rows[name] = dataclasses.replace(rows[name], title=title, base=base, chosen_by=chosen_by)
+    return rows
 
 
 def _pull(weight: float, name: str) -> dict[str, Row]:
@@ -101,13 +121,21 @@ ROWS: Mapping[str, Row] = {
     **_with_cat("CON, kernel regression on CLIP's instances", "kernel", _regression("images")),
     **_with_cat("CON, real means of all classes", "means", _regression("means")),
     **_with_cat("no CON + CAT", "no_con", {}, _PROJECTION),
-    "cat_inductive": Row("", "cat", _INDUCTIVE, _STAGE_1),
-    "inductive": Row(
+    **_inductive(
+        "CON, finetune without pseudo queries, inductive",
+        "refit",
+        "control",
+        {},
+        with_cat=False,
+        base="con",
+    ),
+    **_inductive(
         "CON + CAT, inductive",
+        "inductive",
         "finetune",
-        {**_INDUCTIVE, "method.pseudo_seen": True},
-        {**_STAGE_1, "generator": "cat_inductive"},
-        base="fair",
+        {"method.pseudo_seen": True},
+        with_cat=True,
+        base="refit",
     ),
     "oracle": Row(
         "oracle: CON, finetune on real unseen queries",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from concat_jax.evaluation.bias_curve import (
     naming_curve,
 )
 from concat_jax.evaluation.bootstrap import Estimate, draw_samples, estimate, resampled
-from concat_jax.evaluation.calibration import Sweep, calibrate, sides
+from concat_jax.evaluation.calibration import GAMMAS, Sweep, sides
 from concat_jax.evaluation.report import markdown_table
 
 if TYPE_CHECKING:
@@ -101,16 +100,42 @@ def _names(
     }
 
 
+def left_out_gamma(run: Experiment, name: str, held_out: Iterable[Mapping]) -> float:
+    """The γ that is best for a stage with the seen classes that it left out as the unseen ones.
+
+    Pixels of classes that are unseen in truth are void, and their names are not asked for.
+    """
+    every = run.setup.vocabulary_of(name)
+    seen = run.setup.vocabulary.seen
+    places = np.full(len(every) + 1, -1)
+    places[seen] = np.arange(len(seen))
+
+    def without_unseen(example: Mapping) -> dict:
+        labels = places[example["segment_labels"]]
+        ids = example["segment_ids"]
+        ids = np.where(np.append(-1, labels)[ids] < 0, 0, ids)
+        return {**example, "segment_labels": labels, "segment_ids": ids}
+
+    examples = map(without_unseen, held_out)
+    return run.sweep(name, examples, GAMMAS, every.part(seen)).best()
+
+
 def measure(
-    run: Experiment, name: str, held_out: Iterable[Mapping], test: Iterable[Mapping], folder: Path
+    run: Experiment,
+    name: str,
+    held_out: Iterable[Mapping],
+    test: Iterable[Mapping],
+    folder: Path,
+    gamma: float | None = None,
 ) -> dict[str, Any]:
-    """Chooses γ for a stage on held-out images and scores it on the test images.
+    """Scores a stage on the test images, at γ or at that which is best for it on held-out images.
 
     Writes what was counted to `sweep.npz` in the folder; returns γ, the summaries of the test
     images without it and with it, and each of `SCORES` with its deviation over resampled images.
     """
-    sweep_of = functools.partial(run.sweep, name)
-    gamma, _, found = calibrate(sweep_of, held_out, test)
+    if gamma is None:
+        gamma = run.sweep(name, held_out, GAMMAS).best()
+    found = run.sweep(name, test, GAMMAS)
     save_sweep(found, gamma, folder / "sweep.npz")
     drawn = scores([found], [gamma])
     return {
