@@ -42,7 +42,9 @@ def recipe() -> ConfigDict:
     config.tensorboard = True
     config.profile = dict(stage="")  # of which a trace of some steps is written
     # 0: all devices. Parameters and optimizer state are split over `fsdp` of them; 1: not at all.
-    config.mesh = dict(devices=0, fsdp=1)
+    # `fusion_mb` is what a fusion may fill of the vector memory of a v5e, for which less compiles
+    # sooner and more runs faster (docs/performance.md).
+    config.mesh = dict(devices=0, fsdp=1, fusion_mb=11)
     config.stages = ("con", "cat", "finetune")
     # Weights that start a subtree: CLIP's, of Hugging Face, OpenAI or open_clip; the segmentor's, a
     # folder that `python -m concat_jax.convert` made of ImageNet's or a Mask2Former's. The

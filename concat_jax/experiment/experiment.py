@@ -239,6 +239,7 @@ class Experiment:
                 eval_every=settings.eval_every,
                 profile=setup.profile if setup.profile.stage == name else None,
                 tensorboard=setup.config.tensorboard,
+                fusion_mb=setup.fusion_mb,
             ),
             optimizer=setup.optimizer(name),
             look=looks.look(self, name) if settings.eval_every else None,

@@ -9,6 +9,7 @@ from typing import Protocol
 import ml_collections
 
 from concat_jax.core.config import build, check_choice
+from concat_jax.core.runtime import FUSION_MB
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.batches import BankConfig
 from concat_jax.experiment.class_embeddings import check_names, check_text, make_tokenizer
@@ -39,7 +40,8 @@ class Labels(Protocol):
 class Setup:
     """What a config says, checked: stages in order, and what they are made with.
 
-    `eval_vocabulary` is the same object as `vocabulary` where it is the same.
+    `eval_vocabulary` is the same object as `vocabulary` where it is the same; `fusion_mb` as of
+    `step_compiler_options`.
     """
 
     config: ml_collections.ConfigDict
@@ -51,6 +53,7 @@ class Setup:
     bank: BankConfig
     profile: ProfileConfig
     context: Context
+    fusion_mb: int
 
     @property
     def networks(self) -> Networks:
@@ -155,6 +158,8 @@ def make_setup(
         )
     for rule in config.eval.get("keep_rules", ()):
         check_choice(rule, KEEP_RULES, "config.eval.keep_rules names no rule:")
+    if (fusion_mb := config.mesh.get("fusion_mb", FUSION_MB)) < 1:
+        raise ValueError(f"config.mesh.fusion_mb is {fusion_mb} and must be at least 1.")
     check_text(config.text)
     evaluated = labels.eval_vocabulary or labels.vocabulary
     if tokenizer is None:
@@ -209,4 +214,5 @@ def make_setup(
         bank,
         profile,
         context,
+        fusion_mb,
     )

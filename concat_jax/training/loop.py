@@ -19,6 +19,7 @@ from concat_jax.core.cli import UserStop
 from concat_jax.core.files import as_path
 from concat_jax.core.prefetch import watched
 from concat_jax.core.progress import Progress
+from concat_jax.core.runtime import FUSION_MB
 from concat_jax.stages.stage import TEXT, Stage
 from concat_jax.training.checkpoints import StageCheckpoints
 from concat_jax.training.metrics import MetricWriter, Mirror
@@ -50,7 +51,7 @@ class LoopConfig:
     The loss is looked at every `log_every` steps, for the progress line, and never in between. The
     last `keep` checkpoints are kept, and the best by hPQ where `look` gives it. A step whose loss
     or gradient is not finite ends the run; where `max_skips` is more than 0 it changes nothing,
-    until there are more than that in a row.
+    until there are more than that in a row. `fusion_mb` as of `step_compiler_options`.
     """
 
     steps: int
@@ -61,6 +62,7 @@ class LoopConfig:
     keep: int = 2
     max_skips: int = 0
     tensorboard: bool = True
+    fusion_mb: int = FUSION_MB
     profile: ProfileConfig | None = None
 
 
@@ -119,7 +121,8 @@ def train_stage(
 
     frozen = jax.device_put(frozen, split_by_rule(frozen, mesh))
     skips = loop.max_skips > 0
-    step_fn = jit_train_step(stage.loss, transform, loop.seed, mesh, abstract, skips=skips)
+    options = {"skips": skips, "fusion_mb": loop.fusion_mb}
+    step_fn = jit_train_step(stage.loss, transform, loop.seed, mesh, abstract, **options)
     writer = MetricWriter(as_path(workdir) / name, tensorboard=loop.tensorboard, mirror=mirror)
     looks = _Looks(checkpoints, loop.max_skips)
     progress: Progress | None = None

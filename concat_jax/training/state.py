@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from concat_jax.core.runtime import step_compiler_options
+from concat_jax.core.runtime import FUSION_MB, step_compiler_options
 from concat_jax.stages.stage import Batch, LossFn, Metrics
 from concat_jax.training.sharding import replicated, split_by_rule
 
@@ -80,6 +80,7 @@ def jit_train_step(
     state: TrainState,
     *,
     skips: bool = False,
+    fusion_mb: int = FUSION_MB,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """The step of `make_train_step`, jitted for states such as `state`, which may be abstract.
 
@@ -89,5 +90,5 @@ def jit_train_step(
         make_train_step(loss, optimizer, seed, mesh, skips=skips),
         donate_argnums=0,
         out_shardings=(split_by_rule(state, mesh), replicated(mesh)),
-        compiler_options=step_compiler_options(mesh.devices.flat[0].device_kind),
+        compiler_options=step_compiler_options(mesh.devices.flat[0].device_kind, fusion_mb),
     )

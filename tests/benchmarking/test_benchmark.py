@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def case(model, monkeypatch):
-    monkeypatch.setattr(state, "step_compiler_options", lambda device_kind: tiny.FAST_COMPILE)
+    monkeypatch.setattr(state, "step_compiler_options", lambda *of: tiny.FAST_COMPILE)
     return Case("", 64, 64, segments=3, clip=CLIP, model=model, num_images=2, num_masks=(6,))
 
 

@@ -72,7 +72,7 @@ def test_a_step_is_counted_and_runs(monkeypatch):
     config.model.segmentor = dict(tiny.MODEL["segmentor"])
     config.train.con.batch_size, config.data.image_size, config.data.max_segments = 2, 32, 3
     config.loss.num_points = 9
-    monkeypatch.setattr(state, "step_compiler_options", lambda device_kind: tiny.FAST_COMPILE)
+    monkeypatch.setattr(state, "step_compiler_options", lambda *of: tiny.FAST_COMPILE)
     random = lambda networks, name: tiny.params(name, of=networks)  # noqa: E731
     monkeypatch.setattr(scaling, "_params", random)
     work = scaling._step(config)
