@@ -29,7 +29,7 @@ def recipe() -> ConfigDict:
     config.model.segmentor = dict(
         kind="eomt", backbone=dict(variant="dinov3-large"), scan_layers=True, remat=True
     )
-    config.mesh.fusion_mb = 5
+    config.mesh.fusion_mb = 6
     config.train.con.update(steps=88_692)
     config.train.con.optimizer.update(learning_rate=1e-4)
     # Pictures are padded to a square.
