@@ -97,6 +97,12 @@ ROWS: Mapping[str, Row] = {
     **_pull(4.0, "pull_4"),
     **_pull(16.0, "pull_16"),
     "con": Row("stage 1 + CON", "con", base="projection"),
+    "con_segments": Row(
+        "CON, the image's target the mean of its segments'",
+        "con",
+        {"method.global_target": "segments"},
+        base="con",
+    ),
     "control": Row(
         "CON, finetune without pseudo queries and without its term",
         "control",

@@ -57,8 +57,6 @@ REMOVED_KEYS = {
     "train.*.method.spread_weight": 0.0,
     "train.*.method.memory_pseudo": False,
     "train.*.method.mmd_bandwidths": [2.0, 5.0, 10.0, 20.0, 40.0, 80.0],
-    "train.*.method.global_target": "image",
-    "train.*.method.min_area": 0,
     "train.*.optimizer.b2": 0.999,
     "train.*.optimizer.accumulate": 1,
 }

@@ -6,6 +6,7 @@ L = 2·(CE + λ_g · L_global + λ_i · L_instance) + 5·BCE + 5·Dice
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -40,6 +41,9 @@ class Config:
       temperature: of InfoNCE; CLIP's own at the start of its training.
       aligned_sets: how many of the decoder's prediction sets are aligned, the last ones, whose
         terms are summed as those of the cross-entropy are; 0 for all.
+      global_target: "image", CLIP's embedding of the picture, as in the paper, or "segments", the
+        mean of those of its segments, which says what is in the picture and how often.
+      min_area: pixels of the smallest segment whose crop is taken to show what it is.
       pooling: "objectness", "similarity" or "mean", see `alignment.pool_queries`.
       targets: "online" runs CLIP on every batch; "cached" takes the targets from the batch, where
         they were looked up: of un-augmented images at native size, so the same up to what jitter,
@@ -58,6 +62,8 @@ class Config:
     alignment: str = "cosine"
     temperature: float = 0.07
     aligned_sets: int = 0
+    global_target: str = "image"
+    min_area: int = 0
     pooling: str = "objectness"
     targets: str = ""
     max_segments: int = 0
@@ -67,6 +73,7 @@ class Config:
         if self.alignment not in ("cosine", "infonce"):
             raise ValueError(f"CON alignment is {self.alignment!r}; choose 'cosine' or 'infonce'.")
         check_choice(self.pooling, alignment.POOLINGS, "CON pooling is")
+        check_choice(self.global_target, ("image", "segments"), "CON global_target is")
         check_choice(self.targets, ("", "online", "cached", "encoder"), "CON targets are")
 
 
@@ -189,6 +196,14 @@ def make_stage(context: Context, config: Config) -> Stage:
                     image_size=batch["image_size"],
                     max_segments=config.max_segments,
                 )
+            if config.min_area:
+                areas = jax.vmap(functools.partial(jnp.bincount, length=labels.shape[1] + 1))(
+                    batch["segment_ids"].reshape(len(labels), -1).astype(jnp.int32)
+                )[:, 1:]
+                large = (areas >= config.min_area)[..., None]
+                segment_targets = jnp.where(large, segment_targets, 0.0)
+            if config.global_target == "segments":
+                image_target = alignment.unit(segment_targets.sum(axis=1))
             num_sets = logits.shape[1]
             pulls = [
                 align_set(

@@ -107,6 +107,29 @@ def test_con_with_infonce_trains_the_projector_otherwise(online, cached_batch):
     assert np.abs(difference).max() > 1e-3
 
 
+def test_small_segments_do_not_pull_and_an_image_can_pull_to_its_segments(cached_batch):
+    """Both are other targets: as if the batch had them."""
+    areas = np.stack(
+        [np.bincount(ids.ravel(), minlength=5)[1:5] for ids in cached_batch["segment_ids"]]
+    )
+    limit = int(np.median(areas[areas > 0]))
+    options = dict(targets="cached", min_area=limit, global_target="segments")
+    other = dict(cached_batch)
+    image_field, segment_field = TARGET_FIELDS
+    targets = np.where((areas >= limit)[..., None], other[segment_field], 0)
+    assert (targets != other[segment_field]).any() and targets.any()
+    sums = targets.sum(axis=1)
+    other[segment_field] = targets
+    other[image_field] = sums / np.linalg.norm(sums, axis=-1, keepdims=True)
+    found = []
+    for batch, fields in ((cached_batch, options), (other, dict(targets="cached"))):
+        stage = con.make_stage(CONTEXT, con.Config(**fields))
+        arguments = tiny.trained(stage), tiny.frozen(stage), batch, KEY
+        found.append(jax.jit(stage.loss, compiler_options=FAST_COMPILE)(*arguments)[1])
+    for name, value in found[1].items():
+        np.testing.assert_allclose(found[0][name], value, rtol=1e-4, err_msg=name)
+
+
 def test_con_without_alignment_does_not_take_clip():
     stage = con.make_stage(CONTEXT, con.Config(global_weight=0.0, instance_weight=0.0))
     assert stage.reads == ("text",)
