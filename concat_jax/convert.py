@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from concat_jax.core import cli
+from concat_jax.core.config import check_choice
 from concat_jax.core.files import as_path
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.model import export_workdir, is_workdir
@@ -75,10 +76,7 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     if given.stage:
         raise ValueError(f"--stage={given.stage} is for workdirs, and {source} is none.")
     for flag, valid in (("to", FORMATS), ("task", ("", *TASKS))):
-        if (value := given[flag].value) not in valid:
-            raise ValueError(
-                f"--{flag}={value} is unknown; use {' or '.join(filter(None, valid))}."
-            )
+        check_choice(given[flag].value, valid, f"--{flag} is unknown:")
     if given.float16 and given.to == "hf":
         raise ValueError("--float16 is for --to=orbax; folders of Hugging Face's hold float32.")
     check_destination(destination, overwrite=given.overwrite)

@@ -262,8 +262,10 @@ def test_mistakes_end_in_one_sentence(arrays, hf_folder, folder, tmp_path):
     assert "no flag '--reinit_haed'; did you mean '--reinit_head'?" in error_of(
         folder, new, "--reinit_haed"
     )
-    assert "--to=onnx is unknown; use orbax or hf" in error_of(folder, new, "--to=onnx")
-    assert "--task=depth is unknown" in error_of(folder, new, "--task=depth")
+    assert "--to is unknown: 'onnx'; there are orbax, hf." in error_of(folder, new, "--to=onnx")
+    assert "--task is unknown: 'depth'; there are panoptic, " in error_of(
+        folder, new, "--task=depth"
+    )
     assert "no file or folder" in error_of(tmp_path / "absent", new)
     assert "neither model.json" in error_of(tmp_path, new)
     assert "is there already" in error_of(hf_folder, folder)

@@ -30,7 +30,7 @@ _KINDS = {
 
 
 class Count(int):
-    """A number that a field of a network may have where an int, which is a size, is not 0."""
+    """Annotates a field that may be 0; an int may only where that is its default."""
 
 
 def is_open(path: str) -> bool:
@@ -53,7 +53,7 @@ def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in section.items():
         check_choice(key, fields, f"{where} has no key")
-        check_type(value, fields[key].type, f"{where}.{key}")
+        check_type(value, fields[key].type, f"{where}.{key}", fields[key].default)
     for name, field in fields.items():
         no_default = field.default is field.default_factory is dataclasses.MISSING
         if no_default and name not in section:
@@ -67,18 +67,18 @@ def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
         raise ValueError(f"In {where}: {error}") from error
 
 
-def check_type(value: Any, annotation: Any, what: str, *, of_network: bool = False) -> None:
+def check_type(value: Any, annotation: Any, what: str, default: Any) -> None:
     """Raise a ValueError unless a value is of the type that its field is annotated with.
 
     True is no number, and a flag's "no" is not False. Numbers are finite, none is negative, and an
-    int of a network is not 0, but a `Count` may be.
+    int is not 0 where the `default` is not, nor where there is none.
     """
     name = getattr(annotation, "__name__", annotation)
     kind, words = _KINDS.get(name, (object, ""))
     is_bool = isinstance(value, bool)
     if not isinstance(value, kind) or (is_bool and kind not in (bool, object)):
         raise ValueError(f"{what} is {value!r} and must be {words}.")
-    least = int(of_network and name == "int")
+    least = int(name == "int" and default != 0)
     if kind in (numbers.Integral, numbers.Real) and not least <= value < math.inf:
         bound = f"at least {least}" if math.isfinite(value) else "finite"
         raise ValueError(f"{what} is {value} and must be {bound}.")
@@ -94,18 +94,21 @@ def check_fields(section: Mapping[str, Any], module: type, what: str, *decided: 
       decided: fields that are decided elsewhere.
     """
     own = {"parent", "name"}  # linen's
-    fields = {f.name: f.type for f in dataclasses.fields(module) if f.name not in (*own, *decided)}
+    fields = {f.name: f for f in dataclasses.fields(module) if f.name not in (*own, *decided)}
     for key, value in section.items():
         check_choice(key, sorted(fields), what)
-        check_type(value, fields[key], f"{module.__name__}.{key}", of_network=True)
+        field = fields[key]
+        check_type(value, field.type, f"{module.__name__}.{key}", field.default)
 
 
 def check_choice(value: str, valid: Collection[str], what: str) -> None:
     """Raise a ValueError, with the nearest name or all if none is near, unless `value` is one."""
     if value not in valid:
         folded = {name.casefold().lstrip("-"): name for name in valid}
-        close = difflib.get_close_matches(str(value).casefold().lstrip("-"), folded, 1, cutoff=0.4)
-        others = f"; there are {', '.join(valid)}." if folded else "."
+        given = str(value).casefold().lstrip("-")
+        close = [name for name in folded if given and name.startswith(given)]
+        close = close or difflib.get_close_matches(given, folded, 1, cutoff=0.6)
+        others = f"; there are {', '.join(filter(None, valid))}." if folded else "."
         hint = f"; did you mean {folded[close[0]]!r}?" if close else others
         raise ValueError(f"{what} {value!r}{hint}")
 

@@ -69,10 +69,6 @@ class BankConfig:
 
     def __post_init__(self):
         check_choice(self.dtype, DTYPES, "config.bank.dtype is")
-        if self.images_per_shard < 1:
-            raise ValueError(
-                f"config.bank.images_per_shard is {self.images_per_shard} and must be at least 1."
-            )
 
 
 def stage_batches(experiment: Experiment, name: str, text: np.ndarray | None) -> Batches[Batch]:

@@ -69,8 +69,6 @@ class PredictConfig:
             check_choice(task, TASKS, "There is no task")
         if self.keep_rule:
             check_choice(self.keep_rule, KEEP_RULES, "There is no keep_rule")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size} and must be at least 1.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             is_threshold = field.name.endswith("_threshold") and value is not None

@@ -34,8 +34,6 @@ class SegmentationLossConfig:
     matcher: matching.Matcher = matching.hungarian
 
     def __post_init__(self):
-        if self.num_points < 1:
-            raise ValueError(f"num_points must be at least 1, got {self.num_points}.")
         if self.oversample_ratio < 1 or not 0 <= self.importance_ratio <= 1:
             raise ValueError(
                 f"oversample_ratio must be at least 1 and importance_ratio in [0, 1], got "

@@ -370,8 +370,7 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
         ("activation", ACTIVATIONS),
         ("position_interpolation", ("bicubic", "bilinear")),
     ):
-        if (value := getattr(clip, field)) not in allowed:
-            raise ValueError(f"CLIP's {field} is {value!r}; choose one of {tuple(allowed)}.")
+        check_choice(getattr(clip, field), allowed, f"CLIP's {field} is")
     for tower in ("image", "text"):
         width, heads = getattr(clip, f"{tower}_width"), getattr(clip, f"{tower}_heads")
         # A ResNet's heads are of the last stage, and a ConvNeXt has none.

@@ -46,7 +46,7 @@ DEFAULTS: Mapping[str, Any] = {
     "num_blocks": 4,
     "num_upscales": Count(2),
     "frozen": False,
-    "frozen_ffn_width": Count(0),
+    "frozen_ffn_width": 0,
     "remat": False,
     "scan_layers": False,
     "dtype": "float32",

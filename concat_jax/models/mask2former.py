@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from concat_jax.core.config import check_fields
+from concat_jax.core.config import check_choice, check_fields
 from concat_jax.models.backbones import BACKBONES
 from concat_jax.models.pixel_decoder import PixelDecoder
 from concat_jax.models.segmentor_output import DTYPES, SegmentorOutput, normalize_images
@@ -111,8 +111,7 @@ def make_mask2former(settings: Mapping[str, Any]) -> Segmentor:
 
     backbone = dict(settings["backbone"])
     kind = backbone.pop("kind", "resnet")
-    if kind not in BACKBONES:
-        raise ValueError(f"Backbone kind is {kind!r}; use one of {', '.join(BACKBONES)}.")
+    check_choice(kind, BACKBONES, "Backbone kind is")
     backbone_class = BACKBONES[kind]
     what = f"The backbone config of kind {kind!r} has no key"
     check_fields(backbone, backbone_class, what, "dtype")

@@ -26,11 +26,10 @@ def segmentor_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     defaults, _ = SEGMENTORS[kind]
     for key in config:
         check_choice(key, defaults, "The segmentor config has no key")
-        where = f"The segmentor config's {key}"
-        check_type(config[key], type(defaults[key]), where, of_network=True)
+        where, default = f"The segmentor config's {key}", defaults[key]
+        check_type(config[key], type(default), where, default)
     settings = {**defaults, **config}
-    if (dtype := settings["dtype"]) not in DTYPES:
-        raise ValueError(f"Segmentor dtype is {dtype!r}; use one of {', '.join(DTYPES)}.")
+    check_choice(settings["dtype"], DTYPES, "Segmentor dtype is")
     return settings
 
 

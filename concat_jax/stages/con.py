@@ -70,8 +70,7 @@ class Config:
     backbone_multiplier: float = 0.1
 
     def __post_init__(self):
-        if self.alignment not in ("cosine", "infonce"):
-            raise ValueError(f"CON alignment is {self.alignment!r}; choose 'cosine' or 'infonce'.")
+        check_choice(self.alignment, ("cosine", "infonce"), "CON alignment is")
         check_choice(self.pooling, alignment.POOLINGS, "CON pooling is")
         check_choice(self.global_target, ("image", "segments"), "CON global_target is")
         check_choice(self.targets, ("", "online", "cached", "encoder"), "CON targets are")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.core.batch import QUERY_FIELDS, QUERY_TARGETS
+from concat_jax.core.config import Count
 from concat_jax.losses.alignment import cosine_alignment
 from concat_jax.losses.segmentation import weighted_cross_entropy
 from concat_jax.models.semantic_projector import class_vectors
@@ -44,7 +45,7 @@ class Config:
 
     no_object_weight: float = 0.1
     unseen_weight: float = 5.0
-    pseudo_per_class: int = 8
+    pseudo_per_class: Count = 8
     pseudo_seen: bool = False
     unseen_names: bool = True
     deviation: float = 0.0

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from concat_jax.core.config import Count
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import Networks
@@ -105,7 +106,7 @@ class StageConfig:
     """
 
     kind: str
-    steps: int
+    steps: Count
     batch_size: int
     optimizer: Mapping[str, Any]
     takes: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -128,11 +129,6 @@ class StageConfig:
         """What this stage takes or copies, and from which stage, or "init"."""
         copied = (source.split(":") for source in self.copies.values())
         return {**self.takes, **{f"{part} of {s}": s for *stage, part in copied for s in stage}}
-
-    def __post_init__(self):
-        for field in ("batch_size", "log_every", "keep"):
-            if (value := getattr(self, field)) < 1:
-                raise ValueError(f"{field} is {value} and must be at least 1.")
 
 
 # Norms, biases, embeddings and scalars have no weight decay, as in CLIP; Mask2Former decays biases.

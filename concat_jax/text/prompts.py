@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from concat_jax.core.config import check_choice
 from concat_jax.core.files import read_json
 from concat_jax.text.templates import check_templates
 from concat_jax.text.tokenizer import Tokenizer
@@ -68,8 +69,7 @@ def make_prompts(
 
     Raises ValueError that lists all empty names, classes that are one text, or bad templates.
     """
-    if synonyms not in SYNONYM_MODES:
-        raise ValueError(f"Synonyms are {synonyms!r}; use one of {', '.join(SYNONYM_MODES)}.")
+    check_choice(synonyms, SYNONYM_MODES, "Synonyms are")
     given = [[name] if isinstance(name, str) else list(name) for name in names]
     if not given:
         raise ValueError("There are no class names.")

@@ -41,8 +41,6 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check_choice(self.schedule, SCHEDULES, "There is no schedule")
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate is {self.accumulate} and must be at least 1.")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from etils.epath import Path
 
+from concat_jax.core.config import Count
 from concat_jax.core.files import replacing
 
 FOLDER = "profile"
@@ -24,13 +25,8 @@ class ProfileConfig:
     """
 
     stage: str = ""
-    after: int = 10
+    after: Count = 10
     steps: int = 5
-
-    def __post_init__(self):
-        for field, least in (("after", 0), ("steps", 1)):
-            if (value := getattr(self, field)) < least:
-                raise ValueError(f"config.profile.{field} is {value} and must be at least {least}.")
 
 
 class StepTracer:

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from concat_jax.core.config import build
+from concat_jax.core.config import build, check_choice
 from concat_jax.core.files import as_path, on_disk, read_json, write_json
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.clip import CLIP, make_clip
@@ -195,10 +195,7 @@ def load_card(folder: str | os.PathLike[str]) -> ModelCard:
         raise ValueError(
             f"{path} is no card of format 1 to {FORMAT}; convert the model again with this version."
         )
-    if content.get("task", "") not in ("", *TASKS):
-        raise ValueError(
-            f"{path} names the task {content['task']!r}; use one of {', '.join(TASKS)}."
-        )
+    check_choice(content.get("task", ""), ("", *TASKS), f"{path} names the task")
     for name, kind in (("vocabulary", Vocabulary), ("text", TextCard)):
         if content.get(name) is not None:
             try:

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from concat_jax.core.config import check_choice
 from concat_jax.core.files import FileError
 from concat_jax.core.vocabulary import Vocabulary
 
@@ -101,8 +102,7 @@ def treat_unseen(source: Source, treatment: UnseenImages) -> tuple[Source, np.nd
       in its records that training may use, [M] int64 ascending. Positions are the same in both.
       An image without any segment teaches nothing and is never among them.
     """
-    if treatment not in UNSEEN_IMAGES:
-        raise ValueError(f"unseen_images is {treatment!r} and must be 'drop', 'void' or 'keep'.")
+    check_choice(treatment, UNSEEN_IMAGES, "unseen_images is")
     is_seen = np.array(source.vocabulary.is_seen)
     if treatment == "void":
         source = _WithoutUnseen(source)

@@ -16,17 +16,20 @@ from concat_jax.core import config as configuration
 class Settings:
     steps: int
     rate: float = 0.1
+    every: int = 0
+    parts: configuration.Count = 2
     sizes: tuple[int, ...] = (1,)
     method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps} and must be at least 1.")
+        if self.rate > 1:
+            raise ValueError(f"rate is {self.rate} and must be at most 1.")
 
 
 def test_build_takes_given_fields_and_defaults():
-    built = configuration.build(Settings, {"steps": 3, "rate": 0.5}, "config.x")
-    assert built == Settings(steps=3, rate=0.5)
+    section = {"steps": 3, "rate": 0.5, "every": 0, "parts": 0}
+    built = configuration.build(Settings, section, "config.x")
+    assert built == Settings(steps=3, rate=0.5, parts=0)
     assert built.method == {}
 
 
@@ -46,8 +49,10 @@ def test_build_takes_config_dicts_and_turns_lists_into_tuples():
         ({"steps": 3.5}, "config.x.steps is 3.5 and must be a whole number."),
         ({"steps": True}, "config.x.steps is True and must be a whole number."),
         ({"steps": 3, "rate": "no"}, "config.x.rate is 'no' and must be a number."),
-        ({"steps": 0}, "In config.x: steps is 0 and must be at least 1."),
-        ({"steps": -1}, "config.x.steps is -1 and must be at least 0."),
+        ({"steps": 3, "rate": 2.0}, "In config.x: rate is 2.0 and must be at most 1."),
+        ({"steps": 0}, "config.x.steps is 0 and must be at least 1."),
+        ({"steps": 3, "every": -1}, "config.x.every is -1 and must be at least 0."),
+        ({"steps": 3, "parts": -1}, "config.x.parts is -1 and must be at least 0."),
         ({"steps": 3, "rate": -1.0}, "config.x.rate is -1.0 and must be at least 0."),
         ({"steps": 3, "rate": math.nan}, "config.x.rate is nan and must be finite."),
         ({"steps": 3, "rate": math.inf}, "config.x.rate is inf and must be finite."),

@@ -143,7 +143,7 @@ def unknown_profile_field(config):
         (unknown_choice, "CAT contrast_distance is 'manhattan'"),
         (unknown_evaluation, "config.eval.stages names no stage of 'finetuned'.*'finetune'"),
         (unknown_rule, "config.eval.keep_rules names no rule: 'objectnes'.*'objectness'"),
-        (no_progress, "In config.train.\\w+: log_every is 0 and must be at least 1"),
+        (no_progress, "config.train.\\w+.log_every is 0 and must be at least 1"),
         (no_size, "short_side is 0"),
         (no_bank, "finetune.bank_images is 0; set --config.train.finetune.bank_images"),
         (

@@ -333,7 +333,7 @@ def test_wrong_token_shapes_are_refused(tiny):
     ("change", "message"),
     [
         ({"image_widht": 3}, "no field 'image_widht'; did you mean 'image_width'"),
-        ({"stem": "hybrid"}, "stem is 'hybrid'; choose one of"),
+        ({"stem": "hybrid"}, "stem is 'hybrid'; there are patch"),
         ({"activation": "relu"}, "activation is 'relu'"),
         ({"position_interpolation": "nearest"}, "position_interpolation is 'nearest'"),
         ({"text_heads": 3}, "text_width 8 is not divisible by its 3 heads"),

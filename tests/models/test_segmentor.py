@@ -309,8 +309,8 @@ def test_full_size_shapes_and_parameter_count():
     [
         ({"num_querys": 3}, "no key 'num_querys'; did you mean 'num_queries'"),
         ({"backbone": {"widht": 3}}, "'resnet' has no key 'widht'; did you mean 'width'"),
-        ({"backbone": {"kind": "vgg"}}, "kind is 'vgg'; use one of"),
-        ({"dtype": "float16"}, "dtype is 'float16'; use one of float32, bfloat16"),
+        ({"backbone": {"kind": "vgg"}}, "kind is 'vgg'; there are convnext, resnet"),
+        ({"dtype": "float16"}, "dtype is 'float16'; did you mean 'bfloat16'"),
         ({"num_heads": 7}, "width 256 is not divisible by num_heads 7"),
         ({"num_heads": 0}, "config's num_heads is 0 and must be at least 1"),
         ({"backbone": {"width": 0}}, "ResNet.width is 0 and must be at least 1"),

@@ -159,7 +159,7 @@ def test_bad_input_is_refused(names, templates, message):
 
 
 def test_an_unknown_way_to_join_synonyms_is_refused():
-    with pytest.raises(ValueError, match="Synonyms are 'min'; use one of mean, max, none"):
+    with pytest.raises(ValueError, match="Synonyms are 'min'; there are mean, max, none"):
         _embed(["dog"], synonyms="min")
 
 

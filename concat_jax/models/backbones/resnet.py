@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from concat_jax.core.config import check_choice
 from concat_jax.models.ops.convolution import square_conv
 from concat_jax.models.ops.layers_in_turn import run_in_turn
 from concat_jax.models.ops.linear import Dense, relu
@@ -178,8 +179,7 @@ class ResNet(nn.Module):
 
     def _check(self) -> None:
         for field, valid in (("block", BLOCKS), ("norm", NORMS), ("stem", STEMS)):
-            if (value := getattr(self, field)) not in valid:
-                raise ValueError(f"ResNet {field} is {value!r}; use one of {', '.join(valid)}.")
+            check_choice(getattr(self, field), valid, f"ResNet {field} is")
         if not 1 <= len(self.stage_sizes) <= 4:
             raise ValueError(
                 f"ResNet stage_sizes is {tuple(self.stage_sizes)}; give one to four block counts."

@@ -101,7 +101,7 @@ def test_frozen_batch_norm_by_hand_and_without_gradient():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"block": "bottle"}, "block is 'bottle'; use one of bottleneck, basic"),
+        ({"block": "bottle"}, "block is 'bottle'; did you mean 'bottleneck'"),
         ({"norm": "batch"}, "norm is 'batch'"),
         ({"stem": "depe"}, "stem is 'depe'"),
         ({"stage_sizes": (2,) * 5}, r"stage_sizes is \(2, 2, 2, 2, 2\)"),
