@@ -114,17 +114,17 @@ def make_stage(context: Context, config: Config) -> Stage:
     at_hand = "cached" if context.has_clip_targets else "online"
     cached = align and (config.targets or at_hand) == "cached"
     networks, vocabulary = context.networks, context.vocabulary
-    if config.targets == "encoder":
-        if not networks.segmentor.gives_clip_tokens:
-            raise ValueError(
-                "CON's targets are of the segmentor's encoder, which is no frozen CLIP; set its "
-                'backbone\'s kind to "clip" and frozen to True, or CON\'s targets to "online".'
-            )
-        if context.crops.hide_void:
-            raise ValueError(
-                "CON's targets are of the segmentor's encoder, which sees void pixels where "
-                'config.crops.hide_void says to hide them; set CON\'s targets to "online".'
-            )
+    of_encoder = config.targets == "encoder"
+    if of_encoder and not networks.segmentor.gives_clip_tokens:
+        raise ValueError(
+            "CON's targets are of the segmentor's encoder, which is no frozen CLIP; set its "
+            'backbone\'s kind to "clip" and frozen to True, or CON\'s targets to "online".'
+        )
+    if of_encoder and context.crops.hide_void:
+        raise ValueError(
+            "CON's targets are of the segmentor's encoder, which sees void pixels where "
+            'config.crops.hide_void says to hide them; set CON\'s targets to "online".'
+        )
 
     def pull(predictions, targets, valid, labels=None):
         if config.alignment == "cosine":
@@ -176,7 +176,7 @@ def make_stage(context: Context, config: Config) -> Stage:
         if align:
             if cached:
                 image_target, segment_targets = (batch[field] for field in TARGET_FIELDS)
-            elif config.targets == "encoder":
+            elif of_encoder:
                 image_target, segment_targets = token_targets(
                     networks.clip,
                     frozen["clip"],
