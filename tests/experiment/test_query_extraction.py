@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from concat_jax.core.config import build
 from concat_jax.core.files import FileError
 from concat_jax.core.shard_store import ShardStore, StoreError
 from concat_jax.experiment import batches
@@ -242,4 +243,4 @@ def test_settings_are_checked():
     with pytest.raises(ValueError, match="config.bank.dtype is 'bfloat16'; did you mean 'float"):
         BankConfig(dtype="bfloat16")
     with pytest.raises(ValueError, match="config.bank.images_per_shard is 0 and must be"):
-        BankConfig(images_per_shard=0)
+        build(BankConfig, {"images_per_shard": 0}, "config.bank")
