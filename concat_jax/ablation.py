@@ -182,14 +182,13 @@ def ablation(
     for seed in range(seeds):
         for row, cell in run_seed(config, rows, seed, folder).items():
             cells[row].append(cell)
-        loaded = {row: load_row(folder, row, seed + 1, config) for row in rows}
-        found = {row: scores(*sweeps) for row, sweeps in loaded.items()}
+        found, curves = {}, {}
+        for row in rows:  # one in memory at a time: a sweep of 2,000 scenes is 0.15 GB
+            sweeps, gammas = load_row(folder, row, seed + 1, config)
+            found[row] = scores(sweeps, gammas)
+            curves[ROWS[row].title] = tuple(np.mean([sweep.curve() for sweep in sweeps], axis=0))
         table = format_ablation(cells, found)
         print(f"\nAfter {seed + 1} of {seeds} seeds, percent:\n{table}", flush=True)
-    curves = {
-        ROWS[row].title: tuple(np.mean([sweep.curve() for sweep in sweeps], axis=0))
-        for row, (sweeps, _) in loaded.items()
-    }
     plots.save_figure(plots.bias_curves(curves), folder / "ablation.png")
     if learnt := learning(folder, rows, seeds):
         plots.save_figure(plots.learning_curves(learnt), folder / "learning.png")
