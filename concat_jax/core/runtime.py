@@ -43,8 +43,8 @@ def step_compiler_options(device_kind: str, fusion_mb: int = FUSION_MB) -> dict[
     On a CPU XLA orders a program so that independent parts can run side by side, which leaves more
     arrays alive: at R50 and 1024 x 1024 a quarter more memory for five per cent of the time.
 
-    On a v5e ("TPU v5 lite") a fusion may fill `fusion_mb` of a core's vector memory, 16 by default,
-    and XLA unrolls what fits: less is sooner compiled to a smaller and somewhat slower program.
+    On a v5e ("TPU v5 lite") a fusion may fill `fusion_mb` of a core's vector memory, 16 by XLA's
+    default, and XLA unrolls what fits: less compiles sooner to a smaller, somewhat slower program.
     """
     return {
         "cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False},
