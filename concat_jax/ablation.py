@@ -15,9 +15,7 @@ curves to `ablation.png`, and how soon the rows of stage 1 learnt seen names to 
 
 from __future__ import annotations
 
-import copy
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,80 +24,19 @@ import ml_collections
 import numpy as np
 
 from concat_jax.core import cli
-from concat_jax.core.config import build, check_choice
-from concat_jax.core.files import in_bucket, read_json, read_text, write_json, write_text
+from concat_jax.core.config import check_choice
+from concat_jax.core.files import in_bucket, read_text, write_json, write_text
 from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation.bootstrap import difference, estimate
 from concat_jax.evaluation.calibration import Sweep
 from concat_jax.evaluation.report import markdown_table
-from concat_jax.experiment.ablation_rows import ROWS, SCORED, stages_before, with_rows
-from concat_jax.experiment.evidence import SCORES, left_out_gamma, load_sweep, measure, scores
-from concat_jax.experiment.experiment import open_experiment
-from concat_jax.stages.registry import learns_from
-from concat_jax.stages.stage import StageConfig
+from concat_jax.experiment.ablation_rows import ROWS, SCORED
+from concat_jax.experiment.ablation_runs import run_seed, train_shared
+from concat_jax.experiment.evidence import SCORES, load_sweep, scores
 from concat_jax.training.metrics import METRICS
 from concat_jax.visualize import plots
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
-
-
-def shared_stages(config: ml_collections.ConfigDict) -> list[str]:
-    """The stages that all seeds of a world share: those on captions."""
-    stages = {
-        name: build(StageConfig, config.train[name], f"config.train.{name}")
-        for name in config.stages
-    }
-    return [name for name, settings in stages.items() if learns_from(settings) == "captions"]
-
-
-def train_shared(config: ml_collections.ConfigDict, world: Path) -> None:
-    """Trains what all seeds of a world share, with the world's own seed."""
-    config = copy.deepcopy(config)
-    with config.unlocked():
-        config.seed = config.data.world_seed
-        config.stages, config.eval.stages = tuple(shared_stages(config)), {}
-    run = open_experiment(config, world)
-    for name in config.stages:
-        if not run.parameters.is_finished(name):
-            run.train(name)
-
-
-def run_seed(
-    config: ml_collections.ConfigDict, rows: Sequence[str], seed: int, world: Path
-) -> dict[str, dict]:
-    """Trains and scores the rows for one seed, as far as that is not done; row -> its cell.
-
-    A cell is what `evidence.measure` returns and the "seconds" that training and scoring took,
-    without the stages before the row.
-    """
-    from data_pipelines.datasets import make_datasets
-
-    shared, config = shared_stages(config), with_rows(config, seed)
-    folder = world / f"seed_{seed}"
-    files = {row: folder / row / "cell.json" for row in rows}
-    if not all(file.exists() for file in files.values()):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in shared:
-            if not (folder / name).exists():
-                (folder / name).symlink_to(f"../{name}")
-        run = open_experiment(config, folder)
-        held_out = make_datasets({**config.data, "eval_split": "validation"}, seed=seed)
-    for row, file in files.items():
-        if file.exists():
-            continue
-        chosen_by, gamma = ROWS[row].chosen_by, None
-        for scored in filter(None, (chosen_by, row)):
-            for stage in (*stages_before(config, scored), scored):
-                began = time.monotonic()
-                if not run.parameters.is_finished(stage):
-                    print(f"\n[seed {seed}]", end=" ")
-                    run.train(stage)
-        if chosen_by:
-            gamma = left_out_gamma(run, chosen_by, held_out.evaluation())
-        test = run.datasets.evaluation()
-        cell = measure(run, row, held_out.evaluation(), test, folder / row, gamma)
-        write_json(file, cell | {"seconds": round(time.monotonic() - began, 1)})
-    return {row: read_json(file) for row, file in files.items()}
 
 
 def load_row(
@@ -142,7 +79,11 @@ def format_ablation(cells: Cells, found: Mapping[str, Mapping]) -> str:
             np.mean([cell["calibrated"][group]["pq"] for cell in cells[row]])
             for group in ("seen", "unseen")
         ]
-        gammas = "/".join(f"{cell['gamma']:g}" for cell in cells[row])
+        chosen = bool(ROWS[row].chosen_among)
+        gammas = "/".join(
+            f"{cell['gamma']:g} ({cell['stage']})" if chosen else f"{cell['gamma']:g}"
+            for cell in cells[row]
+        )
         seconds = format_seconds(np.mean([cell["seconds"] for cell in cells[row]]))
         shown = "/".join(f"{part:.1f}" for part in parts)
         lines.append([ROWS[row].title, *numbers, shown, gammas, seconds])

@@ -20,6 +20,7 @@ from data_pipelines.prepared.pipeline import training_batches
 from data_pipelines.prepared.source import PreparedSource
 from data_pipelines.sources.registry import DATASETS, open_source
 from data_pipelines.sources.source import Source, UnseenImages
+from data_pipelines.synthetic.presets import PRESETS
 from data_pipelines.synthetic.world import CaptionWorld, SyntheticWorld
 
 KINDS = ("synthetic", *DATASETS, "tfds")
@@ -88,7 +89,11 @@ _STEPS_OF_A_RUN = 1 << 24
 def _synthetic(config, seed: int, process_index: int, process_count: int) -> Datasets:
     world = config.get("world_seed", seed)
     first = 0 if world == seed else (seed + 1) * _STEPS_OF_A_RUN
-    shared = dict(preset=config["preset"], image_size=config["image_size"], seed=world)
+    check_choice(config["preset"], PRESETS, "There is no preset")
+    whole = preset = PRESETS[config["preset"]]
+    if every := config.get("left_out", 0):
+        preset = whole.leaving_out(every)
+    shared = dict(preset=preset, image_size=config["image_size"], seed=world)
     segments = dict(max_segments=config["max_segments"])
 
     def share_of(batch_size: int) -> int:
@@ -124,7 +129,8 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
         vocabulary=test.vocabulary,
         train=functools.partial(scenes, classes="seen"),
         captions=captions,
-        caption_words=(*test.vocabulary.names, "a an and"),
+        # Those of the whole world: its CLIP has read them all.
+        caption_words=(*whole.vocabulary.names, "a an and"),
         oracle=functools.partial(scenes, classes="all"),
         evaluation=test.eval_examples,
         eval_size=config["image_size"],

@@ -8,7 +8,6 @@ import pytest
 
 from concat_jax import ablation
 from concat_jax.core.config import build
-from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.bias_curve import NamedQueries
 from concat_jax.evaluation.calibration import Sweep
 from concat_jax.experiment import evidence
@@ -111,26 +110,25 @@ class FakeRun:
     def __init__(self, config, workdir, datasets):
         self.workdir, self.seed, self.config = workdir, config.seed, config
         self.datasets = types.SimpleNamespace(evaluation=lambda: "test")
-        self.setup = types.SimpleNamespace(
-            vocabulary=VOCABULARY,
-            vocabulary_of=lambda name: VOCABULARY.leaving_out(config.train[name].left_out),
-        )
+        self.setup = types.SimpleNamespace(config=config)
+        self.prefix = "left out: " * ("left_out" in config.data)
         self.parameters = types.SimpleNamespace(
             is_finished=lambda name: (workdir / name / "done").exists()
         )
 
     def train(self, name):
-        self.log.append((self.seed, "train", name))
+        self.log.append((self.seed, f"{self.prefix}train", name))
         (self.workdir / name).mkdir(parents=True)
         (self.workdir / name / "done").touch()
 
-    def sweep(self, name, examples, gammas, vocabulary=None):
-        if vocabulary:
-            self.log.append((self.seed, "choose", name))
-            return types.SimpleNamespace(best=lambda: 2.0)
-        if self.log[-1] != (self.seed, "score", name):
-            self.log.append((self.seed, "score", name))
-        return sweep(gammas, 0.6, 0.3 + 0.1 * self.seed)
+    def held_out(self):
+        return types.SimpleNamespace(evaluation=lambda: "held out")
+
+    def sweep(self, name, examples, gammas):
+        scored = (self.seed, f"{self.prefix}score", name)
+        if self.log[-1] != scored:
+            self.log.append(scored)
+        return sweep(gammas, 0.6, 0.3 + 0.1 * self.seed + 0.1 * (name == "refit_600"))
 
 
 @pytest.fixture
@@ -171,43 +169,35 @@ def test_seeds_share_the_world_and_finished_cells_are_not_run_again(fake_run, tm
     assert fake_run == []
 
 
-def test_an_inductive_row_takes_the_gamma_of_one_that_leaves_seen_classes_out(fake_run, tmp_path):
-    ablation.ablation(demo_zps.get_config("smoke"), ["inductive"], 1, 0, tmp_path)
-    assert [what[1:] for what in fake_run[2:]] == [
-        ("train", "cat_inductive_left_out"),
-        ("train", "inductive_left_out"),
-        ("train", "cat_inductive"),
-        ("train", "inductive"),
-        ("choose", "inductive_left_out"),
-        ("score", "inductive"),
+def test_an_inductive_row_is_chosen_where_seen_classes_play_the_unseen_ones(fake_run, tmp_path):
+    config = demo_zps.get_config("smoke")
+    with config.unlocked():
+        config.stages = ("trunk", *config.stages)
+        config.train.trunk = dict(config.train.clip.to_dict(), captions="seen")
+    table = ablation.ablation(config, ["refit"], 1, 0, tmp_path)
+    assert "left_out" not in config.data
+    assert [what[1:] for what in fake_run] == [
+        ("train", "trunk"),
+        ("train", "clip"),
+        *(("left out: train", stage) for stage in ("trunk", "con")),
+        *(
+            (f"left out: {what}", f"refit_{steps}")
+            for steps in (300, 600, 1200)
+            for what in ("train", "score")
+        ),
+        ("train", "con"),
+        ("train", "refit_600"),
+        ("score", "refit_600"),
     ]
-    cell = json.loads((tmp_path / "world_0" / "seed_0" / "inductive" / "cell.json").read_text())
-    assert cell["gamma"] == 2.0
-
-
-def test_a_gamma_of_left_out_classes_sees_no_unseen_one():
-    vocabulary = Vocabulary(
-        tuple("abcdef"), (True,) * 6, (False, True, True, True, False, True), tuple(range(6))
-    )
-    example = {
-        "segment_ids": np.array([[0, 1, 2], [3, 4, 4]]),
-        "segment_labels": np.array([0, 3, 1, 4, -1]),
-    }
-
-    class Run:
-        setup = types.SimpleNamespace(
-            vocabulary=vocabulary, vocabulary_of=lambda name: vocabulary.leaving_out(2)
-        )
-
-        def sweep(self, name, examples, gammas, known):
-            (found,) = examples
-            assert known.names == tuple("bcdf") and known.is_seen == (False, True, False, True)
-            assert known.category_ids == (1, 2, 3, 5)
-            np.testing.assert_array_equal(found["segment_ids"], [[0, 0, 2], [3, 0, 0]])
-            np.testing.assert_array_equal(found["segment_labels"], [-1, 2, 0, -1, -1])
-            return types.SimpleNamespace(best=lambda: 0.75)
-
-    assert evidence.left_out_gamma(Run(), "refit_left_out", [example]) == 0.75
+    # The best of them where classes were left out, at the γ that was best there.
+    seed = tmp_path / "world_0" / "seed_0"
+    cell = json.loads((seed / "refit" / "cell.json").read_text())
+    assert cell["stage"] == "refit_600" and cell["gamma"] == 1.0
+    assert "| 1 (refit_600) |" in table
+    assert evidence.load_sweep(seed / "refit" / "sweep.npz", VOCABULARY)[1] == 1.0
+    left_out = tmp_path / "world_0" / "left_out"
+    assert (left_out / "seed_0" / "clip").resolve() == tmp_path / "world_0" / "clip"
+    assert not (left_out / "trunk").is_symlink()
 
 
 def test_what_a_run_saw_as_it_learnt_is_read_once_a_step(tmp_path):
@@ -236,6 +226,9 @@ def test_every_row_makes_a_stage_that_can_be_built():
     """Run checks every stage it is to run: what it takes, its optimizer and its method."""
     config = with_rows(demo_zps.get_config("smoke"), seed=0)
     for name, row in ROWS.items():
+        if row.chosen_among:
+            assert row.title and set(row.chosen_among) <= set(ROWS)
+            continue
         order = stages_before(config, name)
         assert set(config.train[name].takes.values()) <= set(order)
         kind = config.train[name].kind

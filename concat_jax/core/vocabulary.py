@@ -61,19 +61,6 @@ class Vocabulary:
         flags, ids = ([of[k] for k in places] for of in (known.is_thing, known.category_ids))
         return dataclasses.replace(self, is_thing=tuple(flags), category_ids=tuple(ids))
 
-    def leaving_out(self, every: int) -> Vocabulary:
-        """With every `every`-th seen class, the first one too, as unseen; 0 changes nothing."""
-        if not every:
-            return self
-        is_seen = np.array(self.is_seen)
-        is_seen[self.seen[::every]] = False
-        return dataclasses.replace(self, is_seen=tuple(is_seen.tolist()))
-
-    def part(self, rows: np.ndarray) -> Vocabulary:
-        """The classes of these indices, in that order."""
-        fields = ([getattr(self, f.name)[k] for k in rows] for f in dataclasses.fields(self))
-        return Vocabulary(*map(tuple, fields))
-
     @functools.cached_property
     def seen(self) -> np.ndarray:
         """Indices of the seen classes, [S] int32 ascending."""

@@ -35,7 +35,7 @@ _STEPS = (
     *(round(0.25 * step, 2) for step in range(17)),
     *(4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0, 24.0),
 )
-GAMMAS = tuple(sorted({sign * step for step in _STEPS for sign in (-1.0, 1.0)}))
+GAMMAS = tuple(sorted({sign * step for step in _STEPS for sign in (1.0, -1.0)}))
 
 Examples = Iterable[Mapping]
 

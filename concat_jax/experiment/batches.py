@@ -199,15 +199,12 @@ def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank
         with_targets=with_targets,
         **host,
     )
-    vocabulary, labels = setup.vocabulary_of(name), bank.labels
-    if settings.left_out:
-        labels = np.where(np.isin(labels, vocabulary.seen), labels, -1).astype(labels.dtype)
-    warning = missing_classes(labels, vocabulary)
+    warning = missing_classes(bank.labels, setup.vocabulary)
     if warning and jax.process_index() == 0:
         print(f"Warning: {warning}")
     return QueryBank(
         bank.queries,
-        labels,
+        bank.labels,
         batch_size=settings.batch_size,
         seed=config.seed,
         memory_per_class=getattr(method_of(name, settings), "memory_per_class", 0),

@@ -100,26 +100,6 @@ def _names(
     }
 
 
-def left_out_gamma(run: Experiment, name: str, held_out: Iterable[Mapping]) -> float:
-    """The γ that is best for a stage with the seen classes that it left out as the unseen ones.
-
-    Pixels of classes that are unseen in truth are void, and their names are not asked for.
-    """
-    every = run.setup.vocabulary_of(name)
-    seen = run.setup.vocabulary.seen
-    places = np.full(len(every) + 1, -1)
-    places[seen] = np.arange(len(seen))
-
-    def without_unseen(example: Mapping) -> dict:
-        labels = places[example["segment_labels"]]
-        ids = example["segment_ids"]
-        ids = np.where(np.append(-1, labels)[ids] < 0, 0, ids)
-        return {**example, "segment_labels": labels, "segment_ids": ids}
-
-    examples = map(without_unseen, held_out)
-    return run.sweep(name, examples, GAMMAS, every.part(seen)).best()
-
-
 def measure(
     run: Experiment,
     name: str,

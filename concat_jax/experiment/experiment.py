@@ -289,23 +289,16 @@ class Experiment:
         )
 
     def sweep(
-        self,
-        name: str,
-        examples: Iterable[Mapping],
-        gammas: Iterable[float],
-        vocabulary: Vocabulary | None = None,
+        self, name: str, examples: Iterable[Mapping], gammas: Iterable[float]
     ) -> calibration.Sweep:
-        """What holds after a stage, scored at many γ, and how it names queries.
-
-        The examples' classes are those of `vocabulary`, or of the training data.
-        """
+        """What holds after a stage, scored at many γ, and how it names queries."""
         if self.setup.eval_vocabulary is not self.setup.vocabulary:
             raise ValueError(
                 "gamma weighs the seen classes of the training data against the unseen ones; set "
                 "config.data.eval_kind to '' to choose it."
             )
         gammas = calibration.check_gammas(gammas)
-        predictor = self.predictor(name, vocabulary, gamma=gammas, tasks=("panoptic", "queries"))
+        predictor = self.predictor(name, gamma=gammas, tasks=("panoptic", "queries"))
         return calibration.sweep(predictor, examples, name=name)
 
     def evaluate(self, name: str, keep_rule: str = "", *, num_extremes: int = 0) -> dict:

@@ -74,18 +74,13 @@ class Setup:
         generator = make_generator(fields, self.networks.query_width, where)
         return dataclasses.replace(self.networks, generator=generator)
 
-    def vocabulary_of(self, name: str) -> Vocabulary:
-        """The classes, and which of them stage `name` sees."""
-        return self.vocabulary.leaving_out(self.stages[name].left_out)
-
     def make_stage(self, name: str) -> Stage:
         """The parameters that stage `name` trains and reads, and its loss.
 
         Raises:
           ValueError: for settings that its kind does not have.
         """
-        networks, vocabulary = self.networks_of(name), self.vocabulary_of(name)
-        context = dataclasses.replace(self.context, networks=networks, vocabulary=vocabulary)
+        context = dataclasses.replace(self.context, networks=self.networks_of(name))
         return make_stage(name, self.stages[name], context)
 
     def holds_after(self, name: str) -> dict[str, str]:

@@ -44,6 +44,7 @@ class Config:
       global_target: "image", CLIP's embedding of the picture, as in the paper, or "segments", the
         mean of those of its segments, which says what is in the picture and how often.
       min_area: pixels of the smallest segment whose crop is taken to show what it is.
+      area_power: a segment's weight in λ_i's mean is its area to this power; 0 is all alike.
       pooling: "objectness", "similarity" or "mean", see `alignment.pool_queries`.
       targets: "online" runs CLIP on every batch; "cached" takes the targets from the batch, where
         they were looked up: of un-augmented images at native size, so the same up to what jitter,
@@ -64,6 +65,7 @@ class Config:
     aligned_sets: int = 0
     global_target: str = "image"
     min_area: int = 0
+    area_power: float = 0.0
     pooling: str = "objectness"
     targets: str = ""
     max_segments: int = 0
@@ -133,8 +135,10 @@ def make_stage(context: Context, config: Config) -> Stage:
             predictions, targets, valid, temperature=config.temperature, labels=labels
         )
 
-    def align_set(semantic, objectness, query_of_segment, image_target, segment_targets, labels):
-        # One prediction set: [B, N, C], [B, N] and [B, G] against [B, C] and [B, G, C].
+    def align_set(
+        semantic, objectness, query_of_segment, image_target, segment_targets, weights, labels
+    ):
+        # One prediction set: [B, N, C], [B, N] and [B, G] against [B, C], [B, G, C] and [B, G].
         pooled = alignment.pool_queries(
             semantic,
             objectness,
@@ -147,7 +151,8 @@ def make_stage(context: Context, config: Config) -> Stage:
         rows = jnp.clip(query_of_segment, 0)[..., None]
         holders = jnp.take_along_axis(semantic, rows, axis=1)
         losses = pull(holders, segment_targets, matched, labels)
-        return loss_global, losses.sum() / jnp.maximum(matched.sum(), 1)
+        weights = jnp.where(matched, weights, 0.0)
+        return loss_global, (weights * losses).sum() / jnp.maximum(weights.sum(), 1e-6)
 
     def loss(params, frozen, batch, rng):
         labels = training_labels(batch["segment_labels"], batch["segment_is_crowd"], vocabulary)
@@ -195,12 +200,14 @@ def make_stage(context: Context, config: Config) -> Stage:
                     image_size=batch["image_size"],
                     max_segments=config.max_segments,
                 )
-            if config.min_area:
+            segment_weights = jnp.ones(labels.shape)
+            if config.min_area or config.area_power:
                 areas = jax.vmap(functools.partial(jnp.bincount, length=labels.shape[1] + 1))(
                     batch["segment_ids"].reshape(len(labels), -1).astype(jnp.int32)
                 )[:, 1:]
                 large = (areas >= config.min_area)[..., None]
                 segment_targets = jnp.where(large, segment_targets, 0.0)
+                segment_weights = (areas / batch["segment_ids"][0].size) ** config.area_power
             if config.global_target == "segments":
                 image_target = alignment.unit(segment_targets.sum(axis=1))
             num_sets = logits.shape[1]
@@ -211,6 +218,7 @@ def make_stage(context: Context, config: Config) -> Stage:
                     terms.query_of_segment[:, i],
                     image_target,
                     segment_targets,
+                    segment_weights,
                     labels,
                 )
                 for i in range(num_sets - min(config.aligned_sets or num_sets, num_sets), num_sets)

@@ -143,7 +143,7 @@ def make_stage(context: Context, config: Config) -> Stage:
         value = total / jnp.maximum(count, 1e-6)
         if config.con_weight:
             targets = batch[QUERY_TARGETS]
-            matched = jnp.any(targets != 0, axis=-1) & (batch["query_labels"] >= 0)
+            matched = jnp.any(targets != 0, axis=-1)
             pull = jnp.where(matched, cosine_alignment(semantic, targets), 0.0)
             metrics["loss_instance"] = pull.sum() / jnp.maximum(matched.sum(), 1)
             value += config.con_weight * metrics["loss_instance"]

@@ -64,13 +64,6 @@ def make_stage(name: str, settings: StageConfig, context: Context) -> Stage:
         )
     if settings.oracle and settings.queries != "bank":
         raise ValueError(f"{where}.oracle needs a bank; set --{where}.queries=bank.")
-    if settings.left_out == 1:
-        raise ValueError(f"{where}.left_out is 1, every seen class; set --{where}.left_out=2.")
-    if settings.left_out and (settings.oracle or learns_from(settings) != "queries"):
-        raise ValueError(
-            f"{where}.left_out changes the labels of a bank of seen classes, which stage {name!r} "
-            f"does not learn from; set --{where}.left_out=0."
-        )
     for subtree in settings.takes:
         check_choice(subtree, SUBTREES, f"{where}.takes names no subtree:")
     with _remedies_of(name):

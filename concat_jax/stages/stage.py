@@ -95,8 +95,6 @@ class StageConfig:
       queries: where a stage has its vision queries from: "bank", extracted once, or "images",
         augmented anew in every step, at the price of the segmentor's forward pass.
       oracle: the bank's images show unseen classes too: an upper bound, which is not zero-shot.
-      left_out: every so many of the seen classes one is unseen to a stage on queries, and its
-        queries hold no segment: what is chosen by such classes has seen no unseen one. 0 is none.
       generator: the network that this stage trains in place of `config.model.generator`, in the
         same form; stages that take its generator follow. {} for the config's.
       copies: part of a fresh subtree -> part of a taken one that it starts from, as
@@ -119,7 +117,6 @@ class StageConfig:
     bank_images: int = 0
     queries: str = "bank"
     oracle: bool = False
-    left_out: int = 0
     generator: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     captions: str = "all"

@@ -67,6 +67,18 @@ class WorldPreset:
     num_things: tuple[int, int] = (2, 5)
     radius: tuple[float, float] = (8.0, 15.0)
 
+    def leaving_out(self, every: int) -> WorldPreset:
+        """The world of its seen classes, with every `every`-th thing and ground of them unseen.
+
+        What is chosen in it has seen none that is unseen here.
+        """
+
+        def split(classes: Sequence[WorldClass]) -> tuple[WorldClass, ...]:
+            seen = enumerate(entry for entry in classes if entry.is_seen)
+            return tuple(dataclasses.replace(c, is_seen=k % every > 0) for k, c in seen)
+
+        return dataclasses.replace(self, things=split(self.things), stuff=split(self.stuff))
+
     @functools.cached_property
     def classes(self) -> tuple[WorldClass | AttributeClass, ...]:
         """All K classes in vocabulary order: things, then stuff."""

@@ -42,15 +42,6 @@ def test_synonyms_follow_the_name():
     assert Vocabulary(**FIELDS, synonyms=((),) * 4) == plain
 
 
-def test_seen_classes_are_left_out_and_parts_taken():
-    vocabulary = Vocabulary(**{**FIELDS, "is_seen": (True, False, True, True)})
-    assert vocabulary.leaving_out(0) is vocabulary
-    assert vocabulary.leaving_out(2).is_seen == (False, False, True, False)
-    part = vocabulary.leaving_out(3).part(vocabulary.seen)
-    assert part.names == ("cow", "cat", "road") and part.is_seen == (False, True, True)
-    assert part.category_ids == tuple(FIELDS["category_ids"][k] for k in (0, 2, 3))
-
-
 def test_is_a_value():
     assert Vocabulary(**FIELDS) == Vocabulary(**FIELDS)
     assert hash(Vocabulary(**FIELDS)) == hash(Vocabulary(**FIELDS))

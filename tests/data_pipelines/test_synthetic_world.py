@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from data_pipelines.datasets import make_datasets
 from data_pipelines.synthetic import patterns, render
 from data_pipelines.synthetic import world as worlds
 from data_pipelines.synthetic.attributes import DEVIATION, AttributeClass
@@ -265,6 +266,27 @@ def test_stuff_has_lower_contrast_than_things():
         assert tone.shape == (64, 64) and tone.dtype == np.float32
         assert 0.7 < tone.min() and tone.max() < 1.1
         assert (tone.std() > 0.03) == (texture != "smooth")
+
+
+@pytest.mark.parametrize("preset", ["texture", "attributes_few"])
+def test_a_world_to_choose_in_has_seen_classes_alone(preset):
+    whole = PRESETS[preset]
+    part = whole.leaving_out(4)
+    seen = [whole.vocabulary.names[k] for k in whole.vocabulary.seen]
+    assert list(part.vocabulary.names) == seen
+    things = sum(whole.vocabulary.is_thing[k] for k in whole.vocabulary.seen)
+    assert part.vocabulary.unseen.tolist() == [
+        *range(0, things, 4),
+        *range(things, len(seen), 4),
+    ]
+    data = dict(kind="synthetic", preset=preset, image_size=32, max_segments=10, left_out=4)
+    data |= dict(eval_split="validation", num_eval_images=1, caption_scene_ratio=0.125)
+    found = make_datasets(data, seed=0)
+    assert found.vocabulary == part.vocabulary
+    # The CLIP is that of the whole world, with all of its words.
+    assert set(whole.vocabulary.names) <= set(found.caption_words)
+    labels = next(found.train(64)([0]))["segment_labels"]
+    assert set(labels.ravel()) - {-1} <= set(part.vocabulary.seen.tolist())
 
 
 def test_captions():

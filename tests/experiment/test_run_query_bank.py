@@ -41,11 +41,11 @@ def make_bank(tmp_path, monkeypatch):
     )
     (tmp_path / "con").mkdir()
 
-    def make(weights=1.0, labels=(0, 1), memory=0, left_out=0, **generator):
+    def make(weights=1.0, labels=(0, 1), memory=0, **generator):
         config = module.get_config("smoke")
         config.mesh.devices = 1
         config.train.con.batch_size = 1
-        config.train.cat.update(bank_images=1, batch_size=1, left_out=left_out)
+        config.train.cat.update(bank_images=1, batch_size=1)
         config.model.generator.update(generator)
         with config.unlocked():
             config.train.cat.method.memory_per_class = memory
@@ -89,11 +89,6 @@ def test_a_stage_gets_the_memory_that_its_method_asks_for(make_bank):
     batch = make_bank(memory=5).batch(0)
     assert batch["memory_queries"].shape == (3, 5, 4)
     np.testing.assert_array_equal(batch["memory_valid"].all(axis=1), [True, True, False])
-
-
-def test_queries_of_seen_classes_that_are_left_out_hold_no_segment(make_bank):
-    np.testing.assert_array_equal(make_bank(left_out=2).labels, [[-1, 1]])
-    np.testing.assert_array_equal(make_bank().labels, [[0, 1]])  # of the same files
 
 
 def run_with(tmp_path, monkeypatch, change):

@@ -130,6 +130,29 @@ def test_small_segments_do_not_pull_and_an_image_can_pull_to_its_segments(cached
         np.testing.assert_allclose(found[0][name], value, rtol=1e-4, err_msg=name)
 
 
+def test_large_segments_can_pull_more(cached_batch):
+    """Of two segments in one image that are all there is to pull, by the root of their areas."""
+    ids = np.zeros_like(cached_batch["segment_ids"])
+    ids[0, :8, :8], ids[0, -2:, -8:] = 1, 2  # 64 and 16 pixels
+    labels = np.full_like(cached_batch["segment_labels"], -1)
+    labels[0, :2] = CONTEXT.vocabulary.seen[:2]
+    field = TARGET_FIELDS[1]
+    batch = {**cached_batch, "segment_ids": ids, "segment_labels": labels}
+    single = []
+    for kept in (0, 1):
+        targets = np.zeros_like(batch[field])
+        targets[0, kept] = cached_batch[field][0, kept]
+        single.append({**batch, field: targets})
+    stage = con.make_stage(CONTEXT, con.Config(targets="cached", area_power=0.5))
+    loss = jax.jit(stage.loss, compiler_options=FAST_COMPILE)
+    large, small, both = (
+        loss(tiny.trained(stage), tiny.frozen(stage), given, KEY)[1]["loss_instance"]
+        for given in (*single, batch)
+    )
+    assert abs(large - small) > 1e-2
+    np.testing.assert_allclose(both, (2 * large + small) / 3, rtol=1e-5)
+
+
 def test_con_without_alignment_does_not_take_clip():
     stage = con.make_stage(CONTEXT, con.Config(global_weight=0.0, instance_weight=0.0))
     assert stage.reads == ("text",)

@@ -160,14 +160,6 @@ def test_settings_that_cannot_be_are_refused(changed, message):
 ONE_CLASS = Vocabulary(("cat",), (True,), (True,), (1,))
 
 
-def test_classes_are_left_out_of_a_bank_of_seen_ones_alone():
-    for kind, changed in (("con", {}), ("cat", dict(oracle=True)), ("cat", dict(queries="images"))):
-        with pytest.raises(ValueError, match=f"'{kind}' does not learn from; set --config.train"):
-            make_stage(kind, settings(kind, left_out=2, **changed), tiny.context())
-    with pytest.raises(ValueError, match="left_out is 1, every seen class; set --config.train.cat"):
-        make_stage("cat", settings("cat", left_out=1), tiny.context())
-
-
 @pytest.mark.parametrize(
     ("kind", "changed", "vocabulary", "count"),
     [

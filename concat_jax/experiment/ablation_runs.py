@@ -1,0 +1,117 @@
+"""The ablation's runs: a world, what its seeds share, and the rows of each, trained and scored."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+
+from concat_jax.core.config import build
+from concat_jax.core.files import read_json, write_json
+from concat_jax.evaluation.calibration import GAMMAS
+from concat_jax.experiment.ablation_rows import LEFT_OUT, ROWS, stages_before, with_rows
+from concat_jax.experiment.evidence import measure
+from concat_jax.experiment.experiment import Experiment, open_experiment
+from concat_jax.stages.registry import learns_from
+from concat_jax.stages.stage import StageConfig
+
+
+def shared_stages(
+    config: ml_collections.ConfigDict, captions: Sequence[str] = ("all", "seen")
+) -> list[str]:
+    """The stages that all seeds of a world share: those on captions, of these classes."""
+    stages = {
+        name: build(StageConfig, config.train[name], f"config.train.{name}")
+        for name in config.stages
+    }
+    return [
+        name
+        for name, settings in stages.items()
+        if learns_from(settings) == "captions" and settings.captions in captions
+    ]
+
+
+def train_shared(config: ml_collections.ConfigDict, world: Path) -> None:
+    """Trains what all seeds of a world share, with the world's own seed."""
+    config = copy.deepcopy(config)
+    with config.unlocked():
+        config.seed = config.data.world_seed
+        config.stages, config.eval.stages = tuple(shared_stages(config)), {}
+    run = open_experiment(config, world)
+    for name in config.stages:
+        if not run.parameters.is_finished(name):
+            run.train(name)
+
+
+def link_stages(names: Sequence[str], folder: Path) -> None:
+    """Makes a folder in which these stages are those of the folder above."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if not (folder / name).exists():
+            (folder / name).symlink_to(f"../{name}")
+
+
+def open_seed(config: ml_collections.ConfigDict, seed: int, world: Path) -> Experiment:
+    """One seed's experiment, with every row as a stage."""
+    folder = world / f"seed_{seed}"
+    link_stages(shared_stages(config), folder)
+    return open_experiment(with_rows(config, seed), folder)
+
+
+def train_row(run: Experiment, row: str) -> float:
+    """Trains a row and those before it, as far as that is not done; seconds of the row's own."""
+    for stage in (*stages_before(run.setup.config, row), row):
+        began = time.monotonic()
+        if not run.parameters.is_finished(stage):
+            print(f"\n[seed {run.setup.config.seed}]", end=" ")
+            run.train(stage)
+    return time.monotonic() - began
+
+
+def choose(
+    config: ml_collections.ConfigDict, rows: Sequence[str], seed: int, world: Path
+) -> tuple[str, float]:
+    """Which of the rows, at which γ, has the highest hPQ where seen classes play the unseen ones.
+
+    That world is trained anew but for the CLIP, which knows the names of all classes anyway.
+    """
+    config = copy.deepcopy(config)
+    with config.unlocked():
+        config.data.left_out = LEFT_OUT
+    folder = world / "left_out"
+    link_stages(shared_stages(config, ["all"]), folder)
+    train_shared(config, folder)
+    run = open_seed(config, seed, folder)
+    scores = {}
+    for row in rows:
+        train_row(run, row)
+        found = run.sweep(row, run.held_out().evaluation(), GAMMAS)
+        gamma = found.best()
+        scores[row, gamma] = found.summary(gamma)["harmonic"]["pq"]
+    return max(scores, key=scores.get)
+
+
+def run_seed(
+    config: ml_collections.ConfigDict, rows: Sequence[str], seed: int, world: Path
+) -> dict[str, dict]:
+    """Trains and scores the rows for one seed, as far as that is not done; row -> its cell.
+
+    A cell is what `evidence.measure` returns, the "stage" that was scored, and the "seconds" that
+    training and scoring it took, without the stages before it.
+    """
+    files = {row: world / f"seed_{seed}" / row / "cell.json" for row in rows}
+    missing = [row for row, file in files.items() if not file.exists()]
+    run = open_seed(config, seed, world) if missing else None
+    for row in missing:
+        stage, gamma = row, None
+        if rivals := ROWS[row].chosen_among:
+            stage, gamma = choose(config, rivals, seed, world)
+        seconds, began = train_row(run, stage), time.monotonic()
+        held_out, test = run.held_out().evaluation(), run.datasets.evaluation()
+        cell = measure(run, stage, held_out, test, files[row].parent, gamma)
+        seconds += time.monotonic() - began
+        write_json(files[row], cell | {"stage": stage, "seconds": round(seconds, 1)})
+    return {row: read_json(file) for row, file in files.items()}
