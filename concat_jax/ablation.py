@@ -30,8 +30,8 @@ from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation.bootstrap import difference, estimate
 from concat_jax.evaluation.calibration import Sweep
 from concat_jax.evaluation.report import markdown_table
-from concat_jax.experiment.ablation_rows import ROWS, SCORED
-from concat_jax.experiment.ablation_runs import run_seed, train_shared
+from concat_jax.experiment.ablation.rows import ROWS, SCORED
+from concat_jax.experiment.ablation.runs import run_seed, train_shared
 from concat_jax.experiment.evidence import SCORES, load_sweep, scores
 from concat_jax.training.metrics import METRICS
 from concat_jax.visualize import plots

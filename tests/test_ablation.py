@@ -11,7 +11,7 @@ from concat_jax.core.config import build
 from concat_jax.evaluation.bias_curve import NamedQueries
 from concat_jax.evaluation.calibration import Sweep
 from concat_jax.experiment import evidence
-from concat_jax.experiment.ablation_rows import ROWS, SCORED, stages_before, with_rows
+from concat_jax.experiment.ablation.rows import ROWS, SCORED, stages_before, with_rows
 from concat_jax.stages.registry import STAGES
 from concat_jax.visualize import plots
 from configs import coco_zps, demo_zps

@@ -10,7 +10,7 @@ import pytest
 
 from concat_jax.core import config as configuration
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.experiment.ablation_rows import with_rows
+from concat_jax.experiment.ablation.rows import with_rows
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.inference.images import Buckets
 from concat_jax.inference.predictor import PredictConfig

@@ -15,7 +15,7 @@ from PIL import Image
 from concat_jax.benchmarking import cases
 from concat_jax.core.coco_writers import PanopticWriter
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.experiment.ablation_rows import SCORED
+from concat_jax.experiment.ablation.rows import SCORED
 from concat_jax.models.segmentor import make_segmentor
 from concat_jax.models.segmentor_output import LinearClassifier
 from concat_jax.weights.hugging_face_folder import save_hf_folder

@@ -12,7 +12,7 @@ import ml_collections
 from concat_jax.core.config import build
 from concat_jax.core.files import read_json, write_json
 from concat_jax.evaluation.calibration import GAMMAS
-from concat_jax.experiment.ablation_rows import LEFT_OUT, ROWS, stages_before, with_rows
+from concat_jax.experiment.ablation.rows import LEFT_OUT, ROWS, stages_before, with_rows
 from concat_jax.experiment.evidence import measure
 from concat_jax.experiment.experiment import Experiment, open_experiment
 from concat_jax.stages.registry import learns_from
