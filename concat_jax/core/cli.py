@@ -243,7 +243,7 @@ def _parse(values: Flags, argv: Sequence[str]) -> list[str]:
     _check_config_file(argv)
     try:
         rest = values(argv)[1:]
-        _check_added_keys(values)
+        _settle_overrides(values)
         return rest
     except flags.UnrecognizedFlagError as error:
         names = [f"--{name}" for name in values]
@@ -280,8 +280,10 @@ def _check_config_file(argv: Sequence[str]) -> None:
             check_choice(path, beside, "there is no config file")
 
 
-def _check_added_keys(values: Flags) -> None:
+def _settle_overrides(values: Flags) -> None:
     """Refuse flags for keys that a config file has not, but in sections that name what they take.
+
+    Several words may be given as to any other flag, --config.stages=clip,con.
 
     Raises:
       ValueError: naming the nearest key.
@@ -296,6 +298,10 @@ def _check_added_keys(values: Flags) -> None:
         if key not in section and not is_open(path):
             where = ".".join(["config", *sections]) if sections else "the config"
             check_choice(key, list(section), f"{where} has no key")
+        given = functools.reduce(lambda config, name: config[name], sections, flag.value)
+        match given[key]:
+            case (str() as words,):
+                given[key] = tuple(words.split(","))
     flag.value.lock()
 
 

@@ -247,7 +247,8 @@ from ml_collections import ConfigDict
 
 def get_config():
     train = dict(cat=dict(steps=3, method=dict()))
-    return ConfigDict(dict(seed=0, train=train, model=dict(clip=dict()), data=dict(root="")))
+    model, data = dict(clip=dict()), dict(root="")
+    return ConfigDict(dict(seed=0, stages=("cat",), train=train, model=model, data=data))
 """
 
 
@@ -257,6 +258,9 @@ def get_config():
         ("--config.train.cat.method.unseen_names=False", False),
         ("--config.train.cat.queries=images", "images"),
         ("--config.train.cat.steps=5", 5),
+        ("--config.stages=clip,con", ("clip", "con")),
+        ("--config.stages=con", ("con",)),
+        ("--config.stages=('clip','con')", ("clip", "con")),
         ("--config.model.clip.variant=ViT-B/32", "ViT-B/32"),
         ("--config.sead=3", "Error: the config has no key 'sead'; did you mean 'seed'?"),
         ("--config.data.rot=x", "Error: config.data has no key 'rot'; did you mean 'root'?"),
