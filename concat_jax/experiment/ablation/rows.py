@@ -104,10 +104,14 @@ ROWS: Mapping[str, Row] = {
     "con_area": Row(
         "CON, segments by the root of their area", "con", {"method.area_power": 0.5}, base="con"
     ),
+    # At the cross-entropy's weight, as `attributes` has none of it.
+    "con_image": Row(
+        "CON with a pull of the image", "con", {"method.global_weight": 1.0}, base="con"
+    ),
     "con_segments": Row(
-        "CON, the image's target the mean of its segments'",
+        "CON with a pull of the image to the mean of its segments",
         "con",
-        {"method.global_target": "segments"},
+        {"method.global_weight": 1.0, "method.global_target": "segments"},
         base="con",
     ),
     "control": Row(
