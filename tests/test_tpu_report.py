@@ -212,6 +212,22 @@ def small_setup(**stages):
 
 
 @pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("fusion", 6, "config.mesh has no key 'fusion'; did you mean 'fusion_mb'"),
+        ("fusion_mb", 0, "config.mesh.fusion_mb is 0 and must be at least 1"),
+        ("fusion_mb", 5.5, "config.mesh.fusion_mb is 5.5 and must be a whole number"),
+        ("devices", -1, "config.mesh.devices is -1 and must be at least 0"),
+    ],
+)
+def test_what_a_mesh_cannot_be(key, value, message):
+    config = coco_zps.get_config("mini")
+    config.mesh = {**config.mesh, key: value}
+    with pytest.raises(ValueError, match=message):
+        abstract_programs.setup_of(config)
+
+
+@pytest.mark.parametrize(
     "stage, con, message",
     [
         ("cno", {}, "names no stage of the config: 'cno'; did you mean 'con'"),

@@ -99,7 +99,7 @@ def training_program(setup: Setup, name: str, mesh: Mesh) -> Program:
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arguments, shardings
     )
-    seed, fusion_mb = setup.config.seed, setup.fusion_mb
+    seed, fusion_mb = setup.config.seed, setup.mesh.fusion_mb
     step = jit_train_step(stage.loss, optimizer, seed, mesh, state, fusion_mb=fusion_mb)
     sizes = batch_sizes(setup, name)
     content = "images of {S} x {S}" if "image" in batch else "images' {N} vision queries"

@@ -244,7 +244,7 @@ def make_reports(
     """
     check_choice(step, STEPS, "--step is none of a stage's:")
     topology, setup = topology_of(slice_name), setup_of(config)
-    mesh = make_topology_mesh(topology, config.mesh.get("fsdp", 1))
+    mesh = make_topology_mesh(topology, setup.mesh.fsdp)
     return [compile_program(program, topology) for program in STEPS[step](setup, name, mesh)]
 
 

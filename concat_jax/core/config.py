@@ -17,7 +17,7 @@ T = TypeVar("T")
 # Sections whose keys are fields of a dataclass or a network, which refuse what they do not have: a
 # flag may set a field that the config file leaves at its default.
 _OPEN = re.compile(
-    r"(train\.\w+(\.\w+)?|model\.\w+(\.backbone)?|loss|crops|bank|eval\.settings|profile)\.\w+"
+    r"(train\.\w+(\.\w+)?|model\.\w+(\.backbone)?|loss|crops|bank|mesh|eval\.settings|profile)\.\w+"
 )
 # What a value must be, by the annotation of its field; others are not checked.
 _KINDS = {

@@ -68,7 +68,7 @@ class Experiment:
         self.workdir, self.datasets = workdir, datasets
         self._mirror = mirror or (lambda name: None)
         self.elsewhere = Elsewhere(config)
-        self.mesh = make_mesh(config.mesh.devices, config.mesh.get("fsdp", 1))
+        self.mesh = make_mesh(setup.mesh.devices, setup.mesh.fsdp)
         self.parameters = Parameters(setup, workdir, self.mesh)
         self.embeddings = ClassEmbeddings(
             config.text,
@@ -239,7 +239,7 @@ class Experiment:
                 eval_every=settings.eval_every,
                 profile=setup.profile if setup.profile.stage == name else None,
                 tensorboard=setup.config.tensorboard,
-                fusion_mb=setup.fusion_mb,
+                fusion_mb=setup.mesh.fusion_mb,
             ),
             optimizer=setup.optimizer(name),
             look=looks.look(self, name) if settings.eval_every else None,

@@ -9,7 +9,6 @@ from typing import Protocol
 import ml_collections
 
 from concat_jax.core.config import build, check_choice
-from concat_jax.core.runtime import FUSION_MB
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.batches import BankConfig
 from concat_jax.experiment.class_embeddings import check_names, check_text, make_tokenizer
@@ -25,6 +24,7 @@ from concat_jax.stages.stage import INIT, Context, Stage, StageConfig
 from concat_jax.text.tokenizer import Tokenizer
 from concat_jax.training.optimizer import OptimizerConfig
 from concat_jax.training.profile import ProfileConfig
+from concat_jax.training.sharding import MeshConfig
 
 
 class Labels(Protocol):
@@ -40,8 +40,7 @@ class Labels(Protocol):
 class Setup:
     """What a config says, checked: stages in order, and what they are made with.
 
-    `eval_vocabulary` is the same object as `vocabulary` where it is the same; `fusion_mb` as of
-    `step_compiler_options`.
+    `eval_vocabulary` is the same object as `vocabulary` where it is the same.
     """
 
     config: ml_collections.ConfigDict
@@ -53,7 +52,7 @@ class Setup:
     bank: BankConfig
     profile: ProfileConfig
     context: Context
-    fusion_mb: int
+    mesh: MeshConfig
 
     @property
     def networks(self) -> Networks:
@@ -153,8 +152,6 @@ def make_setup(
         )
     for rule in config.eval.get("keep_rules", ()):
         check_choice(rule, KEEP_RULES, "config.eval.keep_rules names no rule:")
-    if (fusion_mb := config.mesh.get("fusion_mb", FUSION_MB)) < 1:
-        raise ValueError(f"config.mesh.fusion_mb is {fusion_mb} and must be at least 1.")
     check_text(config.text)
     evaluated = labels.eval_vocabulary or labels.vocabulary
     if tokenizer is None:
@@ -173,12 +170,13 @@ def make_setup(
     constants = dict(config.get("loss", {}))
     matcher = make_matcher(constants.pop("matcher", OURS))
     loss = build(SegmentationLossConfig, {**constants, "matcher": matcher}, "config.loss")
-    crops, bank, profile = (
+    crops, bank, profile, mesh = (
         build(cls, config.get(name, {}), f"config.{name}")
         for name, cls in (
             ("crops", CropConfig),
             ("bank", BankConfig),
             ("profile", ProfileConfig),
+            ("mesh", MeshConfig),
         )
     )
     if profile.stage:
@@ -209,5 +207,5 @@ def make_setup(
         bank,
         profile,
         context,
-        fusion_mb,
+        mesh,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,10 +11,24 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from concat_jax.core.runtime import FUSION_MB
+
 AXES = ("data", "fsdp")
 # Numbers of the smallest array that is split. Norms and biases stay whole: of R50's segmentor they
 # are 437 of 627 arrays, each of which would be a collective of its own, and 0.4 % of the numbers.
 MIN_SPLIT = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Section `mesh` of a config: of `make_mesh`, and what a fusion of a training step may fill.
+
+    `fusion_mb` is as of `step_compiler_options`.
+    """
+
+    devices: int = 0
+    fsdp: int = 1
+    fusion_mb: int = FUSION_MB
 
 
 def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
