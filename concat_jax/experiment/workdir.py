@@ -14,7 +14,7 @@ import ml_collections
 from etils.epath import Path
 
 from concat_jax.core import config as configuration
-from concat_jax.core.files import append_text, read_json, write_json
+from concat_jax.core.files import append_text, nearest, read_json, write_json
 from concat_jax.experiment.workdir_lock import lock_workdir
 from concat_jax.stages.stage import INIT
 from concat_jax.training.checkpoints import StageCheckpoints
@@ -84,13 +84,14 @@ def claim_workdir(
 
     Before the first checkpoint any key may change; then only what changes nothing that was learnt,
     which includes where the data lies as long as it is the same. What changes is printed and noted
-    in `changes.jsonl`, and `config.json` follows; nothing is written unless `write`.
-    `data_identity` is the fingerprint of the training data, None where it is drawn. Raises
-    ValueError naming the first key that must not differ, with both values, or if the workdir is a
-    file, cannot be read, or is written by another process.
+    in `changes.jsonl`, and `config.json` follows; nothing is written unless `write`. A stage that
+    the config has no more stays as it was made. `data_identity` is the fingerprint of the training
+    data, None where it is drawn. Raises ValueError naming the first key that must not differ, with
+    both values, or if the workdir is a file, cannot be read, or is written by another process.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"The workdir {workdir} is a file; name a folder.")
+    if (above := nearest(workdir)).is_file():
+        below = f"is in {above}, which " if above != workdir else ""
+        raise ValueError(f"The workdir {workdir} {below}is a file; name a folder.")
     path, data_path = workdir / "config.json", workdir / "data.json"
     write = write and jax.process_index() == 0
     mine = json.loads(json.dumps(configuration.flat(config)))
@@ -98,15 +99,19 @@ def claim_workdir(
     theirs = {k: v for k, v in theirs.items() if k in mine or not _is_built_in(k, v)}
     changed = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
     trained = trained_stages(workdir)
+    gone = trained - {*config.get("train", {})}
+    changed = [k for k in changed if _stage_of(k) not in gone]
     if trained:
         for key in changed:
             if _is_free(key, trained):
                 continue
             if key in DATA_KEYS and data_identity and _is_of_data(data_path, data_identity()):
                 continue
+            stage = _stage_of(key)
+            anew = f", or delete {workdir / stage} to train it anew" if stage else ""
             raise ValueError(
                 f"The workdir {workdir} was made with config.{key} = {theirs.get(key)!r}, now it "
-                f"is {mine.get(key)!r}; use another workdir or the config it was made with."
+                f"is {mine.get(key)!r}; use another workdir or the config it was made with{anew}."
             )
         # What is shown and run next is said by each command anew.
         changed = [key for key in changed if not key.startswith((*EVALUATION_KEYS, "stages"))]
@@ -148,8 +153,8 @@ def check_origins(workdir: Path, stages: Iterable[str]) -> None:
         raise ValueError(
             f"In {workdir}, {', '.join(stale)} learnt from an earlier version of stage "
             f"{' and '.join(sorted({*stale.values()}))}; delete "
-            f"{', '.join(str(workdir / name) for name in stale)}, and python -m concat_jax.main "
-            "with the same --config and --workdir trains them on what there is now."
+            f"{', '.join(str(workdir / name) for name in stale)}, and the command that trained "
+            "them trains them on what there is now."
         )
 
 
@@ -175,10 +180,14 @@ def read_report(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def _stage_of(key: str) -> str:
+    """Whose key of a config it is; "" of no stage's."""
+    return key.split(".")[1] if key.startswith("train.") else ""
+
+
 def _is_free(key: str, trained: Collection[str]) -> bool:
-    if key.startswith("train."):
-        _, stage, *rest = key.split(".")
-        return stage not in trained or rest[-1] in LOGGING_KEYS
+    if stage := _stage_of(key):
+        return stage not in trained or key.split(".")[-1] in LOGGING_KEYS
     return key.startswith(FREE_KEYS) and not key.endswith(_SHAPELESS_KEYS)
 
 

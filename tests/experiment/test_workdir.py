@@ -123,9 +123,20 @@ def test_what_was_learnt_from_is_refused(trained, key):
     before = {p: p.read_bytes() for p in trained.rglob("*.json")}
     name = key.replace("__", ".")
     message = rf"made with config\.{name} = \d+, now it is 77; use another workdir"
+    if name.startswith("train.con."):
+        message += rf" .*, or delete {trained / 'con'} to"
     with pytest.raises(ValueError, match=message):
         claim(trained, config(**{key: 77, "data__num_threads": 1}))
     assert {p: p.read_bytes() for p in trained.rglob("*.json*")} == before
+
+
+def test_a_stage_that_the_config_has_no_more_stays_as_it_was_made(trained):
+    without = config()
+    del without.train.con
+    claim(trained, without)
+    assert written(trained)["train.con.batch_size"] == 8
+    with pytest.raises(ValueError, match=r"made with config\.train\.con\.batch_size = 8"):
+        claim(trained, config(train__con__batch_size=77))
 
 
 def test_heads_that_no_checkpoint_tells_are_refused(trained):
@@ -177,6 +188,8 @@ def test_a_file_is_no_workdir(tmp_path):
     (tmp_path / "w").write_text("")
     with pytest.raises(ValueError, match="w is a file; name a folder"):
         claim(tmp_path / "w")
+    with pytest.raises(ValueError, match="is in .*w, which is a file; name a folder"):
+        claim(tmp_path / "w" / "world_0")
 
 
 def test_a_config_with_a_byte_order_mark_is_read(trained):
