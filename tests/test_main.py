@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 
 import jax
@@ -23,6 +24,7 @@ import concat_jax.experiment.looks
 from concat_jax import main
 from concat_jax.core import config as configuration
 from concat_jax.experiment import batches, parameters, query_pictures
+from concat_jax.experiment.experiment import Experiment
 from concat_jax.experiment.setup import make_setup
 from concat_jax.experiment.workdir_lock import LOCK_NAME
 from concat_jax.training import sharding
@@ -307,6 +309,18 @@ def test_a_stage_trained_anew_leaves_no_mixture(copied, monkeypatch):
     ):
         run(tiny_config(), copied)
     assert contents(copied) == before
+
+
+def test_a_split_that_there_is_not_is_refused_before_anything_is_written(tmp_path):
+    config = tiny_config()
+    config.eval.bias_split = "validaton"
+    with pytest.raises(ValueError, match="no split 'validaton'; did you mean 'validation'"):
+        run(config, tmp_path / "fresh")
+    assert not (tmp_path / "fresh").exists()
+    config.data.kind = "coco_panoptic_zps"
+    setup = types.SimpleNamespace(config=config)
+    with pytest.raises(ValueError, match="set config.eval.bias_split to ''"):
+        Experiment.held_out(types.SimpleNamespace(setup=setup))
 
 
 def test_stages_out_of_order_are_refused_before_anything_is_written(tmp_path):

@@ -81,6 +81,7 @@ class Experiment:
             setup.check_predicts(name, "config.eval.stages")
         if trains:
             setup.check_files()
+            self.held_out()  # a split that there is not shows now
             check_origins(workdir, (*config.stages, *config.eval.stages))
             for name in config.stages:
                 if not self.parameters.is_finished(name):
@@ -190,12 +191,21 @@ class Experiment:
         }
 
     def held_out(self) -> Datasets | None:
-        """The world of `config.eval.bias_split`; None where that names none."""
+        """The world of `config.eval.bias_split`; None where that names none.
+
+        Raises ValueError if there is no such split; other data than the synthetic world has none.
+        """
         from data_pipelines.datasets import make_datasets
 
         config = self.setup.config
         if not (split := config.eval.get("bias_split", "")):
             return None
+        if config.data.kind != "synthetic":
+            raise ValueError(
+                f"config.eval.bias_split is {split!r}, a split of the synthetic world, which "
+                f"config.data of kind {config.data.kind!r} has not; set config.eval.bias_split to "
+                "''."
+            )
         return make_datasets({**config.data, "eval_split": split}, seed=config.seed)
 
     def train(self, name: str) -> None:
