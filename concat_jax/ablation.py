@@ -4,7 +4,7 @@
 
 A row is a stage of the config with a few fields changed. All seeds share one world, one CLIP and
 one set of test scenes, and differ in training alone; rows of one seed share the stages before them.
-A stage that is finished is not run again, nor is a cell that has been scored.
+A stage that is finished is not run again, nor is a cell that has been scored by the same settings.
 
 What is printed no bias towards seen names can fake: hPQ at the γ that is best on validation scenes,
 and the areas under seen against unseen scores as γ sweeps; hPQ without γ stands beside them. A
@@ -31,8 +31,9 @@ from concat_jax.evaluation.bootstrap import difference, estimate
 from concat_jax.evaluation.calibration import Sweep
 from concat_jax.evaluation.report import markdown_table
 from concat_jax.experiment.ablation.rows import ROWS, SCORED
-from concat_jax.experiment.ablation.runs import run_seed, train_shared
+from concat_jax.experiment.ablation.runs import config_of_seed, run_seed, train_shared
 from concat_jax.experiment.evidence import SCORES, load_sweep, scores
+from concat_jax.experiment.experiment import open_experiment
 from concat_jax.training.metrics import METRICS
 from concat_jax.visualize import plots
 
@@ -115,9 +116,16 @@ def ablation(
             f"config.data of kind {config.data.kind!r} has no validation part to choose γ on; the "
             "ablation runs on the synthetic world."
         )
+    if config.eval.get("bias_split", "") in ("", config.data.eval_split):
+        raise ValueError(
+            "γ is chosen on other scenes than are scored; give --config.eval.bias_split=validation "
+            "--config.data.eval_split=test."
+        )
     with config.unlocked():
         config.data.world_seed = world
     folder = workdir / f"world_{world}"
+    # A mistake in a row's settings must not show after what all share has been trained.
+    open_experiment(config_of_seed(config, rows, 0), folder / "seed_0", trains=False)
     train_shared(config, folder)
     cells: dict[str, list[dict]] = {row: [] for row in rows}
     for seed in range(seeds):
@@ -160,9 +168,9 @@ def main(given: cli.Flags) -> None:
             f"--workdir={workdir}: seeds share what a world trained by links to its folders, which "
             "a bucket has none of; give a folder of this machine."
         )
-    if given.preset:
-        config.data.preset = given.preset
-    if "num_eval_images" in config.data:
+    with config.unlocked():
+        if given.preset:
+            config.data.preset = given.preset
         config.data.num_eval_images = given.scenes
     ablation(config, given.rows, given.seeds, given.world, workdir)
 

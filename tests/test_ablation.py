@@ -1,6 +1,7 @@
 """The ablation's rows, its tables, and that nothing is run twice."""
 
 import json
+import shutil
 import types
 
 import numpy as np
@@ -16,6 +17,7 @@ from concat_jax.stages.registry import STAGES
 from concat_jax.visualize import plots
 from configs import coco_zps, demo_zps
 from data_pipelines.synthetic.presets import PRESETS
+from tests.command_lines import ROOT
 
 VOCABULARY = PRESETS["texture"].vocabulary
 SCENES = 40
@@ -107,7 +109,7 @@ class FakeRun:
 
     log = []
 
-    def __init__(self, config, workdir, datasets):
+    def __init__(self, config, workdir, datasets, trains=True):
         self.workdir, self.seed, self.config = workdir, config.seed, config
         self.datasets = types.SimpleNamespace(evaluation=lambda: "test")
         self.setup = types.SimpleNamespace(config=config)
@@ -118,7 +120,7 @@ class FakeRun:
 
     def train(self, name):
         self.log.append((self.seed, f"{self.prefix}train", name))
-        (self.workdir / name).mkdir(parents=True)
+        (self.workdir / name).mkdir(parents=True, exist_ok=True)
         (self.workdir / name / "done").touch()
 
     def held_out(self):
@@ -126,7 +128,7 @@ class FakeRun:
 
     def sweep(self, name, examples, gammas):
         scored = (self.seed, f"{self.prefix}score", name)
-        if self.log[-1] != scored:
+        if self.log[-1:] != [scored]:
             self.log.append(scored)
         return sweep(gammas, 0.6, 0.3 + 0.1 * self.seed + 0.1 * (name == "refit_600"))
 
@@ -167,6 +169,14 @@ def test_seeds_share_the_world_and_finished_cells_are_not_run_again(fake_run, tm
     fake_run.clear()
     assert ablation.ablation(config, ["projection", "con"], 2, 5, tmp_path) == table
     assert fake_run == []
+    # Unless they were scored by other settings, or what was scored is gone.
+    config.data.num_eval_images += 1
+    ablation.ablation(config, ["projection"], 1, 5, tmp_path)
+    assert fake_run == [(0, "score", "projection")]
+    fake_run.clear()
+    (folder / "seed_0" / "projection" / "done").unlink()
+    ablation.ablation(config, ["projection"], 1, 5, tmp_path)
+    assert fake_run == [(0, "train", "projection"), (0, "score", "projection")]
 
 
 def test_an_inductive_row_is_chosen_where_seen_classes_play_the_unseen_ones(fake_run, tmp_path):
@@ -198,6 +208,25 @@ def test_an_inductive_row_is_chosen_where_seen_classes_play_the_unseen_ones(fake
     left_out = tmp_path / "world_0" / "left_out"
     assert (left_out / "seed_0" / "clip").resolve() == tmp_path / "world_0" / "clip"
     assert not (left_out / "trunk").is_symlink()
+    # A cell of when the row was a stage itself; and one of a stage that was deleted since.
+    write_cell = (seed / "refit" / "cell.json").write_text
+    for damage in (
+        lambda: write_cell(json.dumps({k: v for k, v in cell.items() if k != "stage"})),
+        lambda: shutil.rmtree(seed / "refit_600"),
+    ):
+        damage()
+        fake_run.clear()
+        ablation.ablation(config, ["refit"], 1, 0, tmp_path)
+        assert fake_run[-1] == (0, "score", "refit_600")
+
+
+@pytest.mark.parametrize("row, stage", [("full", "finetune"), ("refit", "control")])
+def test_a_mistake_in_the_last_stage_shows_before_the_first_is_trained(tmp_path, row, stage):
+    config = demo_zps.get_config("smoke")
+    config.train[stage].method.deviation = -1.0
+    with pytest.raises(ValueError, match="method.deviation is -1.0 and must be at least 0"):
+        ablation.ablation(config, [row], 1, 0, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_a_run_saw_as_it_learnt_is_read_once_a_step(tmp_path):
@@ -240,6 +269,17 @@ def test_every_row_makes_a_stage_that_can_be_built():
 def test_real_data_has_no_validation_world(tmp_path):
     with pytest.raises(ValueError, match="'coco_panoptic_zps' has no validation part"):
         ablation.ablation(coco_zps.get_config("mini"), ["projection"], 1, 0, tmp_path)
+    line = f"--config={ROOT}/configs/coco_zps.py:mini --preset=texture --workdir={tmp_path}"
+    with pytest.raises(SystemExit, match="'coco_panoptic_zps' has no validation part"):
+        ablation.main(["ablation", *line.split()])
+
+
+@pytest.mark.parametrize("split", ["", "test"])
+def test_gamma_is_not_chosen_on_what_is_scored(tmp_path, split):
+    config = demo_zps.get_config()
+    config.eval.bias_split = split
+    with pytest.raises(ValueError, match="other scenes than are scored; give --config.eval.bias_s"):
+        ablation.ablation(config, ["projection"], 1, 0, tmp_path)
 
 
 def test_an_unknown_row_and_none_at_all_are_refused(tmp_path):

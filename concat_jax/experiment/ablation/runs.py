@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -15,6 +16,7 @@ from concat_jax.evaluation.calibration import GAMMAS
 from concat_jax.experiment.ablation.rows import LEFT_OUT, ROWS, stages_before, with_rows
 from concat_jax.experiment.evidence import measure
 from concat_jax.experiment.experiment import Experiment, open_experiment
+from concat_jax.experiment.workdir import evaluation_settings
 from concat_jax.stages.registry import learns_from
 from concat_jax.stages.stage import StageConfig
 
@@ -54,11 +56,24 @@ def link_stages(names: Sequence[str], folder: Path) -> None:
             (folder / name).symlink_to(f"../{name}")
 
 
-def open_seed(config: ml_collections.ConfigDict, seed: int, world: Path) -> Experiment:
-    """One seed's experiment, with every row as a stage."""
+def config_of_seed(
+    config: ml_collections.ConfigDict, rows: Sequence[str], seed: int
+) -> ml_collections.ConfigDict:
+    """One seed's config, whose stages are those of the rows and those before them."""
+    shared, config = shared_stages(config), with_rows(config, seed)
+    ends = [stage for row in rows for stage in ROWS[row].chosen_among or (row,)]
+    stages = [stage for end in ends for stage in (*stages_before(config, end), end)]
+    config.stages = tuple(dict.fromkeys((*shared, *stages)))
+    return config
+
+
+def open_seed(
+    config: ml_collections.ConfigDict, rows: Sequence[str], seed: int, world: Path
+) -> Experiment:
+    """One seed's experiment; ValueError if a stage of it learnt from one that is gone."""
     folder = world / f"seed_{seed}"
     link_stages(shared_stages(config), folder)
-    return open_experiment(with_rows(config, seed), folder)
+    return open_experiment(config_of_seed(config, rows, seed), folder)
 
 
 def train_row(run: Experiment, row: str) -> float:
@@ -84,7 +99,7 @@ def choose(
     folder = world / "left_out"
     link_stages(shared_stages(config, ["all"]), folder)
     train_shared(config, folder)
-    run = open_seed(config, seed, folder)
+    run = open_seed(config, rows, seed, folder)
     scores = {}
     for row in rows:
         train_row(run, row)
@@ -94,24 +109,36 @@ def choose(
     return max(scores, key=scores.get)
 
 
+def is_of(cell: dict[str, Any], row: str, run: Experiment) -> bool:
+    """Whether a cell is of what the row is now: its stage, and how the config says to score it.
+
+    Of how cells of before were scored nothing is known, and they pass.
+    """
+    stage, shown = cell.get("stage", row), evaluation_settings(run.setup.config)
+    is_there = stage in (ROWS[row].chosen_among or (row,)) and run.parameters.is_finished(stage)
+    return is_there and cell.get("config", shown) == shown
+
+
 def run_seed(
     config: ml_collections.ConfigDict, rows: Sequence[str], seed: int, world: Path
 ) -> dict[str, dict]:
     """Trains and scores the rows for one seed, as far as that is not done; row -> its cell.
 
-    A cell is what `evidence.measure` returns, the "stage" that was scored, and the "seconds" that
-    training and scoring it took, without the stages before it.
+    A cell is what `evidence.measure` returns, the "stage" that was scored, the "config" by which,
+    and the "seconds" that training and scoring it took this process, without the stages before it.
     """
     files = {row: world / f"seed_{seed}" / row / "cell.json" for row in rows}
-    missing = [row for row, file in files.items() if not file.exists()]
-    run = open_seed(config, seed, world) if missing else None
-    for row in missing:
+    run = open_seed(config, rows, seed, world)
+    shown = evaluation_settings(run.setup.config)
+    for row, file in files.items():
+        if file.exists() and is_of(read_json(file), row, run):
+            continue
         stage, gamma = row, None
         if rivals := ROWS[row].chosen_among:
             stage, gamma = choose(config, rivals, seed, world)
         seconds, began = train_row(run, stage), time.monotonic()
         held_out, test = run.held_out().evaluation(), run.datasets.evaluation()
-        cell = measure(run, stage, held_out, test, files[row].parent, gamma)
-        seconds += time.monotonic() - began
-        write_json(files[row], cell | {"stage": stage, "seconds": round(seconds, 1)})
+        cell = measure(run, stage, held_out, test, file.parent, gamma)
+        seconds = round(seconds + time.monotonic() - began, 1)
+        write_json(file, cell | {"stage": stage, "config": shown, "seconds": seconds})
     return {row: read_json(file) for row, file in files.items()}
