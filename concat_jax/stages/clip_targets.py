@@ -120,6 +120,15 @@ def masked_crops(
     return jnp.where((is_own & inside)[..., None], crops, 0.0)
 
 
+def segment_areas(segment_ids: jax.Array, num_segments: int) -> jax.Array:
+    """Pixels [B, G] int32 of segments 1..G of an id map [B, H, W]."""
+
+    def of_image(ids: jax.Array) -> jax.Array:
+        return jnp.zeros(num_segments + 1, jnp.int32).at[ids.ravel()].add(1)[1:]
+
+    return jax.vmap(of_image)(segment_ids.astype(jnp.int32))
+
+
 def keep_largest(
     segment_ids: jax.Array, num_segments: int, count: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -130,14 +139,13 @@ def keep_largest(
       of them was; areas [B, M] int32 in pixels. Of equal ones the first comes first.
     """
 
-    def of_image(ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        ids = ids.astype(jnp.int32)
-        areas = jnp.zeros(num_segments + 1, jnp.int32).at[ids.ravel()].add(1)[1:]
+    def of_image(ids: jax.Array, areas: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         rows = jnp.argsort(-areas, stable=True)[:count].astype(jnp.int32)
         new_ids = jnp.zeros(num_segments + 1, jnp.int32).at[rows + 1].set(jnp.arange(1, count + 1))
         return new_ids[ids], rows, areas[rows]
 
-    return jax.vmap(of_image)(segment_ids)
+    segment_ids = segment_ids.astype(jnp.int32)
+    return jax.vmap(of_image)(segment_ids, segment_areas(segment_ids, num_segments))
 
 
 def clip_targets(

@@ -6,7 +6,6 @@ L = 2·(CE + λ_g · L_global + λ_i · L_instance) + 5·BCE + 5·Dice
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from concat_jax.losses import alignment
 from concat_jax.losses.segmentation import segmentation_loss
 from concat_jax.models.clip import CLIP
 from concat_jax.models.segmentor_output import training_arguments
-from concat_jax.stages.clip_targets import CropConfig, clip_targets, token_targets
+from concat_jax.stages.clip_targets import CropConfig, clip_targets, segment_areas, token_targets
 from concat_jax.stages.stage import NO_DECAY, TEXT, Context, Stage
 
 LEARNS_FROM = "images"
@@ -112,9 +111,9 @@ def matched_accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def make_stage(context: Context, config: Config) -> Stage:
     """CON as a `Stage`: trains segmentor and projector; reads CLIP unless targets are cached."""
-    align = config.global_weight > 0 or config.instance_weight > 0
+    aligns = config.global_weight > 0 or config.instance_weight > 0
     at_hand = "cached" if context.has_clip_targets else "online"
-    cached = align and (config.targets or at_hand) == "cached"
+    cached = aligns and (config.targets or at_hand) == "cached"
     networks, vocabulary = context.networks, context.vocabulary
     of_encoder = config.targets == "encoder"
     if of_encoder and not networks.segmentor.gives_clip_tokens:
@@ -135,23 +134,49 @@ def make_stage(context: Context, config: Config) -> Stage:
             predictions, targets, valid, temperature=config.temperature, labels=labels
         )
 
-    def align_set(
-        semantic, objectness, query_of_segment, image_target, segment_targets, weights, labels
-    ):
-        # One prediction set: [B, N, C], [B, N] and [B, G] against [B, C], [B, G, C] and [B, G].
+    def targets_of(frozen, batch, clip_tokens):
+        # g [B, C] of the images, c [B, G, C] of their segments, and what each of these weighs.
+        ids, num_segments = batch["segment_ids"], batch["segment_labels"].shape[1]
+        if cached:
+            of_image, of_segments = (batch[field] for field in TARGET_FIELDS)
+        elif of_encoder:
+            of_image, of_segments = token_targets(
+                networks.clip, frozen["clip"], clip_tokens, ids, num_segments
+            )
+        else:
+            of_image, of_segments = clip_targets(
+                networks.clip,
+                frozen["clip"],
+                batch["image"],
+                ids,
+                num_segments,
+                context.crops,
+                image_size=batch["image_size"],
+                max_segments=config.max_segments,
+            )
+        weights = jnp.any(of_segments != 0, axis=-1).astype(jnp.float32)
+        if config.min_area or config.area_power:
+            areas = segment_areas(ids, num_segments)
+            weights *= (areas >= config.min_area) * (areas / ids[0].size) ** config.area_power
+        if config.global_target == "segments":
+            of_image = alignment.unit(jnp.where(weights[..., None] > 0, of_segments, 0).sum(axis=1))
+        return of_image, of_segments, weights
+
+    def align(semantic, objectness, query_of_segment, targets, labels):
+        # Both terms of one prediction set: [B, N, C], [B, N] and [B, G] of it.
+        of_image, of_segments, weights = targets
         pooled = alignment.pool_queries(
             semantic,
             objectness,
-            image_target,
+            of_image,
             pooling=config.pooling,
             temperature=POOLING_TEMPERATURE,
         )
-        loss_global = jnp.mean(pull(pooled, image_target, jnp.ones(len(pooled), bool)))
-        matched = (query_of_segment >= 0) & jnp.any(segment_targets != 0, axis=-1)
+        loss_global = jnp.mean(pull(pooled, of_image, jnp.ones(len(pooled), bool)))
+        weights = jnp.where(query_of_segment >= 0, weights, 0.0)
         rows = jnp.clip(query_of_segment, 0)[..., None]
         holders = jnp.take_along_axis(semantic, rows, axis=1)
-        losses = pull(holders, segment_targets, matched, labels)
-        weights = jnp.where(matched, weights, 0.0)
+        losses = pull(holders, of_segments, weights > 0, labels)
         return loss_global, (weights * losses).sum() / jnp.maximum(weights.sum(), 1e-6)
 
     def loss(params, frozen, batch, rng):
@@ -178,55 +203,18 @@ def make_stage(context: Context, config: Config) -> Stage:
         metrics = {"accuracy": matched_accuracy(logits[:, -1], terms.query_labels[:, -1])}
         metrics |= {f"loss_{x}": getattr(terms, f"loss_{x}") for x in ("class", "mask", "dice")}
         total = terms.loss_class + terms.loss_mask + terms.loss_dice
-        if align:
-            if cached:
-                image_target, segment_targets = (batch[field] for field in TARGET_FIELDS)
-            elif of_encoder:
-                image_target, segment_targets = token_targets(
-                    networks.clip,
-                    frozen["clip"],
-                    output.clip_tokens,
-                    batch["segment_ids"],
-                    labels.shape[1],
-                )
-            else:
-                image_target, segment_targets = clip_targets(
-                    networks.clip,
-                    frozen["clip"],
-                    batch["image"],
-                    batch["segment_ids"],
-                    labels.shape[1],
-                    context.crops,
-                    image_size=batch["image_size"],
-                    max_segments=config.max_segments,
-                )
-            segment_weights = jnp.ones(labels.shape)
-            if config.min_area or config.area_power:
-                areas = jax.vmap(functools.partial(jnp.bincount, length=labels.shape[1] + 1))(
-                    batch["segment_ids"].reshape(len(labels), -1).astype(jnp.int32)
-                )[:, 1:]
-                large = (areas >= config.min_area)[..., None]
-                segment_targets = jnp.where(large, segment_targets, 0.0)
-                segment_weights = (areas / batch["segment_ids"][0].size) ** config.area_power
-            if config.global_target == "segments":
-                image_target = alignment.unit(segment_targets.sum(axis=1))
-            num_sets = logits.shape[1]
+        if aligns:
+            targets = targets_of(frozen, batch, output.clip_tokens)
+            objectness = 1 - jax.nn.softmax(logits, axis=-1)[..., -1]
+            sets = (semantic, objectness, terms.query_of_segment)
             pulls = [
-                align_set(
-                    semantic[:, i],
-                    1 - jax.nn.softmax(logits[:, i], axis=-1)[..., -1],
-                    terms.query_of_segment[:, i],
-                    image_target,
-                    segment_targets,
-                    segment_weights,
-                    labels,
-                )
-                for i in range(num_sets - min(config.aligned_sets or num_sets, num_sets), num_sets)
+                align(*(of_sets[:, i] for of_sets in sets), targets, labels)
+                for i in range(logits.shape[1])[-config.aligned_sets :]
             ]
             weights = (config.global_weight, config.instance_weight)
             aligned = [
-                context.loss.class_weight * weight * sum(terms)
-                for weight, terms in zip(weights, zip(*pulls, strict=True), strict=True)
+                context.loss.class_weight * weight * sum(of_sets)
+                for weight, of_sets in zip(weights, zip(*pulls, strict=True), strict=True)
             ]
             metrics |= dict(zip(("loss_global", "loss_instance"), aligned, strict=True))
             total = total + aligned[0] + aligned[1]
@@ -243,5 +231,5 @@ def make_stage(context: Context, config: Config) -> Stage:
     fields = ("image", "segment_ids", "segment_labels", "segment_is_crowd")
     fields += TARGET_FIELDS if cached else ("image_size",)
     fields += (PROGRESS,) if networks.segmentor.anneals else ()
-    reads = (TEXT, "clip") if align and not cached else (TEXT,)
+    reads = (TEXT, "clip") if aligns and not cached else (TEXT,)
     return Stage(("segmentor", "projector"), reads, loss, rules, fields)
