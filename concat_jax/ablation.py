@@ -116,16 +116,16 @@ def ablation(
             f"config.data of kind {config.data.kind!r} has no validation part to choose γ on; the "
             "ablation runs on the synthetic world."
         )
-    if config.eval.get("bias_split", "") in ("", config.data.eval_split):
+    if not config.eval.get("bias_split", ""):
         raise ValueError(
-            "γ is chosen on other scenes than are scored; give --config.eval.bias_split=validation "
-            "--config.data.eval_split=test."
+            "γ is chosen on other scenes than are scored, and config.eval.bias_split names none; "
+            "give --config.eval.bias_split=validation."
         )
     with config.unlocked():
         config.data.world_seed = world
     folder = workdir / f"world_{world}"
     # A mistake in a row's settings must not show after what all share has been trained.
-    open_experiment(config_of_seed(config, rows, 0), folder / "seed_0", trains=False)
+    open_experiment(config_of_seed(config, rows, 0), folder / "seed_0", trains=False).held_out()
     train_shared(config, folder)
     cells: dict[str, list[dict]] = {row: [] for row in rows}
     for seed in range(seeds):

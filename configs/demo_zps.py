@@ -30,7 +30,7 @@ def recipe() -> ConfigDict:
         preset="texture",  # colour x texture; "shape" and "opaque" (invented names) are harder
         image_size=64,
         max_segments=10,  # 4 stuff regions and 5 things at most
-        eval_split="test",  # choose settings on "validation"
+        eval_split="test",  # choose settings on "validation", γ then on "test"
         num_eval_images=300,
         caption_scene_ratio=0.125,
     )
@@ -153,7 +153,7 @@ def recipe() -> ConfigDict:
             tasks=("panoptic",),  # "semantic" and "instance" too, if wanted
             batch_size=25,
         ),
-        bias_split="validation",  # scenes that the bias between seen and unseen names is chosen on
+        bias_split="validation",  # scenes that γ, the bias between seen and unseen names, is chosen on
         num_pictures=6,
         look_images=50,  # of them, at looks while training (eval_every of a stage)
         write_coco=False,

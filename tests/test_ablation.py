@@ -278,7 +278,7 @@ def test_real_data_has_no_validation_world(tmp_path):
 def test_gamma_is_not_chosen_on_what_is_scored(tmp_path, split):
     config = demo_zps.get_config()
     config.eval.bias_split = split
-    with pytest.raises(ValueError, match="other scenes than are scored; give --config.eval.bias_s"):
+    with pytest.raises(ValueError, match="other scenes than are scored, and config.eval.bias_s"):
         ablation.ablation(config, ["projection"], 1, 0, tmp_path)
 
 

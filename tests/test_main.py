@@ -316,6 +316,9 @@ def test_a_split_that_there_is_not_is_refused_before_anything_is_written(tmp_pat
     config.eval.bias_split = "validaton"
     with pytest.raises(ValueError, match="no split 'validaton'; did you mean 'validation'"):
         run(config, tmp_path / "fresh")
+    config.eval.bias_split = config.data.eval_split
+    with pytest.raises(ValueError, match="both 'test'; set config.eval.bias_split to another"):
+        run(config, tmp_path / "fresh")
     assert not (tmp_path / "fresh").exists()
     config.data.kind = "coco_panoptic_zps"
     setup = types.SimpleNamespace(config=config)

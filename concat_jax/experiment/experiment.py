@@ -193,7 +193,8 @@ class Experiment:
     def held_out(self) -> Datasets | None:
         """The world of `config.eval.bias_split`; None where that names none.
 
-        Raises ValueError if there is no such split; other data than the synthetic world has none.
+        Raises ValueError if there is no such split, as other data than the synthetic world has
+        none, and if it is the split that is scored.
         """
         from data_pipelines.datasets import make_datasets
 
@@ -205,6 +206,12 @@ class Experiment:
                 f"config.eval.bias_split is {split!r}, a split of the synthetic world, which "
                 f"config.data of kind {config.data.kind!r} has not; set config.eval.bias_split to "
                 "''."
+            )
+        if split == config.data.eval_split:
+            raise ValueError(
+                "γ is chosen on other scenes than are scored, and config.eval.bias_split and "
+                f"config.data.eval_split are both {split!r}; set config.eval.bias_split to another "
+                "split, or to '' for scores without γ."
             )
         return make_datasets({**config.data, "eval_split": split}, seed=config.seed)
 
