@@ -153,7 +153,7 @@ def recipe() -> ConfigDict:
             tasks=("panoptic",),  # "semantic" and "instance" too, if wanted
             batch_size=25,
         ),
-        bias_split="validation",  # scenes that γ, the bias between seen and unseen names, is chosen on
+        bias_split="validation",  # scenes that γ is chosen on, the bias between seen and unseen
         num_pictures=6,
         look_images=50,  # of them, at looks while training (eval_every of a stage)
         write_coco=False,
