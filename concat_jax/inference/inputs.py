@@ -68,10 +68,7 @@ def find_images(arguments: Sequence[str]) -> Inputs:
             if not found and not inner:
                 what = "matches no file" if is_pattern else "does not exist"
                 failures.append(f"{argument} {what}.")
-        skipped += [
-            (f"{folder} is a folder; name it, or give {folder.parent}/**/*.jpg.", number)
-            for folder, number in inner
-        ]
+        skipped += [(_folder_inside(folder, images), len(images)) for folder, images in inner]
         if path.is_dir() or is_pattern:
             for files, what in (
                 ([f for f in found if f.name.startswith("._")], "a file of macOS, no image"),
@@ -93,17 +90,24 @@ def _is_image(path: PurePath) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def _parted(paths: Iterable[Path]) -> tuple[list[Path], list[tuple[Path, int]]]:
-    """Files, and folders with images in or below them and their number; not what is hidden."""
-    paths, counts = sorted(paths), {}
+def _folder_inside(folder: Path, images: list[Path]) -> str:
+    """What to do with a folder that nobody named, whose images a pattern of a bucket misses."""
+    kinds = () if in_bucket(folder) else sorted({image.suffix for image in images})
+    patterns = " ".join(f"'{glob.escape(str(folder.parent))}/**/*{kind}'" for kind in kinds)
+    return f"{folder} is a folder; name it{', or give ' * bool(patterns)}{patterns}."
+
+
+def _parted(paths: Iterable[Path]) -> tuple[list[Path], list[tuple[Path, list[Path]]]]:
+    """Files, and folders with the images in or below them; not what is hidden."""
+    paths, inside = sorted(paths), {}
     for folder in (path for path in paths if path.is_dir()):
-        names = files_below(folder)
-        counts[folder] = sum(
-            _is_image(name) and not name.match("._*") and not name.match(f"*{OVERLAY_SUFFIX}")
-            for name in names
-        )
-    files = [p for p in paths if p not in counts and (p.name[0] != "." or _is_image(p))]
-    return files, [(folder, number) for folder, number in counts.items() if number]
+        inside[folder] = [
+            file
+            for file in files_below(folder)
+            if _is_image(file) and not file.match("._*") and not file.match(f"*{OVERLAY_SUFFIX}")
+        ]
+    files = [p for p in paths if p not in inside and (p.name[0] != "." or _is_image(p))]
+    return files, [(folder, images) for folder, images in inside.items() if images]
 
 
 def source_names(paths: Sequence[Path]) -> list[str]:

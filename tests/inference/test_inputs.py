@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 
 import pytest
 from PIL import Image
@@ -43,12 +44,19 @@ def test_a_folder_with_everything_that_folders_have(tmp_path):
         "images.",
         "a.overlay.png is of an earlier run.",
         "c.jpg is the same file as a.jpg.",
-        "sub is a folder; name it, or give **/*.jpg.",
+        "sub is a folder; name it, or give '**/*.jpg' '**/*.png'.",
     ]
     assert failures == ["d.jpg is a link to nothing."]
     assert inputs.num_skipped == 8, "two of them in the folder"
     # The three numbers are all that lies there, but for what is hidden.
     assert len(names) + inputs.num_skipped + len(failures) == 12
+
+
+def test_the_pattern_that_is_named_finds_what_was_passed_over(tmp_path):
+    paths = [image(tmp_path / "of [1]" / name) for name in ("sub/x.PNG", "sub/deep/y.webp")]
+    (sentence, number), *_ = find_images([str(tmp_path / "of [1]")]).skipped
+    patterns = shlex.split(sentence.partition(" or give ")[2].rstrip("."))
+    assert number == 2 and sorted(find_images(patterns).paths) == sorted(paths)
 
 
 def test_globs_and_files_by_name(tmp_path):
@@ -62,7 +70,7 @@ def test_globs_and_files_by_name(tmp_path):
     names, skipped, failures = told(find_images([f"{tmp_path}/[b-c]*"]), tmp_path)
     assert names == ["b.png"] and not failures
     assert skipped == [
-        "cam is a folder; name it, or give **/*.jpg.",
+        "cam is a folder; name it, or give '**/*.png'.",
         "b.overlay.png is of an earlier run.",
     ]
     # What is named is taken, each file once.
