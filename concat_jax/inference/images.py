@@ -23,6 +23,8 @@ OVERLAY_SUFFIX = ".overlay.png"
 MAX_PIXELS = 89_478_485
 # Sides are multiples of it: the coarsest features have stride 32.
 SIDE_MULTIPLE = 32
+# Class scores of so many windows of 640 pixels and 150 names fill 16 GB.
+MAX_WINDOWS = 64
 
 Picture = str | os.PathLike[str] | np.ndarray | Image.Image
 
@@ -220,8 +222,17 @@ class Windows:
         return int(self.side * height / short), int(self.side * width / short)
 
     def prepare(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-        """[H, W, 3] uint8 resized and padded to whole windows, and its (height, width) in them."""
-        size = self.resized(*image.shape[:2])
+        """[H, W, 3] uint8 resized and padded to whole windows, and its (height, width) in them.
+
+        Raises ImageError if it is longer than `MAX_WINDOWS`.
+        """
+        height, width = image.shape[:2]
+        size = self.resized(height, width)
+        if max(size) > MAX_WINDOWS * self.side:
+            raise ImageError(
+                f"A picture of {height}x{width} pixels is more than {MAX_WINDOWS} times as long as "
+                "wide, too long for windows; cut it into pieces."
+            )
         shape = (math.ceil(side / self.side) * self.side for side in size)
         return resized_within(image, size, shape), size
 

@@ -250,9 +250,9 @@ def segment_all(
     def load(index: int) -> tuple[np.ndarray | ImageError, Prepared | None]:
         try:
             image = open_picture(pictures[index], f"Image {index + 1}")
+            return image, predictor.prepare(image)
         except ImageError as error:
             return error, None
-        return image, predictor.prepare(image)
 
     def readable() -> Iterator[tuple[tuple[int, np.ndarray], Prepared]]:
         read = prefetch(load, 0, len(pictures), depth=2, num_threads=1)

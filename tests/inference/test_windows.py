@@ -8,6 +8,7 @@ from PIL import Image
 
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.images import Windows
+from concat_jax.inference.model import segment_all
 from concat_jax.inference.predictor import PredictConfig, Predictor
 from tests.inference.fakes import FakeHead, network
 
@@ -20,6 +21,9 @@ CLASSES = Vocabulary(
 SIDE = 32
 # One window, two and three of them, lying and standing; the last ones are made smaller and larger.
 SIZES = [(32, 32), (32, 50), (70, 32), (40, 111), (100, 31)]
+WINDOWED = PredictConfig(
+    tasks=("semantic",), short_side=SIDE, long_side=SIDE, windows=True, batch_size=2
+)
 
 
 def pictures(sizes=SIZES):
@@ -53,10 +57,7 @@ def theirs(image: np.ndarray, probs: np.ndarray, **fields):
 
 def test_semantic_maps_through_windows_are_transformers():
     probs = probabilities()
-    config = PredictConfig(
-        tasks=("semantic",), short_side=SIDE, long_side=SIDE, windows=True, batch_size=2
-    )
-    predictor = Predictor(network(), FakeHead(probs), CLASSES, config)
+    predictor = Predictor(network(), FakeHead(probs), CLASSES, WINDOWED)
     images = list(pictures())
     found = dict(predictor.stream((n, predictor.prepare(i)) for n, i in enumerate(images)))
     assert len(found) == len(images)
@@ -96,6 +97,17 @@ def test_panoptic_maps_of_the_padded_square_are_transformers(size):
     inner = tuple(slice(side if side == SIDE else side - 1) for side in size)
     np.testing.assert_array_equal(named[inner], expected[inner])
     assert len(np.unique(named)) > 2
+
+
+def test_a_strip_that_would_fill_the_memory_fails_and_the_others_are_segmented():
+    strip, picture = np.zeros((1, 65, 3), np.uint8), next(pictures())
+    predictor, failed = Predictor(network(), FakeHead(probabilities()), CLASSES, WINDOWED), []
+    found = segment_all(predictor, [strip, picture], lambda _, error: failed.append(str(error)))
+    assert [index for index, _, _ in found] == [1]
+    assert failed == [
+        "A picture of 1x65 pixels is more than 64 times as long as wide, too long for windows; cut "
+        "it into pieces."
+    ]
 
 
 def test_windows_of_images_of_a_batch_lie_where_each_ends():
