@@ -215,13 +215,14 @@ def put_folder(source: pathlib.Path, target: epath.Path, *, last: Collection[str
 def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Opens an image for a `with` block that decodes it by `load`; it outlives the block.
 
-    EXIF rotation is not applied. Raises ImageError if it cannot be opened or decoded.
+    EXIF rotation is not applied. Raises ImageError if it cannot be opened or decoded; a FileError
+    of the block passes.
     """
     path = as_path(path)
     try:
         with on_disk(path) as file, Image.open(file) as image:
             yield image
-    except ImageError:
+    except FileError:
         raise
     except UNREADABLE as error:
         raise ImageError(f"{path} cannot be read as an image: {_reason(path, error)}.") from error
