@@ -184,7 +184,7 @@ def evaluate_flags(given: cli.Flags) -> dict:
 
     Raises ValueError for flags that do not go together.
     """
-    report = as_path(given.output or "report.json")
+    report = cli.output_file(given) if given.output else as_path("report.json")
     if report.is_dir() or report.suffix == ".png":
         raise ValueError(f"--output={report} is no name of a json; give --output=report.json.")
     extremes = None

@@ -333,13 +333,24 @@ def config_of(given: Flags) -> ConfigDict:
 def output_folder(given: Flags) -> Path:
     """The flag --output of a command that fills a folder; ValueError if that cannot be."""
     path = as_path(given.output)
-    above = nearest(path)
-    where = f"--output={path}" + f": {above}" * (above != path)
+    _check_folder(path, path)
+    return path
+
+
+def output_file(given: Flags) -> Path:
+    """The flag --output of a command that writes a file; ValueError if its folder cannot be."""
+    path = as_path(given.output)
+    _check_folder(path.parent, path)
+    return path
+
+
+def _check_folder(folder: Path, output: Path) -> None:
+    above = nearest(folder)
+    where = f"--output={output}" + f": {above}" * (above != output)
     if above.is_file():
         raise ValueError(f"{where} is a file; name a folder.")
-    if not in_bucket(path) and not os.access(above, os.W_OK):
+    if not in_bucket(folder) and not os.access(above, os.W_OK):
         raise ValueError(f"{where} cannot be written to; name another folder.")
-    return path
 
 
 def config_and_workdir(given: Flags) -> tuple[ConfigDict, Path]:
