@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from concat_jax.core.files import UNREADABLE, ImageError, open_image
+from data_pipelines.pixels import check_pixels, to_rgb
 
 # What a folder is searched for.
 SUFFIXES = frozenset(
@@ -19,16 +20,12 @@ SUFFIXES = frozenset(
 )
 # Of pictures this package writes beside its results; a folder's listing passes them over.
 OVERLAY_SUFFIX = ".overlay.png"
-# Above this Pillow itself suspects an attack; 0.4 GB as decoded here.
-MAX_PIXELS = 89_478_485
 # Sides are multiples of it: the coarsest features have stride 32.
 SIDE_MULTIPLE = 32
 # Class scores of so many windows of 640 pixels and 150 names fill 16 GB.
 MAX_WINDOWS = 64
 
 Picture = str | os.PathLike[str] | np.ndarray | Image.Image
-
-_PNG_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -40,7 +37,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         # Its threshold is the one checked below, and stray tags are no business of ours.
         warnings.simplefilter("ignore")
         with open_image(path) as picture:
-            _check_pixels(picture, str(path))
+            check_pixels(picture, str(path))
             picture.load()
             return to_rgb(_upright(picture), str(path))
 
@@ -57,61 +54,6 @@ def open_picture(picture: Picture, name: str) -> np.ndarray:
             f"{name} is of type {type(picture).__name__}; give a path, an array or a Pillow image."
         )
     return to_rgb(picture, name)
-
-
-def to_rgb(image: np.ndarray | Image.Image, name: str = "The image") -> np.ndarray:
-    """A Pillow image, or array [H, W] or [H, W, 1, 3 or 4], uint8 or uint16, as [H, W, 3] uint8.
-
-    Transparent parts show white, as on a page; dropping the transparency instead would show
-    whatever colour the file hides there. 16-bit greys are scaled to 8 bit, their range is not
-    stretched. EXIF rotation is left. Raises ImageError for pixels whose range is not known (32
-    bit), too many or none.
-    """
-    if not isinstance(image, Image.Image):
-        return _array_to_rgb(np.asarray(image), name)
-    _check_pixels(image, name)
-    try:
-        image.load()
-    except UNREADABLE as error:
-        raise ImageError(f"{name} cannot be decoded: {error}.") from error
-    if image.mode in _PNG_16_BIT or image.mode == "I":
-        grey = np.asarray(image)
-        if image.mode == "I" and (grey.min() < 0 or grey.max() > 65535):
-            raise ImageError(f"{name} holds 32-bit integers of unknown range; save it in 8 bit.")
-        return _array_to_rgb(grey.astype(np.uint16), name)
-    if image.mode == "F":
-        raise ImageError(f"{name} holds 32-bit floats of unknown range; save it in 8 bit.")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        page = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(page, image)
-    return np.array(image.convert("RGB"))
-
-
-def _array_to_rgb(array: np.ndarray, name: str) -> np.ndarray:
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.size == 0:
-        raise ImageError(
-            f"{name} has the shape {array.shape}; give [H, W], or [H, W, C] of 1, 3 or 4 channels."
-        )
-    if array.dtype == np.uint16:
-        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ImageError(f"{name} is an array of {array.dtype}; give uint8, 0 to 255.")
-    if array.shape[-1] == 4:
-        return to_rgb(Image.fromarray(array, "RGBA"), name)
-    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
-
-
-def _check_pixels(image: Image.Image, name: str) -> None:
-    width, height = image.size
-    if width * height == 0:
-        raise ImageError(f"{name} has no pixel ({height}x{width}).")
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"{name} has {width * height // 10**6} million pixels ({height}x{width}) where "
-            f"{MAX_PIXELS // 10**6} million are the limit; make it smaller."
-        )
 
 
 def _upright(image: Image.Image) -> Image.Image:

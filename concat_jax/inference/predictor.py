@@ -18,10 +18,11 @@ from concat_jax.inference import programs
 from concat_jax.inference.assign_pixels import PixelCounts
 from concat_jax.inference.clip_names import MASKS_AT_ONCE, MaskNamer
 from concat_jax.inference.heads import Head, bias_names
-from concat_jax.inference.images import Buckets, Windows, to_rgb
+from concat_jax.inference.images import Buckets, Windows
 from concat_jax.inference.instance import Instance, instance_inference
 from concat_jax.inference.panoptic import KEEP_RULES, ImageSegments, SegmentTables, list_segments
 from concat_jax.inference.programs import NamedQueries, Network, Sizes
+from data_pipelines.pixels import to_rgb
 
 T = TypeVar("T")
 

@@ -139,7 +139,7 @@ class PreparedSource:
             return cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB), ids
         with Image.open(io.BytesIO(image)) as picture:
             picture.load()
-            return np.asarray(upright(picture)), ids
+            return np.asarray(upright(picture, record.file_name)), ids
 
 
 def is_plain_jpeg(content: bytes) -> bool:

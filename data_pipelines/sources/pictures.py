@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from concat_jax.core.files import FileError, ImageError, open_image
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
+from data_pipelines.pixels import to_rgb
 from data_pipelines.sources.source import ImageRecord, Source
 
 logger = logging.getLogger(__name__)
@@ -26,14 +27,15 @@ def open_picture(path: pathlib.Path) -> Image.Image:
         # PIL does not look beyond the pixels, so a PNG cut off after them would pass.
         if picture.format == "PNG":
             check_end(path)
-        return upright(picture)
+        return upright(picture, str(path))
 
 
-def upright(picture: Image.Image) -> Image.Image:
-    """A decoded picture as RGB, EXIF rotation applied."""
+def upright(picture: Image.Image, name: str) -> Image.Image:
+    """A decoded picture as RGB, EXIF rotation applied; ImageError as `to_rgb`."""
     # Annotators saw the rotated picture; detectron2's `read_image` applies EXIF as well.
     ImageOps.exif_transpose(picture, in_place=True)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    is_plain = picture.mode == "RGB" and not picture.has_transparency_data
+    return picture if is_plain else Image.fromarray(to_rgb(picture, name))
 
 
 def read_picture(folder: pathlib.Path, record: ImageRecord, source: pathlib.Path) -> Image.Image:

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from concat_jax.core.files import ImageError
-from concat_jax.inference.images import MAX_PIXELS, Buckets, open_picture, read_image, to_rgb
+from concat_jax.inference.images import Buckets, open_picture, read_image
+from data_pipelines.pixels import MAX_PIXELS, to_rgb
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
