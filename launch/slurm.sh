@@ -14,7 +14,7 @@
 #
 # from the repository on a disk that all nodes see, with its environment in .venv. Two minutes before
 # the time is up, or when the job is preempted, the state is saved, and the job goes to the queue again.
-. .venv/bin/activate
+. .venv/bin/activate || exit
 srun python -m concat_jax.main --distributed "$@"
 code=$?
 if [ $code -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi

@@ -4,11 +4,13 @@
 #
 #   bash launch/tpu.sh NAME ZONE gs://BUCKET --config=configs/coco_zps.py [FLAG...]
 #
-# FLAGs are those of concat_jax.main; --workdir is gs://BUCKET/runs/NAME. What lies in gs://BUCKET/data
-# is copied to ~/data of every worker. Ended here, the VMs work on, and cost; the same command joins
-# them again. docs/tpu.md says more.
+# FLAGs are those of concat_jax.main; --workdir is gs://BUCKET/runs/NAME. The code is that of the last
+# commit. What lies in gs://BUCKET/data is copied to ~/data of every worker. Ended here, the VMs work
+# on, and cost; the same command joins them again. docs/tpu.md says more.
 set -euo pipefail
-name=$1 zone=$2 bucket=$3
+usage="give NAME ZONE gs://BUCKET --config=configs/coco_zps.py [FLAG...]"
+name=${1:?$usage} zone=${2:?$usage} bucket=${3:?$usage}
+: "${4:?$usage}"
 shift 3
 type=${TPU_TYPE:-v5litepod-16} image=${TPU_IMAGE:-v2-alpha-tpuv5-lite}
 

@@ -76,6 +76,13 @@ def asked(folder):
 FLAGS = ("coco", "us-west4-a", "gs://bucket", "--config=configs/coco_zps.py", "--config.seed=1")
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_nothing_is_asked_for_where_a_word_is_missing(cloud, number):
+    done = launch(cloud, "tpu.sh", *FLAGS[:number])
+    assert done.returncode == 1 and "give NAME ZONE gs://BUCKET --config=" in done.stderr
+    assert not (cloud / "calls").exists()
+
+
 def test_a_tpu_that_is_taken_away_is_asked_for_again(cloud):
     done = launch(cloud, "tpu.sh", *FLAGS, FAILS="1", AFTER="SUSPENDING")
     assert done.returncode == 0, done.stderr
@@ -115,6 +122,13 @@ def test_what_a_worker_is_told(cloud, codes, code):
         "-m concat_jax.main --distributed --workdir=gs://bucket/runs/coco "
         "--config=configs/coco_zps.py --config.seed=1"
     ] * len(codes.split())
+
+
+def test_no_job_starts_without_its_environment(tmp_path):
+    program(tmp_path, "srun", "#!/bin/sh\necho > srun\n")
+    done = launch(tmp_path, "slurm.sh", "--config=a")
+    assert done.returncode == 1 and ".venv/bin/activate" in done.stderr
+    assert not (tmp_path / "srun").exists()
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (1, False)])
