@@ -1,7 +1,7 @@
 """Panoptic maps as pictures, with class names.
 
-Only Pillow and numpy are needed. Text is set in Pillow's built-in font, so pictures look the same
-on every machine.
+Text is set in Pillow's built-in font, or where that lacks its letters in the one that matplotlib
+brings, so pictures look the same on every machine.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -64,20 +65,25 @@ def segment_colour(label: int, is_thing: bool, instance: int = 0) -> Colour:
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+def _font(size: int, is_ascii: bool) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    if is_ascii:
+        return ImageFont.load_default(size)
+    import matplotlib
+
+    # No letters of Chinese, Japanese and Korean; at this size it is as tall.
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(str(path), 0.95 * size)
 
 
 def text_size(text: str, size: int) -> tuple[int, int]:
     """Width of the text and height of a line of the font (the same for every text)."""
-    font = _font(size)
-    top, bottom = font.getbbox("Ag")[1], font.getbbox("Ag")[3]
-    return math.ceil(font.getlength(text)), math.ceil(bottom - top)
+    _, top, _, bottom = _font(size, True).getbbox("Ag")
+    return math.ceil(_font(size, text.isascii()).getlength(text)), math.ceil(bottom - top)
 
 
 def draw_text(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, fill) -> None:
     """Text whose line box, not its baseline, starts at `at`."""
-    font = _font(size)
+    font = _font(size, text.isascii())
     draw.text((at[0], at[1] - font.getbbox("Ag")[1]), text, font=font, fill=fill)
 
 

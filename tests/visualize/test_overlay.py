@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from concat_jax.visualize import overlay as pictures
 
@@ -24,6 +25,18 @@ def two_segments(size=64):
 def overlay(*arguments, **options):
     picture = pictures.panoptic_overlay(*arguments, NAMES, IS_THING, **options)
     return np.asarray(picture).astype(int)
+
+
+@pytest.mark.parametrize("letters", ["éø", "шж", "λπ"])
+def test_letters_beyond_ascii_are_told_apart(letters):
+    def drawn(letter):
+        page = Image.new("L", (30, 30))
+        pictures.draw_text(ImageDraw.Draw(page), (0, 0), letter, 20, 255)
+        return np.asarray(page)
+
+    first, second = map(drawn, letters)
+    assert first.any() and (first != second).any()
+    assert pictures.text_size(letters, 20)[1] == pictures.text_size("ab", 20)[1]
 
 
 def test_small_maps_are_enlarged_and_segments_differ():
