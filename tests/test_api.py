@@ -117,6 +117,7 @@ def test_settings_are_those_of_predict(model, scenes, result):
     nothing = model(scenes[0], objectness_threshold=1.0)
     assert nothing.segments == () and not nothing.panoptic.any()
     assert "lower objectness_threshold" in nothing.explain()
+    assert repr(nothing).endswith("64x64: 0 segments>")
     assert nothing.overlay().size == (320, 320) and result.overlay().width == 320
     unseen = model(scenes[0], gamma=1e3)
     assert not any(segment.is_seen for segment in unseen.segments) and unseen.segments

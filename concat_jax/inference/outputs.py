@@ -42,7 +42,8 @@ def summary(vocabulary: Vocabulary, labels: Sequence[int], what: str) -> str:
         for name, count in zip(names[:5], counts[order], strict=False)
     ]
     more = ", ..." if len(names) > 5 else ""
-    return f"{len(labels)} {what}{'s' * (len(labels) != 1)}: {', '.join(parts)}{more}"
+    colon = ": " if parts else ""
+    return f"{len(labels)} {what}{'s' * (len(labels) != 1)}{colon}{', '.join(parts)}{more}"
 
 
 class ResultWriter(contextlib.ExitStack):
