@@ -25,12 +25,22 @@ _KINDS = {
     "int": (numbers.Integral, "a whole number"),
     "Count": (numbers.Integral, "a whole number"),
     "float": (numbers.Real, "a number"),
+    "Positive": (numbers.Real, "a number"),
+    "Share": (numbers.Real, "a number"),
     "str": (str, "text"),
 }
 
 
 class Count(int):
     """Annotates a field that may be 0; an int may only where that is its default."""
+
+
+class Positive(float):
+    """Annotates a number above 0."""
+
+
+class Share(float):
+    """Annotates a number from 0 to 1."""
 
 
 def is_open(path: str) -> bool:
@@ -71,17 +81,35 @@ def check_type(value: Any, annotation: Any, what: str, default: Any) -> None:
     """Raise a ValueError unless a value is of the type that its field is annotated with.
 
     True is no number, and a flag's "no" is not False. Numbers are finite, none is negative, and an
-    int is not 0 where the `default` is not, nor where there is none.
+    int is not 0 where the `default` is not, nor where there is none. A tuple of `Positive` or
+    `Share` has at least one.
     """
-    name = getattr(annotation, "__name__", annotation)
+    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    name = re.sub(r"\b(\w+\.)+", "", name)  # of a module
+    if value is None and name.endswith(" | None"):
+        return
+    name = name.removesuffix(" | None")
+    if of_tuple := re.fullmatch(r"tuple\[(Positive|Share), \.\.\.\]", name):
+        if not isinstance(value, tuple | list) or not value:
+            raise ValueError(f"{what} is {value!r} and must be a tuple, as {default!r}.")
+        for item in value:
+            check_type(item, of_tuple[1], f"{what} holds what", default)
+        return
     kind, words = _KINDS.get(name, (object, ""))
     is_bool = isinstance(value, bool)
     if not isinstance(value, kind) or (is_bool and kind not in (bool, object)):
         raise ValueError(f"{what} is {value!r} and must be {words}.")
+    if kind not in (numbers.Integral, numbers.Real):
+        return
     least = int(name == "int" and default != 0)
-    if kind in (numbers.Integral, numbers.Real) and not least <= value < math.inf:
-        bound = f"at least {least}" if math.isfinite(value) else "finite"
-        raise ValueError(f"{what} is {value} and must be {bound}.")
+    for holds, bound in (
+        (math.isfinite(value), "finite"),
+        (name != "Share" or 0 <= value <= 1, "in 0..1"),
+        (name != "Positive" or value > 0, "above 0"),
+        (value >= least, f"at least {least}"),
+    ):
+        if not holds:
+            raise ValueError(f"{what} is {value} and must be {bound}.")
 
 
 def check_fields(section: Mapping[str, Any], module: type, what: str, *decided: str) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.core.config import check_choice, check_fields
+from concat_jax.core.config import Share, check_choice, check_fields
 from concat_jax.models.semantic_projector import unit
 
 
@@ -116,7 +116,7 @@ class PrimitiveGenerator(nn.Module):
     num_heads: int = 8
     ffn_width: int = 1024
     noise_scale: float = 1.0
-    dropout_rate: float = 0.1
+    dropout_rate: Share = 0.1
 
     def __post_init__(self):
         if self.width % self.num_heads:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.core.batch import MEMORY_FIELDS, QUERY_FIELDS
-from concat_jax.core.config import check_choice
+from concat_jax.core.config import Positive, check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses import transition
 from concat_jax.losses.alignment import cosine_alignment
@@ -48,7 +48,7 @@ class Config:
     """
 
     contrast_weight: float = 0.3
-    contrast_temperature: float = 1.0
+    contrast_temperature: Positive = 1.0
     contrast_distance: str = "euclidean"
     memory_per_class: int = 0
     mmd_weight: float = 1.0

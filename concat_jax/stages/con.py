@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from concat_jax.core.batch import PROGRESS, TARGET_FIELDS
-from concat_jax.core.config import check_choice
+from concat_jax.core.config import Positive, check_choice
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses import alignment
 from concat_jax.losses.segmentation import segmentation_loss
@@ -60,7 +60,7 @@ class Config:
     global_weight: float = 0.25
     instance_weight: float = 4.0
     alignment: str = "cosine"
-    temperature: float = 0.07
+    temperature: Positive = 0.07
     aligned_sets: int = 0
     global_target: str = "image"
     min_area: int = 0

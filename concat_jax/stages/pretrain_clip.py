@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from concat_jax.core.config import Share
 from concat_jax.losses.alignment import contrastive_loss
 from concat_jax.models.clip_images import normalize_clip_images
 from concat_jax.models.semantic_projector import unit
@@ -25,8 +26,8 @@ class Config:
       max_erased: greatest share of a picture that is erased.
     """
 
-    erase_probability: float = 0.0
-    max_erased: float = 0.7
+    erase_probability: Share = 0.0
+    max_erased: Share = 0.7
 
 
 def erase(rng: jax.Array, images: jax.Array, config: Config) -> jax.Array:

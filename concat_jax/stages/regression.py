@@ -18,7 +18,7 @@ import numpy as np
 
 from concat_jax.core.arrays import unit
 from concat_jax.core.batch import QUERY_FIELDS, QUERY_TARGETS
-from concat_jax.core.config import check_choice
+from concat_jax.core.config import Positive, check_choice
 from concat_jax.models.generators import RegressionGenerator
 from concat_jax.models.semantic_projector import class_vectors
 from concat_jax.stages.queries import QueryBank
@@ -41,12 +41,17 @@ class Config:
     """
 
     on: str = "images"
-    penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    sharpness: tuple[float, ...] = (2.0, 4.0, 8.0)
+    penalties: tuple[Positive, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    sharpness: tuple[Positive, ...] = (2.0, 4.0, 8.0)
     folds: int = 4
 
     def __post_init__(self):
         check_choice(self.on, ON, "The regression's `on` is")
+        if self.folds < 2:
+            raise ValueError(
+                f"The regression's folds is {self.folds} and must be at least 2, as each is "
+                "predicted from the others."
+            )
 
 
 def ridge(x: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:

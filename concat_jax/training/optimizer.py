@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from concat_jax.core.config import check_choice
+from concat_jax.core.config import Share, check_choice
 
 FROZEN = "frozen"
 SCHEDULES = ("cosine", "constant", "steps")
@@ -35,7 +35,7 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     warmup_steps: int = 0
     schedule: str = "steps"
-    decay_at: tuple[float, ...] = (0.889, 0.963)
+    decay_at: tuple[Share, ...] = (0.889, 0.963)
     clip_norm: float = 0.01
     accumulate: int = 1
 

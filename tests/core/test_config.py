@@ -19,6 +19,10 @@ class Settings:
     every: int = 0
     parts: configuration.Count = 2
     sizes: tuple[int, ...] = (1,)
+    share: configuration.Share = 0.5
+    width: configuration.Positive = 1.0
+    widths: tuple[configuration.Positive, ...] = (1.0, 2.0)
+    threshold: float | None = None
     method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -40,6 +44,13 @@ def test_build_takes_config_dicts_and_turns_lists_into_tuples():
     assert dict(built.method) == {"a": 1}
 
 
+def test_the_ends_of_a_range_are_of_it():
+    section = dict(steps=3, share=1, width=1e-9, widths=[2], sizes=(), threshold=None)
+    built = configuration.build(Settings, section, "config.x")
+    assert (built.share, built.width, built.widths, built.threshold) == (1, 1e-9, (2,), None)
+    assert configuration.build(Settings, section | {"share": 0, "threshold": 0.5}, "x").share == 0
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -56,6 +67,14 @@ def test_build_takes_config_dicts_and_turns_lists_into_tuples():
         ({"steps": 3, "rate": -1.0}, "config.x.rate is -1.0 and must be at least 0."),
         ({"steps": 3, "rate": math.nan}, "config.x.rate is nan and must be finite."),
         ({"steps": 3, "rate": math.inf}, "config.x.rate is inf and must be finite."),
+        ({"steps": 3, "share": 1.5}, "config.x.share is 1.5 and must be in 0..1."),
+        ({"steps": 3, "share": -0.5}, "config.x.share is -0.5 and must be in 0..1."),
+        ({"steps": 3, "width": 0.0}, "config.x.width is 0.0 and must be above 0."),
+        ({"steps": 3, "widths": (1, 0)}, "config.x.widths holds what is 0 and must be above 0."),
+        ({"steps": 3, "widths": (1, "a")}, "config.x.widths holds what is 'a' and must be a numb"),
+        ({"steps": 3, "widths": 1.0}, "config.x.widths is 1.0 and must be a tuple, as (1.0, 2.0)."),
+        ({"steps": 3, "widths": ()}, "config.x.widths is () and must be a tuple, as (1.0, 2.0)."),
+        ({"steps": 3, "threshold": "no"}, "config.x.threshold is 'no' and must be a number."),
     ],
 )
 def test_build_names_what_is_wrong(section, message):
