@@ -74,7 +74,7 @@ def accuracy_curve(
     """Seen and unseen accuracy [..., P] with `weights` [..., Q] of the queries.
 
     Exact: a point for each bias at which a query changes sides. Each class counts alike, whatever
-    its number of queries.
+    its number of queries; NaN where a side has none.
     """
     # Queries of one gap change sides together.
     edges, step = np.unique(names.gaps, return_inverse=True)
@@ -84,8 +84,10 @@ def accuracy_curve(
         member = np.eye(len(is_seen), dtype=weights.dtype)[names.labels] * side  # [Q, K]
         totals = weights @ member  # [..., K]
         share = np.divide(100.0, totals, out=np.zeros_like(totals), where=totals > 0)
-        share = share / np.maximum((totals > 0).sum(axis=-1, keepdims=True), 1)
+        num_classes = (totals > 0).sum(axis=-1, keepdims=True)
+        share = share / np.maximum(num_classes, 1)
         gain = np.zeros(shape)
+        gain[..., :1] = np.where(num_classes > 0, 0.0, np.nan)
         hits = np.flatnonzero(right)
         values = weights[..., hits] * share[..., names.labels[hits]]
         np.add.at(gain, (..., step[hits] + 1), values)

@@ -66,7 +66,13 @@ def resampled(
 
 
 def estimate(value: float, drawn: np.ndarray) -> Estimate:
-    """Of a value and its draws [draws]."""
+    """Of a value and its draws [draws]; those that are NaN show too little to be scored.
+
+    Of few scenes some draws show no class of one side. NaN but for the value where all do.
+    """
+    drawn = drawn[~np.isnan(drawn)]
+    if len(drawn) < 2:
+        return Estimate(float(value), *[float("nan")] * 3)
     low, high = np.percentile(drawn, [2.5, 97.5])
     return Estimate(float(value), float(np.std(drawn, ddof=1)), float(low), float(high))
 

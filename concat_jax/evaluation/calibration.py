@@ -26,7 +26,7 @@ from concat_jax.evaluation.counts import harmonic_mean
 from concat_jax.evaluation.evaluate import predict_examples
 from concat_jax.evaluation.panoptic_quality import PanopticQuality, class_quality
 from concat_jax.evaluation.query_names import QueryNames
-from concat_jax.evaluation.report import markdown_table
+from concat_jax.evaluation.report import markdown_table, number
 from concat_jax.evaluation.score_images import quality_of
 from concat_jax.inference.predictor import Predictor
 
@@ -174,21 +174,18 @@ def format_sweep(found: Sweep, chosen: float, shown: Iterable[float] | None = No
     for gamma in found.gammas if shown is None else shown:
         summary = found.summary(gamma)
         scores = [summary[group]["pq"] for group in ("harmonic", "seen", "unseen")]
-        cells = [
-            f"{gamma:g}",
-            *(f"{score:.1f}" if math.isfinite(score) else "-" for score in scores),
-        ]
+        cells = [f"{gamma:g}", *map(number, scores)]
         rows.append([f"**{cell}**" for cell in cells] if gamma == chosen else cells)
     return markdown_table(["gamma", "hPQ", "PQ seen", "PQ unseen"], rows)
 
 
 def format_areas(found: Sweep) -> str:
     """What no bias can change, in a line."""
-    parts = [f"Area under unseen against seen PQ: {found.area():.1f}."]
+    parts = [f"Area under unseen against seen PQ: {number(found.area())}."]
     if found.names is not None:
         names = naming_curve(found.names, np.asarray(found.vocabulary.is_seen))
         parts.append(
-            f"Names of the queries that hold a segment: area {names.area:.1f}, right among unseen "
-            f"names {names.among_unseen:.1f}, among seen {names.among_seen:.1f}."
+            f"Names of the queries that hold a segment: area {number(names.area)}, right among "
+            f"unseen names {number(names.among_unseen)}, among seen {number(names.among_seen)}."
         )
     return " ".join(parts)

@@ -64,7 +64,7 @@ def _measured(summary: Mapping) -> list[tuple[str, _Metric, Mapping]]:
     return found + [(n, metric, summary[n]) for n, metric in _NESTED.items() if n in summary]
 
 
-def _number(value: float | int | None) -> str:
+def number(value: float | int | None) -> str:
     """One decimal; a dash for what was not measured (NaN or None)."""
     if value is None or not math.isfinite(value):
         return "-"
@@ -107,10 +107,10 @@ def format_table(summary: Mapping, *, classes: bool = False) -> str:
     parts = []
     for name, metric, inner in _measured(summary):
         rows = [
-            [group, *(_number(inner[group].get(key)) for key in metric.columns), count]
+            [group, *(number(inner[group].get(key)) for key in metric.columns), count]
             for group in (*GROUPS, "harmonic")
             if group in inner
-            for count in (_number(inner[group]["n"]) if "n" in inner[group] else "",)
+            for count in (number(inner[group]["n"]) if "n" in inner[group] else "",)
         ]
         table = _grid([["", *metric.columns.values(), "n"]], rows, metric.rules)
         parts.append(f"{name}\n{table}" if name else table)
@@ -145,7 +145,7 @@ def _class_table(metric: _Metric, rows: Sequence[Mapping]) -> str:
         return "thing" if row["is_thing"] else "stuff", "seen" if row["is_seen"] else "unseen"
 
     cells = [
-        [row["name"], *kind(row), *(_number(row[key]) for key in metric.of_class)]
+        [row["name"], *kind(row), *(number(row[key]) for key in metric.of_class)]
         for row in sorted(rows, key=order)
         if any(row[key] for key in metric.counts)
     ]
@@ -166,7 +166,7 @@ def format_comparison(runs: Mapping[str, Mapping]) -> str:
             [
                 run,
                 *(
-                    _number((summary[name] if name else summary)[group][key])
+                    number((summary[name] if name else summary)[group][key])
                     for key in metric.compared
                     for group in groups
                 ),

@@ -54,9 +54,10 @@ def bias_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """
     figure, axes = _figure("Unseen against seen PQ, as a bias on seen names sweeps", 5.5)
     _draw_lines(axes, {name: [curve] for name, curve in curves.items()}, "seen, %", "unseen, %")
-    limit = 1.05 * max(np.max(values) for curve in curves.values() for values in curve)
-    axes.set_xlim(0, max(limit, 1))
-    axes.set_ylim(0, max(limit, 1))
+    # NaN of a side that shows no class.
+    limit = np.nanmax([1, *(1.05 * x for curve in curves.values() for x in np.ravel(curve))])
+    axes.set_xlim(0, limit)
+    axes.set_ylim(0, limit)
     axes.set_aspect("equal")
     return figure
 

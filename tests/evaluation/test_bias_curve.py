@@ -78,6 +78,15 @@ def test_weights_are_repeats(queries):
         assert curve_area(seen[row], unseen[row]) == pytest.approx(expected.area)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_draw_without_a_query_of_one_side_has_no_score(queries, side):
+    logits, labels = queries
+    weights = np.stack([np.ones(len(labels)), IS_SEEN[labels] == bool(side)]).astype(float)
+    curves = accuracy_curve(named(logits, labels), IS_SEEN, weights)
+    assert np.isfinite(np.array(curves)[:, 0]).all() and np.isnan(curve_area(*curves)[1])
+    assert np.isnan(curves[side][1]).all() and np.isfinite(curves[1 - side][1]).all()
+
+
 @pytest.mark.parametrize("labels", [[0, 2], [1, 4], []])
 def test_one_side_alone_has_no_score(labels):
     names = named(np.zeros((len(labels), 5)), np.array(labels, int))

@@ -50,6 +50,19 @@ def test_seeds_that_differ_widen_the_interval():
     assert wide.deviation > 2 * narrow.deviation
 
 
+def test_draws_that_could_not_be_scored_say_nothing():
+    """Of three scenes of which one has nothing to score, one draw in 27 has that one alone."""
+    counts = np.zeros((1, 3, 2), np.float32)
+    counts[0, :2] = [[1, 2], [3, 4]]  # the third scene has no trial
+    with np.errstate(invalid="ignore"):
+        value, drawn = resampled(counts, mean_score, draws=500)
+    assert 5 < np.isnan(drawn).sum() < 50
+    found = estimate(value, drawn)
+    assert found == estimate(value, drawn[~np.isnan(drawn)])
+    assert (found.low, found.high) == (50.0, 75.0) and 5 < found.deviation < 15
+    assert np.isnan(estimate(1.0, np.full(9, np.nan))[1:]).all()
+
+
 def test_what_was_not_measured_is_a_dash():
     assert Estimate(57.71, 1.12, 55.0, 60.0).as_score() == "57.7 ± 1.1"
     assert Estimate(2.04, 0.6, 0.91, 3.2).as_difference() == "+2.0 [+0.9, +3.2]"

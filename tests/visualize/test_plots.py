@@ -29,6 +29,13 @@ def test_curves_are_lines_of_their_names_on_equal_axes(tmp_path):
     assert (pixels[:, :4] == 255).all() and (pixels[:, -4:] == 255).all(), "nothing is cut off"
 
 
+def test_a_side_that_shows_no_class_has_no_curve_and_stops_no_other():
+    nothing, points = np.full(3, np.nan), np.array([0.0, 40.0, 60.0])
+    figure = plots.bias_curves({"one": (points, points[::-1]), "other": (points, nothing)})
+    assert figure.axes[0].get_xlim() == figure.axes[0].get_ylim() == (0, 63)
+    assert plots.bias_curves({"other": (nothing, nothing)}).axes[0].get_xlim() == (0, 1)
+
+
 def test_the_plane_of_points_on_a_known_plane():
     """Points in the plane of two given directions, twice as far along the first."""
     first, second = np.array([0.6, 0.0, -0.8]), np.array([0.0, 1.0, 0.0])
