@@ -15,6 +15,7 @@ curves to `ablation.png`, and how soon the rows of stage 1 learnt seen names to 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,11 +26,11 @@ import numpy as np
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import in_bucket, read_text, write_json, write_text
+from concat_jax.core.files import in_bucket, write_json, write_text
 from concat_jax.core.progress import format_seconds
 from concat_jax.evaluation.bootstrap import difference, estimate
 from concat_jax.evaluation.calibration import Sweep
-from concat_jax.evaluation.report import markdown_table
+from concat_jax.evaluation.report import markdown_table, number
 from concat_jax.experiment.ablation.rows import ROWS, SCORED
 from concat_jax.experiment.ablation.runs import config_of_seed, run_seed, train_shared
 from concat_jax.experiment.evidence import SCORES, load_sweep, scores
@@ -58,9 +59,12 @@ def learning(world: Path, rows: Sequence[str], num_seeds: int) -> dict[str, list
     for row in rows:
         for seed in range(num_seeds):
             file = world / f"seed_{seed}" / row / METRICS
-            lines = map(json.loads, read_text(file).splitlines() if file.exists() else ())
-            found = ((line["step"], line.get("accuracy")) for line in lines)
-            points = {step: accuracy for step, accuracy in found if accuracy is not None}
+            points = {}
+            for line in file.read_bytes().splitlines() if file.exists() else ():
+                # Of other losses, or cut off where the machine went down.
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    found = json.loads(line)
+                    points[found["step"]] = float(found["accuracy"])
             if points:
                 curves.setdefault(ROWS[row].title, []).append(np.array([*points.items()]).T)
     return curves
@@ -76,17 +80,17 @@ def format_ablation(cells: Cells, found: Mapping[str, Mapping]) -> str:
     lines, pairs = [], []
     for row, values in found.items():
         numbers = [estimate(*values[key]).as_score() for key in SCORES]
-        parts = [
-            np.mean([cell["calibrated"][group]["pq"] for cell in cells[row]])
-            for group in ("seen", "unseen")
-        ]
         chosen = bool(ROWS[row].chosen_among)
         gammas = "/".join(
             f"{cell['gamma']:g} ({cell['stage']})" if chosen else f"{cell['gamma']:g}"
             for cell in cells[row]
         )
         seconds = format_seconds(np.mean([cell["seconds"] for cell in cells[row]]))
-        shown = "/".join(f"{part:.1f}" for part in parts)
+        parts = (
+            np.array([cell["calibrated"][group]["pq"] for cell in cells[row]], float).mean()
+            for group in ("seen", "unseen")  # None, in JSON, is NaN
+        )
+        shown = "/".join(map(number, parts))
         lines.append([ROWS[row].title, *numbers, shown, gammas, seconds])
         base = ROWS[row].base
         if base in found:
@@ -138,11 +142,11 @@ def ablation(
             curves[ROWS[row].title] = tuple(np.mean([sweep.curve() for sweep in sweeps], axis=0))
         table = format_ablation(cells, found)
         print(f"\nAfter {seed + 1} of {seeds} seeds, percent:\n{table}", flush=True)
+    write_text(folder / "ablation.md", table + "\n")
+    write_json(folder / "ablation.json", {"seeds": seeds, "world": world, "rows": cells})
     plots.save_figure(plots.bias_curves(curves), folder / "ablation.png")
     if learnt := learning(folder, rows, seeds):
         plots.save_figure(plots.learning_curves(learnt), folder / "learning.png")
-    write_text(folder / "ablation.md", table + "\n")
-    write_json(folder / "ablation.json", {"seeds": seeds, "world": world, "rows": cells})
     return table
 
 

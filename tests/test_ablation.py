@@ -104,6 +104,15 @@ def test_the_tables():
     assert found["con"]["pq_area"][0] == pytest.approx(high[0].area(), abs=1e-4)
 
 
+def test_what_was_not_measured_is_a_dash_in_the_table():
+    """As a cell is read from JSON, where no test scene shows an unseen class."""
+    found = {"projection": dict.fromkeys(evidence.SCORES, (float("nan"), np.full(9, np.nan)))}
+    sides = {"seen": {"pq": 50.0}, "unseen": {"pq": None}}
+    cell = {"gamma": 1.0, "calibrated": sides, "seconds": 60}
+    table = ablation.format_ablation({"projection": [cell]}, found)
+    assert "| stage 1, projection only | - | - | - | - | - | 50.0/- | 1 | 1:00 |" in table
+
+
 class FakeRun:
     """Trains nothing; remembers what it was asked to do."""
 
@@ -111,7 +120,7 @@ class FakeRun:
 
     def __init__(self, config, workdir, datasets, trains=True):
         self.workdir, self.seed, self.config = workdir, config.seed, config
-        self.datasets = types.SimpleNamespace(evaluation=lambda: "test")
+        self.datasets = types.SimpleNamespace(evaluation=lambda: "test", vocabulary=VOCABULARY)
         self.setup = types.SimpleNamespace(config=config)
         self.prefix = "left out: " * ("left_out" in config.data)
         self.parameters = types.SimpleNamespace(
@@ -179,6 +188,55 @@ def test_seeds_share_the_world_and_finished_cells_are_not_run_again(fake_run, tm
     assert fake_run == [(0, "train", "projection"), (0, "score", "projection")]
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-30])
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("cell.json", cut),
+        ("cell.json", lambda file: file.write_text("[]")),
+        ("cell.json", lambda file: file.write_text('{"gamma": 0}')),
+        ("sweep.npz", cut),
+        ("sweep.npz", lambda file: file.write_bytes(b"")),
+        ("sweep.npz", lambda file: np.savez(file, counts=np.zeros(3))),
+    ],
+)
+def test_what_is_damaged_is_scored_anew(fake_run, tmp_path, capsys, name, damage):
+    config = demo_zps.get_config("smoke")
+    ablation.ablation(config, ["projection"], 1, 0, tmp_path)
+    file = tmp_path / "world_0" / "seed_0" / "projection" / name
+    before = json.loads(file.with_name("cell.json").read_text())
+    damage(file)
+    fake_run.clear()
+    capsys.readouterr()
+    ablation.ablation(config, ["projection"], 1, 0, tmp_path)
+    after = json.loads(file.with_name("cell.json").read_text())
+    assert after | {"seconds": 0} == before | {"seconds": 0}
+    assert fake_run == [(0, "score", "projection")]
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith(str(file)) and said.endswith(". It is made anew.")
+
+
+def test_a_kill_between_a_sweep_and_its_cell_leaves_no_mixture(fake_run, tmp_path, monkeypatch):
+    config = demo_zps.get_config("smoke")
+    ablation.ablation(config, ["projection"], 1, 0, tmp_path)
+
+    def killed(path, content):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("concat_jax.experiment.ablation.runs.write_json", killed)
+        config.data.num_eval_images += 1
+        with pytest.raises(KeyboardInterrupt):
+            ablation.ablation(config, ["projection"], 1, 0, tmp_path)
+    fake_run.clear()
+    config.data.num_eval_images -= 1
+    ablation.ablation(config, ["projection"], 1, 0, tmp_path)
+    assert fake_run == [(0, "score", "projection")]
+
+
 def test_an_inductive_row_is_chosen_where_seen_classes_play_the_unseen_ones(fake_run, tmp_path):
     config = demo_zps.get_config("smoke")
     with config.unlocked():
@@ -230,7 +288,7 @@ def test_a_mistake_in_the_last_stage_shows_before_the_first_is_trained(tmp_path,
 
 
 def test_what_a_run_saw_as_it_learnt_is_read_once_a_step(tmp_path):
-    """A run that was killed repeats steps; a stage of other losses has no accuracy."""
+    """A killed run repeats steps, a crash halves a row, and other losses have no accuracy."""
     lines = {
         "seed_0/con": [{"step": 50, "accuracy": 0.1}, {"step": 100, "accuracy": 0.2}],
         "seed_1/con": [
@@ -241,7 +299,7 @@ def test_what_a_run_saw_as_it_learnt_is_read_once_a_step(tmp_path):
     }
     for stage, rows in lines.items():
         (tmp_path / stage).mkdir(parents=True)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+        text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 150, "accur'
         (tmp_path / stage / "metrics.jsonl").write_text(text)
     found = ablation.learning(tmp_path, ["con", "fair", "kernel"], 3)
     curves = [curve.tolist() for curve in found.pop(ROWS["con"].title)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils.epath import Path
 
-from concat_jax.core.files import on_disk, replacing
+from concat_jax.core.files import UNREADABLE, FileError, on_disk, replacing
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.bias_curve import (
     NamedQueries,
@@ -43,11 +45,14 @@ def save_sweep(found: Sweep, gamma: float, path: Path) -> None:
 
 
 def load_sweep(path: Path, vocabulary: Vocabulary) -> tuple[Sweep, float]:
-    """What `save_sweep` wrote."""
-    with on_disk(path) as local, np.load(local, allow_pickle=False) as file:
-        names = NamedQueries(*(file[field] for field in NamedQueries._fields))
-        found = Sweep(vocabulary, tuple(file["gammas"].tolist()), file["counts"], names)
-        return found, float(file["gamma"])
+    """What `save_sweep` wrote; FileError if it cannot be read."""
+    try:
+        with on_disk(path) as local, np.load(local, allow_pickle=False) as file:
+            names = NamedQueries(*(file[field] for field in NamedQueries._fields))
+            found = Sweep(vocabulary, tuple(file["gammas"].tolist()), file["counts"], names)
+            return found, float(file["gamma"])
+    except (*UNREADABLE, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise FileError(f"{path} cannot be read: {str(error).rstrip('.')}.") from error
 
 
 def scores(

@@ -32,7 +32,7 @@ from concat_jax.experiment.workdir import (
     claim_workdir,
     evaluation_settings,
     note_origin,
-    read_report,
+    read_result,
     trained_stages,
 )
 from concat_jax.inference.heads import TextHead
@@ -46,6 +46,8 @@ from concat_jax.training.sharding import along_batch, copy_to_host, inference_me
 
 if TYPE_CHECKING:
     from data_pipelines.datasets import Datasets
+
+REPORT_KEYS = ("config", "results", "table")
 
 
 class Experiment:
@@ -133,7 +135,7 @@ class Experiment:
         shown = evaluation_settings(config)
         titles = {n: t for n, t in config.eval.stages.items() if self.parameters.is_finished(n)}
         check_origins(self.workdir, titles)
-        if not trained and (saved := read_report(report_path)):
+        if not trained and (saved := read_result(report_path, *REPORT_KEYS)):
             # A run of fewer stages may have left a report of fewer.
             if saved["config"] == shown and saved.get("stages_evaluated") == sorted(titles):
                 print(f"This run is finished; its report is {report_path}.\n")

@@ -165,15 +165,18 @@ def _origin(workdir: Path, stage: str) -> dict[str, Any]:
     return {"id": "", "takes": {}}
 
 
-def read_report(path: Path) -> dict[str, Any] | None:
-    """A run's report; None where there is none that can be read, as it can be made anew."""
+def read_result(path: Path, *keys: str) -> dict[str, Any] | None:
+    """A file of ours that has the keys; None if it is not there, or cannot be read, which is said.
+
+    It is for what can be made anew.
+    """
     if not path.exists():
         return None
     try:
-        report = read_json(path)
-        if isinstance(report, dict) and {"config", "results", "table"} <= report.keys():
-            return report
-        reason = f"{path} is no report."
+        content = read_json(path)
+        if isinstance(content, dict) and {*keys} <= content.keys():
+            return content
+        reason = f"{path} does not hold {', '.join(keys)}."
     except ValueError as error:
         reason = str(error)
     print(f"{reason} It is made anew.")

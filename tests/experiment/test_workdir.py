@@ -17,7 +17,7 @@ from concat_jax.experiment.workdir import (
     check_origins,
     claim_workdir,
     note_origin,
-    read_report,
+    read_result,
 )
 from concat_jax.experiment.workdir_lock import LOCK_NAME
 
@@ -208,16 +208,16 @@ def test_a_damaged_config_is_named_with_the_way_on(trained, content):
     assert written(trained)["seed"] == 0
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff"])
-def test_a_damaged_report_is_made_anew(tmp_path, content, capsys):
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"config": {}}', b"\xff"])
+def test_a_damaged_result_is_made_anew(tmp_path, content, capsys):
     path = tmp_path / "report.json"
-    assert read_report(path) is None and capsys.readouterr().out == ""
+    assert read_result(path, "config", "table") is None and capsys.readouterr().out == ""
     path.write_bytes(content)
-    assert read_report(path) is None
+    assert read_result(path, "config", "table") is None
     assert capsys.readouterr().out.endswith(". It is made anew.\n")
-    report = {"config": {}, "results": {}, "table": ""}
+    report = {"config": {}, "table": ""}
     path.write_text(json.dumps(report))
-    assert read_report(path) == report
+    assert read_result(path, "config", "table") == report
 
 
 def learn(workdir, name, *sources):

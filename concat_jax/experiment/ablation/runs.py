@@ -11,12 +11,12 @@ from typing import Any
 import ml_collections
 
 from concat_jax.core.config import build
-from concat_jax.core.files import read_json, write_json
+from concat_jax.core.files import FileError, write_json
 from concat_jax.evaluation.calibration import GAMMAS
 from concat_jax.experiment.ablation.rows import LEFT_OUT, ROWS, stages_before, with_rows
-from concat_jax.experiment.evidence import measure
+from concat_jax.experiment.evidence import load_sweep, measure
 from concat_jax.experiment.experiment import Experiment, open_experiment
-from concat_jax.experiment.workdir import evaluation_settings
+from concat_jax.experiment.workdir import evaluation_settings, read_result
 from concat_jax.stages.registry import learns_from
 from concat_jax.stages.stage import StageConfig
 
@@ -109,14 +109,25 @@ def choose(
     return max(scores, key=scores.get)
 
 
-def is_of(cell: dict[str, Any], row: str, run: Experiment) -> bool:
-    """Whether a cell is of what the row is now: its stage, and how the config says to score it.
+def read_cell(file: Path, row: str, run: Experiment) -> dict[str, Any] | None:
+    """A row's cell; None where the row is to be scored, as there is none or it cannot be used.
 
-    Of how cells of before were scored nothing is known, and they pass.
+    It must be of what the row is now: its stage, and how the config says to score it. Of how cells
+    of before were scored nothing is known, and they pass. One that is damaged, or whose sweep is,
+    is said.
     """
+    if not (cell := read_result(file, "gamma", "calibrated", "seconds")):
+        return None
     stage, shown = cell.get("stage", row), evaluation_settings(run.setup.config)
     is_there = stage in (ROWS[row].chosen_among or (row,)) and run.parameters.is_finished(stage)
-    return is_there and cell.get("config", shown) == shown
+    if not is_there or cell.get("config", shown) != shown:
+        return None
+    try:
+        load_sweep(file.with_name("sweep.npz"), run.datasets.vocabulary)
+    except FileError as error:
+        print(f"{error} It is made anew.")
+        return None
+    return cell
 
 
 def run_seed(
@@ -127,12 +138,15 @@ def run_seed(
     A cell is what `evidence.measure` returns, the "stage" that was scored, the "config" by which,
     and the "seconds" that training and scoring it took this process, without the stages before it.
     """
-    files = {row: world / f"seed_{seed}" / row / "cell.json" for row in rows}
-    run = open_seed(config, rows, seed, world)
+    run, cells = open_seed(config, rows, seed, world), {}
     shown = evaluation_settings(run.setup.config)
-    for row, file in files.items():
-        if file.exists() and is_of(read_json(file), row, run):
+    for row in rows:
+        file = world / f"seed_{seed}" / row / "cell.json"
+        if cell := read_cell(file, row, run):
+            cells[row] = cell
             continue
+        # A kill from here on may leave another stage or sweep than it is of.
+        file.unlink(missing_ok=True)
         stage, gamma = row, None
         if rivals := ROWS[row].chosen_among:
             stage, gamma = choose(config, rivals, seed, world)
@@ -140,5 +154,6 @@ def run_seed(
         held_out, test = run.held_out().evaluation(), run.datasets.evaluation()
         cell = measure(run, stage, held_out, test, file.parent, gamma)
         seconds = round(seconds + time.monotonic() - began, 1)
-        write_json(file, cell | {"stage": stage, "config": shown, "seconds": seconds})
-    return {row: read_json(file) for row, file in files.items()}
+        cells[row] = cell | {"stage": stage, "config": shown, "seconds": seconds}
+        write_json(file, cells[row])
+    return cells
