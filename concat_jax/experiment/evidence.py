@@ -24,6 +24,7 @@ from concat_jax.evaluation.report import markdown_table
 
 if TYPE_CHECKING:
     from concat_jax.experiment.experiment import Experiment
+    from data_pipelines.datasets import Datasets
 
 # Resampled sets of scenes; the ends of a 95 % interval then vary by a tenth of its width.
 DRAWS = 1000
@@ -103,6 +104,20 @@ def _names(
     return {
         name: (float(means[i]), spread[i]) for i, name in enumerate(("name_area", "among_unseen"))
     }
+
+
+def check_shows_both(held_out: Datasets) -> None:
+    """Refuses, by a ValueError, images that no γ can be chosen on, as one side shows nowhere."""
+    is_seen, shown = np.asarray(held_out.vocabulary.is_seen), set()
+    for example in held_out.evaluation():
+        labels = example["segment_labels"]
+        shown |= {*is_seen[labels[labels >= 0]].tolist()}
+        if len(shown) == 2:
+            return
+    raise ValueError(
+        "The scenes of config.eval.bias_split that γ is chosen on do not show both seen and unseen "
+        "classes; set config.data.num_eval_images (of the ablation, --scenes) to more."
+    )
 
 
 def measure(

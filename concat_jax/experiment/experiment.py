@@ -22,7 +22,7 @@ from concat_jax.evaluation import calibration, report
 from concat_jax.experiment import evidence, looks
 from concat_jax.experiment.batches import check_clip_targets, query_bank, stage_batches
 from concat_jax.experiment.class_embeddings import ClassEmbeddings
-from concat_jax.experiment.copy_parameters import copy_parameters
+from concat_jax.experiment.copy_parameters import check_copies, copy_parameters
 from concat_jax.experiment.elsewhere import Elsewhere
 from concat_jax.experiment.model import write_labels
 from concat_jax.experiment.parameters import INIT, Parameters, initial_path
@@ -83,7 +83,8 @@ class Experiment:
             setup.check_predicts(name, "config.eval.stages")
         if trains:
             setup.check_files()
-            self.held_out()  # a split that there is not shows now
+            if held_out := self.held_out():  # what is wrong with it shows now
+                evidence.check_shows_both(held_out)
             check_origins(workdir, (*config.stages, *config.eval.stages))
             for name in config.stages:
                 if not self.parameters.is_finished(name):
@@ -101,6 +102,11 @@ class Experiment:
             self.setup.optimizer(name)
             self.setup.make_stage(name)
             looks.check(self, name)
+            if stages[name].oracle and self.datasets.oracle is None:
+                raise ValueError(
+                    f"config.train.{name}.oracle needs images that show unseen classes, and data "
+                    f"of kind {config.data.kind!r} offers none for training."
+                )
             for subtree, source in stages[name].sources.items():
                 if source == INIT:
                     path = initial_path(config, subtree)
@@ -114,6 +120,14 @@ class Experiment:
                         f"finished in {self.workdir}; put {source!r} before {name!r} in "
                         "config.stages."
                     )
+                given = self.setup.make_stage(source).trains
+                if subtree in stages[name].takes and subtree not in given:
+                    raise ValueError(
+                        f"config.train.{name}.takes.{subtree} is {source!r}, a stage that trains "
+                        f"{' and '.join(given)} alone; name one that trains {subtree!r}."
+                    )
+            if not self.parameters.is_finished(name):
+                check_copies(self.setup, self.parameters, name)
             before.append(name)
 
     def run(self) -> dict:
@@ -315,6 +329,11 @@ class Experiment:
             raise ValueError(
                 "gamma weighs the seen classes of the training data against the unseen ones; set "
                 "config.data.eval_kind to '' to choose it."
+            )
+        if not len(self.setup.vocabulary.unseen):
+            raise ValueError(
+                f"gamma weighs seen classes against unseen ones, and all "
+                f"{len(self.setup.vocabulary)} classes of the data are seen."
             )
         gammas = calibration.check_gammas(gammas)
         predictor = self.predictor(name, gamma=gammas, tasks=("panoptic", "queries"))

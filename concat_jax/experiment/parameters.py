@@ -42,8 +42,7 @@ class Parameters:
         Raises ValueError if there is no checkpoint, or what is there does not fit the config.
         """
         if (subtree, source) not in self._given:
-            networks = self._setup.networks_of(source)
-            abstract = jax.eval_shape(lambda: networks.init(subtree, jax.random.key(0)))
+            abstract = self.abstract(subtree, source)
             if source == INIT:
                 shardings = split_by_rule(abstract, self._mesh)
                 params = jax.device_put(self._initial(subtree, abstract), shardings)
@@ -59,6 +58,11 @@ class Parameters:
                 checkpoints.close()
             self._given[subtree, source] = params
         return self._given[subtree, source]
+
+    def abstract(self, subtree: str, source: str) -> Params:
+        """Shapes of a subtree as a stage has it."""
+        networks = self._setup.networks_of(source)
+        return jax.eval_shape(lambda: networks.init(subtree, jax.random.key(0)))
 
     def whole(self, subtree: str, source: str) -> Params:
         """As `get`, on every device whole: for what runs outside of a training step."""

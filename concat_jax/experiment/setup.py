@@ -190,6 +190,12 @@ def make_setup(
                 f"--config.profile.steps={few}."
             )
     sides = {"short_side": labels.eval_size, "long_side": labels.eval_size}
+    predict = build(PredictConfig, {**sides, **config.eval.settings}, "config.eval.settings")
+    if isinstance(predict.gamma, tuple):
+        raise ValueError(
+            f"config.eval.settings.gamma is {predict.gamma} and must be one number; python -m "
+            "concat_jax.calibrate tries several, its --gammas."
+        )
     context = Context(
         make_networks(model),
         labels.vocabulary,
@@ -203,7 +209,7 @@ def make_setup(
         labels.vocabulary,
         evaluated,
         tokenizer,
-        build(PredictConfig, {**sides, **config.eval.settings}, "config.eval.settings"),
+        predict,
         bank,
         profile,
         context,

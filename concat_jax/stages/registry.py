@@ -22,6 +22,7 @@ STAGES: dict[str, ModuleType] = {
     "regression": regression,
 }
 QUERY_SOURCES = ("bank", "images")
+CAPTIONS = ("all", "seen")
 
 
 @contextlib.contextmanager
@@ -56,6 +57,7 @@ def make_stage(name: str, settings: StageConfig, context: Context) -> Stage:
     where = f"config.train.{name}"
     method = method_of(name, settings)
     check_choice(settings.queries, QUERY_SOURCES, f"{where}.queries is")
+    check_choice(settings.captions, CAPTIONS, f"{where}.captions are")
     module = STAGES[settings.kind]
     if module.LEARNS_FROM == "queries" and settings.takes.get("segmentor", INIT) == INIT:
         raise ValueError(
@@ -75,10 +77,11 @@ def make_stage(name: str, settings: StageConfig, context: Context) -> Stage:
             )
         if stage.loss is not None and not settings.steps:
             raise ValueError(f"{where}.steps is 0; set --{where}.steps=1 or more.")
-        if learns_from(settings) == "queries" and settings.bank_images < 1:
+        least = settings.batch_size
+        if learns_from(settings) == "queries" and settings.bank_images < least:
             raise ValueError(
-                f"{where}.bank_images is {settings.bank_images}; set --{where}.bank_images to the "
-                "number of images whose vision queries are learnt from."
+                f"{where}.bank_images is {settings.bank_images}; set --{where}.bank_images={least} "
+                f"(its batch_size) or more, images whose vision queries are learnt from."
             )
         if learns_from(settings) != module.LEARNS_FROM:
             stage = on_images(stage, context)

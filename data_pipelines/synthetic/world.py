@@ -113,7 +113,7 @@ class SyntheticWorld:
         if max_segments > 255:
             raise ValueError(f"max_segments must be at most 255 for 8-bit ids, got {max_segments}.")
         self.max_segments = max_segments
-        self.num_eval_images = _require_at_least(num_eval_images, 0, "num_eval_images")
+        self.num_eval_images = _require_at_least(num_eval_images, 1, "num_eval_images")
         self._scale = self.image_size / REFERENCE_SIZE
 
     def example(self, index: int) -> dict[str, np.ndarray]:

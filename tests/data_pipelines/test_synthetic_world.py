@@ -373,7 +373,7 @@ def test_opaque_names_are_a_matter_of_data():
         ({"seed": 2**32}, "seed must be below 2"),
         ({"max_segments": 8}, "max_segments is 8, .* raise it to 9"),
         ({"max_segments": 300}, "at most 255"),
-        ({"num_eval_images": -1}, "num_eval_images must be an integer of at least 0"),
+        ({"num_eval_images": 0}, "num_eval_images must be an integer of at least 1"),
     ],
 )
 def test_bad_world_arguments(arguments, message):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -102,6 +103,47 @@ def no_bank(config):
     config.train.finetune.bank_images = 0
 
 
+def small_bank(config):
+    config.train.finetune.bank_images = 31
+
+
+def nothing_of_clip(config):
+    config.train.cat.takes.projector = "clip"
+
+
+def nothing_to_fill(config):
+    config.train.con.copies = {"segmentor/backbon": "clip/vision_model/patch_embedding/trunk"}
+
+
+def nothing_to_copy(config):
+    config.train.con.copies = {"segmentor/backbone": "generator/x"}
+
+
+def unknown_captions(config):
+    config.train.clip.captions = "sen"
+
+
+def oracle_of_real_data(config):
+    config.train.control.oracle = True
+
+
+def several_gammas(config):
+    config.eval.settings.gamma = (0.0, 1.0)
+
+
+def one_scene(config):
+    config.seed, config.data.preset, config.data.num_eval_images = 5, "attributes", 1
+
+
+def no_temperature(config):
+    config.train.con.method.temperature = 0.0
+
+
+def no_fold(config):
+    method = dict(kind="regression", steps=0, generator={"kind": "regression"}, method={"folds": 1})
+    config.train.cat = dict(config.train.cat.to_dict(), **method)
+
+
 def no_segmentor(config):
     config.eval.stages = {"clip": "CLIP"}
 
@@ -145,7 +187,17 @@ def unknown_profile_field(config):
         (unknown_rule, "config.eval.keep_rules names no rule: 'objectnes'.*'objectness'"),
         (no_progress, "config.train.\\w+.log_every is 0 and must be at least 1"),
         (no_size, "short_side is 0"),
-        (no_bank, "finetune.bank_images is 0; set --config.train.finetune.bank_images"),
+        (no_bank, "finetune.bank_images is 0; set --config.train.finetune.bank_images=32 "),
+        (small_bank, "bank_images is 31; set --config.train.finetune.bank_images=32 \\(its batch"),
+        (nothing_of_clip, "config.train.cat.takes.projector is 'clip', .*trains clip alone; name"),
+        (nothing_to_fill, "In config.train.con.copies: There are no .* at 'segmentor/backbon' to"),
+        (nothing_to_copy, "In config.train.con.copies: There are no parameters at 'generator/x'"),
+        (unknown_captions, "config.train.clip.captions are 'sen'; did you mean 'seen'"),
+        (oracle_of_real_data, "config.train.control.oracle needs images that show unseen classes"),
+        (several_gammas, "settings.gamma is .0.0, 1.0. and must be one number"),
+        (one_scene, "do not show both seen and unseen classes; set config.data.num_eval_images"),
+        (no_temperature, "config.train.con.method.temperature is 0.0 and must be above 0"),
+        (no_fold, "In config.train.cat.method: The regression's folds is 1 and must be at least 2"),
         (
             no_segmentor,
             "config.eval.stages names stage 'clip', which has no segmentor.* one of cat, con, ",
@@ -190,6 +242,13 @@ def test_a_stage_that_cannot_be_scored_is_refused(stage, sentence, tmp_path):
     run.check_stage("con")
     with pytest.raises(ValueError, match=sentence):
         run.check_stage(stage)
+
+
+def test_no_gamma_is_tried_where_all_classes_are_seen():
+    vocabulary = Vocabulary(("cat", "sky"), (True, False), (True, True), (1, 2))
+    setup = types.SimpleNamespace(vocabulary=vocabulary, eval_vocabulary=vocabulary)
+    with pytest.raises(ValueError, match="unseen ones, and all 2 classes of the data are seen"):
+        Experiment.sweep(types.SimpleNamespace(setup=setup), "con", (), (0.0,))
 
 
 def make_segmentor(folder, *names):
