@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from concat_jax.core.config import check_choice, check_fields
+from concat_jax.core.config import Positive, check_choice, check_fields
 from concat_jax.models.clip_pooling import (
     CONV_TOWERS,
     PROJECTIONS,
@@ -249,8 +249,8 @@ class CLIP(nn.Module):
     text_width: int = 512
     text_depth: int = 12
     text_heads: int = 8
-    image_mlp_ratio: float = 4.0
-    text_mlp_ratio: float = 4.0
+    image_mlp_ratio: Positive = 4.0
+    text_mlp_ratio: Positive = 4.0
     activation: str = "quick_gelu"
     stem: str = "patch"
     eot_id: int | None = None

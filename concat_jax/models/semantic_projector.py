@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from concat_jax.core.config import Positive
+
 MAX_SCALE = 100.0  # CLIP's clip of exp(s): larger logits stop learning.
 
 
@@ -52,7 +54,7 @@ class SemanticProjector(nn.Module):
     joint_width: int
     hidden_width: int
     num_layers: int = 3
-    initial_scale: float = 1 / 0.07
+    initial_scale: Positive = 1 / 0.07
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from concat_jax.core.config import Count
+from concat_jax.core.config import Count, Positive
 from concat_jax.models.clip import VisionTower, make_clip
 from concat_jax.models.clip_images import normalize_clip_images
 from concat_jax.models.ops.layers_in_turn import Run, run_in_turn
@@ -80,7 +80,7 @@ class ViT(nn.Module):
     num_registers: Count = 4
     positions: str = "learned"
     grid: int = 40
-    rotary_theta: float = 100.0
+    rotary_theta: Positive = 100.0
     activation: str = "gelu"
     key_bias: bool = True
     layer_scale: bool = True

@@ -135,6 +135,10 @@ def one_scene(config):
     config.seed, config.data.preset, config.data.num_eval_images = 5, "attributes", 1
 
 
+def no_scale(config):
+    config.model.projector.initial_scale = 0.0
+
+
 def no_temperature(config):
     config.train.con.method.temperature = 0.0
 
@@ -196,6 +200,7 @@ def unknown_profile_field(config):
         (oracle_of_real_data, "config.train.control.oracle needs images that show unseen classes"),
         (several_gammas, "settings.gamma is .0.0, 1.0. and must be one number"),
         (one_scene, "do not show both seen and unseen classes; set config.data.num_eval_images"),
+        (no_scale, "SemanticProjector.initial_scale is 0.0 and must be above 0"),
         (no_temperature, "config.train.con.method.temperature is 0.0 and must be above 0"),
         (no_fold, "In config.train.cat.method: The regression's folds is 1 and must be at least 2"),
         (
