@@ -249,7 +249,11 @@ def _parse(values: Flags, argv: Sequence[str]) -> list[str]:
         names = [f"--{name}" for name in values]
         check_choice(f"--{error.flagname}", names, "there is no flag")
         raise ValueError(str(error)) from error
+    except SyntaxError as error:
+        raise ValueError(f"--config: {error.filename} is no file of Python: {error}.") from error
     except (KeyError, AttributeError) as error:
+        if "'get_config'" in str(error):
+            raise ValueError("the file of --config has no get_config(); see configs/.") from error
         key = re.findall(r"\w+", str(error))[0]
         nearest = re.search(r'Did you mean "(\w+)"', str(error))
         hint = (

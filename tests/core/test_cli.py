@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -286,6 +287,20 @@ def test_a_flag_may_add_a_field_where_the_section_knows_its_fields(flag, result,
         assert str(result) in stop.code
     else:
         assert found == [result]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# A title\n\nSome text.\n", "Error: --config: .*/a.py is no file of Python: .*line 3"),
+        ("seed = 0\n", r"Error: the file of --config has no get_config\(\); see configs/."),
+    ],
+)
+def test_a_file_that_is_no_config_is_said(text, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # a file before it
+    (tmp_path / "a.py").write_text(text)
+    code, _ = ended([f"--config={tmp_path}/a.py"], capsys=capsys, with_config=True)
+    assert re.match(message, code)
 
 
 @pytest.mark.parametrize("given", [["--config=DIR/demo.py:smoke"], ["--config", "DIR/demo.py"]])
