@@ -180,8 +180,14 @@ def choose(
     """The candidate whose predictions of left-out classes lie nearest to their means, and how far.
 
     The distance is in units of the classes' spread: the mean distance of a query to its mean.
+    Raises ValueError where there are not two classes.
     """
     classes = np.unique(pairs.labels)
+    if len(classes) < 2:
+        raise ValueError(
+            f"The regression's constants are chosen by leaving classes out, and it has queries of "
+            f"{len(classes)} to learn from; extract more images (bank_images)."
+        )
     means = pairs.means(classes, pairs.queries)
     row = np.searchsorted(classes, pairs.labels)
     spread = np.linalg.norm(pairs.queries - means[row], axis=1).mean()

@@ -138,6 +138,12 @@ def test_settings_are_chosen_on_classes_that_were_left_out():
     assert best == ("ridge",) and 0 < error < 5
 
 
+@pytest.mark.parametrize("on", ["images", "text"])
+def test_a_bank_of_one_class_is_refused(context, on):
+    with pytest.raises(ValueError, match="queries of 1 to learn from; extract more images"):
+        fitted(context, on, bank(range(1)))
+
+
 def test_images_need_targets_and_a_generator_of_the_kind(context):
     assert QUERY_TARGETS in fitted(context, "images", bank())[0].batch_fields
     assert QUERY_TARGETS not in fitted(context, "text", bank())[0].batch_fields
