@@ -66,6 +66,11 @@ def make_stage(name: str, settings: StageConfig, context: Context) -> Stage:
         )
     if settings.oracle and settings.queries != "bank":
         raise ValueError(f"{where}.oracle needs a bank; set --{where}.queries=bank.")
+    if settings.oracle and not getattr(method, "unseen_names", True):
+        raise ValueError(
+            f"{where}.oracle shows unseen classes, and no stage learns what has no name to it; set "
+            f"--{where}.method.unseen_names=True, or --{where}.oracle=False."
+        )
     for subtree in settings.takes:
         check_choice(subtree, SUBTREES, f"{where}.takes names no subtree:")
     with _remedies_of(name):

@@ -157,6 +157,7 @@ def test_settings_that_cannot_be_are_refused(changed, message):
         make_stage("x", settings(**dict(kind="cat") | changed), tiny.context())
 
 
+INDUCTIVE_CONTROL = dict(unseen_names=False, pseudo_per_class=0)
 ONE_CLASS = Vocabulary(("cat",), (True,), (True,), (1,))
 
 
@@ -168,6 +169,7 @@ ONE_CLASS = Vocabulary(("cat",), (True,), (True,), (1,))
         ("finetune", dict(method=dict(unseen_names=False)), None, 2),
         ("cat", dict(queries="images", method=dict(memory_per_class=2)), None, 2),
         ("cat", dict(oracle=True, queries="images"), None, 1),
+        ("finetune", dict(oracle=True, method=INDUCTIVE_CONTROL), None, 2),
     ],
 )
 def test_every_flag_that_an_error_names_mends_it(kind, changed, vocabulary, count, tmp_path):
