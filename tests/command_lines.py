@@ -52,9 +52,7 @@ def config_keys():
     for path in sorted((ROOT / "configs").glob("*.py")):
         if path.stem == "__init__":
             continue
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = importlib.import_module(f"configs.{path.stem}")
         for argument in ARGUMENTS:
             try:
                 config = module.get_config(argument)

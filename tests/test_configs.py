@@ -1,7 +1,7 @@
 """Every config file with each of its arguments: it loads, its networks build, its rules fit."""
 
 import functools
-import importlib.util
+import importlib
 import pathlib
 
 import jax
@@ -26,8 +26,9 @@ from concat_jax.training.optimizer import (
     path_name,
 )
 from data_pipelines.datasets import KINDS as DATA_KINDS
-from data_pipelines.datasets import Datasets, make_datasets
+from data_pipelines.datasets import make_datasets
 from data_pipelines.sources.registry import DATASETS, label_space
+from tests.tiny import no_data
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 ON_DISK = ("coco_zps", "coco_zps_inductive", "coco_stuff_zss", "coco_zsi_48_17", "ade20k_ovss")
@@ -46,22 +47,12 @@ VOCABULARY = Vocabulary(
 
 
 def get_config(name, argument=""):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument)
+    return importlib.import_module(f"configs.{name}").get_config(argument)
 
 
 def make_run(config, tmp_path):
     """The config's run on data that is not there."""
-    data = Datasets(
-        eval_size=64,
-        vocabulary=VOCABULARY,
-        train=lambda batch_size: None,
-        captions=lambda batch_size, side: None,
-        caption_words=VOCABULARY.names,
-        evaluation=lambda: (),
-    )
+    data = no_data(VOCABULARY)
     return Experiment(config, tmp_path / "run", data)
 
 

@@ -18,6 +18,7 @@ from concat_jax.losses.segmentation import SegmentationLossConfig
 from concat_jax.models.networks import Networks, make_networks
 from concat_jax.stages.stage import TEXT, Context, Stage
 from concat_jax.training.optimizer import FROZEN, label_params, path_name
+from data_pipelines.datasets import Datasets
 
 # A test's programs run once, so compiling them is what it costs.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -82,6 +83,18 @@ def vocabulary() -> Vocabulary:
         is_seen=(False, True, True, False, True, True),
         category_ids=(1, 2, 3, 4, 5, 6),
     )
+
+
+def no_data(classes: Vocabulary, **given: Any) -> Datasets:
+    """Data that is not there, of these classes."""
+    nothing = dict(
+        eval_size=64,
+        train=lambda batch_size: None,
+        captions=lambda batch_size, side: None,
+        caption_words=classes.names,
+        evaluation=lambda: (),
+    )
+    return Datasets(vocabulary=classes, **(nothing | given))
 
 
 def context(**fields: Any) -> Context:

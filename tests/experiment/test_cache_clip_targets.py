@@ -1,7 +1,6 @@
 """The command that caches CLIP targets: same numbers as online, resumable, shared by hosts."""
 
 import functools
-import importlib.util
 import json
 import pathlib
 import threading
@@ -27,6 +26,7 @@ from concat_jax.training.checkpoints import StageCheckpoints
 from concat_jax.training.optimizer import path_name
 from concat_jax.training.sharding import make_mesh
 from concat_jax.training.state import TrainState
+from configs import coco_zps, demo_zps
 from data_pipelines.clip_target_cache import ClipTargetCache, find_targets
 from data_pipelines.datasets import make_datasets
 from data_pipelines.loader import SegmentationLoader
@@ -321,10 +321,7 @@ def test_an_unreadable_image_stops_the_command_or_is_left_out(tmp_path):
 
 
 def mini_config(root, folder, **data):
-    spec = importlib.util.spec_from_file_location("coco_zps", ROOT / "configs" / "coco_zps.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("mini")
+    config = coco_zps.get_config("mini")
     config.data.update(root=str(root), clip_targets=str(folder), num_threads=2, **data)
     config.tensorboard = False
     return config
@@ -498,11 +495,8 @@ def test_what_the_command_refuses(world, trained, tmp_path):
     with pytest.raises(ValueError, match="'clip', which gives CLIP, has not finished in"):
         filling.cache(config, str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
-    spec = importlib.util.spec_from_file_location("demo_zps", ROOT / "configs" / "demo_zps.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
     with pytest.raises(ValueError, match="'synthetic'.*nothing to cache"):
-        filling.cache(demo.get_config("smoke"), str(workdir))
+        filling.cache(demo_zps.get_config("smoke"), str(workdir))
 
 
 def test_an_interrupted_command_goes_on_where_it_stood(trained, tmp_path, monkeypatch, capsys):

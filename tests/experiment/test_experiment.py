@@ -1,9 +1,7 @@
-"""What a run refuses before it starts, what it evaluates, and how hosts share the query bank."""
+"""What a run needs before it starts, what it evaluates, and how hosts share the query bank."""
 
 import dataclasses
-import importlib.util
 import json
-import pathlib
 import types
 
 import jax
@@ -16,30 +14,16 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.stages.queries import QueryBank
 from concat_jax.weights.model_folder import ModelCard, parameter_shapes, save_model
-from data_pipelines.datasets import Datasets, make_datasets
+from configs import demo_zps
+from data_pipelines.datasets import make_datasets
+from tests import tiny
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-def smoke_config():
-    spec = importlib.util.spec_from_file_location("demo_zps", ROOT / "configs" / "demo_zps.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config("smoke")
+VOCABULARY = Vocabulary(("cat", "sky"), (True, False), (True, False), (1, 2))
 
 
 def make_run(config, workdir):
     """The config's run on data that is not there."""
-    vocabulary = Vocabulary(("cat", "sky"), (True, False), (True, False), (1, 2))
-    data = Datasets(
-        eval_size=64,
-        vocabulary=vocabulary,
-        train=lambda batch_size: None,
-        captions=lambda batch_size, side: None,
-        caption_words=vocabulary.names,
-        evaluation=lambda: (),
-    )
-    return Experiment(config, workdir, data)
+    return Experiment(config, workdir, tiny.no_data(VOCABULARY))
 
 
 def finish(workdir, config, *stages):
@@ -55,178 +39,10 @@ def folders_stand_for_checkpoints(monkeypatch):
     )
 
 
-def untrained(config):
-    del config.train.finetune.takes["generator"]
-
-
-def unknown_field(config):
-    config.train.finetune.method.deviaton = 1.0
-
-
-def unknown_optimizer_field(config):
-    config.train.control.optimizer.momentum = 0.9
-
-
-def unknown_schedule(config):
-    config.train.control.optimizer.schedule = "cosin"
-
-
-def unknown_choice(config):
-    config.train.cat.method.contrast_distance = "manhattan"
-
-
-def unknown_evaluation(config):
-    config.eval.stages.finetuned = "full"
-
-
-def unknown_network_field(config):
-    config.model.generator.noise = 3
-
-
-def no_training_of_it(config):
-    config.model.segmentor.kind = "fcclip"
-
-
-def unknown_rule(config):
-    config.eval.keep_rules = ("objectnes",)
-
-
-def no_progress(config):
-    config.train.finetune.log_every = 0
-
-
-def no_size(config):
-    config.eval.settings.short_side = 0
-
-
-def no_bank(config):
-    config.train.finetune.bank_images = 0
-
-
-def small_bank(config):
-    config.train.finetune.bank_images = 31
-
-
-def nothing_of_clip(config):
-    config.train.cat.takes.projector = "clip"
-
-
-def nothing_to_fill(config):
-    config.train.con.copies = {"segmentor/backbon": "clip/vision_model/patch_embedding/trunk"}
-
-
-def nothing_to_copy(config):
-    config.train.con.copies = {"segmentor/backbone": "generator/x"}
-
-
-def unknown_captions(config):
-    config.train.clip.captions = "sen"
-
-
-def oracle_of_real_data(config):
-    config.train.control.oracle = True
-
-
-def several_gammas(config):
-    config.eval.settings.gamma = (0.0, 1.0)
-
-
-def one_scene(config):
-    config.seed, config.data.preset, config.data.num_eval_images = 5, "attributes", 1
-
-
-def no_scale(config):
-    config.model.projector.initial_scale = 0.0
-
-
-def no_temperature(config):
-    config.train.con.method.temperature = 0.0
-
-
-def no_fold(config):
-    method = dict(kind="regression", steps=0, generator={"kind": "regression"}, method={"folds": 1})
-    config.train.cat = dict(config.train.cat.to_dict(), **method)
-
-
-def no_segmentor(config):
-    config.eval.stages = {"clip": "CLIP"}
-
-
-def unread_clip(config):
-    config.init = {"clip": "nothere"}
-
-
-def unread_words(config):
-    config.text.bpe_path = "nothere"
-
-
-def pictures_below_none(config):
-    config.eval.num_pictures = -1
-
-
-def no_such_stage(config):
-    config.profile.stage = "cno"
-
-
-def too_late_a_trace(config):
-    config.profile = {"stage": "con", "after": 2, "steps": 5}
-
-
-def unknown_profile_field(config):
-    config.profile.step = 5
-
-
-@pytest.mark.parametrize(
-    ("spoil", "sentence"),
-    [
-        (no_such_stage, "config.profile.stage is none of config.stages: 'cno'.*'con'"),
-        (too_late_a_trace, "no 5 steps after 2, but 4 in all; .*after=0 .*profile.steps=4"),
-        (unknown_profile_field, "config.profile has no key 'step'.*'steps'"),
-        (untrained, "'finetune' reads 'generator'; say in config.train.finetune.takes"),
-        (unknown_field, "config.train.finetune.method has no key 'deviaton'.*'deviation'"),
-        (unknown_optimizer_field, "config.train.control.optimizer has no key 'momentum'"),
-        (unknown_schedule, "In config.train.control.optimizer: .*'cosin'; did you mean 'cosine'"),
-        (unknown_choice, "CAT contrast_distance is 'manhattan'"),
-        (unknown_evaluation, "config.eval.stages names no stage of 'finetuned'.*'finetune'"),
-        (unknown_rule, "config.eval.keep_rules names no rule: 'objectnes'.*'objectness'"),
-        (no_progress, "config.train.\\w+.log_every is 0 and must be at least 1"),
-        (no_size, "short_side is 0"),
-        (no_bank, "finetune.bank_images is 0; set --config.train.finetune.bank_images=32 "),
-        (small_bank, "bank_images is 31; set --config.train.finetune.bank_images=32 \\(its batch"),
-        (nothing_of_clip, "config.train.cat.takes.projector is 'clip', .*trains clip alone; name"),
-        (nothing_to_fill, "In config.train.con.copies: There are no .* at 'segmentor/backbon' to"),
-        (nothing_to_copy, "In config.train.con.copies: There are no parameters at 'generator/x'"),
-        (unknown_captions, "config.train.clip.captions are 'sen'; did you mean 'seen'"),
-        (oracle_of_real_data, "config.train.control.oracle needs images that show unseen classes"),
-        (several_gammas, "settings.gamma is .0.0, 1.0. and must be one number"),
-        (one_scene, "do not show both seen and unseen classes; set config.data.num_eval_images"),
-        (no_scale, "SemanticProjector.initial_scale is 0.0 and must be above 0"),
-        (no_temperature, "config.train.con.method.temperature is 0.0 and must be above 0"),
-        (no_fold, "In config.train.cat.method: The regression's folds is 1 and must be at least 2"),
-        (
-            no_segmentor,
-            "config.eval.stages names stage 'clip', which has no segmentor.* one of cat, con, ",
-        ),
-        (unread_clip, "config.init.clip is nothere, which no stage .*; leave it out"),
-        (unread_words, "config.text.bpe_path is nothere, which no .*; leave it out"),
-        (pictures_below_none, "config.eval.num_pictures is -1"),
-        (no_training_of_it, "segmentor.kind is 'fcclip', which predicts and is not trained here"),
-        (unknown_network_field, "config.model.generator has no key 'noise'.*'noise_width'"),
-    ],
-)
-def test_a_mistake_in_a_late_stage_is_refused_before_the_first(spoil, sentence, tmp_path):
-    config = smoke_config()
-    with config.unlocked():
-        spoil(config)
-    with pytest.raises(ValueError, match=sentence):
-        make_run(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_model_key_that_no_checkpoint_can_tell_is_held_fast(tmp_path):
-    make_run(smoke_config(), tmp_path)
+    make_run(demo_zps.get_config("smoke"), tmp_path)
     assert not list(tmp_path.glob("*.partial"))
-    config = smoke_config()
+    config = demo_zps.get_config("smoke")
     finish(tmp_path, config, "clip")
     config.model.clip.text_heads = 2
     with pytest.raises(ValueError, match=r"config\.model\.clip\.text_heads = 4, now it is 2"):
@@ -242,8 +58,8 @@ def test_a_model_key_that_no_checkpoint_can_tell_is_held_fast(tmp_path):
     ],
 )
 def test_a_stage_that_cannot_be_scored_is_refused(stage, sentence, tmp_path):
-    finish(tmp_path, smoke_config(), "clip", "con")
-    run = make_run(smoke_config(), tmp_path)
+    finish(tmp_path, demo_zps.get_config("smoke"), "clip", "con")
+    run = make_run(demo_zps.get_config("smoke"), tmp_path)
     run.check_stage("con")
     with pytest.raises(ValueError, match=sentence):
         run.check_stage(stage)
@@ -270,7 +86,7 @@ def make_segmentor(folder, *names):
 
 def test_a_segmentor_that_knows_an_unseen_class_starts_no_zero_shot_run(tmp_path, monkeypatch):
     """The stage trains seen classes alone, and would have learnt the others before."""
-    config = smoke_config()
+    config = demo_zps.get_config("smoke")
     config.stages = ("clip", "con")
     folder = tmp_path / "model"
     make_segmentor(folder, "cat", "Sky")
@@ -298,7 +114,7 @@ def test_both_keep_rules_are_scored_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Experiment, "evaluate", evaluate)
     monkeypatch.setattr("concat_jax.experiment.experiment.report.format_comparison", str)
     monkeypatch.setattr("concat_jax.experiment.experiment.report.format_table", str)
-    config = smoke_config()
+    config = demo_zps.get_config("smoke")
     with config.unlocked():
         config.eval.keep_rules, config.eval.bias_split = ("objectness", "score"), ""
     finish(tmp_path, config, "clip", "con")
@@ -320,7 +136,7 @@ def test_only_finished_stages_are_evaluated_and_a_report_of_fewer_is_stale(tmp_p
         "concat_jax.experiment.experiment.report.format_comparison", lambda results: str(results)
     )
     monkeypatch.setattr("concat_jax.experiment.experiment.report.format_table", str)
-    config = smoke_config()
+    config = demo_zps.get_config("smoke")
     config.eval.bias_split = ""
     finish(tmp_path, config, "clip", "con")
     config.stages = ("clip", "con")
@@ -328,7 +144,7 @@ def test_only_finished_stages_are_evaluated_and_a_report_of_fewer_is_stale(tmp_p
     make_run(config, tmp_path).run()
     assert evaluated == ["con"]  # the second time the report stands
     # The other stages finished, and the process died before it wrote their report.
-    config = smoke_config()
+    config = demo_zps.get_config("smoke")
     config.eval.bias_split = ""
     finish(tmp_path, config, "cat", "finetune", "control")
     make_run(config, tmp_path).run()
@@ -344,12 +160,12 @@ def test_a_fault_of_the_evaluation_is_found_before_the_first_stage(tmp_path, mon
 
     trained = []
     monkeypatch.setattr(Experiment, "train", lambda self, name: trained.append(name))
-    run = make_run(smoke_config(), tmp_path)
+    run = make_run(demo_zps.get_config("smoke"), tmp_path)
     run.datasets = dataclasses.replace(run.datasets, identity=lambda: "", evaluation=damaged)
     with pytest.raises(FileError, match="b.png is damaged. .* data_pipelines.prepare checks all"):
         run.run()
     assert not trained
-    finish(tmp_path, smoke_config(), "clip")  # later it is not read again
+    finish(tmp_path, demo_zps.get_config("smoke"), "clip")  # later it is not read again
     run.run()
     assert set(trained) == {"con", "cat", "control", "finetune"}
 
@@ -369,11 +185,11 @@ def test_hosts_share_a_batch_of_the_bank():
     with pytest.raises(ValueError, match="batch of 8 images' queries cannot be shared by 3 hosts"):
         QueryBank(queries, labels, batch_size=8, seed=3, process_count=3)
     with pytest.raises(ValueError, match="batch of 8 cannot be shared by 3 hosts"):
-        make_datasets(smoke_config().data, seed=0, process_count=3).train(8)
+        make_datasets(demo_zps.get_config("smoke").data, seed=0, process_count=3).train(8)
 
 
 def segmentor_from_init(folder):
-    config = smoke_config()
+    config = demo_zps.get_config("smoke")
     with config.unlocked():
         config.init = {"segmentor": folder}
         config.train.con.takes.segmentor = "init"
@@ -403,7 +219,7 @@ def test_segmentor_starts_from_a_folder_or_says_that_it_does_not(tmp_path, capsy
 def test_a_folder_without_a_model_is_refused_before_the_first_stage(tmp_path):
     with pytest.raises(ValueError, match="absent holds no model.json"):
         make_run(segmentor_from_init(str(tmp_path / "absent")), tmp_path / "run")
-    config = smoke_config()
+    config = demo_zps.get_config("smoke")
     config.train.cat.takes.projector = "init"
     with pytest.raises(ValueError, match="config.init cannot hold 'projector'"):
         make_run(config, tmp_path / "run")

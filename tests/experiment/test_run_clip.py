@@ -1,7 +1,6 @@
 """A run whose CLIP, tokenizer and all, is a folder that somebody downloaded."""
 
 import dataclasses
-import importlib
 import json
 
 import jax
@@ -13,7 +12,8 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment import parameters
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.weights.clip import read_clip
-from data_pipelines.datasets import Datasets
+from configs import coco_zps
+from tests.tiny import no_data
 
 transformers = pytest.importorskip("transformers")
 
@@ -47,7 +47,7 @@ def folder(tmp_path):
 
 
 def make_run(folder, tmp_path, con=None, **clip):
-    config = importlib.import_module("configs.coco_zps").get_config()
+    config = coco_zps.get_config()
     config.init.clip = str(folder)
     with config.unlocked():
         config.train.con.method.update(con or {})
@@ -55,14 +55,7 @@ def make_run(folder, tmp_path, con=None, **clip):
     with config.unlocked():
         config.model.clip = FIELDS | clip
     vocabulary = Vocabulary(("cat", "act"), (True, True), (True, False), (1, 2))
-    data = Datasets(
-        eval_size=64,
-        vocabulary=vocabulary,
-        train=lambda batch_size: None,
-        captions=lambda batch_size, side: None,
-        caption_words=(),
-        evaluation=lambda: (),
-    )
+    data = no_data(vocabulary, caption_words=())
     return Experiment(config, tmp_path / "run", data)
 
 

@@ -1,7 +1,5 @@
 """A run's query bank: whose it is, what it lacks, and that a stage gets its memory from it."""
 
-import importlib.util
-import pathlib
 import shutil
 
 import jax.numpy as jnp
@@ -13,9 +11,9 @@ from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.batches import query_bank
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.stages.queries import IMAGE_FIELDS
-from data_pipelines.datasets import Datasets
+from configs import demo_zps
+from tests.tiny import no_data
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 VOCABULARY = Vocabulary(
     ("cat", "dog", "sky"), (True, True, False), (True, True, False), category_ids=(1, 2, 3)
 )
@@ -27,22 +25,12 @@ def make_bank(tmp_path, monkeypatch):
 
     Neither pictures nor the networks that see them are there: an image has two queries, all ones.
     """
-    spec = importlib.util.spec_from_file_location("demo_zps", ROOT / "configs" / "demo_zps.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     picture = {name: np.zeros(1) for name in IMAGE_FIELDS}
-    data = Datasets(
-        eval_size=64,
-        vocabulary=VOCABULARY,
-        train=lambda batch_size: in_threads(lambda step: picture),
-        captions=lambda batch_size, side: None,
-        caption_words=VOCABULARY.names,
-        evaluation=lambda: (),
-    )
+    data = no_data(VOCABULARY, train=lambda batch_size: in_threads(lambda step: picture))
     (tmp_path / "con").mkdir()
 
     def make(weights=1.0, labels=(0, 1), memory=0, **generator):
-        config = module.get_config("smoke")
+        config = demo_zps.get_config("smoke")
         config.mesh.devices = 1
         config.train.con.batch_size = 1
         config.train.cat.update(bank_images=1, batch_size=1)
@@ -93,22 +81,12 @@ def test_a_stage_gets_the_memory_that_its_method_asks_for(make_bank):
 
 def run_with(tmp_path, monkeypatch, change):
     """A run of stages 2 and 3 whose stage 1 is finished; what training is called with is noted."""
-    spec = importlib.util.spec_from_file_location("demo_zps", ROOT / "configs" / "demo_zps.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("smoke")
+    config = demo_zps.get_config("smoke")
     with config.unlocked():
         change(config)
     config.stages = ("finetune",)
     monkeypatch.setattr("concat_jax.experiment.parameters.is_saved", lambda *arguments: True)
-    data = Datasets(
-        eval_size=64,
-        vocabulary=VOCABULARY,
-        train=lambda batch_size: in_threads(lambda step: (batch_size, step)),
-        captions=lambda batch_size, side: None,
-        caption_words=VOCABULARY.names,
-        evaluation=lambda: (),
-    )
+    data = no_data(VOCABULARY, train=lambda batch_size: in_threads(lambda step: (batch_size, step)))
     called = {}
 
     def train_stage(name, stage, **arguments):

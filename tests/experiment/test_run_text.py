@@ -1,8 +1,5 @@
 """A run's text embeddings: which settings reach them, and what the cache spares."""
 
-import importlib.util
-import pathlib
-
 import jax
 import numpy as np
 import pytest
@@ -10,9 +7,9 @@ import pytest
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.inference import text_tower
-from data_pipelines.datasets import Datasets
+from configs import demo_zps
+from tests.tiny import no_data
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 VOCABULARY = Vocabulary(
     names=("cat", "sky-other"),
     is_thing=(True, False),
@@ -24,20 +21,12 @@ VOCABULARY = Vocabulary(
 
 def make_run(workdir, model=(), **text):
     """A run on data that is not there, whose CLIP was never trained."""
-    spec = importlib.util.spec_from_file_location("demo_zps", ROOT / "configs" / "demo_zps.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("smoke")
+    config = demo_zps.get_config("smoke")
     with config.unlocked(), config.ignore_type():  # a list of templates in place of a set's name
         config.text.update(text)
         config.model.clip.update(dict(model))
-    data = Datasets(
-        eval_size=64,
-        vocabulary=VOCABULARY,
-        train=lambda batch_size: None,
-        captions=lambda batch_size, side: None,
-        caption_words=("cat", "kitty", "tomcat", "sky", "other", "a", "map", "of"),
-        evaluation=lambda: (),
+    data = no_data(
+        VOCABULARY, caption_words=("cat", "kitty", "tomcat", "sky", "other", "a", "map", "of")
     )
     return Experiment(config, workdir, data)
 

@@ -1,7 +1,5 @@
 """Our data and model under one of Scenic's own trainers."""
 
-import importlib
-
 import jax
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ import pytest
 from concat_jax.experiment.setup import make_setup
 from concat_jax.scenic_project.dataset import add_dataset
 from concat_jax.scenic_project.model import segmentor_model
+from configs import demo_zps
 from data_pipelines.datasets import make_datasets
 from tests import tiny
 from tests.neighbours.with_scenic import need_scenic
@@ -38,7 +37,7 @@ SCENICS = dict(
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """The demo's, with tiny networks, a CLIP as Scenic has it, and Scenic's keys."""
-    config = importlib.import_module("configs.demo_zps").get_config("smoke")
+    config = demo_zps.get_config("smoke")
     with config.unlocked():
         config.model = {**tiny.MODEL, "clip": dict(tiny.MODEL["clip"], stem="patch")}
         for size in ("vocab_size", "context_length", "eot_id"):  # the tokenizer's
