@@ -175,7 +175,8 @@ def attributes(config: ConfigDict) -> None:
     config.train.con.copies = {
         "segmentor/backbone": "trunk:clip/vision_model/patch_embedding/trunk"
     }
-    config.train.con.steps = 4000
+    # 4,000 end before seen names are learnt, which mixes what CON teaches with how soon.
+    config.train.con.steps = 8000
     config.train.con.method.update(global_weight=0.0, instance_weight=4.0, aligned_sets=0)
     for stage in (config.train.finetune, config.train.control):
         stage.optimizer.learning_rate = 1e-3
