@@ -1,0 +1,137 @@
+"""A small world of noise images, a CLIP of random numbers, and caches of its targets."""
+
+import json
+
+import jax
+import numpy as np
+from PIL import Image
+
+from concat_jax.experiment import clip_target_cache as filling
+from concat_jax.models.clip import make_clip
+from concat_jax.stages import con
+from concat_jax.stages.clip_targets import CropConfig
+from concat_jax.training.optimizer import path_name
+from concat_jax.training.sharding import make_mesh
+from data_pipelines.clip_target_cache import ClipTargetCache
+from data_pipelines.loader import SegmentationLoader
+from data_pipelines.sources.registry import open_source
+
+CLIP = make_clip(
+    dict(
+        embed_dim=16,
+        image_size=16,
+        patch_size=8,
+        image_width=16,
+        image_depth=2,
+        image_heads=2,
+        text_width=16,
+        text_depth=1,
+        text_heads=2,
+        vocab_size=12,
+        context_length=4,
+    )
+)
+CROPS = CropConfig()
+CATEGORIES = [
+    {"id": 10, "name": "sky", "isthing": 0, "split": "seen"},
+    {"id": 4, "name": "road", "isthing": 0, "split": "unseen"},
+    {"id": 7, "name": "dog", "isthing": 1, "split": "seen"},
+]
+NUM_IMAGES = 11
+
+
+def random_params(clip, seed=0):
+    """CLIP's parameters with nothing at zero, so that pictures differ in what they give."""
+    rng = np.random.default_rng(seed)
+    size = clip.image_size
+    shapes = jax.eval_shape(
+        lambda key: clip.init(
+            key, jax.numpy.zeros((1, size, size, 3)), jax.numpy.zeros((1, 1), "int32")
+        ),
+        jax.random.key(0),
+    )
+
+    def fill(path, leaf):
+        if path_name(path).endswith("variance"):
+            return rng.uniform(0.5, 2.0, leaf.shape).astype(np.float32)
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 25
+        offset = 1.0 if path_name(path).endswith("scale") else 0.0
+        return (offset + rng.normal(size=leaf.shape) / fan_in**0.5).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes["params"])
+
+
+PARAMS = random_params(CLIP)
+IDENTITY = {"weights": "of the test", **con.target_identity(CLIP, CROPS)}
+
+
+def make_world(folder):
+    """Noise images in COCO's layout, of 1 to 12 segments that are stripes; id 4 holds a road."""
+    rng = np.random.default_rng(0)
+    for name in ("train2017", "annotations/panoptic_train2017"):
+        (folder / name).mkdir(parents=True)
+    content = {"images": [], "annotations": [], "categories": []}
+    for image_id in range(1, 1 + NUM_IMAGES):
+        height, width = (30, 40) if image_id % 2 else (44, 36)
+        ids = np.zeros((height, width), np.uint8)
+        edges = np.linspace(1, width, 1 + (image_id * 5) % 12 + 1).astype(int)
+        for row, (left, right) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            ids[row:, left:right] = 3 * row + 2
+        picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        file = folder / "train2017" / f"{image_id}.jpg"
+        Image.fromarray(picture).save(file, format="PNG")
+        rgb = np.stack([ids, 0 * ids, 0 * ids], axis=-1)
+        Image.fromarray(rgb).save(folder / "annotations" / "panoptic_train2017" / f"{image_id}.png")
+        categories = [10, 7] if image_id != 4 else [10, 4]
+        content["images"].append(
+            {"id": image_id, "file_name": file.name, "height": height, "width": width}
+        )
+        content["annotations"].append(
+            {
+                "image_id": image_id,
+                "file_name": f"{image_id}.png",
+                "segments_info": [
+                    {"id": int(s), "category_id": categories[s % 2], "iscrowd": 0}
+                    for s in np.unique(ids[ids > 0])
+                ],
+            }
+        )
+    content["categories"] = [{k: c[k] for k in ("id", "name", "isthing")} for c in CATEGORIES]
+    (folder / "annotations" / "panoptic_train2017.json").write_text(json.dumps(content))
+    split = {"name": "tiny", "description": "", "source": "", "categories": CATEGORIES}
+    (folder / "split.json").write_text(json.dumps(split))
+    return folder
+
+
+def load(root, **options):
+    source = open_source("coco_panoptic_zps", root, "train2017", root / "split.json")
+    defaults = dict(seed=0, image_size=48, max_segments=16, num_threads=2)
+    return SegmentationLoader(source, **(defaults | {"unseen_images": "keep"} | options))
+
+
+def fill(folder, data, devices=1, params=PARAMS, **options):
+    options = {"images_per_shard": 3, "pictures_per_device": 16, **options}
+    mesh = make_mesh(devices=devices)
+    return filling.fill_cache(folder, data, CLIP, params, CROPS, IDENTITY, mesh=mesh, **options)
+
+
+def targets_of(folder, data, identity=IDENTITY):
+    """Everything in a cache, by (image id, segment id); 0 for the image itself."""
+    cache, found = ClipTargetCache(folder, identity), {}
+    for index in data.training_indices:
+        record = data.records[index]
+        one = cache.lookup(np.array([record.image_id]), record.source_ids[None])
+        found[record.image_id, 0] = one["clip_image_target"][0]
+        for segment, target in zip(record.source_ids, one["clip_segment_targets"][0], strict=True):
+            found[record.image_id, int(segment)] = target
+    return found
+
+
+def largest_distance(left, right):
+    assert left.keys() == right.keys()
+    return max(1 - float(left[key] @ right[key]) for key in left)
+
+
+def states(folder):
+    """What changes if a file is written again."""
+    return {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.glob("*.safetensors")}
