@@ -10,11 +10,11 @@ from concat_jax.experiment import clip_target_cache as filling
 from concat_jax.models.clip import make_clip
 from concat_jax.stages import con
 from concat_jax.stages.clip_targets import CropConfig
-from concat_jax.training.optimizer import path_name
 from concat_jax.training.sharding import make_mesh
 from data_pipelines.clip_target_cache import ClipTargetCache
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.registry import open_source
+from tests import tiny
 
 CLIP = make_clip(
     dict(
@@ -42,7 +42,6 @@ NUM_IMAGES = 11
 
 def random_params(clip, seed=0):
     """CLIP's parameters with nothing at zero, so that pictures differ in what they give."""
-    rng = np.random.default_rng(seed)
     size = clip.image_size
     shapes = jax.eval_shape(
         lambda key: clip.init(
@@ -50,15 +49,7 @@ def random_params(clip, seed=0):
         ),
         jax.random.key(0),
     )
-
-    def fill(path, leaf):
-        if path_name(path).endswith("variance"):
-            return rng.uniform(0.5, 2.0, leaf.shape).astype(np.float32)
-        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 25
-        offset = 1.0 if path_name(path).endswith("scale") else 0.0
-        return (offset + rng.normal(size=leaf.shape) / fan_in**0.5).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, shapes["params"])
+    return tiny.fill(shapes["params"], seed)
 
 
 PARAMS = random_params(CLIP)

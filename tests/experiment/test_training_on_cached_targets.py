@@ -23,6 +23,7 @@ from concat_jax.training.state import TrainState
 from configs import coco_zps, demo_zps
 from data_pipelines.clip_target_cache import ClipTargetCache, find_targets
 from data_pipelines.datasets import make_datasets
+from tests.command_lines import ROOT
 from tests.experiment.cached_world import (
     largest_distance,
     load,
@@ -31,8 +32,6 @@ from tests.experiment.cached_world import (
     states,
     targets_of,
 )
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
