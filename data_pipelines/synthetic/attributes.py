@@ -108,15 +108,23 @@ def _invented(count: int) -> tuple[str, ...]:
 
 
 def attribute_classes(
-    count: int, unseen: int, attributes: Sequence[str], noun: str, *, opaque: bool, beyond: bool
+    count: int,
+    unseen: int,
+    attributes: Sequence[str],
+    noun: str,
+    *,
+    draw: int,
+    opaque: bool,
+    beyond: bool,
 ) -> tuple[AttributeClass, ...]:
     """Classes spread over the cube of their attributes, `unseen` of them unseen.
 
     Args:
       noun: of a name, behind a word for each attribute; `opaque` invents a word instead.
+      draw: which draw of the points and of the unseen ones.
       beyond: unseen are those with the finest stripes, which no seen class has, rather than any.
     """
-    rng = np.random.default_rng(len(attributes))
+    rng = np.random.default_rng([len(attributes), draw])
     points = spread_points(rng, count, [_IS_CIRCLE[a] for a in attributes])
     order = np.argsort(-points[:, 1]) if beyond else rng.permutation(count)
     hidden = set(order[:unseen].tolist())

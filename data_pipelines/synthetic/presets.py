@@ -132,13 +132,18 @@ def _renamed(classes: Sequence[WorldClass], names: Sequence[str]) -> tuple[World
 
 
 def _attributes(
-    name: str, *, unseen: tuple[int, int] = (20, 8), opaque: bool = False, beyond: bool = False
+    name: str,
+    *,
+    unseen: tuple[int, int] = (20, 8),
+    draw: int = 0,
+    opaque: bool = False,
+    beyond: bool = False,
 ) -> WorldPreset:
     """64 things and 24 grounds of continuous attributes; `unseen` of either are unseen.
 
     Things are fewer and larger than elsewhere: their stripes are to be read.
     """
-    options = dict(opaque=opaque, beyond=beyond)
+    options = dict(draw=draw, opaque=opaque, beyond=beyond)
     things, stuff = unseen
     return WorldPreset(
         name,
@@ -175,6 +180,8 @@ PRESETS: dict[str, WorldPreset] = {
         stuff=_GROUNDS,
     ),
     "attributes": _attributes("attributes"),
+    # Other points, and other ones of them unseen: what holds in both is not of one choice of names.
+    "attributes_redrawn": _attributes("attributes_redrawn", draw=1),
     "attributes_opaque": _attributes("attributes_opaque", opaque=True),
     "attributes_few": _attributes("attributes_few", unseen=(48, 14)),
     "attributes_beyond": _attributes("attributes_beyond", beyond=True),

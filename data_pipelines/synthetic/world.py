@@ -10,8 +10,9 @@ data in `presets.py`:
            classes look like is known from captions alone.
   attributes
            harder: 64 things and 24 stuff in continuous attributes, which instances scatter about;
-           also with invented words (attributes_opaque), with 16 things seen (attributes_few), and
-           with finer stripes than any seen class has (attributes_beyond).
+           also drawn anew (attributes_redrawn), with invented words (attributes_opaque), with 16
+           things seen (attributes_few), and with finer stripes than any seen class has
+           (attributes_beyond).
 """
 
 from __future__ import annotations

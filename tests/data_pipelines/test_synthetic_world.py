@@ -137,6 +137,7 @@ def test_label_space_counts_and_compositional_split(preset):
     ("preset", "unseen"),
     [
         ("attributes", (20, 8)),
+        ("attributes_redrawn", (20, 8)),
         ("attributes_opaque", (20, 8)),
         ("attributes_few", (48, 14)),
         ("attributes_beyond", (20, 8)),
@@ -159,6 +160,15 @@ def test_attribute_classes_are_apart_and_named_for_what_they_are(preset, unseen)
             assert points[hidden, 1].min() >= points[~hidden, 1].max()
     words = {word for name in names for word in name.split()}
     assert (len(words) < 40) == (preset != "attributes_opaque")
+
+
+def test_redrawn_classes_are_others_and_the_first_draw_stays():
+    """Names and what is unseen; published tables are of the first draw."""
+    first, redrawn = (PRESETS[name].vocabulary for name in ("attributes", "attributes_redrawn"))
+    assert first.names[:2] == ("pink even upright tall egg", "cyan even level flat egg")
+    assert first.unseen[:4].tolist() == [0, 5, 15, 18]
+    assert len(set(first.names) & set(redrawn.names)) < 10
+    assert first.unseen.tolist() != redrawn.unseen.tolist()
 
 
 def test_instances_scatter_about_their_class():
