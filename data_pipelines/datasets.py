@@ -107,7 +107,8 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
     def scenes(batch_size: int, classes: str) -> Batches:
         # A scene depends on its index alone, so a host draws its own rows of the global batch.
         share = share_of(batch_size)
-        batch = SyntheticWorld(**shared, **segments, classes=classes, batch_size=share).batch
+        options = dict(classes=classes, num_train_images=config.get("num_train_images", 0))
+        batch = SyntheticWorld(**shared, **segments, **options, batch_size=share).batch
         return in_threads(lambda step: batch((first + step) * process_count + process_index))
 
     def captions(batch_size: int, side: int, classes: str = "all") -> BatchFn:

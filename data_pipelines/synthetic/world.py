@@ -17,6 +17,7 @@ data in `presets.py`:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -73,7 +74,8 @@ class SyntheticWorld:
     """Panoptic scenes with things and stuff; scene i of a split is a pure function of its key.
 
     The key is (preset, image_size, seed, split, classes, i), and the same scene is drawn at any
-    size; batch size plays no part: step s of batch size B holds scenes s * B to s * B + B - 1. A
+    size; batch size plays no part: step s of batch size B holds scenes s * B to s * B + B - 1. With
+    `num_train_images` these are places in epochs of so many scenes, each in an order of its own. A
     scene holds only classes that `classes` allows, so with "seen" not a pixel of an unseen class
     exists.
     """
@@ -89,6 +91,7 @@ class SyntheticWorld:
         classes: str = "seen",
         max_segments: int = 12,
         num_eval_images: int = 200,
+        num_train_images: int = 0,
     ):
         if not isinstance(preset, WorldPreset):
             check_choice(preset, PRESETS, "There is no preset")
@@ -115,6 +118,8 @@ class SyntheticWorld:
             raise ValueError(f"max_segments must be at most 255 for 8-bit ids, got {max_segments}.")
         self.max_segments = max_segments
         self.num_eval_images = _require_at_least(num_eval_images, 1, "num_eval_images")
+        self._num_train_images = _require_at_least(num_train_images, 0, "num_train_images")
+        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         self._scale = self.image_size / REFERENCE_SIZE
 
     def example(self, index: int) -> dict[str, np.ndarray]:
@@ -166,10 +171,19 @@ class SyntheticWorld:
         new_ids[1:][kept] = np.arange(1, kept.sum() + 1)
         return image, new_ids[owner], labels[kept]
 
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self._num_train_images)
+
+    def _scene_at(self, place: int) -> int:
+        if not self._num_train_images:
+            return place
+        epoch, place = divmod(place, self._num_train_images)
+        return int(self._order(epoch)[place])
+
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Batch `step`: the fields of `example` stacked on a leading batch axis [B, ...]."""
         first = step * self.batch_size
-        examples = [self.example(first + b) for b in range(self.batch_size)]
+        examples = [self.example(self._scene_at(first + b)) for b in range(self.batch_size)]
         return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
     def eval_examples(self, process_index: int = 0, process_count: int = 1) -> Iterator[dict]:

@@ -59,10 +59,11 @@ def test_hosts_share_a_global_batch_that_does_not_depend_on_their_number(augment
         _assert_equal(joined, whole.batch(step, 6))
 
 
-@pytest.mark.parametrize("kind", ["train", "captions"])
-def test_hosts_share_a_batch_of_the_synthetic_world(kind):
+@pytest.mark.parametrize(("kind", "images"), [("train", 0), ("train", 12), ("captions", 0)])
+def test_hosts_share_a_batch_of_the_synthetic_world(kind, images):
     config = dict(kind="synthetic", preset="texture", image_size=32, max_segments=10)
     config |= dict(eval_split="test", num_eval_images=1, caption_scene_ratio=0.25)
+    config |= dict(num_train_images=images) if images else {}
 
     def batch(*host):
         data = make_datasets(config, seed=3, process_index=host[0], process_count=host[1])
@@ -70,6 +71,9 @@ def test_hosts_share_a_batch_of_the_synthetic_world(kind):
 
     whole, shares = batch(0, 1), [batch(i, 2) for i in range(2)]
     _assert_equal({k: np.concatenate([share[k] for share in shares]) for k in whole}, whole)
+    if kind == "train":  # scenes 40 to 47 of endless ones, or of the fourth epoch of 12
+        expected = range(12) if images else range(40, 48)
+        assert set(whole["image_id"].tolist()) <= set(expected)
 
 
 def test_two_hosts_see_disjoint_data_whose_union_is_the_epoch():

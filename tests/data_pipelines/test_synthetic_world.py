@@ -78,6 +78,18 @@ def test_eval_examples_are_the_first_scenes():
         assert_same(example, world.example(index))
 
 
+def test_batches_of_so_many_scenes_show_each_once_an_epoch():
+    """Each epoch in another order, and an epoch may end within a batch."""
+    world = SyntheticWorld(num_train_images=10, batch_size=4)
+    ids = np.concatenate([world.batch(step)["image_id"] for step in range(5)])
+    first, second = ids[:10].tolist(), ids[10:].tolist()
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second and first != sorted(first)
+    far = world.batch(1 << 24)  # where another seed of a shared world begins
+    assert set(far["image_id"].tolist()) < set(first)
+    assert_same(far, SyntheticWorld(num_train_images=10, batch_size=4).batch(1 << 24))
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("classes", ["seen", "unseen", "all"])
 def test_only_allowed_classes_are_drawn(preset, classes, monkeypatch):
@@ -384,6 +396,7 @@ def test_opaque_names_are_a_matter_of_data():
         ({"max_segments": 8}, "max_segments is 8, .* raise it to 9"),
         ({"max_segments": 300}, "at most 255"),
         ({"num_eval_images": 0}, "num_eval_images must be an integer of at least 1"),
+        ({"num_train_images": -1}, "num_train_images must be an integer of at least 0"),
     ],
 )
 def test_bad_world_arguments(arguments, message):
