@@ -168,8 +168,7 @@ def attributes(config: ConfigDict) -> None:
     classes alone: as ImageNet's weights it knows how to look, and nothing of unseen names.
     """
     config.data.preset = "attributes"
-    # Scenes to train on, over and over; 0: new ones without end. Real data are finite, and labels
-    # teach little that holds for unseen names where all that is seen can be learnt by heart: these
+    # Scenes to train on, over and over, as real data are finite; 0: new ones without end. These
     # show a name of a thing about 110 times.
     config.data.num_train_images = 2500
     config.stages = ("trunk", *config.stages)
@@ -187,7 +186,7 @@ def attributes(config: ConfigDict) -> None:
         stage.method.con_weight = 1.0
     # Without pseudo queries more steps than 600 fit seen names alone and lose unseen ones.
     config.train.finetune.steps, config.train.control.steps = 1200, 600
-    # Three tenths of the cross-entropy's weight, see docs/ablation.md.
+    # About three tenths of the cross-entropy's weight, see docs/ablation.md.
     config.train.finetune.method.update(pseudo_per_class=1, unseen_weight=3.0)
 
 

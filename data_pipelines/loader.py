@@ -22,6 +22,7 @@ from concat_jax.core.files import FileError
 from concat_jax.core.prefetch import prefetch
 from data_pipelines import augment as geometry
 from data_pipelines.buffers import Buffers
+from data_pipelines.epochs import epoch_order
 from data_pipelines.id_runs import keep_largest_segments
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.sources.source import (
@@ -267,7 +268,7 @@ class SegmentationLoader:
                 "No image is left for training without its unseen classes: nothing to train on."
             )
         epoch, place = divmod(position, len(self.training_indices))
-        order = _epoch_order(len(self.training_indices), self._seed, epoch)
+        order = epoch_order(len(self.training_indices), self._seed, epoch)
         return int(self.training_indices[order[place]])
 
     def without_unseen(self, index: int, segment_ids: np.ndarray) -> np.ndarray:
@@ -291,7 +292,7 @@ class SegmentationLoader:
         # them (their rows), which are passed over where others hide them.
         count = len(choices)
         epoch, start = divmod(position, count)
-        order = _epoch_order(count, self._seed, epoch, *stream)
+        order = epoch_order(count, self._seed, epoch, *stream)
         for k in range(count):
             choice = choices[order[(start + k) % count]]
             record = self._training.records[choice[0]]
@@ -325,10 +326,3 @@ class SegmentationLoader:
             "image_size": np.array(image_size, np.int32),
             **{name: pad_table(values, name, length) for name, values in tables.items()},
         }
-
-
-@functools.lru_cache(maxsize=8)
-def _epoch_order(count: int, *key: int) -> np.ndarray:
-    order = np.random.default_rng(key).permutation(count)
-    order.setflags(write=False)
-    return order

@@ -17,13 +17,13 @@ data in `presets.py`:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from concat_jax.core.batch import pad_table
 from concat_jax.core.config import check_choice
+from data_pipelines.epochs import epoch_order
 from data_pipelines.synthetic import render
 from data_pipelines.synthetic.presets import PRESETS, WorldPreset
 
@@ -119,7 +119,6 @@ class SyntheticWorld:
         self.max_segments = max_segments
         self.num_eval_images = _require_at_least(num_eval_images, 1, "num_eval_images")
         self._num_train_images = _require_at_least(num_train_images, 0, "num_train_images")
-        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
         self._scale = self.image_size / REFERENCE_SIZE
 
     def example(self, index: int) -> dict[str, np.ndarray]:
@@ -171,14 +170,11 @@ class SyntheticWorld:
         new_ids[1:][kept] = np.arange(1, kept.sum() + 1)
         return image, new_ids[owner], labels[kept]
 
-    def _draw_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self._num_train_images)
-
     def _scene_at(self, place: int) -> int:
         if not self._num_train_images:
             return place
         epoch, place = divmod(place, self._num_train_images)
-        return int(self._order(epoch)[place])
+        return int(epoch_order(self._num_train_images, self.seed, epoch)[place])
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Batch `step`: the fields of `example` stacked on a leading batch axis [B, ...]."""
