@@ -43,7 +43,8 @@ class Datasets:
       eval_size: longer side of the network's input at evaluation.
       check_clip_targets: fields of the cache's manifest -> None; raises StoreError unless the
         configured cache is of that and of this data, complete and undamaged.
-      oracle: as `train`, of images that show unseen classes too: an upper bound, not zero-shot.
+      bank: as `train`, of the images whose queries a bank holds.
+      oracle: as `bank`, of images that show unseen classes too: an upper bound, not zero-shot.
       eval_vocabulary: the classes of the evaluation images, where they are of another data set, as
         in open-vocabulary evaluation; None where they are those of `vocabulary`.
       identity: () -> fingerprint of the training images' records and of the classes, wherever the
@@ -52,6 +53,7 @@ class Datasets:
 
     vocabulary: Vocabulary
     train: Callable[[int], Batches]
+    bank: Callable[[int], Batches]
     captions: Callable[..., BatchFn]
     caption_words: tuple[str, ...]
     evaluation: Callable[..., Iterable[Mapping]]
@@ -104,12 +106,22 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
             )
         return batch_size // process_count
 
-    def scenes(batch_size: int, classes: str) -> Batches:
+    num_train_images = config.get("num_train_images", 0)
+    held_out_bank = config.get("held_out_bank", False)
+    if held_out_bank and not num_train_images:
+        raise ValueError(
+            "config.data.held_out_bank is for training scenes that end, and they do not; set "
+            "--config.data.num_train_images=2500, say, or --config.data.held_out_bank=False."
+        )
+
+    def scenes(batch_size: int, classes: str, held_out: bool = False) -> Batches:
         # A scene depends on its index alone, so a host draws its own rows of the global batch.
         share = share_of(batch_size)
-        options = dict(classes=classes, num_train_images=config.get("num_train_images", 0))
+        begin, options = first, dict(classes=classes, num_train_images=num_train_images)
+        if held_out:  # from the first batch on that holds none of them, for all seeds of a world
+            begin, options = -(-num_train_images // batch_size), dict(classes=classes)
         batch = SyntheticWorld(**shared, **segments, **options, batch_size=share).batch
-        return in_threads(lambda step: batch((first + step) * process_count + process_index))
+        return in_threads(lambda step: batch((begin + step) * process_count + process_index))
 
     def captions(batch_size: int, side: int, classes: str = "all") -> BatchFn:
         # A batch of captions is one stream of random numbers: every host draws it whole.
@@ -129,10 +141,11 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
     return Datasets(
         vocabulary=test.vocabulary,
         train=functools.partial(scenes, classes="seen"),
+        bank=functools.partial(scenes, classes="seen", held_out=held_out_bank),
         captions=captions,
         # Those of the whole world: its CLIP has read them all.
         caption_words=(*whole.vocabulary.names, "a an and"),
-        oracle=functools.partial(scenes, classes="all"),
+        oracle=functools.partial(scenes, classes="all", held_out=held_out_bank),
         evaluation=test.eval_examples,
         eval_size=config["image_size"],
     )
@@ -189,6 +202,7 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
     return Datasets(
         vocabulary=vocabulary,
         train=train,
+        bank=train,
         captions=lambda batch_size, side, classes="all": (
             lambda step: training().caption_batch(step, batch_size, side)
         ),

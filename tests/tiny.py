@@ -90,6 +90,7 @@ def no_data(classes: Vocabulary, **given: Any) -> Datasets:
     nothing = dict(
         eval_size=64,
         train=lambda batch_size: None,
+        bank=lambda batch_size: None,
         captions=lambda batch_size, side: None,
         caption_words=classes.names,
         evaluation=lambda: (),

@@ -148,7 +148,7 @@ def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank
     num_batches = -(-settings.bank_images // size)
     num_images = num_batches * size
     model = flat(config.model).items()
-    context, batches, kind = setup.context, datasets.train, "query_bank"
+    context, batches, kind = setup.context, datasets.bank, "query_bank"
     if settings.oracle:
         every = dataclasses.replace(setup.vocabulary, is_seen=(True,) * len(setup.vocabulary))
         context = dataclasses.replace(context, vocabulary=every)

@@ -59,21 +59,43 @@ def test_hosts_share_a_global_batch_that_does_not_depend_on_their_number(augment
         _assert_equal(joined, whole.batch(step, 6))
 
 
-@pytest.mark.parametrize(("kind", "images"), [("train", 0), ("train", 12), ("captions", 0)])
-def test_hosts_share_a_batch_of_the_synthetic_world(kind, images):
+@pytest.mark.parametrize(
+    ("kind", "images", "expected"),
+    [
+        ("train", 0, range(40, 48)),
+        ("train", 12, range(12)),  # of the fourth epoch
+        ("bank", 12, range(56, 64)),  # the first batch of others is the third
+        ("oracle", 12, range(56, 64)),
+        ("captions", 0, None),
+    ],
+)
+def test_hosts_share_a_batch_of_the_synthetic_world(kind, images, expected):
     config = dict(kind="synthetic", preset="texture", image_size=32, max_segments=10)
     config |= dict(eval_split="test", num_eval_images=1, caption_scene_ratio=0.25)
-    config |= dict(num_train_images=images) if images else {}
+    config |= dict(num_train_images=images, held_out_bank=True) if images else {}
 
     def batch(*host):
         data = make_datasets(config, seed=3, process_index=host[0], process_count=host[1])
-        return next(data.train(8)([5])) if kind == "train" else data.captions(8, 16)(5)
+        if kind == "captions":
+            return data.captions(8, 16)(5)
+        return next(getattr(data, kind)(8)([5]))
 
     whole, shares = batch(0, 1), [batch(i, 2) for i in range(2)]
     _assert_equal({k: np.concatenate([share[k] for share in shares]) for k in whole}, whole)
-    if kind == "train":  # scenes 40 to 47 of endless ones, or of the fourth epoch of 12
-        expected = range(12) if images else range(40, 48)
+    if expected:
         assert set(whole["image_id"].tolist()) <= set(expected)
+
+
+def test_seeds_of_a_world_share_the_scenes_that_its_bank_holds():
+    config = dict(kind="synthetic", preset="texture", image_size=32, max_segments=10, world_seed=0)
+    config |= dict(eval_split="test", num_eval_images=1, caption_scene_ratio=0.25)
+    config |= dict(num_train_images=12, held_out_bank=True)
+    ids = [
+        next(make_datasets(config, seed=seed).bank(8)([0]))["image_id"].tolist() for seed in (1, 2)
+    ]
+    assert ids[0] == ids[1] == list(range(16, 24))
+    with pytest.raises(ValueError, match="training scenes that end.*num_train_images=2500"):
+        make_datasets(config | dict(num_train_images=0), seed=0)
 
 
 def test_two_hosts_see_disjoint_data_whose_union_is_the_epoch():

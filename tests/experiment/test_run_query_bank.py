@@ -26,7 +26,7 @@ def make_bank(tmp_path, monkeypatch):
     Neither pictures nor the networks that see them are there: an image has two queries, all ones.
     """
     picture = {name: np.zeros(1) for name in IMAGE_FIELDS}
-    data = no_data(VOCABULARY, train=lambda batch_size: in_threads(lambda step: picture))
+    data = no_data(VOCABULARY, bank=lambda batch_size: in_threads(lambda step: picture))
     (tmp_path / "con").mkdir()
 
     def make(weights=1.0, labels=(0, 1), memory=0, **generator):
