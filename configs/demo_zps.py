@@ -171,8 +171,8 @@ def attributes(config: ConfigDict) -> None:
     # Scenes to train on, over and over, as real data are finite; 0: new ones without end. These
     # show a name of a thing about 110 times.
     config.data.num_train_images = 2500
-    # Scenes of the query bank are others: of those that stage 1 has learnt by heart, queries name
-    # the class as those of no new scene do (stacking: Wolpert 1992).
+    # Scenes of the query bank are others: queries of those that stage 1 has learnt by heart name
+    # their class better than any of a new scene (stacking: Wolpert 1992).
     config.data.held_out_bank = True
     config.stages = ("trunk", *config.stages)
     config.train.clip.update(steps=5000)

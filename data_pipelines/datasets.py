@@ -117,10 +117,11 @@ def _synthetic(config, seed: int, process_index: int, process_count: int) -> Dat
     def scenes(batch_size: int, classes: str, held_out: bool = False) -> Batches:
         # A scene depends on its index alone, so a host draws its own rows of the global batch.
         share = share_of(batch_size)
-        begin, options = first, dict(classes=classes, num_train_images=num_train_images)
+        begin, images = first, num_train_images
         if held_out:  # from the first batch on that holds none of them, for all seeds of a world
-            begin, options = -(-num_train_images // batch_size), dict(classes=classes)
-        batch = SyntheticWorld(**shared, **segments, **options, batch_size=share).batch
+            begin, images = -(-images // batch_size), 0
+        options = dict(classes=classes, num_train_images=images, batch_size=share)
+        batch = SyntheticWorld(**shared, **segments, **options).batch
         return in_threads(lambda step: batch((begin + step) * process_count + process_index))
 
     def captions(batch_size: int, side: int, classes: str = "all") -> BatchFn:

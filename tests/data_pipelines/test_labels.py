@@ -7,11 +7,7 @@ import pathlib
 import pytest
 
 from concat_jax.core.vocabulary import Vocabulary
-from data_pipelines.labels import (
-    load_classes,
-    load_label_space,
-    parse_classes,
-)
+from data_pipelines.labels import load_classes, load_label_space, parse_classes
 
 VOCABULARY = {
     "name": "mine",

@@ -9,11 +9,7 @@ import pytest
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.text.prompts import make_prompts
 from concat_jax.text.templates import TEMPLATES
-from data_pipelines.labels import (
-    FOLDERS,
-    load_label_space,
-    with_synonyms,
-)
+from data_pipelines.labels import FOLDERS, load_label_space, with_synonyms
 
 SPLITS, VOCABULARIES = FOLDERS
 # name -> classes, things, and the list it was made of
