@@ -5,6 +5,8 @@
 A row is a stage of the config with a few fields changed. All seeds share one world, one CLIP and
 one set of test scenes, and differ in training alone; rows of one seed share the stages before them.
 A stage that is finished is not run again, nor is a cell that has been scored by the same settings.
+Processes may share the seeds, as `--seeds=2` and `--seeds=3 --first_seed=2`, from when the first
+prints `[seed 0]`; `--seeds=5` then prints the table of all.
 
 What is printed no bias towards seen names can fake: hPQ at the γ that is best on validation scenes,
 and the areas under seen against unseen scores as γ sweeps; hPQ without γ stands beside them. A
@@ -42,22 +44,22 @@ Cells = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def load_row(
-    world: Path, row: str, num_seeds: int, config: ml_collections.ConfigDict
+    world: Path, row: str, seeds: Sequence[int], config: ml_collections.ConfigDict
 ) -> tuple[list[Sweep], list[float]]:
     """What a row's seeds counted on the test scenes, and their γ."""
     from data_pipelines.synthetic.presets import PRESETS
 
     vocabulary = PRESETS[config.data.preset].vocabulary
-    files = [world / f"seed_{seed}" / row / "sweep.npz" for seed in range(num_seeds)]
+    files = [world / f"seed_{seed}" / row / "sweep.npz" for seed in seeds]
     sweeps, gammas = zip(*(load_sweep(file, vocabulary) for file in files), strict=True)
     return list(sweeps), list(gammas)
 
 
-def learning(world: Path, rows: Sequence[str], num_seeds: int) -> dict[str, list]:
+def learning(world: Path, rows: Sequence[str], seeds: Sequence[int]) -> dict[str, list]:
     """Title of each row of stage 1 -> (steps, accuracies) of its seeds, as training had them."""
     curves: dict[str, list] = {}
     for row in rows:
-        for seed in range(num_seeds):
+        for seed in seeds:
             file = world / f"seed_{seed}" / row / METRICS
             points = {}
             for line in file.read_bytes().splitlines() if file.exists() else ():
@@ -104,9 +106,13 @@ def format_ablation(cells: Cells, found: Mapping[str, Mapping]) -> str:
 
 
 def ablation(
-    config: ml_collections.ConfigDict, rows: Sequence[str], seeds: int, world: int, workdir: Path
+    config: ml_collections.ConfigDict,
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    world: int,
+    workdir: Path,
 ) -> str:
-    """Runs the rows from seeds 0, 1, …; writes and returns the table.
+    """Runs the rows from each of the seeds; writes and returns the table.
 
     Raises:
       ValueError: for an unknown row, or a config that lacks what a row needs.
@@ -129,21 +135,23 @@ def ablation(
         config.data.world_seed = world
     folder = workdir / f"world_{world}"
     # A mistake in a row's settings must not show after what all share has been trained.
-    open_experiment(config_of_seed(config, rows, 0), folder / "seed_0", trains=False).held_out()
+    open_experiment(
+        config_of_seed(config, rows, seeds[0]), folder / f"seed_{seeds[0]}", trains=False
+    ).held_out()
     train_shared(config, folder)
     cells: dict[str, list[dict]] = {row: [] for row in rows}
-    for seed in range(seeds):
+    for count, seed in enumerate(seeds, start=1):
         for row, cell in run_seed(config, rows, seed, folder).items():
             cells[row].append(cell)
         found, curves = {}, {}
         for row in rows:  # one in memory at a time: a sweep of 2,000 scenes is 0.15 GB
-            sweeps, gammas = load_row(folder, row, seed + 1, config)
+            sweeps, gammas = load_row(folder, row, seeds[:count], config)
             found[row] = scores(sweeps, gammas)
             curves[ROWS[row].title] = tuple(np.mean([sweep.curve() for sweep in sweeps], axis=0))
         table = format_ablation(cells, found)
-        print(f"\nAfter {seed + 1} of {seeds} seeds, percent:\n{table}", flush=True)
+        print(f"\nAfter {count} of {len(seeds)} seeds, percent:\n{table}", flush=True)
     write_text(folder / "ablation.md", table + "\n")
-    write_json(folder / "ablation.json", {"seeds": seeds, "world": world, "rows": cells})
+    write_json(folder / "ablation.json", {"seeds": [*seeds], "world": world, "rows": cells})
     plots.save_figure(plots.bias_curves(curves), folder / "ablation.png")
     if learnt := learning(folder, rows, seeds):
         plots.save_figure(plots.learning_curves(learnt), folder / "learning.png")
@@ -154,7 +162,8 @@ def define_flags(flags: cli.Flags) -> None:
     """The flags of this command, besides those of a config."""
     flags.strings("rows", SCORED, f"Any of {', '.join(SCORED)}.")
     flags.string("preset", None, "Another world than config.data.preset.")
-    flags.integer("seeds", 3, "How many: 0, 1, 2, …", 1)
+    flags.integer("seeds", 3, "How many, one after the other from --first_seed.", 1)
+    flags.integer("first_seed", 0, "The first of them.", 0)
     flags.integer("world", 0, "Seed of the world, its CLIP and its scenes.", 0)
     flags.integer("scenes", 2000, "Test scenes, and as many to choose γ on.", 1)
 
@@ -176,7 +185,8 @@ def main(given: cli.Flags) -> None:
         if given.preset:
             config.data.preset = given.preset
         config.data.num_eval_images = given.scenes
-    ablation(config, given.rows, given.seeds, given.world, workdir)
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
+    ablation(config, given.rows, seeds, given.world, workdir)
 
 
 if __name__ == "__main__":

@@ -116,9 +116,11 @@ def test_what_was_not_measured_is_a_dash_in_the_table():
 class FakeRun:
     """Trains nothing; remembers what it was asked to do."""
 
-    log = []
+    log, claimed = [], []
 
     def __init__(self, config, workdir, datasets, trains=True):
+        if trains:
+            self.claimed.append(workdir.name)
         self.workdir, self.seed, self.config = workdir, config.seed, config
         self.datasets = types.SimpleNamespace(evaluation=lambda: "test", vocabulary=VOCABULARY)
         self.setup = types.SimpleNamespace(config=config)
@@ -146,13 +148,14 @@ class FakeRun:
 def fake_run(monkeypatch):
     monkeypatch.setattr("concat_jax.experiment.experiment.Experiment", FakeRun)
     monkeypatch.setattr(FakeRun, "log", [])
+    monkeypatch.setattr(FakeRun, "claimed", [])
     monkeypatch.setattr(evidence, "DRAWS", 20)
     return FakeRun.log
 
 
 def test_seeds_share_the_world_and_finished_cells_are_not_run_again(fake_run, tmp_path):
     config = demo_zps.get_config("smoke")
-    ablation.ablation(config, ["projection"], 1, 5, tmp_path)
+    ablation.ablation(config, ["projection"], [0], 5, tmp_path)
     assert config.data.world_seed == 5
     assert fake_run == [
         (5, "train", "clip"),
@@ -160,7 +163,7 @@ def test_seeds_share_the_world_and_finished_cells_are_not_run_again(fake_run, tm
         (0, "score", "projection"),
     ]
     fake_run.clear()
-    table = ablation.ablation(config, ["projection", "con"], 2, 5, tmp_path)
+    table = ablation.ablation(config, ["projection", "con"], [0, 1], 5, tmp_path)
     assert fake_run == [
         (0, "train", "con"),
         (0, "score", "con"),
@@ -176,16 +179,31 @@ def test_seeds_share_the_world_and_finished_cells_are_not_run_again(fake_run, tm
     saved = json.loads((folder / "ablation.json").read_text())
     assert len(saved["rows"]["projection"]) == 2 and saved["world"] == 5
     fake_run.clear()
-    assert ablation.ablation(config, ["projection", "con"], 2, 5, tmp_path) == table
+    assert ablation.ablation(config, ["projection", "con"], [0, 1], 5, tmp_path) == table
     assert fake_run == []
     # Unless they were scored by other settings, or what was scored is gone.
     config.data.num_eval_images += 1
-    ablation.ablation(config, ["projection"], 1, 5, tmp_path)
+    ablation.ablation(config, ["projection"], [0], 5, tmp_path)
     assert fake_run == [(0, "score", "projection")]
     fake_run.clear()
     (folder / "seed_0" / "projection" / "done").unlink()
-    ablation.ablation(config, ["projection"], 1, 5, tmp_path)
+    ablation.ablation(config, ["projection"], [0], 5, tmp_path)
     assert fake_run == [(0, "train", "projection"), (0, "score", "projection")]
+
+
+def test_processes_share_the_seeds_of_a_world(fake_run, tmp_path):
+    """Once what all share is trained, nobody's process keeps the others from theirs."""
+    config = demo_zps.get_config("smoke")
+    ablation.ablation(config, ["projection"], [0], 5, tmp_path)
+    assert FakeRun.claimed == ["world_5", "seed_0"]
+    fake_run.clear()
+    FakeRun.claimed.clear()
+    table = ablation.ablation(config, ["projection"], range(3, 5), 5, tmp_path)
+    assert FakeRun.claimed == ["seed_3", "seed_4"]
+    assert [seed for seed, what, _ in fake_run if what == "train"] == [3, 4]
+    saved = json.loads((tmp_path / "world_5" / "ablation.json").read_text())
+    assert saved["seeds"] == [3, 4] and "1/1" in table
+    assert not (tmp_path / "world_5" / "seed_1").exists()
 
 
 def cut(file):
@@ -205,13 +223,13 @@ def cut(file):
 )
 def test_what_is_damaged_is_scored_anew(fake_run, tmp_path, capsys, name, damage):
     config = demo_zps.get_config("smoke")
-    ablation.ablation(config, ["projection"], 1, 0, tmp_path)
+    ablation.ablation(config, ["projection"], [0], 0, tmp_path)
     file = tmp_path / "world_0" / "seed_0" / "projection" / name
     before = json.loads(file.with_name("cell.json").read_text())
     damage(file)
     fake_run.clear()
     capsys.readouterr()
-    ablation.ablation(config, ["projection"], 1, 0, tmp_path)
+    ablation.ablation(config, ["projection"], [0], 0, tmp_path)
     after = json.loads(file.with_name("cell.json").read_text())
     assert after | {"seconds": 0} == before | {"seconds": 0}
     assert fake_run == [(0, "score", "projection")]
@@ -221,7 +239,7 @@ def test_what_is_damaged_is_scored_anew(fake_run, tmp_path, capsys, name, damage
 
 def test_a_kill_between_a_sweep_and_its_cell_leaves_no_mixture(fake_run, tmp_path, monkeypatch):
     config = demo_zps.get_config("smoke")
-    ablation.ablation(config, ["projection"], 1, 0, tmp_path)
+    ablation.ablation(config, ["projection"], [0], 0, tmp_path)
 
     def killed(path, content):
         raise KeyboardInterrupt
@@ -230,10 +248,10 @@ def test_a_kill_between_a_sweep_and_its_cell_leaves_no_mixture(fake_run, tmp_pat
         patch.setattr("concat_jax.experiment.ablation.runs.write_json", killed)
         config.data.num_eval_images += 1
         with pytest.raises(KeyboardInterrupt):
-            ablation.ablation(config, ["projection"], 1, 0, tmp_path)
+            ablation.ablation(config, ["projection"], [0], 0, tmp_path)
     fake_run.clear()
     config.data.num_eval_images -= 1
-    ablation.ablation(config, ["projection"], 1, 0, tmp_path)
+    ablation.ablation(config, ["projection"], [0], 0, tmp_path)
     assert fake_run == [(0, "score", "projection")]
 
 
@@ -242,7 +260,7 @@ def test_an_inductive_row_is_chosen_where_seen_classes_play_the_unseen_ones(fake
     with config.unlocked():
         config.stages = ("trunk", *config.stages)
         config.train.trunk = dict(config.train.clip.to_dict(), captions="seen")
-    table = ablation.ablation(config, ["refit"], 1, 0, tmp_path)
+    table = ablation.ablation(config, ["refit"], [0], 0, tmp_path)
     assert "left_out" not in config.data
     assert [what[1:] for what in fake_run] == [
         ("train", "trunk"),
@@ -274,7 +292,7 @@ def test_an_inductive_row_is_chosen_where_seen_classes_play_the_unseen_ones(fake
     ):
         damage()
         fake_run.clear()
-        ablation.ablation(config, ["refit"], 1, 0, tmp_path)
+        ablation.ablation(config, ["refit"], [0], 0, tmp_path)
         assert fake_run[-1] == (0, "score", "refit_600")
 
 
@@ -283,7 +301,7 @@ def test_a_mistake_in_the_last_stage_shows_before_the_first_is_trained(tmp_path,
     config = demo_zps.get_config("smoke")
     config.train[stage].method.deviation = -1.0
     with pytest.raises(ValueError, match="method.deviation is -1.0 and must be at least 0"):
-        ablation.ablation(config, [row], 1, 0, tmp_path)
+        ablation.ablation(config, [row], [0], 0, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -301,7 +319,7 @@ def test_what_a_run_saw_as_it_learnt_is_read_once_a_step(tmp_path):
         (tmp_path / stage).mkdir(parents=True)
         text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 150, "accur'
         (tmp_path / stage / "metrics.jsonl").write_text(text)
-    found = ablation.learning(tmp_path, ["con", "fair", "kernel"], 3)
+    found = ablation.learning(tmp_path, ["con", "fair", "kernel"], range(3))
     curves = [curve.tolist() for curve in found.pop(ROWS["con"].title)]
     assert curves == [[[50, 100], [0.1, 0.2]], [[0, 50], [0, 0.4]]] and not found
     axes = plots.learning_curves({"con": [([50, 100], np.array([0.1, 0.2]))] * 2}).axes[0]
@@ -326,7 +344,7 @@ def test_every_row_makes_a_stage_that_can_be_built():
 
 def test_real_data_has_no_validation_world(tmp_path):
     with pytest.raises(ValueError, match="'coco_panoptic_zps' has no validation part"):
-        ablation.ablation(coco_zps.get_config("mini"), ["projection"], 1, 0, tmp_path)
+        ablation.ablation(coco_zps.get_config("mini"), ["projection"], [0], 0, tmp_path)
     line = f"--config={ROOT}/configs/coco_zps.py:mini --preset=texture --workdir={tmp_path}"
     with pytest.raises(SystemExit, match="'coco_panoptic_zps' has no validation part"):
         ablation.main(["ablation", *line.split()])
@@ -337,11 +355,11 @@ def test_gamma_is_not_chosen_on_what_is_scored(tmp_path, split):
     config = demo_zps.get_config()
     config.eval.bias_split = split
     with pytest.raises(ValueError, match="other scenes than are scored, and config.eval.bias_s"):
-        ablation.ablation(config, ["projection"], 1, 0, tmp_path)
+        ablation.ablation(config, ["projection"], [0], 0, tmp_path)
 
 
 def test_an_unknown_row_and_none_at_all_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no row to run; give some, as --rows=projection,con"):
-        ablation.ablation(demo_zps.get_config(), [], 1, 0, tmp_path)
+        ablation.ablation(demo_zps.get_config(), [], [0], 0, tmp_path)
     with pytest.raises(ValueError, match="no row 'projectio'; did you mean 'projection'"):
-        ablation.ablation(demo_zps.get_config(), ["projectio"], 1, 0, tmp_path)
+        ablation.ablation(demo_zps.get_config(), ["projectio"], [0], 0, tmp_path)

@@ -42,9 +42,11 @@ def train_shared(config: ml_collections.ConfigDict, world: Path) -> None:
     with config.unlocked():
         config.seed = config.data.world_seed
         config.stages, config.eval.stages = tuple(shared_stages(config)), {}
-    run = open_experiment(config, world)
-    for name in config.stages:
-        if not run.parameters.is_finished(name):
+    is_finished = open_experiment(config, world, trains=False).parameters.is_finished
+    # Where nothing is left to train the folder is not claimed: others may be at other seeds.
+    if left := [name for name in config.stages if not is_finished(name)]:
+        run = open_experiment(config, world)
+        for name in left:
             run.train(name)
 
 
