@@ -135,9 +135,8 @@ def ablation(
         config.data.world_seed = world
     folder = workdir / f"world_{world}"
     # A mistake in a row's settings must not show after what all share has been trained.
-    open_experiment(
-        config_of_seed(config, rows, seeds[0]), folder / f"seed_{seeds[0]}", trains=False
-    ).held_out()
+    first = config_of_seed(config, rows, seeds[0])
+    open_experiment(first, folder / f"seed_{first.seed}", trains=False).held_out()
     train_shared(config, folder)
     cells: dict[str, list[dict]] = {row: [] for row in rows}
     for count, seed in enumerate(seeds, start=1):
