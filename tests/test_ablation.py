@@ -153,7 +153,7 @@ def fake_run(monkeypatch):
     return FakeRun.log
 
 
-def test_seeds_share_the_world_and_finished_cells_are_not_run_again(fake_run, tmp_path):
+def test_seeds_share_the_world_and_finished_cells_are_not_run_again(fake_run, tmp_path, capsys):
     config = demo_zps.get_config("smoke")
     ablation.ablation(config, ["projection"], [0], 5, tmp_path)
     assert config.data.world_seed == 5
@@ -179,8 +179,10 @@ def test_seeds_share_the_world_and_finished_cells_are_not_run_again(fake_run, tm
     saved = json.loads((folder / "ablation.json").read_text())
     assert len(saved["rows"]["projection"]) == 2 and saved["world"] == 5
     fake_run.clear()
+    assert "After 1 of 2 seeds" in capsys.readouterr().out
     assert ablation.ablation(config, ["projection", "con"], [0, 1], 5, tmp_path) == table
     assert fake_run == []
+    assert capsys.readouterr().out == f"\nAfter 2 of 2 seeds, percent:\n{table}\n"
     # Unless they were scored by other settings, or what was scored is gone.
     config.data.num_eval_images += 1
     ablation.ablation(config, ["projection"], [0], 5, tmp_path)

@@ -134,19 +134,21 @@ def read_cell(file: Path, row: str, run: Experiment) -> dict[str, Any] | None:
 
 def run_seed(
     config: ml_collections.ConfigDict, rows: Sequence[str], seed: int, world: Path
-) -> dict[str, dict]:
-    """Trains and scores the rows for one seed, as far as that is not done; row -> its cell.
+) -> tuple[dict[str, dict], bool]:
+    """Trains and scores the rows for one seed, as far as that is not done.
 
-    A cell is what `evidence.measure` returns, the "stage" that was scored, the "config" by which,
-    and the "seconds" that training and scoring it took this process, without the stages before it.
+    Returns row -> its cell, and whether one of them is new. A cell is what `evidence.measure`
+    returns, the "stage" that was scored, the "config" by which, and the "seconds" that training and
+    scoring it took this process, without the stages before it.
     """
-    run, cells = open_seed(config, rows, seed, world), {}
+    run, cells, is_new = open_seed(config, rows, seed, world), {}, False
     shown = evaluation_settings(run.setup.config)
     for row in rows:
         file = world / f"seed_{seed}" / row / "cell.json"
         if cell := read_cell(file, row, run):
             cells[row] = cell
             continue
+        is_new = True
         # A kill from here on may leave another stage or sweep than it is of.
         file.unlink(missing_ok=True)
         stage, gamma = row, None
@@ -158,4 +160,4 @@ def run_seed(
         seconds = round(seconds + time.monotonic() - began, 1)
         cells[row] = cell | {"stage": stage, "config": shown, "seconds": seconds}
         write_json(file, cells[row])
-    return cells
+    return cells, is_new
