@@ -9,6 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from concat_jax.weights.files import restricted_pickle
 from concat_jax.weights.files.readers import read_weights
@@ -135,9 +136,8 @@ def test_compressed_entries_are_refused(tmp_path):
 
 def whole_files(folder):
     """One good file of each format."""
-    safetensors_numpy = pytest.importorskip("safetensors.numpy")
     content = {"model": {"w": torch.randn(300), "v": torch.randn(5)}, "iteration": 3}
-    safetensors_numpy.save_file(
+    safetensors.numpy.save_file(
         {"w": np.ones(300, np.float32), "v": np.ones(5, np.float32)}, folder / "a.safetensors"
     )
     with (folder / "a.pkl").open("wb") as file:
