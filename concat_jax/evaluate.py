@@ -40,7 +40,7 @@ from concat_jax.evaluation.score_files import score_instances, score_panoptic
 from concat_jax.evaluation.score_label_maps import IGNORED_VALUES, score_semantic
 from concat_jax.evaluation.worst_best import WorstAndBest
 from concat_jax.inference.images import read_image
-from data_pipelines.labels import load_label_space
+from data_pipelines.labels import load_classes
 
 TASKS = ("panoptic", "semantic", "instance")
 # What `python -m concat_jax.predict --output=DIR`, and evaluation in a stage's folder, call them.
@@ -124,23 +124,25 @@ def evaluate_files(given: cli.Flags, extremes: WorstAndBest | None = None) -> di
     for name in ("annotations", "predictions"):
         if not getattr(given, name):
             raise ValueError(f"Scoring files needs --{name}.")
-    vocabulary = load_label_space(given.split) if given.split else None
+    vocabulary, knows_things = load_classes(given.split) if given.split else (None, True)
     paths = [result_in(path, given.task) for path in (given.annotations, given.predictions)]
     _check_flags(given, paths)
-    files = *paths, vocabulary
+    files, things = (*paths, vocabulary), dict(knows_things=knows_things)
     folders = dict(
         annotation_folder=given.annotation_pngs or None, prediction_folder=given.png_folder or None
     )
     if given.task == "panoptic":
-        return score_panoptic(*files, **folders, extremes=extremes)
+        return score_panoptic(*files, **folders, **things, extremes=extremes)
     if given.task == "instance":
-        return {"instance": score_instances(*files, thresholds=PROTOCOLS[given.protocol])}
+        thresholds = PROTOCOLS[given.protocol]
+        return {"instance": score_instances(*files, **things, thresholds=thresholds)}
     ignored = [value.strip() for value in given.ignore.split(",") if value.strip()]
     if not all(value.isdecimal() for value in ignored):
         raise ValueError(f"--ignore={given.ignore} is not like --ignore=0,255.")
     summary = score_semantic(
         *files,
         **folders,
+        **things,
         annotation_values=given.annotation_values,
         prediction_values=given.prediction_values,
         ignored_values=tuple(map(int, ignored)),

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from etils import epath
@@ -178,28 +178,30 @@ def pair_images(
 ) -> tuple[dict[Other, One], str]:
     """Id in the predictions -> id in the annotations, and a sentence if they were told by name.
 
-    By id, unless names contradict the ids. Raises FileError if both do not hold the same images, or
-    neither ids nor names tell them apart.
+    By name where names tell the images apart, as one ends like the other, if not in the extension;
+    else by id. Raises FileError if both do not hold the same images, or neither tells them apart.
     """
     if not truth:
         raise FileError(f"{truth_path} holds no image; there is nothing to score.")
     missing, extra = truth.keys() - found.keys(), found.keys() - truth.keys()
-    fits = not extra and (may_miss or not missing)
+    same = {i: i for i in found}
+    named = all(truth.values()) and all(found.values())
+    by_name = _pair_by_path(truth, found, may_miss) if named else None
+    if by_name is not None:
+        note = f"{found_path} numbers its images in another way; they were told by their names."
+        return by_name, note if by_name != same else ""
     clash = [
         i
         for i in found
-        if i in truth and truth[i] and found[i] and _stem(truth[i]) != _stem(found[i])
+        if i in truth and truth[i] and found[i] and _ends(truth[i])[-1] != _ends(found[i])[-1]
     ]
-    if fits and not clash:
-        return {i: i for i in found}, ""
-    sides = [(bare_name, truth, found), (_stem, truth, found)]
-    if not (clash or all(truth.values()) and all(found.values())):
-        sides.append((str, *({i: i for i in side} for side in (truth, found))))  # "1" is 1
-    for key, *names in sides:
-        by_name = _pair_by(key, *names, may_miss)
-        if by_name is not None:
-            note = f"{found_path} numbers its images in another way; they were told by their names."
-            return by_name, "" if key is str else note
+    if not (clash or extra or missing and not may_miss):
+        return same, ""
+    if not (clash or named):  # "1" is 1
+        texts = ({i: str(i) for i in side} for side in (truth, found))
+        by_text = _pair_by_path(*texts, may_miss)
+        if by_text is not None:
+            return by_text, ""
     if clash:
         image_id = clash[0]
         raise FileError(
@@ -220,24 +222,30 @@ def bare_name(name: str) -> str:
     return pathlib.PurePath(name).with_suffix("").as_posix()
 
 
-def _stem(name: str) -> str:
-    return pathlib.PurePath(name).stem
+def _ends(name: str) -> list[str]:
+    """What a path ends in, each with its extension and without: all of it first, the file last."""
+    parts = pathlib.PurePath(name).parts
+    ends = ["/".join(parts[k:]) for k in range(len(parts))]
+    return [*dict.fromkeys(one for end in ends for one in (end, bare_name(end)))]
 
 
-def _pair_by(
-    key: Callable[[str], str],
-    truth: Mapping[One, str | None],
-    found: Mapping[Other, str | None],
-    may_miss: bool,
+def _pair_by_path(
+    truth: Mapping[One, str], found: Mapping[Other, str], may_miss: bool
 ) -> dict[Other, One] | None:
-    if None in truth.values() or None in found.values():
+    """Each to the one whose path shares the longest end; None where that leaves two or none."""
+    with_end: dict[str, list[One]] = {}
+    for number, name in truth.items():
+        for end in _ends(name):
+            with_end.setdefault(end, []).append(number)
+    pairs: dict[Other, One] = {}
+    for number, name in found.items():
+        nearest = next((with_end[end] for end in _ends(name) if end in with_end), ())
+        if len(nearest) != 1:
+            return None
+        (pairs[number],) = nearest
+    if len(set(pairs.values())) < len(pairs) or not may_miss and len(pairs) < len(truth):
         return None
-    truth_of = {key(name): number for number, name in truth.items()}
-    found_of = {key(name): number for number, name in found.items()}
-    if len(truth_of) < len(truth) or len(found_of) < len(found):
-        return None
-    fits = truth_of.keys() >= found_of.keys() if may_miss else truth_of.keys() == found_of.keys()
-    return {number: truth_of[name] for name, number in found_of.items()} if fits else None
+    return pairs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

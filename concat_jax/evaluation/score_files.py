@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from etils import epath
 
 from concat_jax.core.coco import (
     ImageId,
+    InstanceFile,
     PanopticAnnotation,
     PanopticFile,
     check_categories,
@@ -45,6 +47,7 @@ def score_panoptic(
     annotation_folder: Path | None = None,
     prediction_folder: Path | None = None,
     extremes: WorstAndBest | None = None,
+    knows_things: bool = True,
 ) -> dict:
     """Panoptic quality of files in COCO's panoptic format.
 
@@ -54,6 +57,7 @@ def score_panoptic(
       vocabulary: the label space; None takes the annotations', all of it seen.
       annotation_folder, prediction_folder: of the PNGs; by default beside each json, by its name.
       extremes: what all images are shown to.
+      knows_things: whether the vocabulary says which classes are things; else the annotations do.
 
     Returns:
       `PanopticQuality.summarize` with "images" and "notes", sentences on how the files were read.
@@ -61,9 +65,9 @@ def score_panoptic(
     truth = read_panoptic(annotations)
     found = read_panoptic(predictions, prediction=True)
     folders = png_folder(truth, annotation_folder), png_folder(found, prediction_folder)
-    vocabulary = panoptic_vocabulary(truth, vocabulary)
+    vocabulary = label_space(truth, vocabulary, knows_things=knows_things)
     class_of, *notes = classes_of(found.path, found.categories, vocabulary)
-    pairs, note = pair_images(*_names(truth, found), truth.path, found.path)
+    pairs, note = pair_files(truth, found)
     sides = (
         [(truth.annotations[i], truth.path) for i in pairs.values()],
         [(found.annotations[i], found.path) for i in pairs],
@@ -89,12 +93,32 @@ def png_folder(file: PanopticFile, given: Path | None) -> epath.Path:
     return folder
 
 
-def panoptic_vocabulary(truth: PanopticFile, vocabulary: Vocabulary | None) -> Vocabulary:
-    """The annotations' label space, or the given one, a FileError if it is not theirs."""
+def label_space(
+    truth: PanopticFile | InstanceFile,
+    vocabulary: Vocabulary | None,
+    *,
+    knows_things: bool = True,
+    must_have_all: bool = True,
+) -> Vocabulary:
+    """The annotations' label space, or the given one, a FileError if it is not theirs.
+
+    `knows_things` and `must_have_all` are of the given one: whether it says which of its classes
+    are things, which the annotations do if not, and whether they must list all of its classes.
+    """
+    categories = truth.categories or {}
     if vocabulary is None:
-        return vocabulary_of(truth.path, truth.categories)
-    check_categories(truth.path, truth.categories or {}, vocabulary)
+        return vocabulary_of(truth.path, categories)
+    if not knows_things:
+        listed = (categories.get(number) for number in vocabulary.category_ids)
+        flags = tuple(one is not None and one.is_thing is not False for one in listed)
+        vocabulary = dataclasses.replace(vocabulary, is_thing=flags)
+    check_categories(truth.path, categories, vocabulary, must_have_all=must_have_all)
     return vocabulary
+
+
+def pair_files(truth: PanopticFile, found: PanopticFile) -> tuple[dict[ImageId, ImageId], str]:
+    """As `pair_images`, by the names of images, or of PNGs where one of the files has none."""
+    return pair_images(*_names(truth, found), truth.path, found.path)
 
 
 def _names(*files: PanopticFile) -> list[dict[ImageId, str | None]]:
@@ -148,6 +172,7 @@ def score_instances(
     vocabulary: Vocabulary | None = None,
     *,
     thresholds: Sequence[float] = COCO_THRESHOLDS,
+    knows_things: bool = True,
 ) -> dict:
     """Mask AP of a COCO results list against a COCO instances json; returns as `score_panoptic`.
 
@@ -155,9 +180,7 @@ def score_instances(
     (stuff).
     """
     truth = read_instances(annotations)
-    if vocabulary is None:
-        vocabulary = vocabulary_of(truth.path, truth.categories)
-    check_categories(truth.path, truth.categories, vocabulary, must_have_all=False)
+    vocabulary = label_space(truth, vocabulary, knows_things=knows_things, must_have_all=False)
     predictions = as_path(predictions)
     found, names, categories = read_instance_results(predictions)
     manifest = read_manifest(predictions, "instance")

@@ -7,6 +7,7 @@ flag may, and where neither does the pixels themselves are asked.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from concat_jax.evaluation.result_files import (
     pair_images,
     read_manifest,
 )
-from concat_jax.evaluation.score_files import Path, panoptic_vocabulary, png_folder
+from concat_jax.evaluation.score_files import Path, label_space, pair_files, png_folder
 from concat_jax.evaluation.semantic_iou import SemanticIoU
 
 LABEL_FILES = (".png", ".tif", ".tiff", ".bmp")
@@ -37,13 +38,16 @@ LABEL_FILES = (".png", ".tif", ".tiff", ".bmp")
 IGNORED_VALUES = (255, 65535)
 VOID = -1
 _UNKNOWN = -2
+# No label map holds more, see `read_label_map`; ids of other files may be larger.
+_MAX_PIXEL = 65535
 
 
 @dataclasses.dataclass
 class _Maps:
-    """Label maps of one side, keyed by the name they are paired by.
+    """Label maps of one side, by whatever keys.
 
     Attributes:
+      namings: key to the name it is paired by; where there are several, the first is tried first.
       read: map to its labels [H, W]: classes, `VOID`, or `_UNKNOWN` where a pixel means nothing.
       reread: the same read in the other way, ids as positions or positions as ids; None where a
         file says how they are meant.
@@ -52,7 +56,7 @@ class _Maps:
     """
 
     path: epath.Path
-    names: dict[Any, str]
+    namings: list[dict[Any, str]]
     read: Callable[[Any], np.ndarray]
     png: Callable[[Any], epath.Path]
     reread: Callable[[Any], np.ndarray] | None = None
@@ -70,6 +74,7 @@ def score_semantic(
     annotation_values: str = "",
     prediction_values: str = "",
     ignored_values: Sequence[int] = IGNORED_VALUES,
+    knows_things: bool = True,
 ) -> dict:
     """Semantic IoU of label maps, or of what panoptic files say of each pixel's class.
 
@@ -82,14 +87,16 @@ def score_semantic(
         without one takes them for ids, unless they agree better as positions: that is refused.
       ignored_values: pixel values that are no class: ignored in annotations, nothing predicted in
         predictions. A class of that value remains a class.
+      knows_things: as of `score_panoptic`.
 
     Returns `SemanticIoU.summarize` with "images" and "notes".
     """
     notes: list[str] = []
+    files: list[PanopticFile] = []
     if not as_path(annotations).is_dir():
-        file = read_panoptic(annotations)
-        vocabulary = panoptic_vocabulary(file, vocabulary)
-        truth = _panoptic_maps(file, annotation_folder, vocabulary.index_of_category)
+        files.append(read_panoptic(annotations))
+        vocabulary = label_space(files[0], vocabulary, knows_things=knows_things)
+        truth = _panoptic_maps(files[0], annotation_folder, vocabulary.index_of_category)
     elif vocabulary is None:
         raise FileError(f"Label maps as those in {annotations} name no classes; give --split.")
     else:
@@ -101,11 +108,16 @@ def score_semantic(
             predictions, "prediction", prediction_values, vocabulary, ignored_values, notes
         )
     else:
-        file = read_panoptic(predictions, prediction=True)
+        files.append(file := read_panoptic(predictions, prediction=True))
         class_of, note = classes_of(file.path, file.categories, vocabulary)
         notes.append(note)
         found = _panoptic_maps(file, prediction_folder, class_of)
-    pairs = _pair_maps(truth, found)
+    if len(files) == 2:
+        paired, note = pair_files(*files)
+        pairs = [(own, other) for other, own in paired.items()]
+        notes.append(note)
+    else:
+        pairs = _pair_maps(truth, found)
     counts, agreement = SemanticIoU(len(vocabulary)), Counter()
 
     def score(number: int) -> tuple[SemanticIoU, dict[str, int]]:
@@ -151,14 +163,21 @@ def _better_reading(side: _Maps, own: float, better: float) -> str:
 
 
 def _pair_maps(truth: _Maps, found: _Maps) -> list[tuple[Any, Any]]:
-    sides = []
-    for side in (truth, found):
-        sides.append({bare_name(name): key for key, name in side.names.items()})
-        if len(sides[-1]) < len(side.names):
-            raise FileError(f"Two label maps in {side.path} differ in their extension only.")
-    own, other = sides
-    paired, _ = pair_images({n: n for n in own}, {n: n for n in other}, truth.path, found.path)
-    return sorted(((own[one], other[two]) for two, one in paired.items()), key=str)
+    fault, paths = None, (truth.path, found.path)
+    for names in itertools.product(truth.namings, found.namings):
+        try:
+            sides = []
+            for side, naming in zip((truth, found), names, strict=True):
+                sides.append({bare_name(name): key for key, name in naming.items()})
+                if len(sides[-1]) < len(naming):
+                    raise FileError(f"Two maps of {side.path} differ in their extension only.")
+            own, other = sides
+            pairs, _ = pair_images(*({n: n for n in side} for side in sides), *paths)
+        except FileError as error:
+            fault = fault or error
+        else:
+            return sorted(((own[one], other[two]) for two, one in pairs.items()), key=str)
+    raise fault
 
 
 def _panoptic_maps(file: PanopticFile, folder: Path | None, class_of: Mapping[int, int]) -> _Maps:
@@ -173,8 +192,10 @@ def _panoptic_maps(file: PanopticFile, folder: Path | None, class_of: Mapping[in
         what = f"A segment of {path} in {file.path}"
         return np.array([VOID, *classes_in(one.category_ids, class_of, what)])[rows]
 
-    names = {i: a.file_name for i, a in file.annotations.items()}
-    return _Maps(file.path, names, read, png, is_told=file.categories is not None)
+    namings = [{i: a.file_name for i, a in file.annotations.items()}]
+    if file.images:
+        namings.insert(0, {i: file.images[i].file_name for i in file.annotations})
+    return _Maps(file.path, namings, read, png, is_told=file.categories is not None)
 
 
 def _folder_maps(
@@ -195,6 +216,7 @@ def _folder_maps(
     if not files:
         raise FileError(f"The folder {folder} holds no label map ({', '.join(LABEL_FILES)}).")
     names = {file: file.relative_to(folder).as_posix() for file in files}
+    namings = [names]
     opposite = "ids" if values == "indices" else "indices"
     flag = f"--{side}_values={opposite}"
     positions = dict(enumerate(range(len(vocabulary))))
@@ -211,9 +233,7 @@ def _folder_maps(
             raise FileError(
                 f"{manifest.path} does not list {unlisted[0]}; remove what earlier runs left."
             )
-        sources = {f: manifest.maps[n] for f, n in names.items()}
-        if len({bare_name(name) for name in sources.values()}) == len(files):
-            names = sources
+        namings.insert(0, {f: manifest.maps[n] for f, n in names.items()})
         flag = ""
     else:
         lookup = _lookup(positions if values == "indices" else ids, ignored)
@@ -239,14 +259,15 @@ def _folder_maps(
         return _look_up(other, read_label_map(file))
 
     again, is_told = reread if manifest is None else None, bool(values or manifest)
-    return _Maps(folder, names, read, lambda file: file, again, flag, is_told)
+    return _Maps(folder, namings, read, lambda file: file, again, flag, is_told)
 
 
 def _lookup(class_of: Mapping[int, int], ignored: Sequence[int | None]) -> np.ndarray:
     """Pixel value to class index or `VOID`; `_UNKNOWN` where a value means nothing."""
-    lookup = np.full(max(*class_of, *ignored, 0) + 2, _UNKNOWN, np.int32)
-    lookup[list(ignored)] = VOID
-    lookup[list(class_of)] = list(class_of.values())
+    meant = {**dict.fromkeys(ignored, VOID), **class_of}
+    meant = {value: k for value, k in meant.items() if value is not None and value <= _MAX_PIXEL}
+    lookup = np.full(max(meant, default=0) + 2, _UNKNOWN, np.int32)
+    lookup[list(meant)] = list(meant.values())
     return lookup
 
 

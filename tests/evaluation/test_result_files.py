@@ -42,6 +42,11 @@ def test_images_are_paired_by_id_unless_names_contradict():
     # Folders tell names apart.
     cameras = {1: "cam1/1.jpg", 2: "cam2/1.jpg"}
     assert paired(cameras, {5: "cam2/1.jpg", 6: "cam1/1.jpg"})[0] == {5: 2, 6: 1}
+    pairs, note = paired(cameras, {1: "val/cam2/1.png", 2: "val/cam1/1.png"})
+    assert pairs == {1: 2, 2: 1} and note
+    # Folders of other names say nothing, and an extension may say it all.
+    assert paired(cameras, {2: "left/1.png", 1: "right/1.png"}) == ({2: 2, 1: 1}, "")
+    assert paired({1: "a.jpg", 2: "a.png"}, {1: "a.png", 2: "a.jpg"})[0] == {1: 2, 2: 1}
     assert paired(truth, {3: "zebra.jpg"}, may_miss=True)[0] == {3: 1}
 
 
@@ -83,6 +88,50 @@ def test_perfect_predictions_score_100_whatever_their_numbers(tmp_path, ids, num
     del content["images"]
     found.write_text(json.dumps(content))
     assert score_panoptic(truth, found, VOCABULARY)["all"]["pq"] == 100
+
+
+def test_images_are_told_by_their_own_names_not_those_of_pngs(tmp_path):
+    """As of Cityscapes, whose annotations are called otherwise than the images."""
+    truth = write_panoptic(tmp_path / "gt", (1, 2))
+    content = json.loads(truth.read_text())
+    for one in content["annotations"]:
+        name = one["file_name"].replace(".png", "_gt.png")
+        (tmp_path / "gt" / one["file_name"]).rename(tmp_path / "gt" / name)
+        one["file_name"] = name
+    truth.write_text(json.dumps(content))
+    found = write_panoptic(tmp_path / "pred", (1, 2))
+    maps = write_maps(tmp_path / "maps", (1, 2, 3))
+    with SemanticWriter(tmp_path / "semantic", VOCABULARY) as writer:
+        for number, (name, labels) in enumerate(MAPS.items()):
+            writer.add(number, name, labels)
+    assert score_panoptic(truth, found, VOCABULARY)["all"]["pq"] == 100
+    for predictions in (found, maps, tmp_path / "semantic"):
+        assert miou(truth, predictions)[0] == 100
+    # Others' predictions have ids and PNGs alone.
+    content = json.loads(found.read_text())
+    del content["images"]
+    found.write_text(json.dumps(content))
+    assert miou(truth, found)[0] == score_panoptic(truth, found, VOCABULARY)["all"]["pq"] == 100
+
+
+def test_a_list_of_names_says_nothing_of_things(tmp_path):
+    truth = write_panoptic(tmp_path / "gt", (1, 2))
+    names = Vocabulary(NAMES, (False,) * 3, (False,) * 3, (1, 2, 3))
+    for score in (score_panoptic, score_semantic):
+        summary = score(truth, truth, names, knows_things=False)
+        things = {row["name"] for row in summary["per_class"] if row["is_thing"]}
+        assert things == ({"cat"} if score is score_panoptic else things)
+        with pytest.raises(ValueError, match=r"\('cat'\) is a thing in .* and stuff in the label"):
+            score(truth, truth, names)
+
+
+def test_ids_that_no_label_map_can_hold_take_no_memory(tmp_path):
+    numbering = Vocabulary(NAMES, VOCABULARY.is_thing, (True,) * 3, (1, 2, 2**40))
+    maps = write_maps(tmp_path / "gt", (1, 2, 255))
+    assert score_semantic(maps, maps, numbering)["all"]["miou"] == 100
+    maps = write_maps(tmp_path / "gt", (1, 2, 4))
+    with pytest.raises(ValueError, match="holds the value 4, which is neither"):
+        score_semantic(maps, maps, numbering)
 
 
 def test_classes_of_other_names_are_refused(tmp_path):
