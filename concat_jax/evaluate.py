@@ -33,7 +33,7 @@ from collections.abc import Sequence
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import FileError, as_path, write_json
+from concat_jax.core.files import FileError, as_path, refuse_inputs, write_json
 from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, ZSI_THRESHOLDS
 from concat_jax.evaluation.report import format_table
 from concat_jax.evaluation.score_files import score_instances, score_panoptic
@@ -189,6 +189,8 @@ def evaluate_flags(given: cli.Flags) -> dict:
     report = cli.output_file(given) if given.output else as_path("report.json")
     if report.is_dir() or report.suffix == ".png":
         raise ValueError(f"--output={report} is no name of a json; give --output=report.json.")
+    read = [given.annotations, given.predictions, given.split]
+    refuse_inputs([report], [as_path(path) for path in read if path])
     extremes = None
     of_files = [name for name in FILE_FLAGS if given[name].present]
     if any(name in given and given[name].present for name in ("config", "workdir")):

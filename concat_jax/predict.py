@@ -24,14 +24,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from concat_jax.core import cli
-from concat_jax.core.coco_writers import result_names
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import ImageError
+from concat_jax.core.files import ImageError, as_path, refuse_inputs
 from concat_jax.core.progress import format_seconds
 from concat_jax.experiment.model import open_model
 from concat_jax.inference.inputs import data_set_names, find_images, image_ids, source_names
 from concat_jax.inference.model import Model, segment_all
-from concat_jax.inference.outputs import ResultWriter
+from concat_jax.inference.outputs import ResultWriter, result_files, result_names
 from concat_jax.inference.panoptic import KEEP_RULES
 from concat_jax.inference.predictor import PredictConfig, Predictor
 from concat_jax.weights.model_folder import TASKS
@@ -87,6 +86,9 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: 
         sources = source_names(paths)
         names = result_names(sources)
         ids = image_ids(names)
+    (task,) = predictor.config.tasks
+    files = result_files(output, task, names)
+    refuse_inputs(files, [*paths, *([as_path(annotations)] if annotations else ())])
     for sentence, _ in found.skipped:
         print(f"Passed over: {sentence}")
 
@@ -105,7 +107,6 @@ def run(predictor: Predictor, inputs: Sequence[str], output: Path, annotations: 
         failures.append(str(error))
         report(index, "failed.")
 
-    (task,) = predictor.config.tasks
     with contextlib.ExitStack() as stack:
         writer = None
         for index, image, prediction in segment_all(predictor, paths, failed):

@@ -154,9 +154,15 @@ def test_the_worst_and_the_best_images_are_drawn(tmp_path, capsys):
         (("--images=no", "--pictures=1", "--output=report.json"), "--images=no is no folder"),
     ],
 )
-def test_flags_of_pictures_go_together(files, flags, message):
+def test_flags_that_do_not_go_together_are_refused(files, flags, message):
     with pytest.raises(ValueError, match=message):
         run(*of_files(files, *flags))
+
+
+def test_the_report_is_not_written_over_what_is_read(files):
+    for path in (files / "truth.json", files / "found.json"):
+        with pytest.raises(ValueError, match="is an input and would be written over"):
+            run(*of_files(files, f"--output={path}"))
 
 
 def test_values_to_ignore_are_numbers(files):

@@ -304,6 +304,9 @@ def test_a_data_set_names_and_numbers_its_images(loose, zoo, tmp_path, capsys):
     files = tmp_path / "out" / "panoptic.json", tmp_path / "own" / "panoptic.json"
     summary = score_panoptic(*files)
     assert summary["all"]["pq"] == pytest.approx(100) and len(summary["notes"]) == 1
+    # What is read is not written over.
+    with pytest.raises(ValueError, match=r"panoptic.json is an input .* another --output"):
+        predict.run(loose, inputs, tmp_path / "out", str(files[0]))
 
 
 def test_without_thing_flags_nothing_merges(random_params):

@@ -352,7 +352,7 @@ class _Entry:
         # No file system has the name 0, and surrogates are no text.
         if not isinstance(name, str) or not name or re.search("[\0\ud800-\udfff]", name):
             raise self._wrong("file_name", "a file's name")
-        return name
+        return name.replace("\\", "/")  # as Windows has it
 
     def category(self, categories: Mapping[int, Category] | None) -> int:
         number = self.whole("category_id")

@@ -117,23 +117,10 @@ class StreamedJson:
                 self._part(key, jax.process_index()).unlink(missing_ok=True)
 
 
-def result_names(file_names: Sequence[str]) -> list[str]:
-    """A name for the result of each image, its path without the extension, that no other shares.
-
-    Names that differ in nothing or in case only, for some file systems, get -2, -3 and so on.
-    """
-    stems = [pathlib.PurePath(name).with_suffix("").as_posix() for name in file_names]
-    reserved = {stem.casefold() for stem in stems}
-    taken: set[str] = set()
-    names = []
-    for stem in stems:
-        name, number = stem, 1
-        while name.casefold() in taken or (number > 1 and name.casefold() in reserved):
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name.casefold())
-        names.append(name)
-    return names
+def inside(file_name: str) -> pathlib.PurePosixPath:
+    """An image's path as one below a folder, whatever data set calls it ../b.jpg or /a/b.jpg."""
+    parts = pathlib.PurePath(file_name).parts
+    return pathlib.PurePosixPath(*(part for part in parts if part not in ("..", "/")))
 
 
 class _Writer(contextlib.ExitStack):
@@ -149,8 +136,7 @@ class _Writer(contextlib.ExitStack):
 
     def _png(self, folder: epath.Path, file_name: str) -> str:
         """Takes the name of an image's PNG, relative to the folder, and makes its folder."""
-        parts = [part for part in pathlib.PurePath(file_name).parts if part not in ("..", "/")]
-        path = pathlib.PurePosixPath(*parts)
+        path = inside(file_name)
         name = path.with_suffix(".png").as_posix()
         # Two images may differ in their extension only.
         name = f"{path.as_posix()}.png" if name in self._taken else name

@@ -21,7 +21,7 @@ import secrets
 import shutil
 import struct
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 from etils import epath
@@ -33,6 +33,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 
 BUCKET = "gs://"
 _CHUNK = 1 << 22
+_MAX_NAME = 200
 
 # What Pillow's decoders raise on files that are cut off, damaged or no pictures; none of them
 # documents its own.
@@ -291,6 +292,14 @@ def make_folder(path: epath.Path) -> None:
         raise FileError(f"The folder {path} cannot be made: {reason}; name another.") from error
 
 
+def refuse_inputs(written: Iterable[epath.Path], read: Iterable[epath.Path]) -> None:
+    """FileError if a file that is to be written is one that is read."""
+    inputs = {path.resolve() for path in read}
+    for path in written:
+        if path.resolve() in inputs:
+            raise FileError(f"{path} is an input and would be written over; give another --output.")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pathlib.Path]:
     """Yields the local path to write a file to that appears under its name whole, or not at all.
@@ -308,7 +317,9 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pa
                 _copy(partial, path)
         return
     # Not the process's number: hosts in containers share numbers, and may share the folder.
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    # Of a name as long as file systems take there is no room to add to.
+    name = path.name.encode()[:_MAX_NAME].decode(errors="ignore")
+    partial = path.with_name(f"{name}.{secrets.token_hex(4)}.partial")
     try:
         with writing(path, partial):
             path.parent.mkdir(parents=True, exist_ok=True)

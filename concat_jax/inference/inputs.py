@@ -139,15 +139,18 @@ def data_set_names(
         by_end.setdefault(PurePath(image.file_name).name, []).append((image.file_name, image.id))
     names, ids = [], []
     for path in paths:
-        parts = path.absolute().parts
         found = [
             (name, number)
-            for name, number in by_end.get(path.name, [])
-            if parts[-len(PurePath(name).parts) :] == PurePath(name).parts
+            for own in (path.absolute(), path.absolute().with_suffix(""))
+            for name, number in by_end.get(own.name, [])
+            if own.parts[-len(PurePath(name).parts) :] == PurePath(name).parts
         ]
         if len(found) != 1:
             what = f"{len(found)} images" if found else "no image"
-            raise FileError(f"{path} fits {what} of {annotations}, by the file names there.")
+            raise FileError(
+                f"{path} fits {what} of {annotations}, by the file names there; give images that "
+                "it lists, or leave --annotations out."
+            )
         names.append(found[0][0])
         ids.append(found[0][1])
     if len(set(ids)) < len(ids):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from concat_jax.core.coco_writers import InstanceWriter, PanopticWriter, SemanticWriter
+from concat_jax.core.coco_writers import InstanceWriter, PanopticWriter, SemanticWriter, inside
 from concat_jax.core.files import write_png
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.images import OVERLAY_SUFFIX
@@ -20,6 +21,50 @@ from concat_jax.visualize.contact_sheet import ContactSheet
 
 # Longer sides are shrunk: a picture to look at, where nobody sees more and names would be tiny.
 OVERLAY_SIDE = 1600
+JSONS = {
+    "panoptic": ("panoptic.json",),
+    "semantic": ("semantic.json",),
+    "instance": ("instances.json", "instances.manifest.json"),
+}
+SHEET = "contact_sheet"
+# Of the name of an image's results, in bytes: file systems take 255, with what is added to it.
+_MAX_NAME = 200
+
+
+def result_names(file_names: Sequence[str]) -> list[str]:
+    """A name for the results of each image, its path without the extension, that no other shares.
+
+    Names that differ in nothing or in case only, for some file systems, get -2, -3 and so on. That
+    of a very long file ends early, and one that is a contact sheet's gets an underscore.
+    """
+    stems = [_stem(name) for name in file_names]
+    reserved = {stem.casefold() for stem in stems}
+    taken: set[str] = set()
+    names = []
+    for stem in stems:
+        name, number = stem, 1
+        while name.casefold() in taken or (number > 1 and name.casefold() in reserved):
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def _stem(file_name: str) -> str:
+    path = inside(file_name)
+    short = path.stem.encode()[:_MAX_NAME].decode(errors="ignore")
+    stem = path.with_name(short).as_posix()
+    return f"{stem}_" if re.fullmatch(rf"{SHEET}(-\d+)?", stem, re.IGNORECASE) else stem
+
+
+def result_files(folder: Path, task: str, names: Sequence[str]) -> Iterator[Path]:
+    """The files that `ResultWriter` writes, of images of these names."""
+    yield from (folder / name for name in (*JSONS[task], f"{SHEET}{OVERLAY_SUFFIX}"))
+    for name in names:
+        yield folder / f"{name}{OVERLAY_SUFFIX}"
+        if task != "instance":
+            yield folder / task / f"{name}.png"
 
 
 def overlay(
@@ -64,12 +109,12 @@ class ResultWriter(contextlib.ExitStack):
         """
         super().__init__()
         self._folder, self._vocabulary = folder, vocabulary
-        sheet = ContactSheet(folder / f"contact_sheet{OVERLAY_SUFFIX}")
+        sheet = ContactSheet(folder / f"{SHEET}{OVERLAY_SUFFIX}")
         self._sheet = self.enter_context(sheet)
         if task == "panoptic":
             self._panoptic = self.enter_context(PanopticWriter(folder, vocabulary, name=task))
         if task == "instance":
-            writer = InstanceWriter(folder / "instances.json", vocabulary)
+            writer = InstanceWriter(folder / JSONS[task][0], vocabulary)
             self._instance = self.enter_context(writer)
         if task == "semantic":
             self._semantic = self.enter_context(SemanticWriter(folder / task, vocabulary))

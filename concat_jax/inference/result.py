@@ -15,7 +15,7 @@ from concat_jax.core.files import as_path
 from concat_jax.core.mask_codes import bounding_box
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.inputs import image_ids
-from concat_jax.inference.outputs import ResultWriter, overlay, summary
+from concat_jax.inference.outputs import ResultWriter, overlay, result_names, summary
 from concat_jax.inference.panoptic import ImageSegments
 
 
@@ -148,5 +148,5 @@ class Results(list[Result]):
 
 def _names(results: list[Result]) -> list[tuple[str, int]]:
     """Names of files and ids of results that are written together."""
-    names = coco_writers.result_names([result.source for result in results])
+    names = result_names([result.source for result in results])
     return list(zip(names, image_ids(names), strict=True))

@@ -13,7 +13,6 @@ from concat_jax.core.coco_writers import (
     PanopticWriter,
     SemanticWriter,
     StreamedJson,
-    result_names,
 )
 from concat_jax.core.files import FileError
 from concat_jax.core.mask_codes import encode_rle, read_id_map
@@ -178,11 +177,6 @@ def test_large_ids_take_two_bytes_and_larger_ones_positions(tmp_path):
     assert np.asarray(Image.open(tmp_path / "more/1.png")).tolist() == [[0, 1, 255]]
     categories = read_manifest(tmp_path / "more", "semantic").categories
     assert {value: category.id for value, category in categories.items()} == {0: 70000, 1: 3}
-
-
-def test_names_never_collide():
-    names = result_names(["x/a.png", "x/a.jpg", "x/A.bmp", "x/a-2.png", "y/a.png", "b.v2.jpg"])
-    assert names == ["x/a", "x/a-3", "x/A-4", "x/a-2", "y/a", "b.v2"]
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
