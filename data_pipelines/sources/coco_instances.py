@@ -20,7 +20,7 @@ from concat_jax.core.files import FileError
 from concat_jax.core.mask_codes import decode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.sources.pictures import leave_out, present, read_picture
-from data_pipelines.sources.source import ImageRecord, image_number
+from data_pipelines.sources.source import ImageRecord, image_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ class CocoInstanceSource:
         self.left_out = 0
         self._masks: dict[int, list[Mapping[str, Any]]] = {}
         records = []
-        for image in content.images.values():
+        numbers = image_numbers([*content.images])
+        for number, image in zip(numbers, content.images.values(), strict=True):
             if image.id in faults:
                 continue
             rows = []
@@ -70,9 +71,6 @@ class CocoInstanceSource:
                     self.left_out += 1
                 else:
                     rows.append((annotation, label))
-            number = image_number(image.id, str(json_path))
-            if number in self._masks:
-                raise FileError(f"{json_path} has two images with the number {number}.")
             self._masks[number] = [annotation.rle for annotation, _ in rows]
             record = ImageRecord(
                 image_id=number,

@@ -28,7 +28,7 @@ from concat_jax.core.files import FileError
 from concat_jax.core.mask_codes import read_id_map, segment_rows
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.sources.pictures import check_end, present, read_picture
-from data_pipelines.sources.source import ImageRecord, image_number
+from data_pipelines.sources.source import ImageRecord, image_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Layout:
 class CocoPanopticSource:
     """One part of a data set in COCO's panoptic format; a `FolderSource`.
 
-    Image ids are the JSON's integers, or `image_number` of its texts; source ids are the segments'
+    Image ids are the JSON's integers, or `image_numbers` of its texts; source ids are the segments'
     ids, R + 256 G + 65536 B of their pixels.
     """
 
@@ -132,13 +132,14 @@ def find_ade20k(root: str | os.PathLike[str], part: str) -> Layout:
 
 def _records(content: PanopticFile, vocabulary: Vocabulary) -> list[ImageRecord]:
     path, index_of = content.path, vocabulary.index_of_category
-    records: dict[int, ImageRecord] = {}
-    for annotation in content.annotations.values():
+    records: list[ImageRecord] = []
+    numbers = image_numbers([*content.annotations])
+    for number, annotation in zip(numbers, content.annotations.values(), strict=True):
         image = content.images.get(annotation.image_id)
         if image is None:
             raise FileError(f"{path} annotates the image {annotation.image_id!r} and lists none.")
         record = ImageRecord(
-            image_id=image_number(image.id, str(path)),
+            image_id=number,
             file_name=image.file_name,
             png_name=annotation.file_name,
             height=image.height,
@@ -147,11 +148,10 @@ def _records(content: PanopticFile, vocabulary: Vocabulary) -> list[ImageRecord]
             labels=np.array([index_of[k] for k in annotation.category_ids], np.int32),
             is_crowd=np.array(annotation.is_crowd, bool),
         )
-        if records.setdefault(record.image_id, record) is not record:
-            raise FileError(f"{path} has two images with the number {record.image_id}.")
+        records.append(record)
     if not records:
         raise FileError(f"{path} annotates no image.")
     if len(content.images) > len(records):
         missing = len(content.images) - len(records)
         logger.warning("%s: %d images have no annotation", path, missing)
-    return [records[image_id] for image_id in sorted(records)]
+    return sorted(records, key=lambda record: record.image_id)

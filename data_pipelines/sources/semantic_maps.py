@@ -28,7 +28,7 @@ from concat_jax.core.mask_codes import read_label_map
 from concat_jax.core.progress import Progress
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.sources.pictures import check_end, leave_out, read_picture
-from data_pipelines.sources.source import ImageRecord, image_number
+from data_pipelines.sources.source import ImageRecord, image_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -83,24 +83,16 @@ class SemanticMapSource:
             logger.warning("%s: %d images have no map", images, len(image_names) - len(map_names))
         with futures.ThreadPoolExecutor(num_threads) as pool:
             progress, found = Progress(f"Maps of {maps}", 0, len(pairs), every=5.0), []
-            for record in pool.map(lambda pair: self._scan(*pair, skips=skips), pairs):
+            numbers = image_numbers([pathlib.Path(image).stem for image, _ in pairs])
+            rows = [(number, *pair) for number, pair in zip(numbers, pairs, strict=True)]
+            for record in pool.map(lambda row: self._scan(*row, skips=skips), rows):
                 found.append(record)
                 if len(found) < len(pairs):
                     progress.tick(len(found))
         self.skipped = len(stems) - len(pairs) + found.count(None)
-        records: dict[int, ImageRecord] = {}
-        for record in found:
-            if record is None:
-                continue
-            other = records.setdefault(record.image_id, record)
-            if other is not record:
-                raise FileError(
-                    f"{other.file_name} and {record.file_name} in {images} both make the image id "
-                    f"{record.image_id}, which is the digits of a name; rename one."
-                )
-        if not records:
+        self.records = sorted(filter(None, found), key=lambda record: record.image_id)
+        if not self.records:
             raise FileError(f"Not one map of {maps} can be used.")
-        self.records = [records[image_id] for image_id in sorted(records)]
 
     def read(self, record: ImageRecord) -> tuple[Image.Image, np.ndarray]:
         """As `Source.read`."""
@@ -114,7 +106,9 @@ class SemanticMapSource:
             raise FileError(f"The map {path} is not what it was when the data set was opened.")
         return read_picture(self.images_folder, record, path), rows[values]
 
-    def _scan(self, image_name: str, map_name: str, *, skips: bool) -> ImageRecord | None:
+    def _scan(
+        self, number: int, image_name: str, map_name: str, *, skips: bool
+    ) -> ImageRecord | None:
         path = self._maps / map_name
         try:
             values = _read_map(path)
@@ -123,7 +117,7 @@ class SemanticMapSource:
             leave_out(error, skips)
             return None
         return ImageRecord(
-            image_id=image_number(pathlib.Path(image_name).stem, str(self.images_folder)),
+            image_id=number,
             file_name=image_name,
             png_name=map_name,
             height=values.shape[0],

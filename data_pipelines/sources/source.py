@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import FileError
 from concat_jax.core.vocabulary import Vocabulary
 
 UnseenImages = Literal["drop", "void", "keep"]
@@ -70,22 +69,20 @@ class FolderSource(Source, Protocol):
     images_folder: pathlib.Path
 
 
-def image_number(image_id: int | str, where: str) -> int:
-    """The number that stands for an image: an id, or the digits of a text, read as one.
+def image_numbers(image_ids: Sequence[int | str]) -> list[int]:
+    """A number for each image of a part: its id, of a text the digits in it, read as one.
 
-    "ADE_val_00000017" is 17 and "2007_000032" is 2007000032. FileError beyond 0 .. 2^63 - 1.
+    "ADE_val_00000017" is 17 and "2007_000032" is 2007000032. Where that gives a text none that has
+    63 bits, or two images one, all have their places, from 1.
     """
-    number = image_id
-    if isinstance(image_id, str):
-        digits = "".join(re.findall("[0-9]", image_id))
+    numbers = []
+    for image_id in image_ids:
+        digits = "".join(re.findall("[0-9]", str(image_id)))
         # Python reads no text of thousands of digits.
-        number = int(digits) if 0 < len(digits) < 20 else None
-    if type(number) is not int or not 0 <= number < 2**63:
-        raise FileError(
-            f"The image id {image_id!r} of {where} must be an integer of 0 to 2^63 - 1, or a text "
-            "with digits in it."
-        )
-    return number
+        numbers.append(int(digits) if 0 < len(digits) < 20 else -1)
+    if len({*numbers}) == len(numbers) and all(0 <= number < 2**63 for number in numbers):
+        return numbers
+    return list(range(1, len(numbers) + 1))
 
 
 def treat_unseen(source: Source, treatment: UnseenImages) -> tuple[Source, np.ndarray]:
