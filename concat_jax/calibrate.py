@@ -123,10 +123,21 @@ def _coco_images(
             [i for i in everything if is_chosen[i] == wanted] for wanted in (True, False)
         )
         name += f" with {half} ids"
+        if not chosen or not other:
+            (only,) = {source.records[i].image_id % 2 for i in everything}
+            raise ValueError(
+                f"--part={part}:{half}: the ids of all {len(everything)} images of {part} are "
+                f"{HALVES[only]}, so one half is empty; give another annotated part, --part=NAME."
+            )
     elif part == data["train_part"]:
         trained = set(source.training_indices.tolist())
         chosen = [i for i in everything if i not in trained]
         name += " that training leaves out"
+        if not chosen:
+            raise ValueError(
+                f"--part={part}: training leaves out none of its {len(everything)} images; give "
+                f"another annotated part, or a half of one as --part={data['eval_part']}:even."
+            )
     rest = None if other is None else functools.partial(examples, other)
     return HeldOut(name, functools.partial(examples, chosen), rest)
 

@@ -83,6 +83,24 @@ def test_images_that_are_tested_or_trained_on_are_refused(part, data, sentence, 
     assert not coco
 
 
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ("val2017:even", "ids of all 3 images of val2017 are even, .* another annotated part"),
+        ("val2017:odd", "ids of all 3 images of val2017 are even"),
+        ("train2017", "leaves out none of its 3 images; .*--part=val2017:even"),
+    ],
+)
+def test_a_part_that_leaves_no_image_says_why(part, sentence, monkeypatch):
+    source = types.SimpleNamespace(
+        records=[types.SimpleNamespace(image_id=i) for i in (2, 4, 6)],
+        training_indices=np.arange(3),
+    )
+    monkeypatch.setattr("data_pipelines.datasets.training_part", lambda data, *, seed: source)
+    with pytest.raises(ValueError, match=sentence):
+        coco_images(part)
+
+
 class FakeRun:
     """hPQ peaks at gamma 2 on held-out images and at 0 on others."""
 
