@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -37,7 +37,9 @@ from concat_jax.weights.report import name_keys
 WEIGHT_ENTRIES = ("model", "state_dict", "model_state_dict", "module")
 # What may stand before each name: the attribute in which a wrapper or a training class holds the
 # model. The second are torch's own wrappers of parts, which no layer is called.
-PREFIXES = ("module.", "model.", "state_dict.")
+PREFIXES = ("module.", "model.", "state_dict.", "network.", "net.")
+# What a training class holds beside the model, without the prefix.
+_BESIDE = re.compile(r"(criterion|loss\w*|\w*metrics?)\.")
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Where flax's train states keep them, before optax and since.
 FLAX_ENTRIES = (("optimizer", "target"), ("params",))
@@ -89,28 +91,35 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
     """
     path = as_path(path)
     content = _read_parts(path) if path.name.endswith(INDEX_SUFFIX) else _read_file(path)
-    arrays, averaged = dict(content.arrays), ()
+    arrays, beside = dict(content.arrays), ()
     if any(name.startswith("module.") for name in arrays) and "n_averaged" in arrays:
-        averaged = ("n_averaged",)  # the counter of torch.optim.swa_utils.AveragedModel
+        beside = ("n_averaged",)  # the counter of torch.optim.swa_utils.AveragedModel
         del arrays["n_averaged"]
     prefixes: list[str] = []
     names = {name: name for name in arrays}
     if wrappers := sorted({found for name in names for found in _WRAPPERS.findall(name)}):
         prefixes += [f"{wrapper}." for wrapper in wrappers]
         names = {name: _WRAPPERS.sub("", name) for name in names}
-    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in names.values())), ""):
+    inner = {name: short for name, short in names.items() if not _BESIDE.match(short)}
+    while prefix := _shared_prefix(inner.values()):
         prefixes.append(prefix)
-        names = {name: short.removeprefix(prefix) for name, short in names.items()}
+        beside += tuple(sorted(names.keys() - inner.keys()))
+        names = inner = {name: short.removeprefix(prefix) for name, short in inner.items()}
     if len(set(names.values())) < len(names):
         raise ValueError(
             f"{path} cannot be read as weights: two of its names differ in a prefix only."
         )
     return dataclasses.replace(
         content,
-        arrays={names[name]: array for name, array in arrays.items()},
-        other=content.other + averaged,
+        arrays={short: arrays[name] for name, short in names.items()},
+        other=content.other + beside,
         prefixes=tuple(prefixes),
     )
+
+
+def _shared_prefix(names: Collection[str]) -> str:
+    shared = os.path.commonprefix([*names])
+    return next((prefix for prefix in PREFIXES if shared.startswith(prefix)), "")
 
 
 def _read_file(path: Path) -> WeightsFile:

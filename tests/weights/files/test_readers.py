@@ -152,6 +152,7 @@ def test_weights_in_parts(tmp_path):
 
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "_orig_mod.module.", "model.model.", "state_dict.")
+PREFIXES += ("network.", "net.")
 
 
 def named(prefix):
@@ -193,6 +194,10 @@ def test_wrappers_of_parts_and_what_is_no_prefix(tmp_path):
     assert names("model.a", "head.b") == {"model.a", "head.b"}
     assert names("modules.a", "modules.b") == {"modules.a", "modules.b"}
     assert names("n_averaged", "module.a") == {"a"}  # AveragedModel
+    # A training class holds its losses beside the model, and so may a model.
+    assert names("model.a", "model.b", "criterion.empty_weight", "val_metrics.n") == {"a", "b"}
+    assert read_weights(path).other == ("criterion.empty_weight", "val_metrics.n")
+    assert names("model.a", "b", "criterion.w") == {"model.a", "b", "criterion.w"}
     with pytest.raises(ValueError, match="two of its names differ in a prefix only"):
         names("_orig_mod.a", "a")
 
