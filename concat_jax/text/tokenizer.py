@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import gzip
-import json
 import os
 import pathlib
 import re
@@ -17,7 +16,7 @@ import tokenizers
 from etils import epath
 from tokenizers import models, normalizers, pre_tokenizers
 
-from concat_jax.core.files import as_path, on_disk
+from concat_jax.core.files import as_path, read_json, read_text
 
 _START = "<|startoftext|>"
 _END = "<|endoftext|>"
@@ -131,8 +130,7 @@ def make_clip_tokenizer(path: str | os.PathLike[str], context_length: int = 77) 
         bpe = _from_vocabulary(path)
     elif path.suffix == ".json":
         try:
-            with on_disk(path) as local:
-                bpe = tokenizers.Tokenizer.from_file(str(local))
+            bpe = tokenizers.Tokenizer.from_str(read_text(path))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{path} is not a readable {TOKENIZER_NAME}: {error}.") from error
     else:
@@ -144,11 +142,7 @@ def make_clip_tokenizer(path: str | os.PathLike[str], context_length: int = 77) 
 
 def _from_vocabulary(folder: epath.Path) -> tokenizers.Tokenizer:
     vocabulary_path, merges_path = (folder / name for name in VOCABULARY_NAMES)
-    try:
-        vocabulary = json.loads(vocabulary_path.read_text(encoding="utf-8"))
-        lines = merges_path.read_text(encoding="utf-8").split("\n")
-    except ValueError as error:
-        raise ValueError(f"The vocabulary in {folder} is unreadable: {error}.") from error
+    vocabulary, lines = read_json(vocabulary_path), read_text(merges_path).split("\n")
     if not isinstance(vocabulary, dict) or not all(type(v) is int for v in vocabulary.values()):
         raise ValueError(f"{vocabulary_path} is no vocabulary: it must give an id for each token.")
     merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]

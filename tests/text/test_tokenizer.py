@@ -151,7 +151,7 @@ def test_a_folder_without_a_tokenizer_is_answered_in_a_sentence(tmp_path, tables
     ("files", "message"),
     [
         ({"tokenizer.json": "{"}, r"tokenizer\.json is not a readable tokenizer\.json"),
-        ({"vocab.json": "{", "merges.txt": ""}, "vocabulary in .* is unreadable"),
+        ({"vocab.json": "{", "merges.txt": ""}, r"vocab\.json is not valid JSON"),
         ({"vocab.json": '["a"]', "merges.txt": ""}, r"vocab\.json is no vocabulary"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b c"}, "not a pair of tokens"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b"}, "do not belong together"),
@@ -167,6 +167,16 @@ def test_broken_tokenizers_are_refused(tmp_path, files, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         make_clip_tokenizer(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_token(tmp_path, tables, clip_tokenizer):
+    for name in ("vocab.json", "merges.txt"):
+        text = (tables / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    (tmp_path / "own.json").write_text(clip_tokenizer.to_json(), encoding="utf-8-sig")
+    for path in (tmp_path, tmp_path / "own.json"):
+        found = make_clip_tokenizer(path)(["a photo of a cat"])
+        assert found.tolist() == clip_tokenizer(["a photo of a cat"]).tolist()
 
 
 def test_another_models_tokenizer_is_refused(tmp_path):
