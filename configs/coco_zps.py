@@ -184,7 +184,7 @@ def mini(config: ConfigDict) -> None:
     config.data.update(
         image_size=128, scale_range=(0.5, 1.5), eval_size=128, max_segments=32, num_threads=4
     )
-    config.text.update(tokenizer="words", context_length=16, templates="name")
+    config.text.update(tokenizer="words", context_length=77, templates="name")
     clip = dict(embed_dim=64, image_size=32, patch_size=8, stem="conv")
     clip |= dict(image_width=64, image_depth=2, image_heads=4)
     clip |= dict(text_width=64, text_depth=1, text_heads=4)

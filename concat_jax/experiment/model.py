@@ -90,7 +90,12 @@ def is_workdir(folder: Path) -> bool:
     path = folder / CONFIG_NAME
     if not path.is_file():
         return False
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} If a training wrote it, remove it: the training's command writes it anew."
+        ) from error
     return isinstance(content, dict) and any(key.startswith("train.") for key in content)
 
 

@@ -142,7 +142,8 @@ def check_origins(workdir: Path, stages: Iterable[str]) -> None:
 
     def trained_anew(name: str) -> str:
         for source, version in _origin(workdir, name)["takes"].items():
-            anew = _origin(workdir, source)["id"] != version
+            known = _origin(workdir, source)["id"]
+            anew = None not in (known, version) and known != version
             if found := source if anew else trained_anew(source):
                 return found
         return ""
@@ -159,10 +160,23 @@ def check_origins(workdir: Path, stages: Iterable[str]) -> None:
 
 
 def _origin(workdir: Path, stage: str) -> dict[str, Any]:
+    """The id of a stage's training ("" if it is gone, None if not known), and of its sources'."""
     folder = workdir / stage
-    if any(folder.glob("checkpoints/[0-9]*")) and (folder / ORIGIN_NAME).exists():
-        return read_json(folder / ORIGIN_NAME)
-    return {"id": "", "takes": {}}
+    if not any(folder.glob("checkpoints/[0-9]*")):
+        return {"id": "", "takes": {}}
+    if not (path := folder / ORIGIN_NAME).exists():
+        return {"id": None, "takes": {}}
+    try:
+        content = read_json(path)
+        if isinstance(content, dict) and "id" in content and isinstance(content.get("takes"), dict):
+            return content
+        reason = f"{path} does not say what it was written for."
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(
+        f"{reason} Remove it to go on: the stage's checkpoints stay, and what they learnt from is "
+        "then not checked."
+    )
 
 
 def read_result(path: Path, *keys: str) -> dict[str, Any] | None:

@@ -218,6 +218,9 @@ def test_folders_that_are_no_model_are_told_apart(tmp_path):
     with pytest.raises(ValueError, match="was exported for programs without this package"):
         open_model(tmp_path)
     (tmp_path / "export.json").unlink()
+    (tmp_path / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON: .* remove it: "):
+        open_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mask2former"}))
     with pytest.raises(ValueError, match="is a folder of Hugging Face's; convert it first"):
         open_model(tmp_path)

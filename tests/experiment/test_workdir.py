@@ -14,6 +14,7 @@ import pytest
 
 from concat_jax.experiment import workdir as module
 from concat_jax.experiment.workdir import (
+    ORIGIN_NAME,
     check_origins,
     claim_workdir,
     note_origin,
@@ -246,6 +247,18 @@ def test_what_learnt_from_an_earlier_version_of_a_stage_is_named(tmp_path):
         ValueError, match="cat, finetune learnt from an earlier version of stage con;"
     ):
         check_origins(tmp_path, ("finetune",))
+
+
+@pytest.mark.parametrize("content", ["", '{"id": 5}', '{"takes": {}}', "[]"])
+def test_a_damaged_origin_is_removed_and_the_run_goes_on(tmp_path, content):
+    learn(tmp_path, "con", "init")
+    learn(tmp_path, "cat", "con")
+    path = tmp_path / "con" / ORIGIN_NAME
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{path} .*\. Remove it to go on: .* checkpoints stay"):
+        check_origins(tmp_path, ("cat",))
+    path.unlink()
+    check_origins(tmp_path, ("con", "cat"))
 
 
 def test_a_workdir_of_before_knows_no_versions(trained):
