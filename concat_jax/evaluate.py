@@ -22,9 +22,9 @@ Images and classes that the two sides number differently are told by their names
 
     python -m concat_jax.evaluate --config=configs/demo_zps.py --workdir=runs/demo --stage=finetune
 
-scores a finished stage as the training command does, by config.eval.settings.tasks; --pictures go
-to the stage's folder. With --namers it is asked instead how the stage's own text head, CLIP on the
-same masks, and both together name them.
+scores a finished stage by config.eval.settings, as the training command does, which may try other
+keep rules besides; --pictures go to the stage's folder. With --namers it is asked instead how the
+stage's own text head, CLIP on the same masks, and both together name them.
 """
 
 from __future__ import annotations
@@ -173,6 +173,8 @@ def evaluate_stage(given: cli.Flags) -> dict:
             "--pictures are of panoptic maps, which config.eval.settings.tasks lacks; leave it out."
         )
     summary = run.evaluate(stage, num_extremes=given.pictures)
+    if "panoptic" in run.setup.predict.tasks:
+        print(f"Stage {stage}, queries kept by the rule {summary['keep_rule']}:")
     if given.pictures:
         print(f"Pictures: {workdir / stage}")
     if others := run.elsewhere.score(run, stage):

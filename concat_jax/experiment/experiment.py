@@ -346,7 +346,9 @@ class Experiment:
         Under another keep rule than the config's they go to a folder of the rule in there.
         """
         config, folder = self.setup.config, self.workdir / name
-        if keep_rule != self.setup.predict.keep_rule:
+        own_rule = self.setup.predict.keep_rule or TextHead.KEEP_RULE
+        keep_rule = keep_rule or own_rule
+        if keep_rule != own_rule:
             folder = folder / f"rule_{keep_rule}"
         predictor = self.predictor(name, keep_rule=keep_rule)
         writer = MetricWriter(folder, tensorboard=config.tensorboard, mirror=self._mirror(name))
@@ -362,7 +364,7 @@ class Experiment:
                 num_extremes=num_extremes,
                 coco_folder=folder if config.eval.write_coco else None,
             )
-        return summary | {"keep_rule": predictor.config.keep_rule}
+        return summary | {"keep_rule": keep_rule}
 
 
 def open_experiment(

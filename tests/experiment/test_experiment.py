@@ -129,6 +129,26 @@ def test_both_keep_rules_are_scored_and_named(tmp_path, monkeypatch):
     assert len(evaluated) == 2, "a finished run is not evaluated again"
 
 
+def test_what_the_configs_own_rule_gives_lies_in_the_stages_folder(tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr(Experiment, "predictor", lambda self, name, keep_rule: None)
+    monkeypatch.setattr(
+        "concat_jax.experiment.experiment.looks.score",
+        lambda *args, coco_folder, **kwargs: folders.append(coco_folder) or {},
+    )
+    config = demo_zps.get_config("smoke")
+    config.eval.write_coco = True
+    for own, rules in (("", ("objectness", "score", "")), ("score", ("score", "objectness"))):
+        with config.unlocked():
+            config.eval.settings.keep_rule = own
+        run = make_run(config, tmp_path)
+        run.datasets = dataclasses.replace(run.datasets, evaluation=lambda *hosts: ())
+        used = [run.evaluate("con", rule)["keep_rule"] for rule in rules]
+        assert used == [rule or "objectness" for rule in rules]
+    con = tmp_path / "con"
+    assert folders == [con, con / "rule_score", con, con, con / "rule_objectness"]
+
+
 def test_only_finished_stages_are_evaluated_and_a_report_of_fewer_is_stale(tmp_path, monkeypatch):
     evaluated = []
     monkeypatch.setattr(Experiment, "evaluate", lambda self, name, rule: evaluated.append(name))
