@@ -189,8 +189,10 @@ def evaluate_flags(given: cli.Flags) -> dict:
     Raises ValueError for flags that do not go together.
     """
     report = cli.output_file(given) if given.output else as_path("report.json")
-    if report.is_dir() or report.suffix == ".png":
-        raise ValueError(f"--output={report} is no name of a json; give --output=report.json.")
+    if report.is_dir() or given.output.endswith("/") or report.suffix == ".png":
+        raise ValueError(
+            f"--output={given.output} is no name of a json; give --output=report.json."
+        )
     read = [given.annotations, given.predictions, given.split]
     refuse_inputs([report], [as_path(path) for path in read if path])
     extremes = None

@@ -147,6 +147,7 @@ def test_the_worst_and_the_best_images_are_drawn(tmp_path, capsys):
         (("--images=.",), "--images=. is for --pictures"),
         (("--pictures=1", "--output=worst_best.png"), "worst_best.png is no name of a json"),
         (("--output=.",), "--output=. is no name of a json"),
+        (("--output=no/folder/",), "--output=no/folder/ is no name of a json"),
         (
             (f"--output={__file__}/report.json",),
             r"test_evaluate_command.py is a file; name a folder",
