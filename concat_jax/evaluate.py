@@ -36,6 +36,7 @@ from concat_jax.core.config import check_choice
 from concat_jax.core.files import FileError, as_path, refuse_inputs, write_json
 from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, ZSI_THRESHOLDS
 from concat_jax.evaluation.report import format_table
+from concat_jax.evaluation.result_files import manifest_path
 from concat_jax.evaluation.score_files import score_instances, score_panoptic
 from concat_jax.evaluation.score_label_maps import IGNORED_VALUES, score_semantic
 from concat_jax.evaluation.worst_best import WorstAndBest
@@ -126,6 +127,9 @@ def evaluate_files(given: cli.Flags, extremes: WorstAndBest | None = None) -> di
             raise ValueError(f"Scoring files needs --{name}.")
     vocabulary, knows_things = load_classes(given.split) if given.split else (None, True)
     paths = [result_in(path, given.task) for path in (given.annotations, given.predictions)]
+    if given.output:
+        read = [*map(as_path, (*paths, given.split)), manifest_path(paths[1], given.task)]
+        refuse_inputs([as_path(given.output)], read)
     _check_flags(given, paths)
     files, things = (*paths, vocabulary), dict(knows_things=knows_things)
     folders = dict(
@@ -163,6 +167,8 @@ def evaluate_stage(given: cli.Flags) -> dict:
     cli.join_hosts(given)
     run = open_experiment(config, workdir, trains=False)
     run.check_stage(stage)
+    if given.output:
+        refuse_inputs([as_path(given.output)], [workdir / "report.json"])
     if given.namers:
         from concat_jax.benchmarking import naming
 
@@ -193,8 +199,6 @@ def evaluate_flags(given: cli.Flags) -> dict:
         raise ValueError(
             f"--output={given.output} is no name of a json; give --output=report.json."
         )
-    read = [given.annotations, given.predictions, given.split]
-    refuse_inputs([report], [as_path(path) for path in read if path])
     extremes = None
     of_files = [name for name in FILE_FLAGS if given[name].present]
     if any(name in given and given[name].present for name in ("config", "workdir")):

@@ -146,6 +146,16 @@ def test_what_is_saved_is_what_predict_writes(scenes, tmp_path):
     shown = Image.open(tmp_path / "one" / "2.overlay.png").convert("RGB")
     assert shown.tobytes() == results[1].overlay().convert("RGB").tobytes()
     assert results[1]._repr_png_()[:4] == b"\x89PNG"
+    # A part of a list is one, and what is read is not written over.
+    results[:1].save(tmp_path / "first")
+    assert len(results[:1] + results[1:]) == len(results)
+    (tmp_path / "panoptic").mkdir()
+    copy = tmp_path / "panoptic" / "1.png"
+    Image.fromarray(scenes[0]).save(copy)
+    with pytest.raises(ValueError, match=r"panoptic/1.png is an input and would be written over"):
+        model(copy).save(tmp_path)
+    with pytest.raises(ValueError, match="Results of different names cannot be saved together"):
+        (results + model(files[:1], classes="balloon")).save(tmp_path / "both")
     # What was in memory has no name, and no two files have the same.
     model(scenes[:2]).save(tmp_path / "memory")
     assert {p.name for p in (tmp_path / "memory" / "panoptic").iterdir()} == {

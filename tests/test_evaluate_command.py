@@ -164,6 +164,12 @@ def test_the_report_is_not_written_over_what_is_read(files):
     for path in (files / "truth.json", files / "found.json"):
         with pytest.raises(ValueError, match="is an input and would be written over"):
             run(*of_files(files, f"--output={path}"))
+    # As well where a folder was named that holds it.
+    (files / "found.json").rename(files / "panoptic.json")
+    (files / "found").rename(files / "panoptic")
+    given = f"--annotations={files / 'truth.json'}", f"--predictions={files}"
+    with pytest.raises(ValueError, match="panoptic.json is an input"):
+        run("--task=panoptic", *given, f"--output={files / 'panoptic.json'}")
 
 
 def test_values_to_ignore_are_numbers(files):

@@ -305,7 +305,7 @@ def test_a_data_set_names_and_numbers_its_images(loose, zoo, tmp_path, capsys):
     summary = score_panoptic(*files)
     assert summary["all"]["pq"] == pytest.approx(100) and len(summary["notes"]) == 1
     # What is read is not written over.
-    with pytest.raises(ValueError, match=r"panoptic.json is an input .* another --output"):
+    with pytest.raises(ValueError, match=r"panoptic.json is an input .*; name another"):
         predict.run(loose, inputs, tmp_path / "out", str(files[0]))
 
 

@@ -160,6 +160,13 @@ def command(
     return decorated
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is of this machine's memory or, as XLA says it, of a device's."""
+    of_xla = type(error).__name__ == "JaxRuntimeError"  # without an import of JAX
+    is_lack = "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+    return isinstance(error, MemoryError) or of_xla and is_lack
+
+
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
     """Ends the program with the text of a user's mistake on one line, instead of a traceback."""
@@ -170,9 +177,14 @@ def one_sentence() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
     except Exception as error:
-        if not isinstance(error, ValueError | OSError | UserStop) and not is_of_bucket(error):
-            raise
         text = str(error)
+        if is_out_of_memory(error):
+            text = (
+                f"There is not enough memory: {text[:200].strip()}; use smaller images or batches, "
+                "or a machine with more."
+            )
+        elif not isinstance(error, ValueError | OSError | UserStop) and not is_of_bucket(error):
+            raise
         if isinstance(error, OSError) and error.strerror and error.filename is not None:
             text = f"{os.fspath(error.filename)}: {error.strerror}."
         # On one line, and without what a terminal would obey.

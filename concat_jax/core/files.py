@@ -297,7 +297,7 @@ def refuse_inputs(written: Iterable[epath.Path], read: Iterable[epath.Path]) -> 
     inputs = {path.resolve() for path in read}
     for path in written:
         if path.resolve() in inputs:
-            raise FileError(f"{path} is an input and would be written over; give another --output.")
+            raise FileError(f"{path} is an input and would be written over; name another output.")
 
 
 @contextlib.contextmanager

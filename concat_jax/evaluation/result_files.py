@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -54,11 +55,16 @@ class Manifest:
     maps: dict[str, str]
 
 
-def read_manifest(result: str | os.PathLike[str], task: str) -> Manifest | None:
-    """The manifest beside a result, label maps or instances; None where there is none."""
+def manifest_path(result: str | os.PathLike[str], task: str) -> epath.Path:
+    """Where the manifest of a result lies, label maps or instances."""
     result = as_path(result)
     name = f"{result.name}.json" if task == "semantic" else f"{result.stem}.manifest.json"
-    path = result.absolute().with_name(name)
+    return result.absolute().with_name(name)
+
+
+def read_manifest(result: str | os.PathLike[str], task: str) -> Manifest | None:
+    """The manifest beside a result, label maps or instances; None where there is none."""
+    path = manifest_path(result, task)
     if not path.is_file():
         return None
     content = read_json(path)
@@ -179,7 +185,8 @@ def pair_images(
     """Id in the predictions -> id in the annotations, and a sentence if they were told by name.
 
     By name where names tell the images apart, as one ends like the other, if not in the extension;
-    else by id. Raises FileError if both do not hold the same images, or neither tells them apart.
+    else by id, unless the files' own names differ. Raises FileError if both do not hold the same
+    images, or neither tells them apart.
     """
     if not truth:
         raise FileError(f"{truth_path} holds no image; there is nothing to score.")
@@ -197,11 +204,11 @@ def pair_images(
     ]
     if not (clash or extra or missing and not may_miss):
         return same, ""
-    if not (clash or named):  # "1" is 1
-        texts = ({i: str(i) for i in side} for side in (truth, found))
-        by_text = _pair_by_path(*texts, may_miss)
-        if by_text is not None:
-            return by_text, ""
+    by_text = {str(i): i for i in truth}
+    if not (clash or named) and by_text.keys() >= {str(i) for i in found}:  # "1" is 1
+        pairs = {i: by_text[str(i)] for i in found}
+        if _is_pairing(pairs, truth, may_miss):
+            return pairs, ""
     if clash:
         image_id = clash[0]
         raise FileError(
@@ -218,14 +225,17 @@ def pair_images(
 
 
 def bare_name(name: str) -> str:
-    """A path without its extension."""
-    return pathlib.PurePath(name).with_suffix("").as_posix()
+    """A path without its extension, which is no number: "a.001" has none."""
+    return re.sub(r"(?<=[^/])\.[^\W\d][^\W_]*$", "", pathlib.PurePath(name).as_posix())
 
 
 def _ends(name: str) -> list[str]:
-    """What a path ends in, each with its extension and without: all of it first, the file last."""
-    parts = pathlib.PurePath(name).parts
-    ends = ["/".join(parts[k:]) for k in range(len(parts))]
+    """What a path ends in, each with its extension and without: all of it first, the file last.
+
+    All of it begins with a slash, which tells it from the end of a longer one.
+    """
+    parts = pathlib.PurePath(name).as_posix().strip("/").split("/")
+    ends = ["/".join(("", *parts)), *("/".join(parts[k:]) for k in range(len(parts)))]
     return [*dict.fromkeys(one for end in ends for one in (end, bare_name(end)))]
 
 
@@ -243,9 +253,12 @@ def _pair_by_path(
         if len(nearest) != 1:
             return None
         (pairs[number],) = nearest
-    if len(set(pairs.values())) < len(pairs) or not may_miss and len(pairs) < len(truth):
-        return None
-    return pairs
+    return pairs if _is_pairing(pairs, truth, may_miss) else None
+
+
+def _is_pairing(pairs: Mapping[Other, One], truth: Mapping[One, Any], may_miss: bool) -> bool:
+    used = {*pairs.values()}
+    return len(used) == len(pairs) and (may_miss or len(used) == len(truth))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

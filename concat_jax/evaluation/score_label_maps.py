@@ -172,7 +172,8 @@ def _pair_maps(truth: _Maps, found: _Maps) -> list[tuple[Any, Any]]:
                 if len(sides[-1]) < len(naming):
                     raise FileError(f"Two maps of {side.path} differ in their extension only.")
             own, other = sides
-            pairs, _ = pair_images(*({n: n for n in side} for side in sides), *paths)
+            named = ({bare_name(name): name for name in naming.values()} for naming in names)
+            pairs, _ = pair_images(*named, *paths)
         except FileError as error:
             fault = fault or error
         else:

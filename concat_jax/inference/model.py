@@ -172,8 +172,9 @@ class Model:
         pictures = images if is_list else [images]
         sources, results = _sources(pictures), {}
         for index, image, prediction in segment_all(predictor, pictures):
-            found = prediction.panoptic
-            results[index] = Result(image, predictor.vocabulary, sources[index], found)
+            own, found = pictures[index], prediction.panoptic
+            path = as_path(own) if isinstance(own, str | os.PathLike) else None
+            results[index] = Result(image, predictor.vocabulary, sources[index], found, path)
         in_order = Results(results[index] for index in range(len(pictures)))
         return in_order if is_list else in_order[0]
 

@@ -53,7 +53,8 @@ def result_names(file_names: Sequence[str]) -> list[str]:
 
 def _stem(file_name: str) -> str:
     path = inside(file_name)
-    short = path.stem.encode()[:_MAX_NAME].decode(errors="ignore")
+    name = path.stem if path.stem.strip(".") else path.name
+    short = name.encode()[:_MAX_NAME].decode(errors="ignore")
     stem = path.with_name(short).as_posix()
     return f"{stem}_" if re.fullmatch(rf"{SHEET}(-\d+)?", stem, re.IGNORECASE) else stem
 

@@ -8,14 +8,21 @@ import os
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 from PIL import Image
 
 from concat_jax.core import coco_writers
-from concat_jax.core.files import as_path
+from concat_jax.core.files import as_path, refuse_inputs
 from concat_jax.core.mask_codes import bounding_box
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.inputs import image_ids
-from concat_jax.inference.outputs import ResultWriter, overlay, result_names, summary
+from concat_jax.inference.outputs import (
+    ResultWriter,
+    overlay,
+    result_files,
+    result_names,
+    summary,
+)
 from concat_jax.inference.panoptic import ImageSegments
 
 
@@ -64,6 +71,7 @@ class Result:
     vocabulary: Vocabulary
     source: str
     _found: ImageSegments
+    _path: Path | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def panoptic(self) -> np.ndarray:
@@ -132,15 +140,31 @@ class Result:
 class Results(list[Result]):
     """The results of a list of images, in its order."""
 
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return Results(found) if isinstance(index, slice) else found
+
+    def __add__(self, other: list[Result]) -> Results:
+        return Results([*self, *other])
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes them to a folder, which is made if absent.
 
         It holds `panoptic.json` of all images, `panoptic/NAME.png` in COCO's id colours,
         `NAME.overlay.png` and, of several, `contact_sheet.overlay.png`. Files of the same names are
-        replaced. Raises FileError if it cannot be written, and ValueError if there is no result.
+        replaced. Raises FileError if it cannot be written or an image is such a file, and
+        ValueError if there is no result, or some are of other names.
         """
         if not self:
             raise ValueError("There is no result to save; segment at least one image.")
+        if any(result.vocabulary != self[0].vocabulary for result in self):
+            raise ValueError(
+                "Results of different names cannot be saved together; save those of each call in a "
+                "folder of their own."
+            )
+        names = [name for name, _ in _names(self)]
+        files = result_files(as_path(folder), "panoptic", names)
+        refuse_inputs(files, [result._path for result in self if result._path])
         with ResultWriter(as_path(folder), "panoptic", self[0].vocabulary) as writer:
             for (name, number), result in zip(_names(self), self, strict=True):
                 writer.add(name, number, result.source, result.image, result._found)

@@ -100,9 +100,9 @@ class Desk:
             raise ValueError(_without_path(str(error), picture)) from error
 
 
-def split_names(text: str) -> list[str]:
+def split_names(text: str | None) -> list[str]:
     """Names of a text, in its order; ValueError for one that is too long."""
-    names = [" ".join(name.split()) for name in re.split(r"[,;\n]", text)]
+    names = [" ".join(name.split()) for name in re.split(r"[,;\n]", text or "")]
     for name in names:
         if len(name) > MAX_LETTERS:
             raise ValueError(

@@ -82,6 +82,22 @@ def test_errors_end_in_one_line(error, capsys):
     assert ended([], fail, capsys=capsys)[0] == "Error: two lines."
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 256. GiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 160 bytes."),
+    ],
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    def command(given, rest):
+        raise error
+
+    code, _ = ended([], command, capsys=capsys)
+    assert code.startswith(f"Error: There is not enough memory: {error}"[:50])
+    assert "use smaller images or batches" in code
+
+
 def test_bugs_are_not_hidden():
     def fail(given, rest):
         raise KeyError("k")

@@ -44,6 +44,10 @@ def test_images_are_paired_by_id_unless_names_contradict():
     assert paired(cameras, {5: "cam2/1.jpg", 6: "cam1/1.jpg"})[0] == {5: 2, 6: 1}
     pairs, note = paired(cameras, {1: "val/cam2/1.png", 2: "val/cam1/1.png"})
     assert pairs == {1: 2, 2: 1} and note
+    # A whole name is no end of a longer one.
+    nested = {1: "1.png", 2: "cam/1.png"}
+    assert paired(nested, {1: "cam/1.png", 2: "1.png"})[0] == {1: 2, 2: 1}
+    assert paired(nested, {7: "/data/cam/1.png", 8: "1.png"})[0] == {7: 2, 8: 1}
     # Folders of other names say nothing, and an extension may say it all.
     assert paired(cameras, {2: "left/1.png", 1: "right/1.png"}) == ({2: 2, 1: 1}, "")
     assert paired({1: "a.jpg", 2: "a.png"}, {1: "a.png", 2: "a.jpg"})[0] == {1: 2, 2: 1}
@@ -58,6 +62,9 @@ def test_images_are_paired_by_id_unless_names_contradict():
         ({1: "x/a.jpg", 2: "y/a.jpg"}, {1: "a.jpg", 3: "a.jpg"}, "pred.json has no image 2"),
         ({1: None, 2: None}, {1: None}, r"pred.json has no image 2, .* \(1 of 2"),
         ({1: None}, {1: None, "x": None}, "gt.json has no image x, which pred.json has"),
+        ({"cam1/1": None, 2: None}, {"cam2/1": None, 2: None}, "pred.json has no image cam1/1"),
+        ({"vid.001": None}, {"vid.002": None}, "pred.json has no image vid.001"),
+        ({1: "vid.001"}, {2: "vid.002"}, "pred.json has no image 1"),
         ({}, {1: None}, "gt.json holds no image"),
     ],
 )
@@ -259,6 +266,14 @@ def test_label_maps_lie_in_folders_too(tmp_path):
     assert summary["images"] == 4 and summary["all"]["miou"] == 100
     (tmp_path / "pred" / "cam2" / "apple.png").rename(tmp_path / "pred" / "cam2" / "pear.png")
     with pytest.raises(ValueError, match="pred has no image cam2/apple, which .*gt has"):
+        miou(tmp_path / "gt", tmp_path / "pred")
+
+
+def test_numbers_of_frames_are_no_extensions(tmp_path):
+    for side, frame in (("gt", "001"), ("pred", "002")):
+        (tmp_path / side).mkdir()
+        Image.new("L", (2, 2), 1).save(tmp_path / side / f"street.{frame}.png")
+    with pytest.raises(ValueError, match=r"pred has no image street\.001"):
         miou(tmp_path / "gt", tmp_path / "pred")
 
 

@@ -13,7 +13,7 @@ def test_names_never_collide():
     assert names == ["x/a", "x/a-3", "x/A-4", "x/a-2", "y/a", "b.v2"]
     sheets = ["contact_sheet.png", "Contact_Sheet-2.jpg", "x/contact_sheet.png"]
     assert result_names(sheets) == ["contact_sheet_", "Contact_Sheet-2_", "x/contact_sheet"]
-    assert result_names(["/a/b.jpg", "../c.jpg"]) == ["a/b", "c"]
+    assert result_names(["/a/b.jpg", "../c.jpg", "..jpg"]) == ["a/b", "c", "..jpg"]
 
 
 def test_results_of_the_longest_names_are_written(tmp_path):
@@ -38,5 +38,5 @@ def test_results_of_the_longest_names_are_written(tmp_path):
 def test_inputs_are_not_written_over(tmp_path, task, read):
     files = list(result_files(tmp_path, task, ["x"]))
     refuse_inputs(files, [tmp_path / "x.png", tmp_path / "gt.json"])
-    with pytest.raises(FileError, match=f"{read} is an input and would be written over; give"):
+    with pytest.raises(FileError, match=f"{read} is an input and would be written over; name"):
         refuse_inputs(files, [tmp_path / "d" / ".." / read])

@@ -100,11 +100,13 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
     if wrappers := sorted({found for name in names for found in _WRAPPERS.findall(name)}):
         prefixes += [f"{wrapper}." for wrapper in wrappers]
         names = {name: _WRAPPERS.sub("", name) for name in names}
-    inner = {name: short for name, short in names.items() if not _BESIDE.match(short)}
-    while prefix := _shared_prefix(inner.values()):
+    while True:
+        inner = {name: short for name, short in names.items() if not _BESIDE.match(short)}
+        if not (prefix := _shared_prefix(inner.values())):
+            break
         prefixes.append(prefix)
         beside += tuple(sorted(names.keys() - inner.keys()))
-        names = inner = {name: short.removeprefix(prefix) for name, short in inner.items()}
+        names = {name: short.removeprefix(prefix) for name, short in inner.items()}
     if len(set(names.values())) < len(names):
         raise ValueError(
             f"{path} cannot be read as weights: two of its names differ in a prefix only."

@@ -197,6 +197,7 @@ def test_wrappers_of_parts_and_what_is_no_prefix(tmp_path):
     # A training class holds its losses beside the model, and so may a model.
     assert names("model.a", "model.b", "criterion.empty_weight", "val_metrics.n") == {"a", "b"}
     assert read_weights(path).other == ("criterion.empty_weight", "val_metrics.n")
+    assert names("module.model.a", "module.criterion.w", "loss.w") == {"a"}
     assert names("model.a", "b", "criterion.w") == {"model.a", "b", "criterion.w"}
     with pytest.raises(ValueError, match="two of its names differ in a prefix only"):
         names("_orig_mod.a", "a")
