@@ -33,10 +33,10 @@ from collections.abc import Sequence
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import FileError, as_path, refuse_inputs, write_json
+from concat_jax.core.files import as_path, refuse_inputs, write_json
 from concat_jax.evaluation.average_precision import COCO_THRESHOLDS, ZSI_THRESHOLDS
 from concat_jax.evaluation.report import format_table
-from concat_jax.evaluation.result_files import manifest_path
+from concat_jax.evaluation.result_files import manifest_path, result_in
 from concat_jax.evaluation.score_files import score_instances, score_panoptic
 from concat_jax.evaluation.score_label_maps import IGNORED_VALUES, score_semantic
 from concat_jax.evaluation.worst_best import WorstAndBest
@@ -44,12 +44,6 @@ from concat_jax.inference.images import read_image
 from data_pipelines.labels import load_classes
 
 TASKS = ("panoptic", "semantic", "instance")
-# What `python -m concat_jax.predict --output=DIR`, and evaluation in a stage's folder, call them.
-RESULTS = {
-    "panoptic": ("panoptic.json", "panoptic_predictions.json"),
-    "semantic": ("semantic", "semantic_predictions", "panoptic.json", "panoptic_predictions.json"),
-    "instance": ("instances.json", "instance_predictions.json"),
-}
 PROTOCOLS = {"coco": COCO_THRESHOLDS, "zsi": ZSI_THRESHOLDS}
 # Flags of one way to call this, which mean nothing to the other.
 FILE_FLAGS = ("task", "annotations", "predictions", "split", "annotation_pngs", "png_folder")
@@ -77,20 +71,6 @@ def define_flags(flags: cli.Flags) -> None:
     flags.string("images", "", "Folder of the annotated images, for --pictures.")
     flags.switch("classes", "Also print every class.")
     flags.string("output", "", "A json file for the report.")
-
-
-def result_in(given: str, task: str) -> str:
-    """A task's result in a folder that `predict` or a stage's evaluation filled; else as given."""
-    folder = as_path(given)
-    found = [(kind, folder / name) for kind in (task, *RESULTS) for name in RESULTS[kind]]
-    kind, path = next((one for one in found if one[1].exists()), (task, folder))
-    if kind != task:
-        raise FileError(
-            f"{given} holds what --task={kind} makes; score that, or predict with --task={task}."
-        )
-    if path.is_dir() and task != "semantic":
-        raise FileError(f"{given} is a folder without {RESULTS[task][0]}; name the json.")
-    return str(path)
 
 
 def _check_flags(given: cli.Flags, files: Sequence[str]) -> None:

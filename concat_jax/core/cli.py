@@ -160,13 +160,6 @@ def command(
     return decorated
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it is of this machine's memory or, as XLA says it, of a device's."""
-    of_xla = type(error).__name__ == "JaxRuntimeError"  # without an import of JAX
-    is_lack = "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
-    return isinstance(error, MemoryError) or of_xla and is_lack
-
-
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
     """Ends the program with the text of a user's mistake on one line, instead of a traceback."""
@@ -178,11 +171,8 @@ def one_sentence() -> Iterator[None]:
         sys.exit(BROKEN_PIPE)
     except Exception as error:
         text = str(error)
-        if is_out_of_memory(error):
-            text = (
-                f"There is not enough memory: {text[:200].strip()}; use smaller images or batches, "
-                "or a machine with more."
-            )
+        if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):  # XLA's
+            text = f"There is not enough memory: {text[:200]}; use smaller images or batches."
         elif not isinstance(error, ValueError | OSError | UserStop) and not is_of_bucket(error):
             raise
         if isinstance(error, OSError) and error.strerror and error.filename is not None:

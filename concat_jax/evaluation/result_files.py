@@ -31,6 +31,12 @@ from concat_jax.core.files import FileError, as_path, open_image, read_json
 from concat_jax.core.mask_codes import checked_rle
 from concat_jax.core.vocabulary import Vocabulary
 
+# What `python -m concat_jax.predict --output=DIR`, and evaluation in a stage's folder, call them.
+RESULTS = {
+    "panoptic": ("panoptic.json", "panoptic_predictions.json"),
+    "semantic": ("semantic", "semantic_predictions", "panoptic.json", "panoptic_predictions.json"),
+    "instance": ("instances.json", "instance_predictions.json"),
+}
 One = TypeVar("One", bound=Hashable)
 Other = TypeVar("Other", bound=Hashable)
 # The remedy where numbers and names of images contradict each other.
@@ -53,6 +59,20 @@ class Manifest:
     categories: dict[int, Category]
     images: dict[ImageId, CocoImage]
     maps: dict[str, str]
+
+
+def result_in(given: str, task: str) -> str:
+    """A task's result in a folder that `predict` or a stage's evaluation filled; else as given."""
+    folder = as_path(given)
+    found = [(kind, folder / name) for kind in (task, *RESULTS) for name in RESULTS[kind]]
+    kind, path = next((one for one in found if one[1].exists()), (task, folder))
+    if kind != task:
+        raise FileError(
+            f"{given} holds what --task={kind} makes; score that, or predict with --task={task}."
+        )
+    if path.is_dir() and task != "semantic":
+        raise FileError(f"{given} is a folder without {RESULTS[task][0]}; name the json.")
+    return str(path)
 
 
 def manifest_path(result: str | os.PathLike[str], task: str) -> epath.Path:
