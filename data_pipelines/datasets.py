@@ -160,10 +160,11 @@ def _on_disk(config, seed: int, process_index: int, process_count: int) -> Datas
         )
     )
     test = evaluation_part(config, seed=seed)
-    if not any(len(record.labels) for record in test.records[: test.num_eval_images]):
+    scored = test.records[: test.num_eval_images]
+    if all(record.is_crowd.all() for record in scored):
         raise FileError(
-            f"Not one image of the evaluation part {config['eval_part']!r} has a segment, so there "
-            "is nothing to score; check that the annotation lists segments."
+            f"Not one image of the evaluation part {config['eval_part']!r} has a segment that is "
+            "no crowd, so there is nothing to score; check that the annotation lists segments."
         )
     # Where evaluation is on another data set, the training part says which classes training knows.
     elsewhere = bool(config.get("eval_kind", ""))

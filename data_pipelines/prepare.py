@@ -108,6 +108,11 @@ def prepare(
 
 
 def _check_something_is_left(part: str, counts: PartCounts, vocabulary: Vocabulary) -> None:
+    if counts.crowd and counts.crowd == counts.class_segments.sum():
+        raise FileError(
+            f"All {counts.crowd} segments of {part} are crowd, so there is nothing to learn or "
+            'score; check their "iscrowd".'
+        )
     if counts.kept_images:
         return
     if not counts.class_segments.any():

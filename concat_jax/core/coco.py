@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import pathlib
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -288,6 +290,11 @@ def _panoptic_annotation(
     return PanopticAnnotation(image_id, name, tuple(rows), labels, crowd)
 
 
+def spelt(path: str | os.PathLike[str]) -> pathlib.PurePosixPath:
+    """A path as names of files are compared: Windows' backslashes as slashes, Unicode in form C."""
+    return pathlib.PurePosixPath(unicodedata.normalize("NFC", os.fspath(path).replace("\\", "/")))
+
+
 def _content(path: epath.Path, kind: str) -> dict:
     content = read_json(path)
     if not isinstance(content, dict):
@@ -352,7 +359,7 @@ class _Entry:
         # No file system has the name 0, and surrogates are no text.
         if not isinstance(name, str) or not name or re.search("[\0\ud800-\udfff]", name):
             raise self._wrong("file_name", "a file's name")
-        return name.replace("\\", "/")  # as Windows has it
+        return name
 
     def category(self, categories: Mapping[int, Category] | None) -> int:
         number = self.whole("category_id")

@@ -119,7 +119,7 @@ class StreamedJson:
 
 def inside(file_name: str) -> pathlib.PurePosixPath:
     """An image's path as one below a folder, whatever data set calls it ../b.jpg or /a/b.jpg."""
-    parts = pathlib.PurePath(file_name).parts
+    parts = pathlib.PurePosixPath(file_name.replace("\\", "/")).parts
     return pathlib.PurePosixPath(*(part for part in parts if part not in ("..", "/")))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ def checked_rle(rle: Mapping[str, Any], size: Sequence[int] | None = None) -> di
     if size is not None and tuple(shape) != tuple(size):
         own, wanted = (f"{height}x{width}" for height, width in (shape, size))
         raise ValueError(f"it is {own} (height x width) and its image {wanted}.")
+    _check_size(shape)
     height, width = shape
     if isinstance(counts, list | tuple):
         if not all(type(count) is int and count >= 0 for count in counts):
@@ -62,6 +64,11 @@ def checked_rle(rle: Mapping[str, Any], size: Sequence[int] | None = None) -> di
     return {"size": [height, width], "counts": text}
 
 
+def _check_size(size: Sequence[int]) -> None:
+    if math.prod(size) >= 2**31:
+        raise ValueError(f"its size is {size[0]}x{size[1]}; masks have less than 2^31 pixels.")
+
+
 def _overflows(counts: str, pixels: int) -> bool:
     try:
         masks.rle_from_string(counts, 1, pixels)
@@ -75,6 +82,7 @@ def polygons_to_rle(polygons: Sequence[Sequence[float]], size: Sequence[int]) ->
 
     Raises ValueError for a polygon of under three points, an odd number, or one that is not finite.
     """
+    _check_size(size)
     arrays = []
     for polygon in polygons:
         try:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from concat_jax.core.coco import (
     check_categories,
     read_categories,
     read_images,
+    spelt,
 )
 from concat_jax.core.coco_writers import MAP_CLASSES
 from concat_jax.core.files import FileError, as_path, open_image, read_json
@@ -246,7 +246,7 @@ def pair_images(
 
 def bare_name(name: str) -> str:
     """A path without its extension, which is no number: "a.001" has none."""
-    return re.sub(r"(?<=[^/])\.[^\W\d][^\W_]*$", "", pathlib.PurePath(name).as_posix())
+    return re.sub(r"(?<=[^/])\.[^\W\d][^\W_]*$", "", spelt(name).as_posix())
 
 
 def _ends(name: str) -> list[str]:
@@ -254,7 +254,7 @@ def _ends(name: str) -> list[str]:
 
     All of it begins with a slash, which tells it from the end of a longer one.
     """
-    parts = pathlib.PurePath(name).as_posix().strip("/").split("/")
+    parts = spelt(name).as_posix().strip("/").split("/")
     ends = ["/".join(("", *parts)), *("/".join(parts[k:]) for k in range(len(parts)))]
     return [*dict.fromkeys(one for end in ends for one in (end, bare_name(end)))]
 

@@ -14,7 +14,7 @@ from pathlib import PurePath
 
 from etils.epath import Path
 
-from concat_jax.core.coco import ImageId, read_images
+from concat_jax.core.coco import ImageId, read_images, spelt
 from concat_jax.core.files import FileError, as_path, files_below, in_bucket, read_json
 from concat_jax.inference.images import OVERLAY_SUFFIX, SUFFIXES
 
@@ -42,6 +42,7 @@ def find_images(arguments: Sequence[str]) -> Inputs:
     taken: dict[Path, Path] = {}
     skipped: list[tuple[str, int]] = []
     failures: list[str] = []
+    folders: dict[Path, list[Path]] = {}
     for argument in arguments:
         path, is_pattern = as_path(argument), False
         found, inner = [], []
@@ -68,7 +69,7 @@ def find_images(arguments: Sequence[str]) -> Inputs:
             if not found and not inner:
                 what = "matches no file" if is_pattern else "does not exist"
                 failures.append(f"{argument} {what}.")
-        skipped += [(_folder_inside(folder, images), len(images)) for folder, images in inner]
+        folders |= inner
         if path.is_dir() or is_pattern:
             for files, what in (
                 ([f for f in found if f.name.startswith("._")], "a file of macOS, no image"),
@@ -83,6 +84,9 @@ def find_images(arguments: Sequence[str]) -> Inputs:
             first = taken.setdefault(file.resolve(), file)
             if first is not file:
                 skipped.append((f"{file} is the same file as {first}.", 1))
+    for folder, images in folders.items():  # but for those that another argument names
+        if left := [image for image in images if image.resolve() not in taken]:
+            skipped.append((_folder_inside(folder, left), len(left)))
     return Inputs(list(taken.values()), skipped, failures)
 
 
@@ -136,14 +140,15 @@ def data_set_names(
     images = read_images(as_path(annotations), content)
     by_end: dict[str, list[tuple[str, ImageId]]] = {}
     for image in images.values():
-        by_end.setdefault(PurePath(image.file_name).name, []).append((image.file_name, image.id))
+        by_end.setdefault(spelt(image.file_name).name, []).append((image.file_name, image.id))
     names, ids = [], []
     for path in paths:
+        own = spelt(path.absolute())
         found = [
             (name, number)
-            for own in (path.absolute(), path.absolute().with_suffix(""))
-            for name, number in by_end.get(own.name, [])
-            if own.parts[-len(PurePath(name).parts) :] == PurePath(name).parts
+            for file in (own, own.with_suffix(""))
+            for name, number in by_end.get(file.name, [])
+            if file.parts[-len(spelt(name).parts) :] == spelt(name).parts
         ]
         if len(found) != 1:
             what = f"{len(found)} images" if found else "no image"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ def damage(folder: Path, items: Sequence[str]) -> str:
       that an earlier version wrote, flipped bits of array data go unnoticed.
     """
     try:
+        if not in_bucket(folder):  # what may not be listed would look empty
+            [os.listdir(path) for path in (folder, *map(folder.joinpath, items)) if path.is_dir()]
         found = files_below(folder)
     except OSError as error:
         return f"{folder.name} cannot be read ({error.strerror})"

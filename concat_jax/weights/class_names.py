@@ -41,8 +41,15 @@ def _classes(names: Sequence[str], origin: str, known: Vocabulary | None = None)
     apart here.
     """
     counts, count = collections.Counter(names), len(names)
-    unique = tuple(n if counts[n] == 1 else f"{n} ({i})" for i, n in enumerate(names))
-    vocabulary = Vocabulary(unique, (False,) * count, (True,) * count, tuple(range(count)))
+    unique, taken = [], {name for name in names if counts[name] == 1}
+    for i, name in enumerate(names):
+        if counts[name] > 1:
+            name = f"{name} ({i})"
+            while name in taken:
+                name = f"{name} ({i})"
+            taken.add(name)
+        unique.append(name)
+    vocabulary = Vocabulary(tuple(unique), (False,) * count, (True,) * count, tuple(range(count)))
     same = vocabulary.with_flags_of(known) if known else None
     return Classes(same or vocabulary, same is not None, origin)
 

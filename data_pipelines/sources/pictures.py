@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageOps
 
+from concat_jax.core.coco import spelt
 from concat_jax.core.files import FileError, ImageError, open_image
 from concat_jax.core.prefetch import prefetch
 from concat_jax.core.progress import Progress
@@ -86,6 +87,10 @@ def leave_out(error: FileError, skips: bool) -> None:
     logger.warning("Left out an image: %s", error)
 
 
+def _spelt(name: str) -> str:
+    return spelt(name).as_posix().casefold()
+
+
 def present(
     folder: pathlib.Path,
     records: Sequence[ImageRecord],
@@ -111,7 +116,11 @@ def present(
         if base in listed[parent] or (folder / name).is_file():
             found.append(record)
             continue
-        error = FileError(f"{json_path} names the file {folder / name}, which is not on disk.")
+        close = [one for one in listed[parent] if _spelt(one) == _spelt(base)]
+        spelling = f"; {close[0]} is, which is spelt otherwise" if close else ""
+        error = FileError(
+            f"{json_path} names the file {folder / name}, which is not on disk{spelling}."
+        )
         leave_out(error, skips)
     if not found:
         raise error

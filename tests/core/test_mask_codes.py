@@ -78,6 +78,11 @@ def test_damaged_codes_are_refused(counts, message):
 def test_sizes_are_two_whole_numbers(size):
     with pytest.raises(ValueError, match="size is"):
         checked_rle({"size": size, "counts": "4"})
+    for huge in ({"size": [10**6, 10**6], "counts": [10**12]}, {"size": [2**40, 1], "counts": "4"}):
+        with pytest.raises(ValueError, match=r"masks have less than 2\^31 pixels"):
+            checked_rle(huge)
+    with pytest.raises(ValueError, match=r"masks have less than 2\^31 pixels"):
+        polygons_to_rle([[0, 0, 1, 0, 1, 1]], (2**40, 5))
     with pytest.raises(ValueError, match="it is 2x2 .* its image 2x3"):
         checked_rle({"size": [2, 2], "counts": "4"}, (2, 3))
 

@@ -128,6 +128,10 @@ def changed(edit):
         (lambda c: c.pop("images"), "no list of 'images'"),
         (lambda c: c.update(images=[], annotations=[]), "lists no image"),
         (lambda c: c["images"][0].update(file_name="8.jpg"), "8.jpg, which is not on disk"),
+        (
+            lambda c: c["images"][0].update(file_name="4.JPG"),
+            "4.JPG, which is not on disk; 4.jpg is, which is spelt otherwise",
+        ),
         (lambda c: c["categories"][1].update(name="mug"), "47 'mug', the label space 'cup'"),
         (
             lambda c: c.update(categories=c["categories"][3:], annotations=[]),

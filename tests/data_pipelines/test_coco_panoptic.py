@@ -397,11 +397,13 @@ def test_mini_pixel_counts_are_the_areas_of_the_json(mini, part):
     assert found == areas
 
 
-def test_an_evaluation_part_without_a_segment_is_refused(world):
+@pytest.mark.parametrize("has_crowd", [False, True])
+def test_an_evaluation_part_without_a_segment_is_refused(world, has_crowd):
     path = world / "annotations" / "panoptic_train2017.json"
     content = json.loads(path.read_text())
     for annotation in content["annotations"]:
-        annotation["segments_info"] = []
+        segments = annotation["segments_info"]
+        annotation["segments_info"] = [{**s, "iscrowd": 1} for s in segments] if has_crowd else []
     path.write_text(json.dumps(content))
     config = dict(kind="coco_panoptic_zps", root=str(world), split_file=str(world / "split.json"))
     config |= dict(train_part="x", eval_part="train2017", eval_size=32, num_eval_images=None)

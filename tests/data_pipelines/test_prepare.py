@@ -169,6 +169,12 @@ def empty_all(content):
         annotation["segments_info"] = []
 
 
+def all_crowd(content):
+    for annotation in content["annotations"]:
+        for segment in annotation["segments_info"]:
+            segment["iscrowd"] = 1
+
+
 def all_unseen(content):
     for annotation in content["annotations"]:
         for segment in annotation["segments_info"]:
@@ -180,6 +186,11 @@ def all_unseen(content):
     [
         (empty_all, ("--unseen=drop",), "Not one of the 6 images of train2017 has a segment"),
         (empty_all, ("--unseen=keep",), "Not one of the 6 images of train2017 has a segment"),
+        (
+            all_crowd,
+            ("--unseen=keep",),
+            "segments of train2017 are crowd, so",
+        ),
         (all_unseen, ("--unseen=drop",), "6 images of train2017 shows unseen classes, so none"),
         (all_unseen, ("--unseen=void",), "shows unseen classes alone, .* give another --split"),
         (lambda content: content.update(annotations=[]), ("--unseen=drop",), "annotates no image"),

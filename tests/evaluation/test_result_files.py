@@ -48,6 +48,9 @@ def test_images_are_paired_by_id_unless_names_contradict():
     nested = {1: "1.png", 2: "cam/1.png"}
     assert paired(nested, {1: "cam/1.png", 2: "1.png"})[0] == {1: 2, 2: 1}
     assert paired(nested, {7: "/data/cam/1.png", 8: "1.png"})[0] == {7: 2, 8: 1}
+    # As systems spell them.
+    pairs = paired({1: "cam\\e\u0301.jpg", 2: "b.jpg"}, {1: "b.jpg", 2: "x/cam/\u00e9.png"})[0]
+    assert pairs == {1: 2, 2: 1}
     # Folders of other names say nothing, and an extension may say it all.
     assert paired(cameras, {2: "left/1.png", 1: "right/1.png"}) == ({2: 2, 1: 1}, "")
     assert paired({1: "a.jpg", 2: "a.png"}, {1: "a.png", 2: "a.jpg"})[0] == {1: 2, 2: 1}

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import unicodedata
 
 import pytest
 from PIL import Image
@@ -52,6 +53,17 @@ def test_a_folder_with_everything_that_folders_have(tmp_path):
     assert len(names) + inputs.num_skipped + len(failures) == 12
 
 
+def test_a_folder_that_another_argument_names_is_not_passed_over(tmp_path):
+    for name in ("x.png", "sub/y.png", "sub/z.png"):
+        image(tmp_path / name)
+    for more in (["sub"], ["**/*.png"], ["sub/y.png", "sub/z.png"]):
+        inputs = find_images([str(tmp_path), *(str(tmp_path / one) for one in more)])
+        assert len(inputs.paths) == 3
+        assert [s for s, _ in inputs.skipped if "is a folder" in s] == []
+    inputs = find_images([str(tmp_path), str(tmp_path / "sub" / "y.png")])
+    assert len(inputs.paths) == 2 and inputs.num_skipped == 1
+
+
 def test_the_pattern_that_is_named_finds_what_was_passed_over(tmp_path):
     paths = [image(tmp_path / "of [1]" / name) for name in ("sub/x.PNG", "sub/deep/y.webp")]
     (sentence, number), *_ = find_images([str(tmp_path / "of [1]")]).skipped
@@ -70,8 +82,8 @@ def test_globs_and_files_by_name(tmp_path):
     names, skipped, failures = told(find_images([f"{tmp_path}/[b-c]*"]), tmp_path)
     assert names == ["b.png"] and not failures
     assert skipped == [
-        "cam is a folder; name it, or give '**/*.png'.",
         "b.overlay.png is of an earlier run.",
+        "cam is a folder; name it, or give '**/*.png'.",
     ]
     # What is named is taken, each file once.
     given = ["a[1].png", "b.overlay.png", "b.png", "b.png", "link.png"]
@@ -116,7 +128,10 @@ def test_a_data_set_names_and_numbers_its_images(tmp_path):
     assert data_set_names(paths, listed(*rows)) == (["apple.jpg", "cam1/1.jpg"], [2, 9])
     # As Windows writes them, and without an extension.
     others = (2, "apple"), (9, "cam1\\1.jpg")
-    assert data_set_names(paths, listed(*others)) == (["apple", "cam1/1.jpg"], [2, 9])
+    assert data_set_names(paths, listed(*others)) == (["apple", "cam1\\1.jpg"], [2, 9])
+    written = [tmp_path / unicodedata.normalize("NFD", "é.jpg"), tmp_path / "we\\ird.jpg"]
+    others = (2, unicodedata.normalize("NFC", "é.jpg")), (9, "we\\ird.jpg")
+    assert data_set_names(written, listed(*others))[1] == [2, 9]
     with pytest.raises(ValueError, match=r"apple.jpg fits no image of .*gt.json.* leave --annot"):
         data_set_names(paths, listed(*rows[1:]))
     with pytest.raises(ValueError, match=r"cam1/1.jpg fits 2 images of .*gt.json"):

@@ -13,6 +13,7 @@ def test_names_never_collide():
     assert names == ["x/a", "x/a-3", "x/A-4", "x/a-2", "y/a", "b.v2"]
     sheets = ["contact_sheet.png", "Contact_Sheet-2.jpg", "x/contact_sheet.png"]
     assert result_names(sheets) == ["contact_sheet_", "Contact_Sheet-2_", "x/contact_sheet"]
+    assert result_names(["cam\\1.jpg", "cam/2.jpg"]) == ["cam/1", "cam/2"]
     assert result_names(["/a/b.jpg", "../c.jpg", "..jpg"]) == ["a/b", "c", "..jpg"]
 
 

@@ -89,6 +89,8 @@ def test_a_name_that_occurs_twice_gets_its_index():
     classes = classes_from_hf(labels, 3)
     assert classes.vocabulary.names == ("door (0)", "sky", "door (2)")
     assert "several classes one name" in classes.notes[0]
+    labels = {"id2label": {"0": "a", "1": "a (0)", "2": "a"}}
+    assert classes_from_hf(labels, 3).vocabulary.names == ("a (0) (0)", "a (0)", "a (2)")
 
 
 def test_default():
