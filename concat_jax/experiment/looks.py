@@ -100,8 +100,11 @@ def look(run: Experiment, name: str) -> Look:
                 told = [f"{key} {scores[key]:.1f}" for key in TOLD if key in scores]
                 print(f"{options['name']}: {', '.join(told)}", flush=True)
             if setup.eval_vocabulary is setup.vocabulary:
-                figure = query_pictures.write_picture(run, name, num_images=number)
-                show(writer, step, GROUP, figure)
+                try:
+                    figure = query_pictures.write_picture(run, name, num_images=number)
+                    show(writer, step, GROUP, figure)
+                except query_pictures.TooFewQueriesError as error:  # no reason to end a training
+                    print(f"{name}, step {step}: no picture of queries. {error}", flush=True)
         return scores
 
     return now

@@ -51,10 +51,15 @@ def _params(run: Experiment, sources: Mapping[str, str]) -> Params:
     return copy_to_host({s: run.parameters.whole(s, stage) for s, stage in sources.items()}, mesh)
 
 
+class TooFewQueriesError(ValueError):
+    """The evaluation images show too little for a picture."""
+
+
 def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndarray, np.ndarray]:
     """Queries [M, D] float32 of evaluation images that hold a segment, and classes [M].
 
     `source` is the stage of the segmentor and of the projector that queries are matched with.
+    Raises TooFewQueriesError where there is no batch of images, or not two segments.
     """
     size = run.setup.predict.batch_size
     mesh = inference_mesh(run.mesh, size)
@@ -75,11 +80,16 @@ def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndar
         queries.append(found["queries"].reshape(-1, found["queries"].shape[-1]))
         labels.append(found["query_labels"].reshape(-1))
     if not queries:
-        raise ValueError(
+        raise TooFewQueriesError(
             f"The evaluation data hold fewer images than config.eval.settings.batch_size = {size}; "
             "make it smaller."
         )
     matched = np.concatenate(labels) >= 0
+    if matched.sum() < 2:
+        raise TooFewQueriesError(
+            f"Of {len(queries) * size} evaluation images {matched.sum()} segments are matched by a "
+            "query, and a picture of queries needs two; take more images, or other ones."
+        )
     return np.concatenate(queries)[matched], np.concatenate(labels)[matched]
 
 

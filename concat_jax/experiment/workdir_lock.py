@@ -38,7 +38,13 @@ def _flocked(workdir: Path, mine: Mapping[str, Any]) -> Any:
     except ImportError:  # Windows
         return None
     make_folder(workdir)
-    file = (workdir / LOCK_NAME).open("ab", buffering=0)
+    try:
+        file = (workdir / LOCK_NAME).open("ab", buffering=0)
+    except OSError as error:
+        raise ValueError(
+            f"The workdir {workdir} cannot be written: {error.strerror}; name another. The "
+            f"report of a run that is finished there is {workdir / 'report.json'}."
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -1,5 +1,6 @@
 """The pictures of a run's stages: whose queries they hold."""
 
+import contextlib
 import dataclasses
 import types
 
@@ -9,10 +10,11 @@ from matplotlib.figure import Figure
 
 from concat_jax import query_space
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.experiment import query_pictures
+from concat_jax.experiment import looks, query_pictures
 from concat_jax.stages.registry import make_stage
 from concat_jax.stages.stage import Context, StageConfig
 from concat_jax.training.sharding import make_mesh
+from configs import demo_zps
 
 VOCABULARY = Vocabulary(
     ("cat", "dog", "sky"), (True, True, False), (True, False, True), category_ids=(1, 2, 3)
@@ -148,9 +150,26 @@ def test_real_queries_are_the_matched_ones_of_evaluation_images(monkeypatch):
     assert matched[0] == (True, True, True)
     queries, _ = query_pictures.real_queries(run, "con", 2)
     assert len(queries) == 2
-    monkeypatch.setattr(run.setup.predict, "batch_size", 8)
-    with pytest.raises(ValueError, match="fewer images than config.eval.settings.batch_size = 8"):
+    monkeypatch.setattr(run.datasets, "evaluation", lambda: [examples[2]] * 2)
+    too_few = query_pictures.TooFewQueriesError
+    with pytest.raises(too_few, match="Of 2 evaluation images 0 segments"):
         query_pictures.real_queries(run, "con", 100)
+    monkeypatch.setattr(run.setup.predict, "batch_size", 8)
+    with pytest.raises(too_few, match="fewer images than config.eval.settings.batch_size = 8"):
+        query_pictures.real_queries(run, "con", 100)
+
+
+def test_a_look_that_shows_too_little_ends_no_training(monkeypatch, tmp_path, capsys):
+    def write_picture(*args, **kwargs):
+        raise query_pictures.TooFewQueriesError("Of 4 images none.")
+
+    monkeypatch.setattr(query_pictures, "write_picture", write_picture)
+    run = FakeExperiment()
+    run.workdir, run.setup = tmp_path, FakeSetup()
+    run.setup.config, run.setup.predicts = demo_zps.get_config("smoke"), lambda name: False
+    run.parameters = types.SimpleNamespace(holding=lambda name, params: contextlib.nullcontext())
+    assert looks.look(run, "cat")(7, {}, None) == {}
+    assert "cat, step 7: no picture of queries. Of 4 images none." in capsys.readouterr().out
 
 
 def test_a_workdir_without_a_finished_stage_is_refused(tmp_path):

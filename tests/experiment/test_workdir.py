@@ -299,6 +299,12 @@ def test_a_workdir_that_is_written_is_refused_until_its_process_is_gone(tmp_path
     assert (held["host"], held["pid"]) == (socket.gethostname(), os.getpid())
 
 
+def test_a_workdir_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / LOCK_NAME).mkdir()
+    with pytest.raises(ValueError, match="cannot be written: Is a directory; name another"):
+        claim(tmp_path)
+
+
 def test_a_holder_that_has_not_said_who_it_is_yet(tmp_path, monkeypatch):
     with (tmp_path / LOCK_NAME).open("w") as file:
         import fcntl
