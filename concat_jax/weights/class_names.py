@@ -107,6 +107,8 @@ def classes_from_hf(
         return dataclasses.replace(classes, notes=tuple(notes))
     try:
         columns = {key: tuple(extra[key]) for key in ("is_thing", "is_seen", "category_ids")}
+        if not all(isinstance(value, int) for column in columns.values() for value in column):
+            raise ValueError("flags are true or false, ids whole numbers")
         vocabulary = Vocabulary(names=tuple(names), **columns)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -78,7 +78,19 @@ def test_a_new_head_may_have_any_number_of_names():
     assert classes.vocabulary.names == ("a", "b", "c")
 
 
-@pytest.mark.parametrize("extra", [{"is_thing": [True]}, {"is_thing": 3}, {"is_thing": [1, 0]}])
+FLAGS = {"is_thing": [True, False], "is_seen": [True, True]}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"is_thing": [True]},
+        {"is_thing": 3},
+        {"is_thing": [1, 0]},
+        {**FLAGS, "category_ids": [2.5, "x"]},
+        {**FLAGS, "is_seen": ["no", "yes"], "category_ids": [1, 2]},
+    ],
+)
 def test_an_edited_config_of_ours(extra):
     with pytest.raises(ValueError, match="remove the entry or pass --classes"):
         classes_from_hf({"id2label": {"0": "a", "1": "b"}, "concat_jax": extra}, 2)
