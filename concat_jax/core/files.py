@@ -33,7 +33,6 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 
 BUCKET = "gs://"
 _CHUNK = 1 << 22
-_MAX_NAME = 200
 
 # What Pillow's decoders raise on files that are cut off, damaged or no pictures; none of them
 # documents its own.
@@ -292,6 +291,11 @@ def make_folder(path: epath.Path) -> None:
         raise FileError(f"The folder {path} cannot be made: {reason}; name another.") from error
 
 
+def cut_name(name: str) -> str:
+    """A file's name, of 255 bytes at most, with room for what is added to it."""
+    return name.encode()[:200].decode(errors="ignore")
+
+
 def refuse_inputs(written: Iterable[epath.Path], read: Iterable[epath.Path]) -> None:
     """FileError if a file that is to be written is one that is read."""
     inputs = {path.resolve() for path in read}
@@ -317,9 +321,7 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pa
                 _copy(partial, path)
         return
     # Not the process's number: hosts in containers share numbers, and may share the folder.
-    # Of a name as long as file systems take there is no room to add to.
-    name = path.name.encode()[:_MAX_NAME].decode(errors="ignore")
-    partial = path.with_name(f"{name}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f"{cut_name(path.name)}.{secrets.token_hex(4)}.partial")
     try:
         with writing(path, partial):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -163,22 +163,27 @@ def _better_reading(side: _Maps, own: float, better: float) -> str:
 
 
 def _pair_maps(truth: _Maps, found: _Maps) -> list[tuple[Any, Any]]:
-    fault, paths = None, (truth.path, found.path)
-    for names in itertools.product(truth.namings, found.namings):
+    """Keys of both sides, by the first names that pair them; what the first are at fault for."""
+    fault = None
+    for namings in itertools.product(truth.namings, found.namings):
         try:
-            sides = []
-            for side, naming in zip((truth, found), names, strict=True):
-                sides.append({bare_name(name): key for key, name in naming.items()})
-                if len(sides[-1]) < len(naming):
-                    raise FileError(f"Two maps of {side.path} differ in their extension only.")
-            own, other = sides
-            named = ({bare_name(name): name for name in naming.values()} for naming in names)
-            pairs, _ = pair_images(*named, *paths)
+            return _pair_named((truth, found), namings)
         except FileError as error:
             fault = fault or error
-        else:
-            return sorted(((own[one], other[two]) for two, one in pairs.items()), key=str)
     raise fault
+
+
+def _pair_named(
+    sides: Sequence[_Maps], namings: Sequence[Mapping[Any, str]]
+) -> list[tuple[Any, Any]]:
+    keys = [{bare_name(name): key for key, name in naming.items()} for naming in namings]
+    for side, key_of, naming in zip(sides, keys, namings, strict=True):
+        if len(key_of) < len(naming):
+            raise FileError(f"Two maps of {side.path} differ in their extension only.")
+    names = ({bare_name(name): name for name in naming.values()} for naming in namings)
+    pairs, _ = pair_images(*names, *(side.path for side in sides))
+    own, other = keys
+    return sorted(((own[one], other[two]) for two, one in pairs.items()), key=str)
 
 
 def _panoptic_maps(file: PanopticFile, folder: Path | None, class_of: Mapping[int, int]) -> _Maps:

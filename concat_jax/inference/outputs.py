@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from concat_jax.core.coco_writers import InstanceWriter, PanopticWriter, SemanticWriter, inside
-from concat_jax.core.files import write_png
+from concat_jax.core.files import cut_name, write_png
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.inference.images import OVERLAY_SUFFIX
 from concat_jax.inference.instance import Instance
@@ -27,8 +27,6 @@ JSONS = {
     "instance": ("instances.json", "instances.manifest.json"),
 }
 SHEET = "contact_sheet"
-# Of the name of an image's results, in bytes: file systems take 255, with what is added to it.
-_MAX_NAME = 200
 
 
 def result_names(file_names: Sequence[str]) -> list[str]:
@@ -54,8 +52,7 @@ def result_names(file_names: Sequence[str]) -> list[str]:
 def _stem(file_name: str) -> str:
     path = inside(file_name)
     name = path.stem if path.stem.strip(".") else path.name
-    short = name.encode()[:_MAX_NAME].decode(errors="ignore")
-    stem = path.with_name(short).as_posix()
+    stem = path.with_name(cut_name(name)).as_posix()
     return f"{stem}_" if re.fullmatch(rf"{SHEET}(-\d+)?", stem, re.IGNORECASE) else stem
 
 

@@ -140,7 +140,7 @@ class Result:
 class Results(list[Result]):
     """The results of a list of images, in its order."""
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Result | Results:
         found = super().__getitem__(index)
         return Results(found) if isinstance(index, slice) else found
 

@@ -41,7 +41,9 @@ def damage(folder: Path, items: Sequence[str]) -> str:
     """
     try:
         if not in_bucket(folder):  # what may not be listed would look empty
-            [os.listdir(path) for path in (folder, *map(folder.joinpath, items)) if path.is_dir()]
+            for path in (folder, *map(folder.joinpath, items)):
+                if path.is_dir():
+                    os.listdir(path)
         found = files_below(folder)
     except OSError as error:
         return f"{folder.name} cannot be read ({error.strerror})"

@@ -14,7 +14,7 @@ from concat_jax.evaluation.result_files import pair_images
 from concat_jax.evaluation.score_files import score_instances, score_panoptic
 from concat_jax.evaluation.score_label_maps import score_semantic
 from concat_jax.inference.instance import Instance
-from concat_jax.inference.outputs import ResultWriter
+from concat_jax.inference.outputs import ResultWriter, result_files
 from concat_jax.inference.panoptic import ImageSegments
 
 NAMES = ("wall", "sky", "cat")
@@ -342,7 +342,8 @@ def test_what_predict_writes_is_what_evaluate_reads(tmp_path, task):
             }[task]
             image = np.zeros((*labels.shape, 3), np.uint8)
             writer.add(f"cam_{camera}/1", number, f"cam_{camera}/1.jpg", image, result)
-    assert (tmp_path / "cam_a" / "1.overlay.png").exists()
+    written = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == {*result_files(tmp_path, task, ["cam_a/1", "cam_b/1"])}
     if task == "panoptic":
         path = tmp_path / "panoptic.json"
         assert score_panoptic(path, path)["all"]["pq"] == 100

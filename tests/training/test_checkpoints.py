@@ -11,7 +11,7 @@ import pytest
 
 from concat_jax.training import checkpoints as module
 from concat_jax.training.checkpoints import CheckpointError, StageCheckpoints, is_saved
-from concat_jax.training.checksums import NAME
+from concat_jax.training.checksums import NAME, damage
 from concat_jax.training.sharding import make_mesh, split_by_rule
 from concat_jax.training.state import TrainState
 
@@ -295,3 +295,13 @@ def test_the_best_by_hpq_is_kept_besides_the_last(tmp_path):
     with StageCheckpoints(tmp_path, "con", keep=1) as checkpoints:
         checkpoints.save(state(9), 9)
     assert steps() == [9]
+
+
+def test_a_folder_that_may_not_be_listed_is_not_called_empty(tmp_path, monkeypatch):
+    (tmp_path / "params").mkdir()
+
+    def listdir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", listdir)
+    assert damage(tmp_path, ["params"]).endswith("cannot be read (Permission denied)")
