@@ -164,8 +164,9 @@ def define_flags(flags: cli.Flags) -> None:
     """The flags of this command, besides those of a config."""
     flags.strings("rows", SCORED, f"Any of {', '.join(SCORED)}.")
     flags.string("preset", None, "Another world than config.data.preset.")
-    flags.integer("seeds", 3, "How many, one after the other from --first_seed.", 1)
-    flags.integer("first_seed", 0, "The first of them.", 0)
+    # Scenes are numbered from a seed's own number on, and some thousands of seeds have room.
+    flags.integer("seeds", 3, "How many, one after the other from --first_seed.", 1, 1000)
+    flags.integer("first_seed", 0, "The first of them.", 0, 1000)
     flags.integer("world", 0, "Seed of the world, its CLIP and its scenes.", 0)
     flags.integer("scenes", 2000, "Test scenes, and as many to choose γ on.", 1)
 

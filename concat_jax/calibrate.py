@@ -174,6 +174,7 @@ def calibrate_stage(
     if gamma in (held_out.gammas[0], held_out.gammas[-1]):
         sections.append(f"{gamma:g} is the last gamma tried; one beyond may be better.")
     text = "\n\n".join(sections)
+    print(f"\n{text}", flush=True)  # before a disk may refuse
     folder = workdir / stage
     write_text(folder / "calibration.md", text + "\n")
     write_json(
@@ -189,7 +190,7 @@ def calibrate_stage(
     )
     curves = {images.name: held_out.curve()} | ({"the other half": rest.curve()} if rest else {})
     plots.save_figure(plots.bias_curves(curves), folder / "calibration.png")
-    print(f"\n{text}\n\nReport: {folder / 'calibration.md'}")
+    print(f"\nReport: {folder / 'calibration.md'}")
     return gamma
 
 

@@ -60,10 +60,10 @@ def define_flags(flags: cli.Flags) -> None:
     interrupted="Stopped; nothing was written to the destination.",
 )
 def main(given: cli.Flags, arguments: Sequence[str]) -> None:
-    if len(arguments) != 2:
+    if len(arguments) != 2 or not all(arguments):
         raise ValueError(f"give a source and a destination: {USAGE}")
     source, destination = arguments
-    check_apart(source, destination)
+    check_apart(destination, source, given.classes, given.tokenizer)
     if is_workdir(as_path(source)):
         for name in ("classes", "reinit_head", "task", "tokenizer"):
             if given[name].present:

@@ -108,7 +108,10 @@ def evaluate_files(given: cli.Flags, extremes: WorstAndBest | None = None) -> di
     vocabulary, knows_things = load_classes(given.split) if given.split else (None, True)
     paths = [result_in(path, given.task) for path in (given.annotations, given.predictions)]
     if given.output:
-        read = [*map(as_path, (*paths, given.split)), manifest_path(paths[1], given.task)]
+        read = [
+            *map(as_path, (*paths, given.split)),
+            *(manifest_path(p, given.task) for p in paths),
+        ]
         refuse_inputs([as_path(given.output)], read)
     _check_flags(given, paths)
     files, things = (*paths, vocabulary), dict(knows_things=knows_things)
@@ -148,7 +151,12 @@ def evaluate_stage(given: cli.Flags) -> dict:
     run = open_experiment(config, workdir, trains=False)
     run.check_stage(stage)
     if given.output:
-        refuse_inputs([as_path(given.output)], [workdir / "report.json"])
+        output = as_path(given.output).resolve()
+        if output.exists() and workdir.resolve() in output.parents:
+            raise ValueError(
+                f"--output={given.output} is a file of the run in {workdir}; name one that is not "
+                "there, or one outside of it."
+            )
     if given.namers:
         from concat_jax.benchmarking import naming
 

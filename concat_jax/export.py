@@ -45,7 +45,7 @@ def define_flags(flags: cli.Flags) -> None:
     interrupted="Stopped; nothing was written to OUT.",
 )
 def main(given: cli.Flags, arguments: Sequence[str]) -> None:
-    if len(arguments) != 2:
+    if len(arguments) != 2 or not all(arguments):
         raise ValueError("give a model and a folder to make: python -m concat_jax.export MODEL OUT")
     source, destination = arguments
     if not given.format:
@@ -55,8 +55,7 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
     format_.check_installed(given.format)
     size = _size(given.size)
     check_destination(destination, overwrite=given.overwrite)
-    if source != DEMO:
-        check_apart(source, destination)
+    check_apart(destination, "" if source == DEMO else source, given.classes)
 
     model = open_model(source, stage=given.stage, dtype="float32")
     predictor = model.predictor(classes=given.classes or None)

@@ -115,6 +115,8 @@ def _asked_for(classes: Names, training: Vocabulary) -> tuple[tuple[str, ...], t
     ):
         raise ValueError(f"There is no file {classes}; name one that is there, or the classes.")
     if isinstance(classes, str):
+        if os.sep in classes and os.path.isdir(classes):
+            raise ValueError(f"{classes} is a folder; name a file of classes, or the classes.")
         _refuse_misspelt(classes)
         parts = [[n.strip() for n in part.split(",")] for part in classes.split(";")]
         parts = [part if part != [""] else [] for part in parts]

@@ -165,6 +165,13 @@ def test_the_end_of_the_list_is_pointed_out(fake_run, monkeypatch, tmp_path, cap
     assert "1 is the last gamma tried" in capsys.readouterr().out
 
 
+def test_what_was_found_is_printed_where_it_cannot_be_written(fake_run, tmp_path, capsys):
+    (tmp_path / "finetune").touch()
+    with pytest.raises(ValueError, match="calibration.md cannot be written: its folder is a file"):
+        calibrate.calibrate_stage(demo_zps.get_config("smoke"), tmp_path, "finetune", [4, 2])
+    assert "--config.eval.settings.gamma=2" in capsys.readouterr().out
+
+
 def test_a_stage_that_cannot_be_scored_is_refused(fake_run, tmp_path):
     with pytest.raises(ValueError, match="cannot be scored"):
         calibrate.calibrate_stage(demo_zps.get_config("smoke"), tmp_path, "con", [0.0])
@@ -177,6 +184,7 @@ def test_the_command_ends_in_one_sentence(monkeypatch, tmp_path):
     for flag, sentence in (
         ("--gammas=0,much", "--gammas holds 'much'; give numbers"),
         ("--gammas=0,nan", "must be a number, got nan"),
+        ("--gammas=0,inf", "must be a number, got inf"),
         ("--gammas=0", "Stage 'finetune' has not finished in"),
     ):
         with pytest.raises(SystemExit, match=f"Error: .*{sentence}") as error:

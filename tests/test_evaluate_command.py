@@ -11,7 +11,7 @@ from PIL import Image
 
 from concat_jax import evaluate
 from concat_jax.core import cli
-from concat_jax.core.coco_writers import PanopticWriter
+from concat_jax.core.coco_writers import PanopticWriter, SemanticWriter
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.semantic_iou import SemanticIoU
 
@@ -213,6 +213,23 @@ def test_a_folder_of_another_task_is_scored_or_named(files):
         run("--task=panoptic", f"--annotations={files / 'truth'}", folder)
 
 
+def test_label_maps_with_a_manifest_name_their_classes(files):
+    """As `predict` wrote them on both sides, no split says anything new; the manifest is kept."""
+    for side, width in (("one", 4), ("two", 5)):
+        with SemanticWriter(files / side / "semantic", VOCABULARY) as writer:
+            writer.add(1, "1.jpg", (np.arange(10) >= width)[None].repeat(8, 0).astype(int))
+    given = f"--annotations={files / 'one'}", f"--predictions={files / 'two'}"
+    summary = run("--task=semantic", *given)["semantic"]
+    assert summary["all"]["miou"] == pytest.approx(50 * (32 / 40 + 40 / 48))
+    for side in ("one", "two"):
+        manifest = files / side / "semantic.json"
+        with pytest.raises(ValueError, match="semantic.json is an input and would be written over"):
+            run("--task=semantic", *given, f"--output={manifest}")
+        manifest.unlink()
+    with pytest.raises(ValueError, match="No json beside .*one/semantic names its classes; give"):
+        run("--task=semantic", *given)
+
+
 def test_flags_of_files_and_of_a_config_do_not_mix(files, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["evaluate", *of_files(files), "--workdir=somewhere"])
@@ -274,6 +291,17 @@ def stage_of(monkeypatch, tmp_path):
 def test_a_stage_is_scored_by_the_config_s_metrics(stage_of, capsys):
     assert stage_of()["semantic"]["seen"]["miou"] == pytest.approx(200 / 3)
     assert "mIoU" in capsys.readouterr().out
+
+
+def test_the_report_of_a_stage_replaces_no_file_of_the_run(stage_of, tmp_path):
+    (tmp_path / "con").mkdir()
+    for name in ("config.json", "con/origin.json"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ValueError, match=f"{name} is a file of the run in .*; name one that"):
+            stage_of(f"--output={tmp_path / name}")
+        assert (tmp_path / name).read_text() == "{}"
+    stage_of(f"--output={tmp_path / 'mine.json'}")
+    assert json.loads((tmp_path / "mine.json").read_text())["images"] == 1
 
 
 def test_pictures_of_a_stage_without_panoptic_maps_are_refused(stage_of):

@@ -240,7 +240,7 @@ def test_only_an_export_is_replaced(linear_folder, tmp_path):
     refused = call(linear_folder, tmp_path, "--format=jax", "--overwrite")
     assert "holds no model" in refused and (tmp_path / "notes.txt").exists()
     refused = call(linear_folder, linear_folder, "--format=jax", "--overwrite")
-    assert "is or holds the source" in refused and (linear_folder / "model.json").exists()
+    assert "which would be lost" in refused and (linear_folder / "model.json").exists()
 
 
 def test_the_demo_is_exported_over_an_export_of_its_name(tmp_path, monkeypatch):
@@ -252,7 +252,7 @@ def test_the_demo_is_exported_over_an_export_of_its_name(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "export.json").write_text("{}")
     assert "opened" in call("demo", "demo", "--format=jax", "--overwrite")
-    assert "is or holds the source" in call("./demo", "demo", "--format=jax", "--overwrite")
+    assert "which would be lost" in call("./demo", "demo", "--format=jax", "--overwrite")
 
 
 def test_a_missing_package_names_its_requirements(linear_folder, tmp_path, monkeypatch):

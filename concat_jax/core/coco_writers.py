@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -53,13 +54,15 @@ class StreamedJson:
         self._head, self._lists = head, tuple(lists)
         make_folder(self.json_path.parent)
         host = jax.process_index()
+        # Of one host, whose path another process may be writing, too; hosts know no other's.
+        self._own = f"{secrets.token_hex(4)}." if jax.process_count() == 1 else ""
         self._files = {
             key: self._part(key, host).open("w", encoding="utf-8") for key in self._lists
         }
         self._begun: set[str] = set()
 
     def _part(self, key: str, host: int) -> epath.Path:
-        return self.json_path.with_name(f"{self.json_path.name}.{key}{host}.partial")
+        return self.json_path.with_name(f"{self.json_path.name}.{key}{host}.{self._own}partial")
 
     def append(self, entry: Mapping[str, Any], key: str = "") -> None:
         """Adds an entry to the list of that key."""

@@ -309,8 +309,8 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pa
     """Yields the local path to write a file to that appears under its name whole, or not at all.
 
     Without `sync` only a crash of the machine can leave it cut off. What goes into a bucket is
-    written here first, and shows there once all of it has arrived. Raises FileError if it cannot be
-    written: a full disk, a folder that is read-only or a file.
+    written here first, and shows there once all of it has arrived. A link stays one. Raises
+    FileError if it cannot be written: a full disk, a read-only folder, a device.
     """
     path = as_path(path)
     if in_bucket(path):
@@ -320,6 +320,9 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pa
                 yield partial
                 _copy(partial, path)
         return
+    path = pathlib.Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileError(f"{path} cannot be written: it is no regular file.")
     # Not the process's number: hosts in containers share numbers, and may share the folder.
     partial = path.with_name(f"{cut_name(path.name)}.{secrets.token_hex(4)}.partial")
     try:
@@ -338,10 +341,7 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pa
 
 @contextlib.contextmanager
 def writing(path: epath.Path, partial: pathlib.Path | None = None) -> Iterator[None]:
-    """Of an OSError in a block that writes a file it makes a FileError that names the file.
-
-    One that names another file passes: it is that file's, for example of one that is copied.
-    """
+    """Makes of an OSError a FileError that names the file; one of another file passes."""
     try:
         yield
     except OSError as error:

@@ -50,8 +50,8 @@ def check_gammas(gammas: Iterable[float]) -> tuple[float, ...]:
     if not values:
         raise ValueError("There is no gamma to try; give at least one number, as --gammas=0,1.")
     for gamma in values:
-        if math.isnan(gamma):
-            raise ValueError("gamma is taken from logits and must be a number, got nan.")
+        if not math.isfinite(gamma):
+            raise ValueError(f"gamma is taken from logits and must be a number, got {gamma:g}.")
     return values
 
 

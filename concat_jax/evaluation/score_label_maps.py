@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from concat_jax.core.coco import ImageId, PanopticFile, read_panoptic
+from concat_jax.core.coco import ImageId, PanopticFile, read_panoptic, vocabulary_of
 from concat_jax.core.files import FileError, as_path, files_below
 from concat_jax.core.mask_codes import read_id_map, read_label_map, segment_rows
 from concat_jax.core.prefetch import with_progress
@@ -81,7 +81,8 @@ def score_semantic(
     Args:
       annotations, predictions: each a folder of label maps, whose names are the images', or a COCO
         panoptic json. Both must hold the same images.
-      vocabulary: the label space; may be None where the annotations are a panoptic json.
+      vocabulary: the label space; None takes that of the annotations, where they are a panoptic
+        json or have a manifest beside them.
       annotation_values, prediction_values: whether a folder's pixels are category ids ("ids") or
         positions in the vocabulary ("indices"). "" reads the manifest beside the folder, and
         without one takes them for ids, unless they agree better as positions: that is refused.
@@ -97,9 +98,12 @@ def score_semantic(
         files.append(read_panoptic(annotations))
         vocabulary = label_space(files[0], vocabulary, knows_things=knows_things)
         truth = _panoptic_maps(files[0], annotation_folder, vocabulary.index_of_category)
-    elif vocabulary is None:
-        raise FileError(f"Label maps as those in {annotations} name no classes; give --split.")
     else:
+        if vocabulary is None:
+            manifest = None if annotation_values else read_manifest(annotations, "semantic")
+            if manifest is None:
+                raise FileError(f"No json beside {annotations} names its classes; give --split.")
+            vocabulary = vocabulary_of(manifest.path, manifest.categories)
         truth = _folder_maps(
             annotations, "annotation", annotation_values, vocabulary, ignored_values, notes
         )

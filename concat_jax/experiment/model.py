@@ -170,6 +170,7 @@ def load_workdir(workdir: Path, stage: str = "") -> tuple[Params, ModelCard, Tok
     """What holds after a stage of a workdir, without optimizer and image tower of CLIP."""
     config = unflatten(read_json(workdir / CONFIG_NAME))
     fields = {field.name for field in dataclasses.fields(PredictConfig)}
+    config.eval.stages = config.eval.get("stages", {})  # where none is evaluated
     given = config.eval.get("settings", {})
     config.eval.settings = {key: value for key, value in given.items() if key in fields}
     labels = _read_labels(workdir, config)

@@ -41,9 +41,10 @@ def _flocked(workdir: Path, mine: Mapping[str, Any]) -> Any:
     try:
         file = (workdir / LOCK_NAME).open("ab", buffering=0)
     except OSError as error:
+        report = workdir / "report.json"
+        told = f" The report of the run that is finished there is {report}." * report.exists()
         raise ValueError(
-            f"The workdir {workdir} cannot be written: {error.strerror}; name another. The "
-            f"report of a run that is finished there is {workdir / 'report.json'}."
+            f"The workdir {workdir} cannot be written: {error.strerror}; name another.{told}"
         ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -144,12 +144,15 @@ def data_set_names(
     names, ids = [], []
     for path in paths:
         own = spelt(path.absolute())
-        found = [
-            (name, number)
+        fitting = [
+            (len(spelt(name).parts), name, number)
             for file in (own, own.with_suffix(""))
             for name, number in by_end.get(file.name, [])
             if file.parts[-len(spelt(name).parts) :] == spelt(name).parts
         ]
+        # "a/1.png" also ends in "1.png": the longest is meant.
+        longest = max((length for length, *_ in fitting), default=0)
+        found = [entry for length, *entry in fitting if length == longest]
         if len(found) != 1:
             what = f"{len(found)} images" if found else "no image"
             raise FileError(

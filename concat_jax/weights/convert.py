@@ -14,9 +14,11 @@ from concat_jax.core.files import as_path
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import make_segmentor
 from concat_jax.weights import eomt, fcclip
+from concat_jax.weights.backbones import FORMATS
 from concat_jax.weights.class_names import Classes, classes_from_hf, default_classes, fresh_head
 from concat_jax.weights.files.readers import read_weights
 from concat_jax.weights.hugging_face_folder import (
+    BILINEAR,
     CONFIG_NAME,
     EXTRA_KEY,
     PREPROCESSOR_NAME,
@@ -101,6 +103,8 @@ def load_source(
         head = source.params.get("classifier")
         # The last is no-object.
         count = None if head is None else len(head["class_embed"]["bias"]) - 1
+        if count == 0:
+            raise ValueError("its class head has no class besides no-object")
         classes = named or source.classes
         if classes is None and count is not None:
             classes = classes_from_hf(source.content, None if new_head else count, known)
@@ -194,17 +198,24 @@ def _from_model_folder(path: Path) -> Source:
 
 
 def _from_hf_folder(path: Path) -> Source:
-    """A Hugging Face Mask2Former; preprocessor_config.json may be absent."""
+    """A model of Hugging Face's or timm's; preprocessor_config.json may be absent."""
     content = read_json_object(path / CONFIG_NAME)
+    model_type = content.get("model_type")
+    if model_type in [*FORMATS] or (model_type is None and "architecture" in content):
+        return _from_classifier_folder(path, content)
     config = segmentor_config_from_hf(content)
-    model_type = content["model_type"]
-    sides, notes = {}, ()
-    if (path / PREPROCESSOR_NAME).is_file():
-        sides, notes = check_preprocessing(read_json_object(path / PREPROCESSOR_NAME))
-    elif model_type in eomt.ARCHITECTURES:
+    sides, notes, is_eomt = {}, (), model_type in eomt.ARCHITECTURES
+    processor = {}
+    if has_processor := (path / PREPROCESSOR_NAME).is_file():
+        processor = read_json_object(path / PREPROCESSOR_NAME)
+        sides, notes = check_preprocessing(processor, is_square=is_eomt)
+    if is_eomt and not sides:
         side = eomt.image_size(content, CONFIG_NAME)
         sides = {"short_side": side, "long_side": side}
-        notes = (f"There is no {PREPROCESSOR_NAME}; by {CONFIG_NAME}, pictures are {side} square.",)
+        why = "asks for no size to keep" if has_processor else "is not there"
+        notes = (f"{PREPROCESSOR_NAME} {why}; by {CONFIG_NAME}, pictures are {side} square.",)
+    if (resample := processor.get("resample", BILINEAR)) not in (None, BILINEAR):
+        notes += (f"By {PREPROCESSOR_NAME}, the filter is Pillow's {resample}; here bilinear.",)
     file = read_weights(weights_in(path, WEIGHTS_NAMES))
     if family := eomt.ENCODERS.get(model_type):
         params, report = backbone_params_from_dino(file.arrays, config, family)
@@ -217,7 +228,7 @@ def _from_hf_folder(path: Path) -> Source:
     card = ModelCard(config, task=task if task in TASKS else "", **sides)
     notes = (*file.notes, *notes)
     kind = "a Hugging Face Mask2Former"
-    if model_type in eomt.ARCHITECTURES:
+    if is_eomt:
         kind = "a Hugging Face EoMT"
         if np.any(file.arrays.get("attn_mask_probs")):
             notes += (
@@ -225,6 +236,17 @@ def _from_hf_folder(path: Path) -> Source:
                 "here none is masked then, as after training.",
             )
     return Source(kind, params, card, report, notes, content=content)
+
+
+def _from_classifier_folder(path: Path, content: Mapping[str, Any]) -> Source:
+    """A ResNet or Swin of ImageNet; the config of timm's says nothing of sizes."""
+    if kind := content.get("model_type"):
+        # Which stages a config puts out is nothing to ours, which puts out all four.
+        sizes = {key: value for key, value in content.items() if key != "out_features"}
+        FORMATS[kind].config.read(sizes, CONFIG_NAME)
+    if (path / PREPROCESSOR_NAME).is_file():
+        check_preprocessing(read_json_object(path / PREPROCESSOR_NAME))
+    return _from_file(weights_in(path, WEIGHTS_NAMES))
 
 
 def _from_file(path: Path) -> Source:
@@ -252,7 +274,9 @@ def _from_file(path: Path) -> Source:
         return Source(kind, params, ModelCard(config), report, file.notes)
     raise ValueError(
         f"{path} holds weights of an unknown model ({name_keys(file.arrays)}); what can be "
-        "converted are a Detectron2 Mask2Former, PADing, FC-CLIP, and a ResNet or Swin of ImageNet."
+        "converted are a Detectron2 Mask2Former, PADing, FC-CLIP, and of ImageNet torchvision's, "
+        "timm's, Detectron2's or Hugging Face's ResNet and the Swin repository's or Hugging Face's "
+        "Swin."
     )
 
 

@@ -20,10 +20,18 @@ from absl import logging
 
 from concat_jax.core.files import as_path, in_bucket, nearest, put_folder, remove_folder
 
-# Files that a folder this package writes has at its top: what `overwrite` may replace.
 CARD_NAME = "model.json"
 EXPORT_NAME = "export.json"
-MARKERS = (CARD_NAME, "config.json", EXPORT_NAME)
+# What a folder that this package writes has at its top, the mark first: what `overwrite` may
+# replace.
+CONTENTS = (
+    (CARD_NAME, "params", "tokenizer"),
+    ("config.json", "model.safetensors", "preprocessor_config.json"),
+    (EXPORT_NAME, "model.jax", "model.onnx", "saved_model", "text.npy"),
+)
+MARKERS = tuple(mark for mark, *_ in CONTENTS)
+# How hidden folders end in which one is made, and what it replaces is held.
+_HIDDEN = (".part", ".old")
 
 
 @contextlib.contextmanager
@@ -45,28 +53,46 @@ def new_folder(
             remove_folder(final)
             put_folder(Path(local), final, last=MARKERS)
         return
-    # realpath: a link to a folder stays a link to what replaces that folder.
-    final = Path(os.path.realpath(folder))
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
+    # realpath: a link to a folder stays a link to what replaces that folder's content.
+    final = _real(folder)
     check_destination(final, overwrite=overwrite)
+    # A folder that is there is filled: it may be a mount, or all that somebody may write to.
+    place = final if final.is_dir() else final.parent
+    temporary = place / f".{final.name}.{secrets.token_hex(4)}.part"
     with _one_reason(folder, nearest(final), params):
         try:
             temporary.mkdir(parents=True)
             yield temporary
             check_destination(final, overwrite=overwrite)
-            old = temporary.with_suffix(".old")
-            if is_there := final.exists():
-                final.rename(old)
-            temporary.rename(final)
-            if is_there:
-                shutil.rmtree(old)
+            if final.exists():
+                _fill(final, temporary)
+            else:
+                temporary.rename(final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
+def _content(folder: Path) -> list[Path]:
+    """What lies in a folder, marks last, without what a run that was killed has left."""
+    paths = [p for p in folder.iterdir() if not (p.name[0] == "." and p.name.endswith(_HIDDEN))]
+    return sorted(paths, key=lambda path: (path.name in MARKERS, path.name))
+
+
+def _fill(folder: Path, new: Path) -> None:
+    """Puts what is in `new` in the place of a folder's content; marks go first and come last."""
+    old = new.with_suffix(".old")
+    old.mkdir()
+    for path in reversed(_content(folder)):
+        path.rename(old / path.name)
+    for path in _content(new):
+        path.rename(folder / path.name)
+    shutil.rmtree(old)
+    new.rmdir()
+
+
 def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Raise a ValueError if the name is taken, with `overwrite` by something that is no model."""
+    """Raise a ValueError if the name is taken, with `overwrite` by more than a model."""
     folder = as_path(folder)
     if not folder.exists():
         above = nearest(folder)
@@ -75,7 +101,8 @@ def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> Non
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder to write to.")
-    if not any(folder.iterdir()):
+    names = {path.name for path in _content(folder)}
+    if not names:
         return
     if not overwrite:
         raise ValueError(f"{folder} is there already; name another folder or pass --overwrite.")
@@ -83,21 +110,37 @@ def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> Non
         raise ValueError(
             f"{folder} holds a training run, which --overwrite leaves alone; name another folder."
         )
-    if not any((folder / marker).is_file() for marker in MARKERS):
+    marks = names.intersection(MARKERS)
+    if not marks:
         raise ValueError(
             f"{folder} holds no model ({' or '.join(MARKERS)}), so --overwrite leaves it alone; "
             "name another folder."
         )
-
-
-def check_apart(source: str, destination: str) -> None:
-    """Raise a ValueError if a destination that is made or replaced takes its source with it."""
-    old, new = as_path(source).resolve(), as_path(destination).resolve()
-    if new in (old, *old.parents):
+    if not any(mark in marks and names <= {mark, *rest} for mark, *rest in CONTENTS):
+        foreign = names.difference(*CONTENTS) or marks
         raise ValueError(
-            f"{destination} is or holds the source {source}, which would be lost; name another "
-            "folder."
+            f"{folder} holds {sorted(foreign)[0]}, which is no part of a model that this package "
+            "writes, so --overwrite leaves it alone; name another folder."
         )
+
+
+def check_apart(destination: str, *sources: str) -> None:
+    """Raise a ValueError if a destination that is made or replaced takes a source with it.
+
+    A source "" is none.
+    """
+    for source in filter(None, sources):
+        old, new = map(_real, (source, destination))
+        if new in (old, *old.parents):
+            raise ValueError(
+                f"{destination} is or holds {source}, which would be lost; name another folder."
+            )
+
+
+def _real(path: str | os.PathLike[str]) -> Path:
+    """Without links; one that is a loop stays."""
+    path = as_path(path)
+    return path if in_bucket(path) else Path(os.path.realpath(path))
 
 
 @contextlib.contextmanager
@@ -128,7 +171,9 @@ def _one_reason(
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        reasons = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
+        reasons = (
+            os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+        )
         reason = next((reason for reason in reasons if reason in text), "")
         if not reason and isinstance(error, ValueError | OSError):
             raise

@@ -30,7 +30,6 @@ _ENCODER_FIELDS = {
     "norm_epsilon": ("layer_norm_eps", 1e-6),
 }
 _HEADS = {
-    "num_registers": ("num_register_tokens", 4),
     "image_size": ("image_size", 640),
     "num_queries": ("num_queries", 200),
     "num_blocks": ("num_blocks", 4),
@@ -67,8 +66,21 @@ def config_from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         rotary = {**_THETA, "rope_theta": content["rope_theta"]}
         content = {"rope_parameters": rotary, **content}
     fields = _EOMT[content["model_type"]].read(content, where)
+    fields["num_registers"] = _registers(content, where, 4)
     own = {name: fields.pop(name) for name in ("num_queries", "num_blocks", "num_upscales")}
-    return {"kind": "eomt", "backbone": _backbone(fields, where), **own}
+    side, patch = fields["image_size"], fields["patch_size"]
+    backbone = _backbone(fields, where)
+    if side % patch:
+        raise ValueError(
+            f"{where} has image_size {side}, which is not so many patches of {patch} pixels: "
+            "transformers leaves the rest of a picture out, which is not done here"
+        )
+    if patch % 2 ** own["num_upscales"]:
+        raise ValueError(
+            f"{where} has patch_size {patch}, which num_upscale_blocks {own['num_upscales']} do "
+            "not halve evenly; that is not done here"
+        )
+    return {"kind": "eomt", "backbone": backbone, **own}
 
 
 def image_size(content: Mapping[str, Any], where: str) -> int:
@@ -83,28 +95,32 @@ def encoder_config_from_hf(content: Mapping[str, Any], where: str) -> dict[str, 
         content = {**content, "patch_size": content.get("patch_size", 14)}
     fields = _DINO[ENCODERS[kind]].read(content, where)
     # Absent are four of DINOv2 with registers, and none of the others.
-    assumed = 4 if kind == "dinov2_with_registers" else 0
-    fields["num_registers"] = count = content.get("num_register_tokens", assumed)
-    if type(count) is not int or count < 0:
-        raise ValueError(
-            f"{where} has num_register_tokens {count!r}; it must be a whole number, 0 or more"
-        )
+    fields["num_registers"] = _registers(content, where, 4 * (kind == "dinov2_with_registers"))
     upscales = 2 if fields["patch_size"] % 4 == 0 else 1
     heads = {"num_blocks": min(4, fields["depth"]), "num_upscales": upscales}
     return {"kind": "eomt", "backbone": _backbone(fields, where), **heads}
 
 
-def _backbone(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    side = fields.pop("image_size")
-    if side < fields["patch_size"]:
+def _registers(content: Mapping[str, Any], where: str, assumed: int) -> int:
+    count = content.get("num_register_tokens", assumed)
+    if type(count) is not int or count < 0:
         raise ValueError(
-            f"{where} has image_size {side}, less than one patch of {fields['patch_size']} pixels; "
-            "take it from where the weights are from"
+            f"{where} has num_register_tokens {count!r}; it must be a whole number, 0 or more"
+        )
+    return count
+
+
+def _backbone(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    side, patch = fields.pop("image_size"), fields["patch_size"]
+    if side < patch:
+        raise ValueError(
+            f"{where} has image_size {side}, less than one patch of {patch} pixels; take it from "
+            "where the weights are from"
         )
     if "mlp_ratio" not in fields:
         return {**fields, "positions": "rotary", "key_bias": False}
     ffn_width = fields.pop("mlp_ratio") * fields["width"]
-    return {**fields, "ffn_width": ffn_width, "grid": side // fields["patch_size"]}
+    return {**fields, "ffn_width": ffn_width, "grid": side // patch}
 
 
 def family_of(config: Mapping[str, Any]) -> str:
@@ -134,7 +150,12 @@ def config_to_hf(settings: Mapping[str, Any], image_size: int) -> dict[str, Any]
                 "cannot be written."
             )
         fields["mlp_ratio"] = ratio
-    return {"architectures": [ARCHITECTURES[family]], "model_type": family, **form.write(fields)}
+    return {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "num_register_tokens": backbone.get("num_registers", 4),
+        **form.write(fields),
+    }
 
 
 def naming(config: Mapping[str, Any]) -> Naming:

@@ -1,12 +1,14 @@
 """Folders of a Hugging Face Mask2Former: config.json, preprocessor_config.json and the weights.
 
 Source: `transformers` `models/mask2former/configuration_mask2former.py`. What our segmentor has no
-place for is refused by name, so that a folder which is read gives the outputs it gives there.
+place for is refused by name, so that a folder which is read gives the outputs it gives there, of
+the same input; its processor makes other pixels at times (docs/faq.md).
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from concat_jax.weights.sizes import HubConfig, check_statistics
 
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
+BILINEAR = 2  # as Pillow counts its filters
 WEIGHTS_NAME = "model.safetensors"
 # Where save_pretrained puts the weights, in the order transformers looks for them.
 WEIGHTS_NAMES = tuple(
@@ -70,9 +73,9 @@ def segmentor_config_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
     something that our segmentor does not do.
     """
     kind = content.get("model_type")
-    if kind in eomt.ARCHITECTURES:
+    if kind in [*eomt.ARCHITECTURES]:  # whatever JSON has there can be looked for in a list
         return eomt.config_from_hf(content, CONFIG_NAME)
-    if kind in eomt.ENCODERS:
+    if kind in [*eomt.ENCODERS]:
         return eomt.encoder_config_from_hf(content, CONFIG_NAME)
     if kind != "mask2former":
         raise ValueError(
@@ -87,6 +90,11 @@ def segmentor_config_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
             "save_pretrained, and with its backbone's config."
         )
     fields = _CONFIG.read(content, CONFIG_NAME)
+    if fields["num_decoder_layers"] < 2:
+        raise ValueError(
+            f"{CONFIG_NAME} has decoder_layers 1, which is the prediction from the learned queries "
+            "alone; it must be 2 or more."
+        )
     fields["num_decoder_layers"] -= 1
     kind, where = backbone.get("model_type"), f"backbone_config in {CONFIG_NAME}"
     if not isinstance(kind, str) or kind not in FORMATS:
@@ -136,12 +144,15 @@ def _classes_to_hf(card: ModelCard) -> dict[str, Any]:
     return {**content, EXTRA_KEY: extra}
 
 
-def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def check_preprocessing(
+    content: Mapping[str, Any], *, is_square: bool = False
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Refuse a preprocessor_config.json that feeds the model other numbers than we do.
 
     Returns the sides of the network's input that it asks for, and whether semantic maps are made
     through windows, as fields of `ModelCard`, empty where it asks for none that a card can hold;
-    and sentences to be read.
+    and sentences to be read. `is_square`: the longer side is at most the shorter one where it is
+    not given, as `EomtImageProcessor` has it, not 5/3 of it.
     """
     where = PREPROCESSOR_NAME
     for field in ("do_normalize", "do_rescale"):
@@ -171,7 +182,9 @@ def check_preprocessing(content: Mapping[str, Any]) -> tuple[dict[str, Any], tup
     if not isinstance(size, Mapping):  # as transformers before 4.27 wrote it
         size = {"shortest_edge": size, "longest_edge": content.get("max_size")}
     short, longest = size.get("shortest_edge"), size.get("longest_edge")
-    long = round(short * 1333 / 800) if type(short) is int and longest is None else longest
+    long = longest
+    if type(short) is int and longest is None:
+        long = short if is_square else round(short * 1333 / 800)
     if type(short) is not int or type(long) is not int or not 1 <= short <= long:
         asked = ", ".join(f"{side} {value!r}" for side, value in sorted(size.items()))
         return {}, (
@@ -196,7 +209,7 @@ def preprocessing_to_hf(card: ModelCard) -> dict[str, Any]:
         "do_reduce_labels": False,
         "image_mean": _MEAN.round(6).tolist(),
         "image_std": _STD.round(6).tolist(),
-        "resample": 2,  # bilinear
+        "resample": BILINEAR,
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": card.short_side, "longest_edge": longest},
         **own,
@@ -216,6 +229,12 @@ def weights_in(folder: Path, names: Sequence[str], what: str = "weights") -> Pat
     for name in names:
         if (folder / name).is_file():
             return folder / name
+    if parts := sorted(path.name for path in folder.glob("*-of-*")):
+        index = re.sub(r"-\d+-of-\d+", "", parts[0]) + INDEX_SUFFIX
+        raise ValueError(
+            f"{folder} holds {what} in parts, such as {parts[0]}, and lacks {index}, which says "
+            "what is in which; get it from where they are from."
+        )
     raise ValueError(f"{folder} holds no {what}; they are {' or '.join(names)}.")
 
 

@@ -1,6 +1,7 @@
 """What is written is what the official tools read and our own readers honour."""
 
 import json
+import secrets
 
 import numpy as np
 import pytest
@@ -179,9 +180,25 @@ def test_large_ids_take_two_bytes_and_larger_ones_positions(tmp_path):
     assert {value: category.id for value, category in categories.items()} == {0: 70000, 1: 3}
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
-    (tmp_path / "a.json.0.partial").symlink_to("/dev/full")
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "ab")
+    (tmp_path / "a.json.0.ab.partial").symlink_to("/dev/full")
     with pytest.raises(FileError, match=r"/a\.json cannot be written: No space left on device"):
         with StreamedJson(tmp_path / "a.json") as writer:
             writer.append({"id": 1})
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_of_one_path_write_a_whole_json_each(tmp_path):
+    """Of two that predict into one folder the last one's stays, and it is a json."""
+    first, second = StreamedJson(tmp_path / "a.json"), StreamedJson(tmp_path / "a.json")
+    for number in range(3):
+        first.append({"id": number, "text": "x" * 20_000})
+        second.append({"id": 10 + number})
+    with second:
+        pass
+    assert [entry["id"] for entry in json.loads((tmp_path / "a.json").read_text())] == [10, 11, 12]
+    with first:
+        pass
+    assert [entry["id"] for entry in json.loads((tmp_path / "a.json").read_text())] == [0, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

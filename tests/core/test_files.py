@@ -16,6 +16,7 @@ from concat_jax.core.files import (
     replacing,
     write_json,
     write_png,
+    write_text,
 )
 
 
@@ -142,3 +143,19 @@ def test_another_files_fault_is_not_blamed_on_the_one_that_is_written(tmp_path):
     with pytest.raises(FileNotFoundError, match="source"):
         with replacing(tmp_path / "copy") as partial:
             partial.write_bytes((tmp_path / "source").read_bytes())
+
+
+def test_a_device_is_no_file_to_replace(tmp_path):
+    """Root could: os.replace makes a file of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileError, match="pipe cannot be written: it is no regular file"):
+        write_text(tmp_path / "pipe", "x")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_stays_one_to_what_is_written(tmp_path):
+    (tmp_path / "link.txt").symlink_to(tmp_path / "own.txt")
+    for text in ("one", "two"):
+        write_text(tmp_path / "link.txt", text)
+        assert (tmp_path / "link.txt").is_symlink()
+        assert (tmp_path / "own.txt").read_text() == text

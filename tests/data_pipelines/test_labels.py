@@ -205,6 +205,11 @@ def test_bad_names_are_named(text, sentence):
         parse_classes(text, TRAINING)
 
 
+def test_a_folder_is_no_name(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder; name a file of classes"):
+        parse_classes(str(tmp_path), TRAINING)
+
+
 def test_names_are_things_then_stuff_and_seen_or_not(tmp_path):
     found, knows_things = parse_classes("cat, x y; dog", TRAINING)
     assert found.names == ("cat", "x y", "dog") and knows_things

@@ -226,6 +226,18 @@ def test_folders_that_are_no_model_are_told_apart(tmp_path):
         open_model(tmp_path)
 
 
+def test_a_run_that_evaluates_no_stage_names_by_its_last_one(folder, tmp_path):
+    """As the folders of an ablation's seeds: no section of its config.json holds what is empty."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    content = read_json(copy / "config.json")
+    kept = {key: v for key, v in content.items() if not key.startswith("eval.stages")}
+    assert kept != content
+    kept["stages"] = [name for name in content["stages"] if name != "control"]
+    (copy / "config.json").write_text(json.dumps(kept))
+    assert open_model(copy).card.source.endswith("stage finetune")
+
+
 def test_damaged_labels_are_named(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

@@ -301,7 +301,10 @@ def test_a_workdir_that_is_written_is_refused_until_its_process_is_gone(tmp_path
 
 def test_a_workdir_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / LOCK_NAME).mkdir()
-    with pytest.raises(ValueError, match="cannot be written: Is a directory; name another"):
+    with pytest.raises(ValueError, match="cannot be written: Is a directory; name another.$"):
+        claim(tmp_path)
+    (tmp_path / "report.json").touch()
+    with pytest.raises(ValueError, match="name another. The report of the run that is finished"):
         claim(tmp_path)
 
 

@@ -134,8 +134,10 @@ def test_a_data_set_names_and_numbers_its_images(tmp_path):
     assert data_set_names(written, listed(*others))[1] == [2, 9]
     with pytest.raises(ValueError, match=r"apple.jpg fits no image of .*gt.json.* leave --annot"):
         data_set_names(paths, listed(*rows[1:]))
+    # "cam1/1.jpg" ends in "1.jpg" as well: the longest is meant.
+    assert data_set_names(paths, listed(*rows, (7, "1.jpg")))[1] == [2, 9]
     with pytest.raises(ValueError, match=r"cam1/1.jpg fits 2 images of .*gt.json"):
-        data_set_names(paths, listed(*rows, (7, "1.jpg")))
+        data_set_names(paths, listed(*rows, (7, "cam1/1")))
     with pytest.raises(ValueError, match=r"both fit the image 2"):
         data_set_names([paths[0], tmp_path / "other" / "apple.jpg"], listed(*rows))
     with pytest.raises(ValueError, match="no list of 'images'"):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import traverse_util
 
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.models.segmentor import make_segmentor
@@ -16,7 +17,12 @@ from concat_jax.weights.hugging_face_folder import (
     save_hf_folder,
     segmentor_config_from_hf,
 )
-from concat_jax.weights.model_folder import ModelCard, load_model, save_model
+from concat_jax.weights.model_folder import (
+    ModelCard,
+    load_model,
+    parameter_shapes,
+    save_model,
+)
 from tests.golden.cases import draw_weights
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64)
@@ -98,6 +104,56 @@ def test_a_dino_is_an_encoder(name, config, fields, wanted, tmp_path):
     assert load_model(tmp_path / "ours")[1].segmentor == source.card.segmentor
 
 
+@pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters"])
+def test_a_dino_that_classifies_is_an_encoder_too(family, tmp_path):
+    name = f"{family}ForImageClassification"
+    saved(tmp_path / "dino", name, f"{family}Config", **SIZES, mlp_ratio=2, patch_size=16)
+    source = load_source(tmp_path / "dino")
+    assert {"classifier.weight", "classifier.bias"} <= set(source.report.ignored)
+    bare = safetensors.numpy.load_file(tmp_path / "dino" / "model.safetensors")
+    (norm,) = (array for name, array in bare.items() if name.endswith(".layernorm.weight"))
+    np.testing.assert_array_equal(source.params["segmentor"]["backbone"]["norm"]["scale"], norm)
+
+
+@pytest.mark.parametrize("family", ["Eomt", "EomtDinov3"])
+def test_an_eomt_without_registers(family, tmp_path):
+    sizes = {**SIZES, **HEADS, "mlp_ratio": 2, "intermediate_size": 32, "num_register_tokens": 0}
+    saved(tmp_path / "theirs", f"{family}ForUniversalSegmentation", f"{family}Config", **sizes)
+    source = load_source(tmp_path / "theirs")
+    assert source.card.segmentor["backbone"]["num_registers"] == 0
+    save_hf_folder(tmp_path / "back", source.params, source.card)
+    assert json.loads((tmp_path / "back/config.json").read_text())["num_register_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    "processor, sides, note",
+    [
+        ({}, 96, "asks for no size to keep; by config.json, pictures are 96 square"),
+        ({"size": {"height": 96, "width": 96}}, 96, "by config.json, pictures are 96 square"),
+        ({"do_resize": False}, 96, "by config.json, pictures are 96 square"),
+        ({"size": {"shortest_edge": 64}}, 64, "shorter side of 64 and a longer one of at most 64"),
+        ({"resample": 3}, 96, "the filter is Pillow's 3; here bilinear"),
+    ],
+)
+def test_an_eomt_whose_processor_says_no_size(processor, sides, note, tmp_path):
+    """Its positions are for one size: that of Mask2Former's processor is not it."""
+    card = ModelCard(CONFIG, VOCABULARY, "panoptic", "a", True, None, 64, 64)
+    params = draw_weights(parameter_shapes(CONFIG, 2))
+    params = traverse_util.unflatten_dict(params, sep="/")
+    save_hf_folder(tmp_path / "hf", params, card)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    # Six patches a side, of which the table of positions must have the room.
+    config["image_size"] = 96
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    weights = safetensors.numpy.load_file(tmp_path / "hf/model.safetensors")
+    weights["embeddings.position_embeddings.weight"] = np.zeros((36, 16), np.float32)
+    safetensors.numpy.save_file(weights, tmp_path / "hf/model.safetensors")
+    (tmp_path / "hf/preprocessor_config.json").write_text(json.dumps(processor))
+    source = load_source(tmp_path / "hf")
+    assert (source.card.short_side, source.card.long_side) == (sides, sides)
+    assert note in " ".join(source.notes) and "--short_side" not in " ".join(source.notes)
+
+
 def test_config_and_preprocessing_round_trip():
     card = ModelCard(CONFIG, VOCABULARY, "panoptic", "a", True, None, 640, 640)
     content = config_to_hf(card)
@@ -120,6 +176,12 @@ def test_config_and_preprocessing_round_trip():
         ({"model_type": "eomt_dinov3", "rope_theta": 50.0}, "'rope_theta': 50.0.*not done here"),
         ({"model_type": "eomt", "image_size": 8}, "image_size 8, less than one patch of 16 pixels"),
         ({"model_type": "dinov2", "image_size": 8}, "image_size 8, less than one patch of 14"),
+        ({"model_type": "eomt", "image_size": 70}, "image_size 70, which is not so many patches"),
+        ({"model_type": "eomt_dinov3", "image_size": 70}, "70, which is not so many patches of 16"),
+        (
+            {"model_type": "eomt", "patch_size": 14, "image_size": 70},
+            "patch_size 14, which num_upscale_blocks 2 do not halve evenly",
+        ),
         ({"model_type": "eomt", "num_queries": 0}, "num_queries 0; it must be a whole number, 1"),
         ({"model_type": "eomt", "layer_norm_eps": -1}, "layer_norm_eps -1; it must be a number ab"),
         ({"model_type": "dinov3_vit", "num_register_tokens": -1}, "tokens -1; it must be a whole"),

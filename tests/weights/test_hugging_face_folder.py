@@ -69,6 +69,7 @@ SWIN = {"model_type": "swin"}
     [
         ({"model_type": "maskformer"}, "type 'maskformer'; only 'mask2former'"),
         ({}, "type None"),
+        ({"model_type": ["mask2former"]}, "type \\[.mask2former.\\]; only"),
         ({"model_type": "mask2former"}, "no backbone_config"),
         (
             {"model_type": "mask2former", "backbone": "resnet50"},

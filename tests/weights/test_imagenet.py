@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from concat_jax.models.backbones.resnet import ResNet
+from concat_jax.models.backbones.swin import Swin
+from concat_jax.weights.convert import load_source
 from concat_jax.weights.segmentors import backbone_params_from_imagenet
 
 torch = pytest.importorskip("torch")
@@ -102,6 +104,44 @@ def test_torchvision_features(network, arrays):
         theirs = network(torch.from_numpy(images).permute(0, 3, 1, 2))
     for stage, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         np.testing.assert_allclose(a, b.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4, err_msg=stage)
+
+
+@pytest.mark.parametrize("kind", ["ResNet", "Swin"])
+@pytest.mark.parametrize("around", ["ForImageClassification", "Model"])
+def test_hugging_face_classifier(kind, around, tmp_path):
+    """Of both kinds, with the classifier in front of the names and without it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(embedding_size=8, hidden_sizes=[32, 64, 128, 256], depths=[1, 2, 1, 1])
+    if kind == "Swin":
+        sizes = dict(embed_dim=8, depths=[1, 1, 2, 1], num_heads=[2] * 4, window_size=3)
+        sizes |= dict(image_size=96)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}{around}")(config).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim == 1 and tensor.is_floating_point():
+                low = 0.5 if name.endswith(("running_var", "norm.weight")) else -0.1
+                tensor.copy_(low + 0.2 * torch.rand(tensor.shape))
+    model.save_pretrained(tmp_path)
+    source = load_source(tmp_path)
+    assert source.kind == "a backbone trained on ImageNet"
+    assert {f"output_norm_{k}" in str(source.report.new) for k in range(4)} == {kind == "Swin"}
+    images = np.random.default_rng(0).normal(size=(1, 96, 96, 3)).astype(np.float32)
+    fields = {k: v for k, v in source.card.segmentor["backbone"].items() if k != "kind"}
+    backbone = {"ResNet": ResNet, "Swin": Swin}[kind](**fields)
+    apply = jax.jit(backbone.apply, compiler_options={"xla_backend_optimization_level": 0})
+    ours = apply({"params": source.params["segmentor"]["backbone"]}, images)
+    with torch.no_grad():
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+        theirs = model(pixels, output_hidden_states=True)
+        if kind == "Swin":  # before the merging of patches, and not normalised: but for the last
+            last = theirs.reshaped_hidden_states[-1].permute(0, 2, 3, 1)
+            maps = {3: torch.nn.functional.layer_norm(last, last.shape[-1:], eps=1e-5)}
+        else:
+            maps = {k: theirs.hidden_states[k + 1].permute(0, 2, 3, 1) for k in range(4)}
+    for stage, b in maps.items():
+        np.testing.assert_allclose(ours[stage], b, rtol=1e-4, atol=1e-4, err_msg=str(stage))
 
 
 def detectron2_key(key):

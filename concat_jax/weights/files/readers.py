@@ -142,6 +142,9 @@ def _read(file: BinaryIO, suffix: str) -> WeightsFile:
     file.seek(0)
     if not start:
         raise ValueError("it is empty")
+    for beginning, what in _OTHER_FILES.items():
+        if start.startswith(beginning):
+            raise ValueError(what)
     if start.startswith(ZIP_START):
         content, is_script = read_torch_zip(file)
         if is_script:
@@ -157,9 +160,6 @@ def _read(file: BinaryIO, suffix: str) -> WeightsFile:
         return _read_numpy(file)
     if _MSGPACK.match(start):
         return _read_flax(file.read())
-    for beginning, what in _OTHER_FILES.items():
-        if start.startswith(beginning):
-            raise ValueError(what)
     raise ValueError(
         "it begins like none of safetensors, a pickle, a flax checkpoint and a file of torch.save"
     )

@@ -86,6 +86,17 @@ PADING_MODULES = (
 # Bookkeeping, and weights that no output depends on.
 _BOOKKEEPING = r"\.(num_batches_tracked|relative_position_index)$|criterion\.empty_weight$"
 
+# What a Swin's layers are called in memory, since transformers 5.
+_SWIN_IN_MEMORY = (
+    (r"\.attention\.q_proj\.", ".attention.self.query."),
+    (r"\.attention\.k_proj\.", ".attention.self.key."),
+    (r"\.attention\.v_proj\.", ".attention.self.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.attention\.relative_position_bias\.", ".attention.self."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+
 _HF_HEADS, _DETECTRON2_HEADS = columns(_HEADS, "", "", "")
 
 
@@ -117,15 +128,8 @@ def hugging_face(backbone: Mapping[str, Any]) -> Naming:
         (
             # Of a Mask2FormerModel, which has no class head around it.
             (r"^(pixel_level_module|transformer_module)\.", r"model.\1."),
-            # A Swin's names in memory (transformers 5).
             (r"^(model\.pixel_level_module\.encoder)\.swin\.", r"\1."),
-            (r"\.attention\.q_proj\.", ".attention.self.query."),
-            (r"\.attention\.k_proj\.", ".attention.self.key."),
-            (r"\.attention\.v_proj\.", ".attention.self.value."),
-            (r"\.attention\.o_proj\.", ".attention.output.dense."),
-            (r"\.attention\.relative_position_bias\.", ".attention.self."),
-            (r"\.mlp\.fc1\.", ".intermediate.dense."),
-            (r"\.mlp\.fc2\.", ".output.dense."),
+            *_SWIN_IN_MEMORY,
         ),
     )
 
@@ -152,11 +156,20 @@ def fcclip() -> Naming:
 
 
 def imagenet(kind: str) -> tuple[Naming, ...]:
-    """The names of classifiers of ImageNet on a kind of backbone: their own, and Detectron2's.
+    """The names of classifiers of ImageNet: their own, Detectron2's and Hugging Face's.
 
-    The second are those of its `tools/convert-torchvision-to-d2.py`. The last layers are ignored,
-    and tables that follow from the sizes.
+    The second are those of Detectron2's `tools/convert-torchvision-to-d2.py`. The last layers are
+    ignored, and tables that follow from the sizes.
     """
-    _, converted, own = columns(FORMATS[kind].table, PREFIX, "", "", "")
+    hub, converted, own = columns(FORMATS[kind].table, PREFIX, f"{kind}.", "", "")
     ignored = rf"{_BOOKKEEPING}|^(stem\.)?(fc|head|norm)\.(weight|bias)$|\.attn_mask$"
-    return tuple(Naming(rows, ignored, ((r"^backbone\.", ""),)) for rows in (own, converted))
+    # Hugging Face's have nothing in front where there is no classifier around them.
+    bare = (r"^(?=(embedder|embeddings|encoder|layernorm)\.)", f"{kind}.")
+    return (
+        *(Naming(rows, ignored, ((r"^backbone\.", ""),)) for rows in (own, converted)),
+        Naming(
+            hub,
+            rf"{_BOOKKEEPING}|^classifier\.|^({kind}\.)?layernorm\.",
+            (bare, *_SWIN_IN_MEMORY),
+        ),
+    )

@@ -240,8 +240,13 @@ class Found:
 
 
 def find(arrays: Mapping[str, np.ndarray], naming: Naming) -> Found:
-    """Look up every name of a file; ValueError where two names mean the same array."""
-    ignored = {k: tuple(np.shape(v)) for k, v in arrays.items() if re.search(naming.ignored, k)}
+    """Look up every name of a file; ValueError where two names mean the same array.
+
+    Arrays without a number in them are ignored: transformers writes those of layers that a config
+    has none of.
+    """
+    shapes = {key: tuple(np.shape(array)) for key, array in arrays.items()}
+    ignored = {k: s for k, s in shapes.items() if 0 in s or re.search(naming.ignored, k)}
     places: dict[str, tuple[Row, str]] = {}
     unknown = set()
     for key in arrays.keys() - ignored.keys():

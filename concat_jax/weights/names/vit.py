@@ -6,6 +6,7 @@ Sources: `transformers` `models/eomt`, `eomt_dinov3`, `dinov2`, `dinov2_with_reg
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -49,8 +50,8 @@ around_kernel            filter      conv2.weight
 norm                     norm        layernorm2d
 """
 FAMILIES = ("eomt", "eomt_dinov3", "dinov2", "dinov3")
-# Buffers, and the token of pixels that pretraining hides.
-_IGNORED = r"^(attn_mask_probs|criterion\.empty_weight|embeddings\.mask_token)$"
+# Buffers, the token of pixels that pretraining hides, and what classifies ImageNet.
+_IGNORED = r"^(attn_mask_probs|criterion\.empty_weight|embeddings\.mask_token|classifier\.\w+)$"
 # Names in memory (transformers 5) of what the files call otherwise.
 _SPELLINGS = {
     "dinov2": (
@@ -75,10 +76,11 @@ def hugging_face(family: str, is_gated: bool) -> Naming:
 def as_segmentors(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays of a DINOv2 as a segmentor has them.
 
-    The class token's position becomes part of the token, and gate and value of a gated MLP, which
-    the files stack, are taken apart.
+    What a classifier around it puts before the names is taken off, the class token's position
+    becomes part of the token, and gate and value of a gated MLP, which the files stack, are taken
+    apart.
     """
-    arrays = dict(arrays)
+    arrays = {re.sub(r"^dinov2(_with_registers)?\.", "", name): a for name, a in arrays.items()}
     table, token = "embeddings.position_embeddings", "embeddings.cls_token"
     if table in arrays and token in arrays:
         arrays[token] = arrays[token] + arrays[table][:, :1]
