@@ -360,6 +360,13 @@ def test_gamma_is_not_chosen_on_what_is_scored(tmp_path, split):
         ablation.ablation(config, ["projection"], [0], 0, tmp_path)
 
 
+def test_seeds_beyond_the_room_for_their_scenes_are_refused(tmp_path):
+    line = f"--config={ROOT}/configs/demo_zps.py:smoke --workdir={tmp_path}/a"
+    with pytest.raises(SystemExit, match=r"first_seed=.* in the range \[0, 1000\]"):
+        ablation.main(["ablation", *line.split(), "--first_seed=100000000"])
+    assert not (tmp_path / "a").exists()
+
+
 def test_an_unknown_row_and_none_at_all_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no row to run; give some, as --rows=projection,con"):
         ablation.ablation(demo_zps.get_config(), [], [0], 0, tmp_path)
