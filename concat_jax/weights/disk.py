@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -30,8 +31,6 @@ CONTENTS = (
     (EXPORT_NAME, "model.jax", "model.onnx", "saved_model", "text.npy"),
 )
 MARKERS = tuple(mark for mark, *_ in CONTENTS)
-# How hidden folders end in which one is made, and what it replaces is held.
-_HIDDEN = (".part", ".old")
 
 
 @contextlib.contextmanager
@@ -75,7 +74,8 @@ def new_folder(
 
 def _content(folder: Path) -> list[Path]:
     """What lies in a folder, marks last, without what a run that was killed has left."""
-    paths = [p for p in folder.iterdir() if not (p.name[0] == "." and p.name.endswith(_HIDDEN))]
+    is_left = re.compile(r"\..*\.(part|old)")
+    paths = [path for path in folder.iterdir() if not is_left.fullmatch(path.name)]
     return sorted(paths, key=lambda path: (path.name in MARKERS, path.name))
 
 
@@ -127,9 +127,11 @@ def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> Non
 def check_apart(destination: str, *sources: str) -> None:
     """Raise a ValueError if a destination that is made or replaced takes a source with it.
 
-    A source "" is none.
+    What is no path of anything is no source: classes may be named and not lie in a file.
     """
-    for source in filter(None, sources):
+    for source in sources:
+        if not (in_bucket(source) or os.path.exists(source)):
+            continue
         old, new = map(_real, (source, destination))
         if new in (old, *old.parents):
             raise ValueError(

@@ -78,10 +78,13 @@ def test_a_folder_that_may_not_be_made_is_called_by_its_own_name(tmp_path, monke
         pass
 
 
-def test_a_destination_does_not_take_what_is_read_with_it(tmp_path):
-    for source in (tmp_path, tmp_path / "classes.txt"):
+def test_a_destination_does_not_take_what_is_read_with_it(tmp_path, monkeypatch):
+    (tmp_path / "classes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    for source in (tmp_path, tmp_path / "classes.txt", "classes.txt"):
         with pytest.raises(ValueError, match=f"holds {source}, which would be lost"):
             check_apart(str(tmp_path), "", str(source))
     check_apart(str(tmp_path / "new"), "", str(tmp_path), "ade20k_150")
+    check_apart(".", "", "ade20k_150", "cat, dog; sky")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     check_apart(str(tmp_path / "loop"), str(tmp_path / "a"))
