@@ -11,15 +11,17 @@ memory and in a temporary folder that goes when the page does.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from concat_jax import page
-from concat_jax.core import cli
+from concat_jax.core import cli, stopping
 from concat_jax.experiment.model import DEMO, open_model
 from concat_jax.page.desk import MAX_MEGABYTES, Desk
 from concat_jax.page.view import notice_html, png_url, result_html
@@ -96,6 +98,8 @@ def build(desk: Desk) -> gradio.Blocks:
                 ]
                 go = gr.Button("Segment", variant="primary", elem_id="go")
                 sliders = [gr.Slider(**_slider(name, desk.model)) for name in SETTINGS[rule]]
+                for slider in sliders:
+                    slider.preprocess = functools.partial(_filled, slider.preprocess, slider.value)
         asked = dict(inputs=[picture, *fields, *sliders], outputs=[notice, view])
         how = dict(
             concurrency_id="model",
@@ -142,6 +146,11 @@ _SLIDERS = {
 }
 
 
+def _filled(preprocess: Callable[[float], float], default: float, value: float | None) -> float:
+    """A slider's number, of which somebody may have emptied the box."""
+    return preprocess(default if value is None else value)
+
+
 def _slider(name: str, model: Any) -> dict[str, Any]:
     label, info, value = _SLIDERS[name]
     value = model.score_threshold if value is None else value
@@ -181,8 +190,10 @@ def launch(blocks: gradio.Blocks, desk: Desk, port: int | None) -> str:
     try:
         return blocks.launch(**options)[1]
     except OSError as error:
-        ports = f"The port {port} is" if port else "All ports of Gradio's are"
-        raise ValueError(f"{ports} taken; give another --port=8123.") from error
+        ports = f"The port {port} is taken" if port else "All ports of Gradio's are taken"
+        # Below 1024 they are the system's.
+        other = port + 1 if port and 1024 <= port < 65535 else 8123
+        raise ValueError(f"{ports}, or not for us; give another, as --port={other}.") from error
 
 
 def _picture(scene: Any) -> Any:
@@ -193,8 +204,10 @@ def _picture(scene: Any) -> Any:
 
 @cli.command(__doc__, define_flags)
 def main(given: cli.Flags) -> None:
-    """Serves until Ctrl-C."""
-    with tempfile.TemporaryDirectory(prefix="concat_jax_page_") as folder:
+    """Serves until Ctrl-C or SIGTERM."""
+    # SIGTERM, too, is to leave nothing of the visitors' pictures.
+    folder_of_page = tempfile.TemporaryDirectory(prefix="concat_jax_page_")
+    with stopping.catching_sigterm("Stopped."), folder_of_page as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read as it is imported
         try:
             import gradio  # noqa: F401

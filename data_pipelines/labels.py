@@ -118,7 +118,8 @@ def _asked_for(classes: Names, training: Vocabulary) -> tuple[tuple[str, ...], t
         if os.sep in classes and os.path.isdir(classes):
             raise ValueError(f"{classes} is a folder; name a file of classes, or the classes.")
         _refuse_misspelt(classes)
-        parts = [[n.strip() for n in part.split(",")] for part in classes.split(";")]
+        lines = [part.strip().replace("\n", ",") for part in classes.split(";")]
+        parts = [[name.strip() for name in line.split(",")] for line in lines]
         parts = [part if part != [""] else [] for part in parts]
         if len(parts) > 2:
             raise ValueError(f"{classes!r} has several semicolons; one ends the things.")
@@ -234,6 +235,11 @@ def _from_lines(text: str, where: str) -> tuple[Vocabulary, bool]:
         name, *synonyms = (word.strip() for word in line.split(","))
         if not name:
             raise ValueError(f"{where} has no name in line {number}; write a class a line.")
+        if ";" in line:
+            raise ValueError(
+                f"{where} has a semicolon in line {number}; write a class a line, or a JSON list "
+                'of {"name", "isthing"} to say which are things.'
+            )
         if not all(synonyms):
             raise ValueError(
                 f"{where} has an empty synonym of {name!r} in line {number}; take the comma out."

@@ -35,11 +35,14 @@ def to_rgb(image: np.ndarray | Image.Image, name: str = "The image") -> np.ndarr
         return _array_to_rgb(grey.astype(np.uint16), name)
     if image.mode == "F":
         raise ImageError(f"{name} holds 32-bit floats of unknown range; save it in 8 bit.")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        page = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(page, image)
-    return np.array(image.convert("RGB"))
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            page = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(page, image)
+        return np.array(image.convert("RGB"))
+    except ValueError as error:
+        raise ImageError(f"{name} cannot be made RGB: {error}.") from error
 
 
 def _array_to_rgb(array: np.ndarray, name: str) -> np.ndarray:
@@ -48,13 +51,16 @@ def _array_to_rgb(array: np.ndarray, name: str) -> np.ndarray:
         raise ImageError(
             f"{name} has the shape {array.shape}; give [H, W], or [H, W, C] of 1, 3 or 4 channels."
         )
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
         array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise ImageError(f"{name} is an array of {array.dtype}; give uint8, 0 to 255.")
+        raise ImageError(
+            f"{name} is an array of {array.dtype}; give uint8, 0 to 255, or uint16, 0 to 65535."
+        )
     if array.shape[-1] == 4:
         return to_rgb(Image.fromarray(array, "RGBA"), name)
-    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
+    # A copy: who owns the array may write the next frame into it.
+    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array.copy()
 
 
 def check_pixels(image: Image.Image, name: str) -> None:

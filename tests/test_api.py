@@ -1,10 +1,13 @@
 """The package as a library: load a model, segment by names, read and write what was found."""
 
 import doctest
+import gc
 import json
 import pathlib
 import resource
 import shutil
+import threading
+import time
 import warnings
 
 import jax
@@ -198,7 +201,14 @@ def test_two_hundred_images_of_fifty_sizes_by_three_lists_of_names(scenes):
         (None, {"classes": ["a zebra"]}, "does not know 'zebra'"),
         (None, {"classes": ["red balloon"] * 2}, "more than once"),
         (None, {"classes": {"thing": ["red"]}}, "did you mean 'things'"),
-        (None, {"mask_treshold": 0.4}, "has no key 'mask_treshold'; did you mean 'mask_threshold'"),
+        (
+            None,
+            {"mask_treshold": 0.4},
+            "no argument 'mask_treshold'; did you mean 'mask_threshold'",
+        ),
+        (None, {"clases": ["cat"]}, "A call has no argument 'clases'; did you mean 'classes'"),
+        (None, {"instance_threshold": 0.9}, "A call has no argument 'instance_threshold'"),
+        ("x" * 300 + ".png", {}, "x.png cannot be read as an image: .* too long"),
         (None, {"mask_threshold": "low"}, "mask_threshold is 'low' and must be a number"),
         (None, {"mask_threshold": 2}, "mask_threshold is 2 and must lie in 0..1"),
         (None, {"tasks": ("instance",)}, "for other tasks.* use Model.predictor"),
@@ -209,6 +219,37 @@ def test_mistakes_are_one_sentence(model, scenes, images, options, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         model(scenes[0] if images is None else images, **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_picture_that_cannot_be_read_leaves_no_thread(model):
+    """Of what waited, whoever collects garbage later would close the rest, whatever it holds."""
+    gc.disable()
+    try:
+        for _ in range(3):
+            with pytest.raises(ValueError, match="it does not exist"):
+                model(["none.jpg"] * 4)
+        deadline = time.monotonic() + 30
+        while any(t.name.startswith("prefetch") for t in threading.enumerate()):
+            assert time.monotonic() < deadline, threading.enumerate()
+            time.sleep(0.001)
+    finally:
+        gc.enable()
+
+
+def test_a_result_keeps_its_image_and_its_place(scenes, tmp_path, monkeypatch):
+    """Whatever the caller does with the array, and where it goes, before it saves."""
+    model = concat_jax.load("demo")
+    frame = scenes[0].copy()
+    result = model(frame)
+    frame[:] = 0
+    np.testing.assert_array_equal(result.image, scenes[0])
+    (tmp_path / "panoptic").mkdir()
+    Image.fromarray(scenes[0]).save(tmp_path / "panoptic/photo.png")
+    monkeypatch.chdir(tmp_path / "panoptic")
+    result = model("photo.png")
+    monkeypatch.chdir("/")
+    with pytest.raises(ValueError, match=r"panoptic/photo.png is an input and would be written"):
+        result.save(tmp_path)
 
 
 def test_what_cannot_be_done_as_asked_is_a_warning(model, scenes):

@@ -156,12 +156,25 @@ def test_a_port_that_cannot_be_is_refused_before_the_model_is_read():
         demo.main(["demo", "--port=99999", "--model=none"])
 
 
+def test_a_port_that_is_taken_is_not_the_one_that_is_advised():
+    class Taken:
+        def launch(self, **_):
+            raise OSError("Cannot find empty port in range: 8123-8123.")
+
+    pytest.importorskip("gradio")
+    for port, other in ((8123, 8124), (None, 8123), (80, 8123), (65535, 8123)):
+        with pytest.raises(ValueError, match=f"or not for us; give another, as --port={other}"):
+            demo.launch(Taken(), types.SimpleNamespace(scenes=[]), port)
+
+
 def test_names_come_with_commas_or_lines(desk, photo):
     assert split_names(" cat, remote  control;\n sofa,,\n") == ["cat", "remote control", "sofa"]
     desk.ask(photo, "cat, dog", "sky", gamma=1.5)
     desk.ask(photo, " ,", "\n")
     named = {"things": ["cat", "dog"], "stuff": ["sky"]}
     assert desk.model.calls == [(named, {"gamma": 1.5}), (None, {})]
+    desk.ask(photo, "cat; road", "sky")  # as on a command line
+    assert desk.model.calls[-1] == ({"things": ["cat"], "stuff": ["road", "sky"]}, {})
     for things, sentence in (
         (", ".join(map(str, range(201))), "201 names are too many"),
         ("x" * 81, "has 81 letters; give up to 80"),
@@ -327,6 +340,16 @@ def test_twenty_requests_at_once_through_the_queue(served):
     desk.model.delay = 0.0
     assert all(f"a{k} · 90%" in view.replace("*", "") for k, (_, view) in enumerate(answers))
     assert desk.model.most == 1
+
+
+def test_an_emptied_box_of_a_slider_is_its_default(served, capfd):
+    client_module = pytest.importorskip("gradio_client")
+    address, desk, _ = served
+    client = client_module.Client(address, verbose=False, httpx_kwargs={"timeout": 120})
+    view = client.predict("a", "b", None, 0.5, None, api_name="/segment")[1]
+    assert "a · 90%" in view.replace("*", "")
+    assert desk.model.calls[-1][1] == dict(objectness_threshold=0.5, mask_threshold=0.5, gamma=0)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 NEEDS_BROWSER = "needs a browser: pip install playwright, and Chromium"

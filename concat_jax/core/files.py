@@ -238,8 +238,9 @@ def _reason(path: epath.Path, error: Exception) -> str:
         return f"it has more than {limit} million pixels; make it smaller"
     if isinstance(error, FileNotFoundError):
         return "it does not exist"
-    if path.is_dir():
-        return "it is a folder"
+    with contextlib.suppress(OSError):  # a name that is too long
+        if path.is_dir():
+            return "it is a folder"
     return " ".join(str(error).split()).rstrip(".") or "it is damaged"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import os
 import time
@@ -32,8 +33,8 @@ def prefetch(
     `batch_fn` is a function of the step alone and is called from several threads, so there is no
     state to save: a resumed run starts at the step it resumes at. At most `depth` batches are
     computed or waiting, besides the one that the consumer holds; an exception is raised at its
-    step, after all batches before it. Closing the iterator waits for what was begun and leaves no
-    thread behind. Nothing is put on a device here.
+    step, after all batches before it. Closing the iterator waits for what was begun, whose threads
+    end then. Nothing is put on a device here.
     """
     steps = itertools.islice(itertools.count(start_step), num_steps)
     pool = futures.ThreadPoolExecutor(num_threads, thread_name_prefix="prefetch")
@@ -48,7 +49,11 @@ def prefetch(
                 pending.append(pool.submit(batch_fn, step))
             yield batch
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        # The last first, so that none begins meanwhile.
+        futures.wait([future for future in reversed(pending) if not future.cancel()])
+        # Threads are not joined: an iterator that nobody closed is closed by the garbage collector,
+        # in a thread that may hold the lock by which threads end.
+        pool.shutdown(wait=False)
 
 
 def in_threads(batch_fn: Callable[[int], T]) -> Batches[T]:
@@ -93,6 +98,7 @@ def with_progress(name: str, result_of: Callable[[int], T], count: int) -> Itera
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     progress = Progress(name, 0, count, every=5.0)
     results = prefetch(result_of, 0, count, depth=2 * workers, num_threads=workers)
-    for done, result in enumerate(results, start=1):
-        yield result
-        progress.tick(done)
+    with contextlib.closing(results):
+        for done, result in enumerate(results, start=1):
+            yield result
+            progress.tick(done)

@@ -51,7 +51,8 @@ def open_picture(picture: Picture, name: str) -> np.ndarray:
         return read_image(picture)
     if not isinstance(picture, Image.Image) and not hasattr(picture, "__array__"):
         raise ImageError(
-            f"{name} is of type {type(picture).__name__}; give a path, an array or a Pillow image."
+            f"{name} is of type {type(picture).__name__}; give a path, an array or a Pillow "
+            "image, or a list of them."
         )
     return to_rgb(picture, name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -154,8 +155,8 @@ class Model:
           classes: see `labels.parse_classes`: ["cat", "sky"], {"things": ["cat"], "stuff":
             ["sky"]}, "cat; sky" or a file. None: the model's own. Other names compile nothing
             again, up to 32, then up to 64 and so on.
-          settings: fields of `PredictConfig` besides `tasks`, such as mask_threshold and gamma;
-            batch_size is for lists.
+          settings: fields of `PredictConfig` besides those of other tasks, such as mask_threshold
+            and gamma; batch_size is for lists.
 
         Raises ValueError for an image that cannot be read, for names that the model cannot tell
         apart and for settings that do not exist or are out of range.
@@ -165,6 +166,10 @@ class Model:
                 "A call gives one panoptic result an image; for other tasks, or several values of "
                 "gamma, use Model.predictor."
             )
+        fields = {field.name for field in dataclasses.fields(PredictConfig)}
+        fields -= {"tasks", "instance_threshold"}  # of other results than a call's
+        for name in settings:
+            check_choice(name, ("classes", *sorted(fields)), "A call has no argument")
         predictor = self.predictor(self.config(**settings), classes)
         for notice in predictor.notices:
             warnings.warn(notice, stacklevel=2)
@@ -173,7 +178,7 @@ class Model:
         sources, results = _sources(pictures), {}
         for index, image, prediction in segment_all(predictor, pictures):
             own, found = pictures[index], prediction.panoptic
-            path = as_path(own) if isinstance(own, str | os.PathLike) else None
+            path = as_path(own).absolute() if isinstance(own, str | os.PathLike) else None
             results[index] = Result(image, predictor.vocabulary, sources[index], found, path)
         in_order = Results(results[index] for index in range(len(pictures)))
         return in_order if is_list else in_order[0]
@@ -256,14 +261,15 @@ def segment_all(
             return error, None
 
     def readable() -> Iterator[tuple[tuple[int, np.ndarray], Prepared]]:
-        read = prefetch(load, 0, len(pictures), depth=2, num_threads=1)
-        for index, (image, prepared) in enumerate(read):
-            if prepared is not None:
-                yield (index, image), prepared
-            elif failed is None:
-                raise image
-            else:
-                failed(index, image)
+        with contextlib.closing(prefetch(load, 0, len(pictures), 2, num_threads=1)) as read:
+            for index, (image, prepared) in enumerate(read):
+                if prepared is not None:
+                    yield (index, image), prepared
+                elif failed is None:
+                    raise image
+                else:
+                    failed(index, image)
 
-    for (index, image), prediction in predictor.stream(readable()):
-        yield index, image, prediction
+    with contextlib.closing(readable()) as items:
+        for (index, image), prediction in predictor.stream(items):
+            yield index, image, prediction

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+from collections.abc import Mapping
 
 import flax.struct
 import jax
@@ -31,6 +32,18 @@ class Fate(enum.IntEnum):
     LOW_SCORE = 3  # its best class is under the score threshold (keep rule "score" only)
     NO_PIXELS = 4  # kept, but owns no pixel of its own mask
     OVERLAPPED = 5  # kept, but other queries own too much of its mask
+
+
+# What to change where all queries met one of these fates: what to do with which setting.
+_REMEDIES = {
+    "overlapped": (("lower", "overlap_threshold"), ("raise", "mask_threshold")),
+    "no_pixels": (("lower", "mask_threshold"),),
+    "low_score": (("lower", "score_threshold"), ("use", 'keep_rule="objectness"')),
+    "no_object": (
+        ("lower", "objectness_threshold"),
+        ("check", "that trained weights were loaded"),
+    ),
+}
 
 
 @flax.struct.dataclass
@@ -235,8 +248,12 @@ class ImageSegments:
         """Class index of every segment id, as `PanopticQuality.update` takes it."""
         return {segment["id"]: segment["label"] for segment in self.segments}
 
-    def explain(self) -> str:
-        """One sentence on what the rules did, which says what to change when nothing was found."""
+    def explain(self, settings: Mapping[str, str] | None = None) -> str:
+        """One sentence on what the rules did, which says what to change when nothing was found.
+
+        `settings` are the fields of `PredictConfig` that who reads it can set, by what they are
+        called there; None: all, by their own names.
+        """
         total = sum(self.fates.values())
         found = (
             f"{len(self.segments)} segments from {total} queries" if self.segments else "No segment"
@@ -252,14 +269,15 @@ class ImageSegments:
         sentence = f"{found}; of {total} queries " + ", ".join(parts) if parts else found
         if self.segments:
             return sentence + "."
-        hint = (
-            "lower overlap_threshold or mask_threshold"
-            if self.fates["no_pixels"] + self.fates["overlapped"]
-            else 'lower score_threshold or use keep_rule="objectness"'
-            if self.fates["low_score"]
-            else "lower objectness_threshold, or check that trained weights were loaded"
-        )
-        return f"{sentence}; the best keep score is {self.best_keep_score:.4f}: {hint}."
+        most = max(("overlapped", "no_pixels"), key=self.fates.get)
+        cause = next((k for k in (most, "low_score") if self.fates[k]), "no_object")
+        hints = [
+            f"{verb} {settings[what] if settings else what}"
+            for verb, what in _REMEDIES[cause]
+            if settings is None or what in settings
+        ]
+        remedy = f": {' or '.join(hints)}" if hints else ""
+        return f"{sentence}; the best keep score is {self.best_keep_score:.4f}{remedy}."
 
 
 def list_segments(id_map: np.ndarray, tables: SegmentTables) -> ImageSegments:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -97,9 +98,9 @@ class Result:
         ]
         return tuple(sorted(found, key=lambda segment: -segment.area))
 
-    def explain(self) -> str:
-        """What the rules did to the queries and, where nothing was found, what to change."""
-        return self._found.explain()
+    def explain(self, settings: Mapping[str, str] | None = None) -> str:
+        """What the rules did, and what to change where nothing was found; `settings` as there."""
+        return self._found.explain(settings)
 
     def overlay(self) -> Image.Image:
         """The image with its segments in colour, and their names; stars mark unseen classes."""

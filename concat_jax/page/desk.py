@@ -63,13 +63,16 @@ class Desk:
 
         Args:
           picture: path of an upload, or the number of a scene.
-          things, stuff: names with commas or line ends between them; both empty, the model's own.
+          things, stuff: names with commas or line ends between them, stuff behind a semicolon of
+            the things as well; both empty, the model's own.
           time_limit: in seconds; what runs longer is given up, and the next one waits for it.
           settings: of the model's call.
 
         Raises ValueError with a sentence that names no path of this machine.
         """
-        classes = {"things": split_names(things), "stuff": split_names(stuff)}
+        # As on a command line: what is behind a semicolon is stuff.
+        things, _, ground = (things or "").partition(";")
+        classes = {"things": split_names(things), "stuff": split_names(f"{ground},{stuff or ''}")}
         count = len(classes["things"]) + len(classes["stuff"])
         if count > MAX_NAMES:
             raise ValueError(f"{count} names are too many for this page; give up to {MAX_NAMES}.")

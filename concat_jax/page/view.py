@@ -21,6 +21,12 @@ from concat_jax.core.mask_codes import ids_to_rgb
 from concat_jax.inference.result import Result, Segment
 from concat_jax.visualize.overlay import UNSEEN_MARK, segment_colour
 
+# What the page calls the settings that it has.
+CALLED = {
+    "objectness_threshold": "the object threshold",
+    "score_threshold": "the score threshold",
+    "mask_threshold": "the mask threshold",
+}
 # Longer side of the drawing, in its own units; the photograph in it is no larger either.
 VIEW_SIDE = 1024
 # Outlines may be off by so many units, and parts of fewer square units are left out.
@@ -34,7 +40,7 @@ def result_html(result: Result) -> str:
     count = f"{len(segments)} segment{'s' * (len(segments) != 1)}"
     facts = f"<p class=facts>{count}<span>{width} × {height}</span></p>"
     if not segments:
-        facts += f"<p class=empty>{_text(result.explain())}</p>"
+        facts += f"<p class=empty>{_text(result.explain(CALLED))}</p>"
     body = f"{_drawing(result)}<div class=beside>{facts}{_legend(result)}{_files(result)}</div>"
     return f"<div class=result>{body}</div>"
 

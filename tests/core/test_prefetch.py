@@ -1,6 +1,7 @@
 """The prefetcher: order, bounds, errors and a clean end, without clocks."""
 
 import threading
+import time
 from concurrent import futures
 
 import pytest
@@ -10,7 +11,14 @@ from concat_jax.core.prefetch import prefetch, watched
 
 
 def _threads():
-    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+    """The threads that are left; those that are ending get half a minute."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        found = [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+        if not found:
+            break
+        time.sleep(0.001)
+    return found
 
 
 def test_steps_come_in_order_whichever_finishes_first():
@@ -80,16 +88,15 @@ def test_closing_early_cancels_what_has_not_begun_and_waits_for_what_has(monkeyp
             finished.append(step)
         return step
 
-    shutdown = futures.ThreadPoolExecutor.shutdown
+    wait = futures.wait
 
-    def shutdown_then_release(pool, wait, cancel_futures):
+    def release_then_wait(begun):
         # Step 1 goes on only when the closing has begun, so that it cannot be a matter of luck
         # whether step 2 starts before it is cancelled.
-        shutdown(pool, wait=False, cancel_futures=cancel_futures)
         release.set()
-        shutdown(pool, wait=wait)
+        return wait(begun)
 
-    monkeypatch.setattr(futures.ThreadPoolExecutor, "shutdown", shutdown_then_release)
+    monkeypatch.setattr(futures, "wait", release_then_wait)
     batches = prefetch(batch, 0, 100, depth=5, num_threads=1)
     assert next(batches) == 0
     assert entered.wait(30)
@@ -101,6 +108,19 @@ def test_a_consumer_that_leaves_its_loop_leaves_no_thread():
     for batch in prefetch(lambda step: step, 0, None, depth=2, num_threads=2):
         if batch == 3:
             break
+    assert not _threads()
+
+
+def test_closing_joins_no_thread(monkeypatch):
+    """The garbage collector may close, where the lock is held by which threads end."""
+    batches = prefetch(lambda step: step, 0, None, depth=2, num_threads=2)
+    assert next(batches) == 0
+
+    def join(*_):
+        raise AssertionError("a thread was joined")
+
+    monkeypatch.setattr(threading.Thread, "join", join)
+    batches.close()
     assert not _threads()
 
 

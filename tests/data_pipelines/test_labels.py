@@ -205,6 +205,13 @@ def test_bad_names_are_named(text, sentence):
         parse_classes(text, TRAINING)
 
 
+def test_lines_are_as_commas_and_a_semicolon_is_for_a_command_line(tmp_path):
+    found, _ = parse_classes("cat\nx y; dog\n", TRAINING)
+    assert found.names == ("cat", "x y", "dog") and found.is_thing == (True, True, False)
+    with pytest.raises(ValueError, match="has a semicolon in line 1; write a class a line, or"):
+        parse_classes(str(write(tmp_path, "cat; dog", "a.txt")), TRAINING)
+
+
 def test_a_folder_is_no_name(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} is a folder; name a file of classes"):
         parse_classes(str(tmp_path), TRAINING)

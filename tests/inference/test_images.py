@@ -133,13 +133,15 @@ def test_arrays():
     grey = np.array([[0, 7]], np.uint8)
     assert to_rgb(grey).tolist() == [[[0] * 3, [7] * 3]]
     assert to_rgb(np.zeros((2, 3, 4), np.uint8)).tolist() == [[[255] * 3] * 3] * 2
-    assert to_rgb(np.full((1, 1, 3), 65535, np.uint16)).tolist() == [[[255] * 3]]
+    for kind in ("<u2", ">u2"):
+        assert to_rgb(np.full((1, 1, 3), 65535, kind)).tolist() == [[[255] * 3]]
 
 
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((2, 2, 3)), "float64"),
+        (np.zeros((2, 2, 3)), "float64; give uint8, 0 to 255, or uint16, 0 to 65535"),
+        (Image.new("La", (2, 2)), "The image cannot be made RGB: conversion from La"),
         (np.zeros((2, 2, 2), np.uint8), "channels"),
         (np.zeros((0, 2, 3), np.uint8), "shape"),
         (Image.new("F", (2, 2)), "floats of unknown range"),

@@ -175,7 +175,13 @@ def test_explanation_names_the_rule_to_relax():
     assert "lower score_threshold" in unpack(low)[0].explain()
     empty = infer(masks_of(["0000"]), [[0.9, 0.1]], [True])
     assert empty.fates[0, 0] == Fate.NO_PIXELS
-    assert "mask_threshold" in unpack(empty)[0].explain()
+    assert unpack(empty)[0].explain().endswith(": lower mask_threshold.")
+    covered = unpack(empty)[0]
+    covered.fates.update(no_pixels=0, overlapped=1)
+    assert covered.explain().endswith(": lower overlap_threshold or raise mask_threshold.")
+    # To who has other names for them, and not all of them.
+    assert covered.explain({"mask_threshold": "the slider"}).endswith(": raise the slider.")
+    assert "threshold" not in covered.explain({}).partition("keep score is")[2]
 
 
 def test_one_class_one_query():
