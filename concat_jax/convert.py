@@ -2,10 +2,10 @@
 
     python -m concat_jax.convert SOURCE DESTINATION
 
-SOURCE is a Hugging Face folder (a Mask2Former's, an EoMT's or a DINO's), a file of weights (a
-Detectron2 Mask2Former's .pkl or .pth, PADing's, FC-CLIP's, or an ImageNet ResNet's or Swin's), a
-folder that this command made, or a workdir of `concat_jax.main`, of which segmentor, projector,
-text tower and tokenizer are taken.
+SOURCE is a Hugging Face folder (a Mask2Former's, an EoMT's, a DINO's, a ResNet's or a Swin's), a
+file of weights (a Detectron2 Mask2Former's .pkl or .pth, PADing's, FC-CLIP's, or an ImageNet
+ResNet's or Swin's), a folder that this command made, or a workdir of `concat_jax.main`, of which
+segmentor, projector, text tower and tokenizer are taken.
 DESTINATION is a folder to make: for `concat_jax.predict` and `config.init.segmentor`, or with
 --to=hf for transformers. What became of every array is printed.
 """

@@ -144,6 +144,7 @@ def evaluate_stage(given: cli.Flags) -> dict:
     their table instead, and there is no summary.
     """
     from concat_jax.experiment.experiment import open_experiment
+    from concat_jax.experiment.workdir import RUN_FILES
 
     stage = given.stage
     config, workdir = cli.config_and_workdir(given)
@@ -151,11 +152,12 @@ def evaluate_stage(given: cli.Flags) -> dict:
     run = open_experiment(config, workdir, trains=False)
     run.check_stage(stage)
     if given.output:
-        output = as_path(given.output).resolve()
-        if output.exists() and workdir.resolve() in output.parents:
+        output, place = as_path(given.output).resolve(), workdir.resolve()
+        first = output.relative_to(place).parts[0] if place in output.parents else ""
+        if first in (*RUN_FILES, *config.train):
             raise ValueError(
-                f"--output={given.output} is a file of the run in {workdir}; name one that is not "
-                "there, or one outside of it."
+                f"--output={given.output} is a place of the run's own files; name another one, as "
+                f"{workdir / 'scores.json'}."
             )
     if given.namers:
         from concat_jax.benchmarking import naming

@@ -23,6 +23,7 @@ import dataclasses
 import difflib
 import os
 import pathlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -118,7 +119,8 @@ def _asked_for(classes: Names, training: Vocabulary) -> tuple[tuple[str, ...], t
         if os.sep in classes and os.path.isdir(classes):
             raise ValueError(f"{classes} is a folder; name a file of classes, or the classes.")
         _refuse_misspelt(classes)
-        lines = [part.strip().replace("\n", ",") for part in classes.split(";")]
+        # A line end is a comma, beside one or alone.
+        lines = (re.sub(r"\s*,?\s*\n\s*,?\s*", ",", part.strip()) for part in classes.split(";"))
         parts = [[name.strip() for name in line.split(",")] for line in lines]
         parts = [part if part != [""] else [] for part in parts]
         if len(parts) > 2:

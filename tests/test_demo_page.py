@@ -178,6 +178,7 @@ def test_names_come_with_commas_or_lines(desk, photo):
     for things, sentence in (
         (", ".join(map(str, range(201))), "201 names are too many"),
         ("x" * 81, "has 81 letters; give up to 80"),
+        ("cat; sky; dog", "several semicolons; one ends the things"),
         ("cat, Cat", "holds? the name 'Cat' more than once"),
     ):
         with pytest.raises(ValueError, match=sentence):

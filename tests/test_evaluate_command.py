@@ -272,7 +272,7 @@ class FakeRun:
 
 @pytest.fixture
 def stage_of(monkeypatch, tmp_path):
-    config = types.SimpleNamespace(data={}, seed=0)
+    config = types.SimpleNamespace(data={}, seed=0, train={"con": {}, "finetune": {}})
     monkeypatch.setattr("concat_jax.experiment.experiment.Experiment", FakeRun)
     monkeypatch.setattr(cli, "config_and_workdir", lambda given: (config, tmp_path))
     monkeypatch.setattr(cli, "join_hosts", lambda given: None)
@@ -294,14 +294,13 @@ def test_a_stage_is_scored_by_the_config_s_metrics(stage_of, capsys):
 
 
 def test_the_report_of_a_stage_replaces_no_file_of_the_run(stage_of, tmp_path):
-    (tmp_path / "con").mkdir()
-    for name in ("config.json", "con/origin.json"):
-        (tmp_path / name).write_text("{}")
-        with pytest.raises(ValueError, match=f"{name} is a file of the run in .*; name one that"):
+    for name in ("config.json", "report.json", "con/origin.json"):
+        with pytest.raises(ValueError, match=f"{name} is a place of the run's own files; name ano"):
             stage_of(f"--output={tmp_path / name}")
-        assert (tmp_path / name).read_text() == "{}"
-    stage_of(f"--output={tmp_path / 'mine.json'}")
-    assert json.loads((tmp_path / "mine.json").read_text())["images"] == 1
+        assert not (tmp_path / name).exists()
+    for _ in range(2):
+        stage_of(f"--output={tmp_path / 'mine.json'}")
+        assert json.loads((tmp_path / "mine.json").read_text())["images"] == 1
 
 
 def test_pictures_of_a_stage_without_panoptic_maps_are_refused(stage_of):

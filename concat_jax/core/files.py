@@ -310,8 +310,8 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pa
     """Yields the local path to write a file to that appears under its name whole, or not at all.
 
     Without `sync` only a crash of the machine can leave it cut off. What goes into a bucket is
-    written here first, and shows there once all of it has arrived. A link stays one. Raises
-    FileError if it cannot be written: a full disk, a read-only folder, a device.
+    written here first, and shows there once all of it has arrived. A link to a file that may be
+    written stays one. Raises FileError if it cannot be: a full disk, a read-only folder, a device.
     """
     path = as_path(path)
     if in_bucket(path):
@@ -321,9 +321,10 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[pa
                 yield partial
                 _copy(partial, path)
         return
-    path = pathlib.Path(os.path.realpath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise FileError(f"{path} cannot be written: it is no regular file.")
+    if os.access(path, os.W_OK):  # of a link, what it leads to
+        path = pathlib.Path(os.path.realpath(path))
     # Not the process's number: hosts in containers share numbers, and may share the folder.
     partial = path.with_name(f"{cut_name(path.name)}.{secrets.token_hex(4)}.partial")
     try:

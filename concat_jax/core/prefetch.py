@@ -6,6 +6,7 @@ import collections
 import contextlib
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
@@ -15,6 +16,7 @@ from concat_jax.core import stopping
 from concat_jax.core.progress import Progress
 
 T = TypeVar("T")
+_NUMBERS = itertools.count()  # of the iterators
 # What a stage trains on: the numbers of steps, of any order -> their batches, which are the same
 # whenever asked, so that a resumed run begins at its step. Closing the generator stops what is
 # computed ahead.
@@ -37,7 +39,8 @@ def prefetch(
     end then. Nothing is put on a device here.
     """
     steps = itertools.islice(itertools.count(start_step), num_steps)
-    pool = futures.ThreadPoolExecutor(num_threads, thread_name_prefix="prefetch")
+    name = f"prefetch{next(_NUMBERS)}"
+    pool = futures.ThreadPoolExecutor(num_threads, thread_name_prefix=name)
     pending: collections.deque[futures.Future[T]] = collections.deque()
     try:
         for step in itertools.islice(steps, depth):
@@ -50,9 +53,12 @@ def prefetch(
             yield batch
     finally:
         # The last first, so that none begins meanwhile.
-        futures.wait([future for future in reversed(pending) if not future.cancel()])
-        # Threads are not joined: an iterator that nobody closed is closed by the garbage collector,
-        # in a thread that may hold the lock by which threads end.
+        begun = [future for future in reversed(pending) if not future.cancel()]
+        # An iterator that nobody closed is closed by the garbage collector, in any thread: in one
+        # of the pool, which would wait for itself, or where the lock is held by which threads end,
+        # so that none may be joined.
+        if not threading.current_thread().name.startswith(f"{name}_"):
+            futures.wait(begun)
         pool.shutdown(wait=False)
 
 

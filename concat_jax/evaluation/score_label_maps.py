@@ -100,7 +100,7 @@ def score_semantic(
         truth = _panoptic_maps(files[0], annotation_folder, vocabulary.index_of_category)
     else:
         if vocabulary is None:
-            manifest = None if annotation_values else read_manifest(annotations, "semantic")
+            manifest = read_manifest(annotations, "semantic")
             if manifest is None:
                 raise FileError(f"No json beside {annotations} names its classes; give --split.")
             vocabulary = vocabulary_of(manifest.path, manifest.categories)

@@ -42,6 +42,8 @@ DATA_KEYS = ("data.kind", "data.root", "data.split_file")
 _SHOWN_CHANGES = 8
 # In the folder of a stage: which training of it this is, and of those that it takes from.
 ORIGIN_NAME = "origin.json"
+# What a run writes at the top of its workdir, beside a folder a stage.
+RUN_FILES = ("config.json", "data.json", "labels.json", "lock.json", "report.json")
 # Keys of the model that change no parameter's shape, so that no checkpoint can tell them.
 _SHAPELESS_KEYS = ("_heads", "num_groups", "activation", "position_interpolation")
 # Options that are gone or need not be named, and the value that is built in: what was trained with

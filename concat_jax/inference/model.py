@@ -167,7 +167,7 @@ class Model:
                 "gamma, use Model.predictor."
             )
         fields = {field.name for field in dataclasses.fields(PredictConfig)}
-        fields -= {"tasks", "instance_threshold"}  # of other results than a call's
+        fields -= {"tasks", "instance_threshold", "windows"}  # of other results than a call's
         for name in settings:
             check_choice(name, ("classes", *sorted(fields)), "A call has no argument")
         predictor = self.predictor(self.config(**settings), classes)

@@ -72,6 +72,8 @@ class Desk:
         """
         # As on a command line: what is behind a semicolon is stuff.
         things, _, ground = (things or "").partition(";")
+        if ";" in ground:
+            raise ValueError("The things have several semicolons; one ends the things.")
         classes = {"things": split_names(things), "stuff": split_names(f"{ground},{stuff or ''}")}
         count = len(classes["things"]) + len(classes["stuff"])
         if count > MAX_NAMES:

@@ -22,7 +22,9 @@ from concat_jax.weights.hugging_face_folder import (
     CONFIG_NAME,
     EXTRA_KEY,
     PREPROCESSOR_NAME,
+    TIMM_KEY,
     WEIGHTS_NAMES,
+    check_classifier,
     check_preprocessing,
     read_json_object,
     segmentor_config_from_hf,
@@ -201,7 +203,7 @@ def _from_hf_folder(path: Path) -> Source:
     """A model of Hugging Face's or timm's; preprocessor_config.json may be absent."""
     content = read_json_object(path / CONFIG_NAME)
     model_type = content.get("model_type")
-    if model_type in [*FORMATS] or (model_type is None and "architecture" in content):
+    if model_type in [*FORMATS] or (model_type is None and TIMM_KEY in content):
         return _from_classifier_folder(path, content)
     config = segmentor_config_from_hf(content)
     sides, notes, is_eomt = {}, (), model_type in eomt.ARCHITECTURES
@@ -240,10 +242,7 @@ def _from_hf_folder(path: Path) -> Source:
 
 def _from_classifier_folder(path: Path, content: Mapping[str, Any]) -> Source:
     """A ResNet or Swin of ImageNet; the config of timm's says nothing of sizes."""
-    if kind := content.get("model_type"):
-        # Which stages a config puts out is nothing to ours, which puts out all four.
-        sizes = {key: value for key, value in content.items() if key != "out_features"}
-        FORMATS[kind].config.read(sizes, CONFIG_NAME)
+    check_classifier(content)
     if (path / PREPROCESSOR_NAME).is_file():
         check_preprocessing(read_json_object(path / PREPROCESSOR_NAME))
     return _from_file(weights_in(path, WEIGHTS_NAMES))

@@ -30,6 +30,8 @@ CONTENTS = (
     ("config.json", "model.safetensors", "preprocessor_config.json"),
     (EXPORT_NAME, "model.jax", "model.onnx", "saved_model", "text.npy"),
 )
+# What a disk says that takes no more.
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)
 MARKERS = tuple(mark for mark, *_ in CONTENTS)
 
 
@@ -52,43 +54,56 @@ def new_folder(
             remove_folder(final)
             put_folder(Path(local), final, last=MARKERS)
         return
-    # realpath: a link to a folder stays a link to what replaces that folder's content.
+    # realpath: a link to a folder stays a link to what replaces that folder.
     final = _real(folder)
     check_destination(final, overwrite=overwrite)
-    # A folder that is there is filled: it may be a mount, or all that somebody may write to.
-    place = final if final.is_dir() else final.parent
+    # An empty folder is filled: it may be a mount, or all that somebody may write to.
+    is_empty = final.is_dir() and not _content(final)
+    place = final if is_empty else final.parent
     temporary = place / f".{final.name}.{secrets.token_hex(4)}.part"
     with _one_reason(folder, nearest(final), params):
         try:
             temporary.mkdir(parents=True)
             yield temporary
             check_destination(final, overwrite=overwrite)
-            if final.exists():
-                _fill(final, temporary)
-            else:
-                temporary.rename(final)
+            (_fill if is_empty else _replace)(final, temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
 def _content(folder: Path) -> list[Path]:
-    """What lies in a folder, marks last, without what a run that was killed has left."""
-    is_left = re.compile(r"\..*\.(part|old)")
+    """What lies in a folder, marks last, without what systems and killed runs leave there."""
+    is_left = re.compile(r"\..*\.(part|old)|\.DS_Store|lost\+found")
     paths = [path for path in folder.iterdir() if not is_left.fullmatch(path.name)]
     return sorted(paths, key=lambda path: (path.name in MARKERS, path.name))
 
 
 def _fill(folder: Path, new: Path) -> None:
-    """Puts what is in `new` in the place of a folder's content; marks go first and come last."""
-    old = new.with_suffix(".old")
-    old.mkdir()
-    for path in reversed(_content(folder)):
-        path.rename(old / path.name)
-    for path in _content(new):
-        path.rename(folder / path.name)
-    shutil.rmtree(old)
+    """Moves what is in `new` to an empty folder, all of it or nothing."""
+    moved: list[Path] = []
+    try:
+        for path in _content(new):
+            moved.append(path.rename(folder / path.name))
+    except BaseException:
+        for path in moved:
+            path.rename(new / path.name)
+        raise
     new.rmdir()
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Gives `new` the name of a folder, of which what it was goes if there is one."""
+    old = new.with_suffix(".old")
+    if is_there := folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if is_there:
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -110,7 +125,7 @@ def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> Non
         raise ValueError(
             f"{folder} holds a training run, which --overwrite leaves alone; name another folder."
         )
-    marks = names.intersection(MARKERS)
+    marks = {mark for mark in MARKERS if (folder / mark).is_file()}
     if not marks:
         raise ValueError(
             f"{folder} holds no model ({' or '.join(MARKERS)}), so --overwrite leaves it alone; "
@@ -173,9 +188,7 @@ def _one_reason(
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        reasons = (
-            os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-        )
+        reasons = map(os.strerror, _REFUSALS)
         reason = next((reason for reason in reasons if reason in text), "")
         if not reason and isinstance(error, ValueError | OSError):
             raise

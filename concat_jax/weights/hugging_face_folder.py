@@ -30,6 +30,7 @@ from concat_jax.weights.sizes import HubConfig, check_statistics
 
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
+TIMM_KEY = "architecture"  # of timm's config.json, which has no model_type
 BILINEAR = 2  # as Pillow counts its filters
 WEIGHTS_NAME = "model.safetensors"
 # Where save_pretrained puts the weights, in the order transformers looks for them.
@@ -80,7 +81,8 @@ def segmentor_config_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
     if kind != "mask2former":
         raise ValueError(
             f"{CONFIG_NAME} is of a model of type {kind!r}; only 'mask2former', "
-            f"{', '.join(map(repr, (*eomt.ARCHITECTURES, *eomt.ENCODERS)))} can be converted."
+            f"{', '.join(map(repr, (*eomt.ARCHITECTURES, *eomt.ENCODERS, *FORMATS)))} can be "
+            "converted."
         )
     backbone = content.get("backbone_config")
     if not isinstance(backbone, Mapping):
@@ -102,6 +104,26 @@ def segmentor_config_from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{where} is of a {kind!r}; only {kinds} can be converted.")
     backbone = {"kind": kind, **FORMATS[kind].config.read(backbone, where)}
     return {"backbone": backbone, **fields, **OURS_FIXED}
+
+
+def check_classifier(content: Mapping[str, Any]) -> None:
+    """Refuse the config.json of a classifier of ImageNet whose backbone is none of ours.
+
+    It is transformers' or timm's. Raises ValueError as `segmentor_config_from_hf`, or for pictures
+    that are normalised otherwise.
+    """
+    if kind := content.get("model_type"):
+        # Which stages a config puts out is nothing to ours, which puts out all four.
+        sizes = {key: value for key, value in content.items() if key != "out_features"}
+        FORMATS[kind].config.read(sizes, CONFIG_NAME)
+        return
+    # Others have the arrays of a ResNet and compute something else with them, as resnetblur50.
+    name = content.get(TIMM_KEY)
+    if not isinstance(name, str) or not re.fullmatch(r"resnet\d+", name):
+        raise ValueError(f"{CONFIG_NAME} is of timm's {name!r}, of which a plain resnet50 is read")
+    where, given = f"pretrained_cfg in {CONFIG_NAME}", content.get("pretrained_cfg")
+    if isinstance(given, Mapping):
+        check_statistics(given, where, {"mean": _MEAN, "std": _STD})
 
 
 def config_to_hf(card: ModelCard) -> dict[str, Any]:
@@ -229,12 +251,13 @@ def weights_in(folder: Path, names: Sequence[str], what: str = "weights") -> Pat
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    if parts := sorted(path.name for path in folder.glob("*-of-*")):
-        index = re.sub(r"-\d+-of-\d+", "", parts[0]) + INDEX_SUFFIX
-        raise ValueError(
-            f"{folder} holds {what} in parts, such as {parts[0]}, and lacks {index}, which says "
-            "what is in which; get it from where they are from."
-        )
+    for path in sorted(folder.iterdir()):
+        whole = re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", path.name)
+        if whole != path.name and whole in names:
+            raise ValueError(
+                f"{folder} holds {what} in parts, such as {path.name}, and lacks "
+                f"{whole}{INDEX_SUFFIX}, which says what is in which; get it from where they are."
+            )
     raise ValueError(f"{folder} holds no {what}; they are {' or '.join(names)}.")
 
 

@@ -153,7 +153,18 @@ def test_a_device_is_no_file_to_replace(tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_what_a_link_leads_to_is_not_written_where_it_may_not_be(tmp_path, monkeypatch):
+    """As of git-annex: a link to a read-only file, which root may write."""
+    (tmp_path / "own.txt").write_text("precious")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "own.txt")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "own.txt").read_text() == "precious"
+    assert (tmp_path / "link.txt").read_text() == "new"
+
+
 def test_a_link_stays_one_to_what_is_written(tmp_path):
+    (tmp_path / "own.txt").touch()
     (tmp_path / "link.txt").symlink_to(tmp_path / "own.txt")
     for text in ("one", "two"):
         write_text(tmp_path / "link.txt", text)

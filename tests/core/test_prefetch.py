@@ -1,5 +1,6 @@
 """The prefetcher: order, bounds, errors and a clean end, without clocks."""
 
+import contextlib
 import threading
 import time
 from concurrent import futures
@@ -122,6 +123,25 @@ def test_closing_joins_no_thread(monkeypatch):
     monkeypatch.setattr(threading.Thread, "join", join)
     batches.close()
     assert not _threads()
+
+
+def test_a_thread_of_its_own_may_close_it():
+    """As the garbage collector does, in whichever thread it runs."""
+    batches, closed = None, threading.Event()
+
+    def batch(step):
+        if step == 1:
+            assert given.wait(30)
+            with contextlib.suppress(ValueError):  # where the consumer is inside
+                batches.close()
+            closed.set()
+        return step
+
+    given = threading.Event()
+    batches = prefetch(batch, 0, None, depth=2, num_threads=1)
+    assert next(batches) == 0
+    given.set()
+    assert closed.wait(30) and not _threads()
 
 
 def test_zero_steps_and_any_start():

@@ -206,8 +206,11 @@ def test_bad_names_are_named(text, sentence):
 
 
 def test_lines_are_as_commas_and_a_semicolon_is_for_a_command_line(tmp_path):
-    found, _ = parse_classes("cat\nx y; dog\n", TRAINING)
-    assert found.names == ("cat", "x y", "dog") and found.is_thing == (True, True, False)
+    for text in ("cat\nx y; dog\n", "cat,\n\n  x y; dog", "\ncat\n, x y;\ndog"):
+        found, _ = parse_classes(text, TRAINING)
+        assert found.names == ("cat", "x y", "dog") and found.is_thing == (True, True, False)
+    with pytest.raises(ValueError, match="Name 2 of the classes is empty"):
+        parse_classes("cat,,\ndog", TRAINING)
     with pytest.raises(ValueError, match="has a semicolon in line 1; write a class a line, or"):
         parse_classes(str(write(tmp_path, "cat; dog", "a.txt")), TRAINING)
 

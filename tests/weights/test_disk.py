@@ -45,15 +45,23 @@ def test_a_folder_that_holds_anything_else_is_left_alone(names, fault, tmp_path)
     assert names_in(tmp_path) == sorted(names)
 
 
+def test_a_folder_of_a_mark_s_name_marks_nothing(tmp_path):
+    (tmp_path / "model.json").mkdir()
+    (tmp_path / "model.json" / "precious").touch()
+    with pytest.raises(ValueError, match="holds no model"):
+        check_destination(tmp_path, overwrite=True)
+
+
 def test_an_empty_folder_is_filled_where_it_stands(tmp_path):
     """It may be a mount, which cannot be renamed, or the only one that may be written to."""
     before = os.stat(tmp_path).st_ino
     (tmp_path / ".x.1f.part").mkdir()  # of a run that was killed
+    (tmp_path / "lost+found").mkdir()
     with new_folder(tmp_path, {}) as new:
         assert new.parent == tmp_path
         (new / "model.json").touch()
     assert os.stat(tmp_path).st_ino == before
-    assert names_in(tmp_path) == [".x.1f.part", "model.json"]
+    assert names_in(tmp_path) == [".x.1f.part", "lost+found", "model.json"]
     with pytest.raises(ValueError, match="is there already"):
         check_destination(tmp_path, overwrite=False)
 
@@ -66,6 +74,28 @@ def test_what_fails_on_the_way_leaves_the_old_one(tmp_path):
         raise ValueError("a fault")
     assert names_in(tmp_path) == ["model.json"]
     assert (tmp_path / "model.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_what_fails_at_the_last_step_leaves_the_old_one(is_there, tmp_path, monkeypatch):
+    """As Ctrl-C between two renames does."""
+    folder = tmp_path / "model"
+    fill(folder, ["model.json"] * is_there)
+    rename, count = Path.rename, 0
+
+    def interrupted(self, target):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with pytest.raises(KeyboardInterrupt), new_folder(folder, {}, overwrite=True) as new:
+        fill(new, ["model.json", "params"])
+        monkeypatch.setattr(Path, "rename", interrupted)
+    assert names_in(folder) == ["model.json"] * is_there
+    assert not is_there or (folder / "model.json").read_text() == "old"
+    assert names_in(tmp_path) == ["model"]
 
 
 def test_a_folder_that_may_not_be_made_is_called_by_its_own_name(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Backbones of ImageNet under torchvision's and Detectron2's names."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -142,6 +144,29 @@ def test_hugging_face_classifier(kind, around, tmp_path):
             maps = {k: theirs.hidden_states[k + 1].permute(0, 2, 3, 1) for k in range(4)}
     for stage, b in maps.items():
         np.testing.assert_allclose(ours[stage], b, rtol=1e-4, atol=1e-4, err_msg=str(stage))
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ({"architecture": "resnet50", "pretrained_cfg": {"mean": [0.485, 0.456, 0.406]}}, ""),
+        ({"architecture": "resnetblur50"}, "timm's 'resnetblur50', of which a plain resnet50"),
+        ({"architecture": "swin_base"}, "timm's 'swin_base'"),
+        ({"architecture": ["a"]}, r"timm's \['a'\]"),
+        ({"architecture": "resnet34", "pretrained_cfg": {"mean": [0.5] * 3}}, r"has mean \[0.5, "),
+        ({"model_type": "resnet", "downsample_in_bottleneck": True}, "downsample_in_bottleneck"),
+        ({"model_type": "resnet"}, ""),
+    ],
+)
+def test_a_classifiers_config(content, fault, arrays, tmp_path):
+    """Of the same arrays others make something else."""
+    torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    if fault:
+        with pytest.raises(ValueError, match=f"config.json.*{fault}"):
+            load_source(tmp_path)
+    else:
+        assert load_source(tmp_path).kind == "a backbone trained on ImageNet"
 
 
 def detectron2_key(key):

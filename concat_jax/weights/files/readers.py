@@ -142,9 +142,6 @@ def _read(file: BinaryIO, suffix: str) -> WeightsFile:
     file.seek(0)
     if not start:
         raise ValueError("it is empty")
-    for beginning, what in _OTHER_FILES.items():
-        if start.startswith(beginning):
-            raise ValueError(what)
     if start.startswith(ZIP_START):
         content, is_script = read_torch_zip(file)
         if is_script:
@@ -154,6 +151,9 @@ def _read(file: BinaryIO, suffix: str) -> WeightsFile:
         return _pick_weights(read_torch_legacy(file))
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER:
         return WeightsFile(_read_safetensors(file.read()))
+    for beginning, what in _OTHER_FILES.items():
+        if start.startswith(beginning):
+            raise ValueError(what)
     if start.startswith(b"\x80") or suffix == ".pkl":
         return _pick_weights(read_pickle(file, read_nested=read_storage))
     if start.startswith(b"\x93NUMPY"):

@@ -226,6 +226,14 @@ def test_damage_and_other_things(tmp_path, name, content, message):
     assert str(error.value).startswith(f"{path} cannot be read as weights: ")
 
 
+def test_the_length_of_a_header_is_no_sign_of_a_web_page(tmp_path):
+    """Of safetensors the file begins with it, here with 60, which is "<"."""
+    path = tmp_path / "model.safetensors"
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(60)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + np.float32(3).tobytes())
+    assert path.read_bytes()[:1] == b"<" and read_weights(path).arrays["w"] == [3]
+
+
 @pytest.mark.parametrize("place", range(0, 400, 7))
 def test_a_flipped_byte_is_read_or_refused(tmp_path, place):
     """No exception of the decoders' own gets out, wherever the damage is."""
