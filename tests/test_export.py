@@ -251,6 +251,7 @@ def test_the_demo_is_exported_over_an_export_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "export.json").write_text("{}")
+    (tmp_path / "demo" / "model.jax").touch()
     assert "opened" in call("demo", "demo", "--format=jax", "--overwrite")
     assert "which would be lost" in call("./demo", "demo", "--format=jax", "--overwrite")
 

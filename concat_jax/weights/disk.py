@@ -30,9 +30,9 @@ CONTENTS = (
     ("config.json", "model.safetensors", "preprocessor_config.json"),
     (EXPORT_NAME, "model.jax", "model.onnx", "saved_model", "text.npy"),
 )
+MARKERS = tuple(mark for mark, *_ in CONTENTS)
 # What a disk says that takes no more.
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)
-MARKERS = tuple(mark for mark, *_ in CONTENTS)
 
 
 @contextlib.contextmanager
@@ -131,7 +131,7 @@ def check_destination(folder: str | os.PathLike[str], *, overwrite: bool) -> Non
             f"{folder} holds no model ({' or '.join(MARKERS)}), so --overwrite leaves it alone; "
             "name another folder."
         )
-    if not any(mark in marks and names <= {mark, *rest} for mark, *rest in CONTENTS):
+    if not any(mark in marks and {mark} < names <= {mark, *rest} for mark, *rest in CONTENTS):
         foreign = names.difference(*CONTENTS) or marks
         raise ValueError(
             f"{folder} holds {sorted(foreign)[0]}, which is no part of a model that this package "

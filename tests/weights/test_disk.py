@@ -35,6 +35,7 @@ def test_a_folder_of_ours_is_replaced(names, tmp_path):
         (("config.json", "a.py"), "holds a.py, which is no part of a model"),
         (("model.json", "classes.txt"), "holds classes.txt, which is no part of a model"),
         (("config.json", "model.json", "params"), "holds config.json, which is no part"),
+        (("config.json",), "holds config.json, which is no part"),  # of whatever program
         (("notes.txt",), r"holds no model \(model.json or config.json or export.json\)"),
     ],
 )
@@ -67,12 +68,12 @@ def test_an_empty_folder_is_filled_where_it_stands(tmp_path):
 
 
 def test_what_fails_on_the_way_leaves_the_old_one(tmp_path):
-    fill(tmp_path, ["model.json"])
+    fill(tmp_path, ["model.json", "params"])
     fault = pytest.raises(ValueError, match="^a fault$")
     with fault, new_folder(tmp_path, {}, overwrite=True) as new:
         (new / "model.json").write_text("new")
         raise ValueError("a fault")
-    assert names_in(tmp_path) == ["model.json"]
+    assert names_in(tmp_path) == ["model.json", "params"]
     assert (tmp_path / "model.json").read_text() == "old"
 
 
@@ -80,7 +81,7 @@ def test_what_fails_on_the_way_leaves_the_old_one(tmp_path):
 def test_what_fails_at_the_last_step_leaves_the_old_one(is_there, tmp_path, monkeypatch):
     """As Ctrl-C between two renames does."""
     folder = tmp_path / "model"
-    fill(folder, ["model.json"] * is_there)
+    fill(folder, ["model.json", "params"] * is_there)
     rename, count = Path.rename, 0
 
     def interrupted(self, target):
@@ -93,7 +94,7 @@ def test_what_fails_at_the_last_step_leaves_the_old_one(is_there, tmp_path, monk
     with pytest.raises(KeyboardInterrupt), new_folder(folder, {}, overwrite=True) as new:
         fill(new, ["model.json", "params"])
         monkeypatch.setattr(Path, "rename", interrupted)
-    assert names_in(folder) == ["model.json"] * is_there
+    assert names_in(folder) == ["model.json", "params"] * is_there
     assert not is_there or (folder / "model.json").read_text() == "old"
     assert names_in(tmp_path) == ["model"]
 
