@@ -64,8 +64,12 @@ def prepare(
     treatments = _treatments(dataset, parts, unseen)
     if out is not None:
         tensorflow("tensorflow_datasets")
-    # Never of the evaluation part: a missing image would change the metric in silence.
-    skips = {part: skip_bad and part != DATASETS[dataset].parts[1] for part in treatments}
+    # Never of an evaluation part: a missing image would change the metric in silence.
+    training, evaluation = DATASETS[dataset].parts
+    skips = {
+        part: skip_bad and part != evaluation and (part == training or treatment != "keep")
+        for part, treatment in treatments.items()
+    }
     sources = {
         part: open_source(
             dataset, root, part, split_file, on_bad_example="skip" if skips[part] else "raise"
@@ -80,7 +84,7 @@ def prepare(
         print(_test_leak(part, source, treatments[part]), flush=True)
         left_out = getattr(source, "skipped", 0)
         if out is None:
-            left_out += _check_images(part, source, skips[part])
+            left_out += _check_images(part, source, treatments[part], skips[part])
         if left_out:
             print(f"{part}: {left_out} images cannot be used and are left out of training.")
     if out is None:
@@ -133,18 +137,23 @@ def _check_something_is_left(part: str, counts: PartCounts, vocabulary: Vocabula
     )
 
 
-def _check_images(part: str, source: FolderSource, skips: bool) -> int:
+def _check_images(part: str, source: FolderSource, unseen: UnseenImages, skips: bool) -> int:
     # How many cannot be used.
-    faults: list[FileError] = []
+    bad: set[int] = set()
 
-    def on_fault(error: FileError) -> None:
+    def on_fault(index: int, error: FileError) -> None:
         if not skips:
             raise error
         print(f"Left out: {error}")
-        faults.append(error)
+        bad.add(index)
 
     check_images(source, part, on_fault)
-    return len(faults)
+    if bad.issuperset(treat_unseen(source, unseen)[1].tolist()):
+        raise FileError(
+            f"Not one of the images of {part} that training would take can be used; mend those "
+            "that are named above."
+        )
+    return len(bad)
 
 
 def _test_leak(part: str, source: Source, treatment: UnseenImages) -> str:

@@ -124,6 +124,11 @@ def read_id_map(path: epath.Path, json_path: epath.Path) -> np.ndarray:
         raise FileError(f"{json_path} names {path}, which does not exist; say where the PNGs are.")
     with open_image(path) as image:
         image.load()
+        if image.format in ("JPEG", "MPO", "WEBP"):
+            raise FileError(
+                f"{path} is a {image.format}, which may change segment ids; save it as a PNG from "
+                "where it was made."
+            )
         if image.mode not in ("RGB", "RGBA", "P"):
             raise FileError(
                 f"{path} has the mode {image.mode}; a panoptic PNG is RGB, with segment ids as "

@@ -108,7 +108,8 @@ def find_layout(root: str | os.PathLike[str], part: str) -> Layout:
         raise FileError(f"The annotation file {json_path} does not exist.")
     for pngs in (root / "annotations" / name, root / name):
         # An unpacker may leave an empty folder at one place and the files at the other.
-        if pngs.is_dir() and any(e.name.endswith(".png") or e.is_dir() for e in os.scandir(pngs)):
+        entries = os.scandir(pngs) if pngs.is_dir() else ()
+        if any(entry.name.lower().endswith(".png") or entry.is_dir() for entry in entries):
             return Layout(images, pngs, json_path)
     raise FileError(f"The folder {root / name} with the panoptic PNGs is missing or empty.")
 

@@ -26,8 +26,7 @@ def open_picture(path: pathlib.Path) -> Image.Image:
     with open_image(path) as picture:
         picture.load()
         # PIL does not look beyond the pixels, so a PNG cut off after them would pass.
-        if picture.format == "PNG":
-            check_end(path)
+        check_end(path)
         return upright(picture, str(path))
 
 
@@ -60,8 +59,11 @@ def read_picture(folder: pathlib.Path, record: ImageRecord, source: pathlib.Path
     )
 
 
-def check_images(source: Source, part: str, on_fault: Callable[[FileError], None]) -> None:
-    """Reads every image and its annotation as training and evaluation will, in threads."""
+def check_images(source: Source, part: str, on_fault: Callable[[int, FileError], None]) -> None:
+    """Reads every image and its annotation as training and evaluation will, in threads.
+
+    `on_fault` is told the position of one that cannot be used.
+    """
 
     def fault(index: int) -> FileError | None:
         try:
@@ -77,7 +79,7 @@ def check_images(source: Source, part: str, on_fault: Callable[[FileError], None
             if done < count:
                 progress.tick(done)
             if error is not None:
-                on_fault(error)
+                on_fault(done - 1, error)
 
 
 def leave_out(error: FileError, skips: bool) -> None:
@@ -104,7 +106,8 @@ def present(
     # disk.
     listed: dict[str, set[str]] = {}
     found = []
-    name, count = collections.Counter(getattr(r, field) for r in records).most_common(1)[0]
+    names = (os.path.normpath(getattr(record, field)) for record in records)
+    name, count = collections.Counter(names).most_common(1)[0]
     if count > 1:
         raise FileError(f"{json_path} names the file {name} for {count} images.")
     for record in records:
@@ -128,8 +131,10 @@ def present(
 
 
 def check_end(path: pathlib.Path) -> None:
-    """Raises an ImageError if a PNG has been cut off behind its pixels."""
+    """Raises an ImageError if a PNG has been cut off behind its pixels; others pass."""
     with path.open("rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            return
         file.seek(max(0, path.stat().st_size - 4096))
         # Wherever it is: some programs write a few bytes behind it.
         if b"IEND\xaeB`\x82" not in file.read():

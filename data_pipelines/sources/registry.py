@@ -77,6 +77,9 @@ def open_source(
     if (root / split).is_file() and not split_file:
         split = str(root / split)
     try:
+        if not root.is_dir():
+            what = "is a file" if root.exists() else "does not exist"
+            raise FileError(f"The data set's folder {root} {what}.")
         return known.open(root, part, split, on_bad_example)
     except FileError as error:
         if root.is_dir() and _is_laid_out(root, part, known):

@@ -157,6 +157,59 @@ def test_bad_images_of_the_evaluation_part_are_never_left_out(tiny_panoptic, tmp
         command.prepare("panoptic_folder", tiny_panoptic, **options)
 
 
+def test_what_skipping_leaves_is_counted(tiny_panoptic, capsys):
+    """Where it leaves nothing to train on the check must not pass."""
+    images = [*(tiny_panoptic / "train2017").iterdir()]
+    for path in images:
+        path.write_bytes(b"")
+    part = ("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=drop")
+    with pytest.raises(SystemExit, match="Not one of the images of train2017 that training would"):
+        run(*part, "--on_bad_example=skip")
+    assert capsys.readouterr().out.count("Left out: ") == len(images) == 6
+    # A part of any name that is for evaluation is taken whole, or not at all.
+    with pytest.raises(SystemExit, match="cannot be read as an image"):
+        run(*part[:2], "--part=train2017", "--unseen=keep", "--on_bad_example=skip")
+
+
+def test_a_root_that_is_no_folder_is_said_before_its_split(tmp_path):
+    with pytest.raises(SystemExit, match=r"data set's folder .*none does not exist; panoptic_fol"):
+        run("panoptic_folder", f"--root={tmp_path / 'none'}")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"data set's folder .*file is a file; panoptic_folder is"):
+        run("panoptic_folder", f"--root={tmp_path / 'file'}")
+
+
+def test_pngs_in_other_clothes(tiny_panoptic):
+    """Capital suffixes are as good; a JPEG by a PNG's name is told from a file that is cut off."""
+    pngs = tiny_panoptic / "annotations" / "panoptic_train2017"
+    for path in pngs.iterdir():
+        path.rename(path.with_suffix(".PNG"))
+    _edit(
+        tiny_panoptic,
+        lambda content: [
+            one.update(file_name=one["file_name"].replace(".png", ".PNG"))
+            for one in content["annotations"]
+        ],
+    )
+    part = ("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=drop")
+    run(*part)
+    path = min(pngs.iterdir())
+    with Image.open(path) as image:
+        image.load()
+    image.save(path, "JPEG")
+    with pytest.raises(SystemExit, match=f"{path.name} is a JPEG, which may change segment ids"):
+        run(*part)
+
+
+def test_one_file_of_two_spellings_is_named_twice(tiny_panoptic):
+    def double(content):
+        content["images"][1]["file_name"] = f"./{content['images'][0]['file_name']}"
+
+    _edit(tiny_panoptic, double)
+    with pytest.raises(SystemExit, match=r"names the file \d.jpg for 2 images"):
+        run("panoptic_folder", f"--root={tiny_panoptic}", "--part=train2017", "--unseen=drop")
+
+
 def _edit(root, change, part="train2017"):
     path = root / "annotations" / f"panoptic_{part}.json"
     content = json.loads(path.read_text())
