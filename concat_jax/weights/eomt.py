@@ -30,6 +30,7 @@ _ENCODER_FIELDS = {
     "norm_epsilon": ("layer_norm_eps", 1e-6),
 }
 _HEADS = {
+    "num_registers": ("num_register_tokens", 4),
     "image_size": ("image_size", 640),
     "num_queries": ("num_queries", 200),
     "num_blocks": ("num_blocks", 4),
@@ -41,20 +42,30 @@ _ROTARY = {**_FIXED, "use_gated_mlp": False, "key_bias": False}
 _ROTARY |= dict.fromkeys(("query_bias", "value_bias", "proj_bias", "mlp_bias"), True)
 _RATIO, _FFN = {"mlp_ratio": ("mlp_ratio", 4)}, {"ffn_width": ("intermediate_size", 4096)}
 _THETA = {"rope_theta": 100.0, "rope_type": "default"}
+_REGISTERS = {"may_be_none": ("num_register_tokens",)}
 _EOMT = {
-    "eomt": HubConfig({**_ENCODER_FIELDS, **_HEADS, **_RATIO}, _LEARNED),
+    "eomt": HubConfig({**_ENCODER_FIELDS, **_HEADS, **_RATIO}, _LEARNED, **_REGISTERS),
     "eomt_dinov3": HubConfig(
-        {**_ENCODER_FIELDS, **_HEADS, **_FFN}, {**_ROTARY, "rope_parameters": _THETA}
+        {**_ENCODER_FIELDS, **_HEADS, **_FFN},
+        {**_ROTARY, "rope_parameters": _THETA},
+        **_REGISTERS,
     ),
 }
 _BASE = {"width": ("hidden_size", 768), "depth": ("num_hidden_layers", 12)}
 _BASE |= {"num_heads": ("num_attention_heads", 12), "image_size": ("image_size", 224)}
 _SMALL = {"width": ("hidden_size", 384), "num_heads": ("num_attention_heads", 6)}
 _SMALL |= {"norm_epsilon": ("layer_norm_eps", 1e-5), "ffn_width": ("intermediate_size", 1536)}
+_BASE |= {"num_registers": ("num_register_tokens", 0)}
 _DINO = {
-    "dinov2": HubConfig({**_ENCODER_FIELDS, **_BASE, **_RATIO}, {**_LEARNED, "qkv_bias": True}),
-    "dinov3": HubConfig({**_ENCODER_FIELDS, **_BASE, **_SMALL}, {**_ROTARY, "rope_theta": 100.0}),
+    "dinov2": HubConfig(
+        {**_ENCODER_FIELDS, **_BASE, **_RATIO}, {**_LEARNED, "qkv_bias": True}, **_REGISTERS
+    ),
+    "dinov3": HubConfig(
+        {**_ENCODER_FIELDS, **_BASE, **_SMALL}, {**_ROTARY, "rope_theta": 100.0}, **_REGISTERS
+    ),
 }
+# What transformers assumes otherwise where it is absent; model_type -> fields.
+_ASSUMED = {"dinov2": {"patch_size": 14}, "dinov2_with_registers": {"num_register_tokens": 4}}
 
 
 def config_from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -66,7 +77,6 @@ def config_from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         rotary = {**_THETA, "rope_theta": content["rope_theta"]}
         content = {"rope_parameters": rotary, **content}
     fields = _EOMT[content["model_type"]].read(content, where)
-    fields["num_registers"] = _registers(content, where, 4)
     own = {name: fields.pop(name) for name in ("num_queries", "num_blocks", "num_upscales")}
     side, patch = fields["image_size"], fields["patch_size"]
     backbone = _backbone(fields, where)
@@ -91,23 +101,11 @@ def image_size(content: Mapping[str, Any], where: str) -> int:
 def encoder_config_from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A `make_segmentor` config around a DINO, whose config.json this is; errors as above."""
     kind = content["model_type"]
-    if kind == "dinov2":
-        content = {**content, "patch_size": content.get("patch_size", 14)}
+    content = {**_ASSUMED.get(kind, {}), **content}
     fields = _DINO[ENCODERS[kind]].read(content, where)
-    # Absent are four of DINOv2 with registers, and none of the others.
-    fields["num_registers"] = _registers(content, where, 4 * (kind == "dinov2_with_registers"))
     upscales = 2 if fields["patch_size"] % 4 == 0 else 1
     heads = {"num_blocks": min(4, fields["depth"]), "num_upscales": upscales}
     return {"kind": "eomt", "backbone": _backbone(fields, where), **heads}
-
-
-def _registers(content: Mapping[str, Any], where: str, assumed: int) -> int:
-    count = content.get("num_register_tokens", assumed)
-    if type(count) is not int or count < 0:
-        raise ValueError(
-            f"{where} has num_register_tokens {count!r}; it must be a whole number, 0 or more"
-        )
-    return count
 
 
 def _backbone(fields: dict[str, Any], where: str) -> dict[str, Any]:
@@ -150,12 +148,7 @@ def config_to_hf(settings: Mapping[str, Any], image_size: int) -> dict[str, Any]
                 "cannot be written."
             )
         fields["mlp_ratio"] = ratio
-    return {
-        "architectures": [ARCHITECTURES[family]],
-        "model_type": family,
-        "num_register_tokens": backbone.get("num_registers", 4),
-        **form.write(fields),
-    }
+    return {"architectures": [ARCHITECTURES[family]], "model_type": family, **form.write(fields)}
 
 
 def naming(config: Mapping[str, Any]) -> Naming:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,13 @@ class HubConfig:
       fields: our field -> theirs, and what transformers assumes where it is absent.
       fixed: their field -> the value that our network is built for, which transformers assumes too.
       derived: our fields -> those among them that follow from the others, and that we do not have.
+      may_be_none: their fields of which 0 is a number, too.
     """
 
     fields: Mapping[str, tuple[str, Any]]
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     derived: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda fields: {}
+    may_be_none: Collection[str] = ()
 
     def read(self, content: Any, where: str) -> dict[str, Any]:
         """Our fields of a parsed section, which errors call `where`.
@@ -51,11 +53,12 @@ class HubConfig:
         fields = {}
         for ours, (theirs, default) in self.fields.items():
             value = given.get(theirs, default)
-            fields[ours] = _as_kind(value, type(default))
+            is_none = theirs in self.may_be_none and type(value) is int and value == 0
+            fields[ours] = 0 if is_none else _as_kind(value, type(default))
             if fields[ours] is None:
-                raise ValueError(
-                    f"{where} has {theirs} {value!r}; it must be {_KINDS[type(default)]}"
-                )
+                kind = _KINDS[type(default)]
+                kind = kind.replace("1 or", "0 or") if theirs in self.may_be_none else kind
+                raise ValueError(f"{where} has {theirs} {value!r}; it must be {kind}")
             counts_layers = re.search("layers|blocks|depths", theirs)
             if counts_layers and np.max(fields[ours]) > _MOST_LAYERS:
                 raise ValueError(f"{where} has {theirs} {value!r}; at most {_MOST_LAYERS} are read")
