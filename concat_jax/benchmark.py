@@ -81,7 +81,7 @@ def define_flags(flags: cli.Flags) -> None:
     flags.strings("tasks", COMPARED, f"Any of {', '.join(TASKS)}.")
     flags.strings("sizes", [], "As 512 or 800x1088; each task's own by default.")
     flags.integer("batch", None, "Images at once; each task's own by default.", 1)
-    flags.integer("segments", 12, "Annotated segments an image.", 1)
+    flags.integer("segments", 12, "Annotated segments an image.", 1, 255)
     flags.string(
         "clip",
         "ViT-B/16",

@@ -167,7 +167,7 @@ def calibrate_stage(
     if rest:
         sections += [
             "The other half, which gamma was not chosen on:",
-            format_sweep(rest, gamma, (0.0, gamma)),
+            format_sweep(rest, gamma, sorted({0.0, gamma})),
             format_areas(rest),
         ]
     sections.append(f"Best hPQ at gamma {gamma:g}: {flag}")

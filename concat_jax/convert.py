@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
 from concat_jax.core.files import as_path
-from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.model import export_workdir, is_workdir
 from concat_jax.inference.text_tower import embed_training_names, find_clip_tokenizer
 from concat_jax.weights.class_names import Classes
@@ -81,10 +80,10 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
         raise ValueError("--float16 is for --to=orbax; folders of Hugging Face's hold float32.")
     check_destination(destination, overwrite=given.overwrite)
     known, named = load_label_space(COCO_SPLIT), None
-    known = _trained(with_synonyms(known, load_label_space(COCO_VOCABULARY)))
+    known = with_synonyms(known, load_label_space(COCO_VOCABULARY)).all_seen()
     if given.classes:
         vocabulary, knows_things = load_classes(given.classes, known)
-        named = Classes(_trained(vocabulary), knows_things, given.classes)
+        named = Classes(vocabulary.all_seen(), knows_things, given.classes)
 
     model = load_source(source, known, named, new_head=given.reinit_head)
     print(f"{source} is {model.kind}.", model.report, sep="\n")
@@ -106,10 +105,6 @@ def main(given: cli.Flags, arguments: Sequence[str]) -> None:
         how |= {"float16": given.float16, "tokenizer": tokenizer}
         save_model(destination, model.params, card, **how)
     print(f"Wrote {destination}.")
-
-
-def _trained(vocabulary: Vocabulary) -> Vocabulary:
-    return dataclasses.replace(vocabulary, is_seen=(True,) * len(vocabulary))
 
 
 def _describe(card: ModelCard, classes: Classes | None) -> list[str]:

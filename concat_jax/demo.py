@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from concat_jax import page
 from concat_jax.core import cli, stopping
 from concat_jax.experiment.model import DEMO, open_model
@@ -167,9 +169,10 @@ def launch(blocks: gradio.Blocks, desk: Desk, port: int | None) -> str:
     """Serves the page; returns its address."""
     import gradio as gr
 
+    pictures = [Image.fromarray(scene).resize((128, 128)) for scene in desk.scenes]
     examples = "".join(
-        f"#example-{k} {{ background-image: url({png_url(_picture(scene))}); }}\n"
-        for k, scene in enumerate(desk.scenes)
+        f"#example-{k} {{ background-image: url({png_url(picture)}); }}\n"
+        for k, picture in enumerate(pictures)
     )
     script = (FILES / "page.js").read_text(encoding="utf-8")
     options = dict(
@@ -194,12 +197,6 @@ def launch(blocks: gradio.Blocks, desk: Desk, port: int | None) -> str:
         # Below 1024 they are the system's.
         other = port + 1 if port and 1024 <= port < 65535 else 8123
         raise ValueError(f"{ports}, or not for us; give another, as --port={other}.") from error
-
-
-def _picture(scene: Any) -> Any:
-    from PIL import Image
-
-    return Image.fromarray(scene).resize((128, 128))
 
 
 @cli.command(__doc__, define_flags)

@@ -31,7 +31,6 @@ def recipe() -> ConfigDict:
     )
     config.mesh.fusion_mb = 6
     config.train.con.update(steps=88_692)
-    config.train.con.optimizer.update(learning_rate=1e-4)
     # Pictures are padded to a square.
     config.eval.settings.update(short_side=640, long_side=640)
     return config

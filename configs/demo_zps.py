@@ -130,17 +130,11 @@ def recipe() -> ConfigDict:
             optimizer=dict(learning_rate=1e-4, weight_decay=0.01, **schedule),
             method=dict(pseudo_per_class=32, deviation=1.0),
         ),
-        control=dict(
-            kind="finetune",
-            takes=dict(clip="clip", segmentor="con", projector="con"),
-            steps=300,
-            batch_size=32,
-            log_every=100,
-            bank_images=2048,
-            # Few and gentle steps: the longer seen classes are fitted, the more they swallow.
-            optimizer=dict(learning_rate=1e-4, weight_decay=0.01, **schedule),
-            method=dict(pseudo_per_class=0),
-        ),
+    )
+    config.train.control = dict(
+        config.train.finetune.to_dict(),
+        takes=dict(clip="clip", segmentor="con", projector="con"),
+        method=dict(pseudo_per_class=0),
     )
     config.eval = dict(
         # stage -> its name in the table

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from concat_jax.core.config import check_choice
@@ -68,20 +68,9 @@ def make_datasets(
     config: Mapping[str, Any], *, seed: int, process_index: int = 0, process_count: int = 1
 ) -> Datasets:
     """Data sets from a config's `data` section; ValueError for an unknown kind or damaged data."""
-    _check_kind(config["kind"], KINDS, "config.data.kind")
+    check_choice(config["kind"], KINDS, "config.data.kind is unknown:")
     make = _synthetic if config["kind"] == "synthetic" else _on_disk
     return make(config, seed, process_index, process_count)
-
-
-def _check_kind(kind: str, kinds: Sequence[str], setting: str) -> None:
-    if kind == "shards":
-        raise ValueError(
-            f"{setting} is 'shards', which TensorFlow's data sets have replaced: prepare the data "
-            "again into a new folder, python -m data_pipelines.prepare DATASET --root=... "
-            f"--out=DIR, and train with --{setting}=tfds "
-            f"--{setting.replace('kind', 'root')}=DIR."
-        )
-    check_choice(kind, kinds, f"{setting} is unknown:")
 
 
 # Steps of a run in a world that several share: each goes on where the one before ends.
@@ -253,7 +242,7 @@ def _open(config: Mapping[str, Any], prefix: str, part_key: str, unseen: UnseenI
     # `prefix` is "eval_" where the part is another data set's; `unseen` is what is done with its
     # images that show unseen classes.
     kind, root, split_file = (config[f"{prefix}{name}"] for name in ("kind", "root", "split_file"))
-    _check_kind(kind, KINDS[1:], f"config.data.{prefix}kind")
+    check_choice(kind, KINDS[1:], f"config.data.{prefix}kind is unknown:")
     part = config[part_key]
     if not root:
         tree = DATASETS[kind].tree.format(part=part) if kind in DATASETS else "what prepare made"

@@ -174,8 +174,7 @@ def _refuse_misspelt(text: str) -> None:
 def with_synonyms(vocabulary: Vocabulary, source: Vocabulary) -> Vocabulary:
     """`vocabulary` with the synonyms that `source` has for classes of the same name.
 
-    Raises:
-      ValueError: if no class of `vocabulary` is in `source`.
+    A class for which it has none keeps its own. Raises ValueError if no class is in `source`.
     """
     known = dict(zip(source.names, source.synonyms, strict=True))
     if not any(name in known for name in vocabulary.names):
@@ -185,7 +184,7 @@ def with_synonyms(vocabulary: Vocabulary, source: Vocabulary) -> Vocabulary:
         )
     pairs = zip(vocabulary.names, vocabulary.synonyms, strict=True)
     return dataclasses.replace(
-        vocabulary, synonyms=tuple(known.get(name, words) for name, words in pairs)
+        vocabulary, synonyms=tuple(known.get(name) or words for name, words in pairs)
     )
 
 

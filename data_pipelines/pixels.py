@@ -10,8 +10,6 @@ from concat_jax.core.files import UNREADABLE, ImageError
 # Above this Pillow itself suspects an attack; 0.4 GB as decoded here.
 MAX_PIXELS = 89_478_485
 
-_PNG_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-
 
 def to_rgb(image: np.ndarray | Image.Image, name: str = "The image") -> np.ndarray:
     """A Pillow image, or array [H, W] or [H, W, 1, 3 or 4], uint8 or uint16, as [H, W, 3] uint8.
@@ -28,7 +26,7 @@ def to_rgb(image: np.ndarray | Image.Image, name: str = "The image") -> np.ndarr
         image.load()
     except UNREADABLE as error:
         raise ImageError(f"{name} cannot be decoded: {error}.") from error
-    if image.mode in _PNG_16_BIT or image.mode == "I":
+    if image.mode.startswith("I"):  # of 16 bits, or 32
         grey = np.asarray(image)
         if image.mode == "I" and (grey.min() < 0 or grey.max() > 65535):
             raise ImageError(f"{name} holds 32-bit integers of unknown range; save it in 8 bit.")

@@ -21,11 +21,11 @@ from collections.abc import Sequence
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.core.files import FileError
+from concat_jax.core.files import FileError, as_path
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.count_table import PartCounts, count_part, format_classes, format_parts
 from data_pipelines.leak_test import check_no_leak
-from data_pipelines.prepared.build import build_part
+from data_pipelines.prepared.build import build_part, check_name
 from data_pipelines.prepared.files import tensorflow
 from data_pipelines.sources.pictures import check_images
 from data_pipelines.sources.registry import DATASETS, open_source
@@ -64,6 +64,9 @@ def prepare(
     treatments = _treatments(dataset, parts, unseen)
     if out is not None:
         tensorflow("tensorflow_datasets")
+        as_path(out)
+        for part in treatments:
+            check_name("part", part)
     # Never of an evaluation part: a missing image would change the metric in silence.
     training, evaluation = DATASETS[dataset].parts
     skips = {

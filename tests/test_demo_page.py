@@ -14,6 +14,7 @@ import types
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
+from concurrent.futures import CancelledError
 
 import cv2
 import numpy as np
@@ -310,6 +311,18 @@ def test_uploads_lie_in_the_pages_folder_alone(served, photo):
 def test_a_page_that_is_closed_says_so(photo):
     desk = Desk(Halves())
     desk.close()
+    with pytest.raises(ValueError, match="is being closed; start it again"):
+        desk.ask(photo)
+
+
+def test_who_waits_as_a_page_is_closed_is_told(photo, monkeypatch):
+    desk = Desk(Halves())
+
+    def cancelled(time_limit):
+        raise CancelledError
+
+    turn = types.SimpleNamespace(result=cancelled)
+    monkeypatch.setattr(desk, "_worker", types.SimpleNamespace(submit=lambda work: turn))
     with pytest.raises(ValueError, match="is being closed; start it again"):
         desk.ask(photo)
 

@@ -124,7 +124,7 @@ def saved_params(workdir, stage, *subtrees):
     key = jax.random.key(0)
     abstract = {name: jax.eval_shape(lambda n=name: networks.init(n, key)) for name in subtrees}
     checkpoints = StageCheckpoints(workdir, stage)
-    params = checkpoints.restore_params(subtrees, abstract, make_mesh(devices=1))
+    params = checkpoints.restore_params(abstract, make_mesh(devices=1))
     checkpoints.close()
     return params
 

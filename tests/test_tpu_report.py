@@ -2,6 +2,7 @@
 
 import builtins
 import functools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from concat_jax.benchmarking import abstract_programs, chips, compile_report
+from concat_jax.benchmarking.abstract_programs import Program
 from concat_jax.benchmarking.compile_report import (
     Collective,
     Report,
@@ -144,11 +146,16 @@ def make_report(collectives):
         "program": 100_000_000,
     }
     return Report(
-        program="Training step of con",
+        program=Program(
+            "Training step of con",
+            None,
+            (),
+            SimpleNamespace(size=16),
+            batch_size=32,
+            content="images of 928 x 928",
+            gradient_bytes=178_000_000,
+        ),
         topology="v5e:4x4",
-        num_chips=16,
-        batch_size=32,
-        content="images of 928 x 928",
         seconds=61.4,
         flops=2.5e12,
         cycles=3_640_000,
@@ -156,7 +163,6 @@ def make_report(collectives):
         bytes_accessed=1.5e9,
         memory=memory,
         collectives=collectives,
-        gradient_bytes=178_000_000,
     )
 
 

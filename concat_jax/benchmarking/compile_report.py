@@ -66,23 +66,16 @@ class Report:
     """What the compiler says of one program; sizes in bytes on one chip.
 
     Attributes:
-      program: what it does.
-      batch_size: rows of a batch, over all chips; `content` says what a row is.
       flops: of matrix products and convolutions on one chip, see `count_flops`.
       memory: name -> bytes: arguments, outputs, donated (outputs that reuse arguments),
         temporaries and program.
       cycles: see `expected_cycles`.
       whole_cycles: see `whole_cycles`.
       bytes_accessed: by XLA's cost analysis, of a loop one pass.
-      gradient_bytes: of all trained parameters, which is what a training step has to sum over the
-        chips; 0 of a prediction.
     """
 
-    program: str
+    program: Program
     topology: str
-    num_chips: int
-    batch_size: int
-    content: str
     seconds: float
     flops: float
     cycles: int
@@ -90,7 +83,6 @@ class Report:
     bytes_accessed: float
     memory: Mapping[str, int]
     collectives: Sequence[Collective]
-    gradient_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -180,10 +172,10 @@ def format_bytes(count: float) -> str:
 
 
 def format_report(report: Report) -> str:
+    program, chips = report.program, report.program.mesh.size
     lines = [
-        f"{report.program}, topology {report.topology}: {report.num_chips} chips, "
-        f"{report.batch_size} {report.content} a step, {report.batch_size // report.num_chips} a "
-        "chip",
+        f"{program.name}, topology {report.topology}: {chips} chips, {program.batch_size} "
+        f"{program.content} a step, {program.batch_size // chips} a chip",
         f"Compiled in {report.seconds:.0f} s",
         f"Products and convolutions of a chip: {report.flops / 1e9:.1f} GFLOP",
         f"Cycles that the compiler expects: {report.whole_cycles / 1e6:.1f} million, of loops one "
@@ -195,8 +187,8 @@ def format_report(report: Report) -> str:
     available = HBM_BYTES.get(report.topology.split(":")[0])
     of = f" of {format_bytes(available)}" if available else ""
     lines.append(f"  {'in all':<12} {format_bytes(report.peak_bytes):>10}{of}")
-    if report.gradient_bytes:
-        lines.append(f"Gradients to sum over the chips: {format_bytes(report.gradient_bytes)}")
+    if program.gradient_bytes:
+        lines.append(f"Gradients to sum over the chips: {format_bytes(program.gradient_bytes)}")
     lines.append("Collectives of a step:")
     if not report.collectives:
         lines.append("  none")
@@ -261,11 +253,8 @@ def compile_program(program: Program, topology: str) -> Report:
             raise ValueError(compile_error(str(error), topology)) from error
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return Report(
-        program=program.name,
+        program=program,
         topology=topology,
-        num_chips=program.mesh.size,
-        batch_size=program.batch_size,
-        content=program.content,
         seconds=time.monotonic() - start,
         flops=count_flops(traced.jaxpr.jaxpr) / program.mesh.size,
         cycles=expected_cycles(text),
@@ -273,5 +262,4 @@ def compile_program(program: Program, topology: str) -> Report:
         bytes_accessed=compiled.cost_analysis()["bytes accessed"],
         memory={key: getattr(memory, f"{of}_size_in_bytes") for key, of in _MEMORY.items()},
         collectives=find_collectives(text),
-        gradient_bytes=program.gradient_bytes,
     )

@@ -130,6 +130,11 @@ def prepare_models(model: str, segmentor: str, folder: Path, with_reference: boo
     """Writes the weights of every implementation into a folder each; returns what they are."""
     if model:
         params, card = load_model(model)
+        if "classifier" not in params:
+            raise ValueError(
+                f"--model={model} has no linear class head, which is timed here; name another, or "
+                "leave it out for random weights."
+            )
         source = card.source
     else:
         config = SEGMENTORS[segmentor]

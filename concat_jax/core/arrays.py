@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,17 +39,11 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def fingerprint(tree: Mapping[str, Any]) -> str:
     """sha256 in hex of a tree's names, shapes, types and numbers, in the order of the names."""
+    from flax import traverse_util
+
     digest = hashlib.sha256()
-    for name, leaf in sorted(_leaves(tree, ""), key=lambda item: item[0]):
+    for name, leaf in sorted(traverse_util.flatten_dict(tree, sep="/").items()):
         array = np.asarray(leaf, order="C")
         digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value

@@ -317,7 +317,7 @@ def _define_config(values: Flags, argv: Sequence[str]) -> None:
         None,
         "File in configs/; --config.KEY=VALUE changes one of its values.",
         lock_config=False,
-        accept_new_attributes=True,  # as far as `_check_added_keys` lets them pass
+        accept_new_attributes=True,  # as far as `_settle_overrides` lets them pass
         flag_values=values,
         sys_argv=list(argv),
     )

@@ -149,9 +149,6 @@ class _Writer(contextlib.ExitStack):
         make_folder((folder / name).parent)
         return name
 
-    def _checked(self, label: int, image_id: ImageId) -> int:
-        return _category(label, self._vocabulary, image_id)
-
 
 def head(task: str, pixels: str, vocabulary: Vocabulary) -> dict[str, Any]:
     """What a manifest says before its lists: the task, what pixels mean, the categories."""
@@ -168,14 +165,10 @@ def _category(label: int, vocabulary: Vocabulary, image_id: ImageId) -> int:
     return int(vocabulary.category_ids[label])
 
 
-def _id(image_id: ImageId) -> ImageId:
-    return image_id if isinstance(image_id, str) else int(image_id)
-
-
 def image_entry(image_id: ImageId, file_name: str, size: Sequence[int]) -> dict[str, Any]:
     """An image of size (height, width) in COCO's list of them."""
     height, width = (int(side) for side in size)
-    return {"id": _id(image_id), "file_name": str(file_name), "height": height, "width": width}
+    return {"id": image_id, "file_name": str(file_name), "height": height, "width": width}
 
 
 def segments_info(
@@ -246,7 +239,7 @@ class PanopticWriter(_Writer):
         infos = segments_info(id_map, segments, self._vocabulary, image_id)
         png = self._png(self.png_folder, f"{result}.png" if result else file_name)
         write_png(self.png_folder / png, Image.fromarray(ids_to_rgb(id_map)))
-        entry = {"image_id": _id(image_id), "file_name": png, "segments_info": infos}
+        entry = {"image_id": image_id, "file_name": png, "segments_info": infos}
         self._json.append(entry, "annotations")
         self._json.append(image_entry(image_id, file_name, np.shape(id_map)), "images")
 
@@ -280,10 +273,10 @@ class InstanceWriter(_Writer):
         finite.
         """
         for label, score, code in zip(labels, scores, codes, strict=True):
-            category = self._checked(int(label), image_id)
+            category = _category(int(label), self._vocabulary, image_id)
             if not math.isfinite(score):
                 raise ValueError(f"Image {image_id} has an instance of score {score}.")
-            entry = {"image_id": _id(image_id), "file_name": file_name, "category_id": category}
+            entry = {"image_id": image_id, "file_name": file_name, "category_id": category}
             entry["category_name"] = self._vocabulary.names[label]
             self._json.append(entry | {"segmentation": dict(code), "score": float(score)})
         self._manifest.append(image_entry(image_id, file_name, size), "images")

@@ -61,6 +61,10 @@ class Vocabulary:
         flags, ids = ([of[k] for k in places] for of in (known.is_thing, known.category_ids))
         return dataclasses.replace(self, is_thing=tuple(flags), category_ids=tuple(ids))
 
+    def all_seen(self) -> Vocabulary:
+        """Its classes, of which training may have shown any."""
+        return dataclasses.replace(self, is_seen=(True,) * len(self))
+
     @functools.cached_property
     def seen(self) -> np.ndarray:
         """Indices of the seen classes, [S] int32 ascending."""

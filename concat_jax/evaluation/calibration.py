@@ -13,7 +13,6 @@ minus to plus infinity, needs no choice.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -81,10 +80,6 @@ class Sweep:
     counts: np.ndarray
     names: NamedQueries | None = None
 
-    @functools.cached_property
-    def _is_seen(self) -> np.ndarray:
-        return np.asarray(self.vocabulary.is_seen)
-
     def at(self, gamma: float) -> np.ndarray:
         """Counts [M, 4, K] at one of the values."""
         return self.counts[self.gammas.index(gamma)]
@@ -98,7 +93,8 @@ class Sweep:
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Seen and unseen PQ [R], percent."""
-        return sides(self.counts.sum(axis=1, dtype=np.float64), self._is_seen)
+        counts = self.counts.sum(axis=1, dtype=np.float64)
+        return sides(counts, np.asarray(self.vocabulary.is_seen))
 
     def area(self) -> float:
         """Area under the curve, percent; the values of γ should reach far on both sides."""

@@ -6,8 +6,11 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Self
 
+import jax
 import numpy as np
+import safetensors.numpy
 
+from concat_jax.core.hosts import gathered_bytes
 from concat_jax.core.vocabulary import Vocabulary
 
 
@@ -35,6 +38,20 @@ class ClassCounts:
         for name in self._SUMS:
             setattr(other, name, arrays[name])
         return other
+
+    def over_hosts(self) -> Self:
+        """Of all hosts together; every host must call it, as often as the others.
+
+        They are added in the order of the hosts, so that all return the same to the last bit.
+        """
+        if jax.process_count() == 1:
+            return self
+        # As bytes: on its way through JAX, a float64 would lose half of its digits.
+        contents = gathered_bytes(safetensors.numpy.save(self.to_arrays()))
+        total, *others = (self.restored(safetensors.numpy.load(content)) for content in contents)
+        for other in others:
+            total.merge(other)
+        return total
 
     def _summary(
         self,

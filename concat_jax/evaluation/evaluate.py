@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from etils.epath import Path
 
 from concat_jax.core.files import write_png
-from concat_jax.core.hosts import sum_over_hosts, total_over_hosts
+from concat_jax.core.hosts import total_over_hosts
 from concat_jax.evaluation.score_images import SCORES, comparison_row
 from concat_jax.evaluation.worst_best import WorstAndBest
 from concat_jax.inference.predictor import Prediction, Predictor
@@ -84,7 +84,7 @@ def evaluate(
     seconds = time.monotonic() - start
     print(f"{name}: {count} images evaluated, {count / seconds:.1f} images/s", flush=True)
     summaries = {
-        task: sum_over_hosts(score.counts).summarize(vocabulary) for task, score in scores.items()
+        task: score.counts.over_hosts().summarize(vocabulary) for task, score in scores.items()
     }
     if picture_folder and (num_pictures or num_extremes) and "panoptic" in summaries:
         extremes.write(picture_folder, summaries["panoptic"]["per_class"])

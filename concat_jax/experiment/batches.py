@@ -150,8 +150,7 @@ def query_bank(experiment: Experiment, name: str, text: np.ndarray) -> QueryBank
     model = flat(config.model).items()
     context, batches, kind = setup.context, datasets.bank, "query_bank"
     if settings.oracle:
-        every = dataclasses.replace(setup.vocabulary, is_seen=(True,) * len(setup.vocabulary))
-        context = dataclasses.replace(context, vocabulary=every)
+        context = dataclasses.replace(context, vocabulary=setup.vocabulary.all_seen())
         batches, kind = datasets.oracle, "oracle_bank"
     fields, identity = IMAGE_FIELDS, {}
     if with_targets:

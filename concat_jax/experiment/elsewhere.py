@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import ml_collections
 
 from concat_jax.core.config import build, check_choice
 from concat_jax.evaluation.evaluate import evaluate
-from concat_jax.evaluation.report import markdown_table
+from concat_jax.evaluation.report import flatten_summary, markdown_table, number
 from concat_jax.experiment.class_embeddings import check_names
 from concat_jax.inference.predictor import TASKS
 
@@ -20,12 +19,8 @@ if TYPE_CHECKING:
     from concat_jax.experiment.experiment import Experiment
     from data_pipelines.loader import SegmentationLoader
 
-# Column to where a summary has it.
-COLUMNS = {
-    "PQ": lambda summary: summary["all"]["pq"],
-    "mIoU": lambda summary: summary["semantic"]["all"]["miou"],
-    "AP": lambda summary: summary["instance"]["all"]["ap"],
-}
+# Column to its name in `flatten_summary`.
+COLUMNS = {"PQ": "pq", "mIoU": "miou", "AP": "ap"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,24 +92,14 @@ class Elsewhere:
         if not any(found.values()):
             return ""
         data = self._config.data
-        sets = {data.get("eval_kind", "") or data.kind: own}
-        for title, summaries in found.items():
-            for name, summary in summaries.items():
-                sets.setdefault(name, {})[title] = summary
+        scored = [(data.get("eval_kind", "") or data.kind, *one) for one in own.items()]
+        for name in dict.fromkeys(name for summaries in found.values() for name in summaries):
+            scored += [(name, title, summaries[name]) for title, summaries in found.items()]
         lines = [
             [name, title, summary["classes"], summary["images"]]
-            + [_cell(summary, get) for get in COLUMNS.values()]
-            for name, summaries in sets.items()
-            for title, summary in summaries.items()
+            + [number(flatten_summary(summary).get(key)) for key in COLUMNS.values()]
+            for name, title, summary in scored
         ]
         table = markdown_table(["data set", "run", "classes", "images", *COLUMNS], lines)
         missing = ", ".join(self.without_root)
         return table + (f"\n\nWithout a root, so not scored: {missing}." if missing else "")
-
-
-def _cell(summary: Mapping[str, Any], get: Any) -> str:
-    try:
-        value = get(summary)
-    except KeyError:
-        return "-"
-    return f"{value:.1f}" if math.isfinite(value) else "-"

@@ -49,12 +49,8 @@ class Parameters:
             else:
                 checkpoints = StageCheckpoints(self._workdir, source)
                 # Its own last step, as `is_finished` has it, whatever else lies beside it.
-                params = checkpoints.restore_params(
-                    [subtree],
-                    {subtree: abstract},
-                    self._mesh,
-                    step=self._setup.stages[source].steps,
-                )[subtree]
+                step, wanted = self._setup.stages[source].steps, {subtree: abstract}
+                params = checkpoints.restore_params(wanted, self._mesh, step=step)[subtree]
                 checkpoints.close()
             self._given[subtree, source] = params
         return self._given[subtree, source]

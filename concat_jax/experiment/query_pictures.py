@@ -66,8 +66,8 @@ def real_queries(run: Experiment, source: str, num_images: int) -> tuple[np.ndar
     params = _params(run, {"segmentor": source, "projector": source})
     text = copy_to_host(_text(run, source), mesh)
     # Every class may be matched here: the picture shows the unseen ones.
-    every = dataclasses.replace(run.setup.vocabulary, is_seen=(True,) * len(run.setup.vocabulary))
-    context = dataclasses.replace(run.setup.context, vocabulary=every)
+    vocabulary = run.setup.vocabulary.all_seen()
+    context = dataclasses.replace(run.setup.context, vocabulary=vocabulary)
     examples = (resize_longest(e, run.datasets.eval_size) for e in run.datasets.evaluation())
     queries, labels = [], []
     for number in range(0, num_images, size):

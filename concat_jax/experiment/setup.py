@@ -60,12 +60,15 @@ class Setup:
         return self.context.networks
 
     def networks_of(self, name: str) -> Networks:
-        """The networks of stage `name`; its generator is that of the stage that it takes it from.
+        """The networks of stage `name`; its generator is that of the stage it first came from.
 
         Raises:
           ValueError: if a generator that the stage names cannot be made.
         """
-        source = self.stages[name].takes.get("generator", name) if name in self.stages else name
+        source = name
+        for _ in self.stages:  # no chain is longer; one that ends in itself is refused elsewhere
+            if source in self.stages:
+                source = self.stages[source].takes.get("generator", source)
         fields = self.stages[source].generator if source in self.stages else {}
         if not fields:
             return self.networks

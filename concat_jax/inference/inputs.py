@@ -125,7 +125,7 @@ def image_ids(names: Sequence[str]) -> list[int]:
     """Ids for COCO json: the numbers that all the names are, as COCO's files', or 1, 2, 3..."""
     if all(name.isascii() and name.isdigit() for name in names):
         ids = [int(name) for name in names]
-        if len(set(ids)) == len(ids):
+        if len(set(ids)) == len(ids) and max(ids, default=0) < 2**63:  # as readers take them
             return ids
     return list(range(1, len(names) + 1))
 

@@ -17,7 +17,7 @@ import numpy as np
 from concat_jax.inference.assign_pixels import PixelCounts, RankedQueries, assign_pixels
 from concat_jax.inference.heads import ClassScores, ClipQueries, Head, Queries, bias_names
 from concat_jax.inference.panoptic import SegmentTables, rank_queries, settle_segments
-from concat_jax.inference.semantic import best_class, class_scores, semantic_inference
+from concat_jax.inference.semantic import class_map, class_scores, semantic_inference
 from concat_jax.models.mask2former import Segmentor
 from concat_jax.models.segmentor_output import mask_logits
 
@@ -167,7 +167,9 @@ def add_window(totals, logits, scores, is_seen, gamma, start, weight, *, axis) -
 
 @functools.partial(jax.jit, static_argnames="side")
 def best_class_tile(totals, sizes, origin, *, side) -> jax.Array:
-    return best_class(totals, output_size=(side, side), origin=origin, **sizes._asdict())
+    """As the map of `semantic_tile`, of class scores [B, K, h, w], which are resized instead."""
+    how = {"output_size": (side, side), "origin": origin, **sizes._asdict()}
+    return class_map(totals, lambda scores: scores, totals.shape[1], **how)
 
 
 def in_tiles(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +41,7 @@ def semantic_inference(
     """
     probs = class_probs[..., :-1].astype(jnp.float32)
 
-    return _class_map(
+    return class_map(
         mask_logits,
         lambda logits: class_scores(logits, probs),
         probs.shape[-1],
@@ -60,15 +59,7 @@ def class_scores(mask_logits: jax.Array, probs: jax.Array) -> jax.Array:
     return jnp.einsum("bnk,bnhw->bkhw", probs, masks, precision=jax.lax.Precision.HIGHEST)
 
 
-def best_class(scores: jax.Array, **sizes: Any) -> jax.Array:
-    """The map of `semantic_inference` from class scores [B, K, h, w], which are resized instead.
-
-    `sizes` are its keywords.
-    """
-    return _class_map(scores, lambda resized: resized, scores.shape[1], **sizes)
-
-
-def _class_map(
+def class_map(
     maps: jax.Array,
     scores_of: Callable[[jax.Array], jax.Array],
     num_classes: int,

@@ -19,7 +19,7 @@ from concat_jax.core.config import Count, check_choice, check_fields
 from concat_jax.models.ops.convolution import by_bands, depthwise_by_shifts
 from concat_jax.models.ops.layers_in_turn import Run, run_in_turn
 from concat_jax.models.ops.linear import Dense, gelu, matmul
-from concat_jax.models.ops.transformer_block import ACTIVATIONS, SWIGLU, Block, layer_norm
+from concat_jax.models.ops.transformer_block import Block, layer_norm
 from concat_jax.models.ops.valid_area import resize_bilinear, valid_mask, valid_size, zero_beyond
 from concat_jax.models.segmentor_output import (
     DTYPES,
@@ -313,7 +313,6 @@ def _make_vit(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> ViT:
         fields.setdefault(field, settings[field])
     vit = ViT(**fields, dtype=DTYPES[settings["dtype"]])
     check_choice(vit.positions, ("learned", "rotary"), "A ViT's positions are")
-    check_choice(vit.activation, (*ACTIVATIONS, SWIGLU), "A ViT's activation is")
     return vit
 
 

@@ -66,7 +66,6 @@ class ViT(nn.Module):
       positions: "learned", a table that is added to the patches; or "rotary", of DINOv3.
       grid: side of the learned table, resized to an image's own (bicubic, antialiased).
       rotary_theta: the longest wavelength of rotary positions.
-      activation: "gelu" or "swiglu".
       key_bias, layer_scale, norm_epsilon: see `Block`.
       remat: recompute each block in the backward pass instead of storing it.
       scan_layers: compile one block and run it in a loop, see `run_in_turn`.
@@ -81,7 +80,6 @@ class ViT(nn.Module):
     positions: str = "learned"
     grid: int = 40
     rotary_theta: Positive = 100.0
-    activation: str = "gelu"
     key_bias: bool = True
     layer_scale: bool = True
     norm_epsilon: float = 1e-6
@@ -105,7 +103,7 @@ class ViT(nn.Module):
                 num_heads=self.num_heads,
                 depth=self.depth,
                 ffn_width=self.ffn_width,
-                activation=self.activation,
+                activation="gelu",
                 key_bias=self.key_bias,
                 layer_scale=self.layer_scale,
                 norm_epsilon=self.norm_epsilon,

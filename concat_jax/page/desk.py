@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,8 @@ class Desk:
             raise ValueError("The page is being closed; start it again.") from error
         try:
             return turn.result(time_limit)
+        except CancelledError as error:
+            raise ValueError("The page is being closed; start it again.") from error
         except TimeoutError as error:
             turn.cancel()
             raise ValueError(

@@ -7,10 +7,9 @@ written to disk: pictures and files are inside the HTML.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
-from collections.abc import Iterable
+from html import escape
 from pathlib import PurePath
 
 import cv2
@@ -40,14 +39,14 @@ def result_html(result: Result) -> str:
     count = f"{len(segments)} segment{'s' * (len(segments) != 1)}"
     facts = f"<p class=facts>{count}<span>{width} × {height}</span></p>"
     if not segments:
-        facts += f"<p class=empty>{_text(result.explain(CALLED))}</p>"
+        facts += f"<p class=empty>{escape(result.explain(CALLED))}</p>"
     body = f"{_drawing(result)}<div class=beside>{facts}{_legend(result)}{_files(result)}</div>"
     return f"<div class=result>{body}</div>"
 
 
 def notice_html(sentence: str) -> str:
     """One sentence that a screen reader says at once."""
-    return f"<p class=notice role=alert>{_text(sentence)}</p>" if sentence else ""
+    return f"<p class=notice role=alert>{escape(sentence)}</p>" if sentence else ""
 
 
 def png_url(image: Image.Image) -> str:
@@ -89,7 +88,7 @@ def _drawing(result: Result) -> str:
     for segment in result.segments:
         label = result.vocabulary.names.index(segment.name)
         rank = seen[label] = seen.get(label, -1) + 1
-        said = _text(f"{_marked(segment)} · {segment.score:.0%}")
+        said = escape(f"{_marked(segment)} · {segment.score:.0%}")
         paths.append(
             f'<path tabindex=0 role=img data-class="{label}" data-say="{said}" aria-label="{said}" '
             f'fill-rule=evenodd fill="{_colour(segment, label, rank)}" '
@@ -97,7 +96,7 @@ def _drawing(result: Result) -> str:
         )
     return (
         f'<div><svg class=drawing viewBox="0 0 {to_width} {to_height}" role=group '
-        f'aria-label="{_text(result.source)} and its segments">'
+        f'aria-label="{escape(result.source)} and its segments">'
         f'<image href="{url}" width="{to_width}" height="{to_height}" '
         f"preserveAspectRatio=none></image>{''.join(paths)}</svg>"
         "<p class=note>Point at a segment, or tap it, for its name and score.</p></div>"
@@ -113,8 +112,8 @@ def _legend(result: Result) -> str:
         times = f"{len(found)} × up to " if len(found) > 1 else ""
         rows.append(
             f'<li data-class="{label}"><label><input type=checkbox checked value="{label}" '
-            f'data-name="{_text(found[0].name)}"><i style="background:{_colour(found[0], label)}">'
-            f"</i><b>{_text(_marked(found[0]))}</b>"
+            f'data-name="{escape(found[0].name)}"><i style="background:{_colour(found[0], label)}">'
+            f"</i><b>{escape(_marked(found[0]))}</b>"
             f"<span>{times}{max(s.score for s in found):.0%}</span></label></li>"
         )
     if not rows:
@@ -127,13 +126,13 @@ def _legend(result: Result) -> str:
 def _files(result: Result) -> str:
     stem = PurePath(result.source).stem or "image"
     content = json.dumps(result.to_coco(), indent=1).encode()
-    files: Iterable[tuple[str, str, str]] = (
+    files = (
         ("Picture", f"{stem}.overlay.png", png_url(result.overlay())),
         ("JSON", f"{stem}.json", _url("application/json", content)),
         ("Ids", f"{stem}.png", png_url(Image.fromarray(ids_to_rgb(result.panoptic)))),
     )
     links = (
-        f'<a download="{_text(name)}" href="{url}" title="{_text(name)}">{what}</a>'
+        f'<a download="{escape(name)}" href="{url}" title="{escape(name)}">{what}</a>'
         for what, name, url in files
     )
     return f"<p class=files><span>Download</span>{''.join(links)}</p>"
@@ -155,7 +154,3 @@ def _image_url(image: Image.Image, kind: str, **options: int) -> str:
 
 def _url(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _text(text: str) -> str:
-    return html.escape(text, quote=True)

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath import Path
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from concat_jax.core.files import (
@@ -25,6 +24,7 @@ from concat_jax.core.files import (
     system_reason,
     write_json,
 )
+from concat_jax.core.hosts import wait_for_hosts
 from concat_jax.training.checksums import damage, write_checksums
 from concat_jax.training.optimizer import path_name
 from concat_jax.training.sharding import split_by_rule
@@ -145,9 +145,7 @@ class StageCheckpoints:
         )
         return TrainState(params=restored["params"], **restored["optimizer"])
 
-    def restore_params(
-        self, names: Sequence[str], abstract: Any, mesh: Mesh, *, step: int | None = None
-    ) -> Any:
+    def restore_params(self, abstract: Any, mesh: Mesh, *, step: int | None = None) -> Any:
         """Subtrees of the parameters of a step, by default of the newest; placed as by `restore`.
 
         Raises CheckpointError if there is none, or it is damaged or of another architecture.
@@ -165,9 +163,8 @@ class StageCheckpoints:
                 f"{self.stage!r} again with the command that trained it, which goes on from "
                 f"step {self.latest_step()}."
             )
-        wanted = {name: abstract[name] for name in names}
-        self._check(step, wanted)
-        target = _placed(wanted, mesh)
+        self._check(step, abstract)
+        target = _placed(abstract, mesh)
         restored = self._restore(
             step,
             f"cannot be read; run stage {self.stage!r} again in another workdir",
@@ -231,8 +228,7 @@ class StageCheckpoints:
                     make_folder(aside.parent)
                     (self.path / str(step)).rename(aside)
                     print(f"The damaged checkpoint of step {step} is kept in {aside}.")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"{self.path} has room")
+        wait_for_hosts(f"{self.path} has room")
         self.manager.reload()
 
     def _halves(self) -> list[Path]:

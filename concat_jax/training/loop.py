@@ -217,7 +217,7 @@ class _Looks:
         good, path = self._checkpoints.latest_step(), self._checkpoints.path
         where = f"step {good} in {path}" if good is not None else "none"
         ids = "unknown" if image_ids is None else ", ".join(str(i) for i in image_ids)
-        row = f", the {self._in_a_row}th in a row" * bool(self._max_skips)
+        row = f", {self._in_a_row} such steps in a row" * (self._in_a_row > 1)
         return (
             f"Stage {self._checkpoints.stage!r}: {', '.join(bad)} is not finite at step {step} "
             f"(images {ids}){row}; the last good checkpoint is {where}."

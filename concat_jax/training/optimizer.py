@@ -51,7 +51,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     elif config.schedule == "constant":
         main = optax.constant_schedule(peak)
     else:
-        boundaries = {int(share * steps) - warmup: 0.1 for share in config.decay_at}
+        ends = [int(share * steps) - warmup for share in config.decay_at]
+        boundaries = {end: 0.1 ** ends.count(end) for end in ends}
         main = optax.piecewise_constant_schedule(peak, boundaries)
     if not warmup:
         return main
@@ -69,7 +70,7 @@ def label_params(params: Any, rules: Sequence[tuple[str, float, float]]) -> Any:
         name = path_name(path)
         for pattern, rate, decay in rules:
             if re.fullmatch(pattern, name):
-                return FROZEN if rate == 0 else f"lr x{rate:g}, decay x{decay:g}"
+                return FROZEN if rate == 0 else f"lr x{rate:.12g}, decay x{decay:.12g}"
         raise ValueError(f"No optimizer rule matches the parameter {name!r}.")
 
     return jax.tree_util.tree_map_with_path(label, params)

@@ -156,10 +156,8 @@ def shrink(
 def enlarge(image: np.ndarray, scale: int) -> Image.Image:
     """[H, W, 3] uint8 to a PIL image `scale` times as large; pixels stay square as in the map."""
     height, width = image.shape[:2]
-    picture = Image.fromarray(image)
-    if scale == 1:
-        return picture
-    return picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+    size = width * scale, height * scale
+    return Image.fromarray(image).resize(size, Image.Resampling.NEAREST)
 
 
 def panoptic_overlay(

@@ -112,10 +112,6 @@ def clip_config_from_hf(content: Mapping[str, Any]) -> Config:
             )
         config |= fields
     config["eot_id"] = None if config["eot_id"] == 2 else config["eot_id"]
-    return _with_ratios(config)
-
-
-def _with_ratios(config: Config) -> Config:
     for tower in ("image", "text"):
         config[f"{tower}_mlp_ratio"] = config.pop(f"{tower}_hidden") / config[f"{tower}_width"]
     return config
@@ -181,6 +177,9 @@ def clip_config_from_open_clip(content: Mapping[str, Any], sizes: Config) -> Con
     towers that `CLIP` does not have.
     """
     model = content.get("model_cfg", content)
+    preprocessing = content.get("preprocess_cfg") or {}
+    if not (isinstance(model, Mapping) and isinstance(preprocessing, Mapping)):
+        raise ValueError("its model_cfg or preprocess_cfg is no JSON object")
     config = {**sizes, "activation": "quick_gelu" if model.get("quick_gelu", False) else "gelu"}
     for name, section in _OPEN_CLIP.items():
         entries = model.get(name)
@@ -193,7 +192,6 @@ def clip_config_from_open_clip(content: Mapping[str, Any], sizes: Config) -> Con
     tower = config.get("image_tower", "vit")
     if bool(model["vision_cfg"].get("timm_model_name")) != (tower == "convnext"):
         raise ValueError(f"its vision_cfg is of another image tower than the weights' {tower}")
-    preprocessing = content.get("preprocess_cfg") or {}
     check_statistics(preprocessing, "its preprocess_cfg", {"mean": CLIP_MEAN, "std": CLIP_STD})
     head_width, side = config.pop("head_width"), config["image_size"]
     if tower != "convnext":

@@ -203,14 +203,16 @@ def _from_hf_folder(path: Path) -> Source:
     """A model of Hugging Face's or timm's; preprocessor_config.json may be absent."""
     content = read_json_object(path / CONFIG_NAME)
     model_type = content.get("model_type")
+    has_processor = (path / PREPROCESSOR_NAME).is_file()
+    processor = read_json_object(path / PREPROCESSOR_NAME) if has_processor else {}
     if model_type in [*FORMATS] or (model_type is None and TIMM_KEY in content):
-        return _from_classifier_folder(path, content)
+        # A ResNet or Swin of ImageNet; the config of timm's says nothing of sizes.
+        check_classifier(content)
+        check_preprocessing(processor)
+        return _from_file(weights_in(path, WEIGHTS_NAMES))
     config = segmentor_config_from_hf(content)
-    sides, notes, is_eomt = {}, (), model_type in eomt.ARCHITECTURES
-    processor = {}
-    if has_processor := (path / PREPROCESSOR_NAME).is_file():
-        processor = read_json_object(path / PREPROCESSOR_NAME)
-        sides, notes = check_preprocessing(processor, is_square=is_eomt)
+    is_eomt = model_type in eomt.ARCHITECTURES
+    sides, notes = check_preprocessing(processor, is_square=is_eomt)
     if is_eomt and not sides:
         side = eomt.image_size(content, CONFIG_NAME)
         sides = {"short_side": side, "long_side": side}
@@ -221,9 +223,8 @@ def _from_hf_folder(path: Path) -> Source:
     file = read_weights(weights_in(path, WEIGHTS_NAMES))
     if family := eomt.ENCODERS.get(model_type):
         params, report = backbone_params_from_dino(file.arrays, config, family)
-        card = ModelCard(config)
         kind = "a DINO, which can be the encoder of an EoMT"
-        return Source(kind, params, card, report, file.notes)
+        return Source(kind, params, ModelCard(config), report, file.notes)
     params, report = segmentor_params_from_hf(file.arrays, config)
     extra = content.get(EXTRA_KEY)
     task = extra.get("task") if isinstance(extra, Mapping) else None
@@ -238,14 +239,6 @@ def _from_hf_folder(path: Path) -> Source:
                 "here none is masked then, as after training.",
             )
     return Source(kind, params, card, report, notes, content=content)
-
-
-def _from_classifier_folder(path: Path, content: Mapping[str, Any]) -> Source:
-    """A ResNet or Swin of ImageNet; the config of timm's says nothing of sizes."""
-    check_classifier(content)
-    if (path / PREPROCESSOR_NAME).is_file():
-        check_preprocessing(read_json_object(path / PREPROCESSOR_NAME))
-    return _from_file(weights_in(path, WEIGHTS_NAMES))
 
 
 def _from_file(path: Path) -> Source:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from concat_jax.models.vit import ViT
 from concat_jax.weights.names import vit as names
 from concat_jax.weights.names.table import Naming
 from concat_jax.weights.sizes import HubConfig
@@ -73,7 +74,7 @@ def config_from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises ValueError for settings that our segmentor does not have.
     """
-    if "rope_theta" in content:  # transformers reads it of either place
+    if content.get("rope_theta") is not None:  # transformers reads it of either place
         rotary = {**_THETA, "rope_theta": content["rope_theta"]}
         content = {"rope_parameters": rotary, **content}
     fields = _EOMT[content["model_type"]].read(content, where)
@@ -129,7 +130,15 @@ def family_of(config: Mapping[str, Any]) -> str:
             "transformers has no EoMT with a frozen encoder, none on CLIP, and our variants by "
             "name are not its; it cannot be written."
         )
-    return "eomt_dinov3" if backbone.get("positions") == "rotary" else "eomt"
+    is_rotary = backbone.get("positions") == "rotary"
+    fixed = {"layer_scale": True, "rotary_theta": _THETA["rope_theta"], "key_bias": not is_rotary}
+    for name, theirs in fixed.items():
+        if (value := backbone.get(name, getattr(ViT, name))) != theirs:
+            raise ValueError(
+                f"The backbone's {name} is {value}, and {theirs} in transformers' EoMT; it cannot "
+                "be written."
+            )
+    return "eomt_dinov3" if is_rotary else "eomt"
 
 
 def config_to_hf(settings: Mapping[str, Any], image_size: int) -> dict[str, Any]:
@@ -153,8 +162,7 @@ def config_to_hf(settings: Mapping[str, Any], image_size: int) -> dict[str, Any]
 
 def naming(config: Mapping[str, Any]) -> Naming:
     """Hugging Face's names of an EoMT of our config."""
-    is_gated = config.get("backbone", {}).get("activation") == "swiglu"
-    return names.hugging_face(family_of(config), is_gated)
+    return names.hugging_face(family_of(config))
 
 
 def buffers(num_blocks: int, num_classes: int) -> dict[str, np.ndarray]:

@@ -195,6 +195,8 @@ def load_card(folder: str | os.PathLike[str]) -> ModelCard:
         raise ValueError(
             f"{path} is no card of format 1 to {FORMAT}; convert the model again with this version."
         )
+    if not isinstance(segmentor := content.get("segmentor", {}), dict):
+        raise ValueError(f"{path} holds no usable segmentor: it is {segmentor!r}.")
     check_choice(content.get("task", ""), ("", *TASKS), f"{path} names the task")
     for name, kind in (("vocabulary", Vocabulary), ("text", TextCard)):
         if content.get(name) is not None:

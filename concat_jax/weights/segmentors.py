@@ -103,7 +103,7 @@ def backbone_params_from_dino(
         arrays = as_segmentors(arrays)
     whole = parameter_shapes(config)
     wanted = {path: shape for path, shape in whole.items() if path.startswith(PREFIX)}
-    return to_ours(find(arrays, vit_names(family, is_gated=False)), wanted)
+    return to_ours(find(arrays, vit_names(family)), wanted)
 
 
 def segmentor_params_from_detectron2(

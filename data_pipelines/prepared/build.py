@@ -57,12 +57,8 @@ def build_part(
 
     Raises FileError as well if the folder was made with another data set or setting.
     """
-    for name, value in (("data set", dataset), ("part", part)):
-        if not value.isidentifier():
-            raise ValueError(
-                f"The {name} {value!r} cannot be part of a file's name; it must be letters, digits "
-                "and _, and begin with a letter."
-            )
+    check_name("data set", dataset)
+    check_name("part", part)
     folder = as_path(folder)
     treated, positions = treat_unseen(source, unseen)
     if unseen == "keep":  # for evaluations too, which count what a model finds where nothing is
@@ -81,7 +77,7 @@ def build_part(
     )
     made = Part(unseen, files.fingerprint(source), len(positions))
     if before is not None:
-        _check_same(folder, before, prepared, ("dataset", "vocabulary", "id_bits"))
+        _check_same(folder, before, prepared, _OF_ALL_PARTS)
         if part in before.parts:
             found = before.parts[part]
             _check_same(folder, found, made, ("unseen", "source", "num_images"))
@@ -97,6 +93,9 @@ def build_part(
     files.remove_part(folder, dataset, part)
     try:
         made = _write(folder, prepared, part, made, source, treated, positions, skip_bad)
+        if (latest := files.read_prepared(folder)) is not None:  # others wrote parts meanwhile
+            _check_same(folder, latest, prepared, _OF_ALL_PARTS)
+            prepared.parts.update(latest.parts)
         prepared.parts[part] = made
         if unseen != "keep":
             written = PreparedSource(folder, part, prepared)
@@ -108,9 +107,19 @@ def build_part(
     return made, False
 
 
+def check_name(what: str, name: str) -> None:
+    """ValueError for a name of a data set or a part that TFDS does not take in a file's name."""
+    if not name.isidentifier():
+        raise ValueError(
+            f"The {what} {name!r} cannot be part of a file's name; it must be letters, digits and "
+            "_, and begin with a letter."
+        )
+
+
+_OF_ALL_PARTS = ("dataset", "vocabulary", "id_bits")
 _CALLED = {
     "vocabulary": "another split file",
-    "source": "other annotations",
+    "source": "other annotations or images",
     "id_bits": "no image of over 255 segments (write all parts by one command)",
 }
 
@@ -144,7 +153,8 @@ def _write(
 
     def payload(number: int) -> tuple[bytes, bool] | FileError:
         try:
-            example = _example(source, treated, treated.records[positions[number]])
+            record = treated.records[positions[number]]
+            example = _example(source, treated, record, prepared.id_dtype)
             content = serializer.serialize_example(features.encode_example(example))
             return content, is_plain_jpeg(example["image"])
         except FileError as error:
@@ -227,8 +237,11 @@ def _features(prepared: Prepared) -> Any:
     )
 
 
-def _example(source: FolderSource, treated: Source, record: ImageRecord) -> dict[str, Any]:
+def _example(
+    source: FolderSource, treated: Source, record: ImageRecord, dtype: type[np.unsignedinteger]
+) -> dict[str, Any]:
     _, ids = treated.read(record)
+    ids = ids.astype(dtype)  # some sources have 16 bits for any number of segments
     return {
         "image": (source.images_folder / record.file_name).read_bytes(),
         "segment_ids": ids,

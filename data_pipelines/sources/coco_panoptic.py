@@ -95,13 +95,10 @@ class CocoPanopticSource:
 def find_layout(root: str | os.PathLike[str], part: str) -> Layout:
     """Finds the three places of a part; the PNG folder may lie in `annotations/` or beside it.
 
-    Raises:
-      FileError: naming the place that is missing.
+    Raises FileError naming the place that is missing.
     """
     root, name = pathlib.Path(root), f"panoptic_{part}"
     images, json_path = root / part, root / "annotations" / f"{name}.json"
-    if not root.is_dir():
-        raise FileError(f"The data set's folder {root} does not exist.")
     if not images.is_dir():
         raise FileError(f"The images folder {images} does not exist.")
     if not json_path.is_file():

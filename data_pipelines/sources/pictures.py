@@ -13,8 +13,7 @@ from PIL import Image, ImageOps
 
 from concat_jax.core.coco import spelt
 from concat_jax.core.files import FileError, ImageError, open_image
-from concat_jax.core.prefetch import prefetch
-from concat_jax.core.progress import Progress
+from concat_jax.core.prefetch import with_progress
 from data_pipelines.pixels import to_rgb
 from data_pipelines.sources.source import ImageRecord, Source
 
@@ -72,14 +71,11 @@ def check_images(source: Source, part: str, on_fault: Callable[[int, FileError],
             return error
         return None
 
-    count, threads = len(source.records), max(8, os.cpu_count() or 1)
-    progress = Progress(f"{part}: images", 0, count)
-    with contextlib.closing(prefetch(fault, 0, count, 2 * threads, threads)) as faults:
-        for done, error in enumerate(faults, start=1):
-            if done < count:
-                progress.tick(done)
+    results = with_progress(f"{part}: images", fault, len(source.records))
+    with contextlib.closing(results) as faults:
+        for index, error in enumerate(faults):
             if error is not None:
-                on_fault(done - 1, error)
+                on_fault(index, error)
 
 
 def leave_out(error: FileError, skips: bool) -> None:

@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from concat_jax.core.files import FileError, in_bucket
+from concat_jax.core.files import FileError, as_path, in_bucket
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.labels import load_label_space
 from data_pipelines.sources.coco_instances import CocoInstanceSource
@@ -70,7 +70,7 @@ def open_source(
             f"{root} is in a bucket, and folders of images are read on a machine's disk alone: "
             f"gcloud storage cp -r {root} DIR copies it; give DIR."
         )
-    known, root = DATASETS[dataset], pathlib.Path(root)
+    known, root = DATASETS[dataset], as_path(root)
     if not str(part) or pathlib.Path(part).name != str(part):
         raise FileError(f"The part {part!r} of {dataset} must be a name such as {known.parts[0]}.")
     split = str(split_file or known.split_file)
@@ -141,31 +141,6 @@ def _open_ade20k_panoptic(root, part, split_file, on_bad_example) -> FolderSourc
     return CocoPanopticSource(layout, vocabulary, **rules, on_bad_example=on_bad_example)
 
 
-def _open_maps(
-    root: pathlib.Path,
-    part: str,
-    split_file: str,
-    on_bad_example: OnBadExample,
-    *,
-    images: str,
-    maps: tuple[str, ...],
-    offset: int,
-    ignored: tuple[int, ...],
-    listed: str,
-) -> FolderSource:
-    """Images and maps as folders with {part} in them, of maps the first that there is."""
-    folders = [root / folder.format(part=part) for folder in maps]
-    return SemanticMapSource(
-        root / images.format(part=part),
-        next((folder for folder in folders if folder.is_dir()), folders[0]),
-        load_label_space(split_file),
-        offset=offset,
-        ignored=ignored,
-        stems=read_list(root / listed.format(part=part)) if listed else None,
-        on_bad_example=on_bad_example,
-    )
-
-
 def _open_zsi(root, part, split_file, on_bad_example, *, folds: str) -> FolderSource:
     role = {"train2014": "seen", "val2014": "gzsi"}.get(part, "seen")
     # ZSI's own files where they are; or the official ones, of which the same is made: categories
@@ -192,14 +167,27 @@ def _maps(
     parts: tuple[str, str] = ("training", "validation"),
     unseen_images: UnseenImages = "keep",
 ) -> Dataset:
+    """Images and maps as folders with {part} in them, of maps the first that there is."""
+
+    def open_maps(root, part, split, on_bad_example) -> FolderSource:
+        folders = [root / folder.format(part=part) for folder in maps]
+        return SemanticMapSource(
+            root / images.format(part=part),
+            next((folder for folder in folders if folder.is_dir()), folders[0]),
+            load_label_space(split),
+            offset=offset,
+            ignored=ignored,
+            stems=read_list(root / listed.format(part=part)) if listed else None,
+            on_bad_example=on_bad_example,
+        )
+
     trees = [f"{images}/*.jpg", " or ".join(f"{folder}/*.{suffix}" for folder in maps), listed]
-    places = dict(images=images, maps=maps, offset=offset, ignored=ignored, listed=listed)
     return Dataset(
         tree=", ".join(filter(None, trees)),
         parts=parts,
         split_file=split_file,
         unseen_images=unseen_images,
-        open=functools.partial(_open_maps, **places),
+        open=open_maps,
     )
 
 

@@ -17,7 +17,6 @@ import logging
 import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
-from concurrent import futures
 from typing import Literal
 
 import numpy as np
@@ -25,7 +24,7 @@ from PIL import Image
 
 from concat_jax.core.files import FileError, read_text
 from concat_jax.core.mask_codes import read_label_map
-from concat_jax.core.progress import Progress
+from concat_jax.core.prefetch import with_progress
 from concat_jax.core.vocabulary import Vocabulary
 from data_pipelines.sources.pictures import check_end, leave_out, read_picture
 from data_pipelines.sources.source import ImageRecord, image_numbers
@@ -52,7 +51,6 @@ class SemanticMapSource:
         ignored: Collection[int] = (255,),
         stems: Sequence[str] | None = None,
         on_bad_example: Literal["raise", "skip"] = "raise",
-        num_threads: int = 8,
     ):
         """Pairs images with maps, and reads all maps for the classes they show.
 
@@ -81,14 +79,13 @@ class SemanticMapSource:
                 pairs.append((image_names[stem], map_names[stem]))
         if len(image_names) > len(map_names):
             logger.warning("%s: %d images have no map", images, len(image_names) - len(map_names))
-        with futures.ThreadPoolExecutor(num_threads) as pool:
-            progress, found = Progress(f"Maps of {maps}", 0, len(pairs), every=5.0), []
-            numbers = image_numbers([pathlib.Path(image).stem for image, _ in pairs])
-            rows = [(number, *pair) for number, pair in zip(numbers, pairs, strict=True)]
-            for record in pool.map(lambda row: self._scan(*row, skips=skips), rows):
-                found.append(record)
-                if len(found) < len(pairs):
-                    progress.tick(len(found))
+        numbers = image_numbers([pathlib.Path(image).stem for image, _ in pairs])
+        rows = [(number, *pair) for number, pair in zip(numbers, pairs, strict=True)]
+
+        def scan(index: int) -> ImageRecord | None:
+            return self._scan(*rows[index], skips=skips)
+
+        found = list(with_progress(f"Maps of {maps}", scan, len(rows)))
         self.skipped = len(stems) - len(pairs) + found.count(None)
         self.records = sorted(filter(None, found), key=lambda record: record.image_id)
         if not self.records:

@@ -24,6 +24,7 @@ import numpy as np
 from concat_jax.core.batch import pad_table
 from concat_jax.core.config import check_choice
 from data_pipelines.epochs import epoch_order
+from data_pipelines.sources.source import keep_rows
 from data_pipelines.synthetic import render
 from data_pipelines.synthetic.presets import PRESETS, WorldPreset
 
@@ -166,9 +167,7 @@ class SyntheticWorld:
         needed = np.full(len(labels), max(MIN_AREA * self._scale**2, 1.0))
         needed[len(stuff) :] = np.maximum(needed[len(stuff) :], MIN_VISIBLE * full_areas)
         kept = areas >= needed
-        new_ids = np.zeros(len(labels) + 1, np.uint8)
-        new_ids[1:][kept] = np.arange(1, kept.sum() + 1)
-        return image, new_ids[owner], labels[kept]
+        return image, keep_rows(owner, kept), labels[kept]
 
     def _scene_at(self, place: int) -> int:
         if not self._num_train_images:

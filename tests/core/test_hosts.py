@@ -10,6 +10,7 @@ from concat_jax.core import coco_writers, hosts
 from concat_jax.core.coco_writers import StreamedJson
 from concat_jax.core.mask_codes import encode_rle
 from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.evaluation import counts as counting
 from concat_jax.evaluation.average_precision import AveragePrecision
 from concat_jax.evaluation.panoptic_quality import PanopticQuality
 from concat_jax.evaluation.semantic_iou import SemanticIoU
@@ -62,9 +63,9 @@ def test_hosts_sum_to_the_counts_of_one(kind, monkeypatch):
         add_image(shares[seed % 3], seed)
     # The gathering itself is JAX's; two real processes do it in the slow tests.
     contents = [safetensors.numpy.save(share.to_arrays()) for share in shares]
-    monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
-    monkeypatch.setattr(hosts, "_all_gather", lambda content: contents)
-    results = [hosts.sum_over_hosts(share).summarize(VOCABULARY) for share in shares]
+    monkeypatch.setattr(counting.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(counting, "gathered_bytes", lambda content: contents)
+    results = [share.over_hosts().summarize(VOCABULARY) for share in shares]
     np.testing.assert_equal(results[1], results[0])
     np.testing.assert_equal(results[2], results[0])
     expected = whole.summarize(VOCABULARY)
@@ -75,8 +76,10 @@ def test_hosts_sum_to_the_counts_of_one(kind, monkeypatch):
 
 def test_one_host_gets_its_own_counts_back():
     counts = PanopticQuality(3)
-    assert hosts.sum_over_hosts(counts) is counts
+    assert counts.over_hosts() is counts
     assert hosts.total_over_hosts(7) == 7
+    np.testing.assert_array_equal(hosts.of_first_host(np.arange(3)), np.arange(3))
+    assert hosts.gathered_bytes(b"abc") == [b"abc"]
     hosts.wait_for_hosts("nobody")
 
 

@@ -263,6 +263,8 @@ def test_a_fault_within_the_right_layout_says_nothing_of_the_tree(tmp_path):
 
 
 def test_names_that_are_no_data_set_or_part(tmp_path):
+    with pytest.raises(ValueError, match="s3://bucket/coco is neither a path of this machine"):
+        open_source("coco_panoptic_zps", "s3://bucket/coco", "train2017")
     with pytest.raises(FileError, match="gs://bucket/coco is in a bucket, and folders of images"):
         open_source("coco_panoptic_zps", "gs://bucket/coco", "train2017")
     with pytest.raises(ValueError, match="no data set 'coco'; the names are .*coco_stuff_zss"):

@@ -159,6 +159,37 @@ def test_images_of_many_segments_take_16_bits(tiny_panoptic, tmp_path):
         build(tmp_path / "8", source, part="val2017", unseen="keep")
 
 
+def test_maps_of_16_bits_with_few_segments_take_8(tiny_panoptic, tmp_path):
+    """As label maps and COCO's outlines are read."""
+    source, read = source_of(tiny_panoptic), source_of(tiny_panoptic).read
+
+    def wide(record):
+        image, ids = read(record)
+        return image, ids.astype(np.uint16)
+
+    source.read = wide
+    build(tmp_path, source, unseen="keep")
+    prepared = PreparedSource(tmp_path, "train2017")
+    for record in prepared.records:
+        found = prepared.read(record)[1]
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, read(record)[1])
+
+
+def test_parts_that_are_written_at_once_are_both_listed(tiny_panoptic, tmp_path, monkeypatch):
+    write = building._write
+
+    def with_another_beside(*arguments):
+        monkeypatch.setattr(building, "_write", write)
+        other = source_of(tiny_panoptic, "val2017")
+        build(tmp_path, other, part="val2017", unseen="keep")
+        return write(*arguments)
+
+    monkeypatch.setattr(building, "_write", with_another_beside)
+    build(tmp_path, source_of(tiny_panoptic))
+    assert set(files.read_prepared(tmp_path).parts) == {"train2017", "val2017"}
+
+
 def test_images_without_a_segment_are_kept_for_evaluation_and_left_out_of_training(
     tiny_panoptic, tmp_path
 ):
@@ -320,7 +351,7 @@ def test_other_annotations_or_another_split_are_refused(tiny_panoptic, tmp_path)
     content = json.loads(json_path.read_text())
     content["annotations"][0]["segments_info"][0]["iscrowd"] = 1
     json_path.write_text(json.dumps(content))
-    with pytest.raises(FileError, match="made with other annotations"):
+    with pytest.raises(FileError, match="made with other annotations or images"):
         build(out, source_of(tiny_panoptic))
     # A second part of the same data set may come in, but not with another split.
     build(out, source_of(tiny_panoptic, "val2017"), part="val2017", unseen="keep")

@@ -32,7 +32,7 @@ def write(root, values, name="img_05", suffix=".png", mode=None):
 
 
 def load(root, **options):
-    options = {"ignored": (0, 255), "num_threads": 2, **options}
+    options = {"ignored": (0, 255), **options}
     return SemanticMapSource(root / "images", root / "maps", VOCABULARY, **options)
 
 

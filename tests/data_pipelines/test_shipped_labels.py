@@ -208,5 +208,7 @@ def test_a_split_takes_the_synonyms_of_a_vocabulary():
     assert both.synonyms[split.names.index("giraffe")] == ("giraffes",)
     assert both.synonyms[split.names.index("tree-merged")] == ()  # COCO-Stuff has "tree"
     np.testing.assert_array_equal(both.unseen, split.unseen)
+    own = Vocabulary(("cat",), (True,), (True,), (1,), (("kitty",),))
+    assert with_synonyms(own, dataclasses.replace(own, synonyms=((),))) == own
     with pytest.raises(ValueError, match="None of the 133 classes, 'person' for one, is among"):
         with_synonyms(split, Vocabulary(("gnu",), (True,), (True,), (1,)))

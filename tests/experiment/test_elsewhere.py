@@ -2,6 +2,9 @@
 
 import pytest
 
+from concat_jax.core.vocabulary import Vocabulary
+from concat_jax.evaluation.panoptic_quality import PanopticQuality
+from concat_jax.experiment.elsewhere import Elsewhere
 from concat_jax.experiment.experiment import Experiment
 from concat_jax.inference.text_tower import TextTower
 from configs import ade20k_ovss
@@ -60,6 +63,17 @@ def test_one_table_and_each_vocabulary_is_embedded_once(config, tmp_path, monkey
         assert 0 <= float(miou) <= 100 and precision == "-"
         assert (quality != "-") == (name == "a150")
     assert table.endswith("Without a root, so not scored: pc459.")
+
+
+def test_a_further_part_of_the_own_data_set_is_a_row_beside(config):
+    nothing = PanopticQuality(2).summarize(
+        Vocabulary(("a", "b"), (True,) * 2, (True, False), (1, 2))
+    )
+    summary = {**nothing, "classes": 2, "images": 2}
+    own, found = {"full": summary}, {"full": {config.data.kind: {**summary, "images": 7}}}
+    table = Elsewhere(config).format(own, found)
+    assert own == {"full": summary}
+    assert [line.split("|")[4].strip() for line in table.split("\n")[2:4]] == ["2", "7"]
 
 
 def test_faults_show_before_training(config, tmp_path):

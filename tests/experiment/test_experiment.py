@@ -12,6 +12,8 @@ from flax import traverse_util
 from concat_jax.core.files import FileError
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.experiment.experiment import Experiment
+from concat_jax.experiment.setup import make_setup
+from concat_jax.models.generators import PrimitiveGenerator, QueryGenerator
 from concat_jax.stages.queries import QueryBank
 from concat_jax.weights.model_folder import ModelCard, parameter_shapes, save_model
 from configs import demo_zps
@@ -171,6 +173,19 @@ def test_only_finished_stages_are_evaluated_and_a_report_of_fewer_is_stale(tmp_p
     assert evaluated == ["con", "con", "control", "finetune"]
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["results"]) == list(config.eval.stages.values())
+
+
+def test_a_generator_is_of_the_stage_it_first_came_from():
+    config = demo_zps.get_config("smoke")
+    with config.unlocked():
+        config.train.cat.generator = dict(kind="primitives")
+        config.train.later = dict(config.train.cat.to_dict(), generator={})
+        config.train.later.takes["generator"] = "cat"
+        config.train.finetune.takes["generator"] = "later"
+    setup = make_setup(config, make_datasets(config.data, seed=0))
+    assert isinstance(setup.networks.generator, QueryGenerator)
+    for name in ("cat", "later", "finetune"):
+        assert isinstance(setup.networks_of(name).generator, PrimitiveGenerator)
 
 
 def test_a_fault_of_the_evaluation_is_found_before_the_first_stage(tmp_path, monkeypatch):

@@ -115,6 +115,8 @@ def test_names_keep_the_folders_that_tell_images_apart(tmp_path):
     assert image_ids(["000000000139", "000000000285"]) == [139, 285]
     assert image_ids(["7", "007"]) == [1, 2]
     assert image_ids(["7", "b"]) == [1, 2]
+    # Ids that no reader takes, as of a camera's date to the microsecond.
+    assert image_ids(["20240101123045123456", "20240101123045123457"]) == [1, 2]
 
 
 def test_a_data_set_names_and_numbers_its_images(tmp_path):

@@ -86,7 +86,7 @@ def test_equals_transformers_and_gives_its_arrays_back(family, in_training):
     model, config = reference(family, in_training), CONFIGS[family]
     arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     head = jax.eval_shape(LinearClassifier(CLASSES).init, KEY, np.zeros((1, 48)))["params"]
-    naming = hugging_face(family, is_gated=False)
+    naming = hugging_face(family)
     shapes = shapes_of({"segmentor": abstract(config), "classifier": head})
     params, report = to_ours(find(arrays, naming), shapes)
     assert set(report.ignored) == BUFFERS

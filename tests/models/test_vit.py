@@ -18,19 +18,16 @@ SIZES = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4)
 OURS = dict(width=48, depth=3, num_heads=4)
 
 
-def reference(family: str, is_gated: bool):
+def reference(family: str):
     """transformers' model with weights that hide no mistake."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     if family == "dinov2":
-        config = transformers.Dinov2WithRegistersConfig(
-            **SIZES, image_size=56, patch_size=14, use_swiglu_ffn=is_gated
-        )
+        config = transformers.Dinov2WithRegistersConfig(**SIZES, image_size=56, patch_size=14)
         model = transformers.Dinov2WithRegistersModel(config)
     else:
-        activation = "silu" if is_gated else "gelu"
-        own = dict(num_register_tokens=4, use_gated_mlp=is_gated, hidden_act=activation)
-        config = transformers.DINOv3ViTConfig(**SIZES, intermediate_size=80, **own)
+        own = dict(num_register_tokens=4, intermediate_size=80)
+        config = transformers.DINOv3ViTConfig(**SIZES, **own)
         model = transformers.DINOv3ViTModel(config)
     state = {k: v for k, v in model.state_dict().items() if "inv_freq" not in k}
     with torch.no_grad():
@@ -39,18 +36,17 @@ def reference(family: str, is_gated: bool):
     return model.eval()
 
 
-def ours(family: str, is_gated: bool) -> ViT:
+def ours(family: str) -> ViT:
     own = dict(VIT_VARIANTS[f"{family}-small"], **OURS, scan_layers=True)
-    own["ffn_width"] = {"dinov2": 128 if is_gated else 192, "dinov3": 80}[family]
+    own["ffn_width"] = {"dinov2": 192, "dinov3": 80}[family]
     if family == "dinov2":
         own["grid"] = 4
-    return ViT(**own, activation="swiglu" if is_gated else "gelu")
+    return ViT(**own)
 
 
-@pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("family", ["dinov2", "dinov3"])
-def test_equals_transformers_at_its_own_and_at_other_sizes(family, is_gated, tmp_path):
-    model, vit = reference(family, is_gated), ours(family, is_gated)
+def test_equals_transformers_at_its_own_and_at_other_sizes(family, tmp_path):
+    model, vit = reference(family), ours(family)
     model.save_pretrained(tmp_path)
     arrays = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     if family == "dinov2":
@@ -58,13 +54,13 @@ def test_equals_transformers_at_its_own_and_at_other_sizes(family, is_gated, tmp
     p = vit.patch_size
     abstract = jax.eval_shape(vit.init, jax.random.key(0), np.zeros((1, p, p, 3), np.float32))
     shapes = shapes_of({"segmentor": {"backbone": abstract["params"]}})
-    params, report = to_ours(find(arrays, hugging_face(family, is_gated)), shapes)
+    params, report = to_ours(find(arrays, hugging_face(family)), shapes)
     assert set(report.ignored) == {"embeddings.mask_token"}
     params = params["segmentor"]["backbone"]
     apply = jax.jit(vit.apply, compiler_options=tiny.FAST_COMPILE)
     torch = pytest.importorskip("torch")
     # Positions at their own size in one case; tables are resized, and rotations made, in the rest.
-    for rows, columns in ((4, 4), (3, 5)) if (family, is_gated) == ("dinov2", False) else ((3, 5),):
+    for rows, columns in ((4, 4), (3, 5)) if family == "dinov2" else ((3, 5),):
         images = np.random.default_rng(0).normal(size=(2, rows * p, columns * p, 3))
         images = images.astype(np.float32)
         with torch.no_grad():

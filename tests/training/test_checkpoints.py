@@ -112,7 +112,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(workdir, name, capsys):
             rf"{step} is damaged: {where}.*; train stage 'con' again .* goes on from step 10\."
         )
         with pytest.raises(CheckpointError, match=refused):
-            checkpoints.restore_params(["head"], abstract().params, ONE_DEVICE)
+            checkpoints.restore_params(abstract().params, ONE_DEVICE)
     printed = capsys.readouterr().out
     assert printed.startswith(f"The checkpoint {step} is damaged and passed over: {where}")
     assert printed.count("\n") == 1
@@ -126,7 +126,7 @@ def test_a_state_is_restored_onto_any_mesh(tmp_path, devices, fsdp):
     with StageCheckpoints(tmp_path, "con") as checkpoints:
         checkpoints.save(given, 10)
         restored = checkpoints.restore(abstract(), mesh)
-        params = checkpoints.restore_params(["head"], abstract().params, mesh)
+        params = checkpoints.restore_params(abstract().params, mesh)
     jax.tree.map(np.testing.assert_array_equal, restored, state(10))
     jax.tree.map(np.testing.assert_array_equal, params, state(10).params)
     for tree in (restored.params, restored.opt_state[0].mu, params):
@@ -138,10 +138,10 @@ def test_a_state_is_restored_onto_any_mesh(tmp_path, devices, fsdp):
 def test_a_step_that_is_asked_for_is_read_whatever_is_newer(workdir, capsys):
     (workdir / "con" / "checkpoints" / "30").mkdir()
     with StageCheckpoints(workdir, "con") as checkpoints:
-        params = checkpoints.restore_params(["head"], abstract().params, ONE_DEVICE, step=10)
+        params = checkpoints.restore_params(abstract().params, ONE_DEVICE, step=10)
         np.testing.assert_array_equal(params["head"]["kernel"], state(10).params["head"]["kernel"])
         with pytest.raises(CheckpointError, match="holds no checkpoint; run stage 'con' first"):
-            checkpoints.restore_params(["head"], abstract().params, ONE_DEVICE, step=15)
+            checkpoints.restore_params(abstract().params, ONE_DEVICE, step=15)
     assert capsys.readouterr().out == ""
 
 
@@ -158,7 +158,7 @@ def test_damage_of_the_optimizer_leaves_the_parameters(workdir):
     assert is_saved(workdir, "con", 20)
     with StageCheckpoints(workdir, "con") as checkpoints:
         assert checkpoints.latest_step() == 10
-        params = checkpoints.restore_params(["head"], abstract().params, ONE_DEVICE)
+        params = checkpoints.restore_params(abstract().params, ONE_DEVICE)
     jax.tree.map(np.testing.assert_array_equal, params, state(20).params)
 
 
@@ -229,13 +229,13 @@ def test_without_an_undamaged_checkpoint_nothing_is_trained_anew(workdir):
         with pytest.raises(CheckpointError, match=refused):
             checkpoints.latest_step()
         with pytest.raises(CheckpointError, match=refused):
-            checkpoints.restore_params(["head"], abstract().params, ONE_DEVICE)
+            checkpoints.restore_params(abstract().params, ONE_DEVICE)
 
 
 def test_reading_writes_nothing(saved, tmp_path):
     before = sorted(saved.rglob("*"))
     with StageCheckpoints(saved, "con") as checkpoints:
-        checkpoints.restore_params(["head"], abstract().params, ONE_DEVICE)
+        checkpoints.restore_params(abstract().params, ONE_DEVICE)
     assert sorted(saved.rglob("*")) == before
     with StageCheckpoints(tmp_path, "cat") as checkpoints:
         assert checkpoints.latest_step() is None

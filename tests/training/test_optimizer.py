@@ -1,5 +1,6 @@
 """Rules, labels, freezing and clipping on small trees."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -34,6 +35,11 @@ def test_first_matching_rule_decides():
         "backbone": {"kernel": "lr x0.1, decay x1", "mean": FROZEN},
         "head": {"kernel": "lr x1, decay x1", "bias": "lr x1, decay x0"},
     }
+
+
+def test_multipliers_keep_their_digits():
+    rules = [(".*", 0.12345678, 1.0)]
+    assert set(jax.tree.leaves(label_params(PARAMS, rules))) == {"lr x0.12345678, decay x1"}
 
 
 def test_a_parameter_without_a_rule_is_named():
@@ -85,6 +91,8 @@ def test_schedules():
         [0, 0.5, 1, 1, 0.1, 0.01],
         rtol=1e-5,
     )
+    few = make_schedule(OptimizerConfig(learning_rate=1.0), 8)  # both decays fall on step 7
+    np.testing.assert_allclose([few(6), few(7)], [1, 0.01], rtol=1e-5)
     cosine = make_schedule(
         OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="cosine"), 110
     )

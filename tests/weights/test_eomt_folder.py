@@ -115,6 +115,20 @@ def test_a_dino_that_classifies_is_an_encoder_too(family, tmp_path):
     np.testing.assert_array_equal(source.params["segmentor"]["backbone"]["norm"]["scale"], norm)
 
 
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({**ROTARY, "rotary_theta": 50.0}, "rotary_theta is 50.0, and 100.0 in"),
+        ({**ROTARY, "key_bias": True}, "key_bias is True, and False in"),
+        ({**BACKBONE, "key_bias": False}, "key_bias is False, and True in"),
+        ({**BACKBONE, "layer_scale": False}, "layer_scale is False, and True in"),
+    ],
+)
+def test_what_transformers_would_compute_otherwise_is_not_written(fields, said):
+    with pytest.raises(ValueError, match=f"The backbone's {said} transformers' EoMT; it cannot"):
+        config_to_hf(ModelCard({**CONFIG, "backbone": fields}, VOCABULARY))
+
+
 @pytest.mark.parametrize("family", ["Eomt", "EomtDinov3"])
 def test_an_eomt_without_registers(family, tmp_path):
     sizes = {**SIZES, **HEADS, "mlp_ratio": 2, "intermediate_size": 32, "num_register_tokens": 0}

@@ -160,6 +160,7 @@ def test_damaged_folders(params, tmp_path):
         (json.dumps({**good, "format": 99}), "no card of format"),
         (json.dumps({**good, "task": "depth"}), "names the task 'depth'"),
         (json.dumps({**good, "vocabulary": {"names": ["a"]}}), "no usable vocabulary"),
+        (json.dumps({**good, "segmentor": 5}), "no usable segmentor: it is 5"),
         (json.dumps({**good, "segmentor": {"widht": 3}}), "did you mean 'width'"),
         (json.dumps({**good, "vocabulary": None}), "have a class head"),
     ):

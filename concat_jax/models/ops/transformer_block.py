@@ -19,8 +19,6 @@ ACTIVATIONS = {
     "gelu": gelu,
 }
 NORM_EPSILON = 1e-5  # torch's default, which CLIP was trained with; linen's is 1e-6
-# The gated MLP, whose gate has this activation; its other half is linear.
-SWIGLU = "swiglu"
 
 
 def layer_norm(dtype: Any, name: str | None = None, epsilon: float = NORM_EPSILON) -> nn.LayerNorm:
@@ -91,7 +89,7 @@ class Block(nn.Module):
     Attributes:
       depth: blocks of the whole stack, which small initial residuals are scaled by.
       ffn_width: hidden width of the MLP.
-      activation: a key of `ACTIVATIONS`, or `SWIGLU`.
+      activation: a key of `ACTIVATIONS`.
       key_bias: the keys have a bias, which shifts all logits of a query alike.
       layer_scale: each residual branch has a learned scale a channel.
     """
@@ -139,10 +137,6 @@ class Block(nn.Module):
         x = x + scaled(attended, "layer_scale1")
         y = norm("layer_norm2")(x)
         into = (2 * width) ** -0.5
-        hidden = dense(self.ffn_width, into, "fc1")(y)
-        if self.activation == SWIGLU:
-            hidden = hidden * jax.nn.silu(dense(self.ffn_width, into, "gate")(y))
-        else:
-            hidden = ACTIVATIONS[self.activation](hidden)
+        hidden = ACTIVATIONS[self.activation](dense(self.ffn_width, into, "fc1")(y))
         out = dense(width, width**-0.5 * (2 * self.depth) ** -0.5, "fc2")(hidden)
         return x + scaled(out, "layer_scale2")

@@ -213,10 +213,11 @@ def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
 def _read_parts(path: Path) -> WeightsFile:
     content = read_json(path)
     places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    names = [*places.values()] if isinstance(places, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} is no index of weights files.")
     arrays: dict[str, np.ndarray] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted({*names}):
         if os.path.basename(name) != name:
             raise ValueError(f"{path} names {name}, which is not a file beside it.")
         arrays |= _read_file(path.parent / name).arrays

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from concat_jax.weights.names.table import Naming, Row, columns
+from concat_jax.weights.names.table import Naming, columns
 
 VISION = "vision_model"
 TEXT = "text_model"
@@ -43,33 +43,32 @@ self_attn/out_proj      linear  self_attn.out_proj      attn.out_proj
 fc1                     linear  mlp.fc1                 mlp.c_fc
 fc2                     linear  mlp.fc2                 mlp.c_proj
 """
-# Our path of a backbone and of a pooling, and what stands before the names of both.
 _RESNET = """
-@ {backbone}  visual.
+@ vision_model/backbone/  visual.
 stem_conv{1,2,3}  conv    conv{1,2,3}
 stem_norm{1,2,3}  frozen  bn{1,2,3}
-@ {backbone}res{s+1}_block{b}/  visual.layer{s}.{b}.
+@ vision_model/backbone/res{s+1}_block{b}/  visual.layer{s}.{b}.
 conv{1,2,3}       conv    conv{1,2,3}
 norm{1,2,3}       frozen  bn{1,2,3}
 shortcut          conv    downsample.0
 shortcut_norm     frozen  downsample.1
-@ {pooling}  visual.attnpool.
+@ vision_model/pooling/  visual.attnpool.
 positions         array   positional_embedding
 {q,k,v,c}_proj    linear  {q,k,v,c}_proj
 """
 _CONVNEXT = """
-@ {backbone}  visual.trunk.stem.
+@ vision_model/backbone/  visual.trunk.stem.
 stem_conv         conv    0
 stem_norm         norm    1
-@ {backbone}stage{s}_  visual.trunk.stages.{s}.downsample.
+@ vision_model/backbone/stage{s}_  visual.trunk.stages.{s}.downsample.
 merge_norm        norm    0
 merge_conv        conv    1
-@ {backbone}stage{s}_block{b}/  visual.trunk.stages.{s}.blocks.{b}.
+@ vision_model/backbone/stage{s}_block{b}/  visual.trunk.stages.{s}.blocks.{b}.
 layer_scale       array   gamma
 conv              conv    conv_dw
 norm              norm    norm
 fc{1,2}           linear  mlp.fc{1,2}
-@ {pooling}  visual.
+@ vision_model/pooling/  visual.
 norm              norm    trunk.head.norm
 fc{1,2}           linear  head.mlp.fc{1,2}
 projection        linear  head.proj
@@ -101,15 +100,6 @@ def tower_of(names: Collection[str]) -> str:
 
 def conv_clip(tower: str) -> Naming:
     """OpenAI's or open_clip's names of a CLIP with a convolutional image tower."""
-    return Naming(text_tower() + conv_tower(tower), _BUFFERS, _SPELLINGS)
-
-
-def conv_tower(tower: str) -> tuple[Row, ...]:
-    """The rows of a convolutional image tower."""
-    table = _TOWERS[tower].replace("{backbone}", BACKBONE).replace("{pooling}", POOLING)
-    return columns(table, "", "")[0]
-
-
-def text_tower() -> tuple[Row, ...]:
-    """The rows of the text tower and the scale."""
-    return columns(_TEXT + _LAYER, "", "", "")[1]
+    _, text = columns(_TEXT + _LAYER, "", "", "")
+    (vision,) = columns(_TOWERS[tower], "", "")
+    return Naming(text + vision, _BUFFERS, _SPELLINGS)

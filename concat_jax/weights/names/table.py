@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from concat_jax.weights.report import LoadingReport, name_keys
+from concat_jax.weights.report import LoadingReport, Shape, name_keys
 
-Shape = tuple[int, ...]
 # Kind of a layer -> their leaf, torch's or flax's -> our leaf and how its axes turn.
 _LEAVES = {
     "array": {"": ("", "same")},

@@ -30,12 +30,7 @@ self_attn/{q,k,v}_proj  linear  attention.{q,k,v}_proj  = \
   attention.attention.{query,key,value}  attention.{q,k,v}_proj
 self_attn/out_proj      linear  attention.out_proj  attention.o_proj \
   attention.output.dense  attention.o_proj
-"""
-_MLP = """
 fc{1,2}  linear  mlp.fc{1,2}  mlp.{up,down}_proj  mlp.fc{1,2}  mlp.{up,down}_proj
-"""
-_GATED_MLP = """
-{fc1,fc2,gate}  linear  mlp.{up,down,gate}_proj  =  =  =
 """
 _HEADS = """
 @ classifier/  -
@@ -64,9 +59,9 @@ _SPELLINGS = {
 }
 
 
-def hugging_face(family: str, is_gated: bool) -> Naming:
-    """The names of one of `FAMILIES`, whose MLPs may be gated."""
-    rows = columns(_VIT + (_GATED_MLP if is_gated else _MLP), *[""] * 5)[FAMILIES.index(family)]
+def hugging_face(family: str) -> Naming:
+    """The names of one of `FAMILIES`."""
+    rows = columns(_VIT, *[""] * 5)[FAMILIES.index(family)]
     if family.startswith("eomt"):
         (heads,) = columns(_HEADS, "", "")
         rows += heads
@@ -76,17 +71,12 @@ def hugging_face(family: str, is_gated: bool) -> Naming:
 def as_segmentors(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays of a DINOv2 as a segmentor has them.
 
-    What a classifier around it puts before the names is taken off, the class token's position
-    becomes part of the token, and gate and value of a gated MLP, which the files stack, are taken
-    apart.
+    What a classifier around it puts before the names is taken off, and the class token's position
+    becomes part of the token.
     """
     arrays = {re.sub(r"^dinov2(_with_registers)?\.", "", name): a for name, a in arrays.items()}
     table, token = "embeddings.position_embeddings", "embeddings.cls_token"
     if table in arrays and token in arrays:
         arrays[token] = arrays[token] + arrays[table][:, :1]
         arrays[table] = arrays[table][:, 1:]
-    for name in [name for name in arrays if ".mlp.weights_in." in name]:
-        halves = np.split(arrays.pop(name), 2)
-        for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
-            arrays[name.replace("weights_in", part)] = half
-    return {name.replace("weights_out", "down_proj"): array for name, array in arrays.items()}
+    return arrays

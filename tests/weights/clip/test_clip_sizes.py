@@ -52,6 +52,10 @@ def test_open_clips_config_says_heads_and_activation(open_clip_file, tmp_path, t
         beside.write_text(json.dumps(open_clip_config(tools, **{change: value})))
         with pytest.raises(ValueError, match=rf"its {change} is {value!r}, which CLIP here"):
             read_clip(file)
+    for damage in ({"model_cfg": []}, {"preprocess_cfg": [1]}):
+        beside.write_text(json.dumps(open_clip_config(tools) | damage))
+        with pytest.raises(ValueError, match="its model_cfg or preprocess_cfg is no JSON object"):
+            read_clip(file)
     beside.write_text(json.dumps(open_clip_config(tools) | {"preprocess_cfg": {"mean": [0.5] * 3}}))
     with pytest.raises(ValueError, match=r"preprocess_cfg has mean \[0\.5, 0\.5, 0\.5\], but"):
         read_clip(file)

@@ -246,7 +246,16 @@ def test_a_flipped_byte_is_read_or_refused(tmp_path, place):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "{", "\xff"]
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+        "{",
+        "\xff",
+    ],
 )
 def test_an_index_that_is_none(tmp_path, content):
     path = tmp_path / "model.safetensors.index.json"
