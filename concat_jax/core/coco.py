@@ -298,7 +298,8 @@ def spelt(path: str | os.PathLike[str]) -> pathlib.PurePosixPath:
 def _content(path: epath.Path, kind: str) -> dict:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise FileError(f"{path} is a {type(content).__name__}, not {kind}, which is an object.")
+        what = "a list" if isinstance(content, list) else "one value"
+        raise FileError(f"{path} is {what}, not {kind}, which is an object.")
     return content
 
 

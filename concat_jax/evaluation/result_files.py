@@ -91,7 +91,7 @@ def read_manifest(result: str | os.PathLike[str], task: str) -> Manifest | None:
     if not isinstance(content, dict) or content.get("task") != task:
         return None
     images = read_images(path, content)
-    maps = {entry.get("map", ""): entry["file_name"] for entry in content["images"]}
+    maps = {str(entry.get("map", "")): entry["file_name"] for entry in content["images"]}
     pixels, void = content.get("pixels"), content.get("void")
     if task == "semantic" and (
         pixels not in ("category_ids", "indices") or type(void) is not int or "" in maps
@@ -112,7 +112,12 @@ def manifest_in(folder: epath.Path, maps: Sequence[str]) -> Manifest | None:
             text = image.info.get(MAP_CLASSES)
         if text is None:
             return None
-        said = {int(value): name for value, name in json.loads(text).items()}
+        try:
+            said = {int(value): name for value, name in json.loads(text).items()}
+        except (AttributeError, ValueError) as error:
+            raise FileError(
+                f"{folder / name} names no classes in its text {MAP_CLASSES}; make it again."
+            ) from error
         void = next((value for value, name in said.items() if name is None), void)
         named |= said.items() - {(void, None)}
     if not named:

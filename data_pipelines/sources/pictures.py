@@ -111,8 +111,9 @@ def present(
         parent, base = os.path.split(name)
         if parent not in listed:
             place = folder / parent
-            listed[parent] = set(os.listdir(place)) if place.is_dir() else set()
-        if base in listed[parent] or (folder / name).is_file():
+            listed[parent] = set(os.listdir(place)) if os.path.isdir(place) else set()
+        # Unlike pathlib's, these find nothing under a name that is too long.
+        if base in listed[parent] or os.path.isfile(folder / name):
             found.append(record)
             continue
         close = [one for one in listed[parent] if _spelt(one) == _spelt(base)]

@@ -206,3 +206,9 @@ def test_memory_of_one_that_is_alone_is_what_it_took():
 def test_mistakes_end_in_a_sentence(flags, sentence):
     with pytest.raises(SystemExit, match=sentence):
         command.main(["benchmark", *flags])
+
+
+def test_a_model_without_a_linear_class_head_is_refused(tmp_path):
+    demo = str(Path(programs.__file__).parents[1] / "weights" / "demo")
+    with pytest.raises(ValueError, match=f"--model={demo} has no linear class head"):
+        programs.prepare_models(demo, "", tmp_path, with_reference=True)

@@ -128,6 +128,11 @@ def changed(edit):
         (lambda c: c.pop("images"), "no list of 'images'"),
         (lambda c: c.update(images=[], annotations=[]), "lists no image"),
         (lambda c: c["images"][0].update(file_name="8.jpg"), "8.jpg, which is not on disk"),
+        (lambda c: c["images"][0].update(file_name="a" * 300 + "/4.jpg"), "which is not on disk"),
+        (
+            lambda c: c["annotations"][0].update(segmentation=[[10**400, 1, 2, 2, 5, 5]]),
+            "a polygon holds a number beyond 64 bits",
+        ),
         (
             lambda c: c["images"][0].update(file_name="4.JPG"),
             "4.JPG, which is not on disk; 4.jpg is, which is spelt otherwise",

@@ -6,8 +6,14 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from concat_jax.core.coco_writers import InstanceWriter, PanopticWriter, SemanticWriter
+from concat_jax.core.coco_writers import (
+    MAP_CLASSES,
+    InstanceWriter,
+    PanopticWriter,
+    SemanticWriter,
+)
 from concat_jax.core.mask_codes import encode_rle
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.result_files import pair_images
@@ -201,6 +207,30 @@ def test_the_manifest_beside_label_maps_says_what_they_hold(tmp_path, numbering)
         (tmp_path / "semantic" / "apple.png").read_bytes()
     )
     with pytest.raises(ValueError, match=r"semantic.json does not list .*old.png; remove"):
+        miou(truth, tmp_path / "semantic")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"one": "cat"}'])
+def test_a_map_whose_text_names_no_classes(tmp_path, text):
+    truth, found = (write_maps(tmp_path / name, (1, 2, 3)) for name in ("gt", "pred"))
+    said = PngInfo()
+    said.add_text(MAP_CLASSES, text)
+    for png in found.glob("*.png"):
+        Image.open(png).save(png, pnginfo=said)
+    with pytest.raises(ValueError, match=r"pred/apple.png names no classes in its text"):
+        miou(truth, found)
+
+
+def test_a_manifest_whose_map_is_no_name(tmp_path):
+    truth = write_maps(tmp_path / "gt", (1, 2, 3))
+    with SemanticWriter(tmp_path / "semantic", VOCABULARY) as writer:
+        for number, (name, labels) in enumerate(MAPS.items()):
+            writer.add(number, name, labels)
+    manifest = tmp_path / "semantic.json"
+    content = json.loads(manifest.read_text())
+    content["images"][0]["map"] = []
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"semantic.json does not list .*apple.png; remove"):
         miou(truth, tmp_path / "semantic")
 
 
