@@ -148,7 +148,8 @@ def run(given: cli.Flags) -> tuple[dict[str, Any], str, dict[str, Figure]]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if not all(case.task in WITHOUT_MODEL for case in cases):
-            arguments = (given.model, given.segmentor, folder, is_compared)
+            needs_head = any(case.task in (*COMPARED, "two_stage") for case in cases)
+            arguments = (given.model, given.segmentor, folder, needs_head, is_compared)
             source = in_own_process(prepare_models, *arguments)
         for case in cases:
             names = implementations if case.task in COMPARED else ["ours"]

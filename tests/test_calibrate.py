@@ -156,6 +156,15 @@ def test_the_report(fake_run, tmp_path, capsys):
         assert min(picture.size) > 300
 
 
+def test_no_gamma_is_shown_twice(fake_run, monkeypatch, tmp_path):
+    images = fake_run._replace(held_out=fake_run.rest)  # where no bias is best
+    monkeypatch.setattr(calibrate, "held_out_images", lambda *args, **kwargs: images)
+    (tmp_path / "finetune").mkdir()
+    assert calibrate.calibrate_stage(demo_zps.get_config("smoke"), tmp_path, "finetune", [2]) == 0
+    text = (tmp_path / "finetune" / "calibration.md").read_text()
+    assert text.count("| **0** |") == 2  # of either half one
+
+
 def test_the_end_of_the_list_is_pointed_out(fake_run, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(calibrate, "held_out_images", lambda *args, **kwargs: images)
     images = fake_run._replace(rest=None)

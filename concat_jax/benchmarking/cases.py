@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
-from concat_jax.inference.images import read_image, resized_within
-from concat_jax.inference.inputs import find_images
+from concat_jax.inference.images import SUFFIXES, read_image, resized_within
 from concat_jax.models.clip import make_clip
 
 # Ours beside the reference, a process each.
@@ -158,7 +159,9 @@ def parse_clip(text: str) -> dict[str, Any]:
 
 def image_files(given: str, number: int) -> list[str]:
     """The first images of a folder or a glob; ValueError if there are fewer."""
-    files = find_images([given]).paths
+    path = Path(given)
+    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(given, recursive=True))
+    files = sorted(f for f in found if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
     if len(files) < number:
         raise ValueError(
             f"--images={given} stands for {len(files)} images where {number} are wanted; name more "

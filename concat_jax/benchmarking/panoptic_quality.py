@@ -46,8 +46,7 @@ def works(case: Case) -> dict[str, Work]:
     """The three, on pairs of drawn maps or of those of the COCO panoptic json `source`."""
     pairs = _read_pairs(Path(case.source), case.num_images) if case.source else _draw_pairs(case)
     truths = (segment["label"] for pair in pairs for segment in pair.segments.values())
-    found = (label for pair in pairs for label in pair.pred_labels.values())
-    num_classes = 1 + max([*truths, *found], default=0)
+    num_classes = 1 + max(*truths, *(k for pair in pairs for k in pair.pred_labels.values()))
     pngs = [_encode(ids) for pair in pairs for ids in (pair.gt_ids, pair.pred_ids)]
 
     def official() -> dict[str, np.ndarray]:
@@ -115,11 +114,9 @@ def _read_pairs(json_path: Path, number: int) -> list[Pair]:
         raise ValueError(
             f"{json_path} has {len(file.annotations)} images where {number} are wanted."
         )
-    annotations = list(file.annotations.values())[:number]
-    known = sorted({category for one in annotations for category in one.category_ids})
-    index_of = {category: k for k, category in enumerate(known)}
+    index_of = {category: k for k, category in enumerate(file.categories or ())}
     pairs = []
-    for annotation in annotations:
+    for annotation in list(file.annotations.values())[:number]:
         gt_ids = read_id_map(json_path.with_suffix("") / annotation.file_name, json_path)
         classes = [index_of[category] for category in annotation.category_ids]
         labels = dict(zip(annotation.ids, classes, strict=True))

@@ -126,11 +126,16 @@ SEGMENTORS = {
 }
 
 
-def prepare_models(model: str, segmentor: str, folder: Path, with_reference: bool) -> str:
-    """Writes the weights of every implementation into a folder each; returns what they are."""
+def prepare_models(
+    model: str, segmentor: str, folder: Path, needs_head: bool, with_reference: bool
+) -> str:
+    """Writes the weights of every implementation into a folder each; returns what they are.
+
+    Raises ValueError for a model without a linear class head where one is needed.
+    """
     if model:
         params, card = load_model(model)
-        if "classifier" not in params:
+        if needs_head and "classifier" not in params:
             raise ValueError(
                 f"--model={model} has no linear class head, which is timed here; name another, or "
                 "leave it out for random weights."

@@ -90,7 +90,7 @@ def polygons_to_rle(polygons: Sequence[Sequence[float]], size: Sequence[int]) ->
         except (TypeError, ValueError):
             points = np.zeros(0)
         except OverflowError as error:
-            raise ValueError("a polygon holds a number beyond 64 bits.") from error
+            raise ValueError("a polygon holds a number that is too large.") from error
         if points.ndim != 1 or len(points) < 6 or len(points) % 2:
             raise ValueError("a polygon must list at least three points, x and y in turn.")
         if not np.isfinite(points).all():

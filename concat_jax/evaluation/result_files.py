@@ -114,6 +114,8 @@ def manifest_in(folder: epath.Path, maps: Sequence[str]) -> Manifest | None:
             return None
         try:
             said = {int(value): name for value, name in json.loads(text).items()}
+            if not all(isinstance(name, str | None) for name in said.values()):
+                raise ValueError("a name is a text, or null for void")
         except (AttributeError, ValueError) as error:
             raise FileError(
                 f"{folder / name} names no classes in its text {MAP_CLASSES}; make it again."

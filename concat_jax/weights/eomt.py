@@ -76,7 +76,7 @@ def config_from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     if content.get("rope_theta") is not None:  # transformers reads it of either place
         rotary = {**_THETA, "rope_theta": content["rope_theta"]}
-        content = {"rope_parameters": rotary, **content}
+        content = {**content, "rope_parameters": content.get("rope_parameters") or rotary}
     fields = _EOMT[content["model_type"]].read(content, where)
     own = {name: fields.pop(name) for name in ("num_queries", "num_blocks", "num_upscales")}
     side, patch = fields["image_size"], fields["patch_size"]
@@ -131,7 +131,8 @@ def family_of(config: Mapping[str, Any]) -> str:
             "name are not its; it cannot be written."
         )
     is_rotary = backbone.get("positions") == "rotary"
-    fixed = {"layer_scale": True, "rotary_theta": _THETA["rope_theta"], "key_bias": not is_rotary}
+    fixed = {"layer_scale": True, "key_bias": not is_rotary}
+    fixed |= {"rotary_theta": _THETA["rope_theta"]} if is_rotary else {}
     for name, theirs in fixed.items():
         if (value := backbone.get(name, getattr(ViT, name))) != theirs:
             raise ValueError(

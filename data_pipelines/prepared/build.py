@@ -120,7 +120,7 @@ _OF_ALL_PARTS = ("dataset", "vocabulary", "id_bits")
 _CALLED = {
     "vocabulary": "another split file",
     "source": "other annotations or images",
-    "id_bits": "no image of over 255 segments (write all parts by one command)",
+    "id_bits": "id maps of {} bits, now {} are needed (write all parts by one command)",
 }
 
 
@@ -128,7 +128,8 @@ def _check_same(folder, begun: Part | Prepared, now: Part | Prepared, names) -> 
     for name in names:
         then, value = getattr(begun, name), getattr(now, name)
         if then != value:
-            difference = _CALLED.get(name, f"{name} {then!r}, now it is {value!r}")
+            said = _CALLED.get(name, name + " {!r}, now it is {!r}")
+            difference = said.format(then, value)
             raise FileError(
                 f"The prepared data in {folder} was made with {difference}; use another folder for "
                 "--out, or the setting it was made with."

@@ -61,8 +61,9 @@ def open_source(
       on_bad_example: "skip" leaves out what is missing, and what cannot be used of label maps and
         of COCO's outlines, which are read when the source is made; others are when needed.
 
-    Raises ValueError for an unknown data set or a label space that is not valid, FileError for
-    another layout, with what was expected, and for files that are missing or damaged.
+    Raises ValueError for an unknown data set, a label space that is not valid or a root of another
+    kind of store, FileError for another layout, with what was expected, and for files that are
+    missing or damaged.
     """
     _check_name(dataset)
     if in_bucket(root):

@@ -191,6 +191,7 @@ def test_memory_of_one_that_is_alone_is_what_it_took():
     [
         (["--tasks=two_stage", "--batch=3"], "20 images do not fill batches of 3"),
         (["--tasks=two_stage", "--two_stage_masks=ten"], "is not like 10 or 10,100"),
+        (["--tasks=train", "--segments=256"], "256"),
         (["--tasks=alignment", "--clip={"], "--clip is not valid JSON"),
         (["--tasks=two_stage", "--clip={}", "--images=absent"], "absent stands for 0 images"),
         (["--tasks="], "--tasks names no task; give any of forward"),
@@ -211,4 +212,6 @@ def test_mistakes_end_in_a_sentence(flags, sentence):
 def test_a_model_without_a_linear_class_head_is_refused(tmp_path):
     demo = str(Path(programs.__file__).parents[1] / "weights" / "demo")
     with pytest.raises(ValueError, match=f"--model={demo} has no linear class head"):
-        programs.prepare_models(demo, "", tmp_path, with_reference=True)
+        programs.prepare_models(demo, "", tmp_path, needs_head=True, with_reference=True)
+    programs.prepare_models(demo, "", tmp_path, needs_head=False, with_reference=False)
+    assert (tmp_path / "ours" / "model.json").is_file()

@@ -205,7 +205,12 @@ def test_annotations_with_a_bad_outline_can_be_left_out_and_told(tmp_path, edit,
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[]", "is a list, not a COCO"), ("{", "not valid JSON"), ('{"a": NaN}', "NaN is no JSON")],
+    [
+        ("[]", "is a list, not a COCO"),
+        ("5", "is one value, not a COCO"),
+        ("{", "not valid JSON"),
+        ('{"a": NaN}', "NaN is no JSON"),
+    ],
 )
 def test_other_jsons_are_refused(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)

@@ -131,7 +131,7 @@ def changed(edit):
         (lambda c: c["images"][0].update(file_name="a" * 300 + "/4.jpg"), "which is not on disk"),
         (
             lambda c: c["annotations"][0].update(segmentation=[[10**400, 1, 2, 2, 5, 5]]),
-            "a polygon holds a number beyond 64 bits",
+            "a polygon holds a number that is too large",
         ),
         (
             lambda c: c["images"][0].update(file_name="4.JPG"),

@@ -143,6 +143,24 @@ def test_bad_images_are_named_by_the_command(tiny_panoptic, tmp_path, capsys):
 
 
 @needs_tfds
+@pytest.mark.parametrize(
+    "part, out, sentence",
+    [
+        ("val2017,my-val", "out", "The part 'my-val' cannot be part of a file's name"),
+        ("val2017", "s3://bucket/out", "neither a path of this machine nor in a bucket"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_counted(
+    tiny_panoptic, capsys, monkeypatch, part, out, sentence
+):
+    monkeypatch.chdir(tiny_panoptic)
+    flags = ("panoptic_folder", "--root=.", f"--part={part}", "--unseen=keep", f"--out={out}")
+    with pytest.raises(SystemExit, match=sentence):
+        run(*flags)
+    assert not capsys.readouterr().out and not (tiny_panoptic / "out").exists()
+
+
+@needs_tfds
 def test_bad_images_of_the_evaluation_part_are_never_left_out(tiny_panoptic, tmp_path):
     (tiny_panoptic / "val2017").rename(tiny_panoptic / "val")
     for path in (tiny_panoptic / "annotations").glob("*val2017*"):

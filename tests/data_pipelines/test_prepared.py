@@ -154,7 +154,7 @@ def test_images_of_many_segments_take_16_bits(tiny_panoptic, tmp_path):
     found = prepared.read(prepared.records[0])[1]
     assert found.dtype == np.uint16
     np.testing.assert_array_equal(found, ids)
-    with pytest.raises(FileError, match="no image of over 255 segments"):
+    with pytest.raises(FileError, match="id maps of 8 bits, now 16 are needed"):
         build(tmp_path / "8", source_of(tiny_panoptic), unseen="keep")
         build(tmp_path / "8", source, part="val2017", unseen="keep")
 

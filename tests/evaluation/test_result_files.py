@@ -210,7 +210,7 @@ def test_the_manifest_beside_label_maps_says_what_they_hold(tmp_path, numbering)
         miou(truth, tmp_path / "semantic")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"one": "cat"}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"one": "cat"}', '{"1": []}', '{"1": 5}'])
 def test_a_map_whose_text_names_no_classes(tmp_path, text):
     truth, found = (write_maps(tmp_path / name, (1, 2, 3)) for name in ("gt", "pred"))
     said = PngInfo()

@@ -188,6 +188,10 @@ def test_config_and_preprocessing_round_trip():
         ({"model_type": "eomt", "use_swiglu_ffn": True}, "use_swiglu_ffn True, which is not done"),
         ({"model_type": "eomt_dinov3", "key_bias": True}, "key_bias True, which is not done"),
         ({"model_type": "eomt_dinov3", "rope_theta": 50.0}, "'rope_theta': 50.0.*not done here"),
+        (
+            {"model_type": "eomt_dinov3", "rope_theta": 50.0, "rope_parameters": None},
+            "'rope_theta': 50.0.*not done here",
+        ),
         ({"model_type": "eomt", "image_size": 8}, "image_size 8, less than one patch of 16 pixels"),
         ({"model_type": "dinov2", "image_size": 8}, "image_size 8, less than one patch of 14"),
         ({"model_type": "eomt", "image_size": 70}, "image_size 70, which is not so many patches"),
