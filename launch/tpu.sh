@@ -33,9 +33,9 @@ train="
   cd concat_jax
   export JAX_COMPILATION_CACHE_DIR=$bucket/programs
   nohup flock ../train.lock bash -c '
-    until ../venv/bin/python -m concat_jax.main --distributed --workdir=$bucket/runs/$name $*
+    until ../venv/bin/python -m concat_jax.main --distributed \"\$@\"
     do [ \$? -eq 75 ] || exit 1; done
-  ' >> ../train.log 2>&1
+  ' worker --workdir=$bucket/runs/$name $(printf "%q " "$@") >> ../train.log 2>&1
 "
 
 git archive --format=tar.gz --prefix=concat_jax/ HEAD | gcloud storage cp - "$bucket/code/$name.tar.gz"

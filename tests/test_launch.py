@@ -73,7 +73,8 @@ def asked(folder):
     return ["".join(found) for found in re.findall(verbs, (folder / "calls").read_text())]
 
 
-FLAGS = ("coco", "us-west4-a", "gs://bucket", "--config=configs/coco_zps.py", "--config.seed=1")
+FLAGS = ("coco", "us-west4-a", "gs://bucket", "--config=configs/coco_zps.py")
+FLAGS += ("--config.seed=1", "--config.stages=('clip', 'con')")
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -120,7 +121,7 @@ def test_what_a_worker_is_told(cloud, codes, code):
     given = (home / "given").read_text().splitlines()
     assert given == [
         "-m concat_jax.main --distributed --workdir=gs://bucket/runs/coco "
-        "--config=configs/coco_zps.py --config.seed=1"
+        "--config=configs/coco_zps.py --config.seed=1 --config.stages=('clip', 'con')"
     ] * len(codes.split())
 
 

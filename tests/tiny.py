@@ -15,16 +15,13 @@ import numpy as np
 
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
-from concat_jax.models.networks import Networks, make_networks
+from concat_jax.models.networks import SUBTREES, Networks, make_networks
 from concat_jax.stages.stage import TEXT, Context, Stage
 from concat_jax.training.optimizer import FROZEN, label_params, path_name
 from data_pipelines.datasets import Datasets
 
-# A test's programs run once, so compiling them is what it costs.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 KEY = jax.random.key(3)
 SEEN, UNSEEN = [1, 2, 4, 5], [0, 3]  # of `vocabulary`
-SUBTREES = ("clip", "segmentor", "projector", "generator")
 # A backbone whose first map has the stride of published ones; that of `MODEL` has half of it.
 STRIDE_4 = dict(stage_sizes=(1, 1, 1, 1), width=8, block="basic", norm="group")
 
@@ -181,7 +178,7 @@ def frozen(stage: Stage, embeddings: np.ndarray | None = None) -> dict[str, Any]
 def evaluate(stage: Stage) -> Callable:
     """(params, frozen, batch, rng) -> ((loss, metrics), gradients of params and of frozen)."""
     gradient = jax.value_and_grad(stage.loss, argnums=(0, 1), has_aux=True)
-    return jax.jit(gradient, compiler_options=FAST_COMPILE)
+    return jax.jit(gradient)
 
 
 def reached(gradients: Any) -> set[str]:

@@ -197,7 +197,7 @@ def batch_sizes(setup: Setup, name: str) -> dict[str, int]:
         "C": networks.clip.embed_dim,
         "T": setup.tokenizer.context_length,
         "N": networks.segmentor.num_queries,
-        "D": networks.query_width,
+        "D": networks.segmentor.width,
         "K": -(-len(setup.vocabulary) // settings.batch_size) * settings.batch_size,
         "M": settings.method.get("memory_per_class", 0),
     }

@@ -73,7 +73,7 @@ class Setup:
         if not fields:
             return self.networks
         where = f"config.train.{source}.generator"
-        generator = make_generator(fields, self.networks.query_width, where)
+        generator = make_generator(fields, self.networks.segmentor.width, where)
         return dataclasses.replace(self.networks, generator=generator)
 
     def make_stage(self, name: str) -> Stage:

@@ -145,9 +145,7 @@ def mask_bce(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = 
     """
     logits = logits.astype(jnp.float32)
     losses = jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-    if weights is None:
-        return losses.mean(axis=-1)
-    return jnp.sum(losses * weights, axis=-1) / jnp.sum(weights, axis=-1)
+    return jnp.average(losses, axis=-1, weights=weights)
 
 
 def mask_dice(logits: jax.Array, targets: jax.Array, weights: jax.Array | float = 1.0) -> jax.Array:

@@ -29,6 +29,7 @@ from concat_jax.models.clip_pooling import (
 from concat_jax.models.clip_stems import STEMS
 from concat_jax.models.ops.layers_in_turn import Run, run_in_turn
 from concat_jax.models.ops.transformer_block import ACTIVATIONS, Block, layer_norm
+from concat_jax.models.segmentor_output import DTYPES
 
 # The largest multiplier CLIP lets its similarities have (section 2.5), kept against instability.
 MAX_LOGIT_SCALE = 100.0
@@ -361,7 +362,8 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
     check_fields(config, CLIP, "CLIP has no field")
     config = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
     if "dtype" in config:
-        config["dtype"] = jnp.dtype(config["dtype"])
+        check_choice(config["dtype"], DTYPES, "CLIP's dtype is")
+        config["dtype"] = DTYPES[config["dtype"]]
     clip = CLIP(**config)
     for field, allowed in (
         ("image_tower", ("vit", *CONV_TOWERS)),
@@ -386,9 +388,10 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
         raise ValueError(
             f"CLIP's image_size {clip.image_size} is not divisible by patch_size {clip.patch_size}."
         )
-    if clip.stem != "patch" and (clip.patch_size < 2 or clip.patch_size & (clip.patch_size - 1)):
+    most = 16 if clip.stem == "resnet" else clip.patch_size
+    if clip.stem != "patch" and clip.patch_size not in [2**n for n in range(1, most.bit_length())]:
         raise ValueError(
-            f"CLIP's {clip.stem} stem needs a patch_size that is a power of two, not "
-            f"{clip.patch_size}."
+            f"CLIP's {clip.stem} stem needs a patch_size that is a power of two"
+            f"{' up to 16' * (clip.stem == 'resnet')}, not {clip.patch_size}."
         )
     return clip

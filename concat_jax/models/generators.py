@@ -122,7 +122,7 @@ class PrimitiveGenerator(nn.Module):
         if self.width % self.num_heads:
             raise ValueError(
                 f"Vision queries of width {self.width} cannot be split into {self.num_heads} heads "
-                "of the generator; change config.model.generator.num_heads."
+                "of the generator; change its num_heads."
             )
         super().__post_init__()
 

@@ -102,13 +102,6 @@ def make_mask2former(settings: Mapping[str, Any]) -> Segmentor:
     unless given, its dtype always. `ffn_width` is the encoder's, `decoder_ffn_width` the decoder's.
     """
     dtype = DTYPES[settings["dtype"]]
-    for divisor in ("num_heads", "num_groups"):
-        if settings["width"] % settings[divisor]:
-            raise ValueError(
-                f"The segmentor's width {settings['width']} is not divisible by {divisor} "
-                f"{settings[divisor]}; change one of them."
-            )
-
     backbone = dict(settings["backbone"])
     kind = backbone.pop("kind", "resnet")
     check_choice(kind, BACKBONES, "Backbone kind is")
@@ -128,7 +121,13 @@ def make_mask2former(settings: Mapping[str, Any]) -> Segmentor:
 
 def make_decoders(settings: Mapping[str, Any], stride: int, **fields: Any) -> dict[str, nn.Module]:
     """Pixel and transformer decoder, by their names in `Segmentor`; both have `fields` and the
-    backbone's `stride`."""
+    backbone's `stride`. ValueError for a width that cannot be divided."""
+    for divisor in ("num_heads", "num_groups"):
+        if settings["width"] % settings[divisor]:
+            raise ValueError(
+                f"The segmentor's width {settings['width']} is not divisible by {divisor} "
+                f"{settings[divisor]}; change one of them."
+            )
     shared = {"width": settings["width"], "num_heads": settings["num_heads"], "stride": stride}
     shared |= {"dtype": DTYPES[settings["dtype"]], **fields}
     return {

@@ -33,7 +33,6 @@ class Networks:
     segmentor: Segmentor
     projector: SemanticProjector
     generator: nn.Module
-    query_width: int
 
     def init(self, name: str, rng: jax.Array) -> Params:
         """Fresh parameters, float32, of "clip", "segmentor", "projector" or "generator"."""
@@ -45,11 +44,11 @@ class Networks:
             # stride 32 on either side of the centre.
             variables = self.segmentor.init(rng, jnp.zeros((1, 64, 64, 3)))
         elif name == "projector":
-            queries, text = (jnp.zeros((1, n)) for n in (self.query_width, self.clip.embed_dim))
+            queries, text = (jnp.zeros((1, n)) for n in (self.segmentor.width, self.clip.embed_dim))
             variables = self.projector.init(rng, queries, text, method="predict")
         else:
             rng, noise = jax.random.split(rng)
-            text, norm = jnp.zeros((1, self.clip.embed_dim)), jnp.ones(self.query_width)
+            text, norm = jnp.zeros((1, self.clip.embed_dim)), jnp.ones(self.segmentor.width)
             variables = self.generator.init(rng, text, noise, norm, norm)
         return variables["params"]
 
@@ -60,11 +59,9 @@ def make_networks(config: Mapping[str, Any]) -> Networks:
     check_fields(config["projector"], SemanticProjector, what, "joint_width")
     clip = make_clip(config["clip"])
     segmentor = make_segmentor(config["segmentor"])
-    query_width = segmentor.width
     return Networks(
         clip=clip,
         segmentor=segmentor,
         projector=SemanticProjector(joint_width=clip.embed_dim, **config["projector"]),
-        generator=make_generator(config["generator"], query_width),
-        query_width=query_width,
+        generator=make_generator(config["generator"], segmentor.width),
     )

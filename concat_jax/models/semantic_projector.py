@@ -48,19 +48,17 @@ class SemanticProjector(nn.Module):
       joint_width: C, width of the CLIP space.
       num_layers: linear layers of the MLP, at least 1.
       initial_scale: exp(s) at the start; CLIP starts at 1 / 0.07.
-      dtype: compute type of the MLP; logits are float32.
     """
 
     joint_width: int
     hidden_width: int
     num_layers: int = 3
     initial_scale: Positive = 1 / 0.07
-    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         widths = (*[self.hidden_width] * (self.num_layers - 1), self.joint_width)
         self.layers = [
-            nn.Dense(width, dtype=self.dtype, name=f"layer_{i}") for i, width in enumerate(widths)
+            nn.Dense(width, dtype=jnp.float32, name=f"layer_{i}") for i, width in enumerate(widths)
         ]
         self.no_object_embedding = self.param(
             "no_object_embedding", nn.initializers.normal(1.0), (self.joint_width,)

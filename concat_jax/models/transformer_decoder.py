@@ -17,6 +17,7 @@ from concat_jax.models.ops.linear import Dense, relu
 from concat_jax.models.ops.position_encoding import sine_position_encoding
 from concat_jax.models.ops.valid_area import resize_within, valid_mask, valid_size
 from concat_jax.models.pixel_decoder import NORM_EPSILON
+from concat_jax.models.segmentor_output import mask_logits
 
 # The reference's stacked [3 D, D] projection draws Xavier over all three matrices at once, which
 # gives each of them this variance times D.
@@ -32,13 +33,7 @@ def attention_block_mask(
     under one half. Beyond `size` [B, 2] every query is blocked; one that would be blocked
     everywhere is blocked nowhere in the valid area.
     """
-    mask_embeddings, mask_features = jax.lax.stop_gradient((mask_embeddings, mask_features))
-    logits = jnp.einsum(
-        "bnd,bhwd->bnhw",
-        mask_embeddings.astype(mask_features.dtype),
-        mask_features,
-        preferred_element_type=jnp.float32,
-    )
+    logits = mask_logits(*jax.lax.stop_gradient((mask_embeddings, mask_features)))
     blocked = (logits < 0).reshape(*logits.shape[:2], -1)
     if size is None:
         return blocked & ~blocked.all(axis=-1, keepdims=True)

@@ -16,7 +16,6 @@ from concat_jax.benchmarking import alignment, harness, matching, programs, quer
 from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import Measurement, Work, in_turns
 from concat_jax.core.vocabulary import Vocabulary
-from concat_jax.training import state
 from concat_jax.weights.model_folder import ModelCard, parameter_shapes, save_model
 from tests import tiny
 
@@ -37,7 +36,6 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def case(model, monkeypatch):
-    monkeypatch.setattr(state, "step_compiler_options", lambda *of: tiny.FAST_COMPILE)
     return Case("", 64, 64, segments=3, clip=CLIP, model=model, num_images=2, num_masks=(6,))
 
 

@@ -6,7 +6,6 @@ import pytest
 from concat_jax.benchmarking import scaling
 from concat_jax.benchmarking.cases import Case
 from concat_jax.benchmarking.harness import Measurement
-from concat_jax.training import state
 from tests import tiny
 
 CASE = Case("scaling", recipe="configs/coco_zps.py:mini")
@@ -72,7 +71,6 @@ def test_a_step_is_counted_and_runs(monkeypatch):
     config.model.segmentor = dict(tiny.MODEL["segmentor"])
     config.train.con.batch_size, config.data.image_size, config.data.max_segments = 2, 32, 3
     config.loss.num_points = 9
-    monkeypatch.setattr(state, "step_compiler_options", lambda *of: tiny.FAST_COMPILE)
     random = lambda networks, name: tiny.params(name, of=networks)  # noqa: E731
     monkeypatch.setattr(scaling, "_params", random)
     work = scaling._step(config)

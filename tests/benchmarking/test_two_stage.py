@@ -56,18 +56,13 @@ def inputs():
     return params, text, images, *sizes
 
 
-def run(function, *arguments):
-    """Jitted, with little spent on compiling."""
-    return jax.jit(function).lower(*arguments).compile(tiny.FAST_COMPILE)(*arguments)
-
-
 def make_paths():
     return Paths(NETWORKS, VOCABULARY, is_padded=True, output_size=(SIZE, SIZE))
 
 
 def test_our_path_is_that_of_prediction(inputs):
     params, text, images, image_size, native_size = inputs
-    ours = run(make_paths().ours, *inputs)
+    ours = jax.jit(make_paths().ours)(*inputs)
     head = TextHead(params["projector"], text, None, None, NETWORKS.projector)
     network = Network(params["segmentor"], NETWORKS.segmentor)
     config = PredictConfig(short_side=SIZE, long_side=SIZE, batch_size=2)
@@ -92,7 +87,7 @@ def test_clip_names_as_many_masks_as_asked_for(inputs):
         shown = paths.two_stage(*arguments, num_masks=3)
         return shown, paths.segment(params, images, image_size)[0]
 
-    result, masks = run(with_masks, *inputs)
+    result, masks = jax.jit(with_masks)(*inputs)
     masks = np.asarray(masks)
     assert (np.sum(np.asarray(result.tables.fates) != Fate.NO_OBJECT, axis=1) == 3).all()
     # The right part of the second image is padding: masks have no pixel there.

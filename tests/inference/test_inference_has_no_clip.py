@@ -67,7 +67,7 @@ def test_inference_compiles_without_clip(is_padded):
         run_segmentor.lower(network, IMAGES, image_size, **how),
         name_queries.lower(*naming, keep_rule=head.KEEP_RULE),
     )
-    texts = [program.compile(tiny.FAST_COMPILE).as_text() for program in programs]
+    texts = [program.compile().as_text() for program in programs]
     found = dimensions("".join(texts))
     assert {JOINT_WIDTH, SIZE} < found, "the search reads no shapes"
     assert not WIDTHS & found
@@ -80,6 +80,6 @@ def test_the_search_finds_clip_where_it_is():
         return clip_targets(NETWORKS.clip, params, images, ids, 2, CropConfig())
 
     ids = jax.ShapeDtypeStruct(IMAGES.shape[:3], jnp.uint8)
-    program = jax.jit(targets).lower(shapes_of("clip"), IMAGES, ids).compile(tiny.FAST_COMPILE)
+    program = jax.jit(targets).lower(shapes_of("clip"), IMAGES, ids).compile()
     found = dimensions(program.as_text())
     assert {IMAGE_WIDTH, 3 * IMAGE_WIDTH} <= found and TEXT_WIDTH not in found

@@ -12,9 +12,6 @@ import pytest
 from concat_jax.losses.segmentation import SegmentationLossConfig, segmentation_loss
 from tests.golden import cases
 
-# These programs run once; without LLVM's optimisations they compile in half the time.
-QUICK = {"xla_backend_optimization_level": 0}
-
 
 @pytest.mark.parametrize("name", cases.CRITERION_COUNTS)
 def test_terms_matching_and_gradients(name, monkeypatch):
@@ -37,7 +34,7 @@ def test_terms_matching_and_gradients(name, monkeypatch):
         assert not left
         return terms.loss_class + terms.loss_mask + terms.loss_dice, terms
 
-    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (_, terms), gradients = gradient(predictions, cases.criterion_draws(counts))
 
     golden = cases.load(f"criterion_{name}")

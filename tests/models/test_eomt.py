@@ -72,7 +72,7 @@ def apply(config, params, images, image_size=None, progress=None):
             {"params": params}, images, image_size, progress, rngs={"masks": KEY}
         )
 
-    return jax.jit(run, compiler_options=tiny.FAST_COMPILE)(params, images)
+    return jax.jit(run)(params, images)
 
 
 def pictures(seed: int = 0, size: tuple[int, int] = (64, 64)) -> np.ndarray:
@@ -160,7 +160,7 @@ def test_a_frozen_encoder_has_no_gradient_and_all_else_has():
         output = model.apply({"params": params}, images, None, progress, rngs={"masks": KEY})
         return sum(jnp.sum(jnp.sin(3 * leaf)) for leaf in jax.tree.leaves(output))
 
-    gradient = jax.jit(jax.grad(loss), compiler_options=tiny.FAST_COMPILE)
+    gradient = jax.jit(jax.grad(loss))
     gradients = gradient(params, pictures())
     reached = {name.split("/")[0] for name in tiny.reached(gradients)}
     assert reached == params.keys() - {"backbone"}
@@ -180,7 +180,7 @@ def test_neither_remat_nor_a_loop_changes_a_gradient():
             )
             return jnp.sum(jnp.sin(output.mask_features)) + jnp.sum(output.mask_embeddings**2)
 
-        return jax.jit(jax.grad(loss), compiler_options=tiny.FAST_COMPILE)(params)
+        return jax.jit(jax.grad(loss))(params)
 
     # Of numbers up to 37.
     jax.tree.map(

@@ -17,8 +17,6 @@ from concat_jax.models.segmentor_output import mask_logits, normalize_images
 from concat_jax.models.transformer_decoder import attention_block_mask
 from tests.golden.cases import relative_error
 
-# These programs run once; without LLVM's optimisations they compile in half the time.
-QUICK = {"xla_backend_optimization_level": 0}
 HEADS = {
     "width": 16,
     "num_queries": 4,
@@ -87,7 +85,7 @@ def compiled(*, padded):
 
     # Positional: a program with, and one without the sizes.
     function = run if padded else lambda params, images: run(params, images)
-    return jax.jit(function, compiler_options=QUICK)
+    return jax.jit(function)
 
 
 def draw_images(seed=1):
@@ -137,7 +135,6 @@ def test_maps_of_other_backbones_are_those_of_the_unpadded_image(name, compared)
     model, params = model_and_params(name)
     run = jax.jit(
         lambda images, *size: model.backbone.apply({"params": params["backbone"]}, images, *size),
-        compiler_options=QUICK,
     )
     images, sizes = draw_images(), jnp.asarray(SIZES, jnp.int32)
     maps = run(into_bucket(images, lambda shape: np.full(shape, np.nan)), sizes)
@@ -159,7 +156,7 @@ def test_gradients_are_those_of_the_unpadded_image(name):
         masks = mask_logits(output.mask_embeddings, output.mask_features)
         return jnp.sum(masks**2) + jnp.sum(output.queries**3)
 
-    gradient = jax.jit(jax.grad(loss), compiler_options=QUICK)
+    gradient = jax.jit(jax.grad(loss))
     size = jnp.asarray(SIZES[:1], jnp.int32)
     padded, alone = gradient(params, batch, size), gradient(params, image[None])
     for (path, a), b in zip(
@@ -189,7 +186,7 @@ def test_sharded_padded_batch_needs_no_gather():
         return jnp.mean(output.mask_features**2) + jnp.mean(output.queries[..., 0] ** 2)
 
     step = jax.jit(jax.grad(loss), out_shardings=replicated)
-    text = step.lower(*arguments).compile(compiler_options=QUICK).as_text()
+    text = step.lower(*arguments).compile().as_text()
     assert "all-reduce" in text  # the parameter gradients are summed over the devices
     for collective in ("all-gather", "all-to-all", "collective-permute"):
         assert collective not in text

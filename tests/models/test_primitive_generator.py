@@ -147,7 +147,10 @@ def test_the_config_chooses_the_generator():
         ),
         (dict(hidden_width=4, num_primitives=4), "generator has no key 'num_primitives'"),
         (dict(hidden_width=4, width=4), "generator has no key 'width'"),
-        (dict(kind="primitives", num_heads=5), "width 32 cannot be split into 5 heads"),
+        (
+            dict(kind="primitives", num_heads=5),
+            "into 5 heads of the generator; change its num_heads",
+        ),
     ],
 )
 def test_a_wrong_generator_is_refused_with_one_sentence(section, message):

@@ -33,8 +33,6 @@ SMALL = {
     "ffn_width": 32,
     "decoder_ffn_width": 48,
 }
-# These programs run once; without LLVM's optimisations they compile in half the time.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def make_reference(config):
@@ -92,7 +90,7 @@ def predict(config, params, images):
         logits = classifier.apply({"params": params["classifier"]}, output.queries)
         return output, logits, mask_logits(output.mask_embeddings, output.mask_features)
 
-    return jax.jit(apply, compiler_options=QUICK)(params, images)
+    return jax.jit(apply)(params, images)
 
 
 @pytest.mark.parametrize("name", cases.MASK2FORMERS)
@@ -190,7 +188,7 @@ def tiny_loss(config, params, images):
 def tiny_gradient(params, **options):
     images = tiny_images(2)
     gradient = jax.grad(lambda p: tiny_loss({**TINY, **options}, p, images))
-    return jax.jit(gradient, compiler_options=QUICK)(params)
+    return jax.jit(gradient)(params)
 
 
 def test_gradients_are_finite_and_reach_everything(tiny_params):
@@ -223,7 +221,7 @@ def test_sharded_batch_needs_no_gather(tiny_params):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), tiny_params
     )
     step = jax.jit(jax.grad(lambda p, x: tiny_loss(TINY, p, x)), out_shardings=replicated)
-    text = step.lower(params, images).compile(compiler_options=QUICK).as_text()
+    text = step.lower(params, images).compile().as_text()
     assert "all-reduce" in text  # the parameter gradients are summed over the devices
     for collective in ("all-gather", "all-to-all", "collective-permute"):
         assert collective not in text
@@ -232,9 +230,7 @@ def test_sharded_batch_needs_no_gather(tiny_params):
 def test_bfloat16_stays_close_and_predicts_in_float32(tiny_params):
     images = tiny_images(2)
     exact, half = (
-        jax.jit(make_segmentor({**TINY, "dtype": dtype}).apply, compiler_options=QUICK)(
-            {"params": tiny_params}, images
-        )
+        jax.jit(make_segmentor({**TINY, "dtype": dtype}).apply)({"params": tiny_params}, images)
         for dtype in ("float32", "bfloat16")
     )
     assert half.mask_features.dtype == jnp.bfloat16
@@ -312,6 +308,7 @@ def test_full_size_shapes_and_parameter_count():
         ({"backbone": {"kind": "vgg"}}, "kind is 'vgg'; there are convnext, resnet"),
         ({"dtype": "float16"}, "dtype is 'float16'; did you mean 'bfloat16'"),
         ({"num_heads": 7}, "width 256 is not divisible by num_heads 7"),
+        ({"kind": "fcclip", "num_heads": 7}, "width 256 is not divisible by num_heads 7"),
         ({"num_heads": 0}, "config's num_heads is 0 and must be at least 1"),
         ({"backbone": {"width": 0}}, "ResNet.width is 0 and must be at least 1"),
         ({"kind": "eomt", "backbone": {"num_heads": 0}}, "ViT.num_heads is 0 and must be at least"),

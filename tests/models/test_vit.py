@@ -57,7 +57,7 @@ def test_equals_transformers_at_its_own_and_at_other_sizes(family, tmp_path):
     params, report = to_ours(find(arrays, hugging_face(family)), shapes)
     assert set(report.ignored) == {"embeddings.mask_token"}
     params = params["segmentor"]["backbone"]
-    apply = jax.jit(vit.apply, compiler_options=tiny.FAST_COMPILE)
+    apply = jax.jit(vit.apply)
     torch = pytest.importorskip("torch")
     # Positions at their own size in one case; tables are resized, and rotations made, in the rest.
     for rows, columns in ((4, 4), (3, 5)) if family == "dinov2" else ((3, 5),):
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_blocks_written_out(monkeypatch):
     def gradients(**how):
         vit = ViT(**fields, **how)
         loss = lambda p: jnp.sum(vit.apply({"params": p}, images)[:, :3] ** 2)  # noqa: E731
-        return jax.jit(jax.grad(loss), compiler_options=tiny.FAST_COMPILE)(params)
+        return jax.jit(jax.grad(loss))(params)
 
     plain = gradients()
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))

@@ -9,7 +9,7 @@ import pytest
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.stages import cat
 from tests import tiny
-from tests.tiny import FAST_COMPILE, KEY, UNSEEN
+from tests.tiny import KEY, UNSEEN
 
 CONTEXT = tiny.context()
 
@@ -101,7 +101,7 @@ def test_the_contrast_learns_from_the_memory_and_the_mmd_from_the_batch():
 
     def loss_of(config):
         stage = cat.make_stage(CONTEXT, config)
-        loss = jax.jit(stage.loss, compiler_options=FAST_COMPILE)
+        loss = jax.jit(stage.loss)
 
         def metrics():
             inputs = {name: batch[name] for name in stage.batch_fields}

@@ -1,7 +1,6 @@
 """Windows and masked crops by hand, and the embeddings that CON pulls to."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +13,7 @@ from concat_jax.stages import clip_targets as module
 from concat_jax.stages.clip_targets import CropConfig, clip_targets, segment_windows
 from tests import tiny
 
-# Small programs that run once: compiling them is what these tests cost.
-fast_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-masked_crops = fast_jit(module.masked_crops, static_argnums=(2, 3, 4))
+masked_crops = jax.jit(module.masked_crops, static_argnums=(2, 3, 4))
 
 RED, BLUE, GREEN = (250, 10, 10), (10, 10, 250), (10, 250, 10)
 # What a colour is to CLIP: a crop of one colour holds these three numbers everywhere.
@@ -173,14 +164,14 @@ def targets():
     images[1] = np.random.default_rng(0).integers(0, 256, images[1].shape)
     ids[1] = np.where(ids[1] == 3, 0, ids[1])
     blank = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 4), jnp.int32)
-    params = fast_jit(clip.init)(jax.random.key(0), *blank)
+    params = jax.jit(clip.init)(jax.random.key(0), *blank)
     params = params["params"]
     config = CropConfig(min_side=16.0, max_side=16.0)
 
     def function(params, images, ids):
         return clip_targets(clip, params, images, ids, 4, config)
 
-    return clip, params, config, images, ids, fast_jit(function)
+    return clip, params, config, images, ids, jax.jit(function)
 
 
 def test_targets_are_unit_vectors_of_image_and_segments(targets):
@@ -213,14 +204,14 @@ def test_targets_give_clip_no_gradient(targets):
         whole, segments = clip_targets(clip, params, images, ids, 4, config)
         return whole.sum() + segments.sum()
 
-    gradients = fast_jit(jax.grad(total))(params)
+    gradients = jax.jit(jax.grad(total))(params)
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradients))
 
 
 def test_only_the_largest_segments_are_looked_at(targets):
     clip, params, config, images, ids, function = targets
     areas = np.stack([np.bincount(i.ravel(), minlength=5)[1:5] for i in ids])
-    few = fast_jit(lambda *arrays: clip_targets(clip, *arrays, 4, config, max_segments=2))
+    few = jax.jit(lambda *arrays: clip_targets(clip, *arrays, 4, config, max_segments=2))
     whole, segments = few(params, images, ids)
     expected_whole, expected = function(params, images, ids)
     np.testing.assert_allclose(whole, expected_whole, atol=1e-5)
@@ -237,7 +228,7 @@ def test_bfloat16_and_other_sizes(targets):
 
     def segments(**fields):
         settings = dataclasses.replace(config, **fields)
-        return fast_jit(lambda *arrays: clip_targets(clip, *arrays, 4, settings))(
+        return jax.jit(lambda *arrays: clip_targets(clip, *arrays, 4, settings))(
             params, images, ids
         )[1]
 

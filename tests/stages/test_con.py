@@ -13,7 +13,7 @@ from concat_jax.training.optimizer import OptimizerConfig, label_params, make_op
 from concat_jax.training.sharding import make_mesh
 from concat_jax.training.state import TrainState, make_train_step
 from tests import tiny
-from tests.tiny import FAST_COMPILE, KEY, UNSEEN
+from tests.tiny import KEY, UNSEEN
 
 NETWORKS, VOCABULARY, CONTEXT = tiny.networks(), tiny.vocabulary(), tiny.context()
 
@@ -40,7 +40,6 @@ def cached_batch():
             CONTEXT.crops,
             image_size=batch["image_size"],
         ),
-        compiler_options=FAST_COMPILE,
     )(tiny.params("clip"), batch)
     batch |= dict(zip(TARGET_FIELDS, jax.device_get(targets), strict=True))
     del batch["image_size"]
@@ -53,7 +52,7 @@ def projector_gradient(stage, batch):
     def loss(projector, segmentor, frozen, batch):
         return stage.loss({"segmentor": segmentor, "projector": projector}, frozen, batch, KEY)
 
-    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE)
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     return gradient(tiny.params("projector"), tiny.params("segmentor"), tiny.frozen(stage), batch)
 
 
@@ -125,7 +124,7 @@ def test_small_segments_do_not_pull_and_an_image_can_pull_to_its_segments(cached
     for batch, fields in ((cached_batch, options), (other, dict(targets="cached"))):
         stage = con.make_stage(CONTEXT, con.Config(**fields))
         arguments = tiny.trained(stage), tiny.frozen(stage), batch, KEY
-        found.append(jax.jit(stage.loss, compiler_options=FAST_COMPILE)(*arguments)[1])
+        found.append(jax.jit(stage.loss)(*arguments)[1])
     for name, value in found[1].items():
         np.testing.assert_allclose(found[0][name], value, rtol=1e-4, err_msg=name)
 
@@ -144,7 +143,7 @@ def test_large_segments_can_pull_more(cached_batch):
         targets[0, kept] = cached_batch[field][0, kept]
         single.append({**batch, field: targets})
     stage = con.make_stage(CONTEXT, con.Config(targets="cached", area_power=0.5))
-    loss = jax.jit(stage.loss, compiler_options=FAST_COMPILE)
+    loss = jax.jit(stage.loss)
     large, small, both = (
         loss(tiny.trained(stage), tiny.frozen(stage), given, KEY)[1]["loss_instance"]
         for given in (*single, batch)
@@ -199,9 +198,9 @@ def test_con_aligns_the_sets_that_it_is_told_to(online, cached_batch):
 
     stage = con.make_stage(CONTEXT, con.Config(targets="cached", aligned_sets=1))
     params, text = tiny.trained(stage), tiny.text()
-    by_set = jax.jit(expected, compiler_options=FAST_COMPILE)(params, text, cached_batch)
+    by_set = jax.jit(expected)(params, text, cached_batch)
     assert len(by_set) == 2 and np.ptp(by_set) > 1e-3
-    loss = jax.jit(stage.loss, compiler_options=FAST_COMPILE)
+    loss = jax.jit(stage.loss)
     _, metrics = loss(params, tiny.frozen(stage), cached_batch, KEY)
     weight = CONTEXT.loss.class_weight * con.Config().global_weight
     np.testing.assert_allclose(metrics["loss_global"], weight * by_set[-1], rtol=1e-4)
@@ -251,9 +250,7 @@ def test_a_step_moves_all_but_frozen_statistics(online):
     params = tiny.trained(stage)
     config = OptimizerConfig(schedule="constant", weight_decay=0.0)
     optimizer = make_optimizer(config, 10, label_params(params, stage.rules))
-    update = jax.jit(
-        lambda g, p: optimizer.update(g, optimizer.init(p), p)[0], compiler_options=FAST_COMPILE
-    )
+    update = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p)[0])
     names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     assert {name.split("/")[0] for name in names} == {"segmentor", "projector"}
     still = {name for name in names if "/frozen_" in name}

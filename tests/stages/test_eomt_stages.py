@@ -37,7 +37,7 @@ def params(names, of):
 
 def test_con_trains_it_and_reads_how_far_training_is():
     of = networks()
-    assert of.query_width == 32
+    assert of.segmentor.width == 32
     stage = con.make_stage(tiny.context(networks=of), con.Config())
     assert PROGRESS in stage.batch_fields
     function = tiny.evaluate(stage)
@@ -78,7 +78,7 @@ def test_targets_of_an_encoder_that_is_clip():
     tiny.assert_finite(loss, metrics, gradients)
     assert not tiny.unreached(stage, gradients)
 
-    @functools.partial(jax.jit, compiler_options=tiny.FAST_COMPILE)
+    @jax.jit
     def targets(params, images, ids):
         variables = {"params": params["segmentor"]}
         tokens = of.segmentor.apply(variables, normalize_images(images)).clip_tokens

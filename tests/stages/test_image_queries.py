@@ -46,6 +46,7 @@ class Norm(nn.Module):
 class PatchSegmentor(nn.Module):
     """Queries from the image's patches: a segmentor that compiles in no time."""
 
+    width = WIDTH
     query_norm = staticmethod(Segmentor.query_norm)
     normalize = staticmethod(normalize_images)
 
@@ -62,7 +63,6 @@ NETWORKS = Networks(
     segmentor=PatchSegmentor(),
     projector=SemanticProjector(joint_width=JOINT, hidden_width=16, num_layers=2),
     generator=QueryGenerator(width=WIDTH, hidden_width=16, num_layers=1, noise_width=4),
-    query_width=WIDTH,
 )
 # Class 0 is unseen: a label that is clipped to 0 would leak it.
 VOCABULARY = Vocabulary(
@@ -125,7 +125,6 @@ def bank_queries():
         lambda params, batch: extract_queries(
             CONTEXT, params, TEXT, batch, matching_key(KEY), with_targets=True
         ),
-        compiler_options=tiny.FAST_COMPILE,
     )
     params = {"segmentor": SEGMENTOR, "projector": PROJECTOR}
     return jax.device_get(extract(params, image_batch()))
@@ -151,7 +150,7 @@ def test_a_segmentor_normalises_its_images_itself():
 @functools.cache
 def gradient_of(stage):
     gradient = jax.value_and_grad(stage.loss, argnums=(0, 1), has_aux=True)
-    return jax.jit(gradient, compiler_options=tiny.FAST_COMPILE)
+    return jax.jit(gradient)
 
 
 def evaluate(stage, batch):

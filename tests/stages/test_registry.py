@@ -87,7 +87,6 @@ def step(stage, networks, batch):
     )
     run = jax.jit(
         make_train_step(stage.loss, optimizer, 0, make_mesh(devices=1)),
-        compiler_options=tiny.FAST_COMPILE,
     )
     inputs = {field: batch[field] for field in stage.batch_fields}
     state, metrics = run(TrainState.create(params, optimizer), frozen, inputs)

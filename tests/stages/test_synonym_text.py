@@ -29,7 +29,7 @@ def text(count):
 
 def run(stage, *texts):
     """The stage's metrics on each text."""
-    loss = jax.jit(stage.loss, compiler_options=tiny.FAST_COMPILE)
+    loss = jax.jit(stage.loss)
     arguments = tiny.query_batch(), tiny.KEY
     return [loss(tiny.trained(stage), tiny.frozen(stage, t), *arguments)[1] for t in texts]
 

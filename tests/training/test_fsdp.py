@@ -28,7 +28,6 @@ def three_steps(name, fsdp):
     step = jax.jit(
         make_train_step(stage.loss, optimizer, 0, mesh),
         out_shardings=(shardings, sharding.replicated(mesh)),
-        compiler_options=tiny.FAST_COMPILE,
     )
     rows = {k: np.resize(v, (8, *v.shape[1:])) for k, v in tiny.query_batch().items()}
     losses = []

@@ -86,14 +86,12 @@ def two_steps(devices, fsdp=1):
     make = jax.jit(
         lambda p: TrainState.create(p, optimizer),
         out_shardings=shardings,
-        compiler_options=tiny.FAST_COMPILE,
     )
     state = make(params)
     step = jax.jit(
         make_train_step(stage.loss, optimizer, 0, mesh),
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
-        compiler_options=tiny.FAST_COMPILE,
     )
     with jax.set_mesh(mesh):
         batch = shard_batch(image_batch(), mesh)

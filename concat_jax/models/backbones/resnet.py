@@ -180,9 +180,10 @@ class ResNet(nn.Module):
     def _check(self) -> None:
         for field, valid in (("block", BLOCKS), ("norm", NORMS), ("stem", STEMS)):
             check_choice(getattr(self, field), valid, f"ResNet {field} is")
-        if not 1 <= len(self.stage_sizes) <= 4:
+        if not 1 <= len(self.stage_sizes) <= 4 or min(self.stage_sizes) < 1:
             raise ValueError(
-                f"ResNet stage_sizes is {tuple(self.stage_sizes)}; give one to four block counts."
+                f"ResNet stage_sizes is {tuple(self.stage_sizes)}; give one to four block counts "
+                "of 1 or more."
             )
         if self.norm == "group" and self.width % self.num_groups:
             raise ValueError(

@@ -104,6 +104,7 @@ def test_frozen_batch_norm_by_hand_and_without_gradient():
         ({"block": "bottle"}, "block is 'bottle'; did you mean 'bottleneck'"),
         ({"norm": "batch"}, "norm is 'batch'"),
         ({"stem": "depe"}, "stem is 'depe'"),
+        ({"stage_sizes": (3, 0, 6, 3)}, r"stage_sizes is \(3, 0, 6, 3\); give one to four"),
         ({"stage_sizes": (2,) * 5}, r"stage_sizes is \(2, 2, 2, 2, 2\)"),
         ({"norm": "group", "width": 12, "num_groups": 8}, "width 12 .* num_groups 8"),
     ],

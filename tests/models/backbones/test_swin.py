@@ -31,8 +31,6 @@ CONFIG = {
 }
 NUM_CLASSES = 3
 ENCODER = "model.pixel_level_module.encoder"
-# These programs run once; without LLVM's optimisations they compile in half the time.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def hf_swin_config(fields):
@@ -94,7 +92,7 @@ def test_matches_transformers(size, fields):
     randomize(reference)
     params = backbone_params(numpy_state(reference, f"{ENCODER}."), fields)
     images = np.random.default_rng(1).normal(size=(2, *size, 3)).astype(np.float32)
-    ours = jax.jit(Swin(**fields).apply, compiler_options=QUICK)({"params": params}, images)
+    ours = jax.jit(Swin(**fields).apply)({"params": params}, images)
     with torch.no_grad():
         theirs = reference(torch.from_numpy(images).permute(0, 3, 1, 2)).feature_maps
     assert len(ours) == len(theirs) == 4
@@ -257,9 +255,7 @@ def one_stage_params():
 def test_gradients_reach_everything_and_remat_changes_none(one_stage_params):
     images = np.random.default_rng(0).normal(size=(2, 10, 8, 3)).astype(np.float32)
     plain, remat = (
-        jax.jit(
-            jax.grad(lambda p, r=r: one_stage_loss(p, images, remat=r)), compiler_options=QUICK
-        )(one_stage_params)
+        jax.jit(jax.grad(lambda p, r=r: one_stage_loss(p, images, remat=r)))(one_stage_params)
         for r in (False, True)
     )
     for path, gradient in jax.tree_util.tree_leaves_with_path(plain):
@@ -274,9 +270,7 @@ def test_gradients_reach_everything_and_remat_changes_none(one_stage_params):
 def test_bfloat16_stays_close(one_stage_params):
     images = np.random.default_rng(0).normal(size=(2, 10, 8, 3)).astype(np.float32)
     exact, half = (
-        jax.jit(Swin(**ONE_STAGE, dtype=dtype).apply, compiler_options=QUICK)(
-            {"params": one_stage_params}, images
-        )[0]
+        jax.jit(Swin(**ONE_STAGE, dtype=dtype).apply)({"params": one_stage_params}, images)[0]
         for dtype in (jnp.float32, jnp.bfloat16)
     )
     assert half.dtype == jnp.bfloat16
@@ -296,7 +290,7 @@ def test_sharded_batch_needs_no_gather(one_stage_params):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), one_stage_params
     )
     step = jax.jit(jax.grad(one_stage_loss), out_shardings=replicated)
-    text = step.lower(params, images).compile(compiler_options=QUICK).as_text()
+    text = step.lower(params, images).compile().as_text()
     assert "all-reduce" in text  # the parameter gradients are summed over the devices
     for collective in ("all-gather", "all-to-all", "collective-permute"):
         assert collective not in text
