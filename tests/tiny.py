@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.losses.segmentation import SegmentationLossConfig
@@ -121,6 +122,21 @@ def params(name: str, seed: int | None = None, of: Networks | None = None) -> An
     of = of or networks()
     shapes = jax.eval_shape(lambda: of.init(name, jax.random.key(0)))
     return fill(shapes, SUBTREES.index(name) if seed is None else seed)
+
+
+def assert_nothing_is_gathered(loss: Callable, params: Any, *arguments: Any) -> None:
+    """Gradients over eight devices that share the batch: sums are sent, and nothing else."""
+    mesh = Mesh(np.asarray(jax.devices()[:8]), ("data",))
+    replicated, by_image = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+
+    def placed(tree, how):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how), tree)
+
+    step = jax.jit(jax.grad(loss), out_shardings=replicated)
+    text = step.lower(placed(params, replicated), *placed(arguments, by_image)).compile().as_text()
+    assert "all-reduce" in text
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert collective not in text
 
 
 def unit(x: np.ndarray) -> np.ndarray:

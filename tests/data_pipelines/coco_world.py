@@ -96,3 +96,7 @@ def assert_equal(left, right):
     assert left.keys() == right.keys()
     for name in left:
         np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def source_of(root, part="train2017"):
+    return open_source("coco_panoptic_zps", root, part, root / "split.json")

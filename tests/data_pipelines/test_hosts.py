@@ -11,6 +11,7 @@ from data_pipelines.augment import resize_longest
 from data_pipelines.datasets import make_datasets
 from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.source import ImageRecord
+from tests.data_pipelines.coco_world import assert_equal
 
 NUM_IMAGES = 11
 
@@ -39,12 +40,6 @@ def _loader(**options):
     return SegmentationLoader(Stripes(), **(defaults | options))
 
 
-def _assert_equal(left, right):
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
-
-
 @pytest.mark.parametrize("augment", ["lsj", "semantic"])
 @pytest.mark.parametrize("process_count", [2, 3])
 def test_hosts_share_a_global_batch_that_does_not_depend_on_their_number(augment, process_count):
@@ -56,7 +51,7 @@ def test_hosts_share_a_global_batch_that_does_not_depend_on_their_number(augment
     for step in (0, 1, 5):
         shares = [host.batch(step, 6) for host in hosts]
         joined = {name: np.concatenate([share[name] for share in shares]) for name in shares[0]}
-        _assert_equal(joined, whole.batch(step, 6))
+        assert_equal(joined, whole.batch(step, 6))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +76,7 @@ def test_hosts_share_a_batch_of_the_synthetic_world(kind, images, expected):
         return next(getattr(data, kind)(8)([5]))
 
     whole, shares = batch(0, 1), [batch(i, 2) for i in range(2)]
-    _assert_equal({k: np.concatenate([share[k] for share in shares]) for k in whole}, whole)
+    assert_equal({k: np.concatenate([share[k] for share in shares]) for k in whole}, whole)
     if expected:
         assert set(whole["image_id"].tolist()) <= set(expected)
 
@@ -122,7 +117,7 @@ def test_stopping_and_resuming_gives_the_same_batches(augment):
     # A new process: nothing is left of the first but the number of the step.
     after = batches(3, 3, depth=3, num_threads=2)
     for left, right in zip(unbroken, before + after, strict=True):
-        _assert_equal(left, right)
+        assert_equal(left, right)
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 3, 4, 11, 13])

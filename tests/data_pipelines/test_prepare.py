@@ -13,17 +13,13 @@ from data_pipelines.count_table import count_part, format_classes, format_parts
 from data_pipelines.leak_test import check_no_leak
 from data_pipelines.prepared import build as building
 from data_pipelines.prepared.source import PreparedSource
-from data_pipelines.sources.registry import open_source
 from data_pipelines.sources.source import treat_unseen
+from tests.data_pipelines.coco_world import source_of
 
 needs_tfds = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow_datasets") is None,
     reason="pip install -r requirements-data.txt brings TFDS",
 )
-
-
-def source_of(root, part="train2017"):
-    return open_source("coco_panoptic_zps", root, part, root / "split.json")
 
 
 # Counts.

@@ -20,7 +20,7 @@ from data_pipelines.prepared import build as building
 from data_pipelines.prepared import files
 from data_pipelines.prepared.pipeline import training_batches
 from data_pipelines.prepared.source import PreparedSource
-from data_pipelines.sources.registry import open_source
+from tests.data_pipelines.coco_world import source_of
 
 # TensorFlow is imported by what needs it, not by every process that collects tests.
 pytestmark = pytest.mark.skipif(
@@ -28,10 +28,6 @@ pytestmark = pytest.mark.skipif(
     reason="pip install -r requirements-data.txt brings TFDS",
 )
 OPTIONS = dict(seed=4, image_size=20, max_segments=5, num_threads=2)
-
-
-def source_of(root, part="train2017"):
-    return open_source("coco_panoptic_zps", root, part, root / "split.json")
 
 
 def build(out, source, **options):

@@ -10,12 +10,7 @@ from data_pipelines.synthetic import world as worlds
 from data_pipelines.synthetic.attributes import AttributeClass
 from data_pipelines.synthetic.presets import PRESETS, WorldClass
 from data_pipelines.synthetic.world import SPLITS, CaptionWorld, SyntheticWorld, caption
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for key in first:
-        np.testing.assert_array_equal(first[key], second[key], err_msg=key)
+from tests.data_pipelines.coco_world import assert_equal
 
 
 def test_pictures_are_valid_all_over_and_show_something():
@@ -49,10 +44,10 @@ def test_scene_depends_on_seed_split_and_index_only():
     again, halves = SyntheticWorld(seed=5, batch_size=4), SyntheticWorld(seed=5, batch_size=2)
     batch = world.batch(1)
     again.batch(0)  # earlier calls must not move later ones
-    assert_same(batch, again.batch(1))
+    assert_equal(batch, again.batch(1))
     parts = [halves.batch(2), halves.batch(3)]
-    assert_same(batch, {k: np.concatenate([part[k] for part in parts]) for k in batch})
-    assert_same(world.example(6), {k: v[2] for k, v in batch.items()})
+    assert_equal(batch, {k: np.concatenate([part[k] for part in parts]) for k in batch})
+    assert_equal(world.example(6), {k: v[2] for k, v in batch.items()})
     assert not np.array_equal(
         batch["image"], SyntheticWorld(seed=6, batch_size=4).batch(1)["image"]
     )
@@ -73,7 +68,7 @@ def test_eval_examples_are_the_first_scenes():
     examples = list(world.eval_examples())
     assert [e.pop("file_name") for e in examples] == [f"validation_00000{i}.png" for i in range(3)]
     for index, example in enumerate(examples):
-        assert_same(example, world.example(index))
+        assert_equal(example, world.example(index))
 
 
 def test_batches_of_so_many_scenes_show_each_once_an_epoch():
@@ -85,7 +80,7 @@ def test_batches_of_so_many_scenes_show_each_once_an_epoch():
     assert first != second and first != sorted(first)
     far = world.batch(1 << 24)  # where another seed of a shared world begins
     assert set(far["image_id"].tolist()) < set(first)
-    assert_same(far, SyntheticWorld(num_train_images=10, batch_size=4).batch(1 << 24))
+    assert_equal(far, SyntheticWorld(num_train_images=10, batch_size=4).batch(1 << 24))
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

@@ -3,17 +3,8 @@
 import numpy as np
 import pytest
 
-from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.evaluation.semantic_iou import SemanticIoU
-
-
-def make_vocabulary(num_classes, unseen=()):
-    return Vocabulary(
-        names=tuple(f"class {k}" for k in range(num_classes)),
-        is_thing=tuple(k % 2 == 0 for k in range(num_classes)),
-        is_seen=tuple(k not in unseen for k in range(num_classes)),
-        category_ids=tuple(range(1, num_classes + 1)),
-    )
+from tests.evaluation.test_panoptic_quality import make_vocabulary
 
 
 def random_maps(rng, num_classes, case):

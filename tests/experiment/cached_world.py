@@ -2,12 +2,11 @@
 
 import json
 
-import jax
 import numpy as np
 from PIL import Image
 
 from concat_jax.experiment import clip_target_cache as filling
-from concat_jax.models.clip import make_clip
+from concat_jax.models.networks import make_networks
 from concat_jax.stages import con
 from concat_jax.stages.clip_targets import CropConfig
 from concat_jax.training.sharding import make_mesh
@@ -16,21 +15,8 @@ from data_pipelines.loader import SegmentationLoader
 from data_pipelines.sources.registry import open_source
 from tests import tiny
 
-CLIP = make_clip(
-    dict(
-        embed_dim=16,
-        image_size=16,
-        patch_size=8,
-        image_width=16,
-        image_depth=2,
-        image_heads=2,
-        text_width=16,
-        text_depth=1,
-        text_heads=2,
-        vocab_size=12,
-        context_length=4,
-    )
-)
+NETWORKS = make_networks(tiny.model(clip=dict(image_depth=2, context_length=4, eot_id=None)))
+CLIP, PARAMS = NETWORKS.clip, tiny.params("clip", 0, NETWORKS)
 CROPS = CropConfig()
 CATEGORIES = [
     {"id": 10, "name": "sky", "isthing": 0, "split": "seen"},
@@ -40,19 +26,6 @@ CATEGORIES = [
 NUM_IMAGES = 11
 
 
-def random_params(clip, seed=0):
-    """CLIP's parameters with nothing at zero, so that pictures differ in what they give."""
-    size = clip.image_size
-    shapes = jax.eval_shape(
-        lambda key: clip.init(
-            key, jax.numpy.zeros((1, size, size, 3)), jax.numpy.zeros((1, 1), "int32")
-        ),
-        jax.random.key(0),
-    )
-    return tiny.fill(shapes["params"], seed)
-
-
-PARAMS = random_params(CLIP)
 IDENTITY = {"weights": "of the test", **con.target_identity(CLIP, CROPS)}
 
 

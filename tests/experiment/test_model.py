@@ -48,13 +48,8 @@ def tiny_config():
 
 def finish(experiment, name, subtrees):
     """Random parameters as the last checkpoint of a stage."""
-    params = {
-        subtree: tiny.fill(
-            jax.eval_shape(lambda s=subtree: experiment.setup.networks.init(s, jax.random.key(0))),
-            len(name + subtree),
-        )
-        for subtree in subtrees
-    }
+    of = experiment.setup.networks
+    params = {subtree: tiny.params(subtree, len(name + subtree), of) for subtree in subtrees}
     checkpoints = StageCheckpoints(experiment.workdir, name)
     state = TrainState.create(params, optax.sgd(0.1))
     checkpoints.save(state, experiment.setup.stages[name].steps)

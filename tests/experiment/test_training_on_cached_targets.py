@@ -23,12 +23,12 @@ from concat_jax.training.state import TrainState
 from configs import coco_zps, demo_zps
 from data_pipelines.clip_target_cache import ClipTargetCache, find_targets
 from data_pipelines.datasets import make_datasets
+from tests import tiny
 from tests.command_lines import ROOT
 from tests.experiment.cached_world import (
     largest_distance,
     load,
     make_world,
-    random_params,
     states,
     targets_of,
 )
@@ -56,7 +56,7 @@ def finish_clip(config, workdir):
     config = config.copy_and_resolve_references()
     config.data.clip_targets = ""
     run = Experiment(config, workdir, make_datasets(config.data, seed=0))
-    state = TrainState.create({"clip": random_params(run.setup.networks.clip)}, optax.sgd(0.1))
+    state = TrainState.create({"clip": tiny.params("clip", 0, run.setup.networks)}, optax.sgd(0.1))
     checkpoints = StageCheckpoints(workdir, "clip")
     checkpoints.save(state, config.train.clip.steps)
     checkpoints.close()
@@ -161,7 +161,7 @@ def test_training_refuses_other_weights_before_it_compiles(trained, tmp_path, mo
     config, workdir = trained
     run = make_run(config, workdir)
     nothing_may_compile(monkeypatch)
-    run.parameters.keep("clip", "clip", random_params(run.setup.networks.clip, seed=1))
+    run.parameters.keep("clip", "clip", tiny.params("clip", 1, run.setup.networks))
     with pytest.raises(StoreError, match="made with weights = '.*', now it is"):
         run.train("con")
 
