@@ -168,8 +168,8 @@ def test_converted_weights_give_the_same_outputs(folder, model):
         return logits, mask_logits(output.mask_embeddings[:, -1], output.mask_features)
 
     # With loops as users' are: another rounding flips a bit of an attention mask.
-    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
-    logits, masks = jax.jit(predict, compiler_options=quick)(params, images)
+    options = {"xla_cpu_use_fusion_emitters": True}
+    logits, masks = jax.jit(predict, compiler_options=options)(params, images)
     with torch.no_grad():
         theirs = model(torch.from_numpy(images).permute(0, 3, 1, 2))
     for ours, reference in (

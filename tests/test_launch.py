@@ -33,7 +33,8 @@ esac
 # Notes what it is given, and ends with the next of its exit codes.
 PYTHON = r"""#!/usr/bin/env bash
 cd ..
-echo "$*" >> given
+printf '<%s>' "$@" >> given
+echo >> given
 code=$(head -n 1 codes)
 sed -i 1d codes
 exit "$code"
@@ -74,7 +75,7 @@ def asked(folder):
 
 
 FLAGS = ("coco", "us-west4-a", "gs://bucket", "--config=configs/coco_zps.py")
-FLAGS += ("--config.seed=1", "--config.stages=('clip', 'con')")
+FLAGS += ("--config.seed=1", "--config.stages=('clip', 'con')", '--config.note="$HOME"')
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -119,10 +120,8 @@ def test_what_a_worker_is_told(cloud, codes, code):
     done = subprocess.run(["bash", "-c", command], cwd=home, timeout=60)
     assert done.returncode == code
     given = (home / "given").read_text().splitlines()
-    assert given == [
-        "-m concat_jax.main --distributed --workdir=gs://bucket/runs/coco "
-        "--config=configs/coco_zps.py --config.seed=1 --config.stages=('clip', 'con')"
-    ] * len(codes.split())
+    words = ("-m", "concat_jax.main", "--distributed", "--workdir=gs://bucket/runs/coco")
+    assert given == ["".join(f"<{w}>" for w in words + FLAGS[3:])] * len(codes.split())
 
 
 def test_no_job_starts_without_its_environment(tmp_path):

@@ -237,7 +237,7 @@ def test_what_a_mesh_cannot_be(key, value, message):
     "stage, con, message",
     [
         ("cno", {}, "names no stage of the config: 'cno'; did you mean 'con'"),
-        ("con", {"batch_size": 12}, "batch of 12 images cannot be split over 8 chips.*batch_size"),
+        ("con", {"batch_size": 12}, "cannot be split over 8 devices; set --config.*=16 or"),
     ],
 )
 def test_a_step_that_cannot_be_is_refused(stage, con, message):

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from concat_jax.core.vocabulary import Vocabulary
@@ -126,6 +127,8 @@ def params(name: str, seed: int | None = None, of: Networks | None = None) -> An
 
 def assert_nothing_is_gathered(loss: Callable, params: Any, *arguments: Any) -> None:
     """Gradients over eight devices that share the batch: sums are sent, and nothing else."""
+    if (count := len(jax.devices())) < 8:
+        pytest.skip(f"needs 8 devices, found {count}")
     mesh = Mesh(np.asarray(jax.devices()[:8]), ("data",))
     replicated, by_image = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
@@ -134,7 +137,7 @@ def assert_nothing_is_gathered(loss: Callable, params: Any, *arguments: Any) -> 
 
     step = jax.jit(jax.grad(loss), out_shardings=replicated)
     text = step.lower(placed(params, replicated), *placed(arguments, by_image)).compile().as_text()
-    assert "all-reduce" in text
+    assert "all-reduce" in text  # the parameter gradients are summed over the devices
     for collective in ("all-gather", "all-to-all", "collective-permute"):
         assert collective not in text
 

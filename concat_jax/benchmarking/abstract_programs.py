@@ -22,7 +22,13 @@ from concat_jax.inference.images import Buckets
 from concat_jax.stages.registry import learns_from
 from concat_jax.stages.stage import MATCHING_PROJECTOR, TEXT
 from concat_jax.training.optimizer import FROZEN, label_params, make_optimizer
-from concat_jax.training.sharding import along_batch, inference_mesh, replicated, split_by_rule
+from concat_jax.training.sharding import (
+    along_batch,
+    check_batch_size,
+    inference_mesh,
+    replicated,
+    split_by_rule,
+)
 from concat_jax.training.state import TrainState, jit_train_step
 
 # Of CLIP's tokenizer, whose file need not be there.
@@ -77,11 +83,7 @@ def training_program(setup: Setup, name: str, mesh: Mesh) -> Program:
     """
     check_choice(name, setup.stages, "--stage names no stage of the config:")
     settings, stage = setup.stages[name], setup.make_stage(name)
-    if settings.batch_size % mesh.size:
-        raise ValueError(
-            f"The batch of {settings.batch_size} images cannot be split over {mesh.size} chips; "
-            f"set config.train.{name}.batch_size to a multiple."
-        )
+    check_batch_size(settings.batch_size, mesh, f"config.train.{name}.batch_size")
     if stage.loss is None:
         raise ValueError(f"Stage {name!r} is in closed form: it has no step to compile.")
     shapes = functools.partial(parameter_shapes, setup, name)

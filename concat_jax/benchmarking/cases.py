@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from concat_jax.core import cli
 from concat_jax.core.config import check_choice
 from concat_jax.inference.images import SUFFIXES, read_image, resized_within
+from concat_jax.inference.inputs import find_images
 from concat_jax.models.clip import make_clip
 
 # Ours beside the reference, a process each.
@@ -159,9 +158,8 @@ def parse_clip(text: str) -> dict[str, Any]:
 
 def image_files(given: str, number: int) -> list[str]:
     """The first images of a folder or a glob; ValueError if there are fewer."""
-    path = Path(given)
-    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(given, recursive=True))
-    files = sorted(f for f in found if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    found = find_images([given]).paths  # of a glob whatever it matches
+    files = [file for file in found if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
     if len(files) < number:
         raise ValueError(
             f"--images={given} stands for {len(files)} images where {number} are wanted; name more "

@@ -46,7 +46,8 @@ def works(case: Case) -> dict[str, Work]:
     """The three, on pairs of drawn maps or of those of the COCO panoptic json `source`."""
     pairs = _read_pairs(Path(case.source), case.num_images) if case.source else _draw_pairs(case)
     truths = (segment["label"] for pair in pairs for segment in pair.segments.values())
-    num_classes = 1 + max(*truths, *(k for pair in pairs for k in pair.pred_labels.values()))
+    found = (label for pair in pairs for label in pair.pred_labels.values())
+    num_classes = 1 + max([*truths, *found], default=0)
     pngs = [_encode(ids) for pair in pairs for ids in (pair.gt_ids, pair.pred_ids)]
 
     def official() -> dict[str, np.ndarray]:

@@ -101,7 +101,8 @@ def watched(iterator: Iterator[T], name: str, done: int, first: float = 30.0) ->
 
 def with_progress(name: str, result_of: Callable[[int], T], count: int) -> Iterator[T]:
     """Yields result_of(0) to result_of(count - 1), computed in threads; prints how far it is."""
-    workers = max(8, os.cpu_count() or 1)  # a disk may be far away
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = max(8, cores or 1)  # a disk may be far away
     progress = Progress(name, 0, count, every=5.0)
     results = prefetch(result_of, 0, count, depth=2 * workers, num_threads=workers)
     with contextlib.closing(results):

@@ -42,7 +42,13 @@ from concat_jax.stages.stage import COMES_WITH, MATCHING_PROJECTOR, TEXT
 from concat_jax.training.checkpoints import CheckpointError
 from concat_jax.training.loop import LoopConfig, train_stage
 from concat_jax.training.metrics import MetricWriter, Mirror
-from concat_jax.training.sharding import along_batch, copy_to_host, inference_mesh, make_mesh
+from concat_jax.training.sharding import (
+    along_batch,
+    check_batch_size,
+    copy_to_host,
+    inference_mesh,
+    make_mesh,
+)
 
 if TYPE_CHECKING:
     from data_pipelines.datasets import Datasets
@@ -88,6 +94,9 @@ class Experiment:
             check_origins(workdir, (*config.stages, *config.eval.stages))
             for name in config.stages:
                 if not self.parameters.is_finished(name):
+                    if setup.make_stage(name).loss is not None:
+                        where = f"config.train.{name}.batch_size"
+                        check_batch_size(setup.stages[name].batch_size, self.mesh, where)
                     check_clip_targets(self, name, with_weights=False)
         claim_workdir(workdir, config, write=trains, data_identity=datasets.identity)
         if trains and jax.process_index() == 0:

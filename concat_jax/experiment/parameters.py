@@ -96,7 +96,8 @@ class Parameters:
         vocabulary, config = self._setup.vocabulary, self._setup.config
         hidden = {vocabulary.names[k].casefold() for k in vocabulary.unseen}
         trained_on = load_card(path).vocabulary
-        known = [n for n in trained_on.names if n.casefold() in hidden] if trained_on else []
+        shown = [trained_on.names[k] for k in trained_on.seen] if trained_on else []
+        known = [name for name in shown if name.casefold() in hidden]
         if not known:
             return
         said = (

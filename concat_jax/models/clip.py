@@ -29,7 +29,6 @@ from concat_jax.models.clip_pooling import (
 from concat_jax.models.clip_stems import STEMS
 from concat_jax.models.ops.layers_in_turn import Run, run_in_turn
 from concat_jax.models.ops.transformer_block import ACTIVATIONS, Block, layer_norm
-from concat_jax.models.segmentor_output import DTYPES
 
 # The largest multiplier CLIP lets its similarities have (section 2.5), kept against instability.
 MAX_LOGIT_SCALE = 100.0
@@ -223,7 +222,7 @@ class CLIP(nn.Module):
         which read `image_stages`, `image_width` (of the first stage), the first `image_heads` and
         the second `projection`, and have 32 for `patch_size`.
       image_size: native picture side; other sizes interpolate the positions.
-      patch_size: pixels a token; a power of two for the "conv" stem.
+      patch_size: pixels a token; a power of two for "conv" and "resnet" stems, up to 16 for these.
       image_stages: blocks of each stage of a convolutional tower.
       projection: "linear" or "mlp", of a ConvNeXt to the joint space.
       image_mlp_ratio, text_mlp_ratio: hidden width of the MLPs over the tower's width.
@@ -362,8 +361,13 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
     check_fields(config, CLIP, "CLIP has no field")
     config = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
     if "dtype" in config:
-        check_choice(config["dtype"], DTYPES, "CLIP's dtype is")
-        config["dtype"] = DTYPES[config["dtype"]]
+        try:
+            config["dtype"] = jnp.dtype(config["dtype"])
+        except TypeError as error:
+            raise ValueError(
+                f"CLIP's dtype is {config['dtype']!r}, which is none of numbers; give float32 or "
+                "bfloat16."
+            ) from error
     clip = CLIP(**config)
     for field, allowed in (
         ("image_tower", ("vit", *CONV_TOWERS)),
@@ -389,7 +393,8 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
             f"CLIP's image_size {clip.image_size} is not divisible by patch_size {clip.patch_size}."
         )
     most = 16 if clip.stem == "resnet" else clip.patch_size
-    if clip.stem != "patch" and clip.patch_size not in [2**n for n in range(1, most.bit_length())]:
+    powers = [2**n for n in range(1, most.bit_length())]
+    if clip.image_tower == "vit" and clip.stem != "patch" and clip.patch_size not in powers:
         raise ValueError(
             f"CLIP's {clip.stem} stem needs a patch_size that is a power of two"
             f"{' up to 16' * (clip.stem == 'resnet')}, not {clip.patch_size}."

@@ -72,7 +72,7 @@ class SemanticProjector(nn.Module):
         x = queries
         for layer in self.layers[:-1]:
             x = nn.relu(layer(x))
-        return self.layers[-1](x).astype(jnp.float32)
+        return self.layers[-1](x)
 
     def classify(self, semantic_queries: jax.Array, text: jax.Array) -> jax.Array:
         """Class logits exp(s) · cos(S, [T; t_∅]), [..., K+1] float32; the last column is no-object.

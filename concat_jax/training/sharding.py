@@ -59,6 +59,15 @@ def mesh_of(devices: Sequence[jax.Device], fsdp: int = 1) -> Mesh:
     return Mesh(np.asarray(devices).reshape(-1, fsdp), AXES, axis_types=types)
 
 
+def check_batch_size(size: int, mesh: Mesh, where: str) -> None:
+    """ValueError for a batch that the mesh's devices cannot share evenly; `where` says its key."""
+    if size % mesh.size:
+        raise ValueError(
+            f"The batch of {size} cannot be split over {mesh.size} devices; set "
+            f"--{where}={-(-size // mesh.size) * mesh.size} or another multiple."
+        )
+
+
 def split_by_rule(tree: Any, mesh: Mesh) -> Any:
     """Where the arrays of a tree of parameters, or of an optimizer's state, lie: NamedShardings.
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from concat_jax import benchmark as command
 from concat_jax.benchmarking import alignment, harness, matching, programs, query_stages, two_stage
-from concat_jax.benchmarking.cases import Case
+from concat_jax.benchmarking.cases import Case, image_files
 from concat_jax.benchmarking.harness import Measurement, Work, in_turns
 from concat_jax.core.vocabulary import Vocabulary
 from concat_jax.weights.model_folder import ModelCard, parameter_shapes, save_model
@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def case(model, monkeypatch):
+def case(model):
     return Case("", 64, 64, segments=3, clip=CLIP, model=model, num_images=2, num_masks=(6,))
 
 
@@ -189,7 +189,7 @@ def test_memory_of_one_that_is_alone_is_what_it_took():
     [
         (["--tasks=two_stage", "--batch=3"], "20 images do not fill batches of 3"),
         (["--tasks=two_stage", "--two_stage_masks=ten"], "is not like 10 or 10,100"),
-        (["--tasks=train", "--segments=256"], "256"),
+        (["--tasks=train", "--segments=256"], r"in the range \[1, 255\]"),
         (["--tasks=alignment", "--clip={"], "--clip is not valid JSON"),
         (["--tasks=two_stage", "--clip={}", "--images=absent"], "absent stands for 0 images"),
         (["--tasks="], "--tasks names no task; give any of forward"),
@@ -205,6 +205,26 @@ def test_memory_of_one_that_is_alone_is_what_it_took():
 def test_mistakes_end_in_a_sentence(flags, sentence):
     with pytest.raises(SystemExit, match=sentence):
         command.main(["benchmark", *flags])
+
+
+def test_images_of_a_folder_or_a_glob(tmp_path):
+    for name in ("b.jpg", "a.jpg", ".thumb.jpg", "a.overlay.png", "notes.txt", "x[1].jpg"):
+        (tmp_path / name).touch()
+    wanted = [str(tmp_path / name) for name in ("a.jpg", "b.jpg", "x[1].jpg")]
+    assert image_files(str(tmp_path), 3) == image_files(f"{tmp_path}/*", 3) == wanted
+    assert image_files(wanted[2], 1) == wanted[2:]
+    with pytest.raises(ValueError, match="stands for 3 images where 4 are wanted"):
+        image_files(str(tmp_path), 4)
+
+
+def test_tasks_that_need_no_class_head_take_any_model(monkeypatch):
+    demo = str(Path(programs.__file__).parents[1] / "weights" / "demo")
+    monkeypatch.setattr(command, "in_own_process", lambda call, *arguments: call(*arguments))
+    monkeypatch.setattr(command, "measure_case", lambda *arguments: {"ours": "not measured here"})
+    flags = [f"--model={demo}", f"--clip={json.dumps(CLIP)}"]
+    for task, sentence in (("two_stage", "no linear class head"), ("alignment", "not measured")):
+        with pytest.raises(SystemExit, match=sentence):
+            command.main(["benchmark", f"--tasks={task}", *flags])
 
 
 def test_a_model_without_a_linear_class_head_is_refused(tmp_path):

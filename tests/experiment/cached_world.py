@@ -24,8 +24,6 @@ CATEGORIES = [
     {"id": 7, "name": "dog", "isthing": 1, "split": "seen"},
 ]
 NUM_IMAGES = 11
-
-
 IDENTITY = {"weights": "of the test", **con.target_identity(CLIP, CROPS)}
 
 

@@ -74,11 +74,10 @@ def test_no_gamma_is_tried_where_all_classes_are_seen():
         Experiment.sweep(types.SimpleNamespace(setup=setup), "con", (), (0.0,))
 
 
-def make_segmentor(folder, *names):
+def make_segmentor(folder, *names, unseen=()):
     """A tiny segmentor that knows the names, as `python -m concat_jax.convert` leaves it."""
-    vocabulary = Vocabulary(
-        names, (True,) * len(names), (True,) * len(names), tuple(range(len(names)))
-    )
+    is_seen = tuple(name not in unseen for name in names)
+    vocabulary = Vocabulary(names, (True,) * len(names), is_seen, tuple(range(len(names))))
     config = {"backbone": dict(kind="resnet", stage_sizes=(1, 1, 1, 1), width=8, block="basic")}
     shapes = parameter_shapes(config, len(names))
     flat = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
@@ -104,6 +103,19 @@ def test_a_segmentor_that_knows_an_unseen_class_starts_no_zero_shot_run(tmp_path
     with config.unlocked():
         config.init = dict(segmentor=str(tmp_path / "seen"))
     make_run(config, tmp_path / "other")
+    # As of a run with the same split, which never showed it.
+    make_segmentor(tmp_path / "mine", "cat", "Sky", unseen=("Sky",))
+    with config.unlocked():
+        config.init = dict(segmentor=str(tmp_path / "mine"))
+    make_run(config, tmp_path / "third")
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused_before_the_first_stage(tmp_path):
+    config = demo_zps.get_config("smoke")
+    config.train.cat.batch_size = 12
+    sentence = "batch of 12 cannot be split over 8 devices; set --config.train.cat.batch_size=16"
+    with pytest.raises(ValueError, match=sentence):
+        make_run(config, tmp_path)
 
 
 def test_both_keep_rules_are_scored_and_named(tmp_path, monkeypatch):

@@ -338,7 +338,7 @@ def test_wrong_token_shapes_are_refused(tiny):
         ({"position_interpolation": "nearest"}, "position_interpolation is 'nearest'"),
         ({"text_heads": 3}, "text_width 8 is not divisible by its 3 heads"),
         ({"image_size": 18}, "image_size 18 is not divisible by patch_size 4"),
-        ({"dtype": "float3"}, "CLIP's dtype is 'float3'; did you mean 'float32'"),
+        ({"dtype": "float3"}, "CLIP's dtype is 'float3', which is none of numbers; give float32"),
         ({"stem": "resnet", "image_size": 64, "patch_size": 32}, "power of two up to 16, not 32"),
         ({"stem": "conv", "image_size": 18, "patch_size": 6}, "power of two, not 6"),
     ],

@@ -127,6 +127,8 @@ def test_a_dino_that_classifies_is_an_encoder_too(family, tmp_path):
 def test_what_transformers_would_compute_otherwise_is_not_written(fields, said):
     with pytest.raises(ValueError, match=f"The backbone's {said} transformers' EoMT; it cannot"):
         config_to_hf(ModelCard({**CONFIG, "backbone": fields}, VOCABULARY))
+    # It means nothing to learned positions.
+    config_to_hf(ModelCard({**CONFIG, "backbone": {**BACKBONE, "rotary_theta": 5.0}}, VOCABULARY))
 
 
 @pytest.mark.parametrize("family", ["Eomt", "EomtDinov3"])
