@@ -364,10 +364,8 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
         try:
             config["dtype"] = jnp.dtype(config["dtype"])
         except TypeError as error:
-            raise ValueError(
-                f"CLIP's dtype is {config['dtype']!r}, which is none of numbers; give float32 or "
-                "bfloat16."
-            ) from error
+            fault = f"CLIP's dtype is {config['dtype']!r}, which is none of numbers; give float32."
+            raise ValueError(fault) from error
     clip = CLIP(**config)
     for field, allowed in (
         ("image_tower", ("vit", *CONV_TOWERS)),

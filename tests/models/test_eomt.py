@@ -209,7 +209,7 @@ def test_point_logits_of_features_of_each_set_are_those_of_each_set(logits_at):
         ({"kind": "eomd"}, "kind is 'eomd'; did you mean 'eomt'"),
         ({"backbone": {"variant": "dinov3-smal"}}, "did you mean 'dinov3-small'"),
         ({"backbone": {"widht": 48}}, "no key 'widht'; did you mean 'width'"),
-        ({"backbone": {"activation": "relu"}}, "activation is 'relu'"),
+        ({"backbone": {"activation": "relu"}}, "has no key 'activation'"),
         ({"backbone": {**BACKBONE, "num_heads": 5}}, "not divisible by 4 times its 5 heads"),
         ({"backbone": {**BACKBONE, "patch_size": 14}}, "patches of 14 pixels cannot be halved 2"),
         ({"num_blocks": 4}, "see 4 blocks of 3"),
