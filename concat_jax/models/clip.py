@@ -222,7 +222,7 @@ class CLIP(nn.Module):
         which read `image_stages`, `image_width` (of the first stage), the first `image_heads` and
         the second `projection`, and have 32 for `patch_size`.
       image_size: native picture side; other sizes interpolate the positions.
-      patch_size: pixels a token; a power of two for "conv" and "resnet" stems, up to 16 for these.
+      patch_size: pixels a token; a power of two for the "conv" stem, 2 to 16 for "resnet".
       image_stages: blocks of each stage of a convolutional tower.
       projection: "linear" or "mlp", of a ConvNeXt to the joint space.
       image_mlp_ratio, text_mlp_ratio: hidden width of the MLPs over the tower's width.
@@ -391,8 +391,8 @@ def make_clip(config: Mapping[str, Any]) -> CLIP:
             f"CLIP's image_size {clip.image_size} is not divisible by patch_size {clip.patch_size}."
         )
     most = 16 if clip.stem == "resnet" else clip.patch_size
-    powers = [2**n for n in range(1, most.bit_length())]
-    if clip.image_tower == "vit" and clip.stem != "patch" and clip.patch_size not in powers:
+    is_power = clip.patch_size.bit_count() == 1 and 2 <= clip.patch_size <= most
+    if clip.image_tower == "vit" and clip.stem != "patch" and not is_power:
         raise ValueError(
             f"CLIP's {clip.stem} stem needs a patch_size that is a power of two"
             f"{' up to 16' * (clip.stem == 'resnet')}, not {clip.patch_size}."
